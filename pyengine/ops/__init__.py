@@ -1,0 +1,26 @@
+"""The engine's ops: each a public function and its reference in plain MLX."""
+
+from .block_attention import block_attention, block_attention_reference
+from .geglu import geglu, geglu_reference
+from .norm_rope import norm_rope, norm_rope_reference
+from .random_uniform import random_uniform, random_uniform_reference
+from .residual_norm import residual_norm, residual_norm_reference
+from .rms_norm import rms_norm, rms_norm_reference
+from .write_cache import write_cache, write_cache_reference
+
+__all__ = [
+    "block_attention",
+    "block_attention_reference",
+    "geglu",
+    "geglu_reference",
+    "norm_rope",
+    "norm_rope_reference",
+    "random_uniform",
+    "random_uniform_reference",
+    "residual_norm",
+    "residual_norm_reference",
+    "rms_norm",
+    "rms_norm_reference",
+    "write_cache",
+    "write_cache_reference",
+]

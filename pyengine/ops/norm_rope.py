@@ -1,0 +1,53 @@
+import mlx.core as mx
+
+
+def norm_rope(
+    x: mx.array,
+    weight: mx.array,
+    offset: mx.array,
+    inv_freq: mx.array,
+    eps: float = 1e-6,
+) -> mx.array:
+    """Normalise each head of queries or keys and turn it to its position.
+
+    RMSNorm over D with ``weight``, then half-split rotary embedding: with ``n`` the normalised head,
+    ``angle = (offset + t) * inv_freq``, element ``i < D / 2`` and its partner ``i + D / 2``::
+
+        out[i]         = n[i] * cos(angle[i]) - n[i + D / 2] * sin(angle[i])
+        out[i + D / 2] = n[i + D / 2] * cos(angle[i]) + n[i] * sin(angle[i])
+
+    All of it in float32, rounded once at the end. Where ``inv_freq`` is 0 an element keeps its place.
+
+    Args:
+        x: ``[B, T, H, D]``, float32, float16 or bfloat16; D is even.
+        weight: ``[D]``, dtype of ``x``.
+        offset: int32 ``[]``, the position of row 0, on the device; positions lie in 0..2**24.
+        inv_freq: float32 ``[D / 2]``, radians per position.
+        eps: Added to the mean of squares; positive.
+
+    Returns:
+        Shape and dtype of ``x``.
+
+    Raises:
+        ValueError: A shape, dtype or limit above does not hold.
+    """
+    return norm_rope_reference(x, weight, offset, inv_freq, eps)
+
+
+def norm_rope_reference(
+    x: mx.array,
+    weight: mx.array,
+    offset: mx.array,
+    inv_freq: mx.array,
+    eps: float = 1e-6,
+) -> mx.array:
+    """The same in plain MLX."""
+    x32 = x.astype(mx.float32)
+    n = x32 * mx.rsqrt(mx.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    n = n * weight.astype(mx.float32)
+    positions = (offset + mx.arange(x.shape[1])).astype(mx.float32)
+    angles = (positions[:, None] * inv_freq)[:, None, :]  # [T, 1, D / 2]
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    low, high = mx.split(n, 2, axis=-1)
+    out = mx.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    return out.astype(x.dtype)

@@ -1,0 +1,52 @@
+import mlx.core as mx
+
+from .rms_norm import rms_norm_reference
+
+
+def residual_norm(
+    h: mx.array,
+    y: mx.array,
+    weight: mx.array,
+    *,
+    scalar: mx.array | None = None,
+    next_weight: mx.array | None = None,
+    eps: float = 1e-6,
+) -> tuple[mx.array, mx.array | None]:
+    """Add a normalised branch to the residual stream and take the next norm of the sum.
+
+    ``h' = (h + rms_norm(y) * weight) * scalar``, rounded; then ``x = rms_norm(h') * next_weight``
+    of the rounded sum, so that ``x`` equals ``pyengine.ops.rms_norm(h', next_weight)`` bit for bit.
+
+    Args:
+        h: Residual stream ``[..., E]``, float32, float16 or bfloat16.
+        y: Output of the branch, shape and dtype of ``h``.
+        weight: ``[E]``, dtype of ``h``.
+        scalar: ``[1]``, dtype of ``h``, or None for 1 (Gemma 4's ``layer_scalar``).
+        next_weight: ``[E]``, dtype of ``h``, or None when no next norm is wanted.
+        eps: Added to the mean of squares, in both norms; positive.
+
+    Returns:
+        ``(h', x)``, both like ``h``; ``x`` is None when ``next_weight`` is None.
+
+    Raises:
+        ValueError: A shape, dtype or limit above does not hold.
+    """
+    return residual_norm_reference(h, y, weight, scalar=scalar, next_weight=next_weight, eps=eps)
+
+
+def residual_norm_reference(
+    h: mx.array,
+    y: mx.array,
+    weight: mx.array,
+    *,
+    scalar: mx.array | None = None,
+    next_weight: mx.array | None = None,
+    eps: float = 1e-6,
+) -> tuple[mx.array, mx.array | None]:
+    """The same in plain MLX."""
+    normed = rms_norm_reference(y.astype(mx.float32), weight, eps)
+    total = h.astype(mx.float32) + normed
+    if scalar is not None:
+        total = total * scalar.astype(mx.float32)
+    out = total.astype(h.dtype)
+    return out, None if next_weight is None else rms_norm_reference(out, next_weight, eps)

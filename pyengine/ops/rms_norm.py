@@ -1,0 +1,30 @@
+import mlx.core as mx
+
+
+def rms_norm(x: mx.array, weight: mx.array | None = None, eps: float = 1e-6) -> mx.array:
+    """Divide each row by its root mean square and multiply by a weight.
+
+    ``out = x / sqrt(mean(x ** 2) + eps) * weight`` over the last axis, in float32, rounded once.
+    The weight is plain: Gemma 4 multiplies by ``weight``, not by ``1 + weight``.
+
+    Args:
+        x: ``[..., D]``, float32, float16 or bfloat16.
+        weight: ``[D]``, dtype of ``x``, or None for a norm without weight.
+        eps: Added to the mean of squares; positive.
+
+    Returns:
+        Shape and dtype of ``x``.
+
+    Raises:
+        ValueError: A shape, dtype or limit above does not hold.
+    """
+    return rms_norm_reference(x, weight, eps)
+
+
+def rms_norm_reference(x: mx.array, weight: mx.array | None = None, eps: float = 1e-6) -> mx.array:
+    """The same in plain MLX."""
+    x32 = x.astype(mx.float32)
+    out = x32 * mx.rsqrt(mx.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    if weight is not None:
+        out = out * weight.astype(mx.float32)
+    return out.astype(x.dtype)

@@ -1,0 +1,32 @@
+import mlx.core as mx
+
+
+def write_cache(cache: mx.array, new: mx.array, offset: mx.array) -> mx.array:
+    """Write the keys or values of T positions into a cache, in place.
+
+    Position ``p = offset + t`` goes to slot ``p % C``: one op serves a linear cache (no position
+    reaches C) and a ring. On the processor nothing but the new rows is touched: the result *is* the
+    cache's memory, whoever else holds it. So the returned handle is the only one that may be used
+    afterwards; every older handle sees the new rows too.
+
+    Args:
+        cache: ``[B, K, C, D]``, float32, float16 or bfloat16, evaluated to a contiguous array.
+        new: ``[B, T, K, D]``, dtype of ``cache``; T <= C.
+        offset: int32 ``[]``, the position of row 0, on the device.
+
+    Returns:
+        The cache ``[B, K, C, D]`` with T rows per head replaced.
+
+    Raises:
+        ValueError: A shape, dtype or limit above does not hold.
+        RuntimeError: The cache turns out not to be contiguous when evaluated.
+    """
+    return write_cache_reference(cache, new, offset)
+
+
+def write_cache_reference(cache: mx.array, new: mx.array, offset: mx.array) -> mx.array:
+    """The same in plain MLX, as a copy: older handles keep their content."""
+    slots = (offset + mx.arange(new.shape[1])) % cache.shape[2]  # [T]
+    rows = new.transpose(0, 2, 1, 3)  # [B, K, T, D]
+    index = mx.broadcast_to(slots[:, None].astype(mx.uint32), rows.shape)
+    return mx.put_along_axis(cache, index, rows, axis=2)
