@@ -1,0 +1,352 @@
+"""The round and its loop, without weights: Markov tables stand for target and assistant."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from pyengine import sampling as rules
+from pyengine.sampling import Sampling
+from pyengine.speculate import Round, Stats, decode
+
+GREEDY = Sampling(temperature=0.0)
+VOCAB = 16
+
+
+class LengthCache:
+    """A cache that stores nothing but its length."""
+
+    def __init__(self) -> None:
+        self.length, self.bound = mx.array(0, mx.int32), 0
+
+    def commit(self, count: mx.array, bound: int) -> None:
+        self.length, self.bound = self.length + count, bound
+
+
+class MarkovTarget:
+    """Logits depend on the last token alone."""
+
+    def __init__(self, table: np.ndarray, context: int = 10_000) -> None:
+        self.table, self.context = mx.array(table.astype(np.float32)), context
+        self.cache = LengthCache()
+
+    def embed(self, ids: mx.array) -> mx.array:
+        return ids.astype(mx.float32)[:, None]
+
+    def new_cache(self, max_block: int) -> LengthCache:
+        self.cache = LengthCache()
+        return self.cache
+
+    def prefill(self, ids: list[int], cache: LengthCache) -> tuple[mx.array, mx.array]:
+        cache.commit(mx.array(len(ids), mx.int32), len(ids))
+        return self.table[ids[-1]], mx.array([[float(ids[-1])]])
+
+    def verify(self, ids: mx.array, cache: LengthCache) -> tuple[mx.array, mx.array]:
+        return self.table[ids], self.embed(ids)
+
+
+class MarkovAssistant:
+    def __init__(self, table: np.ndarray) -> None:
+        self.table = mx.array(table.astype(np.float32))
+
+    def step(self, embedding: mx.array, hidden: mx.array, cache: object) -> tuple:
+        return self.table[embedding[:, 0].astype(mx.int32)], embedding
+
+
+class ScriptedAssistant:
+    """Knows the target's greedy table and errs at every draft of a round from ``right`` on."""
+
+    def __init__(self, table: np.ndarray, k: int, right: int) -> None:
+        self.table, self.k, self.right, self.calls = table, k, right, 0
+
+    def step(self, embedding: mx.array, hidden: mx.array, cache: object) -> tuple:
+        depth, self.calls = self.calls % self.k, self.calls + 1
+        table = self.table if depth < self.right else np.roll(self.table, 1, axis=-1)
+        return mx.array(table.astype(np.float32))[embedding[:, 0].astype(mx.int32)], embedding
+
+
+def random_table(seed: int, vocab: int = VOCAB) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 2, (vocab, vocab))
+
+
+def run(target: MarkovTarget, assistant: object, prompt: list[int], **kw: object) -> tuple:
+    stats = Stats()
+    rounds = list(decode(target, assistant, prompt, stats=stats, **kw))  # type: ignore[arg-type]
+    return [t for r in rounds for t in r.tokens], rounds, stats
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("right", [0, 1, 2, 3, 5])
+def test_scripted_assistant_gives_that_count(k: int, right: int) -> None:
+    right = min(right, k)
+    table = random_table(1)
+    tokens, rounds, stats = run(
+        MarkovTarget(table),
+        ScriptedAssistant(table, k, right),
+        [2],
+        sampling=GREEDY,
+        block_size=k + 1,
+        max_tokens=1 + 4 * (right + 1) + k + 1,
+    )
+    full = [r for r in rounds[1:] if r.num_drafted == k]
+    assert len(full) >= 4 and all(r.num_accepted == right for r in full)
+    assert all(len(r.tokens) == right + 1 for r in full[:-1])
+    want, token = [], 2
+    for _ in tokens:
+        token = int(table[token].argmax())
+        want.append(token)
+    assert tokens == want
+    assert stats.generated_tokens == len(tokens)
+
+
+@pytest.mark.parametrize("block_size", [2, 3, 4, 8, 17, 40, 128])
+def test_greedy_equals_plain_at_every_block_size(block_size: int) -> None:
+    target, assistant = MarkovTarget(random_table(1)), MarkovAssistant(random_table(2))
+    kw = {"sampling": GREEDY, "max_tokens": 60}
+    plain, _, _ = run(target, None, [5, 3], block_size=1, **kw)
+    assert run(target, assistant, [5, 3], block_size=block_size, **kw)[0] == plain
+    assert len(plain) == 60
+
+
+def test_same_seed_same_tokens_other_seed_other_tokens() -> None:
+    target, assistant = MarkovTarget(random_table(1)), MarkovAssistant(random_table(1))
+    for block_size in (1, 4):
+        a, b, c = (
+            run(
+                target,
+                assistant,
+                [1],
+                sampling=Sampling(seed=seed),
+                block_size=block_size,
+                max_tokens=40,
+            )[0]
+            for seed in (3, 3, 4)
+        )
+        assert a == b != c
+
+
+def test_stats_count_what_happened() -> None:
+    target, assistant = MarkovTarget(random_table(1)), MarkovAssistant(random_table(1) * 0.7)
+    tokens, rounds, stats = run(
+        target, assistant, [1, 2, 3], sampling=Sampling(seed=5), block_size=5, max_tokens=101
+    )
+    real = rounds[1:]
+    assert rounds[0] == Round(tokens[:1], None, 0, 0)
+    assert stats.prompt_tokens == 3 and stats.generated_tokens == len(tokens) == 101
+    assert stats.rounds == len(real)
+    assert stats.drafted == sum(r.num_drafted for r in real) == sum(stats.drafted_by_depth)
+    assert stats.accepted == sum(r.num_accepted for r in real) == sum(stats.accepted_by_depth)
+    assert 0 < stats.acceptance < 1 and stats.acceptance == stats.accepted / stats.drafted
+    by_depth = [sum(r.num_accepted > d for r in real) for d in range(4)]
+    assert stats.accepted_by_depth == by_depth
+    with_drafts = [r for r in real if r.num_drafted]
+    assert stats.bonus_tokens + stats.correction_tokens == len(with_drafts)
+    assert stats.bonus_tokens == sum(r.num_accepted == r.num_drafted for r in with_drafts)
+    assert stats.tokens_per_round == 100 / stats.rounds
+    assert stats.to_dict()["acceptance_by_depth"] == stats.acceptance_by_depth
+    assert stats.prefill_s > 0 and stats.decode_s > 0 and stats.tok_s > 0
+
+
+def test_decode_clock_stops_while_the_caller_works() -> None:
+    stats = Stats()
+    target, assistant = MarkovTarget(random_table(1)), MarkovAssistant(random_table(1))
+    for _ in decode(
+        target, assistant, [1], sampling=GREEDY, block_size=2, max_tokens=7, stats=stats
+    ):
+        time.sleep(0.25)
+    assert stats.decode_s < 0.75  # the caller slept at least 1 s between rounds
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, 9])
+def test_stop_id_ends_the_text_inside_a_block(block_size: int) -> None:
+    table = np.eye(VOCAB)[(np.arange(VOCAB) + 1) % VOCAB] * 9  # counts up
+    target, assistant = MarkovTarget(table), MarkovAssistant(table)
+    tokens, rounds, _ = run(
+        target,
+        assistant,
+        [0],
+        sampling=GREEDY,
+        block_size=block_size,
+        max_tokens=50,
+        stop_ids=frozenset({7, 12}),
+    )
+    assert tokens == [1, 2, 3, 4, 5, 6, 7] and rounds[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, 9])
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 11])
+def test_max_tokens_is_kept_to(block_size: int, max_tokens: int) -> None:
+    table = random_table(1)
+    tokens, rounds, _ = run(
+        MarkovTarget(table),
+        MarkovAssistant(table),
+        [0],
+        sampling=GREEDY,
+        block_size=block_size,
+        max_tokens=max_tokens,
+    )
+    assert len(tokens) == max_tokens and rounds[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 9])
+def test_context_is_kept_to(block_size: int) -> None:
+    table = random_table(1)
+    target = MarkovTarget(table, context=20)
+    tokens, rounds, _ = run(
+        target,
+        MarkovAssistant(table),
+        [0] * 8,
+        sampling=GREEDY,
+        block_size=block_size,
+        max_tokens=99,
+    )
+    assert len(tokens) == 12 and rounds[-1].finish_reason == "length"
+    assert target.cache.bound < 20
+
+
+def test_cache_bound_follows_the_device_length() -> None:
+    target, assistant = MarkovTarget(random_table(1)), MarkovAssistant(random_table(2))
+    for r in decode(
+        target, assistant, [1, 2], sampling=Sampling(seed=1), block_size=4, max_tokens=30
+    ):
+        assert target.cache.bound == target.cache.length.item() >= 2, r
+
+
+def test_one_evaluation_per_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    count, real = 0, mx.eval
+
+    def counted(*arrays: object) -> None:
+        nonlocal count
+        count += 1
+        real(*arrays)
+
+    monkeypatch.setattr(mx, "eval", counted)
+    target, assistant = MarkovTarget(random_table(1)), MarkovAssistant(random_table(1))
+    _, rounds, _ = run(target, assistant, [1], sampling=Sampling(), block_size=4, max_tokens=30)
+    assert count == len(rounds)
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_logits_that_are_not_finite_are_refused(block_size: int) -> None:
+    table = random_table(1)
+    table[int(table[0].argmax())] = np.nan
+    with pytest.raises(RuntimeError, match=r"\[decode\] logits must be finite but got NaN"):
+        run(
+            MarkovTarget(table),
+            MarkovAssistant(random_table(1)),
+            [0],
+            sampling=GREEDY,
+            block_size=block_size,
+            max_tokens=9,
+        )
+
+
+@pytest.mark.parametrize(
+    ("kw", "text"),
+    [
+        ({"block_size": 0}, "[decode] block_size must be 1 to 128 but got 0."),
+        ({"block_size": 129}, "[decode] block_size must be 1 to 128 but got 129."),
+        ({"max_tokens": 0}, "[decode] max_tokens must be at least 1 but got 0."),
+        ({"prompt": []}, "[decode] prompt must hold at least one token but got none."),
+        (
+            {"prompt": [1] * 20},
+            "[decode] prompt must be shorter than the context of 20 tokens but got 20.",
+        ),
+        (
+            {"assistant": None},
+            "[decode] block_size must be 1 without an assistant but got 4.",
+        ),
+    ],
+)
+def test_settings_are_checked(kw: dict, text: str) -> None:
+    table = random_table(1)
+    full = {
+        "target": MarkovTarget(table, context=20),
+        "assistant": MarkovAssistant(table),
+        "prompt": [1],
+        "block_size": 4,
+        "max_tokens": 5,
+        **kw,
+    }
+    with pytest.raises(ValueError) as error:
+        list(decode(sampling=GREEDY, **full))
+    assert str(error.value) == text
+
+
+# Several rounds against the exact law of the text.
+
+SMALL = 4
+LENGTH = 6
+NUCLEUS = Sampling(temperature=1.2, top_p=0.9, top_k=4)
+
+
+def cells(table: np.ndarray, first: int) -> dict[tuple, float]:
+    """Exact probability of every text of LENGTH tokens under the filtered Markov target."""
+    rows = rules.filter_logits(mx.array(table.astype(np.float32)), NUCLEUS)
+    probs = np.zeros((SMALL, SMALL))
+    np.put_along_axis(probs, np.array(rows.ids), np.array(rows.probs), axis=-1)
+    out = {}
+    for text in itertools.product(range(SMALL), repeat=LENGTH):
+        steps = zip((first, *text), text, strict=False)
+        out[text] = float(np.prod([probs[a, b] for a, b in steps]))
+    return out
+
+
+def p_value(want: dict[tuple, float], seen: dict[tuple, int]) -> float:
+    """Chi-square with cells of small expectation pooled into one; impossible texts give 0."""
+    runs = sum(seen.values())
+    if any(want[text] == 0 for text in seen):
+        return 0.0
+    big = [text for text, p in want.items() if runs * p >= 5]
+    expected = [runs * want[text] for text in big]
+    observed = [float(seen.get(text, 0)) for text in big]
+    expected.append(runs - sum(expected))
+    observed.append(runs - sum(observed))
+    scale = runs / sum(expected)
+    return float(scipy_stats.chisquare(observed, [e * scale for e in expected]).pvalue)
+
+
+def sample_texts(runs: int) -> tuple[dict[tuple, float], dict[tuple, int]]:
+    table = np.random.default_rng(7).normal(0, 2, (SMALL, SMALL))
+    target = MarkovTarget(table)
+    assistant = MarkovAssistant(np.random.default_rng(8).normal(0, 2, (SMALL, SMALL)))
+    seen: dict[tuple, int] = {}
+    for seed in range(runs):
+        s = Sampling(NUCLEUS.temperature, NUCLEUS.top_p, NUCLEUS.top_k, seed=seed)
+        text, _, _ = run(target, assistant, [0], sampling=s, block_size=4, max_tokens=LENGTH)
+        seen[tuple(text)] = seen.get(tuple(text), 0) + 1
+    return cells(table, 0), seen
+
+
+def test_text_over_rounds_has_the_targets_law() -> None:
+    assert p_value(*sample_texts(3000)) > 0.001
+
+
+@pytest.mark.parametrize("fault", ["no residual", "match only", "wrong q", "one position"])
+def test_a_broken_rule_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault == "no residual":
+        monkeypatch.setattr(rules, "residual", lambda p, q, vocab: p)
+    elif fault == "match only":
+        monkeypatch.setattr(
+            rules, "accept_probability", lambda p, q, d: mx.array([1.0] * d.shape[0])
+        )
+    elif fault == "wrong q":
+        real = rules.accept_probability
+        monkeypatch.setattr(
+            rules,
+            "accept_probability",
+            lambda p, q, d: real(p, rules.Distribution(q.ids, mx.full(q.probs.shape, 0.25)), d),
+        )
+    else:  # random numbers that repeat from round to round
+        real_uniforms = rules.uniforms
+        monkeypatch.setattr(
+            rules,
+            "uniforms",
+            lambda seed, use, position, n: real_uniforms(seed, use, mx.zeros_like(position), n),
+        )
+    assert p_value(*sample_texts(1200)) < 1e-4
