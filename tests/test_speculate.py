@@ -282,7 +282,7 @@ def test_settings_are_checked(kw: dict, text: str) -> None:
 
 SMALL = 4
 LENGTH = 6
-NUCLEUS = Sampling(temperature=1.2, top_p=0.9, top_k=4)
+NUCLEUS = Sampling(temperature=1.0, top_p=0.8, top_k=4)
 
 
 def cells(table: np.ndarray, first: int) -> dict[tuple, float]:
@@ -314,7 +314,7 @@ def p_value(want: dict[tuple, float], seen: dict[tuple, int]) -> float:
 def sample_texts(runs: int) -> tuple[dict[tuple, float], dict[tuple, int]]:
     table = np.random.default_rng(7).normal(0, 2, (SMALL, SMALL))
     target = MarkovTarget(table)
-    assistant = MarkovAssistant(np.random.default_rng(8).normal(0, 2, (SMALL, SMALL)))
+    assistant = MarkovAssistant(table + np.random.default_rng(8).normal(0, 2, (SMALL, SMALL)))
     seen: dict[tuple, int] = {}
     for seed in range(runs):
         s = Sampling(NUCLEUS.temperature, NUCLEUS.top_p, NUCLEUS.top_k, seed=seed)
@@ -349,4 +349,4 @@ def test_a_broken_rule_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> N
             "uniforms",
             lambda seed, use, position, n: real_uniforms(seed, use, mx.zeros_like(position), n),
         )
-    assert p_value(*sample_texts(1200)) < 1e-4
+    assert p_value(*sample_texts(1000)) < 1e-4
