@@ -3,9 +3,11 @@
 from .block_attention import block_attention, block_attention_reference
 from .geglu import geglu, geglu_reference
 from .norm_rope import norm_rope, norm_rope_reference
+from .q8_matmul import q8_matmul, q8_matmul_reference
 from .random_uniform import random_uniform, random_uniform_reference
 from .residual_norm import residual_norm, residual_norm_reference
 from .rms_norm import rms_norm, rms_norm_reference
+from .switch import use
 from .write_cache import write_cache, write_cache_reference
 
 __all__ = [
@@ -15,12 +17,15 @@ __all__ = [
     "geglu_reference",
     "norm_rope",
     "norm_rope_reference",
+    "q8_matmul",
+    "q8_matmul_reference",
     "random_uniform",
     "random_uniform_reference",
     "residual_norm",
     "residual_norm_reference",
     "rms_norm",
     "rms_norm_reference",
+    "use",
     "write_cache",
     "write_cache_reference",
 ]

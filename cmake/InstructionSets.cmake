@@ -1,0 +1,24 @@
+# Which instruction sets the processor kernels are compiled for, and how.
+#
+# PYENGINE_INSTRUCTION_SETS  names, slowest first; also C++ namespaces
+# PYENGINE_FLAGS_<name>      compiler flags
+# PYENGINE_ISA_DEFINITIONS   PYENGINE_HAS_<name>, for csrc/isa.h
+string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" processor)
+if(CMAKE_OSX_ARCHITECTURES)
+  string(TOLOWER "${CMAKE_OSX_ARCHITECTURES}" processor)
+endif()
+
+if(processor MATCHES "^(x86_64|amd64)$")
+  set(PYENGINE_INSTRUCTION_SETS portable avx2 avx512)
+  set(PYENGINE_FLAGS_avx2 -mavx2 -mfma -mf16c)
+  set(PYENGINE_FLAGS_avx512
+    -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+elseif(processor MATCHES "^(arm64|aarch64)$")
+  set(PYENGINE_INSTRUCTION_SETS neon)
+else()
+  set(PYENGINE_INSTRUCTION_SETS portable)
+endif()
+
+foreach(isa IN LISTS PYENGINE_INSTRUCTION_SETS)
+  list(APPEND PYENGINE_ISA_DEFINITIONS PYENGINE_HAS_${isa})
+endforeach()

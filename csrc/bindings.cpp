@@ -1,0 +1,31 @@
+// bindings.cpp: the module pyengine._ext.
+
+#include "bindings.h"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "isa.h"
+#include "mlx/version.h"
+#include "pool.h"
+
+NB_MODULE(_ext, m) {
+  // Registers mx.array with nanobind before the first signature names it.
+  nb::module_::import_("mlx.core");
+
+  m.attr("built_for_mlx") = PYENGINE_MLX_VERSION;
+  m.def("running_mlx", [] { return std::string(mlx::core::version()); });
+
+  m.def("instruction_sets", &pyengine::instruction_sets);
+  m.def("instruction_set", [] {
+    return pyengine::instruction_sets()[pyengine::instruction_set()];
+  });
+  m.def("use_instruction_set", &pyengine::use_instruction_set, nb::arg("name"));
+  m.def("threads", [] { return pyengine::Pool::shared().threads(); });
+  m.def(
+      "set_threads",
+      [](int threads) { pyengine::Pool::shared().set_threads(threads); },
+      nb::arg("threads"));
+
+  pyengine::bind_q8_matmul(m);
+}

@@ -1,0 +1,12 @@
+#pragma once
+// bindings.h: each op binds itself, at the end of its own .cpp.
+
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+namespace pyengine {
+
+void bind_q8_matmul(nb::module_& m);
+
+} // namespace pyengine

@@ -1,0 +1,89 @@
+#pragma once
+// check.h: argument errors, all of the form `[op] what must rule but got
+// value.`
+//
+// They leave as std::invalid_argument, which Python sees as ValueError, while
+// the op is being called: nothing is deferred to evaluation.
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "mlx/array.h"
+#include "mlx/utils.h"
+
+namespace pyengine {
+
+namespace mx = mlx::core;
+
+template <typename Rule, typename Got>
+[[noreturn]] void
+fail(const char* op, const char* what, const Rule& rule, const Got& got) {
+  std::ostringstream text;
+  text << "[" << op << "] " << what << " must " << rule << " but got ";
+  if constexpr (std::is_same_v<Got, mx::Shape>) {
+    text << "[";
+    for (size_t i = 0; i < got.size(); ++i) {
+      text << (i ? ", " : "") << got[i];
+    }
+    text << "]";
+  } else {
+    text << got;
+  }
+  text << ".";
+  throw std::invalid_argument(text.str());
+}
+
+// Rules that name a shape or a dtype are built where they fail, with `fail`.
+template <typename Got>
+void check(
+    bool holds,
+    const char* op,
+    const char* what,
+    const char* rule,
+    const Got& got) {
+  if (!holds) [[unlikely]] {
+    fail(op, what, rule, got);
+  }
+}
+
+inline bool is_storage_dtype(mx::Dtype dtype) {
+  return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
+}
+
+inline void
+check_storage_dtype(const char* op, const char* what, const mx::array& a) {
+  check(
+      is_storage_dtype(a.dtype()),
+      op,
+      what,
+      "be float32, float16 or bfloat16",
+      a.dtype());
+}
+
+inline void check_dtype(
+    const char* op,
+    const char* what,
+    const mx::array& a,
+    mx::Dtype dtype,
+    const char* rule) {
+  check(a.dtype() == dtype, op, what, rule, a.dtype());
+}
+
+inline void check_shape(
+    const char* op,
+    const char* what,
+    const mx::array& a,
+    const mx::Shape& shape) {
+  if (a.shape() != shape) [[unlikely]] {
+    std::ostringstream rule;
+    rule << "have shape [";
+    for (size_t i = 0; i < shape.size(); ++i) {
+      rule << (i ? ", " : "") << shape[i];
+    }
+    rule << "]";
+    fail(op, what, rule.str(), a.shape());
+  }
+}
+
+} // namespace pyengine

@@ -1,0 +1,166 @@
+// q8_matmul: checks, primitive and launch plan; the arithmetic is in
+// q8_matmul_cpu.cpp.
+
+#include "q8_matmul.h"
+
+#include <nanobind/stl/optional.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "bindings.h"
+#include "check.h"
+#include "matmul.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "q8_matmul_cpu.h"
+
+namespace pyengine {
+
+namespace {
+
+constexpr const char* op = "q8_matmul";
+
+// Weights are contiguous already unless the caller sliced them; only then, or
+// while that is not known yet, does the graph get a copy.
+mx::array whole(const mx::array& a, mx::Stream stream) {
+  bool known = a.is_available() && a.flags().row_contiguous;
+  return known ? a : mx::contiguous(a, false, stream);
+}
+
+} // namespace
+
+Launch q8_matmul_plan(int M, int N, int K, int bits) {
+  // About 64 kB of weights: many groups per thread, so that threads finish
+  // together, each long enough to be worth handing out.
+  int row_bytes = std::max(1, K * bits / 8);
+  int columns = std::clamp((65536 / row_bytes + 7) / 8 * 8, 8, 1024);
+  Launch launch;
+  launch.slices = (M + max_rows - 1) / max_rows;
+  launch.columns = columns;
+  launch.groups = (N + columns - 1) / columns;
+  launch.scratch = size_t(std::min(M, max_rows)) * padded_width(K);
+  launch.work = int64_t(std::min(M, max_rows)) * N * K;
+  return launch;
+}
+
+mx::array q8_matmul(
+    const mx::array& x,
+    const mx::array& w,
+    const mx::array& scales,
+    const mx::array& biases,
+    int group_size,
+    int bits,
+    std::optional<mx::Dtype> out_dtype) {
+  check(bits == 4 || bits == 6 || bits == 8, op, "bits", "be 4, 6 or 8", bits);
+  check(
+      group_size == 32 || group_size == 64 || group_size == 128,
+      op,
+      "group_size",
+      "be 32, 64 or 128",
+      group_size);
+  check_storage_dtype(op, "x", x);
+  check(x.ndim() >= 1, op, "x", "have at least 1 dimension", x.ndim());
+  check_dtype(op, "w", w, mx::uint32, "be uint32");
+  check(w.ndim() == 2, op, "w", "have shape [N, K * bits / 32]", w.shape());
+  int K = x.shape(-1);
+  int N = w.shape(0);
+  if (K % group_size != 0) {
+    fail(
+        op,
+        "the last dimension of x",
+        "be a multiple of group_size " + std::to_string(group_size),
+        K);
+  }
+  check_shape(op, "w", w, {N, int(int64_t(K) * bits / 32)});
+  check_shape(op, "scales", scales, {N, K / group_size});
+  check_shape(op, "biases", biases, {N, K / group_size});
+  for (auto [what, a] : {std::pair{"scales", &scales}, {"biases", &biases}}) {
+    check_dtype(op, what, *a, x.dtype(), "have the dtype of x");
+  }
+  mx::Dtype dtype = out_dtype.value_or(x.dtype());
+  check(
+      dtype == x.dtype() || dtype == mx::float32,
+      op,
+      "out_dtype",
+      "be float32 or the dtype of x",
+      dtype);
+
+  auto stream = mx::to_stream({});
+  auto shape = x.shape();
+  shape.back() = N;
+  return mx::array(
+      std::move(shape),
+      dtype,
+      std::make_shared<Q8Matmul>(stream, group_size, bits),
+      {x, whole(w, stream), whole(scales, stream), whole(biases, stream)});
+}
+
+void Q8Matmul::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& x = inputs[0];
+  const auto& w = inputs[1];
+  const auto& scales = inputs[2];
+  const auto& biases = inputs[3];
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+
+  Rows rows(x);
+  Q8MatmulArgs args;
+  args.w = w.data<uint8_t>();
+  args.scales = scales.data<void>();
+  args.biases = biases.data<void>();
+  args.out = out.data<void>();
+  args.storage = storage_of(x.dtype());
+  args.out_storage = storage_of(out.dtype());
+  args.N = w.shape(0);
+  args.K = x.shape(-1);
+  args.group_size = group_size_;
+  args.bits = bits_;
+  Launch launch = q8_matmul_plan(rows.count(), args.N, args.K, bits_);
+  Order order = bits_ == 8 ? Order::plain
+      : bits_ == 6         ? Order::quads
+                           : Order::pairs;
+
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  encoder.set_input_array(x);
+  encoder.set_input_array(w);
+  encoder.set_input_array(scales);
+  encoder.set_input_array(biases);
+  encoder.set_output_array(out);
+  encoder.dispatch([rows = std::move(rows), launch, args, order] {
+    run_matmul(
+        rows, launch, args, order, PYENGINE_PICK_KERNEL(q8_matmul_columns));
+  });
+}
+
+void Q8Matmul::eval_gpu(
+    const std::vector<mx::array>&,
+    std::vector<mx::array>&) {
+  throw std::runtime_error(
+      "[q8_matmul] has no Metal kernel yet; "
+      "pyengine.ops.q8_matmul runs MLX's own op on a GPU.");
+}
+
+bool Q8Matmul::is_equivalent(const mx::Primitive& other) const {
+  const auto& o = static_cast<const Q8Matmul&>(other);
+  return group_size_ == o.group_size_ && bits_ == o.bits_;
+}
+
+void bind_q8_matmul(nb::module_& m) {
+  m.def(
+      "q8_matmul",
+      &q8_matmul,
+      nb::arg("x"),
+      nb::arg("w"),
+      nb::arg("scales"),
+      nb::arg("biases"),
+      nb::arg("group_size"),
+      nb::arg("bits"),
+      nb::arg("out_dtype").none());
+}
+
+} // namespace pyengine

@@ -1,0 +1,48 @@
+#pragma once
+// q8_matmul: x @ dequantize(w).T for MLX's affine quantisation.
+
+#include <optional>
+
+#include "launch.h"
+#include "mlx/mlx.h"
+#include "mlx/primitives.h"
+
+namespace pyengine {
+
+namespace mx = mlx::core;
+
+mx::array q8_matmul(
+    const mx::array& x, // [..., K]
+    const mx::array& w, // [N, K * bits / 32]
+    const mx::array& scales, // [N, K / group_size]
+    const mx::array& biases,
+    int group_size,
+    int bits,
+    std::optional<mx::Dtype> out_dtype);
+
+Launch q8_matmul_plan(int M, int N, int K, int bits);
+
+class Q8Matmul : public mx::Primitive {
+ public:
+  Q8Matmul(mx::Stream stream, int group_size, int bits)
+      : mx::Primitive(stream),
+        group_size_(group_size),
+        bits_(bits) {}
+
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  bool is_equivalent(const mx::Primitive& other) const override;
+  const char* name() const override {
+    return "Q8Matmul";
+  }
+
+ private:
+  int group_size_;
+  int bits_;
+};
+
+} // namespace pyengine

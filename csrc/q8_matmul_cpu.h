@@ -1,0 +1,30 @@
+#pragma once
+// q8_matmul_cpu.h: arguments of the processor kernel.
+
+#include "kernel.h"
+
+namespace pyengine {
+
+struct Q8MatmulArgs {
+  const uint8_t* w; // [N, K * bits / 8]
+  const void* scales; // [N, K / group_size], storage
+  const void* biases;
+  const float* x; // [M, padded_width(K)], permuted (rows_cpu.h)
+  void* out; // [M, N], out_storage
+  Storage storage;
+  Storage out_storage;
+  int M; // 1..max_rows
+  int N;
+  int K;
+  int group_size;
+  int bits;
+};
+
+// Writes columns [begin, end) of every row.
+PYENGINE_DECLARE_KERNEL(
+    q8_matmul_columns,
+    const Q8MatmulArgs& args,
+    int begin,
+    int end)
+
+} // namespace pyengine

@@ -1,0 +1,343 @@
+#pragma once
+// simd.h: sixteen float32 lanes, the same in every instruction set.
+//
+// F32x16 is one AVX-512 register, two of AVX2 or four of NEON. Since lanes,
+// fused multiply-adds and the order of sum() are the same everywhere, a kernel
+// written with it gives equal bits on AVX-512, AVX2 and NEON; only `portable`,
+// which multiplies and adds, rounds differently.
+//
+// Included by kernel files only (see kernel.h): everything here lives in the
+// namespace of one instruction set.
+
+#include <stdint.h>
+#include <string.h>
+
+#include "kernel.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if !defined(PYENGINE_ISA)
+#define PYENGINE_ISA portable // for editors; the build always defines it
+#endif
+
+#define PYENGINE_INLINE inline __attribute__((always_inline))
+#define PYENGINE_UNROLL _Pragma("GCC unroll 16")
+
+namespace pyengine::PYENGINE_ISA {
+
+constexpr int lanes = 16;
+
+#if defined(__AVX512F__)
+constexpr int native = 16;
+#elif defined(__AVX2__)
+constexpr int native = 8;
+#else
+constexpr int native = 4;
+#endif
+constexpr int parts = lanes / native;
+
+using NativeFloat = float __attribute__((vector_size(4 * native)));
+using NativeInt = int32_t __attribute__((vector_size(4 * native)));
+using NativeShort = uint16_t __attribute__((vector_size(2 * native)));
+
+// Storage formats, as bits.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+struct F32x16 {
+  NativeFloat part[parts];
+};
+
+// ---- Construction, loads and stores
+
+PYENGINE_INLINE F32x16 broadcast(float value) {
+  F32x16 r;
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+    r.part[i] = NativeFloat{} + value;
+  }
+  return r;
+}
+
+PYENGINE_INLINE F32x16 zero() {
+  return broadcast(0.0f);
+}
+
+PYENGINE_INLINE F32x16 load(const float* from) {
+  F32x16 r;
+  memcpy(&r, from, sizeof(r));
+  return r;
+}
+
+PYENGINE_INLINE void store(float* to, F32x16 a) {
+  memcpy(to, &a, sizeof(a));
+}
+
+namespace detail {
+
+PYENGINE_INLINE NativeInt as_int(NativeFloat a) {
+  NativeInt r;
+  memcpy(&r, &a, sizeof(r));
+  return r;
+}
+
+PYENGINE_INLINE NativeFloat as_float(NativeInt a) {
+  NativeFloat r;
+  memcpy(&r, &a, sizeof(r));
+  return r;
+}
+
+// Where `mask` is all ones, a; elsewhere b.
+PYENGINE_INLINE NativeInt select(NativeInt mask, NativeInt a, NativeInt b) {
+  return (mask & a) | (~mask & b);
+}
+
+PYENGINE_INLINE NativeInt widen(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return NativeInt(_mm512_cvtepu16_epi32(_mm256_loadu_si256((__m256i*)from)));
+#elif defined(__AVX2__)
+  return NativeInt(_mm256_cvtepu16_epi32(_mm_loadu_si128((__m128i*)from)));
+#else
+  NativeShort s;
+  memcpy(&s, from, sizeof(s));
+  return __builtin_convertvector(s, NativeInt);
+#endif
+}
+
+PYENGINE_INLINE void narrow(uint16_t* to, NativeInt a) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(__m512i(a)));
+#elif defined(__AVX2__)
+  __m128i low = _mm256_castsi256_si128(__m256i(a));
+  __m128i high = _mm256_extracti128_si256(__m256i(a), 1);
+  _mm_storeu_si128((__m128i*)to, _mm_packus_epi32(low, high));
+#else
+  NativeShort s = __builtin_convertvector(a, NativeShort);
+  memcpy(to, &s, sizeof(s));
+#endif
+}
+
+PYENGINE_INLINE NativeFloat widen_half(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256((__m256i*)from));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128((__m128i*)from));
+#elif defined(__aarch64__)
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+#else
+  // The exponent moves by 112, which a multiplication does for subnormals too;
+  // infinities and NaNs get the largest exponent afterwards.
+  NativeInt h = widen(from);
+  NativeInt magnitude = (h & 0x7fff) << 13;
+  NativeFloat f = as_float(magnitude) * 0x1p112f;
+  NativeInt special = (h & 0x7c00) == 0x7c00;
+  NativeInt bits = as_int(f) | (special & 0x7f800000);
+  return as_float(bits | ((h & 0x8000) << 16));
+#endif
+}
+
+PYENGINE_INLINE void narrow_half(uint16_t* to, NativeFloat a) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(
+      (__m256i*)to,
+      _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(a)));
+#else
+  NativeInt bits = as_int(a);
+  NativeInt sign = (bits >> 16) & 0x8000;
+  NativeInt magnitude = bits & 0x7fffffff;
+  // Normal results: round the 13 dropped bits to nearest, ties to even.
+  NativeInt odd = (magnitude >> 13) & 1;
+  NativeInt normal = ((magnitude + 0xfff + odd) >> 13) - (112 << 10);
+  // Subnormal results: adding 0.5 leaves the rounded fraction in the low bits.
+  NativeInt small = as_int(as_float(magnitude) + 0.5f) - 0x3f000000;
+  NativeInt h = select(magnitude < (113 << 23), small, normal);
+  h = select(magnitude >= (143 << 23), NativeInt{} + 0x7c00, h);
+  h = select(magnitude > 0x7f800000, NativeInt{} + 0x7e00, h);
+  narrow(to, h | sign);
+#endif
+}
+
+PYENGINE_INLINE NativeInt round_bfloat(NativeFloat a) {
+  NativeInt bits = as_int(a);
+  // Nearest, ties to even; a NaN would otherwise round to infinity.
+  NativeInt rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  NativeInt nan = (bits & 0x7fffffff) > 0x7f800000;
+  return select(nan, NativeInt{} + 0x7fc0, rounded) & 0xffff;
+}
+
+} // namespace detail
+
+PYENGINE_INLINE F32x16 load(const BFloat* from) {
+  F32x16 r;
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+    r.part[i] = detail::as_float(detail::widen(&from[i * native].bits) << 16);
+  }
+  return r;
+}
+
+PYENGINE_INLINE F32x16 load(const Half* from) {
+  F32x16 r;
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+    r.part[i] = detail::widen_half(&from[i * native].bits);
+  }
+  return r;
+}
+
+PYENGINE_INLINE void store(BFloat* to, F32x16 a) {
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+    detail::narrow(&to[i * native].bits, detail::round_bfloat(a.part[i]));
+  }
+}
+
+PYENGINE_INLINE void store(Half* to, F32x16 a) {
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+    detail::narrow_half(&to[i * native].bits, a.part[i]);
+  }
+}
+
+// The first `count` < 16 elements; the other lanes are 0.
+template <typename T>
+PYENGINE_INLINE F32x16 load(const T* from, int count) {
+  T padded[lanes] = {};
+  memcpy(padded, from, count * sizeof(T));
+  return load(padded);
+}
+
+template <typename T>
+PYENGINE_INLINE void store(T* to, F32x16 a, int count) {
+  T padded[lanes];
+  store(padded, a);
+  memcpy(to, padded, count * sizeof(T));
+}
+
+template <typename T>
+PYENGINE_INLINE float to_float(T value) {
+  float r[lanes];
+  store(r, load(&value, 1));
+  return r[0];
+}
+
+PYENGINE_INLINE float to_float(float value) {
+  return value;
+}
+
+PYENGINE_INLINE float to_float(BFloat value) {
+  uint32_t bits = uint32_t(value.bits) << 16;
+  float r;
+  memcpy(&r, &bits, sizeof(r));
+  return r;
+}
+
+// Sixteen bytes as numbers 0..255.
+PYENGINE_INLINE F32x16 load(const uint8_t* from) {
+  F32x16 r;
+#if defined(__AVX512F__)
+  __m128i bytes = _mm_loadu_si128((const __m128i*)from);
+  r.part[0] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+#elif defined(__AVX2__)
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+    __m128i bytes = _mm_loadl_epi64((const __m128i*)(from + 8 * i));
+    r.part[i] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+  }
+#else
+  using Bytes = uint8_t __attribute__((vector_size(native)));
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+    Bytes bytes;
+    memcpy(&bytes, from + native * i, sizeof(bytes));
+    r.part[i] = __builtin_convertvector(
+        __builtin_convertvector(bytes, NativeInt), NativeFloat);
+  }
+#endif
+  return r;
+}
+
+// ---- Arithmetic
+
+#define PYENGINE_LANEWISE(op)                              \
+  PYENGINE_INLINE F32x16 operator op(F32x16 a, F32x16 b) { \
+    PYENGINE_UNROLL                                        \
+    for (int i = 0; i < parts; ++i) {                      \
+      a.part[i] = a.part[i] op b.part[i];                  \
+    }                                                      \
+    return a;                                              \
+  }
+PYENGINE_LANEWISE(+)
+PYENGINE_LANEWISE(-)
+PYENGINE_LANEWISE(*)
+PYENGINE_LANEWISE(/)
+#undef PYENGINE_LANEWISE
+
+// a * b + c with one rounding, or with two in `portable`, whose machines would
+// have to emulate it.
+PYENGINE_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+#if defined(__AVX512F__)
+    c.part[i] = _mm512_fmadd_ps(a.part[i], b.part[i], c.part[i]);
+#elif defined(__AVX2__)
+    c.part[i] = _mm256_fmadd_ps(a.part[i], b.part[i], c.part[i]);
+#elif defined(__aarch64__)
+    c.part[i] = vfmaq_f32(c.part[i], a.part[i], b.part[i]);
+#else
+    c.part[i] = a.part[i] * b.part[i] + c.part[i];
+#endif
+  }
+  return c;
+}
+
+PYENGINE_INLINE F32x16 max(F32x16 a, F32x16 b) {
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+    NativeInt greater = a.part[i] > b.part[i];
+    a.part[i] = detail::as_float(
+        detail::select(
+            greater, detail::as_int(a.part[i]), detail::as_int(b.part[i])));
+  }
+  return a;
+}
+
+// ---- Across lanes, in a fixed tree: lane i with i + 8, then + 4, + 2, + 1
+
+PYENGINE_INLINE float sum(F32x16 a) {
+  float t[lanes];
+  store(t, a);
+  PYENGINE_UNROLL
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) {
+      t[i] += t[i + step];
+    }
+  }
+  return t[0];
+}
+
+PYENGINE_INLINE float max(F32x16 a) {
+  float t[lanes];
+  store(t, a);
+  PYENGINE_UNROLL
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) {
+      t[i] = t[i] > t[i + step] ? t[i] : t[i + step];
+    }
+  }
+  return t[0];
+}
+
+} // namespace pyengine::PYENGINE_ISA

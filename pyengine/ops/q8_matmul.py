@@ -1,0 +1,63 @@
+import mlx.core as mx
+
+from pyengine import _ext
+
+from .switch import chosen
+
+
+def q8_matmul(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    group_size: int = 64,
+    bits: int = 8,
+    *,
+    out_dtype: mx.Dtype | None = None,
+) -> mx.array:
+    """Multiply rows by a quantised matrix, reading each weight once for up to 16 rows.
+
+    ``out[m, n] = sum over k of x[m, k] * (q[n, k] * scales[n, k / g] + biases[n, k / g])`` with ``g``
+    the group size and ``q`` the packed integers of MLX's affine quantisation. Weights dequantise to
+    float32, unrounded; the sum is float32, in an order that depends on K alone. More than 16 rows
+    run as slices of 16. On a GPU MLX's ``quantized_matmul`` serves, which is not row-stable.
+
+    Args:
+        x: ``[..., K]``, float32, float16 or bfloat16; any strides; K is a multiple of the group size.
+        w: uint32 ``[N, K * bits / 32]``, as ``mx.quantize`` packs it.
+        scales: ``[N, K / g]``, dtype of ``x``.
+        biases: ``[N, K / g]``, dtype of ``x``.
+        group_size: 32, 64 or 128 weights share a scale and a bias.
+        bits: 8, 6 or 4 per weight.
+        out_dtype: float32 or the dtype of ``x``; None is the dtype of ``x``.
+
+    Returns:
+        ``[..., N]``.
+
+    Raises:
+        ValueError: A shape, dtype or limit above does not hold.
+    """
+    out = _ext.q8_matmul(x, w, scales, biases, group_size, bits, out_dtype)  # checks in every case
+    implementation = chosen()
+    if implementation == "native":
+        return out
+    if implementation == "reference":
+        return q8_matmul_reference(x, w, scales, biases, group_size, bits, out_dtype=out_dtype)
+    out = mx.quantized_matmul(x, w, scales, biases, True, group_size, bits)
+    return out.astype(out_dtype or x.dtype)
+
+
+def q8_matmul_reference(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    group_size: int = 64,
+    bits: int = 8,
+    *,
+    out_dtype: mx.Dtype | None = None,
+) -> mx.array:
+    """The same in plain MLX."""
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    weights = mx.dequantize(w, scales, biases, group_size, bits)  # [N, K]
+    return (x.astype(mx.float32) @ weights.T).astype(out_dtype or x.dtype)

@@ -1,0 +1,50 @@
+"""The binding itself: versions, one array through it, what this machine runs."""
+
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from pyengine import _ext
+
+
+def test_built_for_the_mlx_that_runs() -> None:
+    assert _ext.built_for_mlx == _ext.running_mlx() == mx.__version__.split("+")[0]
+
+
+def test_an_array_passes_the_binding() -> None:
+    """With a nanobind that is not MLX's, mx.array is an unknown type: a TypeError, here, by name."""
+    w, scales, biases = mx.quantize(mx.eye(64), 64, 8)
+    out = _ext.q8_matmul(mx.ones((1, 64)), w, scales, biases, 64, 8, None)
+    assert isinstance(out, mx.array)
+    np.testing.assert_allclose(np.array(out), np.ones((1, 64)), atol=1e-2)
+
+
+def test_another_mlx_is_refused_with_the_way_out() -> None:
+    code = "import mlx.core as mx; mx.__version__ = '0.99.0'; import pyengine"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "mlx must be 0.32.4 but got 0.99.0. Run: pip install 'mlx==0.32.4'" in run.stderr
+
+
+def test_instruction_sets_switch() -> None:
+    best = _ext.instruction_set()
+    assert best == _ext.instruction_sets()[-1]
+    with pytest.raises(ValueError, match=r"\[use\] instruction set must be one of .* but got z80"):
+        _ext.use_instruction_set("z80")
+    try:
+        for name in _ext.instruction_sets():
+            _ext.use_instruction_set(name)
+            assert _ext.instruction_set() == name
+    finally:
+        _ext.use_instruction_set(best)
+
+
+def test_threads_are_checked() -> None:
+    assert 1 <= _ext.threads() <= (os.cpu_count() or 1)
+    for threads in (0, 257):
+        with pytest.raises(ValueError, match=r"\[use\] threads must be between 1 and 256 but got"):
+            _ext.set_threads(threads)
