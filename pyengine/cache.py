@@ -1,0 +1,137 @@
+"""Keys and values of one generation: append, commit, rollback.
+
+Full layers are linear and grow in steps. Sliding layers are rings of ``window - 1 + max_block``
+slots: a block may be written and any tail of it refused without losing a key that a later position
+needs, so rollback is only a length that did not move. Position p of a ring lies in slot ``p % C``.
+
+Writes happen in place (:func:`pyengine.ops.write_cache`), which is safe under three rules kept
+here: the returned handle is the only one; every write depends on the calls that read the cache
+before it (:meth:`Cache.read_by`, :meth:`Cache.order`); readers mask by ``length``, so what lies
+beyond it is nothing.
+"""
+
+import mlx.core as mx
+
+from pyengine import ops
+from pyengine.config import TargetConfig
+
+CAPACITY_STEP = 512
+
+
+class Cache:
+    """Keys and values ``[1, K, C, D]`` of the layers that have their own, for one generation.
+
+    ``length`` is the number of committed positions, on the device; ``bound`` is a number the host
+    knows it not to exceed. Lists are indexed by layer and hold None where a layer shares.
+    """
+
+    def __init__(self, config: TargetConfig, max_block: int, dtype: mx.Dtype) -> None:
+        if max_block < 1:
+            raise ValueError(f"[cache] max_block must be at least 1 but got {max_block}.")
+        self.config = config
+        self.max_block = max_block
+        self.window = config.window
+        self.length = mx.array(0, dtype=mx.int32)
+        self.bound = 0
+        self.keys: list[mx.array | None] = []
+        self.values: list[mx.array | None] = []
+        self._reads: list[mx.array] = []
+        for i, layer in enumerate(config.layers):
+            slots = config.window - 1 + max_block if layer.sliding else CAPACITY_STEP
+            shape = (1, layer.num_kv_heads, slots, layer.head_dim)
+            own = layer.kv_source == i
+            self.keys.append(mx.zeros(shape, dtype) if own else None)
+            self.values.append(mx.zeros(shape, dtype) if own else None)
+        mx.eval(self.arrays)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Everything a caller has to evaluate to have the cache evaluated."""
+        return [a for a in [*self.keys, *self.values, self.length] if a is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays)
+
+    def commit(self, count: mx.array, bound: int) -> None:
+        """Keep ``count`` (int32 []) of the positions written last; ``bound`` limits the new length.
+
+        Positions written and not committed are rolled back by this, at no cost.
+        """
+        self.length = self.length + count
+        self.bound = bound
+
+    def order(self, x: mx.array) -> mx.array:
+        """x, made to depend on all calls that read the cache so far."""
+        reads, self._reads = self._reads, []
+        return mx.depends([x], reads)[0] if reads else x
+
+    def read_by(self, result: mx.array) -> None:
+        """Note a result that depends on reading the cache; the next call's writes wait for it."""
+        self._reads.append(result)
+
+    def append(
+        self, i: int, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """Write the keys and values [1, T, K, D] of layer i behind the committed positions.
+
+        Returns what the T positions attend to: keys, values, and the position that lies in slot 0
+        (None for 0). Commits nothing.
+        """
+        old_keys, old_values = self.keys[i], self.values[i]
+        assert old_keys is not None and old_values is not None
+        T, slots = keys.shape[1], old_keys.shape[2]
+        if not self.config.layers[i].sliding:
+            grow = _round_up(self.bound + T, CAPACITY_STEP) - slots
+            if grow > 0:
+                old_keys, old_values = _grown(old_keys, grow), _grown(old_values, grow)
+        elif self.max_block < T:
+            return self._append_chunk(i, keys, values)
+        self.keys[i] = new_keys = ops.write_cache(old_keys, keys, self.length)
+        self.values[i] = new_values = ops.write_cache(old_values, values, self.length)
+        return new_keys, new_values, None
+
+    def _append_chunk(
+        self, i: int, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """A prefill chunk that the ring cannot hold: attend a copy, keep the newest keys.
+
+        The copy is the ``window - 1`` keys before the chunk, then the chunk's own.
+        """
+        ring_keys, ring_values = self.keys[i], self.values[i]
+        assert ring_keys is not None and ring_values is not None
+        T, slots = keys.shape[1], ring_keys.shape[2]
+        start = self.length - (self.window - 1)  # negative near the beginning; masked there
+        newest = (start + mx.arange(self.window - 1, dtype=mx.int32)) % slots
+        seen = [
+            mx.concatenate([mx.take(ring, newest, axis=2), new.swapaxes(1, 2)], axis=2)
+            for ring, new in ((ring_keys, keys), (ring_values, values))
+        ]
+        # The write must not overtake the reads above
+        kept = min(T, slots)
+        tail_keys, tail_values = mx.depends([keys[:, T - kept :], values[:, T - kept :]], seen)
+        offset = self.length + (T - kept)
+        self.keys[i] = ops.write_cache(ring_keys, tail_keys, offset)
+        self.values[i] = ops.write_cache(ring_values, tail_values, offset)
+        return seen[0], seen[1], start
+
+    def snapshot(self) -> "Cache":
+        """An independent copy of the committed state; copies every array."""
+        copy = object.__new__(Cache)
+        copy.__dict__.update(self.__dict__)
+        # A product by one is a new buffer; a plain handle would see later writes
+        copy.keys = [None if a is None else a * 1 for a in self.keys]
+        copy.values = [None if a is None else a * 1 for a in self.values]
+        copy._reads = []
+        mx.eval(copy.arrays)
+        return copy
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def _grown(a: mx.array, slots: int) -> mx.array:
+    """The linear cache a with zeroed slots behind it."""
+    B, K, _, D = a.shape
+    return mx.concatenate([a, mx.zeros((B, K, slots, D), a.dtype)], axis=2)

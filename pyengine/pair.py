@@ -1,0 +1,292 @@
+"""A target and its assistant on disk: find, check, load.
+
+A bundle is a folder with ``mtplx_pair.json`` and two checkpoint folders (``target`` and
+``assistant`` unless the manifest names others); two checkpoint folders do as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, cast
+
+import mlx.core as mx
+
+from pyengine.assistant import POSITIONS, Assistant, Position
+from pyengine.config import (
+    TargetConfig,
+    check_pair,
+    published_name,
+    read_assistant_config,
+    read_target_config,
+)
+from pyengine.target import Target, check_ids
+from pyengine.weights import load_assistant_weights, load_target_weights
+
+if TYPE_CHECKING:
+    from pyengine.tokenizer import Tokenizer
+
+MANIFEST = "mtplx_pair.json"
+SAMPLING = {"temperature": 1.0, "top_p": 0.95, "top_k": 64}
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What the checkpoint's authors recommend; ``num_draft`` is None where they say nothing."""
+
+    stop_ids: tuple[int, ...]
+    temperature: float
+    top_p: float
+    top_k: int
+    suppress_tokens: tuple[int, ...]
+    num_draft: int | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A loaded target with its assistant (None: plain decoding only) and what belongs to them.
+
+    ``verified`` says that the geometry is one of the five published pairs', ``embedded`` that this
+    is the pair inside the package. ``path`` is the bundle, or the target's folder.
+    """
+
+    target: Target
+    assistant: Assistant | None
+    generation: GenerationDefaults
+    path: Path
+    target_path: Path
+    name: str
+    verified: bool
+    embedded: bool
+    manifest: dict[str, Any]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The target's tokenizer, read when first asked for."""
+        from pyengine.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.target_path)
+
+    def logits(self, ids: Sequence[int]) -> mx.array:
+        """The target's logits after each of these tokens.
+
+        Args:
+            ids: T token ids; at most the context.
+
+        Returns:
+            ``[T, V]``, float32, after the softcap and before any sampling filter.
+
+        Raises:
+            ValueError: No ids, too many, or one outside the vocabulary.
+        """
+        self._check_room("logits", len(ids))
+        return self.target.logits(list(ids))
+
+    def draft(self, ids: Sequence[int], k: int) -> list[int]:
+        """What the assistant proposes, greedily, to follow these tokens.
+
+        The target processes all but the last token, as it has in a round. Evaluates.
+
+        Args:
+            ids: At least two token ids.
+            k: Number of drafts, at least 1.
+
+        Returns:
+            k token ids.
+
+        Raises:
+            ValueError: The pair has no assistant, or an argument breaks a rule above.
+        """
+        if self.assistant is None:
+            raise ValueError("[draft] the pair must have an assistant; load one with assistant=.")
+        if len(ids) < 2:
+            raise ValueError(f"[draft] ids must hold at least 2 tokens but got {len(ids)}.")
+        if k < 1:
+            raise ValueError(f"[draft] k must be at least 1 but got {k}.")
+        self._check_room("draft", len(ids))
+        check_ids("draft", list(ids), self.target.config.vocab_size)
+        cache = self.target.new_cache(1)
+        _, hidden = self.target.prefill(list(ids[:-1]), cache)
+        token = mx.array([ids[-1]], dtype=mx.int32)
+        drafts = []
+        for _ in range(k):
+            logits, hidden = self.assistant.step(self.target.embed(token), hidden, cache)
+            token = mx.argmax(logits, axis=-1).astype(mx.int32)
+            drafts.append(token)
+        return cast("list[int]", mx.concatenate(drafts).tolist())
+
+    def _check_room(self, what: str, count: int) -> None:
+        if count > self.target.context:
+            raise ValueError(
+                f"[{what}] ids must fit the context of {self.target.context} tokens but got "
+                f"{count}."
+            )
+
+
+def load(
+    target: str | Path | None = None,
+    assistant: str | Path | None = None,
+    bundle: str | Path | None = None,
+    *,
+    dtype: mx.Dtype | None = None,
+    position: Position = "n-1",
+) -> Pair:
+    """Load a pair: two checkpoint folders, a bundle, or (nothing given) the embedded pair.
+
+    Args:
+        target: Folder of a Gemma 4 checkpoint, Hugging Face or MLX form.
+        assistant: Folder of its assistant; without one the pair can only decode plainly.
+        bundle: Folder with ``mtplx_pair.json``; instead of the two above.
+        dtype: Convert to float32, float16 or bfloat16; None keeps the checkpoint's.
+        position: Where the assistant's query sits, ``"n-1"`` or ``"n-2"``. Changes acceptance at
+            most, never the output's distribution.
+
+    Returns:
+        The pair; its tokenizer is read when first used.
+
+    Raises:
+        ValueError: A folder is not what it should be, or the two are no pair.
+    """
+    if dtype not in (None, mx.float32, mx.float16, mx.bfloat16):
+        raise ValueError(f"[load] dtype must be float32, float16 or bfloat16 but got {dtype}.")
+    if position not in POSITIONS:
+        raise ValueError(f"[load] position must be n-1 or n-2 but got {position!r}.")
+    if bundle is not None and (target is not None or assistant is not None):
+        raise ValueError("[load] bundle must stand alone but target or assistant is given too.")
+    if assistant is not None and target is None:
+        raise ValueError("[load] assistant must come with a target but got none.")
+
+    embedded = bundle is None and target is None
+    manifest: dict[str, Any] = {}
+    if target is None:
+        path = _folder(_embedded_path() if bundle is None else Path(bundle), "bundle")
+        manifest = _read_manifest(path)
+        target_path = _folder(_inside(path, manifest, "target"), "target")
+        assistant_path: Path | None = _folder(_inside(path, manifest, "assistant"), "assistant")
+    else:
+        path = target_path = _folder(Path(target), "target")
+        assistant_path = None if assistant is None else _folder(Path(assistant), "assistant")
+
+    # Both configs are read and compared before the first gigabyte is
+    target_config = read_target_config(target_path)
+    name, verified = path.name, False
+    loaded: Assistant | None = None
+    if assistant_path is not None:
+        assistant_config = read_assistant_config(assistant_path)
+        check_pair(target_config, assistant_config)
+        published = published_name(target_config, assistant_config)
+        name, verified = published or name, published is not None
+    generation = _read_generation(target_path, assistant_path, target_config, manifest)
+    weights = load_target_weights(target_path, target_config, dtype)
+    if assistant_path is not None:
+        own = load_assistant_weights(assistant_path, assistant_config, dtype)
+        if own.dtype != weights.dtype:
+            raise ValueError(
+                f"[load] the assistant's dtype must equal the target's {weights.dtype} but got "
+                f"{own.dtype}; pass dtype= to convert both."
+            )
+        loaded = Assistant(assistant_config, target_config, own, position)
+    return Pair(
+        target=Target(target_config, weights),
+        assistant=loaded,
+        generation=generation,
+        path=path,
+        target_path=target_path,
+        name=str(manifest.get("name", name)),
+        verified=verified,
+        embedded=embedded,
+        manifest=manifest,
+    )
+
+
+def _embedded_path() -> Path:
+    return Path(str(resources.files("pyengine"))) / "nano"
+
+
+def _folder(path: Path, what: str) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"[load] {what} must be a folder but got {path}.")
+    return path
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise ValueError(
+            f"[load] {path} has no {MANIFEST}; is it a bundle? A checkpoint folder goes to "
+            "target= or assistant=."
+        )
+    return _read_object(file)
+
+
+def _inside(bundle: Path, manifest: dict[str, Any], part: str) -> Path:
+    """Folder of one half of a bundle, as the manifest names it; never outside the bundle."""
+    layout = manifest.get("layout", {})
+    name = layout.get(part, part) if isinstance(layout, dict) else None
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"[load] `layout.{part}` of {MANIFEST} must name a folder.")
+    for kind in (PurePosixPath(name), PureWindowsPath(name)):
+        if kind.is_absolute() or kind.drive or kind.root or ".." in kind.parts:
+            raise ValueError(
+                f"[load] `layout.{part}` of {MANIFEST} must lie inside the bundle but got {name!r}."
+            )
+    return bundle / name
+
+
+def _read_generation(
+    target: Path, assistant: Path | None, config: TargetConfig, manifest: dict[str, Any]
+) -> GenerationDefaults:
+    """Sampling defaults: generation_config.json, then the manifest's benchmark, then ours."""
+    own = _read_optional(target / "generation_config.json")
+    theirs = _read_optional(assistant / "generation_config.json") if assistant else {}
+    benchmark = manifest.get("benchmark", {})
+    if not isinstance(benchmark, dict):
+        raise ValueError(f"[load] `benchmark` of {MANIFEST} must be an object.")
+    found = {
+        key: next((s[key] for s in (own, benchmark) if s.get(key) is not None), default)
+        for key, default in SAMPLING.items()
+    }
+    for key, value in found.items():
+        if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+            raise ValueError(f"[load] the default {key} must be a number but got {value!r}.")
+    eos = own.get("eos_token_id")
+    num_draft = theirs.get("num_assistant_tokens")
+    if num_draft is not None and (type(num_draft) is not int or num_draft < 1):
+        raise ValueError(f"[load] num_assistant_tokens must be positive but got {num_draft!r}.")
+    return GenerationDefaults(
+        stop_ids=config.eos_ids if eos is None else _token_ids("eos_token_id", eos, config),
+        temperature=float(found["temperature"]),
+        top_p=float(found["top_p"]),
+        top_k=int(found["top_k"]),
+        suppress_tokens=_token_ids("suppress_tokens", own.get("suppress_tokens") or [], config),
+        num_draft=num_draft,
+    )
+
+
+def _token_ids(key: str, value: Any, config: TargetConfig) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
+        raise ValueError(
+            f"[load] `{key}` of generation_config.json must hold ids from 0 to "
+            f"{config.vocab_size - 1} but got {value!r}."
+        )
+    return tuple(ids)
+
+
+def _read_optional(file: Path) -> dict[str, Any]:
+    return _read_object(file) if file.is_file() else {}
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"[load] {file} is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"[load] {file} must hold a JSON object.")
+    return value

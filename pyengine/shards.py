@@ -1,0 +1,88 @@
+"""The safetensors files of a checkpoint folder: which they are, and what their headers promise.
+
+Headers are checked against the files before anything is read by them: a file that is cut off or
+lies about itself is one clear sentence, not a crash inside a reader.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+Shape = tuple[int, ...]
+
+BYTES = {
+    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1},
+    **{"U16": 2, "I16": 2, "F16": 2, "BF16": 2},
+    **{"U32": 4, "I32": 4, "F32": 4},
+    **{"U64": 8, "I64": 8, "F64": 8},
+}
+
+
+def read_headers(folder: Path) -> Iterator[tuple[Path, dict[str, Shape]]]:
+    """Each safetensors file of a checkpoint folder with the shapes its checked header gives."""
+    index_path = folder / "model.safetensors.index.json"
+    if not index_path.is_file():
+        path = folder / "model.safetensors"
+        if not path.is_file():
+            raise ValueError(f"[load] {folder} has no model.safetensors and no index of shards.")
+        yield path, read_header(path)
+        return
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"[load] {index_path} must map tensor names to files.") from None
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+            raise ValueError(f"[load] a shard must be a file in {folder} but got {shard!r}.")
+        path = folder / shard
+        if not path.is_file():
+            raise ValueError(f"[load] {folder} misses the shard {shard}; is it all downloaded?")
+        header = read_header(path)
+        listed = [name for name, file in weight_map.items() if file == shard]
+        absent = [name for name in listed if name not in header]
+        if absent:
+            raise ValueError(f"[load] {path} misses `{absent[0]}`, which the index puts there.")
+        yield path, header
+
+
+def read_header(path: Path) -> dict[str, Shape]:
+    """Shapes by name from a safetensors header, after checking that the file can hold them.
+
+    Raises:
+        ValueError: The header is cut off, is not JSON, or promises bytes that are not there.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, 1 << 27):
+            raise ValueError(f"[load] {path} is cut off or not a safetensors file.")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        shapes = {}
+        spans = []
+        for name, entry in entries.items():
+            shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+            numbers = [*shape, begin, end]
+            if not all(type(n) is int and n >= 0 for n in numbers) or begin > end:
+                raise ValueError(f"`{name}` has no sound shape and offsets")
+            if entry["dtype"] not in BYTES:
+                raise ValueError(f"`{name}` has the unknown dtype {entry['dtype']!r}")
+            if math.prod(shape) * BYTES[entry["dtype"]] != end - begin:
+                raise ValueError(f"`{name}` has {end - begin} bytes, which do not fit its shape")
+            if end > size - 8 - length:
+                raise ValueError(f"`{name}` ends past the end of the file")
+            shapes[name] = shape
+            spans.append((begin, end, name))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = error if isinstance(error, ValueError) else "an entry has a wrong form"
+        raise ValueError(f"[load] the header of {path} is damaged: {why}.") from None
+    spans.sort()
+    for (_, end, _), (begin, _, name) in itertools.pairwise(spans):
+        if begin < end:
+            raise ValueError(f"[load] the header of {path} is damaged: `{name}` overlaps another.")
+    return shapes
