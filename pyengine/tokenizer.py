@@ -1,0 +1,439 @@
+"""Text to token ids and back: tokenizer.json and tokenizer.model behind one face.
+
+The library under it (``tokenizers`` or ``sentencepiece``) only splits ordinary text into pieces.
+Special tokens, byte pieces and decoding are handled here, so both files of one vocabulary give the
+same ids and the same text. Ids are always looked up by string, never assumed.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+Message = dict[str, Any]
+
+MAX_TEMPLATE_BYTES = 1 << 20
+MAX_RENDERED_CHARS = 1 << 24
+MAX_TEMPLATE_WORK = 1_000_000  # calls, and elements of ranges and repeated strings
+
+# Gemma 4's marks carry a bar inside an angle bracket: <|turn>, <turn|>, <|"|>. A tokenizer.model
+# does not say which of its user-defined pieces are marks and which are text such as <table>.
+_MARK = re.compile(r"<\|[^<>\s]*>|<[^<>\s]*\|>")
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_SPACE = "\u2581"
+_PROBE = "  a  b "
+
+
+class Pieces(Protocol):
+    """What a tokenizer library is asked for."""
+
+    size: int
+    special: dict[str, int]  # marks the file itself declares
+    names: dict[str, int]  # bos_token, eos_token, ... where the file numbers them
+
+    def split(self, text: str) -> list[int]: ...
+
+    def piece(self, token: int) -> str: ...
+
+    def find(self, piece: str) -> int | None: ...
+
+
+class JsonPieces:
+    """A tokenizer.json, read by ``tokenizers``."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as Library
+
+        try:
+            self._library = Library.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"[tokenizer] {path} cannot be read: {error}.") from error
+        self._library.no_truncation()
+        self._library.no_padding()
+        added = self._library.get_added_tokens_decoder()
+        self.size = self._library.get_vocab_size(with_added_tokens=True)
+        self.special = {
+            token.content: i
+            for i, token in added.items()
+            if token.special or _MARK.fullmatch(token.content)
+        }
+        self.names: dict[str, int] = {}
+
+    def split(self, text: str) -> list[int]:
+        return list(self._library.encode(text, add_special_tokens=False).ids)
+
+    def piece(self, token: int) -> str:
+        return self._library.id_to_token(token) or ""
+
+    def find(self, piece: str) -> int | None:
+        return self._library.token_to_id(piece)
+
+
+class SentencePieces:
+    """A tokenizer.model, read by ``sentencepiece``."""
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._library = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"[tokenizer] {path} cannot be read: {error}.") from error
+        self.size = self._library.vocab_size()
+        pieces = self._library.id_to_piece(list(range(self.size)))
+        self._ids = {piece: i for i, piece in enumerate(pieces)}
+        self.special = {
+            piece: i
+            for i, piece in enumerate(pieces)
+            if self._library.is_control(i) or self._library.is_unknown(i) or _MARK.fullmatch(piece)
+        }
+        numbered = {
+            "bos_token": self._library.bos_id(),
+            "eos_token": self._library.eos_id(),
+            "pad_token": self._library.pad_id(),
+            "unk_token": self._library.unk_id(),
+        }
+        self.names = {name: i for name, i in numbered.items() if i >= 0}
+
+    def split(self, text: str) -> list[int]:
+        return list(self._library.encode(text, out_type=int))
+
+    def piece(self, token: int) -> str:
+        return str(self._library.id_to_piece(token))
+
+    def find(self, piece: str) -> int | None:
+        return self._ids.get(piece)
+
+
+class Tokenizer:
+    """Encodes, decodes and renders the chat template of one checkpoint.
+
+    Special tokens written in ``encode``'s text become their ids, as in every Gemma tool: whoever
+    writes the raw text may open turns. :meth:`encode_chat` differs where it matters: in the
+    messages of the roles ``user`` and ``tool`` such strings stay ordinary text, so a quoted
+    ``<turn|>`` cannot end the turn it is in.
+    """
+
+    def __init__(self, pieces: Pieces, config: dict[str, Any], template: str | None) -> None:
+        self._pieces = pieces
+        names = _named_tokens(config)
+        self._special = {**pieces.special, **_look_up(pieces, names)}
+        self._roles = {name: token for name, token in names.items() if token in self._special}
+        for name, token in pieces.names.items():
+            self._roles.setdefault(name, pieces.piece(token))
+        self.special_ids = frozenset(self._special.values())
+        ordered = sorted(self._special, key=len, reverse=True)
+        either = "|".join(map(re.escape, ordered)) or "(?!)"
+        self._split_special = re.compile(f"({either})")
+        self._bytes: dict[int, bytes] = {}
+        bos = self._roles.get("bos_token", "<bos>")
+        self.bos_id = self._special.get(bos)
+        self._template = ChatTemplate(template, self._roles) if template is not None else None
+        kept = self.decode(self.encode(_PROBE))
+        if kept != _PROBE:
+            raise ValueError(
+                f"[tokenizer] spaces must survive encode and decode but {_PROBE!r} became "
+                f"{kept!r}; is this a Gemma 4 tokenizer?"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return self._pieces.size
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def id_of(self, piece: str) -> int | None:
+        """Id of a special token or a piece, None when the vocabulary lacks it."""
+        found = self._special.get(piece)
+        return self._pieces.find(piece) if found is None else found
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        """Token ids of ``text``; special tokens written in it become their ids.
+
+        Args:
+            text: Any text.
+            bos: Puts the beginning-of-sequence id first, unless the text starts with it already.
+        """
+        ids: list[int] = []
+        for i, part in enumerate(self._split_special.split(text)):
+            if i % 2:
+                ids.append(self._special[part])
+            elif part:
+                ids += self._pieces.split(part)
+        if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; special tokens are skipped, bytes that form no character give U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes of one token; empty for special tokens and ids without a piece."""
+        known = self._bytes.get(token)
+        if known is None:
+            known = self._bytes[token] = self._spell(token)
+        return known
+
+    def _spell(self, token: int) -> bytes:
+        if token in self.special_ids or not 0 <= token < self._pieces.size:
+            return b""
+        piece = self._pieces.piece(token)
+        byte = _BYTE.fullmatch(piece)
+        if byte:
+            return bytes.fromhex(byte[1])
+        return piece.replace(_SPACE, " ").encode()
+
+    def detokenizer(self) -> StreamingDetokenizer:
+        """A decoder for one stream of tokens."""
+        return StreamingDetokenizer(self)
+
+    def apply_chat_template(self, messages: Sequence[Message], **kwargs: Any) -> str:
+        """Render a conversation as the prompt the model was trained on, ``<bos>`` included.
+
+        Args:
+            messages: Dicts with ``role`` and ``content``, as the template wants them.
+            **kwargs: Further template variables, such as ``tools`` and ``enable_thinking``;
+                ``add_generation_prompt`` is true unless given.
+
+        Raises:
+            ValueError: There is no template, or it refuses the messages.
+        """
+        if self._template is None:
+            raise ValueError(
+                "[tokenizer] the checkpoint must have a chat template for messages but has none."
+            )
+        return self._template.render(messages, **kwargs)
+
+    def encode_chat(self, messages: Sequence[Message], **kwargs: Any) -> list[int]:
+        """Token ids of a rendered conversation; text of users and tools cannot forge marks.
+
+        Everything the template writes, and system and assistant messages (``<|think|>`` is
+        switched on there), may hold special tokens. In other messages their spelling is
+        encoded as ordinary text. Arguments and errors: :meth:`apply_chat_template`.
+        """
+        spelled = "".join(chain.from_iterable(map(_strings, messages)))
+        gap = next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in spelled)
+        trusted = ("system", "developer", "assistant", "model")
+        guarded = [
+            m if m.get("role") in trusted else _map_strings(m, lambda s: self._guard(s, gap))
+            for m in messages
+        ]
+        rendered = self.apply_chat_template(guarded, **kwargs)
+        return [token for part in rendered.split(gap) for token in self.encode(part)]
+
+    def _guard(self, text: str, gap: str) -> str:
+        """Put ``gap`` inside every special token's spelling, also one a later part could finish."""
+        text = self._split_special.sub(lambda m: m[0][0] + gap + m[0][1:], text)
+        unfinished = any(text.endswith(s[:n]) for s in self._special for n in range(1, len(s)))
+        return text + gap if unfinished else text
+
+
+class StreamingDetokenizer:
+    """Turns tokens into text one at a time and never emits part of a character.
+
+    All pieces and the one of :meth:`finish` together equal ``Tokenizer.decode`` of all tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """Text that is certain after one more token; often whole, sometimes empty."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD when the tokens end within a character, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+class ChatTemplate:
+    """A checkpoint's jinja template in a sandbox with bounded work and output."""
+
+    def __init__(self, source: str, tokens: dict[str, str]) -> None:
+        if len(source.encode()) > MAX_TEMPLATE_BYTES:
+            raise ValueError(
+                f"[tokenizer] chat template must be at most {MAX_TEMPLATE_BYTES} bytes "
+                f"but got {len(source.encode())}."
+            )
+        self._tokens = tokens
+        self._sandbox = _Sandbox()
+        try:
+            self._template = self._sandbox.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(
+                f"[tokenizer] chat template must be valid jinja but line {error.lineno} "
+                f"is not: {error.message}."
+            ) from error
+
+    def render(self, messages: Sequence[Message], **kwargs: Any) -> str:
+        variables = {"add_generation_prompt": True, "tools": None, **self._tokens, **kwargs}
+        self._sandbox.work = 0
+        out: list[str] = []
+        size = 0
+        try:
+            for chunk in self._template.generate(messages=list(messages), **variables):
+                size += len(chunk)
+                if size > MAX_RENDERED_CHARS:
+                    raise jinja2.TemplateRuntimeError("its output is too long")
+                out.append(chunk)
+        except Exception as error:  # a template is a program and may fail in any way
+            reason = str(error).strip().rstrip(".") or type(error).__name__
+            raise ValueError(
+                f"[tokenizer] chat template must render the messages but stopped: {reason}."
+            ) from error
+        return "".join(out)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja as transformers sets it up, except that loops and repetition draw on a budget."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        self.work = 0
+        self.filters["tojson"] = _to_json
+        self.globals.update(
+            raise_exception=_refuse,
+            strftime_now=lambda form: datetime.now().strftime(form),
+            range=self._range,
+        )
+
+    def spend(self, amount: int) -> None:
+        self.work += amount
+        if self.work > MAX_TEMPLATE_WORK:
+            raise jinja2.TemplateRuntimeError("it does too much work")
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        self.spend(1)
+        return super().call(*args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**":
+            raise jinja2.TemplateRuntimeError("it uses **")
+        for value, count in ((left, right), (right, left)):
+            if isinstance(value, (str, list, tuple)) and isinstance(count, int):
+                self.spend(len(value) * max(count, 0))
+        return super().call_binop(context, operator, left, right)
+
+    def _range(self, *bounds: int) -> range:
+        numbers = range(*bounds)
+        self.spend(len(numbers))
+        return numbers
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateRuntimeError(message)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Read the tokenizer of a checkpoint folder; tokenizer.json is preferred to tokenizer.model.
+
+    The chat template is chat_template.jinja, else the one in tokenizer_config.json, else none.
+
+    Raises:
+        ValueError: A file is missing or damaged, or is not a tokenizer of this family.
+    """
+    directory = Path(directory)
+    config = _read_config(directory / "tokenizer_config.json")
+    if (path := directory / "tokenizer.json").is_file():
+        pieces: Pieces = JsonPieces(path)
+    elif (path := directory / "tokenizer.model").is_file():
+        pieces = SentencePieces(path)
+    else:
+        raise ValueError(
+            f"[tokenizer] {directory} must hold tokenizer.json or tokenizer.model but has neither."
+        )
+    jinja = directory / "chat_template.jinja"
+    template = jinja.read_text(encoding="utf-8") if jinja.is_file() else _config_template(config)
+    return Tokenizer(pieces, config, template)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"[tokenizer] {path} must be JSON but is not: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"[tokenizer] {path} must hold an object but got {type(config).__name__}.")
+    return config
+
+
+def _config_template(config: dict[str, Any]) -> str | None:
+    """``chat_template`` is a string, or a list of named ones of which the default is taken."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(
+            "[tokenizer] chat_template must be a string or a list of named strings "
+            f"but got {type(template).__name__}."
+        )
+    return template
+
+
+def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """Special tokens a tokenizer_config names: ``{"bos_token": "<bos>", ...}``.
+
+    ``extra_special_tokens`` is a map in some files and a list in others.
+    """
+    extra = config.get("extra_special_tokens") or {}
+    listed = [*(config.get("additional_special_tokens") or ())]
+    listed += list(extra) if isinstance(extra, list) else []
+    declared = (config.get("added_tokens_decoder") or {}).values()
+    listed += [token for token in declared if token.get("special")]
+    named = {key: value for key, value in config.items() if key.endswith("_token")}
+    named |= extra if isinstance(extra, dict) else {}
+    named |= {f"special_{i}": token for i, token in enumerate(listed)}
+    texts = {k: t.get("content") if isinstance(t, dict) else t for k, t in named.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str) and text}
+
+
+def _look_up(pieces: Pieces, names: dict[str, str]) -> dict[str, int]:
+    """Ids of the named tokens; a name the vocabulary spells otherwise goes by its number."""
+    found: dict[str, int] = {}
+    for name, text in names.items():
+        token = pieces.find(text)
+        token = pieces.names.get(name) if token is None else token
+        if token is not None:
+            found[text] = token
+    return found
+
+
+def _strings(value: Any) -> list[str]:
+    """Every string inside nested messages."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value
+    return [s for v in inner for s in _strings(v)] if isinstance(value, (dict, list)) else []
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map_strings(inner, change) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_map_strings(inner, change) for inner in value]
+    return value

@@ -1,0 +1,201 @@
+"""A small real tokenizer in both file forms, and a pair that speaks a script."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import sentencepiece
+import tokenizers
+
+from pyengine.tokenizer import Tokenizer
+
+MARKS = ["<|turn>", "<turn|>", "<|channel>", "<channel|>", '<|"|>', "<|think|>"]
+WORDS = "the quick brown fox jumps over a lazy dog; print(value) if total > 0 else return None"
+
+# Roles become turns, system text and thoughts as in Gemma 4's own template; written for the tests.
+TEMPLATE = """\
+{{ bos_token }}
+{%- for m in messages %}
+    {%- if m.role == 'developer' %}{% continue %}{% endif %}
+    {%- if m.role not in ['system', 'user', 'assistant', 'tool'] %}
+        {{- raise_exception('unknown role ' ~ m.role) }}
+    {%- endif %}
+    {{- '<|turn>' ~ ('model' if m.role == 'assistant' else m.role) }}
+    {{- '\\n' }}
+    {%- if m.content is string %}{{ m.content.split('<channel|>')[-1] | trim }}
+    {%- else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}
+    {{- '<turn|>\\n' }}
+{%- endfor %}
+{%- if tools %}{{ tools | tojson }}{% endif %}
+{%- if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif %}
+"""
+
+
+def write_tokenizers(directory: Path) -> None:
+    """tokenizer.model, an equal tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([WORDS, WORDS.title(), "  " + WORDS] * 20),
+        model_prefix=str(directory / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        user_defined_symbols=[*MARKS, "\n", "\n\n", "<table>"],
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
+    (directory / "tokenizer.vocab").unlink()
+    (directory / "tokenizer.json").write_text(
+        as_tokenizer_json(directory / "tokenizer.model"), encoding="utf-8"
+    )
+    config = {"bos_token": "<bos>", "eos_token": {"content": "<eos>"}, "add_bos_token": True}
+    config["extra_special_tokens"] = ["<|think|>"]
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def as_tokenizer_json(model: Path) -> str:
+    """The same vocabulary and merges in the other form, as Gemma's tokenizer.json has them."""
+    library = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    vocab = {library.id_to_piece(i): i for i in range(library.vocab_size())}
+    merges = [
+        (rank, (piece[:i], piece[i:]))
+        for piece, rank in vocab.items()
+        for i in range(1, len(piece))
+        if piece[:i] in vocab and piece[i:] in vocab and not piece.startswith(("<", "\n"))
+    ]
+    out = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab=vocab,
+            merges=[pair for _, pair in sorted(merges)],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    out.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    out.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_previous")
+    out.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+        ]
+    )
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *MARKS]
+    out.add_special_tokens([tokenizers.AddedToken(s, normalized=False) for s in special])
+    plain = ["\n", "\n\n", "<table>"]
+    out.add_tokens([tokenizers.AddedToken(s, normalized=False) for s in plain])
+    return out.to_str()
+
+
+class _Length:
+    """A cache that stores nothing but its length."""
+
+    def __init__(self) -> None:
+        self.length, self.bound = mx.array(0, mx.int32), 0
+
+    def commit(self, count: mx.array, bound: int) -> None:
+        self.length, self.bound = self.length + count, bound
+
+
+class ScriptTarget:
+    """Says ``script`` after any prompt, nearly certain of every token; ``pause`` slows a call."""
+
+    dtype = mx.float32
+
+    def __init__(self, script: list[int], vocab: int, context: int, pause: float) -> None:
+        self.script, self.context, self.pause = script, context, pause
+        self.config = SimpleNamespace(vocab_size=vocab)
+        self.before_call: Callable[[], None] = lambda: None
+        self.prompt: list[int] = []
+
+    def row(self, place: int) -> np.ndarray:
+        logits = np.zeros(self.config.vocab_size, np.float32)
+        logits[self.script[place % len(self.script)]] = 60
+        return logits
+
+    def embed(self, ids: mx.array) -> mx.array:
+        return ids.astype(mx.float32)[:, None]
+
+    def new_cache(self, max_block: int) -> _Length:
+        return _Length()
+
+    def prefill(self, ids: list[int], cache: _Length) -> tuple[mx.array, mx.array]:
+        self.prompt = list(ids)
+        cache.commit(mx.array(len(ids), mx.int32), len(ids))
+        return mx.array(self.row(0)), mx.zeros((1, 1))
+
+    def verify(self, ids: mx.array, cache: _Length) -> tuple[mx.array, mx.array]:
+        self.before_call()
+        time.sleep(self.pause)
+        first = int(cache.length.item()) - len(self.prompt) + 1
+        places = range(first, first + ids.shape[0])
+        rows = mx.array(np.stack([self.row(p) for p in places]))
+        return rows, mx.array(list(places), mx.float32)[:, None]
+
+
+class ScriptAssistant:
+    """Knows the script but for every third token."""
+
+    position = "n-1"
+
+    def __init__(self, target: ScriptTarget) -> None:
+        self.target = target
+
+    def step(
+        self, embedding: mx.array, hidden: mx.array, cache: _Length
+    ) -> tuple[mx.array, mx.array]:
+        place = int(hidden.item()) + 1
+        row = self.target.row(place)
+        return mx.array(np.roll(row, 1) if place % 3 == 0 else row)[None], hidden + 1
+
+
+def script_pair(
+    tokenizer: Tokenizer,
+    script: str | Sequence[int],
+    *,
+    context: int = 4096,
+    pause: float = 0.0,
+    **changes: Any,
+) -> Any:
+    """A pair that answers every prompt with ``script`` and then ``<turn|>``."""
+    stop = tokenizer.id_of("<turn|>")
+    assert stop is not None
+    tokens = tokenizer.encode(script) if isinstance(script, str) else list(script)
+    target = ScriptTarget([*tokens, stop], tokenizer.vocab_size, context, pause)
+    fields = {
+        "target": target,
+        "assistant": ScriptAssistant(target),
+        "tokenizer": tokenizer,
+        "generation": SimpleNamespace(
+            stop_ids=(1, stop),
+            temperature=1.0,
+            top_p=0.95,
+            top_k=64,
+            suppress_tokens=(),
+            num_draft=None,
+        ),
+        "manifest": {},
+        "name": "scripted",
+        "path": Path("nowhere"),
+        "verified": False,
+        "embedded": False,
+    }
+    return SimpleNamespace(**{**fields, **changes})
