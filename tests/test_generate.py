@@ -1,0 +1,257 @@
+"""Text in, text out: prompts, stop strings, defaults and errors, on a scripted pair."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from text_fakes import script_pair, write_tokenizers
+
+from pyengine.generate import (
+    Result,
+    StopScanner,
+    default_block_size,
+    embedded_pair,
+    generate,
+    resolve_sampling,
+    stream,
+)
+from pyengine.sampling import Sampling
+from pyengine.tokenizer import Tokenizer, load_tokenizer
+
+STORY = "the quick brown fox jumps over a lazy dog; caf\u00e9 \U0001f642 done"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizers(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tok(folder: Path) -> Tokenizer:
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def pair(tok: Tokenizer) -> Any:
+    return script_pair(tok, STORY)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, 7, 30])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_text_of_the_target_comes_out(pair: Any, block_size: int, temperature: float) -> None:
+    sampling = Sampling(temperature=temperature)
+    result = generate("fox", pair=pair, sampling=sampling, block_size=block_size)
+    assert (result.text, result.finish_reason) == (STORY, "stop")
+    assert result.tokens == pair.target.script  # the stop id included
+    assert pair.tokenizer.decode(result.tokens) == STORY
+    assert result.stats.generated_tokens == len(result.tokens)
+    assert result.stats.block_size == block_size
+    assert (result.stats.drafted > 0) == (block_size > 1)
+
+
+def test_stream_gives_the_same_and_the_result(pair: Any) -> None:
+    running = stream("fox", pair=pair, block_size=4)
+    assert running.result == Result("", [], None, running.result.stats)
+    pieces = list(running)
+    assert len(pieces) > 4 and all(pieces) and "".join(pieces) == STORY
+    assert running.result.text == STORY and running.result.finish_reason == "stop"
+    assert list(running) == []
+
+
+def test_a_result_left_early_holds_what_was_handed_out(pair: Any) -> None:
+    running = stream("fox", pair=pair, block_size=4)
+    text = next(running) + next(running)
+    assert running.result.text == text and STORY.startswith(text)
+    assert running.result.finish_reason is None and running.result.stats.rounds >= 1
+
+
+def test_result_becomes_json(pair: Any) -> None:
+    result = generate("fox", pair=pair, max_tokens=9)
+    back = json.loads(json.dumps(result.to_dict()))
+    assert back["text"] == result.text and back["tokens"] == result.tokens
+    assert back["finish_reason"] == "length" and back["stats"]["generated_tokens"] == 9
+
+
+def test_a_string_is_a_user_message_unless_raw(pair: Any, tok: Tokenizer) -> None:
+    def ids(prompt: Any, **kw: Any) -> list[int]:
+        generate(prompt, pair=pair, max_tokens=1, **kw)
+        return list(pair.target.prompt)
+
+    turn = "<bos><|turn>user\nfox<turn|>\n<|turn>model\n"
+    assert ids("fox") == tok.encode(turn) == ids([{"role": "user", "content": "fox"}])
+    assert ids("fox", raw=True) == [tok.bos_id, *tok.encode("fox")]
+    assert ids(turn, raw=True) == tok.encode(turn)
+    assert ids([5, 6, 7]) == [5, 6, 7]
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "fox"}]
+    assert tok.decode(ids(system)).startswith("system\nBe brief.\nuser\nfox")
+
+
+def test_without_a_template_a_string_is_continued(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    plain = load_tokenizer(tmp_path)
+    pair = script_pair(plain, "jumps")
+    generate("the fox", pair=pair)
+    assert pair.target.prompt == plain.encode("the fox", bos=True)
+    with pytest.raises(ValueError, match="must have a chat template for messages but has none"):
+        generate([{"role": "user", "content": "fox"}], pair=pair)
+
+
+def test_half_a_character_at_the_end(pair: Any, tok: Tokenizer) -> None:
+    cut = tok.encode(STORY[: STORY.index("\U0001f642") + 1])[:-2]
+    result = generate("fox", pair=pair, max_tokens=len(cut), block_size=3)
+    assert result.tokens == cut and result.finish_reason == "length"
+    assert result.text == tok.decode(cut) and result.text.endswith("\ufffd")
+
+
+def test_other_stop_ids_are_not_text(tok: Tokenizer) -> None:
+    pair = script_pair(tok, STORY)
+    pair.generation.stop_ids = (tok.encode("dog;")[-1],)  # an ordinary piece
+    result = generate("fox", pair=pair)
+    assert result.finish_reason == "stop" and result.text == STORY.partition(";")[0]
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("stop", "end"),
+    [
+        ("jumps", STORY.index("jumps")),
+        (["never", "own fo"], STORY.index("own fo")),
+        (["lazy dog", "lazy"], STORY.index("lazy")),
+        ("the", 0),
+        ("\U0001f642", STORY.index("\U0001f642")),
+        ("done", STORY.index("done")),
+        ("done!", len(STORY)),
+    ],
+)
+def test_stop_strings_across_tokens(pair: Any, stop: Any, end: int, block_size: int) -> None:
+    running = stream("fox", pair=pair, stop=stop, block_size=block_size)
+    pieces = "".join(running)
+    result = running.result
+    assert pieces == result.text == STORY[:end] and result.finish_reason == "stop"
+    text = pair.tokenizer.decode(result.tokens)
+    if end < len(STORY):
+        # The tokens end with the one that completed the stop string.
+        stops = [stop] if isinstance(stop, str) else stop
+        assert any(s in text for s in stops)
+        assert not any(s in pair.tokenizer.decode(result.tokens[:-1]) for s in stops)
+
+
+def first_complete(text: str, stops: tuple[str, ...]) -> str | None:
+    """The rule said plainly: grow the text by a character until it ends in a stop string."""
+    for end in range(1, len(text) + 1):
+        starts = [end - len(s) for s in stops if text[:end].endswith(s)]
+        if starts:
+            return text[: min(starts)]
+    return None
+
+
+def test_no_part_of_a_stop_string_ever_leaks() -> None:
+    rng = random.Random(0)
+    met = 0
+    for _ in range(3000):
+        text = "".join(rng.choices("ab", k=rng.randint(0, 12)))
+        stops = tuple(
+            "".join(rng.choices("ab", k=rng.randint(1, 5))) for _ in range(rng.randint(0, 3))
+        )
+        want = first_complete(text, stops)
+        scanner, shown, at, found = StopScanner(stops), "", 0, False
+        while at < len(text) and not found:
+            step = rng.randint(0, 4)
+            piece, found = scanner.add(text[at : at + step])
+            at, shown = at + step, shown + piece
+            # What has been shown is always a beginning of the final text.
+            assert (text if want is None else want).startswith(shown)
+        shown += "" if found else scanner.finish()
+        assert found == (want is not None)
+        assert shown == (text if want is None else want), (text, stops)
+        met += found
+    assert 800 < met < 2800
+
+
+def test_max_tokens_and_context_end_with_length(tok: Tokenizer) -> None:
+    pair = script_pair(tok, STORY)
+    assert generate("fox", pair=pair, max_tokens=3).finish_reason == "length"
+    room = 5
+    pair = script_pair(tok, STORY, context=len(pair.target.prompt) + room)
+    result = generate("fox", pair=pair, max_tokens=100)
+    assert (len(result.tokens), result.finish_reason) == (room, "length")
+
+
+def test_defaults_come_from_the_pair(tok: Tokenizer) -> None:
+    pair = script_pair(tok, STORY)
+    pair.generation.temperature, pair.generation.top_k = 0.5, 7
+    pair.generation.suppress_tokens = (9, 8)
+    assert resolve_sampling(pair, None) == Sampling(0.5, 0.95, 7, suppress_tokens=(8, 9))
+    given = Sampling(temperature=0.0, seed=3, suppress_tokens=(4, 9))
+    assert resolve_sampling(pair, given) == Sampling(0.0, seed=3, suppress_tokens=(4, 8, 9))
+    assert default_block_size(pair) == 4
+    pair.generation.num_draft = 6
+    assert default_block_size(pair) == 7
+    pair.manifest = {"benchmark": {"best_block_size": 5}}
+    assert default_block_size(pair) == 5 == generate("fox", pair=pair).stats.block_size
+    pair.manifest = {"benchmark": {"best_block_size": "6"}}
+    with pytest.raises(ValueError, match="best_block_size must be a whole number but got '6'"):
+        generate("fox", pair=pair)
+    pair.assistant = None
+    assert generate("fox", pair=pair).stats.block_size == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ("", {}, "prompt must not be empty."),
+        ([], {}, "prompt must not be empty."),
+        ("fox " * 50, {}, "prompt must be shorter than the context of 64 tokens but got"),
+        ([1, 2, 400], {}, "token ids must be 0 to 399 but got 400."),
+        ([-1], {}, "token ids must be 0 to 399 but got -1."),
+        ([1, "a"], {}, "prompt must be a string, messages or token ids but is mixed."),
+        ([1, {}], {}, "prompt must be a string, messages or token ids but is mixed."),
+        ([{"role": "user", "content": "a"}], {"raw": True}, "raw must go with a string prompt"),
+        ([{"role": "boss", "content": "a"}], {}, "message 1 must have a role of system, dev"),
+        ([{"role": "user"}], {}, "message 1 must have text as its content but got None."),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}],
+            {},
+            "message 1 must hold text only but got a part of type 'image'.",
+        ),
+        ("a", {"max_tokens": 0}, "max_tokens must be at least 1 but got 0."),
+        ("a", {"block_size": 0}, "block_size must be 1 to 128 but got 0."),
+        ("a", {"block_size": 129}, "block_size must be 1 to 128 but got 129."),
+        ("a", {"stop": ""}, "stop must hold strings of text but got ''."),
+        ("a", {"stop": ["a", 5]}, "stop must hold strings of text but got 5."),
+    ],
+)
+def test_impossible_arguments(tok: Tokenizer, prompt: Any, settings: dict, message: str) -> None:
+    pair = script_pair(tok, STORY, context=64)
+    with pytest.raises(ValueError) as error:
+        stream(prompt, pair=pair, **settings)
+    assert str(error.value).startswith(f"[generate] {message}")
+
+
+def test_blocks_need_an_assistant(tok: Tokenizer) -> None:
+    pair = script_pair(tok, STORY, assistant=None)
+    with pytest.raises(ValueError, match="block_size must be 1 without an assistant but got 4"):
+        generate("fox", pair=pair, block_size=4)
+
+
+def test_the_embedded_pair_is_read_once(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    loads = []
+    monkeypatch.setitem(
+        sys.modules, "pyengine.pair", SimpleNamespace(load=lambda: loads.append(1) or pair)
+    )
+    embedded_pair.cache_clear()
+    try:
+        assert generate("fox", max_tokens=2).text and generate("fox", max_tokens=2).text
+        assert loads == [1]
+    finally:
+        embedded_pair.cache_clear()
