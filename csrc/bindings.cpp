@@ -28,4 +28,6 @@ NB_MODULE(_ext, m) {
       nb::arg("threads"));
 
   pyengine::bind_q8_matmul(m);
+  pyengine::bind_random_uniform(m);
+  pyengine::bind_rms_norm(m);
 }

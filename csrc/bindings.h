@@ -8,5 +8,7 @@ namespace nb = nanobind;
 namespace pyengine {
 
 void bind_q8_matmul(nb::module_& m);
+void bind_random_uniform(nb::module_& m);
+void bind_rms_norm(nb::module_& m);
 
 } // namespace pyengine

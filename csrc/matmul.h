@@ -9,14 +9,9 @@
 #include "isa.h"
 #include "launch.h"
 #include "rows_cpu.h"
+#include "storage.h"
 
 namespace pyengine {
-
-inline Storage storage_of(mx::Dtype dtype) {
-  return dtype == mx::float32 ? Storage::float32
-      : dtype == mx::float16  ? Storage::float16
-                              : Storage::bfloat16;
-}
 
 // Where each row of an array [..., K] starts.
 class Rows {

@@ -67,6 +67,21 @@ PYENGINE_INLINE F32x16 broadcast(float value) {
   return r;
 }
 
+// `low` in lanes 0..7, `high` in lanes 8..15.
+PYENGINE_INLINE F32x16 broadcast(float low, float high) {
+  F32x16 r;
+#if defined(__AVX512F__)
+  __m512 both = _mm512_castps256_ps512(_mm256_set1_ps(low));
+  r.part[0] = _mm512_insertf32x8(both, _mm256_set1_ps(high), 1);
+#else
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+    r.part[i] = NativeFloat{} + (i < parts / 2 ? low : high);
+  }
+#endif
+  return r;
+}
+
 PYENGINE_INLINE F32x16 zero() {
   return broadcast(0.0f);
 }
@@ -244,26 +259,109 @@ PYENGINE_INLINE float to_float(BFloat value) {
   return r;
 }
 
-// Sixteen bytes as numbers 0..255.
-PYENGINE_INLINE F32x16 load(const uint8_t* from) {
-  F32x16 r;
-#if defined(__AVX512F__)
-  __m128i bytes = _mm_loadu_si128((const __m128i*)from);
-  r.part[0] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-#elif defined(__AVX2__)
-  PYENGINE_UNROLL
-  for (int i = 0; i < parts; ++i) {
-    __m128i bytes = _mm_loadl_epi64((const __m128i*)(from + 8 * i));
-    r.part[i] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+// Sixteen results to index `at` of an array in any storage format.
+PYENGINE_INLINE void
+store(void* to, Storage storage, int64_t at, F32x16 a, int count) {
+  switch (storage) {
+    case Storage::float32:
+      return store(static_cast<float*>(to) + at, a, count);
+    case Storage::float16:
+      return store(static_cast<Half*>(to) + at, a, count);
+    case Storage::bfloat16:
+      return store(static_cast<BFloat*>(to) + at, a, count);
   }
-#else
-  using Bytes = uint8_t __attribute__((vector_size(native)));
+}
+
+// ---- Small integers, as packed weights hold them
+
+struct I32x16 {
+  NativeInt part[parts];
+};
+
+PYENGINE_INLINE I32x16 operator&(I32x16 a, int32_t mask) {
   PYENGINE_UNROLL
   for (int i = 0; i < parts; ++i) {
+    a.part[i] &= mask;
+  }
+  return a;
+}
+
+PYENGINE_INLINE I32x16 operator>>(I32x16 a, int bits) {
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+    a.part[i] >>= bits;
+  }
+  return a;
+}
+
+PYENGINE_INLINE F32x16 to_float(I32x16 a) {
+  F32x16 r;
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+    r.part[i] = __builtin_convertvector(a.part[i], NativeFloat);
+  }
+  return r;
+}
+
+// Sixteen bytes, one per lane.
+PYENGINE_INLINE I32x16 widen(const uint8_t* from) {
+  I32x16 r;
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+#if defined(__AVX512F__)
+    r.part[i] =
+        NativeInt(_mm512_cvtepu8_epi32(_mm_loadu_si128((__m128i*)from)));
+#elif defined(__AVX2__)
+    __m128i bytes = _mm_loadl_epi64((__m128i*)(from + 8 * i));
+    r.part[i] = NativeInt(_mm256_cvtepu8_epi32(bytes));
+#else
+    using Bytes = uint8_t __attribute__((vector_size(native)));
     Bytes bytes;
     memcpy(&bytes, from + native * i, sizeof(bytes));
-    r.part[i] = __builtin_convertvector(
-        __builtin_convertvector(bytes, NativeInt), NativeFloat);
+    r.part[i] = __builtin_convertvector(bytes, NativeInt);
+#endif
+  }
+  return r;
+}
+
+// 48 bytes, three per lane, the first lowest.
+PYENGINE_INLINE I32x16 widen_triples(const uint8_t* from) {
+  I32x16 r;
+#if defined(__AVX512F__)
+  const __m512i quarters =
+      _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
+  const __m512i spread = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+  __m512i bytes = _mm512_maskz_loadu_epi32(0xfff, from);
+  bytes = _mm512_permutexvar_epi32(quarters, bytes);
+  r.part[0] = NativeInt(_mm512_shuffle_epi8(bytes, spread));
+#else
+  // Twelve bytes fill four lanes. The last load starts four bytes early, so as
+  // not to reach past the 48.
+  PYENGINE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    int early = i == 3 ? 4 : 0;
+    int32_t lane[4];
+    const uint8_t* at = from + 12 * i - early;
+#if defined(__AVX2__)
+    __m128i spread = _mm_add_epi8(
+        _mm_setr_epi8(0, 1, 2, -9, 3, 4, 5, -9, 6, 7, 8, -9, 9, 10, 11, -9),
+        _mm_set1_epi8(early));
+    __m128i bytes = _mm_loadu_si128((__m128i*)at);
+    _mm_storeu_si128((__m128i*)lane, _mm_shuffle_epi8(bytes, spread));
+#elif defined(__aarch64__)
+    const uint8x16_t spread = {
+        0, 1, 2, 99, 3, 4, 5, 99, 6, 7, 8, 99, 9, 10, 11, 99};
+    uint8x16_t bytes =
+        vqtbl1q_u8(vld1q_u8(at), vaddq_u8(spread, vdupq_n_u8(early)));
+    memcpy(lane, &bytes, sizeof(lane));
+#else
+    for (int j = 0; j < 4; ++j) {
+      const uint8_t* b = at + early + 3 * j;
+      lane[j] = b[0] | b[1] << 8 | b[2] << 16;
+    }
+#endif
+    memcpy(reinterpret_cast<char*>(&r) + 16 * i, lane, sizeof(lane));
   }
 #endif
   return r;
@@ -317,15 +415,20 @@ PYENGINE_INLINE F32x16 max(F32x16 a, F32x16 b) {
 // ---- Across lanes, in a fixed tree: lane i with i + 8, then + 4, + 2, + 1
 
 PYENGINE_INLINE float sum(F32x16 a) {
-  float t[lanes];
-  store(t, a);
-  PYENGINE_UNROLL
-  for (int step = lanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) {
-      t[i] += t[i + step];
-    }
-  }
-  return t[0];
+  using Four = float __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+  __m256 eight = _mm256_add_ps(
+      _mm512_castps512_ps256(a.part[0]), _mm512_extractf32x8_ps(a.part[0], 1));
+#elif defined(__AVX2__)
+  __m256 eight = _mm256_add_ps(a.part[0], a.part[1]);
+#endif
+#if defined(__AVX2__)
+  Four four = _mm_add_ps(
+      _mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#else
+  Four four = (a.part[0] + a.part[2]) + (a.part[1] + a.part[3]);
+#endif
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 PYENGINE_INLINE float max(F32x16 a) {
@@ -338,6 +441,21 @@ PYENGINE_INLINE float max(F32x16 a) {
     }
   }
   return t[0];
+}
+
+// Calls f with a compile-time `value` for the run-time number 1 <= n <= most.
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
+template <int most, typename F>
+PYENGINE_INLINE void with_constant(int n, const F& f) {
+  if (n == most) {
+    f(Constant<most>{});
+  } else if constexpr (most > 1) {
+    with_constant<most - 1>(n, f);
+  }
 }
 
 } // namespace pyengine::PYENGINE_ISA

@@ -1,0 +1,45 @@
+#pragma once
+// norm.h: the root mean square of a row, one way for every op that norms.
+
+#include "lanes.h"
+
+namespace pyengine::PYENGINE_ISA {
+
+// 1 / sqrt(mean(x^2) + eps). Element k is summed in lane k % 16 of accumulator
+// k / 16 % 4, then accumulators, then lanes: a tree that width alone decides.
+template <typename T>
+PYENGINE_INLINE float inverse_rms(const T* x, int width, float eps) {
+  F32x16 total[4] = {zero(), zero(), zero(), zero()};
+  int k = 0;
+  for (; k + 4 * lanes <= width; k += 4 * lanes) {
+    PYENGINE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      F32x16 v = load(x + k + i * lanes);
+      total[i] = fma(v, v, total[i]);
+    }
+  }
+  PYENGINE_UNROLL
+  for (int i = 0; i < 4; ++i, k += lanes) {
+    if (k < width) {
+      F32x16 v = load_some(x + k, width - k < lanes ? width - k : lanes);
+      total[i] = fma(v, v, total[i]);
+    }
+  }
+  float square = sum((total[0] + total[1]) + (total[2] + total[3]));
+  return 1.0f / __builtin_sqrtf(square / float(width) + eps);
+}
+
+// out = x * inverse * weight, each product rounded; weight may be null.
+template <typename T>
+PYENGINE_INLINE void
+scale_row(const T* x, float inverse, const T* weight, int width, T* out) {
+  for_lanes(width, [&](int64_t k, int count) {
+    F32x16 v = load_some(x + k, count) * broadcast(inverse);
+    if (weight) {
+      v = v * load_some(weight + k, count);
+    }
+    store_some(out + k, v, count);
+  });
+}
+
+} // namespace pyengine::PYENGINE_ISA

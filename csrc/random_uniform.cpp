@@ -1,0 +1,96 @@
+// random_uniform: checks and primitive; the generator is in rng.h.
+
+#include "random_uniform.h"
+
+#include <nanobind/stl/pair.h>
+
+#include <memory>
+
+#include "bindings.h"
+#include "check.h"
+#include "isa.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "packed.h"
+#include "random_uniform_cpu.h"
+#include "split.h"
+
+namespace pyengine {
+
+namespace {
+
+constexpr const char* op = "random_uniform";
+
+} // namespace
+
+mx::array
+random_uniform(const mx::array& counters, uint32_t key0, uint32_t key1) {
+  check_dtype(op, "counters", counters, mx::uint32, "be uint32");
+  check(
+      counters.ndim() >= 1 && counters.shape(-1) == 4,
+      op,
+      "counters",
+      "have shape [..., 4]",
+      counters.shape());
+  auto shape = counters.shape();
+  shape.pop_back();
+  return mx::array(
+      std::move(shape),
+      mx::float32,
+      std::make_shared<RandomUniform>(mx::to_stream({}), key0, key1),
+      {counters});
+}
+
+void RandomUniform::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& counters = inputs[0];
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  encoder.set_input_array(counters);
+  encoder.set_output_array(out);
+  encoder.dispatch([packed = Packed(counters),
+                    args = RandomUniformArgs{
+                        nullptr, out.data<float>(), key0_, key1_},
+                    count = int64_t(out.size())]() mutable {
+    args.counters = static_cast<const uint32_t*>(packed.get());
+    split_rows(count, 16, [&](int64_t begin, int64_t end) {
+      PYENGINE_PICK_KERNEL(random_uniform_rows)(args, begin, end);
+    });
+  });
+}
+
+void RandomUniform::eval_gpu(
+    const std::vector<mx::array>&,
+    std::vector<mx::array>&) {
+  throw std::runtime_error(
+      "[random_uniform] has no Metal kernel yet; "
+      "pyengine.ops.random_uniform runs plain MLX on a GPU.");
+}
+
+bool RandomUniform::is_equivalent(const mx::Primitive& other) const {
+  const auto& o = static_cast<const RandomUniform&>(other);
+  return key0_ == o.key0_ && key1_ == o.key1_;
+}
+
+void bind_random_uniform(nb::module_& m) {
+  m.def(
+      "random_uniform",
+      [](const mx::array& counters, std::pair<int64_t, int64_t> key) {
+        for (int64_t word : {key.first, key.second}) {
+          check(
+              word >= 0 && word <= int64_t(UINT32_MAX),
+              op,
+              "key",
+              "hold integers in 0..2**32 - 1",
+              word);
+        }
+        return random_uniform(
+            counters, uint32_t(key.first), uint32_t(key.second));
+      },
+      nb::arg("counters"),
+      nb::arg("key"));
+}
+
+} // namespace pyengine

@@ -1,0 +1,101 @@
+// rms_norm: checks and primitive; the arithmetic is in norm.h.
+
+#include "rms_norm.h"
+
+#include <nanobind/stl/optional.h>
+
+#include <memory>
+
+#include "bindings.h"
+#include "check.h"
+#include "isa.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "packed.h"
+#include "rms_norm_cpu.h"
+#include "split.h"
+#include "storage.h"
+
+namespace pyengine {
+
+namespace {
+
+constexpr const char* op = "rms_norm";
+
+} // namespace
+
+mx::array rms_norm(
+    const mx::array& x,
+    const std::optional<mx::array>& weight,
+    float eps) {
+  check_storage_dtype(op, "x", x);
+  check(x.ndim() >= 1, op, "x", "have shape [..., D]", x.shape());
+  check(eps > 0, op, "eps", "be positive", eps);
+  std::vector<mx::array> inputs = {x};
+  if (weight) {
+    check_shape(op, "weight", *weight, {x.shape(-1)});
+    check_dtype(op, "weight", *weight, x.dtype(), "have the dtype of x");
+    inputs.push_back(*weight);
+  }
+  return mx::array(
+      x.shape(),
+      x.dtype(),
+      std::make_shared<RmsNorm>(mx::to_stream({}), eps),
+      std::move(inputs));
+}
+
+void RmsNorm::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& x = inputs[0];
+  const auto& weight = inputs.back(); // x again when there is none
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+
+  RmsNormArgs args;
+  args.out = out.data<void>();
+  args.storage = storage_of(x.dtype());
+  args.D = x.shape(-1);
+  args.eps = eps_;
+
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  encoder.set_input_array(x);
+  encoder.set_input_array(weight);
+  encoder.set_output_array(out);
+  encoder.dispatch([x = Packed(x),
+                    weight = Packed(weight),
+                    weighted = inputs.size() == 2,
+                    rows = int64_t(out.size()) / args.D,
+                    args]() mutable {
+    args.x = x.get();
+    args.weight = weighted ? weight.get() : nullptr;
+    split_rows(rows, args.D, [&](int64_t begin, int64_t end) {
+      PYENGINE_PICK_KERNEL(rms_norm_rows)(args, begin, end);
+    });
+  });
+}
+
+void RmsNorm::eval_gpu(
+    const std::vector<mx::array>&,
+    std::vector<mx::array>&) {
+  throw std::runtime_error(
+      "[rms_norm] has no Metal kernel yet; "
+      "pyengine.ops.rms_norm runs plain MLX on a GPU.");
+}
+
+bool RmsNorm::is_equivalent(const mx::Primitive& other) const {
+  return eps_ == static_cast<const RmsNorm&>(other).eps_;
+}
+
+void bind_rms_norm(nb::module_& m) {
+  m.def(
+      "rms_norm",
+      &rms_norm,
+      nb::arg("x"),
+      nb::arg("weight").none(),
+      nb::arg("eps"));
+}
+
+} // namespace pyengine
