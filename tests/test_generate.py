@@ -243,8 +243,6 @@ def test_blocks_need_an_assistant(tok: Tokenizer) -> None:
 
 
 def test_the_embedded_pair_is_read_once(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     loads = []
     monkeypatch.setitem(
         sys.modules, "pyengine.pair", SimpleNamespace(load=lambda: loads.append(1) or pair)

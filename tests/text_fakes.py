@@ -123,7 +123,7 @@ class ScriptTarget:
     def __init__(self, script: list[int], vocab: int, context: int, pause: float) -> None:
         self.script, self.context, self.pause = script, context, pause
         self.config = SimpleNamespace(vocab_size=vocab)
-        self.before_call: Callable[[], None] = lambda: None
+        self.before_call: Callable[[int], None] = lambda rows: None
         self.prompt: list[int] = []
 
     def row(self, place: int) -> np.ndarray:
@@ -143,7 +143,7 @@ class ScriptTarget:
         return mx.array(self.row(0)), mx.zeros((1, 1))
 
     def verify(self, ids: mx.array, cache: _Length) -> tuple[mx.array, mx.array]:
-        self.before_call()
+        self.before_call(ids.shape[0])
         time.sleep(self.pause)
         first = int(cache.length.item()) - len(self.prompt) + 1
         places = range(first, first + ids.shape[0])

@@ -1,0 +1,117 @@
+"""Prompt suites: one JSON object a line, every key known, every error with its line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyengine.generate import Prompt, check_message
+from pyengine.tokenizer import Message
+
+EMBEDDED = Path(__file__).parent / "prompts" / "nano.jsonl"
+CONTINUATION = "continuation"
+
+_REQUIRED = {"id": str, "category": str, "prompt": str, "max_tokens": int}
+_OPTIONAL = {"messages": list, "notes": str}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt of a suite.
+
+    Attributes:
+        id: Unique in its suite.
+        category: Free, except that the prompt of a ``continuation`` is continued as raw text.
+        prompt: A user message; only a label when there are ``messages``.
+        max_tokens: Upper bound on its new tokens.
+        messages: A whole conversation, used in place of the prompt.
+        notes: For the reader.
+    """
+
+    id: str
+    category: str
+    prompt: str
+    max_tokens: int
+    messages: tuple[Message, ...] = ()
+    notes: str = ""
+
+    @property
+    def content(self) -> Prompt:
+        """What :func:`pyengine.generate` is given."""
+        return list(self.messages) or self.prompt
+
+    @property
+    def raw(self) -> bool:
+        return self.category == CONTINUATION and not self.messages
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the prompt's UTF-8 text, or of the messages as JSON with sorted keys."""
+        text = json.dumps(self.messages, sort_keys=True) if self.messages else self.prompt
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_suite(path: Path) -> list[Case]:
+    """Read a suite; blank lines are skipped.
+
+    Raises:
+        ValueError: The file cannot be read or a line is not a case; the message names the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"[suite] {path} cannot be read: {reason}.") from error
+    cases: list[Case] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        case = _read_case(line, f"[suite] {path} line {number}")
+        if any(case.id == other.id for other in cases):
+            raise ValueError(f"[suite] {path} line {number}: id {case.id!r} must be unique.")
+        cases.append(case)
+    if not cases:
+        raise ValueError(f"[suite] {path} must hold at least one case but is empty.")
+    return cases
+
+
+def _read_case(line: str, where: str) -> Case:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: must be JSON but is not: {error}.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: must be an object but got {type(row).__name__}.")
+    known = {**_REQUIRED, **_OPTIONAL}
+    unknown = [key for key in row if key not in known]
+    if unknown:
+        raise ValueError(f"{where}: keys must be {', '.join(known)} but got {unknown[0]!r}.")
+    missing = [key for key in _REQUIRED if key not in row]
+    if missing:
+        raise ValueError(f"{where}: must have {missing[0]!r} but lacks it.")
+    for key, value in row.items():
+        kind = known[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{where}: {key} must be {_say(kind)} but got {value!r}.")
+    _check_values(row, where)
+    row["messages"] = tuple(row.get("messages", ()))
+    return Case(**row)
+
+
+def _check_values(row: dict[str, Any], where: str) -> None:
+    for key in ("id", "category", "prompt"):
+        if not row[key].strip():
+            raise ValueError(f"{where}: {key} must not be empty.")
+    if row["max_tokens"] < 1:
+        raise ValueError(f"{where}: max_tokens must be at least 1 but got {row['max_tokens']}.")
+    for number, message in enumerate(row.get("messages", ()), 1):
+        if not isinstance(message, dict):
+            raise ValueError(f"{where}: message {number} must be an object but got {message!r}.")
+        check_message(message, f"{where}: message {number}")
+
+
+def _say(kind: type) -> str:
+    return {str: "a string", int: "a whole number", list: "a list"}[kind]
