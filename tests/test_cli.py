@@ -1,0 +1,258 @@
+"""The command line: output, exit codes, help, interruption. A scripted pair answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from text_fakes import script_pair, write_tokenizers
+from typer.testing import CliRunner
+
+import pyengine
+from pyengine import cli
+from pyengine.tokenizer import Tokenizer, load_tokenizer
+
+STORY = "the quick brown fox jumps over a lazy dog; caf\u00e9 \U0001f642 done"
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizers(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tok(folder: Path) -> Tokenizer:
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def pair(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The pair every command gets; ``pair.asked`` is what it asked for."""
+    made = script_pair(tok, STORY, asked=[])
+
+    def load_pair(*arguments: Any) -> Any:
+        made.asked = list(arguments)
+        return made
+
+    monkeypatch.setattr(cli, "load_pair", load_pair)
+    return made
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+def run(*arguments: str, stdin: str | bytes | None = None) -> Any:
+    return CliRunner().invoke(cli.app, list(arguments), input=stdin)
+
+
+def test_generate_prints_the_text_alone(pair: Any) -> None:
+    done = run("generate", "fox")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, STORY + "\n", "")
+    assert pair.target.prompt == pair.tokenizer.encode_chat([{"role": "user", "content": "fox"}])
+
+
+@pytest.mark.parametrize("arguments", [("generate",), ("generate", "-")])
+def test_generate_reads_standard_input(pair: Any, arguments: tuple[str, ...]) -> None:
+    assert run(*arguments, stdin="fox\n").stdout == STORY + "\n"
+    assert pair.target.prompt == pair.tokenizer.encode_chat([{"role": "user", "content": "fox\n"}])
+
+
+def test_generate_options_reach_the_engine(pair: Any) -> None:
+    done = run(
+        *words("generate fox --json --max-tokens 9 --block-size 3 --system Brief. --stop jum"),
+        *words("--temperature 0.5 --top-p 0.9 --top-k 5 --min-p 0.1 --seed 7"),
+        *words("--target a --assistant b --dtype float32 --position n-2"),
+    )
+    result = json.loads(done.stdout)
+    assert result["finish_reason"] in ("stop", "length") and STORY.startswith(result["text"])
+    assert result["stats"]["block_size"] == 3
+    assert pair.tokenizer.decode(pair.target.prompt).startswith("system\nBrief.\nuser\nfox")
+    assert pair.asked == [Path("a"), Path("b"), None, cli.Dtype.float32, cli.Position.before_last]
+    assert run("generate", "fox", "--stop", "jumps", "--stop", "own").stdout == "the quick br\n"
+    run("generate", "fox", "--raw")
+    assert pair.target.prompt == pair.tokenizer.encode("fox", bos=True)
+
+
+def test_stats_go_to_standard_error(pair: Any) -> None:
+    done = run("generate", "fox", "--stats")
+    assert done.stdout == STORY + "\n"
+    for word in ("finish", "stop", "tok/s", "block size", "rounds", "acceptance", "peak memory"):
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", ""], "[generate] prompt must not be empty."),
+        (["generate", "fox", "--max-tokens", "0"], "[generate] max_tokens must be at least 1"),
+        (["generate", "fox", "--block-size", "200"], "[generate] block_size must be 1 to 128"),
+        (["generate", "fox", "--temperature", "-1"], "[sampling] temperature must be 0 or more"),
+        (["generate", "fox", "--raw", "--system", "x"], "[generate] --system must go with the"),
+        (["bench", "gemma-mtp"], "[bench] the pair must be one of the five published geometries"),
+        (
+            ["bench", "gemma-mtp", "--draft-block-sizes", "2,x"],
+            "[bench] --draft-block-sizes must be whole numbers like 2,4,6 but got '2,x'.",
+        ),
+        (["bench", "gemma-mtp", "--draft-block-sizes", "1"], "[bench] block sizes must be 2 to"),
+        (["bench", "gemma-mtp", "--prompt-suite", "absent"], "[suite] absent cannot be read"),
+        (["bench", "gemma-mtp", "--output", "no/where"], "[bench] output must lie in a folder"),
+    ],
+)
+def test_user_errors_are_one_sentence_and_exit_2(
+    pair: Any, arguments: list[str], message: str
+) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"pyengine: {message}") and done.stderr.count("\n") == 1
+
+
+def test_missing_folders_are_user_errors(tmp_path: Path) -> None:
+    for option in ("--bundle", "--target"):
+        done = run("generate", "fox", option, str(tmp_path / "absent"))
+        assert done.exit_code == 2 and "must be a folder but got" in done.stderr
+
+
+def test_wrong_options_exit_2() -> None:
+    for arguments in (["generate", "--no-such"], ["generate", "a", "--top-k", "x"], ["nothing"]):
+        assert run(*arguments).exit_code == 2
+
+
+def test_input_that_is_not_text(pair: Any) -> None:
+    done = run("generate", stdin=b"\xff\xfe\xff")
+    assert done.exit_code == 2 and "standard input must be UTF-8 text" in done.stderr
+
+
+def test_a_failing_machine_exits_1_and_keeps_the_text(pair: Any) -> None:
+    calls = []
+
+    def fail(rows: int) -> None:
+        calls.append(rows)
+        if len(calls) == 4:
+            raise RuntimeError("[decode] logits must be finite but got NaN or infinity.")
+
+    pair.target.before_call = fail
+    done = run("generate", "fox", "--block-size", "1")
+    assert done.exit_code == 1 and STORY.startswith(done.stdout.rstrip("\n"))
+    assert len(done.stdout) > 4
+    assert done.stderr == "pyengine: [decode] logits must be finite but got NaN or infinity.\n"
+
+
+def test_a_bug_shows_its_trace(pair: Any) -> None:
+    def fail(rows: int) -> None:
+        raise ValueError("no sentence of ours")
+
+    pair.target.before_call = fail
+    done = run("generate", "fox")
+    assert isinstance(done.exception, ValueError) and "sentence" in str(done.exception)
+
+
+def test_bench_prints_tables_and_json_last(pair: Any, tmp_path: Path) -> None:
+    suite, out = tmp_path / "suite.jsonl", tmp_path / "report.json"
+    rows = [
+        {"id": f"case-{i}", "category": "chat", "prompt": "fox", "max_tokens": 12} for i in (1, 2)
+    ]
+    suite.write_text("\n".join(map(json.dumps, rows)))
+    done = run(
+        *words("bench gemma-mtp --allow-unverified-gemma --json --repeats 2 --max-tokens 10"),
+        *("--draft-block-sizes", "2,3", "--prompt-suite", str(suite), "--output", str(out)),
+    )
+    assert done.exit_code == 0, done.stderr
+    for word in ("mlx", "case-1", "case-2", "all 2 prompts", "speedup_vs_ar", "round cost"):
+        assert word in done.stdout
+    last, whole = json.loads(done.stdout.splitlines()[-1]), json.loads(out.read_text())
+    assert last == {key: value for key, value in whole.items() if key != "rows"}
+    assert len(whole["rows"]) == 6 and [s["block_size"] for s in whole["summary"]] == [1, 2, 3]
+    assert whole["sampler"]["temperature"] == 1.0 and whole["sampler"]["top_k"] == 64
+    assert whole["settings"]["draft_block_sizes"] == [2, 3]
+    assert "[1/15] case-1, block 2, warm-up" in done.stderr and f"Report: {out}" in done.stderr
+
+
+def test_embedded_and_verified_pairs_need_no_permission(pair: Any) -> None:
+    quick = words("bench gemma-mtp --repeats 1 --max-tokens 4 --draft-block-sizes 2")
+    for name in ("embedded", "verified"):
+        pair.embedded = pair.verified = False
+        setattr(pair, name, True)
+        done = run(*quick)
+        assert done.exit_code == 0 and "flappy_html5_canvas" in done.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["bench"], ["bench", "gemma-mtp"]])
+def test_help_has_examples(command: list[str]) -> None:
+    done = run(*command, "--help")
+    assert done.exit_code == 0
+    _, _, examples = done.stdout.partition("Examples:")
+    assert " ".join(["pyengine", *command]) in " ".join(examples.split())
+
+
+def test_the_published_flags_are_there() -> None:
+    text = run("bench", "gemma-mtp", "--help").stdout
+    flags = "target-model assistant-model prompt-suite max-tokens draft-block-sizes temperature "
+    flags += "top-p top-k seed repeats allow-unverified-gemma output json"
+    assert all(f"--{flag}" in text for flag in flags.split())
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from pyengine.cli import main; main()", *arguments]
+
+
+def test_the_installed_command_answers_at_once() -> None:
+    done = subprocess.run(command("--version"), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"pyengine {pyengine.__version__}\n")
+    probe = (
+        "import sys, pyengine.cli; print([m for m in ('jinja2', 'tokenizers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n"
+
+
+SLOW = """
+import sys
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from text_fakes import script_pair
+from pyengine import cli
+from pyengine.tokenizer import load_tokenizer
+pair = script_pair(load_tokenizer(Path({folder!r})), {story!r} * 99, pause=0.05)
+cli.load_pair = lambda *arguments: pair
+cli.main()
+"""
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    source = SLOW.format(here=str(HERE), folder=str(folder), story=STORY)
+    return subprocess.Popen(
+        [sys.executable, "-c", source, "generate", "fox", "--max-tokens", "3000", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_ctrl_c_keeps_the_text_and_exits_130(folder: Path) -> None:
+    process = start(folder, "--stats")
+    assert process.stdout is not None
+    first = os.read(process.stdout.fileno(), 1)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    text = (first + rest).decode()
+    assert process.returncode == 130
+    assert len(text) > 1 and text.endswith("\n") and (STORY * 99).startswith(text[:-1])
+    assert b"interrupted" in err and err.endswith(b"Interrupted.\n") and b"Traceback" not in err
+
+
+def test_a_reader_that_leaves_is_no_error_message(folder: Path) -> None:
+    process = start(folder)
+    assert process.stdout is not None and process.stderr is not None
+    os.read(process.stdout.fileno(), 1)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 1 and err == b""
