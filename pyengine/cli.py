@@ -381,8 +381,8 @@ def print_stats(result: Result) -> None:
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Say on a terminal's standard error why nothing comes yet."""
-    err = console(sys.stderr)
-    with err.status(what) if err.is_terminal else nullcontext():
+    # isatty and not rich's is_terminal: an environment that forces colours is no terminal.
+    with console(sys.stderr).status(what) if sys.stderr.isatty() else nullcontext():
         yield
 
 
@@ -391,12 +391,13 @@ def progress() -> Iterator[Any]:
     """A bar on standard error; on a pipe, one line a run."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    err = console(sys.stderr)
-    if not err.is_terminal:
+    if not sys.stderr.isatty():
         yield lambda done, total, label: typer.echo(f"[{done}/{total}] {label}", err=True)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=err, transient=True) as bar:
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console(sys.stderr), transient=True
+    ) as bar:
         task = bar.add_task("warm-up")
         yield lambda done, total, label: bar.update(
             task, completed=done, total=total, description=label

@@ -22,7 +22,9 @@ from pyengine.suite import Case
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from pyengine.assistant import Assistant
     from pyengine.pair import Pair
+    from pyengine.target import Target
 
 
 def make_report(
@@ -56,8 +58,19 @@ def describe_pair(pair: Pair) -> dict[str, Any]:
         "embedded": pair.embedded,
         "dtype": str(pair.target.dtype).removeprefix("mlx.core."),
         "position": pair.assistant.position if pair.assistant else None,
+        "quantization": {
+            "target": _quantization(pair.target),
+            "assistant": _quantization(pair.assistant) if pair.assistant else None,
+        },
         "manifest": pair.manifest,
     }
+
+
+def _quantization(model: Target | Assistant) -> dict[str, Any] | None:
+    mode = model.config.quantization
+    if mode is None:
+        return None
+    return {"bits": mode.bits, "group_size": mode.group_size, "overrides": dict(mode.overrides)}
 
 
 def heading(pair: Pair) -> list[str]:

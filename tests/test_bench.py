@@ -137,6 +137,8 @@ def test_report_is_whole(run: Any, tmp_path: Path) -> None:
     assert set(back["versions"]) == {"pyengine", "mlx", "python"}
     assert [p["id"] for p in back["prompts"]] == ["one", "two"]
     assert back["pair"]["position"] == "n-1" and back["pair"]["dtype"] == "float32"
+    assert back["pair"]["quantization"]["target"]["bits"] == 8
+    assert back["pair"]["quantization"]["assistant"] is None
     assert len(back["rows"]) == 6 and back["rows"][0]["tokens"]
 
 

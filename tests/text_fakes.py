@@ -122,7 +122,8 @@ class ScriptTarget:
 
     def __init__(self, script: list[int], vocab: int, context: int, pause: float) -> None:
         self.script, self.context, self.pause = script, context, pause
-        self.config = SimpleNamespace(vocab_size=vocab)
+        mode = SimpleNamespace(bits=8, group_size=64, overrides={"layers.0.mlp": None})
+        self.config = SimpleNamespace(vocab_size=vocab, quantization=mode)
         self.before_call: Callable[[int], None] = lambda rows: None
         self.prompt: list[int] = []
 
@@ -158,6 +159,7 @@ class ScriptAssistant:
 
     def __init__(self, target: ScriptTarget) -> None:
         self.target = target
+        self.config = SimpleNamespace(quantization=None)
 
     def step(
         self, embedding: mx.array, hidden: mx.array, cache: _Length
