@@ -30,4 +30,8 @@ NB_MODULE(_ext, m) {
   pyengine::bind_q8_matmul(m);
   pyengine::bind_random_uniform(m);
   pyengine::bind_rms_norm(m);
+  pyengine::bind_norm_rope(m);
+  pyengine::bind_residual_norm(m);
+  pyengine::bind_geglu(m);
+  pyengine::bind_write_cache(m);
 }

@@ -10,5 +10,9 @@ namespace pyengine {
 void bind_q8_matmul(nb::module_& m);
 void bind_random_uniform(nb::module_& m);
 void bind_rms_norm(nb::module_& m);
+void bind_norm_rope(nb::module_& m);
+void bind_residual_norm(nb::module_& m);
+void bind_geglu(nb::module_& m);
+void bind_write_cache(nb::module_& m);
 
 } // namespace pyengine

@@ -36,8 +36,8 @@ class Rows {
     return count_;
   }
 
-  // Row `row` as float32, `order` being how the kernel's weights unpack.
-  void load(int row, Order order, float* to) const {
+  // Row `row` into the scratch of a slice of `rows` rows (rows_cpu.h).
+  void load(int row, Order order, int rows, float* to) const {
     int64_t offset = 0;
     for (size_t axis = shape_.size(); axis-- > 0;) {
       offset += row % shape_[axis] * strides_[axis];
@@ -45,7 +45,7 @@ class Rows {
     }
     size_t size = storage_ == Storage::float32 ? 4 : 2;
     PYENGINE_PICK_KERNEL(load_row)
-    (data_ + offset * int64_t(size), storage_, stride_, width_, order, to);
+    (data_ + offset * int64_t(size), storage_, stride_, width_, order, rows, to);
   }
 
  private:
@@ -80,8 +80,7 @@ void run_matmul(
     args.x = scratch.data();
     args.out = out + size_t(first) * row_bytes;
     for (int row = 0; row < args.M; ++row) {
-      float* to = scratch.data() + size_t(row) * padded_width(args.K);
-      rows.load(first + row, order, to);
+      rows.load(first + row, order, args.M, scratch.data() + 16 * row);
     }
     run_groups(launch, [&](int group) {
       int begin = group * launch.columns;

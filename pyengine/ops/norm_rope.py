@@ -1,5 +1,9 @@
 import mlx.core as mx
 
+from pyengine import _ext
+
+from .switch import chosen
+
 
 def norm_rope(
     x: mx.array,
@@ -10,18 +14,19 @@ def norm_rope(
 ) -> mx.array:
     """Normalise each head of queries or keys and turn it to its position.
 
-    RMSNorm over D with ``weight``, then half-split rotary embedding: with ``n`` the normalised head,
-    ``angle = (offset + t) * inv_freq``, element ``i < D / 2`` and its partner ``i + D / 2``::
+    RMSNorm over D with ``weight``, then half-split rotary embedding: with ``n`` the normalised
+    head, ``angle = (offset + t) * inv_freq``, element ``i < D / 2`` and its partner ``i + D / 2``::
 
         out[i]         = n[i] * cos(angle[i]) - n[i + D / 2] * sin(angle[i])
         out[i + D / 2] = n[i + D / 2] * cos(angle[i]) + n[i] * sin(angle[i])
 
-    All of it in float32, rounded once at the end. Where ``inv_freq`` is 0 an element keeps its place.
+    All of it in float32, rounded once at the end; where ``inv_freq`` is 0 an element is not turned.
+    Sine and cosine are within 1.7 units in the last place for angles up to 2**18.
 
     Args:
-        x: ``[B, T, H, D]``, float32, float16 or bfloat16; D is even.
+        x: ``[B, T, H, D]``, float32, float16 or bfloat16; D is even, at most 1024.
         weight: ``[D]``, dtype of ``x``.
-        offset: int32 ``[]``, the position of row 0, on the device; positions lie in 0..2**24.
+        offset: int32 ``[]``, the position of row 0, on the device.
         inv_freq: float32 ``[D / 2]``, radians per position.
         eps: Added to the mean of squares; positive.
 
@@ -31,7 +36,8 @@ def norm_rope(
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    return norm_rope_reference(x, weight, offset, inv_freq, eps)
+    out = _ext.norm_rope(x, weight, offset, inv_freq, eps)  # checks in every case
+    return out if chosen() == "native" else norm_rope_reference(x, weight, offset, inv_freq, eps)
 
 
 def norm_rope_reference(

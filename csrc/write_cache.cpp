@@ -1,0 +1,112 @@
+// write_cache: checks, primitive and, since it only moves bytes, the copy.
+
+#include "write_cache.h"
+
+#include <cstring>
+#include <memory>
+
+#include "bindings.h"
+#include "check.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "packed.h"
+
+namespace pyengine {
+
+namespace {
+
+constexpr const char* op = "write_cache";
+
+} // namespace
+
+mx::array write_cache(
+    const mx::array& cache,
+    const mx::array& new_rows,
+    const mx::array& offset) {
+  check_storage_dtype(op, "cache", cache);
+  check(
+      cache.ndim() == 4, op, "cache", "have shape [B, K, C, D]", cache.shape());
+  check(
+      new_rows.ndim() == 4,
+      op,
+      "new",
+      "have shape [B, T, K, D]",
+      new_rows.shape());
+  int T = new_rows.shape(1);
+  int C = cache.shape(2);
+  check_shape(
+      op,
+      "new",
+      new_rows,
+      {cache.shape(0), T, cache.shape(1), cache.shape(3)});
+  check_dtype(op, "new", new_rows, cache.dtype(), "have the dtype of cache");
+  if (T > C) {
+    fail(op, "T", "be at most the capacity " + std::to_string(C), T);
+  }
+  check_shape(op, "offset", offset, {});
+  check_dtype(op, "offset", offset, mx::int32, "be int32");
+  return mx::array(
+      cache.shape(),
+      cache.dtype(),
+      std::make_shared<WriteCache>(mx::to_stream({})),
+      {cache, new_rows, offset});
+}
+
+void WriteCache::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& cache = inputs[0];
+  const auto& new_rows = inputs[1];
+  auto& out = outputs[0];
+  if (!cache.flags().row_contiguous) {
+    throw std::runtime_error(
+        "[write_cache] cache must be contiguous but got a strided view; "
+        "allocate it with mx.zeros and keep only what write_cache returns.");
+  }
+  out.copy_shared_buffer(cache);
+  if (new_rows.size() == 0) {
+    return;
+  }
+
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input);
+  }
+  encoder.set_output_array(out);
+  encoder.dispatch([packed = Packed(new_rows),
+                    offset = inputs[2].data<int32_t>(),
+                    to = out.data<char>(),
+                    B = cache.shape(0),
+                    T = new_rows.shape(1),
+                    K = cache.shape(1),
+                    C = int64_t(cache.shape(2)),
+                    row = size_t(cache.shape(3)) * cache.itemsize()] {
+    auto* from = static_cast<const char*>(packed.get());
+    for (int b = 0; b < B; ++b) {
+      for (int t = 0; t < T; ++t) {
+        int64_t slot = ((int64_t(*offset) + t) % C + C) % C;
+        for (int head = 0; head < K; ++head, from += row) {
+          std::memcpy(to + ((int64_t(b) * K + head) * C + slot) * row, from, row);
+        }
+      }
+    }
+  });
+}
+
+void WriteCache::eval_gpu(
+    const std::vector<mx::array>&,
+    std::vector<mx::array>&) {
+  throw std::runtime_error(
+      "[write_cache] has no Metal kernel yet; "
+      "pyengine.ops.write_cache runs plain MLX on a GPU.");
+}
+
+void bind_write_cache(nb::module_& m) {
+  m.def(
+      "write_cache",
+      &write_cache,
+      nb::arg("cache"),
+      nb::arg("new"),
+      nb::arg("offset"));
+}
+
+} // namespace pyengine

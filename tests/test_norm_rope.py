@@ -1,0 +1,144 @@
+"""norm_rope: kernel against reference and float64, edges, row-stability, errors."""
+
+import threading
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from pyengine.ops import norm_rope, norm_rope_reference, rms_norm
+
+# One rounding of float32 results that differ in their last bits: one unit in the last place of the
+# larger of the two terms, so the bound is relative to the head's size, not to each element.
+TOLERANCE = {mx.float32: 2e-6, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
+DTYPES = list(TOLERANCE)
+
+
+def normal(seed: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.array(np.random.default_rng(seed).normal(size=shape).astype(np.float32)).astype(dtype)
+
+
+def bits(x: mx.array) -> np.ndarray:
+    return np.array(mx.contiguous(x).view(mx.uint32 if x.dtype == mx.float32 else mx.uint16))
+
+
+def sliding(D: int) -> mx.array:
+    return mx.array((10000.0 ** (-2 * np.arange(D // 2) / D)).astype(np.float32))
+
+
+def proportional(D: int) -> mx.array:
+    inv_freq = 1e6 ** (-2 * np.arange(D // 2) / D)
+    inv_freq[D // 8 :] = 0
+    return mx.array(inv_freq.astype(np.float32))
+
+
+def assert_close(out: mx.array, expected: mx.array) -> None:
+    assert out.dtype == expected.dtype and out.shape == expected.shape
+    a, b = (np.array(x.astype(mx.float32)) for x in (out, expected))
+    tolerance = TOLERANCE[out.dtype]
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max(initial=0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("position", [0, 1, 1023, 100_003])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 16), (1, 5, 4, 32), (2, 3, 2, 256), (1, 17, 1, 512)])
+def test_matches_reference(shape, position, dtype):
+    D = shape[-1]
+    x, weight, offset = normal(1, *shape, dtype=dtype), normal(2, D, dtype=dtype), mx.array(position)
+    for inv_freq in (sliding(D), proportional(D)):
+        args = (x, weight, offset, inv_freq)
+        assert_close(norm_rope(*args), norm_rope_reference(*args))
+
+
+def test_every_width():
+    for D in [*range(2, 70, 2), 130]:
+        args = (normal(D, 1, 3, 2, D), normal(3, D), mx.array(77), sliding(D))
+        assert_close(norm_rope(*args), norm_rope_reference(*args))
+
+
+def test_far_positions_against_float64():
+    """At 1 radian a position the angles reach 262144 and the error stays that of float32."""
+    T, D = 256, 4
+    x = mx.array([1.0, 1.0, 0.0, 0.0]) * mx.ones((1, T, 1, D))
+    weight, inv_freq = mx.full((D,), 2.0**-0.5), mx.array([1.0, 0.37])
+    for position in (0, 65_536, 262_144 - T):
+        out = np.array(norm_rope(x, weight, mx.array(position), inv_freq, 1e-12))[0, :, 0]
+        angles = (position + np.arange(T, dtype=np.float32))[:, None] * np.array(inv_freq)
+        angles = angles.astype(np.float32).astype(np.float64)  # the product is rounded to float32
+        assert np.abs(out[:, :2] - np.cos(angles)).max() < 4e-7
+        assert np.abs(out[:, 2:] - np.sin(angles)).max() < 4e-7
+
+
+def test_unrotated_is_rms_norm():
+    x, weight = normal(4, 1, 6, 2, 64, dtype=mx.bfloat16), normal(5, 64, dtype=mx.bfloat16)
+    out = norm_rope(x, weight, mx.array(9), mx.zeros(32))
+    assert mx.array_equal(out, rms_norm(x, weight))
+    half = norm_rope(x, weight, mx.array(9), proportional(64))
+    kept = [*range(8, 32), *range(40, 64)]
+    assert mx.array_equal(half[..., kept], rms_norm(x, weight)[..., kept])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_stable(dtype):
+    x, weight = normal(6, 1, 40, 3, 256, dtype=dtype), normal(7, 256, dtype=dtype)
+    whole = bits(norm_rope(x, weight, mx.array(500), sliding(256)))
+    for t in range(40):
+        row = norm_rope(x[:, t : t + 1], weight, mx.array(500 + t), sliding(256))
+        assert np.array_equal(bits(row)[:, 0], whole[:, t])
+        head = norm_rope(x[:, t : t + 1, 1:2], weight, mx.array(500 + t), sliding(256))
+        assert np.array_equal(bits(head)[:, 0, 0], whole[:, t, 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided(dtype):
+    x, weight = normal(8, 2, 10, 6, 64, dtype=dtype), normal(9, 64, dtype=dtype)
+    rest = (weight[::-1], mx.array([3, 4])[1], sliding(128)[::2])
+    for view in (x[:, ::2, 1::2], x.transpose(0, 2, 1, 3), x[..., ::-1], x.transpose(0, 1, 3, 2)):
+        weight_, offset, inv_freq = rest
+        if view.shape[-1] != 64:
+            weight_, inv_freq = weight_[: view.shape[-1]], inv_freq[: view.shape[-1] // 2]
+        out = norm_rope(view, weight_, offset, inv_freq)
+        plain = norm_rope(mx.contiguous(view), mx.contiguous(weight_), mx.array(4), inv_freq)
+        assert np.array_equal(bits(out), bits(plain))
+
+
+def test_two_threads():
+    x, weight, inv_freq = normal(10, 1, 64, 4, 256), normal(11, 256), sliding(256)
+    mx.eval(x, weight, inv_freq)
+    offset = mx.array(12)
+    expected, found = bits(norm_rope(x, weight, offset, inv_freq)), {}
+
+    def run(name: int) -> None:
+        with mx.stream(mx.new_stream(mx.cpu)):
+            found[name] = [bits(norm_rope(x, weight, offset, inv_freq)) for _ in range(10)]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(out, expected) for i in range(2) for out in found[i])
+
+
+def test_errors():
+    x, weight, offset, inv_freq = normal(12, 1, 2, 3, 16), mx.ones(16), mx.array(0), sliding(16)
+    with pytest.raises(ValueError, match=r"\[norm_rope\] x must .* but got \[3, 16\]\."):
+        norm_rope(x[0, 0], weight, offset, inv_freq)
+    with pytest.raises(ValueError, match=r"\[norm_rope\] x must .* but got uint8\."):
+        norm_rope(x.astype(mx.uint8), weight, offset, inv_freq)
+    with pytest.raises(ValueError, match=r"\[norm_rope\] D must be even .* but got 15\."):
+        norm_rope(x[..., :15], weight[:15], offset, inv_freq)
+    with pytest.raises(ValueError, match=r"\[norm_rope\] weight must .* but got \[8\]\."):
+        norm_rope(x, weight[:8], offset, inv_freq)
+    with pytest.raises(ValueError, match=r"\[norm_rope\] weight must .* but got float16\."):
+        norm_rope(x, weight.astype(mx.float16), offset, inv_freq)
+    with pytest.raises(ValueError, match=r"\[norm_rope\] inv_freq must .* but got \[16\]\."):
+        norm_rope(x, weight, offset, sliding(32))
+    with pytest.raises(ValueError, match=r"\[norm_rope\] inv_freq must .* but got bfloat16\."):
+        norm_rope(x, weight, offset, inv_freq.astype(mx.bfloat16))
+    with pytest.raises(ValueError, match=r"\[norm_rope\] offset must .* but got \[1\]\."):
+        norm_rope(x, weight, offset[None], inv_freq)
+    with pytest.raises(ValueError, match=r"\[norm_rope\] offset must .* but got float32\."):
+        norm_rope(x, weight, mx.array(1.0), inv_freq)
+    with pytest.raises(ValueError, match=r"\[norm_rope\] eps must be positive but got -1"):
+        norm_rope(x, weight, offset, inv_freq, -1.0)
