@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from enum import Enum
 from itertools import chain
 from pathlib import Path
@@ -380,27 +380,31 @@ def print_stats(result: Result) -> None:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Say on a terminal's standard error why nothing comes yet."""
-    # isatty and not rich's is_terminal: an environment that forces colours is no terminal.
-    with console(sys.stderr).status(what) if sys.stderr.isatty() else nullcontext():
+    """Say on a terminal why nothing comes yet; a spinner's thread would disturb the clock."""
+    if not sys.stderr.isatty():
         yield
+        return
+    typer.echo(f"{what} ...", nl=False, err=True)
+    try:
+        yield
+    finally:
+        typer.echo("\r\x1b[K", nl=False, err=True)
 
 
 @contextmanager
 def progress() -> Iterator[Any]:
     """A bar on standard error; on a pipe, one line a run."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     if not sys.stderr.isatty():
         yield lambda done, total, label: typer.echo(f"[{done}/{total}] {label}", err=True)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeElapsedColumn(), console=console(sys.stderr), transient=True
-    ) as bar:
+    # Drawn between runs only, so that no thread of the bar's disturbs a timed run.
+    with Progress(*columns, console=console(sys.stderr), transient=True, auto_refresh=False) as bar:
         task = bar.add_task("warm-up")
         yield lambda done, total, label: bar.update(
-            task, completed=done, total=total, description=label
+            task, completed=done, total=total, description=label, refresh=True
         )
 
 

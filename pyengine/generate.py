@@ -301,7 +301,14 @@ def _encode(pair: Pair, prompt: Prompt, raw: bool) -> list[int]:
         raise ValueError("[generate] raw must go with a string prompt but got messages.")
     for number, message in enumerate(messages, 1):
         check_message(message, f"[generate] message {number}")
-    return tokenizer.encode_chat(messages)
+    return tokenizer.encode_chat([_plain_system(message) for message in messages])
+
+
+def _plain_system(message: Message) -> Message:
+    """Gemma's templates print a system message as it is, so its parts must be one string."""
+    if message["role"] in ("system", "developer") and isinstance(message["content"], list):
+        return {**message, "content": "".join(part["text"] for part in message["content"])}
+    return message
 
 
 def check_message(message: Message, where: str) -> None:
@@ -316,7 +323,7 @@ def check_message(message: Message, where: str) -> None:
     if isinstance(content, list):
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind != "text":
+            if kind != "text" or not isinstance(part.get("text"), str):
                 raise ValueError(f"{where} must hold text only but got a part of type {kind!r}.")
     elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise ValueError(f"{where} must have text as its content but got {content!r}.")

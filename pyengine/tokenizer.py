@@ -24,7 +24,7 @@ Message = dict[str, Any]
 
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_RENDERED_CHARS = 1 << 24
-MAX_TEMPLATE_WORK = 1_000_000  # calls, and elements of ranges and repeated strings
+MAX_TEMPLATE_WORK = 10_000_000  # calls, and elements of ranges and repeated strings
 
 # Gemma 4's marks carry a bar inside an angle bracket: <|turn>, <turn|>, <|"|>. A tokenizer.model
 # does not say which of its user-defined pieces are marks and which are text such as <table>.

@@ -92,6 +92,8 @@ def test_a_string_is_a_user_message_unless_raw(pair: Any, tok: Tokenizer) -> Non
     assert ids([5, 6, 7]) == [5, 6, 7]
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "fox"}]
     assert tok.decode(ids(system)).startswith("system\nBe brief.\nuser\nfox")
+    parts = [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]
+    assert ids([{**system[0], "content": parts}, system[1]]) == ids(system)
 
 
 def test_without_a_template_a_string_is_continued(folder: Path, tmp_path: Path) -> None:
@@ -221,6 +223,11 @@ def test_defaults_come_from_the_pair(tok: Tokenizer) -> None:
             [{"role": "user", "content": [{"type": "image"}]}],
             {},
             "message 1 must hold text only but got a part of type 'image'.",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            {},
+            "message 1 must hold text only but got a part of type 'text'.",
         ),
         ("a", {"max_tokens": 0}, "max_tokens must be at least 1 but got 0."),
         ("a", {"block_size": 0}, "block_size must be 1 to 128 but got 0."),
