@@ -152,7 +152,7 @@ def load(
     Raises:
         ValueError: A folder is not what it should be, or the two are no pair.
     """
-    if dtype not in (None, mx.float32, mx.float16, mx.bfloat16):
+    if dtype is not None and dtype not in (mx.float32, mx.float16, mx.bfloat16):
         raise ValueError(f"[load] dtype must be float32, float16 or bfloat16 but got {dtype}.")
     if position not in POSITIONS:
         raise ValueError(f"[load] position must be n-1 or n-2 but got {position!r}.")

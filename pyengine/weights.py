@@ -251,7 +251,7 @@ def canonical(name: str) -> str:
 def _load(
     folder: Path, layout: Layout, quantization: Quantization | None, dtype: mx.Dtype | None
 ) -> Weights:
-    tensors = _Tensors(Path(folder), layout.dead)
+    tensors = Tensors(Path(folder), layout.dead)
     modes = _QuantizationModes(quantization)
     matrices = {
         path: _matrix(tensors, path, shape, modes) for path, shape in layout.matrices.items()
@@ -316,7 +316,7 @@ class _QuantizationModes:
         return mode
 
 
-def _matrix(tensors: "_Tensors", path: str, shape: Shape, modes: _QuantizationModes) -> Linear:
+def _matrix(tensors: "Tensors", path: str, shape: Shape, modes: _QuantizationModes) -> Linear:
     if not tensors.has(f"{path}.scales"):
         return Linear(tensors.take(f"{path}.weight", shape))
     bits, group_size = modes.of(path)
@@ -336,7 +336,7 @@ def _matrix(tensors: "_Tensors", path: str, shape: Shape, modes: _QuantizationMo
     )
 
 
-class _Tensors:
+class Tensors:
     """The lazily loaded tensors of a folder, by canonical name, each taken once."""
 
     def __init__(self, folder: Path, dead: re.Pattern[str] | None) -> None:
