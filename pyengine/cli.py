@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -420,6 +421,9 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 def main() -> None:
     """Entry point of the ``pyengine`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that lacks a character shows another
+            stream.reconfigure(errors="replace")
     try:
         app()
     except KeyboardInterrupt:  # before a command had begun

@@ -30,6 +30,7 @@ MAX_TEMPLATE_WORK = 10_000_000  # calls, and elements of ranges and repeated str
 # does not say which of its user-defined pieces are marks and which are text such as <table>.
 _MARK = re.compile(r"<\|[^<>\s]*>|<[^<>\s]*\|>")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = "\u2581"
 _PROBE = "  a  b "
 
@@ -165,7 +166,12 @@ class Tokenizer:
         Args:
             text: Any text.
             bos: Puts the beginning-of-sequence id first, unless the text starts with it already.
+
+        Raises:
+            ValueError: The text is no Unicode text.
         """
+        if _SURROGATE.search(text):
+            raise ValueError("[tokenizer] text must be Unicode but holds a lone surrogate.")
         ids: list[int] = []
         for i, part in enumerate(self._split_special.split(text)):
             if i % 2:
