@@ -118,7 +118,7 @@ def check_settings(block_sizes: Sequence[int], repeats: int, max_tokens: int) ->
 
 
 def _time(pair: Pair, case: Case, block: int, budget: int, sampling: Sampling) -> Sample:
-    started_at, start = _now(), time.perf_counter()
+    started_at, start = now(), time.perf_counter()
     running = stream(
         case.content,
         pair=pair,
@@ -129,7 +129,7 @@ def _time(pair: Pair, case: Case, block: int, budget: int, sampling: Sampling) -
     )
     for _ in running:
         pass
-    return Sample(running.result, started_at, _now(), time.perf_counter() - start)
+    return Sample(running.result, started_at, now(), time.perf_counter() - start)
 
 
 def _row(
@@ -251,5 +251,5 @@ def _name(block: int) -> str:
     return "plain" if block == PLAIN else f"block {block}"
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

@@ -279,8 +279,8 @@ def gemma_mtp(
                 "[bench] the pair must be one of the five published geometries, or "
                 "--allow-unverified-gemma must be given."
             )
-        out = console(sys.stdout)
-        for line in report.heading(pair):
+        out, run_on = console(sys.stdout), report.environment()
+        for line in report.heading(run_on, pair):
             out.print(line, markup=False, highlight=False)
         with progress() as on_run:
             rows, summary = bench.gemma_mtp(
@@ -299,7 +299,7 @@ def gemma_mtp(
             "draft_block_sizes": blocks,
             "repeats": repeats,
         }
-        whole = report.make_report(pair, cases, rows, summary, settings, sampling)
+        whole = report.make_report(run_on, pair, cases, rows, summary, settings, sampling)
         for case in cases:
             own = [row for row in rows if row["prompt_id"] == case.id]
             out.print(report.table(f"{case.id}, {own[0]['prompt_tokens']} prompt tokens", own))

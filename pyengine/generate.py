@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from pyengine.chat_template import Message
 from pyengine.sampling import Sampling
 from pyengine.speculate import MAX_BLOCK, Stats, decode
-from pyengine.tokenizer import Message
 
 if TYPE_CHECKING:
     from pyengine.pair import Pair

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from pyengine.bench import PLAIN, Row
+from pyengine.bench import PLAIN, Row, now
 from pyengine.generate import resolve_sampling
 from pyengine.sampling import Sampling
 from pyengine.suite import Case
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 def make_report(
+    run_on: dict[str, Any],
     pair: Pair,
     cases: Sequence[Case],
     rows: list[Row],
@@ -35,12 +36,15 @@ def make_report(
     settings: dict[str, Any],
     sampling: Sampling,
 ) -> dict[str, Any]:
-    """Everything needed to read and repeat a run, ready for JSON."""
+    """Everything needed to read and repeat a run, ready for JSON.
+
+    ``run_on`` is the :func:`environment` from before the run, whose load is not the run's own.
+    """
     used = resolve_sampling(pair, sampling)
     return {
         "bench": "gemma-mtp",
         "report_version": 1,
-        **environment(),
+        **run_on,
         "pair": describe_pair(pair),
         "sampler": {**used.__dict__, "suppress_tokens": list(used.suppress_tokens)},
         "settings": settings,
@@ -73,14 +77,13 @@ def _quantization(model: Target | Assistant) -> dict[str, Any] | None:
     return {"bits": mode.bits, "group_size": mode.group_size, "overrides": dict(mode.overrides)}
 
 
-def heading(pair: Pair) -> list[str]:
+def heading(run_on: dict[str, Any], pair: Pair) -> list[str]:
     """What every figure below it depends on, for the reader."""
-    now = environment()
-    machine, versions = now["machine"], now["versions"]
+    machine, versions = run_on["machine"], run_on["versions"]
     memory = machine["memory_bytes"] / 2**30
     return [
         f"{machine['chip']}, {machine['cores']} cores, {memory:.0f} GiB, {machine['os']}",
-        f"pyengine {versions['pyengine']} at {now['commit'] or 'no checkout'}, "
+        f"pyengine {versions['pyengine']} at {run_on['commit'] or 'no checkout'}, "
         f"mlx {versions['mlx']} on {machine['device']}, python {versions['python']}",
         f"{pair.name}, {'verified' if pair.verified else 'unverified'} geometry, "
         f"load average {machine['load_average'][0]:.2f}",
@@ -92,6 +95,7 @@ def environment() -> dict[str, Any]:
     from pyengine import __version__
 
     return {
+        "started_at": now(),
         "machine": {
             "chip": _chip(),
             "device": str(mx.default_device()),

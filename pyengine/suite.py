@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyengine.chat_template import Message
 from pyengine.generate import Prompt, check_message
-from pyengine.tokenizer import Message
 
 EMBEDDED = Path(__file__).parent / "prompts" / "nano.jsonl"
 CONTINUATION = "continuation"

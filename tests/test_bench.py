@@ -124,7 +124,8 @@ def test_one_token_texts_have_no_rate(tok: Tokenizer) -> None:
 
 def test_report_is_whole(run: Any, tmp_path: Path) -> None:
     pair, rows, summary, _ = run
-    whole = report.make_report(pair, CASES, rows, summary, {"repeats": 3}, Sampling(seed=5))
+    run_on = report.environment()
+    whole = report.make_report(run_on, pair, CASES, rows, summary, {"repeats": 3}, Sampling(seed=5))
     path = tmp_path / "report.json"
     report.check_output(path)
     assert not path.exists()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_fakes import MARKS, write_tokenizers
 
-from pyengine import tokenizer as module
+from pyengine.chat_template import MAX_TEMPLATE_BYTES
 from pyengine.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = [
@@ -202,7 +202,7 @@ def test_template_is_boxed_in(both: Path, tmp_path: Path, source: str, reason: s
 
 
 def test_template_size_is_bounded(both: Path, tmp_path: Path) -> None:
-    only(tmp_path, both, "tokenizer.json", chat_template="x" * (module.MAX_TEMPLATE_BYTES + 1))
+    only(tmp_path, both, "tokenizer.json", chat_template="x" * (MAX_TEMPLATE_BYTES + 1))
     with pytest.raises(ValueError, match="must be at most 1048576 bytes but got 1048577"):
         load_tokenizer(tmp_path)
 
@@ -219,6 +219,10 @@ def test_errors_name_the_file(both: Path, tmp_path: Path) -> None:
     only(tmp_path, both, "tokenizer.json")
     with pytest.raises(ValueError, match="must have a chat template for messages but has none"):
         load_tokenizer(tmp_path).apply_chat_template([USER])
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"^\[tokenizer\] .*jinja must be UTF-8 text but is not"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
     for text, rule in (("{", "must be JSON"), ("[]", "must hold an object but got list")):
         (tmp_path / "tokenizer_config.json").write_text(text)
         with pytest.raises(ValueError, match=rf"^\[tokenizer\] .*tokenizer_config.json {rule}"):
