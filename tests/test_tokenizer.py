@@ -254,7 +254,7 @@ def stream(tok: Tokenizer, ids: list[int]) -> list[str]:
     return [*(detokenizer.add(i) for i in ids), detokenizer.finish()]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_pieces_together_are_the_decoded_text(either: Tokenizer, data: st.DataObject) -> None:
     tok = either
@@ -264,7 +264,7 @@ def test_pieces_together_are_the_decoded_text(either: Tokenizer, data: st.DataOb
     assert "".join(stream(tok, ids)) == tok.decode(ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(text=st.text(max_size=60))
 def test_any_text_survives_and_streams_in_whole_characters(either: Tokenizer, text: str) -> None:
     tok = either
