@@ -35,7 +35,7 @@ def read_headers(folder: Path) -> Iterator[tuple[Path, dict[str, Shape]]]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"[load] {index_path} must map tensor names to files.") from None
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+        if not isinstance(shard, str) or not _is_file_name(shard):
             raise ValueError(f"[load] a shard must be a file in {folder} but got {shard!r}.")
         path = folder / shard
         if not path.is_file():
@@ -46,6 +46,10 @@ def read_headers(folder: Path) -> Iterator[tuple[Path, dict[str, Shape]]]:
         if absent:
             raise ValueError(f"[load] {path} misses `{absent[0]}`, which the index puts there.")
         yield path, header
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and name not in ("", "..") and "\\" not in name
 
 
 def read_header(path: Path) -> dict[str, Shape]:
