@@ -1,6 +1,7 @@
 """The engine's ops: each a public function and its reference in plain MLX."""
 
 from .block_attention import block_attention, block_attention_reference
+from .dense_matmul import dense_matmul, dense_matmul_reference
 from .geglu import geglu, geglu_reference
 from .norm_rope import norm_rope, norm_rope_reference
 from .q8_matmul import q8_matmul, q8_matmul_reference
@@ -13,6 +14,8 @@ from .write_cache import write_cache, write_cache_reference
 __all__ = [
     "block_attention",
     "block_attention_reference",
+    "dense_matmul",
+    "dense_matmul_reference",
     "geglu",
     "geglu_reference",
     "norm_rope",
