@@ -281,7 +281,7 @@ def gemma_mtp(
             )
         out, run_on = console(sys.stdout), report.environment()
         for line in report.heading(run_on, pair):
-            out.print(line, markup=False, highlight=False)
+            typer.echo(line)
         with progress() as on_run:
             rows, summary = bench.gemma_mtp(
                 pair,
