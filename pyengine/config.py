@@ -184,7 +184,7 @@ class AssistantConfig(TextConfig):
 
 def read_target_config(folder: Path) -> TargetConfig:
     """Read ``folder/config.json`` as a Gemma 4 target, multimodal or text-only form."""
-    top = _read(folder)
+    top = _Section(read_json(folder))
     model_type = top.get("model_type")
     if model_type in TARGET_TYPES:
         text = _text_section(top, TARGET_TYPES[model_type])
@@ -225,7 +225,7 @@ def read_target_config(folder: Path) -> TargetConfig:
 
 def read_assistant_config(folder: Path) -> AssistantConfig:
     """Read ``folder/config.json`` as a Gemma 4 assistant."""
-    top = _read(folder)
+    top = _Section(read_json(folder))
     model_type = top.get("model_type")
     if model_type not in ASSISTANT_TYPES:
         raise top.fail("model_type", f"be one of {', '.join(ASSISTANT_TYPES)}")
@@ -329,7 +329,8 @@ def published_name(target: TargetConfig, assistant: AssistantConfig) -> str | No
     return next((name for name, known in PUBLISHED.items() if known == geometry), None)
 
 
-def _read(folder: Path) -> _Section:
+def read_json(folder: Path) -> dict[str, Any]:
+    """The object in ``folder/config.json``, as it is."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"[config] {path} does not exist; is this a checkpoint folder?")
@@ -339,7 +340,7 @@ def _read(folder: Path) -> _Section:
         raise ValueError(f"[config] {path} is not JSON: {error}.") from None
     if not isinstance(values, dict):
         raise ValueError(f"[config] {path} must hold a JSON object.")
-    return _Section(values)
+    return values
 
 
 def _text_section(top: _Section, expected: str) -> _Section:

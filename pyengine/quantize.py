@@ -18,6 +18,7 @@ from pyengine.config import (
     ASSISTANT_TYPES,
     TARGET_TYPES,
     read_assistant_config,
+    read_json,
     read_target_config,
 )
 from pyengine.weights import Layout, Tensors, assistant_layout, target_layout
@@ -61,8 +62,7 @@ def quantize_checkpoint(
     layout, prefix = _layout(src)
     entries, overrides = _entries(src, layout, prefix, bits, group_size)
     block = {"group_size": group_size, "bits": bits, "mode": "affine", **overrides}
-    config = json.loads((src / "config.json").read_text(encoding="utf-8"))
-    config |= {"quantization": block, "quantization_config": block}
+    config = read_json(src) | {"quantization": block, "quantization_config": block}
 
     partial = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
@@ -101,8 +101,7 @@ def write_safetensors(path: Path, entries: list[tuple[str, mx.array]]) -> None:
 
 def _layout(src: Path) -> tuple[Layout, str]:
     """Layout of a checkpoint, and the prefix of its text model's names in MLX form."""
-    top = json.loads((src / "config.json").read_text(encoding="utf-8"))
-    if top.get("model_type") in ASSISTANT_TYPES:
+    if read_json(src).get("model_type") in ASSISTANT_TYPES:
         assistant = read_assistant_config(src)
         layout, prefix = assistant_layout(assistant), "model."
         quantization = assistant.quantization

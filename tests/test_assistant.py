@@ -9,8 +9,8 @@ from pyengine.assistant import POSITIONS, Assistant
 from pyengine.weights import Linear
 
 FLOAT32 = 5e-4
-# Against the float32 reference; logits of a fitted assistant reach +-40 and are not capped.
-BFLOAT16 = {"dense31": 1.6, "e2b": 1.6, "moe26": 1.6, "uni12": 1.6}
+# Against the float32 reference, from bfloat16 keys: their error is the target's (test_target.py).
+BFLOAT16 = {"dense31": 0.8, "e2b": 0.4, "moe26": 0.4, "uni12": 0.4}
 LENGTHS = (5, 21, 40)
 NUM_DRAFTS = 4
 

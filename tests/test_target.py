@@ -26,7 +26,7 @@ FLOAT32 = 5e-4
 # bfloat16 keeps 8 bits, so each of a layer's dozen roundings moves a value by up to 0.4 %, and
 # random
 # layers amplify that: against the float32 reference the logits (within +-30) stay this near.
-BFLOAT16 = {"dense31": 1.6, "e2b": 0.8, "moe26": 0.8, "uni12": 0.8}
+BFLOAT16 = {"dense31": 2.0, "e2b": 0.8, "moe26": 0.8, "uni12": 0.6}
 LENGTHS = (5, 21, 40)
 
 
