@@ -27,6 +27,7 @@ NB_MODULE(_ext, m) {
       [](int threads) { pyengine::Pool::shared().set_threads(threads); },
       nb::arg("threads"));
 
+  pyengine::bind_dense_matmul(m);
   pyengine::bind_q8_matmul(m);
   pyengine::bind_random_uniform(m);
   pyengine::bind_rms_norm(m);

@@ -19,8 +19,9 @@ struct Launch {
   // one what is left: nothing is summed across groups.
   int groups = 1;
   int columns = 1;
-  // Floats of scratch that the groups of a slice share.
+  // Floats of scratch that the groups of a slice share, and of each its own.
   size_t scratch = 0;
+  size_t group_scratch = 0;
   // Multiply-adds of one slice.
   int64_t work = 0;
 };

@@ -3,15 +3,54 @@
 // as float32, and the loop over slices.
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "check.h"
 #include "isa.h"
 #include "launch.h"
+#include "mlx/mlx.h"
 #include "rows_cpu.h"
 #include "storage.h"
 
 namespace pyengine {
+
+// Weights are contiguous already unless the caller sliced them; only then, or
+// while that is not known yet, does the graph get a copy.
+inline mx::array whole(const mx::array& a, mx::Stream stream) {
+  bool known = a.is_available() && a.flags().row_contiguous;
+  return known ? a : mx::contiguous(a, false, stream);
+}
+
+inline mx::Dtype check_out_dtype(
+    const char* op,
+    const mx::array& x,
+    std::optional<mx::Dtype> out_dtype) {
+  mx::Dtype dtype = out_dtype.value_or(x.dtype());
+  check(
+      dtype == x.dtype() || dtype == mx::float32,
+      op,
+      "out_dtype",
+      "be float32 or the dtype of x",
+      dtype);
+  return dtype;
+}
+
+// Groups of about 64 kB of weights: small enough for threads to finish
+// together and to stay in a cache while the rows take turns, large enough to be
+// worth handing out.
+inline Launch matmul_plan(int M, int N, int K, size_t row_bytes) {
+  int columns = int(65536 / std::max<size_t>(row_bytes, 64)) / 8 * 8;
+  int rows = std::min(M, max_rows);
+  Launch launch;
+  launch.slices = (M + max_rows - 1) / max_rows;
+  launch.columns = std::max(columns, 8);
+  launch.groups = (N + launch.columns - 1) / launch.columns;
+  launch.scratch = size_t(rows) * padded_width(K);
+  launch.group_scratch = size_t(rows) * launch.columns;
+  launch.work = int64_t(rows) * N * K;
+  return launch;
+}
 
 // Where each row of an array [..., K] starts.
 class Rows {
@@ -45,7 +84,13 @@ class Rows {
     }
     size_t size = storage_ == Storage::float32 ? 4 : 2;
     PYENGINE_PICK_KERNEL(load_row)
-    (data_ + offset * int64_t(size), storage_, stride_, width_, order, rows, to);
+    (data_ + offset * int64_t(size),
+     storage_,
+     stride_,
+     width_,
+     order,
+     rows,
+     to);
   }
 
  private:
@@ -58,33 +103,39 @@ class Rows {
   std::vector<int64_t> strides_;
 };
 
-// Runs a kernel over all slices. Called on the stream's thread, whose scratch
-// outlives the call: a matmul allocates nothing once its largest has run.
+// Runs a kernel over all slices. Called on the stream's thread; scratch belongs
+// to the threads and stays, so a matmul allocates nothing once its largest has
+// run.
 template <typename Args>
 void run_matmul(
     const Rows& rows,
     const Launch& launch,
     Args args,
     Order order,
-    void kernel(const Args&, int begin, int end)) {
-  static thread_local std::vector<float> scratch;
-  if (scratch.size() < launch.scratch) {
-    scratch.resize(launch.scratch);
+    void kernel(const Args&, int begin, int end, float* scratch)) {
+  static thread_local std::vector<float> shared;
+  if (shared.size() < launch.scratch) {
+    shared.resize(launch.scratch);
   }
+  args.x = shared.data();
   size_t row_bytes =
       size_t(args.N) * (args.out_storage == Storage::float32 ? 4 : 2);
   char* out = static_cast<char*>(args.out);
   for (int slice = 0; slice < launch.slices; ++slice) {
     int first = slice * max_rows;
     args.M = std::min(rows.count() - first, max_rows);
-    args.x = scratch.data();
     args.out = out + size_t(first) * row_bytes;
     for (int row = 0; row < args.M; ++row) {
-      rows.load(first + row, order, args.M, scratch.data() + 16 * row);
+      rows.load(first + row, order, args.M, shared.data() + 16 * row);
     }
     run_groups(launch, [&](int group) {
+      static thread_local std::vector<float> own;
+      if (own.size() < launch.group_scratch) {
+        own.resize(launch.group_scratch);
+      }
       int begin = group * launch.columns;
-      kernel(args, begin, std::min(begin + launch.columns, args.N));
+      int end = std::min(begin + launch.columns, args.N);
+      kernel(args, begin, end, own.data());
     });
   }
 }

@@ -20,26 +20,11 @@ namespace {
 
 constexpr const char* op = "q8_matmul";
 
-// Weights are contiguous already unless the caller sliced them; only then, or
-// while that is not known yet, does the graph get a copy.
-mx::array whole(const mx::array& a, mx::Stream stream) {
-  bool known = a.is_available() && a.flags().row_contiguous;
-  return known ? a : mx::contiguous(a, false, stream);
-}
-
 } // namespace
 
-Launch q8_matmul_plan(int M, int N, int K, int bits) {
-  // About 64 kB of weights: many groups per thread, so that threads finish
-  // together, each long enough to be worth handing out.
-  int row_bytes = std::max(1, K * bits / 8);
-  int columns = std::clamp((65536 / row_bytes + 7) / 8 * 8, 8, 1024);
-  Launch launch;
-  launch.slices = (M + max_rows - 1) / max_rows;
-  launch.columns = columns;
-  launch.groups = (N + columns - 1) / columns;
-  launch.scratch = size_t(std::min(M, max_rows)) * padded_width(K);
-  launch.work = int64_t(std::min(M, max_rows)) * N * K;
+Launch q8_matmul_plan(int M, int N, int K, int group_size, int bits) {
+  Launch launch = matmul_plan(M, N, K, int64_t(K) * bits / 8);
+  launch.group_scratch += 2 * size_t(launch.columns) * (K / group_size);
   return launch;
 }
 
@@ -77,13 +62,7 @@ mx::array q8_matmul(
   for (auto [what, a] : {std::pair{"scales", &scales}, {"biases", &biases}}) {
     check_dtype(op, what, *a, x.dtype(), "have the dtype of x");
   }
-  mx::Dtype dtype = out_dtype.value_or(x.dtype());
-  check(
-      dtype == x.dtype() || dtype == mx::float32,
-      op,
-      "out_dtype",
-      "be float32 or the dtype of x",
-      dtype);
+  mx::Dtype dtype = check_out_dtype(op, x, out_dtype);
 
   auto stream = mx::to_stream({});
   auto shape = x.shape();
@@ -120,7 +99,8 @@ void Q8Matmul::eval_cpu(
   args.K = x.shape(-1);
   args.group_size = group_size_;
   args.bits = bits_;
-  Launch launch = q8_matmul_plan(rows.count(), args.N, args.K, bits_);
+  auto launch =
+      q8_matmul_plan(rows.count(), args.N, args.K, group_size_, bits_);
   Order order = bits_ == 8 ? Order::plain
       : bits_ == 6         ? Order::quads
                            : Order::pairs;
@@ -132,8 +112,8 @@ void Q8Matmul::eval_cpu(
   encoder.set_input_array(biases);
   encoder.set_output_array(out);
   encoder.dispatch([rows = std::move(rows), launch, args, order] {
-    run_matmul(
-        rows, launch, args, order, PYENGINE_PICK_KERNEL(q8_matmul_columns));
+    auto kernel = PYENGINE_PICK_KERNEL(q8_matmul_columns);
+    run_matmul(rows, launch, args, order, kernel);
   });
 }
 

@@ -20,7 +20,7 @@ mx::array q8_matmul(
     int bits,
     std::optional<mx::Dtype> out_dtype);
 
-Launch q8_matmul_plan(int M, int N, int K, int bits);
+Launch q8_matmul_plan(int M, int N, int K, int group_size, int bits);
 
 class Q8Matmul : public mx::Primitive {
  public:

@@ -16,7 +16,6 @@ namespace pyengine::PYENGINE_ISA {
 namespace {
 
 constexpr int block = 64; // weights unpacked together: four times 16 lanes
-constexpr int chunk = 2048; // weights whose scales are converted together
 
 // The block of 64 as four F32x16, in the Order (rows_cpu.h) of its bit width.
 template <int bits>
@@ -33,43 +32,30 @@ PYENGINE_INLINE F32x16 unpack(const uint8_t* w, int j) {
   }
 }
 
-// Scales (or biases) of one column as float32. Two per block for groups of 32,
-// one otherwise.
-template <typename T>
-void convert(const T* from, int group_size, int count, float* to) {
-  if (group_size == 128) {
-    for (int i = 0; i < count; ++i) {
-      to[i] = to_float(from[i / 2]);
-    }
-    return;
-  }
-  int i = 0;
-  for (; i + lanes <= count; i += lanes) {
-    store(to + i, load(from + i));
-  }
-  if (i < count) {
-    store(to + i, load(from + i, count - i));
-  }
-}
-
+// `count` scales or biases from index `first` on, as float32.
 void convert(
-    const Q8MatmulArgs& args,
     const void* from,
-    int n,
-    int k,
-    int count,
+    Storage storage,
+    int64_t first,
+    int64_t count,
     float* to) {
-  int64_t first = int64_t(n) * (args.K / args.group_size) + k / args.group_size;
-  switch (args.storage) {
+  auto copy = [&](auto values) {
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) {
+      store(to + i, load(values + first + i));
+    }
+    if (i < count) {
+      int rest = int(count - i);
+      store(to + i, load(values + first + i, rest), rest);
+    }
+  };
+  switch (storage) {
     case Storage::float32:
-      return convert(
-          static_cast<const float*>(from) + first, args.group_size, count, to);
+      return copy(static_cast<const float*>(from));
     case Storage::float16:
-      return convert(
-          static_cast<const Half*>(from) + first, args.group_size, count, to);
+      return copy(static_cast<const Half*>(from));
     case Storage::bfloat16:
-      return convert(
-          static_cast<const BFloat*>(from) + first, args.group_size, count, to);
+      return copy(static_cast<const BFloat*>(from));
   }
 }
 
@@ -86,12 +72,12 @@ PYENGINE_INLINE F32x16 spread(const float* values, int j) {
   }
 }
 
+// scales[c] and biases[c] point to those of the block.
 template <int bits, bool halves, int rows, int columns>
 PYENGINE_INLINE void multiply_block(
     const uint8_t* const (&w)[columns],
-    const float (&scales)[columns][chunk / 32],
-    const float (&biases)[columns][chunk / 32],
-    int group,
+    const float* const (&scales)[columns],
+    const float* const (&biases)[columns],
     const float* x,
     int pitch,
     F32x16 (&acc)[rows][columns]) {
@@ -102,72 +88,86 @@ PYENGINE_INLINE void multiply_block(
     for (int c = 0; c < columns; ++c) {
       weights[c] =
           fma(unpack<bits>(w[c], j),
-              spread<bits, halves>(&scales[c][group], j),
-              spread<bits, halves>(&biases[c][group], j));
+              spread<bits, halves>(scales[c], j),
+              spread<bits, halves>(biases[c], j));
     }
     PYENGINE_UNROLL
     for (int r = 0; r < rows; ++r) {
-      F32x16 values = load(x + r * int64_t(pitch) + 16 * j);
+      F32x16 values = load(x + lanes * r);
       PYENGINE_UNROLL
       for (int c = 0; c < columns; ++c) {
         acc[r][c] = fma(values, weights[c], acc[r][c]);
       }
     }
+    x += pitch;
   }
 }
 
+// What a thread works with: columns [begin, end) and their float32 numbers.
+struct Group {
+  int begin;
+  int end;
+  float* sums; // [M, end - begin]
+  const float* scales; // [end - begin, K / group_size]
+  const float* biases;
+};
+
 // Rows [m, m + rows) of columns [n, n + columns).
 template <int bits, bool halves, int rows, int columns>
-void multiply_tile(const Q8MatmulArgs& args, int m, int n) {
+void multiply_tile(const Q8MatmulArgs& args, const Group& group, int m, int n) {
   constexpr int block_bytes = block * bits / 8;
-  constexpr int per_block = halves ? 2 : 1;
-  int pitch = padded_width(args.K);
-  const float* x = args.x + m * int64_t(pitch);
+  int groups = args.K / args.group_size;
+  int pitch = lanes * args.M;
+  const float* x = args.x + lanes * m;
   const uint8_t* w[columns];
+  const float* scales[columns];
+  const float* biases[columns];
+  PYENGINE_UNROLL
   for (int c = 0; c < columns; ++c) {
     w[c] = args.w + (n + c) * (int64_t(args.K) * bits / 8);
+    scales[c] = group.scales + (n - group.begin + c) * int64_t(groups);
+    biases[c] = group.biases + (n - group.begin + c) * int64_t(groups);
   }
-  float scales[columns][chunk / 32];
-  float biases[columns][chunk / 32];
   F32x16 acc[rows][columns] = {};
 
-  for (int start = 0; start < args.K; start += chunk) {
-    int width = args.K - start < chunk ? args.K - start : chunk;
+  for (int k = 0; k + block <= args.K; k += block) {
+    multiply_block<bits, halves, rows, columns>(
+        w, scales, biases, x, pitch, acc);
+    // Groups of 128 move on with every second block.
+    int step = halves ? 2 : args.group_size == 64 ? 1 : k / block % 2;
+    PYENGINE_UNROLL
     for (int c = 0; c < columns; ++c) {
-      int count = width * per_block / block;
-      convert(args, args.scales, n + c, start, count, scales[c]);
-      convert(args, args.biases, n + c, start, count, biases[c]);
+      w[c] += block_bytes;
+      scales[c] += step;
+      biases[c] += step;
     }
-    int group = 0;
-    for (int k = 0; k + block <= width; k += block, group += per_block) {
-      multiply_block<bits, halves, rows, columns>(
-          w, scales, biases, group, x, pitch, acc);
-      for (int c = 0; c < columns; ++c) {
-        w[c] += block_bytes;
-      }
-      x += block;
+    x += 4 * pitch;
+  }
+  if (halves && args.K % block != 0) {
+    // Half a block is left: x is padded with zeros, the weights are here.
+    uint8_t packed[columns][block_bytes] = {};
+    float padded[2][columns][2] = {};
+    PYENGINE_UNROLL
+    for (int c = 0; c < columns; ++c) {
+      memcpy(packed[c], w[c], block_bytes / 2);
+      padded[0][c][0] = scales[c][0];
+      padded[1][c][0] = biases[c][0];
+      w[c] = packed[c];
+      scales[c] = padded[0][c];
+      biases[c] = padded[1][c];
     }
-    if (halves && width % block != 0) {
-      // Half a block is left; x is padded with zeros, the weights are here.
-      uint8_t padded[columns][block_bytes] = {};
-      const uint8_t* tail[columns];
-      for (int c = 0; c < columns; ++c) {
-        memcpy(padded[c], w[c], block_bytes / 2);
-        tail[c] = padded[c];
-        scales[c][group + 1] = biases[c][group + 1] = 0.0f;
-      }
-      multiply_block<bits, halves, rows, columns>(
-          tail, scales, biases, group, x, pitch, acc);
-    }
+    multiply_block<bits, halves, rows, columns>(
+        w, scales, biases, x, pitch, acc);
   }
 
+  int wide = group.end - group.begin;
+  float* sums = group.sums + m * wide + n - group.begin;
+  PYENGINE_UNROLL
   for (int r = 0; r < rows; ++r) {
-    float sums[lanes];
+    PYENGINE_UNROLL
     for (int c = 0; c < columns; ++c) {
-      sums[c] = sum(acc[r][c]);
+      sums[r * wide + c] = sum(acc[r][c]);
     }
-    int64_t at = (m + r) * int64_t(args.N) + n;
-    store(args.out, args.out_storage, at, load(sums), columns);
   }
 }
 
@@ -177,50 +177,66 @@ constexpr int tile_columns(int rows) {
   return native == 16 ? (rows <= 4 ? 4 : 2) : native == 8 && rows <= 2 ? 2 : 1;
 }
 
-template <int bits, bool halves, int rows>
-void multiply_columns(const Q8MatmulArgs& args, int m, int begin, int end) {
-  constexpr int columns = tile_columns(rows);
-  int n = begin;
-  for (; n + columns <= end; n += columns) {
-    multiply_tile<bits, halves, rows, columns>(args, m, n);
-  }
-  for (; n < end; ++n) {
-    multiply_tile<bits, halves, rows, 1>(args, m, n);
-  }
-}
-
 template <int bits, bool halves>
-void multiply(const Q8MatmulArgs& args, int begin, int end) {
+void multiply(const Q8MatmulArgs& args, const Group& group) {
   // Rows beyond one tile read the group's weights again, from the cache.
   int tiles = (args.M + tile_rows - 1) / tile_rows;
   for (int tile = 0; tile < tiles; ++tile) {
     int m = args.M * tile / tiles;
     int rows = args.M * (tile + 1) / tiles - m;
     with_constant<tile_rows>(rows, [&](auto constant) {
-      multiply_columns<bits, halves, constant.value>(args, m, begin, end);
+      constexpr int tall = constant.value;
+      constexpr int wide = tile_columns(tall);
+      int n = group.begin;
+      for (; n + wide <= group.end; n += wide) {
+        multiply_tile<bits, halves, tall, wide>(args, group, m, n);
+      }
+      for (; n < group.end; ++n) {
+        multiply_tile<bits, halves, tall, 1>(args, group, m, n);
+      }
     });
   }
 }
 
 template <int bits>
-void multiply(const Q8MatmulArgs& args, int begin, int end) {
+void multiply(const Q8MatmulArgs& args, const Group& group) {
   if (args.group_size == 32) {
-    multiply<bits, true>(args, begin, end);
+    multiply<bits, true>(args, group);
   } else {
-    multiply<bits, false>(args, begin, end);
+    multiply<bits, false>(args, group);
   }
 }
 
 } // namespace
 
-void q8_matmul_columns(const Q8MatmulArgs& args, int begin, int end) {
+void q8_matmul_columns(
+    const Q8MatmulArgs& args,
+    int begin,
+    int end,
+    float* scratch) {
+  int columns = end - begin;
+  int64_t per_column = args.K / args.group_size;
+  float* scales = scratch + args.M * columns;
+  float* biases = scales + columns * per_column;
+  int64_t first = begin * per_column;
+  convert(args.scales, args.storage, first, columns * per_column, scales);
+  convert(args.biases, args.storage, first, columns * per_column, biases);
+
+  Group group = {begin, end, scratch, scales, biases};
   switch (args.bits) {
     case 8:
-      return multiply<8>(args, begin, end);
+      multiply<8>(args, group);
+      break;
     case 6:
-      return multiply<6>(args, begin, end);
+      multiply<6>(args, group);
+      break;
     case 4:
-      return multiply<4>(args, begin, end);
+      multiply<4>(args, group);
+      break;
+  }
+  for (int m = 0; m < args.M; ++m) {
+    int64_t at = int64_t(m) * args.N + begin;
+    store(args.out, args.out_storage, at, scratch + m * columns, columns);
   }
 }
 

@@ -9,7 +9,7 @@ struct Q8MatmulArgs {
   const uint8_t* w; // [N, K * bits / 8]
   const void* scales; // [N, K / group_size], storage
   const void* biases;
-  const float* x; // [M, padded_width(K)], permuted (rows_cpu.h)
+  const float* x; // scratch of M rows (rows_cpu.h)
   void* out; // [M, N], out_storage
   Storage storage;
   Storage out_storage;
@@ -20,11 +20,13 @@ struct Q8MatmulArgs {
   int bits;
 };
 
-// Writes columns [begin, end) of every row.
+// Writes columns [begin, end) of every row. Scratch holds, for each of these
+// columns, the sums of M rows and K / group_size scales and biases.
 PYENGINE_DECLARE_KERNEL(
     q8_matmul_columns,
     const Q8MatmulArgs& args,
     int begin,
-    int end)
+    int end,
+    float* scratch)
 
 } // namespace pyengine

@@ -8,31 +8,34 @@ namespace pyengine::PYENGINE_ISA {
 
 namespace {
 
+// Elements k, k + step, ... as 16 lanes; 0 where the row has ended.
 template <typename T>
-void convert(const T* from, int64_t stride, int width, float* to) {
-  int k = 0;
-  if (stride == 1) {
-    for (; k + lanes <= width; k += lanes) {
-      store(to + k, load(from + k));
-    }
+PYENGINE_INLINE F32x16
+gather(const T* from, int64_t stride, int width, int k, int step) {
+  if (stride == 1 && step == 1 && k + lanes <= width) {
+    return load(from + k);
   }
-  for (; k < width; ++k) {
-    to[k] = to_float(from[k * stride]);
+  float values[lanes];
+  for (int i = 0; i < lanes; ++i) {
+    int at = k + i * step;
+    values[i] = at < width ? to_float(from[at * stride]) : 0.0f;
   }
-  for (; k < padded_width(width); ++k) {
-    to[k] = 0.0f;
-  }
+  return load(values);
 }
 
-// Within each run of 16 * step elements: 0, step, 2 * step, ..., then 1, ...
-void interleave(int step, int width, float* row) {
-  int run = lanes * step;
-  float permuted[lanes * 4];
-  for (int k = 0; k < padded_width(width); k += run) {
-    for (int i = 0; i < run; ++i) {
-      permuted[i % step * lanes + i / step] = row[k + i];
+template <typename T>
+void load_row(
+    const T* from,
+    int64_t stride,
+    int width,
+    int step,
+    int rows,
+    float* to) {
+  // A run of 16 * step elements gives every first, then every second, ...
+  for (int k = 0; k < padded_width(width); k += lanes * step) {
+    for (int i = 0; i < step; ++i, to += lanes * rows) {
+      store(to, gather(from, stride, width, k + i, step));
     }
-    memcpy(row + k, permuted, run * sizeof(float));
   }
 }
 
@@ -44,20 +47,22 @@ void load_row(
     int64_t stride,
     int width,
     Order order,
+    int rows,
     float* to) {
+  int step = int(order);
   switch (storage) {
-    case Storage::float32:
-      convert(static_cast<const float*>(from), stride, width, to);
-      break;
-    case Storage::float16:
-      convert(static_cast<const Half*>(from), stride, width, to);
-      break;
-    case Storage::bfloat16:
-      convert(static_cast<const BFloat*>(from), stride, width, to);
-      break;
-  }
-  if (order != Order::plain) {
-    interleave(int(order), width, to);
+    case Storage::float32: {
+      auto values = static_cast<const float*>(from);
+      return load_row(values, stride, width, step, rows, to);
+    }
+    case Storage::float16: {
+      auto values = static_cast<const Half*>(from);
+      return load_row(values, stride, width, step, rows, to);
+    }
+    case Storage::bfloat16: {
+      auto values = static_cast<const BFloat*>(from);
+      return load_row(values, stride, width, step, rows, to);
+    }
   }
 }
 

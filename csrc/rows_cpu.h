@@ -10,11 +10,14 @@ namespace pyengine {
 // is cheaper than permuting every weight.
 enum class Order : uint8_t { plain = 1, pairs = 2, quads = 4 };
 
-// Rows in scratch are this many floats apart: whole blocks of 64, the rest 0.
+// Scratch holds whole blocks of 64 elements, the rest of the last one 0.
 constexpr int padded_width(int width) {
   return (width + 63) / 64 * 64;
 }
 
+// Writes a row as float32 for a slice of `rows` rows: 16 elements, then a gap
+// for those of the other rows. So a kernel that takes 16 elements of each row
+// at a time walks through scratch in one line.
 PYENGINE_DECLARE_KERNEL(
     load_row,
     const void* from,
@@ -22,6 +25,7 @@ PYENGINE_DECLARE_KERNEL(
     int64_t stride,
     int width,
     Order order,
+    int rows,
     float* to)
 
 } // namespace pyengine

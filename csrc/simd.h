@@ -58,11 +58,25 @@ struct F32x16 {
 
 // ---- Construction, loads and stores
 
+namespace detail {
+
+PYENGINE_INLINE NativeFloat splat(float value) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(value);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(value);
+#else
+  return NativeFloat{value, value, value, value};
+#endif
+}
+
+} // namespace detail
+
 PYENGINE_INLINE F32x16 broadcast(float value) {
   F32x16 r;
   PYENGINE_UNROLL
   for (int i = 0; i < parts; ++i) {
-    r.part[i] = NativeFloat{} + value;
+    r.part[i] = detail::splat(value);
   }
   return r;
 }
@@ -76,7 +90,7 @@ PYENGINE_INLINE F32x16 broadcast(float low, float high) {
 #else
   PYENGINE_UNROLL
   for (int i = 0; i < parts; ++i) {
-    r.part[i] = NativeFloat{} + (i < parts / 2 ? low : high);
+    r.part[i] = detail::splat(i < parts / 2 ? low : high);
   }
 #endif
   return r;
@@ -88,12 +102,18 @@ PYENGINE_INLINE F32x16 zero() {
 
 PYENGINE_INLINE F32x16 load(const float* from) {
   F32x16 r;
-  memcpy(&r, from, sizeof(r));
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+    memcpy(&r.part[i], from + native * i, sizeof(r.part[i]));
+  }
   return r;
 }
 
 PYENGINE_INLINE void store(float* to, F32x16 a) {
-  memcpy(to, &a, sizeof(a));
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+    memcpy(to + native * i, &a.part[i], sizeof(a.part[i]));
+  }
 }
 
 namespace detail {
@@ -269,6 +289,18 @@ store(void* to, Storage storage, int64_t at, F32x16 a, int count) {
       return store(static_cast<Half*>(to) + at, a, count);
     case Storage::bfloat16:
       return store(static_cast<BFloat*>(to) + at, a, count);
+  }
+}
+
+// The same for a run of floats.
+PYENGINE_INLINE void
+store(void* to, Storage storage, int64_t at, const float* from, int count) {
+  int i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    store(to, storage, at + i, load(from + i), lanes);
+  }
+  if (i < count) {
+    store(to, storage, at + i, load(from + i, count - i), count - i);
   }
 }
 

@@ -1,18 +1,35 @@
 import mlx.core as mx
 
+from pyengine import _ext
+
+from .switch import chosen
+
 
 def dense_matmul(x: mx.array, w: mx.array, *, out_dtype: mx.Dtype | None = None) -> mx.array:
-    """Multiply rows by a matrix of floats, ``out[m, n] = sum over k of x[m, k] * w[n, k]``.
+    """Multiply rows by a matrix, reading each weight once for up to 16 rows.
+
+    ``out[m, n] = sum over k of x[m, k] * w[n, k]`` in float32, in an order that depends on K alone,
+    rounded once. More than 16 rows run as slices of 16. On a GPU MLX's ``matmul`` serves, which is
+    not row-stable.
 
     Args:
-        x: ``[..., K]``, float32, float16 or bfloat16.
+        x: ``[..., K]``, float32, float16 or bfloat16; any strides.
         w: ``[N, K]``, dtype of ``x``.
         out_dtype: float32 or the dtype of ``x``; None is the dtype of ``x``.
 
     Returns:
         ``[..., N]``.
+
+    Raises:
+        ValueError: A shape, dtype or limit above does not hold.
     """
-    return dense_matmul_reference(x, w, out_dtype=out_dtype)
+    out = _ext.dense_matmul(x, w, out_dtype)  # checks in every case
+    implementation = chosen()
+    if implementation == "native":
+        return out
+    if implementation == "reference":
+        return dense_matmul_reference(x, w, out_dtype=out_dtype)
+    return (x @ w.T).astype(out_dtype or x.dtype)
 
 
 def dense_matmul_reference(

@@ -1,0 +1,96 @@
+// dense_matmul: checks, primitive and launch plan; the arithmetic is in
+// dense_matmul_cpu.cpp.
+
+#include "dense_matmul.h"
+
+#include <nanobind/stl/optional.h>
+
+#include <memory>
+
+#include "bindings.h"
+#include "dense_matmul_cpu.h"
+#include "matmul.h"
+#include "mlx/backend/cpu/encoder.h"
+
+namespace pyengine {
+
+namespace {
+
+constexpr const char* op = "dense_matmul";
+
+} // namespace
+
+Launch dense_matmul_plan(int M, int N, int K, size_t itemsize) {
+  return matmul_plan(M, N, K, K * itemsize);
+}
+
+mx::array dense_matmul(
+    const mx::array& x,
+    const mx::array& w,
+    std::optional<mx::Dtype> out_dtype) {
+  check_storage_dtype(op, "x", x);
+  check(x.ndim() >= 1, op, "x", "have at least 1 dimension", x.ndim());
+  check_dtype(op, "w", w, x.dtype(), "have the dtype of x");
+  check(w.ndim() == 2, op, "w", "have 2 dimensions", w.ndim());
+  check_shape(op, "w", w, {w.shape(0), x.shape(-1)});
+  mx::Dtype dtype = check_out_dtype(op, x, out_dtype);
+
+  auto stream = mx::to_stream({});
+  auto shape = x.shape();
+  shape.back() = w.shape(0);
+  return mx::array(
+      std::move(shape),
+      dtype,
+      std::make_shared<DenseMatmul>(stream),
+      {x, whole(w, stream)});
+}
+
+void DenseMatmul::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& x = inputs[0];
+  const auto& w = inputs[1];
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+
+  Rows rows(x);
+  DenseMatmulArgs args;
+  args.w = w.data<void>();
+  args.out = out.data<void>();
+  args.storage = storage_of(x.dtype());
+  args.out_storage = storage_of(out.dtype());
+  args.N = w.shape(0);
+  args.K = w.shape(1);
+  auto launch = dense_matmul_plan(rows.count(), args.N, args.K, w.itemsize());
+
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  encoder.set_input_array(x);
+  encoder.set_input_array(w);
+  encoder.set_output_array(out);
+  encoder.dispatch([rows = std::move(rows), launch, args] {
+    auto kernel = PYENGINE_PICK_KERNEL(dense_matmul_columns);
+    run_matmul(rows, launch, args, Order::plain, kernel);
+  });
+}
+
+void DenseMatmul::eval_gpu(
+    const std::vector<mx::array>&,
+    std::vector<mx::array>&) {
+  throw std::runtime_error(
+      "[dense_matmul] has no Metal kernel yet; "
+      "pyengine.ops.dense_matmul runs MLX's own op on a GPU.");
+}
+
+void bind_dense_matmul(nb::module_& m) {
+  m.def(
+      "dense_matmul",
+      &dense_matmul,
+      nb::arg("x"),
+      nb::arg("w"),
+      nb::arg("out_dtype").none());
+}
+
+} // namespace pyengine
