@@ -33,6 +33,7 @@ NB_MODULE(_ext, m) {
   pyengine::bind_rms_norm(m);
   pyengine::bind_norm_rope(m);
   pyengine::bind_residual_norm(m);
+  pyengine::bind_filter_logits(m);
   pyengine::bind_geglu(m);
   pyengine::bind_write_cache(m);
 }

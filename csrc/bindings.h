@@ -13,6 +13,7 @@ void bind_random_uniform(nb::module_& m);
 void bind_rms_norm(nb::module_& m);
 void bind_norm_rope(nb::module_& m);
 void bind_residual_norm(nb::module_& m);
+void bind_filter_logits(nb::module_& m);
 void bind_geglu(nb::module_& m);
 void bind_write_cache(nb::module_& m);
 

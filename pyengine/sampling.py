@@ -15,8 +15,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from pyengine import ops
+from pyengine.ops.filter_logits import MAX_TOP_K
 
-MAX_TOP_K = 256
 MAX_SEED = 2**32 - 1
 
 
@@ -100,38 +100,20 @@ def filter_logits(logits: mx.array, sampling: Sampling) -> Distribution:
     Returns:
         Candidates with probabilities that sum to 1; those that were cut have probability 0.
     """
-    vocab = logits.shape[-1]
     if sampling.suppress_tokens:
         logits = logits.at[:, mx.array(sampling.suppress_tokens)].add(-mx.inf)
     if sampling.greedy:
         best = mx.argmax(logits, axis=-1, keepdims=True).astype(mx.int32)
         return Distribution(best, mx.ones(best.shape, mx.float32))
-    logits = logits / sampling.temperature
-    ids = _best_first(logits, min(sampling.top_k or vocab, vocab))
-    kept = mx.take_along_axis(logits, ids, axis=-1)
-    weight = mx.exp(kept - kept[:, :1])
-    probs = weight / mx.cumsum(weight, axis=-1)[:, -1:]
-    if sampling.top_p < 1:
-        preceding = mx.cumsum(probs, axis=-1, inclusive=False)
-        probs = mx.where(preceding < sampling.top_p, probs, 0)
-    if sampling.min_p > 0:
-        probs = mx.where(probs >= sampling.min_p * probs[:, :1], probs, 0)
-    return Distribution(ids, probs / mx.cumsum(probs, axis=-1)[:, -1:])
-
-
-def _best_first(logits: mx.array, count: int) -> mx.array:
-    """Ids of the ``count`` best logits, ties by lower id: int32 ``[T, count]``.
-
-    Logit and id are packed into one integer, so no two keys are equal and the answer does not
-    depend on how the sort treats ties.
-    """
-    vocab = logits.shape[-1]
-    bits = (logits + 0.0).view(mx.uint32)  # + 0.0: -0 and 0 are the same logit
-    falling = mx.where(bits >> 31, bits, bits ^ 0x7FFFFFFF)
-    keys = (falling.astype(mx.uint64) << 32) | mx.arange(vocab, dtype=mx.uint64)
-    if count < vocab:
-        keys = mx.partition(keys, count, axis=-1)[:, :count]
-    return (mx.sort(keys, axis=-1) & 0xFFFFFFFF).astype(mx.int32)
+    return Distribution(
+        *ops.filter_logits(
+            logits,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+        )
+    )
 
 
 def uniforms(seed: int, purpose: Purpose, position: mx.array, count: int) -> mx.array:

@@ -2,6 +2,7 @@
 
 from .block_attention import block_attention, block_attention_reference
 from .dense_matmul import dense_matmul, dense_matmul_reference
+from .filter_logits import filter_logits, filter_logits_reference
 from .geglu import geglu, geglu_reference
 from .norm_rope import norm_rope, norm_rope_reference
 from .q8_matmul import q8_matmul, q8_matmul_reference
@@ -16,6 +17,8 @@ __all__ = [
     "block_attention_reference",
     "dense_matmul",
     "dense_matmul_reference",
+    "filter_logits",
+    "filter_logits_reference",
     "geglu",
     "geglu_reference",
     "norm_rope",

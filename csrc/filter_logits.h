@@ -1,0 +1,45 @@
+#pragma once
+// filter_logits: a row of logits to the candidates that are sampled from.
+
+#include <utility>
+
+#include "mlx/mlx.h"
+#include "mlx/primitives.h"
+
+namespace pyengine {
+
+namespace mx = mlx::core;
+
+// ids int32 [T, n] and probabilities float32 [T, n], n = min(top_k, V).
+std::pair<mx::array, mx::array> filter_logits(
+    const mx::array& logits, // [T, V]
+    float temperature,
+    int top_k,
+    float top_p,
+    float min_p);
+
+class FilterLogits : public mx::Primitive {
+ public:
+  FilterLogits(mx::Stream stream, float temperature, float top_p, float min_p)
+      : mx::Primitive(stream),
+        temperature_(temperature),
+        top_p_(top_p),
+        min_p_(min_p) {}
+
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "FilterLogits";
+  }
+
+ private:
+  float temperature_;
+  float top_p_;
+  float min_p_;
+};
+
+} // namespace pyengine

@@ -1,0 +1,81 @@
+import mlx.core as mx
+
+from pyengine import _ext
+
+from .switch import chosen
+
+MAX_TOP_K = 256
+
+
+def filter_logits(
+    logits: mx.array,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 64,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> tuple[mx.array, mx.array]:
+    """Turn rows of logits into the candidates that are sampled from, best first.
+
+    Divide by the temperature; keep the ``top_k`` best; softmax; keep the smallest prefix whose
+    preceding mass is below ``top_p``; drop what is below ``min_p`` times the best; renormalise.
+    Higher logits come first, equal ones by lower id; mass is summed in that order in float32.
+
+    Args:
+        logits: ``[T, V]`` float32; any strides.
+        temperature: Positive.
+        top_k: 1 to 256 candidates a row, or 0 for all V, which sorts the row in plain MLX.
+        top_p: Above 0; 1.0 is off.
+        min_p: 0 or more and below 1; 0.0 is off.
+
+    Returns:
+        ids int32 ``[T, n]`` and probabilities float32 ``[T, n]``, n the smaller of ``top_k`` and V;
+        what was cut has probability 0.
+
+    Raises:
+        ValueError: A shape, dtype or limit above does not hold.
+    """
+    out = _ext.filter_logits(logits, temperature, top_k or 1, top_p, min_p)  # checks in every case
+    if top_k and chosen() == "native":
+        return out
+    return filter_logits_reference(
+        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+
+
+def filter_logits_reference(
+    logits: mx.array,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 64,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> tuple[mx.array, mx.array]:
+    """The same in plain MLX."""
+    vocab = logits.shape[-1]
+    logits = logits / temperature
+    ids = _best_first(logits, min(top_k or vocab, vocab))
+    kept = mx.take_along_axis(logits, ids, axis=-1)
+    weight = mx.exp(kept - kept[:, :1])
+    probs = weight / mx.cumsum(weight, axis=-1)[:, -1:]
+    if top_p < 1:
+        preceding = mx.cumsum(probs, axis=-1, inclusive=False)
+        probs = mx.where(preceding < top_p, probs, 0)
+    if min_p > 0:
+        probs = mx.where(probs >= min_p * probs[:, :1], probs, 0)
+    return ids, probs / mx.cumsum(probs, axis=-1)[:, -1:]
+
+
+def _best_first(logits: mx.array, count: int) -> mx.array:
+    """Ids of the ``count`` best logits, ties by lower id: int32 ``[T, count]``.
+
+    Logit and id are packed into one integer, so no two keys are equal and the answer does not
+    depend on how the sort treats ties.
+    """
+    vocab = logits.shape[-1]
+    bits = (logits + 0.0).view(mx.uint32)  # + 0.0: -0 and 0 are the same logit
+    falling = mx.where(bits >> 31, bits, bits ^ 0x7FFFFFFF)
+    keys = (falling.astype(mx.uint64) << 32) | mx.arange(vocab, dtype=mx.uint64)
+    if count < vocab:
+        keys = mx.partition(keys, count, axis=-1)[:, :count]
+    return (mx.sort(keys, axis=-1) & 0xFFFFFFFF).astype(mx.int32)
