@@ -427,10 +427,13 @@ def _head_geometry(text: _Section, i: int, sliding: bool, key_is_value: bool) ->
     head_dim = text.integer("head_dim")
     num_kv_heads = text.integer("num_key_value_heads")
     if "per_layer_config" in text:
-        layer = text.section("per_layer_config").values.get(str(i), {})
+        # Indices are written with leading zeros where there are ten layers or more
+        layers = text.section("per_layer_config").values
+        key = next((key for key in layers if key.isdecimal() and int(key) == i), None)
+        layer = {} if key is None else layers[key]
         if not isinstance(layer, dict):
             raise text.fail("per_layer_config", "map a layer index to an object")
-        own = _Section(layer, f"{text.prefix}per_layer_config.{i}.")
+        own = _Section(layer, f"{text.prefix}per_layer_config.{key}.")
         head_dim = own.integer("head_dim") if "head_dim" in own else head_dim
         if "num_key_value_heads" in own:
             num_kv_heads = own.integer("num_key_value_heads")

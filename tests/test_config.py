@@ -131,9 +131,12 @@ def test_per_layer_config_form_equals_global_keys(tmp_path):
     published = read_target_config(write(tmp_path / "a", TARGET_31B))
     saved = edited(TARGET_31B, global_head_dim=..., num_global_key_value_heads=...)
     saved["text_config"]["per_layer_config"] = {
-        str(i): {"head_dim": 512, "num_key_value_heads": 4} for i in range(5, 60, 6)
+        f"{i:02}": {"head_dim": 512, "num_key_value_heads": 4} for i in range(5, 60, 6)
     }
     assert read_target_config(write(tmp_path / "b", saved)) == published
+    saved["text_config"]["per_layer_config"]["05"] = 512
+    with pytest.raises(ValueError, match="per_layer_config` must map a layer index to an object"):
+        read_target_config(write(tmp_path / "c", saved))
 
 
 def test_unified_text_lacks_keys_of_the_others(tmp_path):

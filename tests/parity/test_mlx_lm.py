@@ -1,0 +1,194 @@
+"""The same checkpoints in mlx-lm and mlx-vlm: `pytest -m parity`.
+
+    pip install mlx-lm==0.32.2 requests pillow && pip install --no-deps mlx-vlm==0.7.10
+
+mlx-lm knows text-only Gemma 4 targets and multimodal ones; it knows no assistant, mlx-vlm does.
+Everything is compared in float32 over the same 8-bit weights.
+"""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+pytest.importorskip("mlx_lm", reason="needs mlx-lm 0.32.2")
+
+import mlx.nn as nn
+from mlx.utils import tree_map
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+from pyengine.pair import MANIFEST, load
+from pyengine.quantize import quantize_checkpoint
+from pyengine.weights import Linear
+
+pytestmark = pytest.mark.parity
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+EMBEDDED = Path(__file__).parents[2] / "pyengine" / "nano"
+needs_embedded = pytest.mark.skipif(
+    not (EMBEDDED / MANIFEST).is_file(), reason="the embedded pair is not there"
+)
+LOGITS = 5e-4
+# Where the two best logits are nearer than this, rounding may choose either.
+MARGIN = 1e-3
+PROMPTS = (
+    "Write a single-file HTML5 canvas game of Flappy Bird.",
+    "<!DOCTYPE html>\n<html>\n<head>\n<title>Snake</title>",
+    "const canvas = document.getElementById('game');\n",
+    "function update() {\n  player.x += player.vx;\n",
+    "import os\nimport sys\n\n\ndef main():\n",
+    "class Node:\n    def __init__(self, value):\n",
+    "for i in range(10):\n    print(",
+    "The canvas is cleared, then every frame",
+)
+NUM_TOKENS = 256
+
+
+def floats(model: nn.Module) -> nn.Module:
+    """The model with every floating array in float32."""
+    model.update(
+        tree_map(
+            lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a,
+            model.parameters(),
+        )
+    )
+    return model
+
+
+def gap(a: mx.array, b: mx.array) -> float:
+    assert a.shape == b.shape
+    return float(mx.abs(a - b).max().item())
+
+
+@pytest.fixture(params=["dense31", "e2b", "moe26"])
+def tiny(request, tmp_path):
+    """An 8-bit copy of a committed pair; mlx-lm has no text-only class for the unified 12B."""
+    for part in ("target", "assistant"):
+        quantize_checkpoint(FIXTURES / request.param / part, tmp_path / part)
+    config = tmp_path / "target" / "config.json"
+    values = json.loads(config.read_text())
+    # mlx-lm takes the vocabulary from the top level and otherwise assumes the published one
+    values.setdefault("vocab_size", 256)
+    config.write_text(json.dumps(values))
+    text = mx.load(str(FIXTURES / request.param / "ref.safetensors"))["greedy"].tolist()
+    return tmp_path, text
+
+
+def test_tiny_targets(tiny):
+    folder, text = tiny
+    theirs, _ = load_model(folder / "target", strict=True)
+    ours = load(folder / "target", dtype=mx.float32)
+    assert gap(ours.logits(text[:60]), floats(theirs)(mx.array([text[:60]]))[0]) <= LOGITS
+
+
+@needs_embedded
+def test_embedded_target_writes_the_same_greedy_text():
+    """8 prompts x 256 tokens; their cache is fed our token, ours our own."""
+    pair = load(dtype=mx.float32)
+    theirs, _ = load_model(pair.target_path, strict=True)
+    floats(theirs)
+    close, worst = [], 0.0
+    for number, prompt in enumerate(PROMPTS):
+        ids = pair.tokenizer.encode(prompt, bos=True)
+        cache, their_cache = pair.target.new_cache(1), make_prompt_cache(theirs)
+        logits, _ = pair.target.prefill(ids, cache)
+        their_logits = theirs(mx.array([ids]), cache=their_cache)[0, -1]
+        for position in range(NUM_TOKENS):
+            token, their_token = (int(mx.argmax(row).item()) for row in (logits, their_logits))
+            worst = max(worst, gap(logits, their_logits))
+            if token != their_token:
+                top = mx.sort(logits)[-2:]
+                margin = float((top[1] - top[0]).item())
+                close.append((number, position, token, their_token, margin))
+            step = mx.array([token], dtype=mx.int32)
+            rows, _ = pair.target.verify(step, cache)
+            cache.commit(mx.array(1, dtype=mx.int32), cache.bound + 1)
+            logits, their_logits = rows[0], theirs(step[None], cache=their_cache)[0, -1]
+            mx.eval(logits, their_logits)
+    print(f"largest logit gap {worst:.2e}; positions where the choice differs: {close}")
+    assert all(margin < MARGIN for *_, margin in close)
+
+
+def their_assistant(folder: Path) -> nn.Module:
+    """mlx-vlm's assistant with the weights of a folder, strictly."""
+    module = pytest.importorskip(
+        "mlx_vlm.speculative.drafters.gemma4_assistant", reason="needs mlx-vlm 0.7.10"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    model = module.Gemma4AssistantDraftModel(module.Gemma4AssistantConfig.from_dict(config))
+    weights = model.sanitize(mx.load(str(folder / "model.safetensors")))
+    block = config.get("quantization")
+    if block is not None:
+        nn.quantize(
+            model,
+            group_size=block["group_size"],
+            bits=block["bits"],
+            class_predicate=lambda path, _: f"{path}.scales" in weights,
+        )
+    model.load_weights(list(weights.items()), strict=True)
+    return floats(model)
+
+
+def compare_assistants(target: Path, assistant: Path, ids: list[int]) -> None:
+    """Four steps from the same keys, values and inputs, at both positions."""
+    theirs = their_assistant(assistant)
+    for position in ("n-1", "n-2"):
+        pair = load(target, assistant, dtype=mx.float32, position=position)
+        model, cache = pair.target, pair.target.new_cache(1)
+        # One chunk, and a ring that has not wrapped: slot p is position p
+        n = len(ids)
+        logits, hidden = model.prefill(ids, cache := model.new_cache(n))
+        shared = {}
+        for kind, sliding in (("sliding_attention", True), ("full_attention", False)):
+            source = model.config.last_source(sliding)
+            first = max(n - (model.config.window - 1), 0) if sliding else 0
+            shared[kind] = tuple(a[source][:, :, first:n] for a in (cache.keys, cache.values))
+        theirs.bind(FakeTarget())
+        theirs._kv_valid_len = n
+        at = mx.array([[n if position == "n-1" else n - 1]])
+        token = mx.argmax(logits, keepdims=True).astype(mx.int32)
+        for _ in range(4):
+            embedding = model.embed(token)
+            x = mx.concatenate([embedding, hidden], axis=-1)[None]
+            their_hidden, their_logits = theirs(x, shared, at)
+            logits, hidden = pair.assistant.step(embedding, hidden, cache)
+            seen = mx.isfinite(logits)
+            ours, other = mx.where(seen, logits, 0), mx.where(seen, their_logits[0], 0)
+            assert gap(ours, other) <= LOGITS
+            assert gap(hidden, their_hidden[0]) <= LOGITS
+            token = mx.argmax(logits, axis=-1).astype(mx.int32)
+
+
+class FakeTarget:
+    """bind() only looks for an embedding table; inputs are given ready made."""
+
+
+@pytest.mark.parametrize("flavour", ["dense31", "moe26", "uni12"])
+def test_tiny_assistants(flavour, tmp_path):
+    for part in ("target", "assistant"):
+        quantize_checkpoint(FIXTURES / flavour / part, tmp_path / part)
+    compare_assistants(tmp_path / "target", tmp_path / "assistant", list(range(5, 35)))
+
+
+def test_tiny_assistant_with_centroids():
+    """Unquantised: mlx-vlm 0.7.10 gathers packed words where this table is quantised."""
+    folder = FIXTURES / "e2b"
+    compare_assistants(folder / "target", folder / "assistant", list(range(5, 35)))
+
+
+@needs_embedded
+def test_embedded_assistant():
+    ids = load().tokenizer.encode(PROMPTS[0] * 20, bos=True)[:400]
+    compare_assistants(EMBEDDED / "target", EMBEDDED / "assistant", ids)
+
+
+def test_our_linear_agrees_with_theirs():
+    """Both sides read the same packed words the same way."""
+    w = mx.random.normal((64, 128), key=mx.random.key(1))
+    layer = nn.QuantizedLinear.from_linear(nn.Linear(128, 64, bias=False), 64, 8)
+    layer.weight, layer.scales, layer.biases = mx.quantize(w, 64, 8)
+    x = mx.random.normal((3, 128), key=mx.random.key(2))
+    ours = Linear(layer.weight, layer.scales, layer.biases, 8, 64)(x)
+    np.testing.assert_allclose(np.array(ours), np.array(layer(x)), rtol=1e-4, atol=1e-4)
