@@ -292,7 +292,11 @@ def save(pair: Pair, flavour: str, small: bool, folder: Path, multimodal: bool) 
         (assistant, folder / "assistant", assistant_config),
     ):
         state = model.state_dict()
-        rounded = {n: t.bfloat16() if t.is_floating_point() else t for n, t in state.items()}
+        rounded = {
+            name: tensor.bfloat16() if tensor.is_floating_point() else tensor
+            for name, tensor in state.items()
+            if name != "lm_head.weight"  # tied, and in no published file
+        }
         model.save_pretrained(path, state_dict=rounded)
         publish(path, config, flavour)
 

@@ -113,11 +113,16 @@ def test_embedded_target_writes_the_same_greedy_text():
 
 def their_assistant(folder: Path) -> nn.Module:
     """mlx-vlm's assistant with the weights of a folder, strictly."""
-    module = pytest.importorskip(
-        "mlx_vlm.speculative.drafters.gemma4_assistant", reason="needs mlx-vlm 0.7.10"
+    pytest.importorskip("mlx_vlm", reason="needs mlx-vlm 0.7.10")
+    from mlx_vlm.speculative.drafters.gemma4_assistant.config import Gemma4AssistantConfig
+    from mlx_vlm.speculative.drafters.gemma4_assistant.gemma4_assistant import (
+        Gemma4AssistantDraftModel,
     )
+
     config = json.loads((folder / "config.json").read_text())
-    model = module.Gemma4AssistantDraftModel(module.Gemma4AssistantConfig.from_dict(config))
+    # The unified class has no such key, and mlx-vlm would take E2B's
+    config["text_config"].setdefault("hidden_size_per_layer_input", 0)
+    model = Gemma4AssistantDraftModel(Gemma4AssistantConfig.from_dict(config))
     weights = model.sanitize(mx.load(str(folder / "model.safetensors")))
     block = config.get("quantization")
     if block is not None:
