@@ -55,7 +55,6 @@ class Assistant:
         self.config = config
         self.dtype = weights.dtype
         self.position = position
-        self.parameter_bytes = weights.parameter_bytes()
         matrix, vector = weights.matrices, weights.vectors
         self.pre_projection = matrix["pre_projection"]
         self.post_projection = matrix["post_projection"]

@@ -87,7 +87,6 @@ class Target:
         self.config = config
         self.dtype = weights.dtype
         self.context = config.context_limit
-        self.parameter_bytes = weights.parameter_bytes()
         matrix, vector = weights.matrices, weights.vectors
         self.table = matrix["embed_tokens"]
         self.norm = vector["norm.weight"]

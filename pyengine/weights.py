@@ -114,10 +114,6 @@ class Weights:
     vectors: Mapping[str, mx.array]
     dtype: mx.Dtype
 
-    def parameter_bytes(self) -> int:
-        arrays = [a for matrix in self.matrices.values() for a in matrix.arrays]
-        return sum(a.nbytes for a in [*arrays, *self.vectors.values()])
-
 
 @dataclass(frozen=True)
 class Layout:

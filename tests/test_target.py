@@ -24,9 +24,9 @@ from pyengine.weights import Linear
 # float32 logits of a random model of some layers; transformers sums in other orders.
 FLOAT32 = 5e-4
 # bfloat16 keeps 8 bits, so each of a layer's dozen roundings moves a value by up to 0.4 %, and
-# random
-# layers amplify that: against the float32 reference the logits (within +-30) stay this near.
-BFLOAT16 = {"dense31": 2.0, "e2b": 0.8, "moe26": 0.8, "uni12": 0.6}
+# random layers amplify that. Against the float32 reference the logits (within +-30) stay this near;
+# the 26B's jump where rounding changes an expert. tests/parity holds us to transformers' own error.
+BFLOAT16 = {"dense31": 0.5, "e2b": 0.8, "moe26": 2.0, "uni12": 0.6}
 LENGTHS = (5, 21, 40)
 
 
