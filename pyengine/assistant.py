@@ -13,7 +13,8 @@ import mlx.core as mx
 from pyengine import ops
 from pyengine.cache import Cache
 from pyengine.config import AssistantConfig, LayerConfig, TargetConfig
-from pyengine.weights import Linear, Weights
+from pyengine.linear import Linear
+from pyengine.weights import Weights
 
 # Where the assistant's query sits when n tokens are known, the newest one unprocessed: at that
 # token (transformers, LiteRT-LM) or at the last processed one (vLLM, mlx-vlm). Only acceptance

@@ -12,7 +12,8 @@ import mlx.core as mx
 from pyengine import ops
 from pyengine.cache import Cache
 from pyengine.config import LayerConfig, TargetConfig
-from pyengine.weights import Linear, Weights
+from pyengine.linear import Linear
+from pyengine.weights import Weights
 
 # Up to this many rows, routed experts are fetched row by row; beyond, every expert sees every row.
 ROWS_BY_SLOT = 16

@@ -18,8 +18,8 @@ from tiny_pairs import (
 )
 
 from pyengine import ops, target
+from pyengine.linear import Linear
 from pyengine.target import Target
-from pyengine.weights import Linear
 
 # float32 logits of a random model of some layers; transformers sums in other orders.
 FLOAT32 = 5e-4

@@ -11,7 +11,6 @@ from tiny_pairs import FIXTURES, FLAVOURS, bits, gap, greedy_text, quantized_fix
 from pyengine.config import read_assistant_config, read_target_config
 from pyengine.target import Target
 from pyengine.weights import (
-    Linear,
     canonical,
     load_assistant_weights,
     load_target_weights,
@@ -364,19 +363,3 @@ def test_layout_names_every_tensor_of_the_file(flavour):
     split = {n for n in wanted if ".experts.gate_proj" in n or ".experts.up_proj" in n}
     joint = {n.replace(".gate_proj", ".gate_up_proj") for n in split if ".gate_proj" in n}
     assert live == wanted - split | joint
-
-
-def test_linear_is_its_matrix():
-    w = mx.random.normal((32, 64), key=mx.random.key(1))
-    x = mx.random.normal((5, 64), key=mx.random.key(2))
-    for linear in (Linear(w), Linear(*mx.quantize(w, 64, 8), 8, 64)):
-        expected = np.array(x, dtype=np.float64) @ np.array(linear.values(), dtype=np.float64).T
-        np.testing.assert_allclose(np.array(linear(x)), expected, rtol=1e-4, atol=1e-4)
-        half = linear.astype(mx.bfloat16)
-        assert half.dtype == mx.bfloat16
-        out = half(x.astype(mx.bfloat16), mx.float32)
-        assert out.dtype == mx.float32 and gap(out, mx.array(expected, mx.float32)) < 0.5
-    stack = Linear(*mx.quantize(w.reshape(4, 8, 64), 64, 8), 8, 64)
-    rows = stack.take(mx.array([2, 0])).joined().values()
-    assert np.array_equal(np.array(rows[:8]), np.array(stack.member(2).values()))
-    assert np.array_equal(np.array(rows[8:]), np.array(stack.member(0).values()))

@@ -20,9 +20,9 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
+from pyengine.linear import Linear
 from pyengine.pair import MANIFEST, load
 from pyengine.quantize import quantize_checkpoint
-from pyengine.weights import Linear
 
 pytestmark = pytest.mark.parity
 FIXTURES = Path(__file__).parents[1] / "fixtures"

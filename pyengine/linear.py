@@ -1,0 +1,79 @@
+"""A weight matrix, dense or quantised, that knows how to multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from pyengine import ops
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix ``[N, K]`` or a stack of them ``[X, N, K]``, dense or MLX affine quantised.
+
+    Calling it multiplies: ``x[..., K] @ W.T``, weights dequantised in float32, rounded once.
+    """
+
+    weight: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    bits: int = 0
+    group_size: int = 0
+
+    def __call__(self, x: mx.array, out_dtype: mx.Dtype | None = None) -> mx.array:
+        if self.scales is None or self.biases is None:
+            return ops.dense_matmul(x, self.weight, out_dtype=out_dtype)
+        return ops.q8_matmul(
+            x,
+            self.weight,
+            self.scales,
+            self.biases,
+            self.group_size,
+            self.bits,
+            out_dtype=out_dtype,
+        )
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [a for a in (self.weight, self.scales, self.biases) if a is not None]
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return (self.weight if self.scales is None else self.scales).dtype
+
+    def take(self, indices: mx.array) -> Linear:
+        """The matrix (or stack) with only these rows (or members), in this order."""
+        return self._map(lambda a: mx.take(a, indices, axis=0))
+
+    def member(self, i: int) -> Linear:
+        """One matrix of a stack."""
+        return self._map(lambda a: a[i])
+
+    def joined(self) -> Linear:
+        """A stack [X, N, K] as one matrix [X * N, K]."""
+        return self._map(lambda a: a.reshape(-1, a.shape[-1]))
+
+    def astype(self, dtype: mx.Dtype) -> Linear:
+        if self.scales is None or self.biases is None:
+            return Linear(self.weight.astype(dtype))
+        return replace(self, scales=self.scales.astype(dtype), biases=self.biases.astype(dtype))
+
+    def values(self) -> mx.array:
+        """The matrix in float32, unrounded."""
+        if self.scales is None or self.biases is None:
+            return self.weight.astype(mx.float32)
+        return mx.dequantize(
+            self.weight,
+            self.scales.astype(mx.float32),
+            self.biases.astype(mx.float32),
+            self.group_size,
+            self.bits,
+        )
+
+    def _map(self, f: Callable[[mx.array], mx.array]) -> Linear:
+        if self.scales is None or self.biases is None:
+            return Linear(f(self.weight))
+        return replace(self, weight=f(self.weight), scales=f(self.scales), biases=f(self.biases))
