@@ -208,13 +208,9 @@ def generate(
                     sys.stdout.write(piece)
                     sys.stdout.flush()
         finally:
-            # After Ctrl-C too: what was generated so far is kept.
-            if as_json:
-                typer.echo(json.dumps(running.result.to_dict()))
-            elif not running.result.text.endswith("\n"):
-                typer.echo()
-            if stats:
-                print_stats(running.result)
+            # After Ctrl-C or a failure too: what was generated so far is kept.
+            if running.result.tokens:
+                finish(running.result, as_json, stats)
 
 
 @bench_app.command(
@@ -356,6 +352,16 @@ def read_block_sizes(text: str) -> list[int]:
         ) from None
 
 
+def finish(result: Result, as_json: bool, stats: bool) -> None:
+    """End the streamed text, or print the result in its place."""
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+    elif not result.text.endswith("\n"):
+        typer.echo()
+    if stats:
+        print_stats(result)
+
+
 def print_stats(result: Result) -> None:
     """Counts and speed of one generation, on standard error."""
     from rich.table import Table
@@ -363,7 +369,7 @@ def print_stats(result: Result) -> None:
     s = result.stats
     out = Table(show_header=False, box=None)
     rows = [
-        ("finish", result.finish_reason or "interrupted"),
+        ("finish", result.finish_reason or "unfinished"),
         ("prompt", f"{s.prompt_tokens} tokens in {s.prefill_s:.2f} s"),
         ("generated", f"{s.generated_tokens} tokens in {s.decode_s:.2f} s, {s.tok_s:.1f} tok/s"),
         ("block size", str(s.block_size)),

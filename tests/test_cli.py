@@ -153,6 +153,16 @@ def test_a_failing_machine_exits_1_and_keeps_the_text(pair: Any) -> None:
     assert done.stderr == "pyengine: [decode] logits must be finite but got NaN or infinity.\n"
 
 
+def test_a_failure_before_the_first_token_prints_nothing(pair: Any) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("[prefill] the machine failed.")
+
+    pair.target.prefill = fail
+    done = run("generate", "fox", "--json", "--stats")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "pyengine: [prefill] the machine failed.\n"
+
+
 def test_a_bug_shows_its_trace(pair: Any) -> None:
     def fail(rows: int) -> None:
         raise ValueError("no sentence of ours")
@@ -250,7 +260,7 @@ def test_ctrl_c_keeps_the_text_and_exits_130(folder: Path) -> None:
     text = (first + rest).decode()
     assert process.returncode == 130
     assert len(text) > 1 and text.endswith("\n") and (STORY * 99).startswith(text[:-1])
-    assert b"interrupted" in err and err.endswith(b"Interrupted.\n") and b"Traceback" not in err
+    assert b"unfinished" in err and err.endswith(b"Interrupted.\n") and b"Traceback" not in err
 
 
 def test_a_reader_that_leaves_is_no_error_message(folder: Path) -> None:
