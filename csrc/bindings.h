@@ -16,5 +16,6 @@ void bind_residual_norm(nb::module_& m);
 void bind_filter_logits(nb::module_& m);
 void bind_geglu(nb::module_& m);
 void bind_write_cache(nb::module_& m);
+void bind_block_attention(nb::module_& m);
 
 } // namespace pyengine

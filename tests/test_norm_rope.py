@@ -44,7 +44,11 @@ def assert_close(out: mx.array, expected: mx.array) -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 1, 16), (1, 5, 4, 32), (2, 3, 2, 256), (1, 17, 1, 512)])
 def test_matches_reference(shape, position, dtype):
     D = shape[-1]
-    x, weight, offset = normal(1, *shape, dtype=dtype), normal(2, D, dtype=dtype), mx.array(position)
+    x, weight, offset = (
+        normal(1, *shape, dtype=dtype),
+        normal(2, D, dtype=dtype),
+        mx.array(position),
+    )
     for inv_freq in (sliding(D), proportional(D)):
         args = (x, weight, offset, inv_freq)
         assert_close(norm_rope(*args), norm_rope_reference(*args))

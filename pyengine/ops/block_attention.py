@@ -1,5 +1,9 @@
 import mlx.core as mx
 
+from pyengine import _ext
+
+from .switch import chosen
+
 
 def block_attention(
     q: mx.array,
@@ -13,16 +17,18 @@ def block_attention(
 ) -> mx.array:
     """Attend the T positions of a block to a linear or ring cache in one pass.
 
-    ``out = softmax(scale * q @ k.T + mask) @ v``. Row t sits at position ``p = offset + t`` and sees
-    positions ``0 <= j <= p``, the last ``window`` of them when ``window`` is given, itself included;
-    the block's own keys are already in the cache. Position j lies in slot ``(j - start) % C``.
-    Query head h reads key head ``h // (H / K)``. Scores, softmax and sums are float32, rounded once.
+    ``out = softmax(scale * q @ k.T + mask) @ v``. Row t sits at position ``p = offset + t`` and
+    sees positions ``0 <= j <= p``, the last ``window`` of them when ``window`` is given, itself
+    included; the block's own keys are already in the cache. Position j lies in slot
+    ``(j - start) % C``. Query head h reads key head ``h // (H / K)``. Scores, softmax and sums are
+    float32, rounded once.
 
     Sums run over absolute position in a fixed tree, so the bits of a row depend on that row and its
     visible keys alone: not on T, C, ``start`` or threads.
 
     Args:
-        q: Queries ``[B, T, H, D]``, float32, float16 or bfloat16; D is a multiple of 8, at most 512.
+        q: Queries ``[B, T, H, D]``, float32, float16 or bfloat16; D is a multiple of 16, at most
+            512.
         k: Keys ``[B, K, C, D]``, dtype of ``q``; H is a multiple of K; T <= C.
         v: Values, shape and dtype of ``k``.
         offset: int32 ``[]``, the position of row 0, on the device.
@@ -39,6 +45,9 @@ def block_attention(
 
     Source: online softmax, arXiv:1805.02867.
     """
+    out = _ext.block_attention(q, k, v, offset, scale, window, start)  # checks in every case
+    if chosen() == "native":
+        return out
     return block_attention_reference(q, k, v, offset, scale=scale, window=window, start=start)
 
 

@@ -11,7 +11,9 @@ def write_cache(cache: mx.array, new: mx.array, offset: mx.array) -> mx.array:
     Position ``p = offset + t`` goes to slot ``p % C``: one op serves a linear cache (no position
     reaches C) and a ring. On the processor nothing but the new rows is touched: the result *is* the
     cache's memory, whoever else holds it. So the returned handle is the only one that may be used
-    afterwards; every older handle sees the new rows too.
+    afterwards; every older handle sees the new rows too. MLX runs a write after an earlier read of
+    the cache only if ``new`` or ``offset`` depends on what was read: in a decoder they do, through
+    the token; where they do not, as between the chunks of a prompt, evaluate in between.
 
     Args:
         cache: ``[B, K, C, D]``, float32, float16 or bfloat16, evaluated to a contiguous array.

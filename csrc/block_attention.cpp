@@ -1,0 +1,288 @@
+// block_attention: checks, primitive and the sharing of work; the arithmetic is
+// in block_attention_cpu.cpp.
+
+#include "block_attention.h"
+
+#include <nanobind/stl/optional.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "bindings.h"
+#include "block_attention_cpu.h"
+#include "check.h"
+#include "isa.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "packed.h"
+#include "storage.h"
+
+namespace pyengine {
+
+namespace {
+
+constexpr const char* op = "block_attention";
+
+// Keys or values: rows of D must be whole, the rest may have any strides.
+struct CacheView {
+  explicit CacheView(const mx::array& a) : packed(a) {
+    if (a.strides(3) == 1 || a.shape(3) == 1) {
+      direct = a.data<char>();
+      std::copy_n(a.strides().begin(), 3, strides);
+    } else {
+      strides[2] = a.shape(3);
+      strides[1] = strides[2] * a.shape(2);
+      strides[0] = strides[1] * a.shape(1);
+    }
+  }
+
+  const void* get() const {
+    return direct ? direct : packed.get();
+  }
+
+  Packed packed;
+  const char* direct = nullptr;
+  int64_t strides[3];
+};
+
+// Memory of the calling thread, kept for the next call.
+float* scratch(size_t floats) {
+  static thread_local std::vector<float> memory;
+  if (memory.size() < floats) {
+    memory.resize(floats);
+  }
+  return memory.data();
+}
+
+struct Spans {
+  int64_t first;
+  int64_t last;
+};
+
+Spans spans_of(const BlockAttentionArgs& args, const AttentionRows& rows) {
+  int64_t newest = args.offset + rows.first + rows.positions - 1;
+  int64_t oldest =
+      std::max<int64_t>(0, args.offset + rows.first - args.window + 1);
+  return {oldest / attention_span, newest / attention_span};
+}
+
+AttentionRows rows_of(const BlockAttentionArgs& args, int groups, int piece) {
+  int slice = piece / groups;
+  int group = piece % groups;
+  int first = slice * max_rows;
+  return {
+      group / args.K,
+      group % args.K,
+      first,
+      std::min(max_rows, args.T - first)};
+}
+
+// One piece, its spans one after the other.
+void attend(const BlockAttentionArgs& args, const AttentionRows& rows) {
+  int R = rows.positions * (args.H / args.K);
+  size_t state_size = attention_state_size(R, args.D);
+  float* q32 = scratch(size_t(R) * args.D + 2 * state_size);
+  float* total = q32 + size_t(R) * args.D;
+  float* next = total + state_size;
+
+  PYENGINE_PICK_KERNEL(attention_load)(args, rows, q32);
+  auto [first, last] = spans_of(args, rows);
+  auto over_span = PYENGINE_PICK_KERNEL(attention_over_span);
+  over_span(args, rows, q32, first, total);
+  for (int64_t span = first + 1; span <= last; ++span) {
+    over_span(args, rows, q32, span, next);
+    PYENGINE_PICK_KERNEL(attention_fold)(R, args.D, total, next);
+  }
+  PYENGINE_PICK_KERNEL(attention_finish)(args, rows, total);
+}
+
+// One piece, a wave of its spans at a time: for few heads and a long cache.
+// Spans are folded in the order of `attend`, so the bits are the same.
+void attend_in_waves(const BlockAttentionArgs& args, const AttentionRows& rows) {
+  int R = rows.positions * (args.H / args.K);
+  size_t state_size = attention_state_size(R, args.D);
+  int wave = 2 * Pool::shared().threads();
+  float* q32 = scratch(size_t(R) * args.D + (wave + 1) * state_size);
+  float* total = q32 + size_t(R) * args.D;
+  float* states = total + state_size;
+
+  PYENGINE_PICK_KERNEL(attention_load)(args, rows, q32);
+  auto [first, last] = spans_of(args, rows);
+  for (int64_t span = first; span <= last; span += wave) {
+    int count = int(std::min<int64_t>(wave, last - span + 1));
+    Pool::shared().run(count, [&](int i) {
+      PYENGINE_PICK_KERNEL(attention_over_span)
+      (args, rows, q32, span + i, states + i * state_size);
+    });
+    for (int i = 0; i < count; ++i) {
+      float* next = states + i * state_size;
+      if (span == first && i == 0) {
+        std::copy_n(next, state_size, total);
+      } else {
+        PYENGINE_PICK_KERNEL(attention_fold)(R, args.D, total, next);
+      }
+    }
+  }
+  PYENGINE_PICK_KERNEL(attention_finish)(args, rows, total);
+}
+
+void run(const BlockAttentionArgs& args, const Launch& launch) {
+  int64_t newest = args.offset + args.T - 1;
+  int64_t oldest = std::max<int64_t>(0, args.offset - args.window + 1);
+  int64_t needed = newest - oldest + 1;
+  if (needed > args.C) {
+    throw std::runtime_error(
+        "[block_attention] C must be at least " + std::to_string(needed) +
+        " to hold every visible position but got " + std::to_string(args.C) +
+        ".");
+  }
+
+  int pieces = launch.slices * launch.groups;
+  auto piece = [&](int i) { attend(args, rows_of(args, launch.groups, i)); };
+  // The capacity may be far more than what is in use.
+  bool small = launch.work / args.C * needed < work_worth_sharing;
+  if (small || Pool::shared().threads() == 1) {
+    for (int i = 0; i < pieces; ++i) {
+      piece(i);
+    }
+  } else if (pieces >= Pool::shared().threads()) {
+    Pool::shared().run(pieces, piece);
+  } else {
+    for (int i = 0; i < pieces; ++i) {
+      attend_in_waves(args, rows_of(args, launch.groups, i));
+    }
+  }
+}
+
+} // namespace
+
+Launch block_attention_plan(int B, int T, int H, int K, int C, int D) {
+  Launch launch;
+  launch.slices = (T + max_rows - 1) / max_rows;
+  launch.groups = B * K;
+  launch.columns = H / K * D;
+  launch.work = 2 * int64_t(B) * std::min(T, max_rows) * H * C * D;
+  return launch;
+}
+
+mx::array block_attention(
+    const mx::array& q,
+    const mx::array& k,
+    const mx::array& v,
+    const mx::array& offset,
+    float scale,
+    std::optional<int> window,
+    const std::optional<mx::array>& start) {
+  check_storage_dtype(op, "q", q);
+  check(q.ndim() == 4, op, "q", "have shape [B, T, H, D]", q.shape());
+  check(k.ndim() == 4, op, "k", "have shape [B, K, C, D]", k.shape());
+  int T = q.shape(1);
+  int H = q.shape(2);
+  int D = q.shape(3);
+  int K = k.shape(1);
+  int C = k.shape(2);
+  check(
+      D >= 16 && D % 16 == 0 && D <= attention_max_width,
+      op,
+      "D",
+      "be a multiple of 16 and at most 512",
+      D);
+  check_shape(op, "k", k, {q.shape(0), K, C, D});
+  check_shape(op, "v", v, k.shape());
+  check_dtype(op, "k", k, q.dtype(), "have the dtype of q");
+  check_dtype(op, "v", v, q.dtype(), "have the dtype of q");
+  if (K == 0 || H % K != 0) {
+    fail(op, "H", "be a multiple of K " + std::to_string(K), H);
+  }
+  if (T > C) {
+    fail(op, "T", "be at most the capacity " + std::to_string(C), T);
+  }
+  check_shape(op, "offset", offset, {});
+  check_dtype(op, "offset", offset, mx::int32, "be int32");
+  check(window.value_or(1) >= 1, op, "window", "be at least 1", window.value_or(1));
+  std::vector<mx::array> inputs = {q, k, v, offset};
+  if (start) {
+    check_shape(op, "start", *start, {});
+    check_dtype(op, "start", *start, mx::int32, "be int32");
+    inputs.push_back(*start);
+  }
+  return mx::array(
+      q.shape(),
+      q.dtype(),
+      std::make_shared<BlockAttention>(mx::to_stream({}), scale, window),
+      std::move(inputs));
+}
+
+void BlockAttention::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& q = inputs[0];
+  const auto& k = inputs[1];
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+
+  BlockAttentionArgs args;
+  args.out = out.data<void>();
+  args.storage = storage_of(q.dtype());
+  args.T = q.shape(1);
+  args.H = q.shape(2);
+  args.K = k.shape(1);
+  args.C = k.shape(2);
+  args.D = q.shape(3);
+  args.window = window_ ? *window_ : int64_t(1) << 32;
+  args.scale = scale_;
+
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input);
+  }
+  encoder.set_output_array(out);
+  encoder.dispatch(
+      [q = Packed(q),
+       k = CacheView(k),
+       v = CacheView(inputs[2]),
+       offset = inputs[3].data<int32_t>(),
+       start = inputs.size() == 5 ? inputs[4].data<int32_t>() : nullptr,
+       launch = block_attention_plan(
+           q.shape(0), args.T, args.H, args.K, args.C, args.D),
+       args]() mutable {
+        args.q = q.get();
+        args.k = k.get();
+        args.v = v.get();
+        std::copy_n(k.strides, 3, args.k_strides);
+        std::copy_n(v.strides, 3, args.v_strides);
+        args.offset = *offset;
+        args.start = start ? *start : 0;
+        run(args, launch);
+      });
+}
+
+void BlockAttention::eval_gpu(
+    const std::vector<mx::array>&,
+    std::vector<mx::array>&) {
+  throw std::runtime_error(
+      "[block_attention] has no Metal kernel yet; "
+      "pyengine.ops.block_attention runs plain MLX on a GPU.");
+}
+
+bool BlockAttention::is_equivalent(const mx::Primitive& other) const {
+  const auto& o = static_cast<const BlockAttention&>(other);
+  return scale_ == o.scale_ && window_ == o.window_;
+}
+
+void bind_block_attention(nb::module_& m) {
+  m.def(
+      "block_attention",
+      &block_attention,
+      nb::arg("q"),
+      nb::arg("k"),
+      nb::arg("v"),
+      nb::arg("offset"),
+      nb::arg("scale"),
+      nb::arg("window").none(),
+      nb::arg("start").none());
+}
+
+} // namespace pyengine
