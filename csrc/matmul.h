@@ -36,15 +36,15 @@ inline mx::Dtype check_out_dtype(
   return dtype;
 }
 
-// Groups of about 64 kB of weights: small enough for threads to finish
-// together and to stay in a cache while the rows take turns, large enough to be
-// worth handing out.
-inline Launch matmul_plan(int M, int N, int K, size_t row_bytes) {
-  int columns = int(65536 / std::max<size_t>(row_bytes, 64)) / 8 * 8;
+// Groups of weights small enough for threads to finish together and to stay in
+// a cache while the rows take turns, large enough to be worth handing out.
+inline Launch matmul_plan(int M, int N, int K, int64_t row_bytes) {
   int rows = std::min(M, max_rows);
+  int64_t bytes = std::clamp<int64_t>(N * row_bytes / 16, 1 << 14, 1 << 18);
+  int64_t columns = bytes / std::max<int64_t>(row_bytes, 16) / 8 * 8;
   Launch launch;
   launch.slices = (M + max_rows - 1) / max_rows;
-  launch.columns = std::max(columns, 8);
+  launch.columns = int(std::max<int64_t>(columns, 8));
   launch.groups = (N + launch.columns - 1) / launch.columns;
   launch.scratch = size_t(rows) * padded_width(K);
   launch.group_scratch = size_t(rows) * launch.columns;
@@ -103,6 +103,22 @@ class Rows {
   std::vector<int64_t> strides_;
 };
 
+// Memory that grows to the largest size asked for, on cache lines: a vector
+// register filled across two lines costs two loads.
+class Scratch {
+ public:
+  float* floats(size_t count) {
+    if (memory_.size() < count + 16) {
+      memory_.resize(count + 16);
+    }
+    auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    return reinterpret_cast<float*>((address + 63) / 64 * 64);
+  }
+
+ private:
+  std::vector<float> memory_;
+};
+
 // Runs a kernel over all slices. Called on the stream's thread; scratch belongs
 // to the threads and stays, so a matmul allocates nothing once its largest has
 // run.
@@ -113,11 +129,9 @@ void run_matmul(
     Args args,
     Order order,
     void kernel(const Args&, int begin, int end, float* scratch)) {
-  static thread_local std::vector<float> shared;
-  if (shared.size() < launch.scratch) {
-    shared.resize(launch.scratch);
-  }
-  args.x = shared.data();
+  static thread_local Scratch shared;
+  float* x = shared.floats(launch.scratch);
+  args.x = x;
   size_t row_bytes =
       size_t(args.N) * (args.out_storage == Storage::float32 ? 4 : 2);
   char* out = static_cast<char*>(args.out);
@@ -126,16 +140,13 @@ void run_matmul(
     args.M = std::min(rows.count() - first, max_rows);
     args.out = out + size_t(first) * row_bytes;
     for (int row = 0; row < args.M; ++row) {
-      rows.load(first + row, order, args.M, shared.data() + 16 * row);
+      rows.load(first + row, order, args.M, x + 16 * row);
     }
     run_groups(launch, [&](int group) {
-      static thread_local std::vector<float> own;
-      if (own.size() < launch.group_scratch) {
-        own.resize(launch.group_scratch);
-      }
+      static thread_local Scratch own;
       int begin = group * launch.columns;
       int end = std::min(begin + launch.columns, args.N);
-      kernel(args, begin, end, own.data());
+      kernel(args, begin, end, own.floats(launch.group_scratch));
     });
   }
 }

@@ -59,51 +59,18 @@ void convert(
   }
 }
 
-// One factor per lane: for groups of 32 the block's first half uses values[0],
-// its second half values[1].
-template <int bits, bool halves>
-PYENGINE_INLINE F32x16 spread(const float* values, int j) {
-  if constexpr (!halves) {
-    return broadcast(values[0]);
-  } else if constexpr (bits == 6) {
-    return broadcast(values[0], values[1]);
+// The factor of each lane. Groups of 32 have two factors per block, the second
+// `second` = 1 after the first; larger groups have one, and `second` is 0.
+template <int bits>
+PYENGINE_INLINE F32x16 spread(const float* factors, int second, int j) {
+  if constexpr (bits == 6) {
+    return broadcast(factors[0], factors[second]);
   } else {
-    return broadcast(values[j / 2]);
+    return broadcast(factors[j < 2 ? 0 : second]);
   }
 }
 
-// scales[c] and biases[c] point to those of the block.
-template <int bits, bool halves, int rows, int columns>
-PYENGINE_INLINE void multiply_block(
-    const uint8_t* const (&w)[columns],
-    const float* const (&scales)[columns],
-    const float* const (&biases)[columns],
-    const float* x,
-    int pitch,
-    F32x16 (&acc)[rows][columns]) {
-  PYENGINE_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    F32x16 weights[columns];
-    PYENGINE_UNROLL
-    for (int c = 0; c < columns; ++c) {
-      weights[c] =
-          fma(unpack<bits>(w[c], j),
-              spread<bits, halves>(scales[c], j),
-              spread<bits, halves>(biases[c], j));
-    }
-    PYENGINE_UNROLL
-    for (int r = 0; r < rows; ++r) {
-      F32x16 values = load(x + lanes * r);
-      PYENGINE_UNROLL
-      for (int c = 0; c < columns; ++c) {
-        acc[r][c] = fma(values, weights[c], acc[r][c]);
-      }
-    }
-    x += pitch;
-  }
-}
-
-// What a thread works with: columns [begin, end) and their float32 numbers.
+// The columns that a thread works on, [begin, end), and their numbers.
 struct Group {
   int begin;
   int end;
@@ -112,61 +79,102 @@ struct Group {
   const float* biases;
 };
 
-// Rows [m, m + rows) of columns [n, n + columns).
-template <int bits, bool halves, int rows, int columns>
-void multiply_tile(const Q8MatmulArgs& args, const Group& group, int m, int n) {
-  constexpr int block_bytes = block * bits / 8;
-  int groups = args.K / args.group_size;
-  int pitch = lanes * args.M;
-  const float* x = args.x + lanes * m;
+// Where the weights of some columns are, and their factors.
+template <int columns>
+struct Cursor {
   const uint8_t* w[columns];
   const float* scales[columns];
   const float* biases[columns];
-  PYENGINE_UNROLL
-  for (int c = 0; c < columns; ++c) {
-    w[c] = args.w + (n + c) * (int64_t(args.K) * bits / 8);
-    scales[c] = group.scales + (n - group.begin + c) * int64_t(groups);
-    biases[c] = group.biases + (n - group.begin + c) * int64_t(groups);
-  }
-  F32x16 acc[rows][columns] = {};
+};
 
-  for (int k = 0; k + block <= args.K; k += block) {
-    multiply_block<bits, halves, rows, columns>(
-        w, scales, biases, x, pitch, acc);
-    // Groups of 128 move on with every second block.
-    int step = halves ? 2 : args.group_size == 64 ? 1 : k / block % 2;
+// Adds one block of 64 to the sums.
+template <int bits, int rows, int columns>
+PYENGINE_INLINE void multiply_block(
+    const Cursor<columns>& at,
+    int second,
+    const float* x,
+    int pitch,
+    F32x16 (&acc)[rows * columns]) {
+  PYENGINE_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    F32x16 weights[columns];
     PYENGINE_UNROLL
     for (int c = 0; c < columns; ++c) {
-      w[c] += block_bytes;
-      scales[c] += step;
-      biases[c] += step;
+      weights[c] =
+          fma(unpack<bits>(at.w[c], j),
+              spread<bits>(at.scales[c], second, j),
+              spread<bits>(at.biases[c], second, j));
+    }
+    PYENGINE_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      F32x16 values = load(x + lanes * r);
+      pin(values);
+      PYENGINE_UNROLL
+      for (int c = 0; c < columns; ++c) {
+        acc[r * columns + c] = fma(values, weights[c], acc[r * columns + c]);
+      }
+    }
+    x += pitch;
+  }
+}
+
+// Rows [m, m + rows) of `columns` columns from n on. At the end of the group
+// the last column is computed again in place of those that are missing.
+template <int bits, int rows, int columns>
+void multiply_tile(const Q8MatmulArgs& args, const Group& group, int m, int n) {
+  constexpr int block_bytes = block * bits / 8;
+  int64_t factors = args.K / args.group_size;
+  int second = args.group_size == 32 ? 1 : 0;
+  int pitch = lanes * args.M;
+  const float* x = args.x + lanes * m;
+  int column[columns];
+  Cursor<columns> at;
+  PYENGINE_UNROLL
+  for (int c = 0; c < columns; ++c) {
+    column[c] = (n + c < group.end ? n + c : group.end - 1) - group.begin;
+    at.w[c] = args.w + (group.begin + column[c]) * (int64_t(args.K) * bits / 8);
+    at.scales[c] = group.scales + column[c] * factors;
+    at.biases[c] = group.biases + column[c] * factors;
+  }
+  // The next tile's weights arrive while this one is worked on: its columns are
+  // short streams, which the machine would notice too late.
+  bool more = n + 2 * columns <= group.end;
+  int64_t ahead = more ? columns * (int64_t(args.K) * bits / 8) : 0;
+  F32x16 acc[rows * columns] = {};
+
+  int k = 0;
+  for (; k + block <= args.K; k += block) {
+    multiply_block<bits, rows, columns>(at, second, x, pitch, acc);
+    // Groups of 128 move on with every second block.
+    int step = args.group_size == 128 ? k / block % 2 : 1 + second;
+    PYENGINE_UNROLL
+    for (int c = 0; c < columns; ++c) {
+      prefetch(at.w[c] + ahead);
+      at.w[c] += block_bytes;
+      at.scales[c] += step;
+      at.biases[c] += step;
     }
     x += 4 * pitch;
   }
-  if (halves && args.K % block != 0) {
-    // Half a block is left: x is padded with zeros, the weights are here.
-    uint8_t packed[columns][block_bytes] = {};
-    float padded[2][columns][2] = {};
+  if (k < args.K) {
+    // Half a block, one group of 32, is left: x is padded with zeros already.
+    uint8_t padded[columns][block_bytes] = {};
     PYENGINE_UNROLL
     for (int c = 0; c < columns; ++c) {
-      memcpy(packed[c], w[c], block_bytes / 2);
-      padded[0][c][0] = scales[c][0];
-      padded[1][c][0] = biases[c][0];
-      w[c] = packed[c];
-      scales[c] = padded[0][c];
-      biases[c] = padded[1][c];
+      memcpy(padded[c], at.w[c], block_bytes / 2);
+      at.w[c] = padded[c];
     }
-    multiply_block<bits, halves, rows, columns>(
-        w, scales, biases, x, pitch, acc);
+    multiply_block<bits, rows, columns>(at, 0, x, pitch, acc);
   }
 
+  float results[rows * columns];
+  sums(acc, results);
   int wide = group.end - group.begin;
-  float* sums = group.sums + m * wide + n - group.begin;
   PYENGINE_UNROLL
   for (int r = 0; r < rows; ++r) {
     PYENGINE_UNROLL
     for (int c = 0; c < columns; ++c) {
-      sums[r * wide + c] = sum(acc[r][c]);
+      group.sums[(m + r) * wide + column[c]] = results[r * columns + c];
     }
   }
 }
@@ -177,7 +185,7 @@ constexpr int tile_columns(int rows) {
   return native == 16 ? (rows <= 4 ? 4 : 2) : native == 8 && rows <= 2 ? 2 : 1;
 }
 
-template <int bits, bool halves>
+template <int bits>
 void multiply(const Q8MatmulArgs& args, const Group& group) {
   // Rows beyond one tile read the group's weights again, from the cache.
   int tiles = (args.M + tile_rows - 1) / tile_rows;
@@ -187,23 +195,10 @@ void multiply(const Q8MatmulArgs& args, const Group& group) {
     with_constant<tile_rows>(rows, [&](auto constant) {
       constexpr int tall = constant.value;
       constexpr int wide = tile_columns(tall);
-      int n = group.begin;
-      for (; n + wide <= group.end; n += wide) {
-        multiply_tile<bits, halves, tall, wide>(args, group, m, n);
-      }
-      for (; n < group.end; ++n) {
-        multiply_tile<bits, halves, tall, 1>(args, group, m, n);
+      for (int n = group.begin; n < group.end; n += wide) {
+        multiply_tile<bits, tall, wide>(args, group, m, n);
       }
     });
-  }
-}
-
-template <int bits>
-void multiply(const Q8MatmulArgs& args, const Group& group) {
-  if (args.group_size == 32) {
-    multiply<bits, true>(args, group);
-  } else {
-    multiply<bits, false>(args, group);
   }
 }
 

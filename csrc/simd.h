@@ -399,6 +399,26 @@ PYENGINE_INLINE I32x16 widen_triples(const uint8_t* from) {
   return r;
 }
 
+// Keeps a value that several products share in its register. Left alone, gcc
+// folds the load into each of them and the load ports become the limit.
+PYENGINE_INLINE void pin(F32x16& a) {
+  PYENGINE_UNROLL
+  for (int i = 0; i < parts; ++i) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(a.part[i]));
+#elif defined(__x86_64__)
+    __asm__("" : "+x"(a.part[i]));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(a.part[i]));
+#endif
+  }
+}
+
+// Asks for the cache line at `address`, for use some microseconds later.
+PYENGINE_INLINE void prefetch(const void* address) {
+  __builtin_prefetch(address, 0, 2);
+}
+
 // ---- Arithmetic
 
 #define PYENGINE_LANEWISE(op)                              \
@@ -461,6 +481,60 @@ PYENGINE_INLINE float sum(F32x16 a) {
   Four four = (a.part[0] + a.part[2]) + (a.part[1] + a.part[3]);
 #endif
   return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// sum() of four values at once: transposing shares the additions.
+PYENGINE_INLINE void
+sum(F32x16 a0, F32x16 a1, F32x16 a2, F32x16 a3, float* to) {
+#if defined(__AVX512F__)
+  // Eight lanes of two values, then four lanes of four values.
+  __m512 b0 = _mm512_add_ps(
+      _mm512_shuffle_f32x4(a0.part[0], a1.part[0], 0x44),
+      _mm512_shuffle_f32x4(a0.part[0], a1.part[0], 0xee));
+  __m512 b1 = _mm512_add_ps(
+      _mm512_shuffle_f32x4(a2.part[0], a3.part[0], 0x44),
+      _mm512_shuffle_f32x4(a2.part[0], a3.part[0], 0xee));
+  __m512 c = _mm512_add_ps(
+      _mm512_shuffle_f32x4(b0, b1, 0x88), _mm512_shuffle_f32x4(b0, b1, 0xdd));
+  c = _mm512_add_ps(c, _mm512_permute_ps(c, 0x4e));
+  c = _mm512_add_ps(c, _mm512_permute_ps(c, 0xb1));
+  __m512i firsts = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 4, 8, 12));
+  c = _mm512_permutexvar_ps(firsts, c);
+  _mm_storeu_ps(to, _mm512_castps512_ps128(c));
+#elif defined(__AVX2__)
+  // Four lanes of values 0 and 2, and of 1 and 3; then two lanes of each.
+  __m256 s0 = a0.part[0] + a0.part[1], s1 = a1.part[0] + a1.part[1];
+  __m256 s2 = a2.part[0] + a2.part[1], s3 = a3.part[0] + a3.part[1];
+  __m256 b0 = _mm256_add_ps(
+      _mm256_permute2f128_ps(s0, s2, 0x20),
+      _mm256_permute2f128_ps(s0, s2, 0x31));
+  __m256 b1 = _mm256_add_ps(
+      _mm256_permute2f128_ps(s1, s3, 0x20),
+      _mm256_permute2f128_ps(s1, s3, 0x31));
+  __m256 c =
+      _mm256_add_ps(_mm256_unpacklo_ps(b0, b1), _mm256_unpackhi_ps(b0, b1));
+  c = _mm256_add_ps(c, _mm256_permute_ps(c, 0x4e));
+  __m128 low = _mm256_castps256_ps128(c);
+  _mm_storeu_ps(to, _mm_movelh_ps(low, _mm256_extractf128_ps(c, 1)));
+#else
+  to[0] = sum(a0);
+  to[1] = sum(a1);
+  to[2] = sum(a2);
+  to[3] = sum(a3);
+#endif
+}
+
+// sum() of all n values. A template and no loop: with a running index gcc would
+// keep the array in memory.
+template <int i = 0, int n>
+PYENGINE_INLINE void sums(const F32x16 (&a)[n], float* to) {
+  if constexpr (i + 4 <= n) {
+    sum(a[i], a[i + 1], a[i + 2], a[i + 3], to + i);
+    sums<i + 4>(a, to);
+  } else if constexpr (i < n) {
+    to[i] = sum(a[i]);
+    sums<i + 1>(a, to);
+  }
 }
 
 PYENGINE_INLINE float max(F32x16 a) {
