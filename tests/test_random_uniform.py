@@ -54,7 +54,7 @@ def test_uniform_in_unit_interval():
     index = mx.arange(n, dtype=mx.uint32)[:, None]
     zeros = mx.zeros((n, 3), dtype=mx.uint32)
     u = np.array(random_uniform(mx.concatenate([index, zeros], axis=1), (1, 2)))
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     assert np.array_equal(u * 2**24, np.floor(u * 2**24))
     cells = np.histogram(u, bins=64, range=(0, 1))[0]
     chi2 = ((cells - n / 64) ** 2 / (n / 64)).sum()
