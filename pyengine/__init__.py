@@ -1,14 +1,33 @@
 """Exact speculative decoding for Gemma 4 and its assistant, on MLX."""
 
-import mlx.core as mx
+from importlib import metadata as _metadata
 
 _BUILT_FOR = "0.32.4"
+_found = _metadata.version("mlx")
 
 # libmlx has no stable ABI: another version would fail later, on an undefined symbol or worse.
-if mx.__version__.split("+")[0] != _BUILT_FOR:
+if _found != _BUILT_FOR:
     raise ImportError(
-        f"[pyengine] mlx must be {_BUILT_FOR} but got {mx.__version__}. "
+        f"[pyengine] mlx must be {_BUILT_FOR} but got {_found}. "
         f"Run: pip install 'mlx=={_BUILT_FOR}'"
     )
 
+from pyengine import ops
+from pyengine.generate import Result, Stream, generate, stream
+from pyengine.pair import Pair, load
+from pyengine.sampling import Sampling
+from pyengine.speculate import Stats
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Pair",
+    "Result",
+    "Sampling",
+    "Stats",
+    "Stream",
+    "generate",
+    "load",
+    "ops",
+    "stream",
+]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from pyengine import ops
 from pyengine.bench import PLAIN, Row, now
 from pyengine.generate import resolve_sampling
 from pyengine.sampling import Sampling
@@ -46,6 +47,7 @@ def make_report(
         "report_version": 1,
         **run_on,
         "pair": describe_pair(pair),
+        "ops": ops.status(),
         "sampler": {**used.__dict__, "suppress_tokens": list(used.suppress_tokens)},
         "settings": settings,
         "prompts": [{"id": c.id, "category": c.category, "sha256": c.sha256} for c in cases],

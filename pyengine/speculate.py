@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from pyengine import sampling as rules
 from pyengine.cache import Cache
@@ -210,7 +211,7 @@ def _round(
         token = rules.draw(rows[i], u[Purpose.DRAFT][i : i + 1])
         drafts.append(token)
     block = mx.concatenate([state.primary, *drafts])  # [k + 1]
-    q = Distribution(*(mx.concatenate(part) for part in zip(*rows, strict=True)))
+    q = Distribution(*(mx.concatenate(list(part)) for part in zip(*rows, strict=True)))
     # Verify
     logits, hidden = target.verify(block, cache)  # [k + 1, V], [k + 1, E]
     p = filter_logits(logits, sampling)
@@ -243,7 +244,8 @@ def _broken(logits: mx.array) -> mx.array:
 def _read(packed: mx.array, state: list[mx.array]) -> list[int]:
     """Evaluate a round and read its one small array; the last entry is the flag."""
     mx.eval(packed, *state)
-    *row, broken = packed.tolist()  # type: ignore[misc]
+    row = [int(value) for value in np.array(packed)]
+    broken = row.pop()
     if broken:
         raise RuntimeError(
             "[decode] logits must be finite but got NaN or infinity; are the weights damaged?"

@@ -9,7 +9,7 @@ from .q8_matmul import q8_matmul, q8_matmul_reference
 from .random_uniform import random_uniform, random_uniform_reference
 from .residual_norm import residual_norm, residual_norm_reference
 from .rms_norm import rms_norm, rms_norm_reference
-from .switch import use
+from .switch import status, use
 from .write_cache import write_cache, write_cache_reference
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "residual_norm_reference",
     "rms_norm",
     "rms_norm_reference",
+    "status",
     "use",
     "write_cache",
     "write_cache_reference",
