@@ -222,10 +222,11 @@ def command(*arguments: str) -> list[str]:
 
 
 def test_the_installed_command_answers_at_once() -> None:
-    done = subprocess.run(command("--version"), capture_output=True, text=True, timeout=60)
+    kw = {"capture_output": True, "text": True, "timeout": 60, "cwd": HERE}  # not the checkout
+    done = subprocess.run(command("--version"), **kw)
     assert (done.returncode, done.stdout) == (0, f"pyengine {pyengine.__version__}\n")
     probe = "import sys, pyengine.cli; print({'tokenizers', 'sentencepiece'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", probe], **kw)
     assert done.stdout == "set()\n"
 
 
@@ -248,6 +249,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
         [sys.executable, "-c", source, "generate", "fox", "--max-tokens", "3000", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        cwd=HERE,
     )
 
 
