@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "isa.h"
+#include "launch.h"
 #include "mlx/version.h"
 #include "pool.h"
 
@@ -26,6 +27,14 @@ NB_MODULE(_ext, m) {
       "set_threads",
       [](int threads) { pyengine::Pool::shared().set_threads(threads); },
       nb::arg("threads"));
+
+  nb::class_<pyengine::Launch>(m, "Launch")
+      .def_ro("slices", &pyengine::Launch::slices)
+      .def_ro("groups", &pyengine::Launch::groups)
+      .def_ro("columns", &pyengine::Launch::columns)
+      .def_ro("scratch", &pyengine::Launch::scratch)
+      .def_ro("group_scratch", &pyengine::Launch::group_scratch)
+      .def_ro("work", &pyengine::Launch::work);
 
   pyengine::bind_dense_matmul(m);
   pyengine::bind_q8_matmul(m);

@@ -31,7 +31,7 @@ mx::array dense_matmul(
   check_storage_dtype(op, "x", x);
   check(x.ndim() >= 1, op, "x", "have at least 1 dimension", x.ndim());
   check_dtype(op, "w", w, x.dtype(), "have the dtype of x");
-  check(w.ndim() == 2, op, "w", "have 2 dimensions", w.ndim());
+  check(w.ndim() == 2, op, "w", "have shape [N, K]", w.shape());
   check_shape(op, "w", w, {w.shape(0), x.shape(-1)});
   mx::Dtype dtype = check_out_dtype(op, x, out_dtype);
 
@@ -91,6 +91,13 @@ void bind_dense_matmul(nb::module_& m) {
       nb::arg("x"),
       nb::arg("w"),
       nb::arg("out_dtype").none());
+  m.def(
+      "dense_matmul_plan",
+      &dense_matmul_plan,
+      nb::arg("M"),
+      nb::arg("N"),
+      nb::arg("K"),
+      nb::arg("itemsize"));
 }
 
 } // namespace pyengine

@@ -141,6 +141,14 @@ void bind_q8_matmul(nb::module_& m) {
       nb::arg("group_size"),
       nb::arg("bits"),
       nb::arg("out_dtype").none());
+  m.def(
+      "q8_matmul_plan",
+      &q8_matmul_plan,
+      nb::arg("M"),
+      nb::arg("N"),
+      nb::arg("K"),
+      nb::arg("group_size"),
+      nb::arg("bits"));
 }
 
 } // namespace pyengine

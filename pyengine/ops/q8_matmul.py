@@ -17,13 +17,14 @@ def q8_matmul(
 ) -> mx.array:
     """Multiply rows by a quantised matrix, reading each weight once for up to 16 rows.
 
-    ``out[m, n] = sum over k of x[m, k] * (q[n, k] * scales[n, k / g] + biases[n, k / g])`` with ``g``
-    the group size and ``q`` the packed integers of MLX's affine quantisation. Weights dequantise to
-    float32, unrounded; the sum is float32, in an order that depends on K alone. More than 16 rows
-    run as slices of 16. On a GPU MLX's ``quantized_matmul`` serves, which is not row-stable.
+    ``out[m, n] = sum over k of x[m, k] * (q[n, k] * scales[n, k / g] + biases[n, k / g])``, with
+    ``g`` the group size and ``q`` the packed integers of MLX's affine quantisation. All of it in
+    float32, in an order that depends on K alone, rounded once: before that, the result is within
+    ``(K / 16 + 8) * 2**-24`` times the same sum with absolute values. More than 16 rows run as
+    slices of 16. On a GPU MLX's ``quantized_matmul`` serves, which is not row-stable.
 
     Args:
-        x: ``[..., K]``, float32, float16 or bfloat16; any strides; K is a multiple of the group size.
+        x: ``[..., K]``, float32, float16 or bfloat16; any strides; K is a multiple of ``g``.
         w: uint32 ``[N, K * bits / 32]``, as ``mx.quantize`` packs it.
         scales: ``[N, K / g]``, dtype of ``x``.
         biases: ``[N, K / g]``, dtype of ``x``.
