@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, cast
 
@@ -205,7 +204,7 @@ def load(
 
 
 def _embedded_path() -> Path:
-    return Path(str(resources.files("pyengine"))) / "nano"
+    return Path(__file__).parent / "nano"
 
 
 def _folder(path: Path, what: str) -> Path:
