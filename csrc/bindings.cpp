@@ -46,4 +46,5 @@ NB_MODULE(_ext, m) {
   pyengine::bind_geglu(m);
   pyengine::bind_write_cache(m);
   pyengine::bind_block_attention(m);
+  pyengine::bind_mathfn(m);
 }

@@ -17,5 +17,6 @@ void bind_filter_logits(nb::module_& m);
 void bind_geglu(nb::module_& m);
 void bind_write_cache(nb::module_& m);
 void bind_block_attention(nb::module_& m);
+void bind_mathfn(nb::module_& m);
 
 } // namespace pyengine

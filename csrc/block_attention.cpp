@@ -22,6 +22,10 @@ namespace {
 
 constexpr const char* op = "block_attention";
 
+// Multiply-adds from which sharing the spans of one head pays: each wave ends
+// with a fold on one thread.
+constexpr int64_t work_worth_waves = 1 << 22;
+
 // Keys or values: rows of D must be whole, the rest may have any strides.
 struct CacheView {
   explicit CacheView(const mx::array& a) : packed(a) {
@@ -76,13 +80,17 @@ AttentionRows rows_of(const BlockAttentionArgs& args, int groups, int piece) {
       std::min(max_rows, args.T - first)};
 }
 
+// Floats for R rows of q and `states` softmax states.
+size_t scratch_size(int64_t R, int64_t D, int64_t states) {
+  return size_t(R * D + states * attention_state_size(R, D));
+}
+
 // One piece, its spans one after the other.
 void attend(const BlockAttentionArgs& args, const AttentionRows& rows) {
   int R = rows.positions * (args.H / args.K);
-  size_t state_size = attention_state_size(R, args.D);
-  float* q32 = scratch(size_t(R) * args.D + 2 * state_size);
+  float* q32 = scratch(scratch_size(R, args.D, 2));
   float* total = q32 + size_t(R) * args.D;
-  float* next = total + state_size;
+  float* next = total + attention_state_size(R, args.D);
 
   PYENGINE_PICK_KERNEL(attention_load)(args, rows, q32);
   auto [first, last] = spans_of(args, rows);
@@ -97,11 +105,13 @@ void attend(const BlockAttentionArgs& args, const AttentionRows& rows) {
 
 // One piece, a wave of its spans at a time: for few heads and a long cache.
 // Spans are folded in the order of `attend`, so the bits are the same.
-void attend_in_waves(const BlockAttentionArgs& args, const AttentionRows& rows) {
+void attend_in_waves(
+    const BlockAttentionArgs& args,
+    const AttentionRows& rows) {
   int R = rows.positions * (args.H / args.K);
   size_t state_size = attention_state_size(R, args.D);
   int wave = 2 * Pool::shared().threads();
-  float* q32 = scratch(size_t(R) * args.D + (wave + 1) * state_size);
+  float* q32 = scratch(scratch_size(R, args.D, wave + 1));
   float* total = q32 + size_t(R) * args.D;
   float* states = total + state_size;
 
@@ -126,6 +136,7 @@ void attend_in_waves(const BlockAttentionArgs& args, const AttentionRows& rows) 
 }
 
 void run(const BlockAttentionArgs& args, const Launch& launch) {
+  check(args.offset >= 0, op, "offset", "be at least 0", args.offset);
   int64_t newest = args.offset + args.T - 1;
   int64_t oldest = std::max<int64_t>(0, args.offset - args.window + 1);
   int64_t needed = newest - oldest + 1;
@@ -138,17 +149,18 @@ void run(const BlockAttentionArgs& args, const Launch& launch) {
 
   int pieces = launch.slices * launch.groups;
   auto piece = [&](int i) { attend(args, rows_of(args, launch.groups, i)); };
-  // The capacity may be far more than what is in use.
-  bool small = launch.work / args.C * needed < work_worth_sharing;
-  if (small || Pool::shared().threads() == 1) {
-    for (int i = 0; i < pieces; ++i) {
-      piece(i);
-    }
-  } else if (pieces >= Pool::shared().threads()) {
+  // The plan counts the whole capacity, of which little may be in use.
+  int64_t work = launch.work / args.C * needed * launch.slices;
+  int threads = Pool::shared().threads();
+  if (threads > 1 && pieces >= threads && work >= work_worth_sharing) {
     Pool::shared().run(pieces, piece);
-  } else {
+  } else if (threads > 1 && pieces < threads && work >= work_worth_waves) {
     for (int i = 0; i < pieces; ++i) {
       attend_in_waves(args, rows_of(args, launch.groups, i));
+    }
+  } else {
+    for (int i = 0; i < pieces; ++i) {
+      piece(i);
     }
   }
 }
@@ -156,11 +168,13 @@ void run(const BlockAttentionArgs& args, const Launch& launch) {
 } // namespace
 
 Launch block_attention_plan(int B, int T, int H, int K, int C, int D) {
+  int positions = std::min(T, max_rows);
   Launch launch;
   launch.slices = (T + max_rows - 1) / max_rows;
   launch.groups = B * K;
   launch.columns = H / K * D;
-  launch.work = 2 * int64_t(B) * std::min(T, max_rows) * H * C * D;
+  launch.group_scratch = scratch_size(positions * (H / K), D, 2);
+  launch.work = 2 * int64_t(B) * positions * H * C * D;
   return launch;
 }
 
@@ -198,7 +212,12 @@ mx::array block_attention(
   }
   check_shape(op, "offset", offset, {});
   check_dtype(op, "offset", offset, mx::int32, "be int32");
-  check(window.value_or(1) >= 1, op, "window", "be at least 1", window.value_or(1));
+  check(
+      window.value_or(1) >= 1,
+      op,
+      "window",
+      "be at least 1",
+      window.value_or(1));
   std::vector<mx::array> inputs = {q, k, v, offset};
   if (start) {
     check_shape(op, "start", *start, {});
@@ -283,6 +302,15 @@ void bind_block_attention(nb::module_& m) {
       nb::arg("scale"),
       nb::arg("window").none(),
       nb::arg("start").none());
+  m.def(
+      "block_attention_plan",
+      &block_attention_plan,
+      nb::arg("B"),
+      nb::arg("T"),
+      nb::arg("H"),
+      nb::arg("K"),
+      nb::arg("C"),
+      nb::arg("D"));
 }
 
 } // namespace pyengine

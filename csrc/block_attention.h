@@ -28,7 +28,9 @@ Launch block_attention_plan(int B, int T, int H, int K, int C, int D);
 class BlockAttention : public mx::Primitive {
  public:
   BlockAttention(mx::Stream stream, float scale, std::optional<int> window)
-      : mx::Primitive(stream), scale_(scale), window_(window) {}
+      : mx::Primitive(stream),
+        scale_(scale),
+        window_(window) {}
 
   void eval_cpu(
       const std::vector<mx::array>& inputs,

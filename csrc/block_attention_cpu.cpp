@@ -24,7 +24,9 @@ struct State {
   float* values; // [R, D]
 
   State(float* memory, int R)
-      : largest(memory), sum(memory + R), values(memory + 2 * R) {}
+      : largest(memory),
+        sum(memory + R),
+        values(memory + 2 * R) {}
 };
 
 // Visible positions of one row within the chunk.
@@ -244,7 +246,10 @@ int group_size(const BlockAttentionArgs& args) {
   return args.H / args.K;
 }
 
-int64_t position_of(const BlockAttentionArgs& args, const AttentionRows& rows, int row) {
+int64_t position_of(
+    const BlockAttentionArgs& args,
+    const AttentionRows& rows,
+    int row) {
   return args.offset + rows.first + row / group_size(args);
 }
 

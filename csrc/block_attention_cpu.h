@@ -63,12 +63,7 @@ PYENGINE_DECLARE_KERNEL(
     float* state)
 
 // total = total followed by next, which is used up.
-PYENGINE_DECLARE_KERNEL(
-    attention_fold,
-    int R,
-    int D,
-    float* total,
-    float* next)
+PYENGINE_DECLARE_KERNEL(attention_fold, int R, int D, float* total, float* next)
 
 // Divides and stores the rows.
 PYENGINE_DECLARE_KERNEL(

@@ -33,9 +33,8 @@ void gate_range(const GegluArgs& args, int64_t begin, int64_t end) {
 } // namespace
 
 void geglu_range(const GegluArgs& args, int64_t begin, int64_t end) {
-  with_storage(args.storage, [&]<typename T>(T*) {
-    gate_range<T>(args, begin, end);
-  });
+  with_storage(
+      args.storage, [&]<typename T>(T*) { gate_range<T>(args, begin, end); });
 }
 
 } // namespace pyengine::PYENGINE_ISA

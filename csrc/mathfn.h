@@ -3,8 +3,8 @@
 //
 // Nothing but multiplications, additions, fused multiply-adds, comparisons and
 // integer steps in a written order, no tables: Metal can repeat it bit for bit.
-// The coefficients are our own minimax fits, each good to 5e-9 of the result, so
-// rounding is what is left. tests/test_mathfn.py holds every function to its
+// The coefficients are our own minimax fits, each good to 5e-9 of the result,
+// so rounding is what is left. tests/test_mathfn.py holds every function to its
 // stated error, in units in the last place of the float64 result.
 
 #include "simd.h"
@@ -55,8 +55,7 @@ constexpr float round_magic = 12582912.0f; // 1.5 * 2^23
 } // namespace detail
 
 // Lane by lane: x < y ? a : b.
-PYENGINE_INLINE F32x16
-select_less(F32x16 x, F32x16 y, F32x16 a, F32x16 b) {
+PYENGINE_INLINE F32x16 select_less(F32x16 x, F32x16 y, F32x16 a, F32x16 b) {
   PYENGINE_UNROLL
   for (int i = 0; i < parts; ++i) {
     NativeInt less = x.part[i] < y.part[i];
@@ -67,8 +66,8 @@ select_less(F32x16 x, F32x16 y, F32x16 a, F32x16 b) {
   return a;
 }
 
-// e^x within 1.1 units in the last place. Below the smallest normal result it is 0,
-// as on a GPU; above the largest, infinity; NaN stays NaN.
+// e^x within 1.1 units in the last place. Below the smallest normal result it
+// is 0, as on a GPU; above the largest, infinity; NaN stays NaN.
 PYENGINE_INLINE F32x16 exp(F32x16 x) {
   constexpr float smallest = -0x1.5d589ep6f; // log(2^-126)
   constexpr float largest = 0x1.62e42ep6f; // log(2^128), rounded down
@@ -79,8 +78,7 @@ PYENGINE_INLINE F32x16 exp(F32x16 x) {
   F32x16 shifted = detail::fused(x, broadcast(0x1.715476p0f), magic);
   F32x16 n = shifted - magic; // x / log(2), rounded
   F32x16 r = detail::reduce(x, n, 0x1.62e43p-1f, -0x1.05c61p-29f);
-  F32x16 y =
-      fma(r * r, detail::polynomial(r, c), r) + broadcast(1.0f); // e^r
+  F32x16 y = fma(r * r, detail::polynomial(r, c), r) + broadcast(1.0f); // e^r
 
   PYENGINE_UNROLL
   for (int i = 0; i < parts; ++i) { // y * 2^n
@@ -95,7 +93,11 @@ PYENGINE_INLINE F32x16 exp(F32x16 x) {
 // tanh(x) within 1.5 units in the last place.
 PYENGINE_INLINE F32x16 tanh(F32x16 x) {
   constexpr float c[] = {
-      -0.333332986f, 0.133319363f, -0.0537847169f, 0.0207986254f, -0.00589796621f};
+      -0.333332986f,
+      0.133319363f,
+      -0.0537847169f,
+      0.0207986254f,
+      -0.00589796621f};
 
   F32x16 size = max(x, zero() - x);
   F32x16 x2 = x * x;
@@ -110,8 +112,8 @@ PYENGINE_INLINE F32x16 tanh(F32x16 x) {
 // sin(x) and cos(x) within 1.7 units in the last place for |x| <= 2^18, the
 // longest context in radians; the error grows slowly beyond (5 units at 2^22).
 //
-// Pi / 2 in three floats: n times the first is exact in the fused product, and so
-// is the difference from x, so a large x loses nothing.
+// Pi / 2 in three floats: n times the first is exact in the fused product, and
+// so is the difference from x, so a large x loses nothing.
 PYENGINE_INLINE void sincos(F32x16 x, F32x16& sine, F32x16& cosine) {
   constexpr float s[] = {-0.166666538f, 0.00833210628f, -0.000195078464f};
   constexpr float c[] = {0.0416666456f, -0.00138872978f, 2.44300845e-05f};
@@ -119,8 +121,8 @@ PYENGINE_INLINE void sincos(F32x16 x, F32x16& sine, F32x16& cosine) {
   F32x16 magic = broadcast(detail::round_magic);
   F32x16 shifted = detail::fused(x, broadcast(0x1.45f306p-1f), magic);
   F32x16 n = shifted - magic; // x / (pi / 2), rounded
-  F32x16 r = detail::reduce(
-      x, n, 0x1.921fb6p0f, -0x1.777a5cp-25f, -0x1.ee59dap-50f);
+  F32x16 r =
+      detail::reduce(x, n, 0x1.921fb6p0f, -0x1.777a5cp-25f, -0x1.ee59dap-50f);
 
   F32x16 r2 = r * r;
   F32x16 along = fma(r2 * r, detail::polynomial(r2, s), r);

@@ -54,9 +54,8 @@ void rotate_rows(const NormRopeArgs& args, int64_t begin, int64_t end) {
 } // namespace
 
 void norm_rope_rows(const NormRopeArgs& args, int64_t begin, int64_t end) {
-  with_storage(args.storage, [&]<typename T>(T*) {
-    rotate_rows<T>(args, begin, end);
-  });
+  with_storage(
+      args.storage, [&]<typename T>(T*) { rotate_rows<T>(args, begin, end); });
 }
 
 } // namespace pyengine::PYENGINE_ISA

@@ -50,15 +50,15 @@ void RandomUniform::eval_cpu(
   auto& encoder = mx::cpu::get_command_encoder(stream());
   encoder.set_input_array(counters);
   encoder.set_output_array(out);
-  encoder.dispatch([packed = Packed(counters),
-                    args = RandomUniformArgs{
-                        nullptr, out.data<float>(), key0_, key1_},
-                    count = int64_t(out.size())]() mutable {
-    args.counters = static_cast<const uint32_t*>(packed.get());
-    split_rows(count, 16, [&](int64_t begin, int64_t end) {
-      PYENGINE_PICK_KERNEL(random_uniform_rows)(args, begin, end);
-    });
-  });
+  encoder.dispatch(
+      [packed = Packed(counters),
+       args = RandomUniformArgs{nullptr, out.data<float>(), key0_, key1_},
+       count = int64_t(out.size())]() mutable {
+        args.counters = static_cast<const uint32_t*>(packed.get());
+        split_rows(count, 16, [&](int64_t begin, int64_t end) {
+          PYENGINE_PICK_KERNEL(random_uniform_rows)(args, begin, end);
+        });
+      });
 }
 
 void RandomUniform::eval_gpu(

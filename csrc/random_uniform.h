@@ -16,7 +16,9 @@ mx::array random_uniform(
 class RandomUniform : public mx::Primitive {
  public:
   RandomUniform(mx::Stream stream, uint32_t key0, uint32_t key1)
-      : mx::Primitive(stream), key0_(key0), key1_(key1) {}
+      : mx::Primitive(stream),
+        key0_(key0),
+        key1_(key1) {}
 
   void eval_cpu(
       const std::vector<mx::array>& inputs,

@@ -1,5 +1,5 @@
-// random_uniform_cpu: counters are independent, so the compiler may take as many
-// at a time as it likes.
+// random_uniform_cpu: counters are independent, so the compiler may take as
+// many at a time as it likes.
 
 #include "random_uniform_cpu.h"
 
@@ -13,8 +13,7 @@ void random_uniform_rows(
     int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const uint32_t* c = args.counters + 4 * i;
-    args.out[i] =
-        uniform(philox(c[0], c[1], c[2], c[3], args.key0, args.key1));
+    args.out[i] = uniform(philox(c[0], c[1], c[2], c[3], args.key0, args.key1));
   }
 }
 

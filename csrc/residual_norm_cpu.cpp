@@ -42,9 +42,8 @@ void residual_norm_rows(
     const ResidualNormArgs& args,
     int64_t begin,
     int64_t end) {
-  with_storage(args.storage, [&]<typename T>(T*) {
-    add_rows<T>(args, begin, end);
-  });
+  with_storage(
+      args.storage, [&]<typename T>(T*) { add_rows<T>(args, begin, end); });
 }
 
 } // namespace pyengine::PYENGINE_ISA

@@ -77,9 +77,7 @@ void RmsNorm::eval_cpu(
   });
 }
 
-void RmsNorm::eval_gpu(
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&) {
+void RmsNorm::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
   throw std::runtime_error(
       "[rms_norm] has no Metal kernel yet; "
       "pyengine.ops.rms_norm runs plain MLX on a GPU.");

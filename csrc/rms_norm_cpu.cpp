@@ -21,9 +21,8 @@ void norm_rows(const RmsNormArgs& args, int64_t begin, int64_t end) {
 } // namespace
 
 void rms_norm_rows(const RmsNormArgs& args, int64_t begin, int64_t end) {
-  with_storage(args.storage, [&]<typename T>(T*) {
-    norm_rows<T>(args, begin, end);
-  });
+  with_storage(
+      args.storage, [&]<typename T>(T*) { norm_rows<T>(args, begin, end); });
 }
 
 } // namespace pyengine::PYENGINE_ISA

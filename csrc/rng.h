@@ -1,6 +1,7 @@
 #pragma once
 // rng.h: Philox 4x32 with 10 rounds, a random number as a function of a counter
-// and a key (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+// and a key (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+// 2011).
 
 #include <stdint.h>
 

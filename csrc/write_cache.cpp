@@ -34,10 +34,7 @@ mx::array write_cache(
   int T = new_rows.shape(1);
   int C = cache.shape(2);
   check_shape(
-      op,
-      "new",
-      new_rows,
-      {cache.shape(0), T, cache.shape(1), cache.shape(3)});
+      op, "new", new_rows, {cache.shape(0), T, cache.shape(1), cache.shape(3)});
   check_dtype(op, "new", new_rows, cache.dtype(), "have the dtype of cache");
   if (T > C) {
     fail(op, "T", "be at most the capacity " + std::to_string(C), T);
@@ -85,7 +82,8 @@ void WriteCache::eval_cpu(
       for (int t = 0; t < T; ++t) {
         int64_t slot = ((int64_t(*offset) + t) % C + C) % C;
         for (int head = 0; head < K; ++head, from += row) {
-          std::memcpy(to + ((int64_t(b) * K + head) * C + slot) * row, from, row);
+          std::memcpy(
+              to + ((int64_t(b) * K + head) * C + slot) * row, from, row);
         }
       }
     }

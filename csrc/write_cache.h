@@ -13,10 +13,10 @@ mx::array write_cache(
     const mx::array& new_rows, // [B, T, K, D]
     const mx::array& offset); // int32 []
 
-// The output takes the cache's buffer whether or not anyone else still holds it.
-// MLX donates a buffer only when nothing queued reads it, so with donation every
-// write after a read would copy the cache. is_equivalent stays false: two equal
-// writes are two writes.
+// The output takes the cache's buffer whether or not anyone else still holds
+// it. MLX donates a buffer only when nothing queued reads it, so with donation
+// every write after a read would copy the cache. is_equivalent stays false: two
+// equal writes are two writes.
 class WriteCache : public mx::Primitive {
  public:
   explicit WriteCache(mx::Stream stream) : mx::Primitive(stream) {}

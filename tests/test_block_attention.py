@@ -244,7 +244,14 @@ def test_two_threads(threads):
     assert all(np.array_equal(out, expected) for i in range(2) for out in found[i])
 
 
-def test_a_cache_too_small_is_refused_when_evaluated():
+def test_plan():
+    plan = _ext.block_attention_plan(B=2, T=17, H=32, K=4, C=300, D=256)
+    assert (plan.slices, plan.groups, plan.columns) == (2, 2 * 4, 8 * 256)
+    assert plan.group_scratch == 16 * 8 * (256 + 2 * 258)
+    assert plan.work == 2 * 2 * 16 * 32 * 300 * 256
+
+
+def test_wrong_positions_are_refused_when_evaluated():
     q, k = normal(39, 1, 4, 2, 16), mx.zeros((1, 1, 20, 16))
     mx.eval(block_attention(q, k, k, mx.array(16)))  # positions 0..19
     mx.eval(block_attention(q, k, k, mx.array(500), window=17))  # 484..503
@@ -253,6 +260,10 @@ def test_a_cache_too_small_is_refused_when_evaluated():
             RuntimeError, match=r"\[block_attention\] C must be at least 21 .* 20\."
         ):
             mx.eval(block_attention(q, k, k, mx.array(offset), window=window))
+    with pytest.raises(
+        RuntimeError, match=r"\[block_attention\] offset must be at least 0 .* -1\."
+    ):
+        mx.eval(block_attention(q, k, k, mx.array(-1)))
 
 
 def test_errors():
