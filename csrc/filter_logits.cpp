@@ -38,14 +38,11 @@ std::pair<mx::array, mx::array> filter_logits(
       logits.shape());
   check(temperature > 0, op, "temperature", "be positive", temperature);
   check(
-      top_k >= 1 && top_k <= max_candidates,
-      op,
-      "top_k",
-      "be 1 to 256",
-      top_k);
+      top_k >= 1 && top_k <= max_candidates, op, "top_k", "be 1 to 256", top_k);
   check(
       top_p > 0 && top_p <= 1, op, "top_p", "be above 0 and at most 1", top_p);
-  check(min_p >= 0 && min_p < 1, op, "min_p", "be 0 or more and below 1", min_p);
+  check(
+      min_p >= 0 && min_p < 1, op, "min_p", "be 0 or more and below 1", min_p);
   mx::Shape shape = {logits.shape(0), std::min(top_k, logits.shape(1))};
   auto outputs = mx::array::make_arrays(
       {shape, shape},
