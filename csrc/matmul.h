@@ -58,9 +58,12 @@ class Rows {
   explicit Rows(const mx::array& a)
       : data_(a.data<char>()),
         storage_(storage_of(a.dtype())),
-        count_(a.shape(-1) ? int(a.size() / a.shape(-1)) : 0),
+        count_(1),
         width_(a.shape(-1)),
         stride_(a.strides(-1)) {
+    for (int axis = 0; axis + 1 < int(a.ndim()); ++axis) {
+      count_ *= a.shape(axis);
+    }
     if (a.flags().row_contiguous) {
       shape_ = {count_};
       strides_ = {width_};

@@ -156,6 +156,8 @@ def test_any_number_of_leading_dimensions():
     assert dense_matmul(x[0, 0], w).shape == (10,)
     assert dense_matmul(x[:0], w).shape == (0, 3, 10)
     mx.eval(dense_matmul(x[:0], w))
+    empty = dense_matmul(x[..., :0], w[:, :0])  # a sum of nothing
+    assert empty.shape == (2, 3, 10) and not np.any(np.array(empty))
 
 
 def test_use_reference():
@@ -173,9 +175,9 @@ def test_on_a_gpu_mlx_serves(monkeypatch):
     monkeypatch.setattr(switch.mx, "default_device", lambda: mx.gpu)
     x, w = normal(24, 2, 64, dtype=mx.float16), normal(25, 8, 64, dtype=mx.float16)
     for out_dtype in (None, mx.float32):
+        dtype = out_dtype or mx.float16
         out = dense_matmul(x, w, out_dtype=out_dtype)
-        assert out.dtype == (out_dtype or mx.float16)
-        assert mx.array_equal(out, (x @ w.T).astype(out.dtype))
+        assert out.dtype == dtype and mx.array_equal(out, x.astype(dtype) @ w.astype(dtype).T)
 
 
 @pytest.mark.parametrize("M, N, K", [(1, 1, 1), (16, 262144, 5376), (17, 9, 64), (4, 5376, 21504)])

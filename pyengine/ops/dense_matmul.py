@@ -30,7 +30,8 @@ def dense_matmul(x: mx.array, w: mx.array, *, out_dtype: mx.Dtype | None = None)
         return out
     if implementation == "reference":
         return dense_matmul_reference(x, w, out_dtype=out_dtype)
-    return (x @ w.T).astype(out_dtype or x.dtype)
+    dtype = out_dtype or x.dtype
+    return x.astype(dtype) @ w.astype(dtype).T
 
 
 def dense_matmul_reference(

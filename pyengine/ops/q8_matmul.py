@@ -44,8 +44,9 @@ def q8_matmul(
         return out
     if implementation == "reference":
         return q8_matmul_reference(x, w, scales, biases, group_size, bits, out_dtype=out_dtype)
-    out = mx.quantized_matmul(x, w, scales, biases, True, group_size, bits)
-    return out.astype(out_dtype or x.dtype)
+    dtype = out_dtype or x.dtype  # logits in float32 are summed in float32, not widened afterwards
+    x, scales, biases = (a.astype(dtype) for a in (x, scales, biases))
+    return mx.quantized_matmul(x, w, scales, biases, True, group_size, bits)
 
 
 def q8_matmul_reference(
