@@ -22,12 +22,13 @@ import numpy as np
 import sentencepiece as spm
 import torch
 from game_families import HELD_BACK, TRAINED
-from games import make_game
+from games import make_game, make_mixture
 
 VOCAB = 1280
 NUM_GAMES, NUM_HELD = 4000, 120
 # Seeds of pages that no training page shares.
-HELD_SEED, HELD_FAMILY_SEED = 1_000_000, 2_000_000
+HELD_SEED, HELD_FAMILY_SEED, MIXTURE_SEED = 1_000_000, 2_000_000, 3_000_000
+NUM_MIXTURES = 600
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
 CONTROL = {"pad_id": PAD, "eos_id": EOS, "bos_id": BOS, "unk_id": UNK}
 CONTROL |= {"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"}
@@ -107,6 +108,7 @@ def build(run: Path) -> dict:
         ],
         "python.train": [t for p, t in files.items() if not is_held(p)],
         "python.held": [t for p, t in files.items() if is_held(p)],
+        "mixtures.train": [make_mixture(MIXTURE_SEED + s).chat() for s in range(NUM_MIXTURES)],
     }
     shuffled = random.Random(0).sample(texts["python.train"], len(texts["python.train"]) // 2)
     sp = train_tokenizer(run / "tokenizer.model", texts["games.train"][:1500] + shuffled)
@@ -114,6 +116,7 @@ def build(run: Path) -> dict:
         "python": platform.python_version(),
         "vocab": sp.vocab_size(),
         "tokenizer_sha256": sha256((run / "tokenizer.model").read_bytes()),
+        "first_pages_sha256": sha256("".join(texts["games.train"][:50]).encode()),
         "families": {"trained": list(TRAINED), "held_back": list(HELD_BACK)},
         "parts": {},
         "stdlib": {
@@ -137,10 +140,11 @@ def build(run: Path) -> dict:
 class Rows:
     """Random rows of packed ids, some of them at the start of a document."""
 
-    kinds = ("games", "python")
+    kinds: tuple[str, ...] = ("games", "python")
 
-    def __init__(self, run: Path, part: str, seed: int):
-        self.ids = {kind: np.load(run / f"{kind}.{part}.npy") for kind in self.kinds}
+    def __init__(self, run: Path, part: str, seed: int, extra: tuple[str, ...] = ()):
+        kinds = self.kinds + extra
+        self.ids = {kind: np.load(run / f"{kind}.{part}.npy") for kind in kinds}
         self.starts = {kind: np.nonzero(ids == BOS)[0] for kind, ids in self.ids.items()}
         self.vocab = json.loads((run / "data.json").read_text())["vocab"]
         self.random = np.random.default_rng(seed)

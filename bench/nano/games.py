@@ -52,6 +52,15 @@ STYLES = (
     },
 )
 
+# Names of things in mixtures; none occurs in a family.
+NOUNS = "tank robot mouse cart orb gem lamp kite boat drone ring leaf crab moth stone wheel tile "
+NOUNS = (NOUNS + "rocket fish spark crate bolt seed wolf cloud sword tower egg plane comet").split()
+# Words that several families share, and what a mixture may write for them.
+COMMON = "frames lives fall speed vx vy r w h hits touch fire jump serve passed age SPEED ROWS COLS"
+COMMON = (COMMON + " SIZE GAP o p x").split()
+SPARES = "count power rate dx dy size width height overlap meet shoot hop launch done timer pace "
+SPARES = (SPARES + "lines slots edge space item part left kind mode level step total").split()
+
 OPENINGS = (
     "Create a single-file HTML5 canvas {} game",
     "Create a single-file HTML5 Canvas {} game with plain JavaScript",
@@ -93,6 +102,13 @@ class Game:
         return f"<|turn>user\n{self.prompt}<turn|>\n<|turn>model\n{self.answer}<turn|>\n"
 
 
+def parse_template(template: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The options of the header and the sections by name."""
+    header, *sections = re.split(r"^== (\w+)\n", template.strip() + "\n", flags=re.M)
+    options = dict(line.split(": ", 1) for line in header.strip().split("\n"))
+    return options, dict(zip(sections[::2], sections[1::2], strict=True))
+
+
 class Page:
     """Fills one template in one style."""
 
@@ -101,9 +117,7 @@ class Page:
         number = rng.randrange(len(STYLES))
         self.style = STYLES[number]
         self.names = dict(pair.split("=") for pair in self.style["names"].split())
-        header, *sections = re.split(r"^== (\w+)\n", template.strip() + "\n", flags=re.M)
-        self.sections = dict(zip(sections[::2], sections[1::2], strict=True))
-        options = dict(line.split(": ", 1) for line in header.strip().split("\n"))
+        options, self.sections = parse_template(template)
         for pair in options["names"].split():
             name, spellings = pair.split("=")
             self.names[name] = spellings.split("/")[number]
@@ -232,10 +246,55 @@ class Page:
 def make_game(seed: int, families: dict[str, str] = TRAINED) -> Game:
     rng = random.Random(seed)
     title = rng.choice(list(families))
-    page = Page(title, families[title], rng)
+    return dress(title, Page(title, families[title], rng), rng)
+
+
+def dress(title: str, page: Page, rng: random.Random) -> Game:
+    """The chat turns around a page."""
     prompt = rng.choice(OPENINGS).format(title) + rng.choice(WISHES) + rng.choice(ENDINGS)
     lead, closing = rng.choice(LEADS).format(title), rng.choice(CLOSINGS)
     return Game(title, prompt, f"{lead}```html\n{page.html()}\n```{closing}")
+
+
+def statements(body: str) -> list[str]:
+    """A section cut into statements: lines, and blocks with their braces."""
+    out, depth = [""], 0
+    for line in body.strip().split("\n"):
+        depth += line.count("{") - line.count("}")
+        out[-1] += line + "\n"
+        if depth == 0 and not line.startswith("//"):
+            out.append("")
+    return [statement for statement in out if statement]
+
+
+def mixture(rng: random.Random) -> tuple[str, str]:
+    """Title and template of a page that belongs to no family: parts of two trained families, most
+    things renamed, statements shuffled and dropped. It is no game and need not parse; the assistant
+    learns on such pages what the target expects where it is not at home."""
+    pair = [parse_template(t) for t in rng.sample(list(TRAINED.values()), 2)]
+    names = [p.split("=")[0] for options, _ in pair for p in options["names"].split()]
+    spelled = dict(zip(names, rng.sample(NOUNS, len(names)), strict=False))
+    header = {"names": " ".join(f"{n}={s}/{s}/{s}" for n, s in spelled.items())}
+    header |= {"hint": pair[0][0]["hint"], "keys": "yes"}
+    text = "".join(f"{key}: {value}\n" for key, value in header.items())
+    for name in ("constants", "state", "reset", "helpers", "update", "draw"):
+        parts = [sections[name] for _, sections in pair]
+        if name in ("reset", "update", "draw"):
+            found = statements("".join(rng.sample(parts, rng.choice((1, 1, 2)))))
+            rng.shuffle(found)
+            parts = [x for x in found if rng.random() < 0.8] or found[:1]
+        text += f"== {name}\n" + "".join(parts)
+    spares = rng.sample(SPARES, len(COMMON))
+    for word, spare in zip(COMMON, spares, strict=True):
+        if rng.random() < 0.5:
+            text = re.sub(rf"(?<![$\w=]){word}\b", spare.upper() if word.isupper() else spare, text)
+    return " ".join(rng.sample(NOUNS, 2)).title(), text
+
+
+def make_mixture(seed: int) -> Game:
+    rng = random.Random(seed)
+    title, template = mixture(rng)
+    return dress(title, Page(title, template, rng), rng)
 
 
 def script_of(text: str) -> str | None:

@@ -1,13 +1,16 @@
 """Distil the assistant from the trained target.
 
-    python bench/nano/train_assistant.py RUN --minutes 22 --sample-minutes 3
+    python bench/nano/train_assistant.py RUN --stage 1 --minutes 28
+    python bench/nano/train_assistant.py RUN --stage 2 --minutes 8
 
 Every position t of a row starts a round: bonus token t + 1, the target's hidden state at t, its
 keys and values up to t, query position t + 1. K draft steps are unrolled, each fed the
 assistant's own hidden state and the row's tokens. Loss per step: KL(target || assistant) plus
 1 - sum min(p, q), over unfiltered distributions. Part of the rows is text the target sampled
-itself. Starts from the target's table, final norm and identity projections. Resumes from its last
-checkpoint. Writes assistant.pt, assistant.json and own.npy (the sampled text).
+itself: Python in stage 1; in stage 2 also what it writes after mixtures (games.py), pages unlike
+any it knows. Stage 1 starts from the target's table, final norm and identity projections, stage 2
+from stage 1. Both resume from their last checkpoint. Writes assistant.{stage}.pt, assistant.pt,
+assistant.{stage}.json and own.{kind}.npy (the sampled text).
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from data import Rows
 from decode import filtered, sample_batch
-from export import load_target
+from export import load_assistant, load_target
 from model import (
     FULL,
     KINDS,
@@ -41,23 +45,39 @@ from optim import Optimiser
 torch._dynamo.config.recompile_limit = 64
 ROWS, T, STEPS = 3, 768, 4
 STEP_DISCOUNT = 0.85
-OWN_SHARE, GAMES_SHARE = 0.6, 0.3
-SAMPLE_ROWS, SAMPLE_PROMPT = 96, 64
-WARMUP_STEPS, DECAY_SHARE = 30, 0.6
+SAMPLE_ROWS = 96
+# Of the sampled text: positions of the prompt, share of prompts at the start of a document.
+PROMPTS = {"python": (64, 0.3), "mixtures": (320, 0.5)}
+WARMUP_STEPS = 30
 CHECKPOINT_SECONDS = 150
 MATRIX_RATE, OTHER_RATE = 0.04, 0.008
 
 
-def sample_own(target: Target, run: Path, minutes: float) -> np.ndarray:
-    """Text of the target's own, [rows, T]: one batch of games for two of Python."""
-    path = run / "own.npy"
+@dataclass(frozen=True)
+class Stage:
+    own: tuple[str, ...]  # kinds of text sampled from the target
+    own_share: float  # of the batches; the others are corpus rows
+    games_share: float  # of the corpus rows
+    rate: float
+    decay_share: float
+
+
+STAGES = {
+    1: Stage(("python",), 0.4, 0.45, 1.0, 0.6),
+    2: Stage(("python", "mixtures"), 0.7, 0.2, 0.5, 1.0),
+}
+
+
+def sample_own(target: Target, run: Path, kind: str, minutes: float) -> np.ndarray:
+    """Text of the target's own, [rows, T], after prompts of one kind."""
+    path = run / f"own.{kind}.npy"
     if path.exists():
         return np.load(path)
-    source, batches, started = Rows(run, "train", 7), [], time.time()
+    prompt, at_start = PROMPTS[kind]
+    source, batches = Rows(run, "train", 7, extra=("mixtures",)), []
+    started = time.time()
     while time.time() - started < minutes * 60:
-        kind = "games" if len(batches) % 3 == 1 else "python"
-        at_start = 0.7 if kind == "games" else 0.3
-        prompts = source.draw(kind, SAMPLE_ROWS, SAMPLE_PROMPT - 1, at_start)
+        prompts = source.draw(kind, SAMPLE_ROWS, prompt - 1, at_start)
         batches.append(sample_batch(target, prompts, T).numpy().astype(np.uint16))
         print(f"sampled {len(batches)} batches, {time.time() - started:.0f} s", flush=True)
     np.save(path, np.concatenate(batches))
@@ -126,18 +146,23 @@ def evaluate(
 
 def train(run: Path, args: argparse.Namespace) -> None:
     target = load_target(run)
-    own = torch.from_numpy(sample_own(target, run, args.sample_minutes).astype(np.int64))
-    # Two Python batches in three were sampled; both kinds keep that share.
-    data, random = Rows(run, "train", 11), np.random.default_rng(args.seed + 3)
+    stage = STAGES[args.stage]
+    sampled = [sample_own(target, run, kind, args.sample_minutes) for kind in stage.own]
+    own = torch.from_numpy(np.concatenate(sampled).astype(np.int64))
+    data = Rows(run, "train", 10 + args.stage)
+    random = np.random.default_rng(args.seed + 2 + args.stage)
     source = Rows(run, "held", 1)
     held = {kind: source.draw(kind, 2 * ROWS, T - 1, 0.5) for kind in source.kinds}
     vocab = target.config["vocab_size"]
-    assistant = Assistant(assistant_config(vocab), target.config["hidden_size"])
-    inherit(assistant, target)
+    if args.stage == 1:
+        assistant = Assistant(assistant_config(vocab), target.config["hidden_size"])
+        inherit(assistant, target)
+    else:
+        assistant = load_assistant(run, "assistant.1.pt").train().requires_grad_(True)
     target.compiled, assistant.compiled = compile_layer(Layer.whole), compile_layer(Layer.borrow)
-    optimiser = Optimiser(assistant, MATRIX_RATE, OTHER_RATE)
+    optimiser = Optimiser(assistant, stage.rate * MATRIX_RATE, stage.rate * OTHER_RATE)
     geometry = geometry_of(target.config)
-    step, spent, log, resumable = 0, 0.0, [], run / "assistant.resume.pt"
+    step, spent, log, resumable = 0, 0.0, [], run / f"assistant.resume.{args.stage}.pt"
     if resumable.exists():
         state = torch.load(resumable, weights_only=False)
         assistant.load_state_dict(state["state"])
@@ -145,15 +170,16 @@ def train(run: Path, args: argparse.Namespace) -> None:
         step, spent, log = state["progress"]
         data.random.bit_generator.state, random.bit_generator.state = state["random"]
         print(f"resumed at step {step}", flush=True)
-    started, saved, recent = time.time() - spent, time.time(), []
+    started, checked, recent = time.time() - spent, time.time(), []
     while (done := (time.time() - started) / (args.minutes * 60)) < 1.0:
-        if random.random() < OWN_SHARE:
+        if random.random() < stage.own_share:
             ids = own[torch.from_numpy(random.integers(len(own), size=ROWS))]
         else:
-            ids = data.batch(ROWS, T - 1, GAMES_SHARE)
+            ids = data.batch(ROWS, T - 1, stage.games_share)
         loss, overlaps = loss_of(rounds(target, assistant, ids, geometry))
         loss.backward()
-        scale = min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, max(0.02, (1 - done) / DECAY_SHARE))
+        scale = min(1.0, (step + 1) / WARMUP_STEPS)
+        scale *= min(1.0, max(0.02, (1 - done) / stage.decay_share))
         optimiser.step(scale)
         step += 1
         recent.append([float(loss.detach()), *overlaps])
@@ -166,7 +192,7 @@ def train(run: Path, args: argparse.Namespace) -> None:
             log.append(point)
             print(point, flush=True)
             recent = []
-        if time.time() - saved > CHECKPOINT_SECONDS:
+        if time.time() - checked > CHECKPOINT_SECONDS:
             progress = (step, time.time() - started, log)
             states = (data.random.bit_generator.state, random.bit_generator.state)
             torch.save(
@@ -178,38 +204,39 @@ def train(run: Path, args: argparse.Namespace) -> None:
                 },
                 resumable,
             )
-            saved = time.time()
+            checked = time.time()
     final = evaluate(target, assistant, held, geometry)
     print("final", step, final, flush=True)
-    torch.save(
-        {
-            "config": assistant.config,
-            "backbone": assistant.backbone,
-            "state": assistant.state_dict(),
-        },
-        run / "assistant.pt",
-    )
+    saved = {
+        "config": assistant.config,
+        "backbone": assistant.backbone,
+        "state": assistant.state_dict(),
+    }
+    for name in (f"assistant.{args.stage}.pt", "assistant.pt"):
+        torch.save(saved, run / name)
     report = {
         "minutes": args.minutes,
+        "stage": args.stage,
         "sample_minutes": args.sample_minutes,
         "seed": args.seed,
         "threads": args.threads,
         "rows": [ROWS, T],
         "unrolled": STEPS,
         "own_rows": len(own),
-        "shares": {"own": OWN_SHARE, "games": GAMES_SHARE},
+        "settings": asdict(stage),
         "rates": [MATRIX_RATE, OTHER_RATE],
         "steps": step,
         "final": final,
         "log": log,
     }
-    (run / "assistant.json").write_text(json.dumps(report, indent=1))
+    (run / f"assistant.{args.stage}.json").write_text(json.dumps(report, indent=1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--minutes", type=float, default=22)
+    parser.add_argument("--stage", type=int, choices=STAGES, default=1)
+    parser.add_argument("--minutes", type=float, default=28)
     parser.add_argument("--sample-minutes", type=float, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
