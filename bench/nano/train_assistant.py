@@ -64,7 +64,7 @@ class Stage:
 
 STAGES = {
     1: Stage(("python",), 0.4, 0.45, 1.0, 0.6),
-    2: Stage(("python", "mixtures"), 0.7, 0.2, 0.5, 1.0),
+    2: Stage(("python", "mixtures"), 0.65, 0.35, 0.5, 1.0),
 }
 
 
