@@ -91,7 +91,7 @@ def test_both_tokenizer_files_agree():
     for i in range(slow.vocab_size()):
         assert fast.id_to_token(i) == slow.id_to_piece(i)
     texts = [
-        Path(__file__).read_text(),
+        Path(pyengine.__file__).read_text(),
         "",
         " ",
         "\n",
