@@ -49,7 +49,9 @@ void Pool::set_threads(int threads) {
       "threads",
       "be between 1 and 256",
       threads);
+  std::lock_guard<std::mutex> lock(mutex_);
   threads_.store(threads);
+  raised_.notify_all();
 }
 
 bool Pool::acquire() {
@@ -59,7 +61,7 @@ bool Pool::acquire() {
 
 void Pool::grow(int workers) {
   for (; workers_ < workers; ++workers_) {
-    std::thread(&Pool::work_forever, this).detach();
+    std::thread(&Pool::work_forever, this, workers_ + 1).detach();
   }
 }
 
@@ -120,8 +122,13 @@ bool Pool::join() {
   return false;
 }
 
-void Pool::work_forever() {
+void Pool::work_forever(int index) {
   for (;;) {
+    if (index >= threads()) {
+      // Surplus since set_threads: must not wake with every job.
+      std::unique_lock<std::mutex> lock(mutex_);
+      raised_.wait(lock, [this, index] { return index < threads(); });
+    }
     for (int spin = 0; spin < spins_before_sleep; ++spin) {
       if (join()) {
         take_pieces();
@@ -132,7 +139,9 @@ void Pool::work_forever() {
     }
     std::unique_lock<std::mutex> lock(mutex_);
     sleepers_.fetch_add(1);
-    wake_.wait(lock, [this] { return (state_.load() & open) != 0; });
+    wake_.wait(lock, [this, index] {
+      return (state_.load() & open) != 0 || index >= threads();
+    });
     sleepers_.fetch_sub(1);
   }
 }

@@ -49,7 +49,7 @@ class Pool {
   bool acquire();
   void share(int pieces, const void* context, Function function);
   void take_pieces();
-  void work_forever();
+  void work_forever(int index);
   bool join();
   void grow(int workers);
 
@@ -70,7 +70,8 @@ class Pool {
 
   std::atomic<int> sleepers_{0};
   std::mutex mutex_;
-  std::condition_variable wake_;
+  std::condition_variable wake_; // a job is open
+  std::condition_variable raised_; // more threads may work
 };
 
 } // namespace pyengine

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -50,3 +51,35 @@ def test_threads_are_checked() -> None:
     for threads in (0, 257):
         with pytest.raises(ValueError, match=r"\[use\] threads must be between 1 and 256 but got"):
             _ext.set_threads(threads)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts wake-ups in /proc")
+def test_surplus_threads_stay_asleep() -> None:
+    """After more threads than now, a job must wake only those that may join it."""
+    before = _ext.threads()
+    x = mx.ones((16, 512))
+    w = mx.ones((512, 512))
+
+    def jobs(threads: int, count: int) -> None:
+        _ext.set_threads(threads)
+        for _ in range(count):
+            mx.eval(_ext.dense_matmul(x, w, None))
+            time.sleep(0.001)  # long enough for idle workers to fall asleep
+
+    def wake_ups() -> dict[str, int]:
+        found = {}
+        for task in Path("/proc/self/task").iterdir():
+            line = next(s for s in (task / "status").open() if s.startswith("voluntary"))
+            found[task.name] = int(line.split()[1])
+        return found
+
+    try:
+        jobs(12, 20)
+        jobs(2, 20)
+        start = wake_ups()
+        jobs(2, 50)
+        end = wake_ups()
+    finally:
+        _ext.set_threads(before)
+    awake = [name for name in end if end[name] - start.get(name, 0) >= 25]
+    assert len(awake) <= 4  # this thread, MLX's stream, one worker, and one to spare
