@@ -1,7 +1,8 @@
 """Distil the assistant from the trained target.
 
     python bench/nano/train_assistant.py RUN --stage 1 --minutes 28
-    python bench/nano/train_assistant.py RUN --stage 2 --minutes 8
+    python bench/nano/train_assistant.py RUN --stage 2 --minutes 28
+    python bench/nano/train_assistant.py RUN --stage 3 --minutes 24
 
 Every position t of a row starts a round: bonus token t + 1, the target's hidden state at t, its
 keys and values up to t, query position t + 1. K draft steps are unrolled, each fed the
@@ -56,25 +57,27 @@ MATRIX_RATE, OTHER_RATE = 0.04, 0.008
 @dataclass(frozen=True)
 class Stage:
     own: tuple[str, ...]  # kinds of text sampled from the target
-    own_share: float  # of the batches; the others are corpus rows
+    own_share: float  # of the batches
+    mixtures_share: float  # of the batches; the others are corpus rows
     games_share: float  # of the corpus rows
     rate: float
     decay_share: float
 
 
 STAGES = {
-    1: Stage(("python",), 0.4, 0.45, 1.0, 0.6),
-    2: Stage(("python", "mixtures"), 0.65, 0.35, 0.5, 1.0),
+    1: Stage(("python",), 0.4, 0.0, 0.45, 1.0, 0.6),
+    2: Stage(("python", "mixtures"), 0.65, 0.0, 0.35, 0.5, 1.0),
+    3: Stage(("mixtures",), 0.2, 0.55, 0.3, 0.7, 1.0),
 }
 
 
-def sample_own(target: Target, run: Path, kind: str, minutes: float) -> np.ndarray:
+def sample_own(target: Target, run: Path, stage: int, kind: str, minutes: float) -> np.ndarray:
     """Text of the target's own, [rows, T], after prompts of one kind."""
-    path = run / f"own.{kind}.npy"
+    path = run / f"own.{stage}.{kind}.npy"
     if path.exists():
         return np.load(path)
     prompt, at_start = PROMPTS[kind]
-    source, batches = Rows(run, "train", 7, extra=("mixtures",)), []
+    source, batches = Rows(run, "train", 30 + stage, extra=("mixtures",)), []
     started = time.time()
     while time.time() - started < minutes * 60:
         prompts = source.draw(kind, SAMPLE_ROWS, prompt - 1, at_start)
@@ -147,9 +150,9 @@ def evaluate(
 def train(run: Path, args: argparse.Namespace) -> None:
     target = load_target(run)
     stage = STAGES[args.stage]
-    sampled = [sample_own(target, run, kind, args.sample_minutes) for kind in stage.own]
+    sampled = [sample_own(target, run, args.stage, kind, args.sample_minutes) for kind in stage.own]
     own = torch.from_numpy(np.concatenate(sampled).astype(np.int64))
-    data = Rows(run, "train", 10 + args.stage)
+    data = Rows(run, "train", 10 + args.stage, extra=("mixtures",))
     random = np.random.default_rng(args.seed + 2 + args.stage)
     source = Rows(run, "held", 1)
     held = {kind: source.draw(kind, 2 * ROWS, T - 1, 0.5) for kind in source.kinds}
@@ -158,7 +161,9 @@ def train(run: Path, args: argparse.Namespace) -> None:
         assistant = Assistant(assistant_config(vocab), target.config["hidden_size"])
         inherit(assistant, target)
     else:
-        assistant = load_assistant(run, "assistant.1.pt").train().requires_grad_(True)
+        assistant = (
+            load_assistant(run, f"assistant.{args.stage - 1}.pt").train().requires_grad_(True)
+        )
     target.compiled, assistant.compiled = compile_layer(Layer.whole), compile_layer(Layer.borrow)
     optimiser = Optimiser(assistant, stage.rate * MATRIX_RATE, stage.rate * OTHER_RATE)
     geometry = geometry_of(target.config)
@@ -172,8 +177,11 @@ def train(run: Path, args: argparse.Namespace) -> None:
         print(f"resumed at step {step}", flush=True)
     started, checked, recent = time.time() - spent, time.time(), []
     while (done := (time.time() - started) / (args.minutes * 60)) < 1.0:
-        if random.random() < stage.own_share:
+        drawn = random.random()
+        if drawn < stage.own_share:
             ids = own[torch.from_numpy(random.integers(len(own), size=ROWS))]
+        elif drawn < stage.own_share + stage.mixtures_share:
+            ids = data.draw("mixtures", ROWS, T - 1, PROMPTS["mixtures"][1])
         else:
             ids = data.batch(ROWS, T - 1, stage.games_share)
         loss, overlaps = loss_of(rounds(target, assistant, ids, geometry))
@@ -242,7 +250,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + args.stage)
     train(args.run, args)
 
 
