@@ -110,6 +110,10 @@ class Stats:
         return {**self.__dict__, **{name: getattr(self, name) for name in ratios}}
 
 
+class NonFinite(RuntimeError):
+    """The target gave logits that are NaN or infinite."""
+
+
 class Round(NamedTuple):
     """Tokens committed by one round; a stop id comes last and ends the generation."""
 
@@ -247,7 +251,7 @@ def _read(packed: mx.array, state: list[mx.array]) -> list[int]:
     row = [int(value) for value in np.array(packed)]
     broken = row.pop()
     if broken:
-        raise RuntimeError(
+        raise NonFinite(
             "[decode] logits must be finite but got NaN or infinity; are the weights damaged?"
         )
     return row

@@ -197,12 +197,19 @@ def _load(
             raise _wrong_dtype(f"{path}.{part}", matrix.dtype, storage)
         matrices[path] = matrix = matrix.astype(storage)
         mx.eval(matrix.arrays)
+        # The weights between them are not looked at: a second pass over gigabytes, and a round
+        # whose logits are not finite says so itself.
+        if matrix.scales is not None and matrix.biases is not None:
+            check_finite(f"{path}.scales", matrix.scales)
+            check_finite(f"{path}.biases", matrix.biases)
     for name, vector in vectors.items():
         integer = name in layout.integers
         if dtype is None and not integer and vector.dtype != storage:
             raise _wrong_dtype(name, vector.dtype, storage)
         vectors[name] = vector = vector.astype(mx.int32 if integer else storage)
         mx.eval(vector)
+        if not integer:
+            check_finite(name, vector)
     return Weights(matrices, vectors, storage)
 
 
@@ -263,6 +270,30 @@ def _matrix(tensors: "Tensors", path: str, shape: Shape, modes: _QuantizationMod
     )
 
 
+def _open(shard: Path) -> dict[str, mx.array]:
+    """The lazy tensors of a file whose header was checked.
+
+    The format is given because MLX would otherwise go by the name's ending, which the index chose.
+    """
+    try:
+        loaded = mx.load(str(shard), format="safetensors")
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().rstrip(".")
+        raise ValueError(f"[load] {shard} cannot be read by MLX: {reason}.") from error
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def check_finite(name: str, array: mx.array) -> None:
+    """Refuse NaN and infinity. Evaluates.
+
+    Raises:
+        ValueError: The array holds one.
+    """
+    if not mx.isfinite(array).all():
+        raise ValueError(f"[load] `{name}` must be finite but holds NaN or infinity.")
+
+
 class Tensors:
     """The lazily loaded tensors of a folder, by canonical name, each taken once."""
 
@@ -271,8 +302,7 @@ class Tensors:
         self.raw_names: dict[str, str] = {}
         self.used: set[str] = set()
         for shard, headers in read_headers(folder):
-            loaded = mx.load(str(shard))
-            assert isinstance(loaded, dict)
+            loaded = _open(shard)
             for raw in headers:
                 if SKIPPED.search(raw):
                     continue
