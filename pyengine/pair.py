@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
+from pyengine import memory
 from pyengine.assistant import POSITIONS, Assistant, Position
 from pyengine.config import (
     TargetConfig,
@@ -24,7 +25,12 @@ from pyengine.config import (
 )
 from pyengine.files import read_object, shown, within
 from pyengine.target import Target, check_ids
-from pyengine.weights import load_assistant_weights, load_target_weights
+from pyengine.weights import (
+    assistant_layout,
+    load_assistant_weights,
+    load_target_weights,
+    target_layout,
+)
 
 if TYPE_CHECKING:
     from pyengine.tokenizer import Tokenizer
@@ -181,6 +187,11 @@ def load(
         published = published_name(target_config, assistant_config)
         name, verified = published or name, published is not None
     generation = _read_generation(target_path, assistant_path, target_config, manifest)
+    needed = memory.weight_bytes(target_path, target_layout(target_config), dtype)
+    if assistant_path is not None:
+        needed += memory.weight_bytes(assistant_path, assistant_layout(assistant_config), dtype)
+    needed += memory.cache_bytes(target_config, 1, 1, 2)
+    memory.check(needed, "the weights and the smallest cache")
     weights = load_target_weights(target_path, target_config, dtype)
     if assistant_path is not None:
         own = load_assistant_weights(assistant_path, assistant_config, dtype)

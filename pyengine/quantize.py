@@ -122,7 +122,7 @@ def _entries(
 
     mlx-lm names routers there and keeps them at 8 bits in groups of 64, whatever the rest has.
     """
-    tensors = Tensors(src, layout.dead)
+    tensors = Tensors(src, layout)
     entries = []
     overrides = {}
     for path, shape in layout.matrices.items():

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyengine.files import read_object, shown, within
 
@@ -27,8 +27,22 @@ BYTES = {
 }
 
 
-def read_headers(folder: Path) -> Iterator[tuple[Path, dict[str, Shape]]]:
-    """Each safetensors file of a checkpoint folder with the shapes its checked header gives."""
+class Entry(NamedTuple):
+    """What a header says of a tensor; begin and end are offsets in the file."""
+
+    dtype: str
+    shape: Shape
+    begin: int
+    end: int
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def read_headers(folder: Path) -> Iterator[tuple[Path, dict[str, Entry]]]:
+    """Each safetensors file of a checkpoint folder with its checked header."""
     index_path = within(folder, INDEX, "load")
     if not index_path.is_file():
         path = within(folder, SINGLE, "load")
@@ -59,8 +73,8 @@ def _is_file_name(name: str) -> bool:
     return Path(name).name == name and name not in ("", "..") and not set(name) & {"\\", "\0"}
 
 
-def read_header(path: Path) -> dict[str, Shape]:
-    """Shapes by name from a safetensors header, after checking that the file can hold them.
+def read_header(path: Path) -> dict[str, Entry]:
+    """A safetensors header by tensor name, after checking that the file can hold it all.
 
     Raises:
         ValueError: The header is cut off, is not JSON, or promises bytes that are not there.
@@ -76,31 +90,30 @@ def read_header(path: Path) -> dict[str, Shape]:
         raise ValueError(f"[load] {path} cannot be read: {error.strerror}.") from error
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        shapes = {}
-        spans = []
-        for name, entry in entries.items():
+        promised = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        entries = {}
+        for name, entry in promised.items():
             shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
             numbers = [*shape, begin, end]
             sound = all(type(n) is int and n >= 0 for n in numbers) and begin <= end
             if not sound or any(n > MAX_DIMENSION for n in shape):
                 raise ValueError(f"`{name}` has no sound shape and offsets")
-            if entry["dtype"] not in BYTES:
+            if not isinstance(entry["dtype"], str) or entry["dtype"] not in BYTES:
                 raise ValueError(f"`{name}` has the unknown dtype {shown(entry['dtype'])}")
             if math.prod(shape) * BYTES[entry["dtype"]] != end - begin:
                 raise ValueError(f"`{name}` has {end - begin} bytes, which do not fit its shape")
             if end > size - 8 - length:
                 raise ValueError(f"`{name}` ends past the end of the file")
-            shapes[name] = shape
-            spans.append((begin, end, name))
+            start = 8 + length
+            entries[name] = Entry(entry["dtype"], shape, start + begin, start + end)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = error if isinstance(error, ValueError) else "an entry has a wrong form"
         raise ValueError(f"[load] the header of {path} is damaged: {why}.") from None
-    spans.sort()
+    spans = sorted((entry.begin, entry.end, name) for name, entry in entries.items())
     for (_, end, _), (begin, _, name) in itertools.pairwise(spans):
         if begin < end:
             raise ValueError(f"[load] the header of {path} is damaged: `{name}` overlaps another.")
-    return shapes
+    return entries
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -175,10 +175,17 @@ def canonical(name: str) -> str:
     return name
 
 
+def is_text(name: str, layout: Layout) -> bool:
+    """Whether a tensor of the file is one that the text model reads."""
+    if SKIPPED.search(name):
+        return False
+    return layout.dead is None or not layout.dead.match(canonical(name))
+
+
 def _load(
     folder: Path, layout: Layout, quantization: Quantization | None, dtype: mx.Dtype | None
 ) -> Weights:
-    tensors = Tensors(Path(folder), layout.dead)
+    tensors = Tensors(Path(folder), layout)
     modes = _QuantizationModes(quantization)
     matrices = {
         path: _matrix(tensors, path, shape, modes) for path, shape in layout.matrices.items()
@@ -297,18 +304,16 @@ def check_finite(name: str, array: mx.array) -> None:
 class Tensors:
     """The lazily loaded tensors of a folder, by canonical name, each taken once."""
 
-    def __init__(self, folder: Path, dead: re.Pattern[str] | None) -> None:
+    def __init__(self, folder: Path, layout: Layout) -> None:
         self.arrays: dict[str, mx.array] = {}
         self.raw_names: dict[str, str] = {}
         self.used: set[str] = set()
         for shard, headers in read_headers(folder):
             loaded = _open(shard)
             for raw in headers:
-                if SKIPPED.search(raw):
+                if not is_text(raw, layout):
                     continue
                 name = canonical(raw)
-                if dead is not None and dead.match(name):
-                    continue
                 if name in self.arrays:
                     raise ValueError(
                         f"[load] `{raw}` and `{self.raw_names[name]}` must not both be there: they "
