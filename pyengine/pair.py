@@ -224,6 +224,17 @@ def _folder(path: Path, what: str) -> Path:
     return path
 
 
+def bundle_parts(path: Path) -> tuple[Path, Path]:
+    """Target and assistant folder of a bundle; one without a manifest has the usual names.
+
+    Raises:
+        ValueError: The manifest is damaged, or a folder is missing or outside the bundle.
+    """
+    manifest = _read_manifest(path) if (path / MANIFEST).exists() else {}
+    target, assistant = (_inside(path, manifest, part) for part in ("target", "assistant"))
+    return _folder(target, "target"), _folder(assistant, "assistant")
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = within(path, MANIFEST, "load")
     if not file.is_file():

@@ -76,7 +76,7 @@ def _sentence(error: Exception) -> str | None:
     text = str(error)
     if isinstance(error, MemoryError):
         text = f"[memory] the machine must have more free memory: {text or 'none is left'}."
-    elif isinstance(error, OSError) and not _OURS.match(text):
+    elif isinstance(error, OSError) and (error.errno is not None or not _OURS.match(text)):
         what = error.filename if error.filename is not None else "a file"
         text = f"[file] {what} must be usable but is not: {error.strerror or text}."
     elif not _OURS.match(text):
@@ -140,17 +140,17 @@ def waiting(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress() -> Iterator[Any]:
-    """A bar on standard error; on a pipe, one line a run."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+def progress(what: str = "warm-up") -> Iterator[Any]:
+    """A bar on standard error; on a pipe, one line a step."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     if not sys.stderr.isatty():
         yield lambda done, total, label: typer.echo(f"[{done}/{total}] {label}", err=True)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    # Drawn between runs only, so that no thread of the bar's disturbs a timed run.
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    # Drawn between steps only, so that no thread of the bar's disturbs a timed run.
     with Progress(*columns, console=console(sys.stderr), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("warm-up")
+        task = bar.add_task(what)
         yield lambda done, total, label: bar.update(
             task, completed=done, total=total, description=label, refresh=True
         )
