@@ -165,6 +165,13 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    def channel_ids(self) -> tuple[int, ...]:
+        """Ids of the marks around a thought; empty where the template knows no such channel."""
+        marks = [self._special.get(mark) for mark in ("<|channel>", "<channel|>")]
+        if self._template is None or "channel" not in self._template.source or None in marks:
+            return ()
+        return tuple(mark for mark in marks if mark is not None)
+
     def id_of(self, piece: str) -> int | None:
         """Id of a special token or a piece, None when the vocabulary lacks it."""
         found = self._special.get(piece)
