@@ -6,7 +6,7 @@ A bundle is a folder with ``mtplx_pair.json`` and two checkpoint folders (``targ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -201,8 +201,11 @@ def load(
                 f"{own.dtype}; pass dtype= to convert both."
             )
         loaded = Assistant(assistant_config, target_config, own, position)
+    model = Target(target_config, weights)
+    # A lazy array belongs to the thread that made it, an evaluated one to all
+    mx.eval([*_arrays(model), *_arrays(loaded)])
     return Pair(
-        target=Target(target_config, weights),
+        target=model,
         assistant=loaded,
         generation=generation,
         path=path,
@@ -212,6 +215,18 @@ def load(
         embedded=embedded,
         manifest=manifest,
     )
+
+
+def _arrays(value: object) -> Iterator[mx.array]:
+    """Every array inside a model."""
+    if isinstance(value, mx.array):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _arrays(inner)
+    elif type(value).__module__.startswith("pyengine."):
+        for inner in vars(value).values():
+            yield from _arrays(inner)
 
 
 def _embedded_path() -> Path:
