@@ -115,6 +115,13 @@ class Cache:
         self.values[i] = ops.write_cache(ring_values, tail_values, offset)
         return seen[0], seen[1], start
 
+    def restart(self, length: int) -> None:
+        """Go on from ``length`` positions, which must be committed and in the rings. Evaluates."""
+        self.length = mx.array(length, dtype=mx.int32)
+        self.bound = length
+        self._reads = []
+        mx.eval(self.arrays)
+
     def snapshot(self) -> "Cache":
         """An independent copy of the committed state; copies every array."""
         copy = object.__new__(Cache)

@@ -4,12 +4,13 @@ Every value comes from the file. A missing key is an error that names it, never 
 of one variant (shared layers, per-layer embeddings, window) make nonsense of another.
 """
 
-import json
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pyengine.files import read_object, shown, within
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -43,6 +44,14 @@ LIMITS = {
     "num_centroids": 1 << 20,
     "centroid_intermediate_top_k": 1 << 20,
 }
+# The same for numbers, with the smallest.
+RANGES = {
+    "rms_norm_eps": (1e-12, 1e-2),
+    "final_logit_softcapping": (1e-3, 1e6),
+    "rope_theta": (1.0, 1e12),
+    "factor": (1e-3, 1e6),
+    "partial_rotary_factor": (1e-6, 1.0),
+}
 
 
 class _Section:
@@ -56,7 +65,7 @@ class _Section:
 
     def fail(self, key: str, rule: str) -> ValueError:
         return ValueError(
-            f"[config] `{self.prefix}{key}` must {rule} but got {self.values.get(key)!r}."
+            f"[config] `{self.prefix}{key}` must {rule} but got {shown(self.values.get(key))}."
         )
 
     def get(self, key: str) -> Any:
@@ -72,9 +81,15 @@ class _Section:
 
     def number(self, key: str) -> float:
         value = self.get(key)
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-            raise self.fail(key, "be a positive number")
+        low, high = RANGES[key]
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise self.fail(key, f"be a number from {low:g} to {high:g}")
         return float(value)
+
+    def word(self, key: str) -> str:
+        """A string; another type is passed on as none of the known ones."""
+        value = self.get(key)
+        return value if isinstance(value, str) else ""
 
     def flag(self, key: str) -> bool:
         value = self.get(key)
@@ -185,7 +200,7 @@ class AssistantConfig(TextConfig):
 def read_target_config(folder: Path) -> TargetConfig:
     """Read ``folder/config.json`` as a Gemma 4 target, multimodal or text-only form."""
     top = _Section(read_json(folder))
-    model_type = top.get("model_type")
+    model_type = top.word("model_type")
     if model_type in TARGET_TYPES:
         text = _text_section(top, TARGET_TYPES[model_type])
     elif model_type in TARGET_TYPES.values():
@@ -226,7 +241,7 @@ def read_target_config(folder: Path) -> TargetConfig:
 def read_assistant_config(folder: Path) -> AssistantConfig:
     """Read ``folder/config.json`` as a Gemma 4 assistant."""
     top = _Section(read_json(folder))
-    model_type = top.get("model_type")
+    model_type = top.word("model_type")
     if model_type not in ASSISTANT_TYPES:
         raise top.fail("model_type", f"be one of {', '.join(ASSISTANT_TYPES)}")
     text = _text_section(top, ASSISTANT_TYPES[model_type])
@@ -331,16 +346,10 @@ def published_name(target: TargetConfig, assistant: AssistantConfig) -> str | No
 
 def read_json(folder: Path) -> dict[str, Any]:
     """The object in ``folder/config.json``, as it is."""
-    path = Path(folder) / "config.json"
+    path = within(Path(folder), "config.json", "config")
     if not path.is_file():
         raise ValueError(f"[config] {path} does not exist; is this a checkpoint folder?")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"[config] {path} is not JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"[config] {path} must hold a JSON object.")
-    return values
+    return read_object(path, "config")
 
 
 def _text_section(top: _Section, expected: str) -> _Section:
@@ -383,7 +392,8 @@ def _common(top: _Section, text: _Section) -> dict[str, Any]:
 def _layers(text: _Section) -> tuple[LayerConfig, ...]:
     num_layers = text.integer("num_hidden_layers")
     kinds = text.get("layer_types")
-    if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= {SLIDING, FULL}:
+    known = isinstance(kinds, list) and all(kind in (SLIDING, FULL) for kind in kinds)
+    if not known or len(kinds) != num_layers:
         raise text.fail("layer_types", f"list {num_layers} times {SLIDING} or {FULL}")
     num_heads = text.integer("num_attention_heads")
     num_shared = text.integer("num_kv_shared_layers", 0)
@@ -429,7 +439,7 @@ def _head_geometry(text: _Section, i: int, sliding: bool, key_is_value: bool) ->
     if "per_layer_config" in text:
         # Indices are written with leading zeros where there are ten layers or more
         layers = text.section("per_layer_config").values
-        key = next((key for key in layers if key.isdecimal() and int(key) == i), None)
+        key = next((key for key in layers if re.fullmatch(f"0*{i}", key)), None)
         layer = {} if key is None else layers[key]
         if not isinstance(layer, dict):
             raise text.fail("per_layer_config", "map a layer index to an object")
@@ -456,8 +466,6 @@ def _rope(section: _Section, kind: str) -> Rope:
     fraction = 1.0
     if rope_type == "proportional":
         fraction = rope.number("partial_rotary_factor")
-        if fraction > 1:
-            raise rope.fail("partial_rotary_factor", "be at most 1")
     return Rope(rope.number("rope_theta"), fraction, factor)
 
 
@@ -494,8 +502,9 @@ def _bits_and_group(block: _Section, defaults: tuple[int, int] | None) -> tuple[
         block = _Section(
             {"bits": defaults[0], "group_size": defaults[1], **block.values}, block.prefix
         )
-    if block.get("bits") not in (4, 6, 8):
+    bits, group_size = block.get("bits"), block.get("group_size")
+    if type(bits) is not int or bits not in (4, 6, 8):
         raise block.fail("bits", "be 4, 6 or 8")
-    if block.get("group_size") not in (32, 64, 128):
+    if type(group_size) is not int or group_size not in (32, 64, 128):
         raise block.fail("group_size", "be 32, 64 or 128")
-    return block.get("bits"), block.get("group_size")
+    return bits, group_size

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from pyengine.chat_template import Message
+from pyengine.files import shown
+from pyengine.prefix import Prefix
 from pyengine.sampling import Sampling
 from pyengine.speculate import MAX_BLOCK, Stats, decode
 
@@ -31,12 +33,15 @@ class Result:
         finish_reason: "stop" (a stop id or stop string), "length" (``max_tokens`` or the context
             is used up), or None when the generation was left early.
         stats: Counts and seconds, see :class:`pyengine.speculate.Stats`.
+        thinking: What the model thought before it answered, where its template has a channel for
+            that; else None.
     """
 
     text: str
     tokens: list[int]
     finish_reason: str | None
     stats: Stats
+    thinking: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""
@@ -45,6 +50,7 @@ class Result:
             "tokens": self.tokens,
             "finish_reason": self.finish_reason,
             "stats": self.stats.to_dict(),
+            **({} if self.thinking is None else {"thinking": self.thinking}),
         }
 
 
@@ -57,6 +63,8 @@ def generate(
     block_size: int | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
+    variables: Mapping[str, Any] | None = None,
+    prefix: Prefix | None = None,
 ) -> Result:
     """Generate text after a prompt, by exact speculative decoding.
 
@@ -64,8 +72,7 @@ def generate(
         prompt: A string, messages, or token ids. A string is one user message, put through the
             chat template; where the pair has no template, or with ``raw``, it is continued as it
             stands after ``<bos>``. Messages are dicts with ``role`` (system, user, assistant,
-            tool) and ``content``. Token ids are used as they are: with
-            ``pair.tokenizer.encode_chat`` they can carry tools or other template variables.
+            tool) and ``content``. Token ids are used as they are.
         pair: From :func:`pyengine.load`; the embedded pair when None.
         max_tokens: At most this many new tokens.
         sampling: How tokens are chosen; None takes the pair's own defaults and seed 0. Tokens the
@@ -75,6 +82,10 @@ def generate(
         stop: One string or several. The text ends before the first that comes up; no part of it is
             ever emitted. The pair's stop ids end the text in any case.
         raw: Continue a string prompt as plain text. Special tokens spelled in it take effect.
+        variables: Further variables of the chat template, such as ``tools`` and
+            ``enable_thinking``.
+        prefix: Keys and values of earlier generations on this pair. The tokens a prompt begins
+            with and the prefix holds are not processed again; the text is the same as without.
 
     Returns:
         Text, tokens, why it ended, and statistics.
@@ -91,6 +102,8 @@ def generate(
         block_size=block_size,
         stop=stop,
         raw=raw,
+        variables=variables,
+        prefix=prefix,
     )
     for _ in running:
         pass
@@ -106,12 +119,15 @@ def stream(
     block_size: int | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
+    variables: Mapping[str, Any] | None = None,
+    prefix: Prefix | None = None,
 ) -> Stream:
     """Like :func:`generate`, but hands out the text as it comes.
 
     Returns:
         An iterator over pieces of text, one a round unless it adds no certain character. Arguments
-        are checked here; the prompt is read when the first piece is asked for.
+        are checked here; the prompt is read when the first piece is asked for. ``close()`` ends
+        it early, as does leaving it as a context manager.
     """
     pair = embedded_pair() if pair is None else pair
     stops = _stop_strings(stop)
@@ -122,8 +138,9 @@ def stream(
         raise ValueError(f"[generate] block_size must be 1 without an assistant but got {block}.")
     if max_tokens < 1:
         raise ValueError(f"[generate] max_tokens must be at least 1 but got {max_tokens}.")
-    ids = prompt_ids(pair, prompt, raw=raw)
-    return Stream(pair, ids, max_tokens, resolve_sampling(pair, sampling), block, stops)
+    ids = prompt_ids(pair, prompt, raw=raw, variables=variables)
+    settings = resolve_sampling(pair, sampling)
+    return Stream(pair, ids, max_tokens, settings, block, stops, prefix)
 
 
 class Stream(Iterator[str]):
@@ -137,8 +154,11 @@ class Stream(Iterator[str]):
         sampling: Sampling,
         block_size: int,
         stops: tuple[str, ...],
+        prefix: Prefix | None,
     ) -> None:
         self._stats = Stats()
+        self._prompt = ids
+        self._prefix = prefix
         self._rounds = decode(
             pair.target,
             pair.assistant,
@@ -148,9 +168,15 @@ class Stream(Iterator[str]):
             max_tokens=max_tokens,
             stop_ids=frozenset(pair.generation.stop_ids),
             stats=self._stats,
+            prefix=prefix,
         )
         self._detokenizer = pair.tokenizer.detokenizer()
         self._scanner = StopScanner(stops)
+        self._marks = pair.tokenizer.channel_ids()
+        opened = [token for token in ids if token in self._marks]
+        self._thinks = bool(opened) and opened[-1] == self._marks[0]
+        self._thoughts = pair.tokenizer.detokenizer()
+        self._thought: list[str] = [""] if self._thinks else []
         self._text: list[str] = []
         self._tokens: list[int] = []
         self._finish_reason: str | None = None
@@ -159,25 +185,63 @@ class Stream(Iterator[str]):
     def __next__(self) -> str:
         return next(self._pieces)
 
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the generation here. What was handed out stays in :attr:`result`."""
+        self._pieces.close()
+
     @property
     def result(self) -> Result:
         """The finished result; before the end, what was handed out so far."""
         return Result(
-            "".join(self._text), list(self._tokens), self._finish_reason, replace(self._stats)
+            "".join(self._text),
+            list(self._tokens),
+            self._finish_reason,
+            replace(self._stats),
+            self.thinking,
         )
 
-    def _run(self) -> Iterator[str]:
-        for tokens, reason, _, _ in self._rounds:
-            piece, found = self._read(tokens, ended=reason == "stop")
-            if reason and not found:
-                rest, found = self._scanner.add(self._detokenizer.finish())
-                piece += rest if found else rest + self._scanner.finish()
-            self._finish_reason = "stop" if found else reason
-            if piece:
-                self._text.append(piece)
-                yield piece
-            if self._finish_reason:
-                return
+    @property
+    def thinking(self) -> str | None:
+        """What was thought so far, without the channel's name; None when no thought began."""
+        if not self._thought:
+            return None
+        return "\n".join(thought.partition("\n")[2] for thought in self._thought)
+
+    def _run(self) -> Generator[str, None, None]:
+        prefix = self._prefix
+        if prefix is not None:
+            if prefix.busy:
+                raise ValueError("[generate] prefix must serve one generation at a time.")
+            prefix.busy = True
+        try:
+            for tokens, reason, *_ in self._rounds:
+                piece, found = self._read(tokens, ended=reason == "stop")
+                if prefix is not None:
+                    # The newest token is not processed yet
+                    prefix.keep([*self._prompt, *self._tokens[:-1]])
+                if reason and not found:
+                    rest, found = self._scanner.add(self._detokenizer.finish())
+                    piece += rest if found else rest + self._scanner.finish()
+                self._finish_reason = "stop" if found else reason
+                if piece:
+                    self._text.append(piece)
+                    yield piece
+                if self._finish_reason:
+                    return
+        except Exception:
+            if prefix is not None:
+                prefix.forget()
+            raise
+        finally:
+            self._rounds.close()
+            if prefix is not None:
+                prefix.busy = False
 
     def _read(self, tokens: list[int], ended: bool) -> tuple[str, bool]:
         """Text of a round's tokens that may be shown, and whether a stop string was met."""
@@ -186,6 +250,13 @@ class Stream(Iterator[str]):
             self._tokens.append(token)
             if ended and i + 1 == len(tokens):
                 break  # a stop id is not text, whatever its spelling
+            if token in self._marks:
+                self._thinks = token == self._marks[0]
+                self._thought += [""] * self._thinks
+                continue
+            if self._thinks:
+                self._thought[-1] += self._thoughts.add(token)
+                continue
             text, found = self._scanner.add(self._detokenizer.add(token))
             shown.append(text)
             if found:
@@ -261,13 +332,19 @@ def resolve_sampling(pair: Pair, sampling: Sampling | None) -> Sampling:
     return replace(sampling, suppress_tokens=tuple(sorted(suppressed)))
 
 
-def prompt_ids(pair: Pair, prompt: Prompt, *, raw: bool = False) -> list[int]:
+def prompt_ids(
+    pair: Pair,
+    prompt: Prompt,
+    *,
+    raw: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Token ids of a prompt, as :func:`generate` reads it.
 
     Raises:
         ValueError: The prompt is empty, longer than the context, or of no known form.
     """
-    ids = _encode(pair, prompt, raw)
+    ids = _encode(pair, prompt, raw, dict(variables or {}))
     context = pair.target.context
     if not ids:
         raise ValueError("[generate] prompt must not be empty.")
@@ -279,14 +356,14 @@ def prompt_ids(pair: Pair, prompt: Prompt, *, raw: bool = False) -> list[int]:
     return ids
 
 
-def _encode(pair: Pair, prompt: Prompt, raw: bool) -> list[int]:
+def _encode(pair: Pair, prompt: Prompt, raw: bool, variables: dict[str, Any]) -> list[int]:
     tokenizer = pair.tokenizer
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError("[generate] prompt must not be empty.")
         if raw or not tokenizer.has_chat_template:
             return tokenizer.encode(prompt, bos=True)
-        return tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        return tokenizer.encode_chat([{"role": "user", "content": prompt}], **variables)
     ids = [item for item in prompt if isinstance(item, int)]
     messages = [item for item in prompt if isinstance(item, dict)]
     if len(ids) + len(messages) < len(prompt) or (ids and messages):
@@ -301,7 +378,7 @@ def _encode(pair: Pair, prompt: Prompt, raw: bool) -> list[int]:
         raise ValueError("[generate] raw must go with a string prompt but got messages.")
     for number, message in enumerate(messages, 1):
         check_message(message, f"[generate] message {number}")
-    return tokenizer.encode_chat([_plain_system(message) for message in messages])
+    return tokenizer.encode_chat([_plain_system(message) for message in messages], **variables)
 
 
 def _plain_system(message: Message) -> Message:
@@ -319,14 +396,16 @@ def check_message(message: Message, where: str) -> None:
     """
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise ValueError(f"{where} must have a role of {', '.join(ROLES)} but got {role!r}.")
+        raise ValueError(f"{where} must have a role of {', '.join(ROLES)} but got {shown(role)}.")
     if isinstance(content, list):
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             if kind != "text" or not isinstance(part.get("text"), str):
-                raise ValueError(f"{where} must hold text only but got a part of type {kind!r}.")
+                raise ValueError(
+                    f"{where} must hold text only but got a part of type {shown(kind)}."
+                )
     elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        raise ValueError(f"{where} must have text as its content but got {content!r}.")
+        raise ValueError(f"{where} must have text as its content but got {shown(content)}.")
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:

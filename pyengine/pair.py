@@ -6,9 +6,7 @@ A bundle is a folder with ``mtplx_pair.json`` and two checkpoint folders (``targ
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
+from pyengine import memory
 from pyengine.assistant import POSITIONS, Assistant, Position
 from pyengine.config import (
     TargetConfig,
@@ -24,14 +23,21 @@ from pyengine.config import (
     read_assistant_config,
     read_target_config,
 )
+from pyengine.files import read_object, shown, within
 from pyengine.target import Target, check_ids
-from pyengine.weights import load_assistant_weights, load_target_weights
+from pyengine.weights import (
+    assistant_layout,
+    load_assistant_weights,
+    load_target_weights,
+    target_layout,
+)
 
 if TYPE_CHECKING:
     from pyengine.tokenizer import Tokenizer
 
 MANIFEST = "mtplx_pair.json"
 SAMPLING = {"temperature": 1.0, "top_p": 0.95, "top_k": 64}
+MAX_DEFAULT = 1e6
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,11 @@ def load(
         published = published_name(target_config, assistant_config)
         name, verified = published or name, published is not None
     generation = _read_generation(target_path, assistant_path, target_config, manifest)
+    needed = memory.weight_bytes(target_path, target_layout(target_config), dtype)
+    if assistant_path is not None:
+        needed += memory.weight_bytes(assistant_path, assistant_layout(assistant_config), dtype)
+    needed += memory.cache_bytes(target_config, 1, 1, 2)
+    memory.check(needed, "the weights and the smallest cache")
     weights = load_target_weights(target_path, target_config, dtype)
     if assistant_path is not None:
         own = load_assistant_weights(assistant_path, assistant_config, dtype)
@@ -190,8 +201,11 @@ def load(
                 f"{own.dtype}; pass dtype= to convert both."
             )
         loaded = Assistant(assistant_config, target_config, own, position)
+    model = Target(target_config, weights)
+    # A lazy array belongs to the thread that made it, an evaluated one to all
+    mx.eval([*_arrays(model), *_arrays(loaded)])
     return Pair(
-        target=Target(target_config, weights),
+        target=model,
         assistant=loaded,
         generation=generation,
         path=path,
@@ -201,6 +215,18 @@ def load(
         embedded=embedded,
         manifest=manifest,
     )
+
+
+def _arrays(value: object) -> Iterator[mx.array]:
+    """Every array inside a model."""
+    if isinstance(value, mx.array):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _arrays(inner)
+    elif type(value).__module__.startswith("pyengine."):
+        for inner in vars(value).values():
+            yield from _arrays(inner)
 
 
 def _embedded_path() -> Path:
@@ -213,36 +239,48 @@ def _folder(path: Path, what: str) -> Path:
     return path
 
 
+def bundle_parts(path: Path) -> tuple[Path, Path]:
+    """Target and assistant folder of a bundle; one without a manifest has the usual names.
+
+    Raises:
+        ValueError: The manifest is damaged, or a folder is missing or outside the bundle.
+    """
+    manifest = _read_manifest(path) if (path / MANIFEST).exists() else {}
+    target, assistant = (_inside(path, manifest, part) for part in ("target", "assistant"))
+    return _folder(target, "target"), _folder(assistant, "assistant")
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
+    file = within(path, MANIFEST, "load")
     if not file.is_file():
         raise ValueError(
             f"[load] {path} has no {MANIFEST}; is it a bundle? A checkpoint folder goes to "
             "target= or assistant=."
         )
-    return _read_object(file)
+    return read_object(file, "load")
 
 
 def _inside(bundle: Path, manifest: dict[str, Any], part: str) -> Path:
     """Folder of one half of a bundle, as the manifest names it; never outside the bundle."""
     layout = manifest.get("layout", {})
     name = layout.get(part, part) if isinstance(layout, dict) else None
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(f"[load] `layout.{part}` of {MANIFEST} must name a folder.")
     for kind in (PurePosixPath(name), PureWindowsPath(name)):
         if kind.is_absolute() or kind.drive or kind.root or ".." in kind.parts:
             raise ValueError(
-                f"[load] `layout.{part}` of {MANIFEST} must lie inside the bundle but got {name!r}."
+                f"[load] `layout.{part}` of {MANIFEST} must lie inside the bundle but got "
+                f"{shown(name)}."
             )
-    return bundle / name
+    return within(bundle, name, "load")
 
 
 def _read_generation(
     target: Path, assistant: Path | None, config: TargetConfig, manifest: dict[str, Any]
 ) -> GenerationDefaults:
     """Sampling defaults: generation_config.json, then the manifest's benchmark, then ours."""
-    own = _read_optional(target / "generation_config.json")
-    theirs = _read_optional(assistant / "generation_config.json") if assistant else {}
+    own = _read_optional(target)
+    theirs = _read_optional(assistant) if assistant else {}
     benchmark = manifest.get("benchmark", {})
     if not isinstance(benchmark, dict):
         raise ValueError(f"[load] `benchmark` of {MANIFEST} must be an object.")
@@ -251,12 +289,14 @@ def _read_generation(
         for key, default in SAMPLING.items()
     }
     for key, value in found.items():
-        if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"[load] the default {key} must be a number but got {value!r}.")
+        if type(value) not in (int, float) or not 0 <= value <= MAX_DEFAULT:
+            raise ValueError(f"[load] the default {key} must be a number but got {shown(value)}.")
     eos = own.get("eos_token_id")
     num_draft = theirs.get("num_assistant_tokens")
     if num_draft is not None and (type(num_draft) is not int or num_draft < 1):
-        raise ValueError(f"[load] num_assistant_tokens must be positive but got {num_draft!r}.")
+        raise ValueError(
+            f"[load] num_assistant_tokens must be positive but got {shown(num_draft)}."
+        )
     return GenerationDefaults(
         stop_ids=config.eos_ids if eos is None else _token_ids("eos_token_id", eos, config),
         temperature=float(found["temperature"]),
@@ -272,20 +312,11 @@ def _token_ids(key: str, value: Any, config: TargetConfig) -> tuple[int, ...]:
     if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
         raise ValueError(
             f"[load] `{key}` of generation_config.json must hold ids from 0 to "
-            f"{config.vocab_size - 1} but got {value!r}."
+            f"{config.vocab_size - 1} but got {shown(value)}."
         )
     return tuple(ids)
 
 
-def _read_optional(file: Path) -> dict[str, Any]:
-    return _read_object(file) if file.is_file() else {}
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"[load] {file} is not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"[load] {file} must hold a JSON object.")
-    return value
+def _read_optional(folder: Path) -> dict[str, Any]:
+    file = within(folder, "generation_config.json", "load")
+    return read_object(file, "load") if file.is_file() else {}

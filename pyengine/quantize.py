@@ -1,13 +1,21 @@
-"""A float checkpoint to an MLX affine one, target or assistant, tensor by tensor.
+"""A float checkpoint to an MLX affine one, target or assistant, a slice of rows at a time.
 
 The result has the names and config.json that mlx-lm writes: every matrix whose inputs are a
 multiple of the group size is quantised, embedding tables and routers included; norms and scalars
-are not.
+are not. Groups lie within rows, so slices give the bits of the whole.
 """
 
+from __future__ import annotations
+
+import fcntl
 import json
+import math
 import os
+import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,87 +29,171 @@ from pyengine.config import (
     read_json,
     read_target_config,
 )
-from pyengine.weights import Layout, Tensors, assistant_layout, target_layout
+from pyengine.files import within
+from pyengine.shards import BYTES, SINGLE, Entry, Shape, read_headers
+from pyengine.weights import (
+    Layout,
+    Tensors,
+    assistant_layout,
+    canonical,
+    check_finite,
+    is_text,
+    target_layout,
+)
 
-SAFETENSORS_NAMES = {
-    mx.float32: "F32",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.uint32: "U32",
-    mx.int32: "I32",
-    mx.int64: "I64",
-}
 # Carried along as they are: tokenizer, chat template, generation settings, licence and card.
 COPIED = {".json", ".jinja", ".model", ".txt", ".md"}
 NOT_COPIED = {"config.json", "model.safetensors.index.json"}
+SLICE_BYTES = 32 << 20  # of source rows in memory at once
+DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+RAW = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
+
+OnProgress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor to write: where its bytes begin in the file, and its header entry."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    begin: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows of a matrix that lie together in one source file."""
+
+    path: Path
+    dtype: str
+    begin: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A matrix to quantise (three parts) or a tensor to copy (one part)."""
+
+    name: str
+    runs: list[Run]
+    columns: int
+    parts: list[Part]
+    group_size: int = 0
+    bits: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a conversion, before a byte is read."""
+
+    src: Path
+    config: dict[str, Any]
+    jobs: list[Job]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for job in self.jobs for part in job.parts)
 
 
 def quantize_checkpoint(
-    src: str | Path, dst: str | Path, bits: int = 8, group_size: int = 64
+    src: str | Path,
+    dst: str | Path,
+    bits: int = 8,
+    group_size: int = 64,
+    on_progress: OnProgress = lambda done, total, name: None,
 ) -> None:
     """Write a quantised copy of a Gemma 4 target or assistant. Evaluates.
 
-    Only one tensor is in memory at a time. The folder appears under its name when it is whole.
+    Memory stays within some slices of rows, whatever the size of a tensor. The folder appears
+    under its name when it is whole.
 
     Args:
         src: Checkpoint folder with float32, float16 or bfloat16 tensors, any published form.
         dst: Folder to make; must not exist.
         bits: 4, 6 or 8.
         group_size: 32, 64 or 128 inputs share a scale and a bias.
+        on_progress: Called with bytes written, bytes in all, and what comes next.
 
     Raises:
         ValueError: An argument breaks a rule above, or the checkpoint is damaged.
     """
-    src, dst = Path(src), Path(dst)
+    plan = plan_checkpoint(Path(src), bits, group_size)
+    with new_folder(Path(dst), plan.nbytes) as partial:
+        write_checkpoint(plan, partial, on_progress)
+
+
+def plan_checkpoint(src: Path, bits: int, group_size: int) -> Plan:
+    """Check a checkpoint and the arguments of :func:`quantize_checkpoint`; reads headers only."""
     if bits not in (4, 6, 8):
         raise ValueError(f"[quantize] bits must be 4, 6 or 8 but got {bits}.")
     if group_size not in (32, 64, 128):
         raise ValueError(f"[quantize] group_size must be 32, 64 or 128 but got {group_size}.")
-    if dst.exists():
-        raise ValueError(f"[quantize] dst must not exist yet but {dst} does.")
+    if not src.is_dir():
+        raise ValueError(f"[quantize] src must be a folder but got {src}.")
     layout, prefix = _layout(src)
-    entries, overrides = _entries(src, layout, prefix, bits, group_size)
+    jobs, overrides = _jobs(src, layout, prefix, bits, group_size)
     block = {"group_size": group_size, "bits": bits, "mode": "affine", **overrides}
     config = read_json(src) | {"quantization": block, "quantization_config": block}
-
-    partial = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        for file in src.iterdir():
-            if file.is_file() and file.suffix in COPIED and file.name not in NOT_COPIED:
-                shutil.copyfile(file, partial / file.name)
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (partial / "config.json").write_text(text, encoding="utf-8")
-        write_safetensors(partial / "model.safetensors", entries)
-        partial.rename(dst)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return Plan(src, config, jobs)
 
 
-def write_safetensors(path: Path, entries: list[tuple[str, mx.array]]) -> None:
-    """Write named arrays, evaluating one at a time; empties the list as it goes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    end = 0
-    for name, array in entries:
-        begin, end = end, end + array.nbytes
-        header[name] = {
-            "dtype": SAFETENSORS_NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned
-    entries.reverse()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        while entries:
-            _, array = entries.pop()
-            file.write(np.asarray(mx.contiguous(array).reshape(-1).view(mx.uint8)).data)
+def write_checkpoint(plan: Plan, folder: Path, on_progress: OnProgress) -> None:
+    """Carry a plan out in a folder that exists. Evaluates."""
+    for file in sorted(plan.src.iterdir()):
+        if file.suffix in COPIED and file.name not in NOT_COPIED and file.is_file():
+            shutil.copyfile(within(plan.src, file.name, "quantize"), folder / file.name)
+    text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    _write_safetensors(plan, folder / SINGLE, on_progress)
+
+
+@contextmanager
+def new_folder(dst: Path, nbytes: int) -> Iterator[Path]:
+    """A folder to fill, which gets its name when all went well and is removed when not.
+
+    What a killed run left behind is removed; a run that still goes on is not disturbed.
+
+    Raises:
+        ValueError: dst exists, cannot be made, is being made, or would not fit the disk.
+    """
+    if dst.exists() or dst.is_symlink():
+        raise ValueError(f"[quantize] dst must not exist yet but {dst} does.")
+    home = dst.absolute().parent
+    if not home.is_dir():
+        raise ValueError(f"[quantize] dst must lie in a folder that exists but got {dst}.")
+    free = shutil.disk_usage(home).free
+    if nbytes > free:
+        raise ValueError(
+            f"[quantize] dst must fit the free {free / 1e9:.1f} GB of its disk but needs "
+            f"{nbytes / 1e9:.1f} GB."
+        )
+    partial = home / f".{dst.name}.partial"
+    lock = home / f".{dst.name}.lock"
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"[quantize] dst must not be in the making but {dst} is.") from None
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            partial.rename(dst)
+        except OSError as error:  # a write does not say to which file
+            raise OSError(error.errno, error.strerror, str(error.filename or dst)) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def _layout(src: Path) -> tuple[Layout, str]:
     """Layout of a checkpoint, and the prefix of its text model's names in MLX form."""
-    if read_json(src).get("model_type") in ASSISTANT_TYPES:
+    if read_json(src).get("model_type") in list(ASSISTANT_TYPES):
         assistant = read_assistant_config(src)
         layout, prefix = assistant_layout(assistant), "model."
         quantization = assistant.quantization
@@ -115,36 +207,147 @@ def _layout(src: Path) -> tuple[Layout, str]:
     return layout, prefix
 
 
-def _entries(
+def _jobs(
     src: Path, layout: Layout, prefix: str, bits: int, group_size: int
-) -> tuple[list[tuple[str, mx.array]], dict[str, dict[str, int]]]:
-    """What to write, lazily, and the router's entry in the quantisation block.
+) -> tuple[list[Job], dict[str, dict[str, int]]]:
+    """What to write, in the file's order, and the routers' entries in the quantisation block.
 
     mlx-lm names routers there and keeps them at 8 bits in groups of 64, whatever the rest has.
     """
-    tensors = Tensors(src, layout.dead)
-    entries = []
-    overrides = {}
+    _check_tensors(src, layout)
+    files = {
+        canonical(raw): (path, entry)
+        for path, header in read_headers(src)
+        for raw, entry in header.items()
+        if is_text(raw, layout)
+    }
+    jobs: list[Job] = []
+    overrides: dict[str, dict[str, int]] = {}
+    end = 0
+
+    def add(name: str, runs: list[Run], shape: Shape, parts: list[tuple[str, str, Shape]]) -> None:
+        nonlocal end
+        made = []
+        for suffix, dtype, part_shape in parts:
+            made.append(Part(f"{name}{suffix}", dtype, part_shape, end))
+            end += made[-1].nbytes
+        mode = (group, width) if len(parts) > 1 else (0, 0)
+        jobs.append(Job(name, runs, shape[-1] if shape else 1, made, *mode))
+
     for path, shape in layout.matrices.items():
-        array = tensors.take(f"{path}.weight", shape)
         name = _mlx_name(path, prefix)
-        mode = {"group_size": group_size, "bits": bits}
+        runs = _runs(files, f"{path}.weight", shape)
+        group, width = group_size, bits
         if path.endswith("router.proj"):
-            mode = overrides[name] = {"group_size": 64, "bits": 8}
-        if shape[-1] % mode["group_size"]:
-            overrides.pop(name, None)
-            entries.append((f"{name}.weight", array))
+            group, width = 64, 8
+        *rows, columns = shape
+        if columns % group:
+            add(name, runs, shape, [(".weight", runs[0].dtype, shape)])
             continue
-        parts = mx.quantize(array, mode["group_size"], mode["bits"])
-        entries += [
-            (f"{name}.{part}", value)
-            for part, value in zip(("weight", "scales", "biases"), parts, strict=True)
-        ]
+        if path.endswith("router.proj"):
+            overrides[name] = {"group_size": group, "bits": width}
+        groups = (*rows, columns // group)
+        packed = (*rows, columns * width // 32)
+        scales = runs[0].dtype
+        add(
+            name,
+            runs,
+            shape,
+            [(".weight", "U32", packed), (".scales", scales, groups), (".biases", scales, groups)],
+        )
     for name, shape in layout.vectors.items():
-        array = tensors.take(name, shape, integer=name in layout.integers)
-        entries.append((_mlx_name(name, prefix), array))
+        source, entry = files[name]
+        run = Run(source, entry.dtype, entry.begin, 1)
+        add(_mlx_name(name, prefix), [run], shape, [("", entry.dtype, shape)])
+    return jobs, overrides
+
+
+def _check_tensors(src: Path, layout: Layout) -> None:
+    """Every tensor there, of the right shape and dtype, and no other."""
+    tensors = Tensors(src, layout)
+    for path, shape in layout.matrices.items():
+        tensors.take(f"{path}.weight", shape)
+    for name, shape in layout.vectors.items():
+        tensors.take(name, shape, integer=name in layout.integers)
     tensors.check_all_used()
-    return entries, overrides
+
+
+def _runs(files: dict[str, tuple[Path, Entry]], name: str, shape: Shape) -> list[Run]:
+    """Where the rows of a matrix lie; experts may be halves of one tensor, or a tensor each."""
+    if name in files:
+        path, entry = files[name]
+        return [Run(path, entry.dtype, entry.begin, math.prod(shape[:-1]))]
+    joint = re.sub(r"\.(gate|up)_proj\.", ".gate_up_proj.", name)
+    runs = []
+    for x in range(shape[0]):
+        if joint in files:
+            path, entry = files[joint]
+            matrix = shape[1] * shape[2] * BYTES[entry.dtype]
+            half = 1 if ".up_proj." in name else 0
+            begin = entry.begin + (2 * x + half) * matrix
+        else:
+            path, entry = files[name.replace(".experts.", f".experts.{x}.")]
+            begin = entry.begin
+        runs.append(Run(path, entry.dtype, begin, shape[1]))
+    return runs
+
+
+def _write_safetensors(plan: Plan, path: Path, on_progress: OnProgress) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    for part in (part for job in plan.jobs for part in job.parts):
+        span = [part.begin, part.begin + part.nbytes]
+        header[part.name] = {
+            "dtype": part.dtype,
+            "shape": list(part.shape),
+            "data_offsets": span,
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    done, total = 0, plan.nbytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        start = file.tell()
+        # The disk is asked for all of it now: better now than after an hour
+        if hasattr(os, "posix_fallocate") and total:
+            os.posix_fallocate(file.fileno(), start, total)
+        for job in plan.jobs:
+            on_progress(done, total, job.name)
+            offsets = [start + part.begin for part in job.parts]
+            for block in _blocks(job):
+                for i, data in enumerate(_converted(job, block)):
+                    file.seek(offsets[i])
+                    offsets[i] += file.write(data)
+            done += sum(part.nbytes for part in job.parts)
+    on_progress(total, total, "done")
+
+
+def _blocks(job: Job) -> Iterator[tuple[np.ndarray[Any, Any], str]]:
+    """The rows of a job as they lie in the files, some at a time: raw bytes and their dtype."""
+    for run in job.runs:
+        row = job.columns * BYTES[run.dtype]
+        step = max(1, SLICE_BYTES // row)
+        with run.path.open("rb") as file:
+            for at in range(0, run.rows, step):
+                rows = min(step, run.rows - at)
+                file.seek(run.begin + at * row)
+                data = np.fromfile(file, np.uint8, rows * row)
+                if data.size < rows * row:
+                    raise ValueError(f"[quantize] {run.path} is cut off.")
+                yield data, run.dtype
+
+
+def _converted(job: Job, block: tuple[np.ndarray[Any, Any], str]) -> list[memoryview]:
+    """A block's bytes for each part of its job."""
+    data, dtype = block
+    if dtype not in DTYPES:
+        return [data.data]
+    rows = mx.array(data.view(RAW[dtype]).reshape(-1, job.columns)).view(DTYPES[dtype])
+    check_finite(job.name, rows)
+    if not job.bits:
+        return [data.data]
+    parts = mx.quantize(rows, job.group_size, job.bits)
+    mx.eval(*parts)
+    return [np.asarray(mx.contiguous(p).reshape(-1).view(mx.uint8)).data for p in parts]
 
 
 def _mlx_name(name: str, prefix: str) -> str:

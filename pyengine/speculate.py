@@ -8,7 +8,7 @@ small array at its end. Plain decoding is the same loop with rounds of one token
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from pyengine import sampling as rules
 from pyengine.cache import Cache
+from pyengine.prefix import Prefix
 from pyengine.sampling import Distribution, Purpose, Sampling, filter_logits
 
 MAX_BLOCK = 128
@@ -54,6 +55,7 @@ class Stats:
 
     block_size: int = 1
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     generated_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -73,7 +75,8 @@ class Stats:
 
     @property
     def prefill_tok_s(self) -> float:
-        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
+        processed = self.prompt_tokens - self.reused_tokens
+        return processed / self.prefill_s if self.prefill_s > 0 else 0.0
 
     @property
     def acceptance(self) -> float:
@@ -110,6 +113,10 @@ class Stats:
         return {**self.__dict__, **{name: getattr(self, name) for name in ratios}}
 
 
+class NonFinite(RuntimeError):
+    """The target gave logits that are NaN or infinite."""
+
+
 class Round(NamedTuple):
     """Tokens committed by one round; a stop id comes last and ends the generation."""
 
@@ -136,7 +143,8 @@ def decode(
     max_tokens: int,
     stop_ids: frozenset[int] = frozenset(),
     stats: Stats | None = None,
-) -> Iterator[Round]:
+    prefix: Prefix | None = None,
+) -> Generator[Round, None, None]:
     """Generate tokens after ``prompt``, a round at a time. Evaluates once per round.
 
     Args:
@@ -148,6 +156,7 @@ def decode(
         max_tokens: At most this many new tokens.
         stop_ids: Ids that end the text.
         stats: Filled as rounds end.
+        prefix: What earlier generations left; the caller tells it what this one committed.
 
     Yields:
         The first token after the prefill, then what each round committed.
@@ -163,8 +172,14 @@ def decode(
     room = min(max_tokens, target.context - len(prompt))
 
     start = time.perf_counter()
-    cache = target.new_cache(block_size)
-    logits, hidden = target.prefill(prompt, cache)
+    if prefix is None:
+        cache = target.new_cache(block_size)
+        logits, hidden = target.prefill(prompt, cache)
+    else:
+        cache, known = prefix.open(target, prompt, block_size)
+        logits, hidden = target.prefill(prompt[known:], cache)
+        prefix.mark(len(prompt))
+        stats.reused_tokens = prefix.reused
     dist = filter_logits(logits[None], sampling)
     primary = rules.draw_plain(dist, sampling, cache.length)
     tokens = _read(mx.concatenate([primary, _broken(logits)]), [hidden])
@@ -247,7 +262,7 @@ def _read(packed: mx.array, state: list[mx.array]) -> list[int]:
     row = [int(value) for value in np.array(packed)]
     broken = row.pop()
     if broken:
-        raise RuntimeError(
+        raise NonFinite(
             "[decode] logits must be finite but got NaN or infinity; are the weights damaged?"
         )
     return row

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyengine.chat_template import Message
+from pyengine.files import SURROGATE, kind, parse, read_text, shown
 from pyengine.generate import Prompt, check_message
 
 EMBEDDED = Path(__file__).parent / "prompts" / "nano.jsonl"
@@ -60,18 +61,16 @@ def load_suite(path: Path) -> list[Case]:
     Raises:
         ValueError: The file cannot be read or a line is not a case; the message names the line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ValueError(f"[suite] {path} cannot be read: {reason}.") from error
+    lines = read_text(Path(path), "suite").split("\n")
     cases: list[Case] = []
+    seen: set[str] = set()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         case = _read_case(line, f"[suite] {path} line {number}")
-        if any(case.id == other.id for other in cases):
-            raise ValueError(f"[suite] {path} line {number}: id {case.id!r} must be unique.")
+        if case.id in seen:
+            raise ValueError(f"[suite] {path} line {number}: id {shown(case.id)} must be unique.")
+        seen.add(case.id)
         cases.append(case)
     if not cases:
         raise ValueError(f"[suite] {path} must hold at least one case but is empty.")
@@ -79,23 +78,20 @@ def load_suite(path: Path) -> list[Case]:
 
 
 def _read_case(line: str, where: str) -> Case:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: must be JSON but is not: {error}.") from error
+    row = parse(line, f"{where}:")
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: must be an object but got {type(row).__name__}.")
+        raise ValueError(f"{where}: must be an object but got {kind(row)}.")
     known = {**_REQUIRED, **_OPTIONAL}
     unknown = [key for key in row if key not in known]
     if unknown:
-        raise ValueError(f"{where}: keys must be {', '.join(known)} but got {unknown[0]!r}.")
+        raise ValueError(f"{where}: keys must be {', '.join(known)} but got {shown(unknown[0])}.")
     missing = [key for key in _REQUIRED if key not in row]
     if missing:
         raise ValueError(f"{where}: must have {missing[0]!r} but lacks it.")
     for key, value in row.items():
-        kind = known[key]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{where}: {key} must be {_say(kind)} but got {value!r}.")
+        wanted = known[key]
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise ValueError(f"{where}: {key} must be {_say(wanted)} but got {shown(value)}.")
     _check_values(row, where)
     row["messages"] = tuple(row.get("messages", ()))
     return Case(**row)
@@ -105,11 +101,17 @@ def _check_values(row: dict[str, Any], where: str) -> None:
     for key in ("id", "category", "prompt"):
         if not row[key].strip():
             raise ValueError(f"{where}: {key} must not be empty.")
+        if SURROGATE.search(row[key]):
+            raise ValueError(f"{where}: {key} must be Unicode but holds a lone surrogate.")
     if row["max_tokens"] < 1:
-        raise ValueError(f"{where}: max_tokens must be at least 1 but got {row['max_tokens']}.")
+        raise ValueError(
+            f"{where}: max_tokens must be at least 1 but got {shown(row['max_tokens'])}."
+        )
     for number, message in enumerate(row.get("messages", ()), 1):
         if not isinstance(message, dict):
-            raise ValueError(f"{where}: message {number} must be an object but got {message!r}.")
+            raise ValueError(
+                f"{where}: message {number} must be an object but got {kind(message)}."
+            )
         check_message(message, f"{where}: message {number}")
 
 

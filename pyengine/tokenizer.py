@@ -8,22 +8,35 @@ same ids and the same text. Ids are always looked up by string, never assumed.
 from __future__ import annotations
 
 import codecs
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from pyengine.chat_template import ChatTemplate, Message, template_of
+from pyengine.files import SURROGATE, kind, read_bytes, read_object, read_text, within
 
 # Gemma 4's marks carry a bar inside an angle bracket: <|turn>, <turn|>, <|"|>. A tokenizer.model
 # does not say which of its user-defined pieces are marks and which are text such as <table>.
 _MARK = re.compile(r"<\|[^<>\s]*>|<[^<>\s]*\|>")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACE = "\u2581"
 _PROBE = "  a  b "
+MAX_TOKENIZER = 256 << 20  # Gemma 4's tokenizer.json is about 33 MB
+
+
+@contextmanager
+def _library_errors(path: Path) -> Iterator[None]:
+    """A library's failure on a file as one sentence; a panic of Rust's is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
+        raise ValueError(f"[tokenizer] {path} cannot be read: {reason}.") from error
 
 
 class Pieces(Protocol):
@@ -46,10 +59,17 @@ class JsonPieces:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Library
 
-        try:
-            self._library = Library.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"[tokenizer] {path} cannot be read: {error}.") from error
+        text = read_text(path, "tokenizer", MAX_TOKENIZER)
+        with _library_errors(path):
+            self._library = Library.from_str(text)
+            steps = (self._library.normalizer, self._library.pre_tokenizer)
+            patterns = [step.__getstate__() for step in steps if step is not None]
+        # Gemma's cut at single characters; an expression of a stranger's could take for ever.
+        if any(b'"Regex"' in pattern for pattern in patterns):
+            raise ValueError(
+                f"[tokenizer] {path} must cut text without regular expressions but has one; "
+                "is this a Gemma 4 tokenizer?"
+            )
         self._library.no_truncation()
         self._library.no_padding()
         added = self._library.get_added_tokens_decoder()
@@ -77,10 +97,9 @@ class SentencePieces:
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        try:
-            self._library = SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"[tokenizer] {path} cannot be read: {error}.") from error
+        data = read_bytes(path, "tokenizer", MAX_TOKENIZER)
+        with _library_errors(path):
+            self._library = SentencePieceProcessor(model_proto=data)
         self.size = self._library.vocab_size()
         pieces = self._library.id_to_piece(list(range(self.size)))
         self._ids = {piece: i for i, piece in enumerate(pieces)}
@@ -146,6 +165,13 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    def channel_ids(self) -> tuple[int, ...]:
+        """Ids of the marks around a thought; empty where the template knows no such channel."""
+        marks = [self._special.get(mark) for mark in ("<|channel>", "<channel|>")]
+        if self._template is None or "channel" not in self._template.source or None in marks:
+            return ()
+        return tuple(mark for mark in marks if mark is not None)
+
     def id_of(self, piece: str) -> int | None:
         """Id of a special token or a piece, None when the vocabulary lacks it."""
         found = self._special.get(piece)
@@ -161,7 +187,7 @@ class Tokenizer:
         Raises:
             ValueError: The text is no Unicode text.
         """
-        if _SURROGATE.search(text):
+        if SURROGATE.search(text):
             raise ValueError("[tokenizer] text must be Unicode but holds a lone surrogate.")
         ids: list[int] = []
         for i, part in enumerate(self._split_special.split(text)):
@@ -266,10 +292,10 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         ValueError: A file is missing or damaged, or is not a tokenizer of this family.
     """
     directory = Path(directory)
-    config = _read_config(directory / "tokenizer_config.json")
-    if (path := directory / "tokenizer.json").is_file():
+    config = _read_config(directory)
+    if (path := within(directory, "tokenizer.json", "tokenizer")).is_file():
         pieces: Pieces = JsonPieces(path)
-    elif (path := directory / "tokenizer.model").is_file():
+    elif (path := within(directory, "tokenizer.model", "tokenizer")).is_file():
         pieces = SentencePieces(path)
     else:
         raise ValueError(
@@ -278,16 +304,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     return Tokenizer(pieces, config, template_of(directory, config))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"[tokenizer] {path} must be JSON but is not: {error}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"[tokenizer] {path} must hold an object but got {type(config).__name__}.")
-    return config
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = within(directory, "tokenizer_config.json", "tokenizer")
+    return read_object(path, "tokenizer") if path.is_file() else {}
 
 
 def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -295,16 +314,25 @@ def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
 
     ``extra_special_tokens`` is a map in some files and a list in others.
     """
-    extra = config.get("extra_special_tokens") or {}
-    listed = [*(config.get("additional_special_tokens") or ())]
-    listed += list(extra) if isinstance(extra, list) else []
-    declared = (config.get("added_tokens_decoder") or {}).values()
-    listed += [token for token in declared if token.get("special")]
+    extra = _part(config, "extra_special_tokens", dict, list)
+    listed = list(_part(config, "additional_special_tokens", list))
+    listed += extra if isinstance(extra, list) else []
+    declared = _part(config, "added_tokens_decoder", dict).values()
+    listed += [token for token in declared if isinstance(token, dict) and token.get("special")]
     named = {key: value for key, value in config.items() if key.endswith("_token")}
     named |= extra if isinstance(extra, dict) else {}
     named |= {f"special_{i}": token for i, token in enumerate(listed)}
     texts = {k: t.get("content") if isinstance(t, dict) else t for k, t in named.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str) and text}
+
+
+def _part(config: dict[str, Any], key: str, *kinds: type) -> Any:
+    """A value of tokenizer_config.json that must be of these types; absent is empty."""
+    value = config.get(key) or kinds[0]()
+    if not isinstance(value, kinds):
+        words = " or ".join(kind(k()) for k in kinds)
+        raise ValueError(f"[tokenizer] `{key}` must be {words} but got {kind(value)}.")
+    return value
 
 
 def _look_up(pieces: Pieces, names: dict[str, str]) -> dict[str, int]:

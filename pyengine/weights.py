@@ -175,10 +175,17 @@ def canonical(name: str) -> str:
     return name
 
 
+def is_text(name: str, layout: Layout) -> bool:
+    """Whether a tensor of the file is one that the text model reads."""
+    if SKIPPED.search(name):
+        return False
+    return layout.dead is None or not layout.dead.match(canonical(name))
+
+
 def _load(
     folder: Path, layout: Layout, quantization: Quantization | None, dtype: mx.Dtype | None
 ) -> Weights:
-    tensors = Tensors(Path(folder), layout.dead)
+    tensors = Tensors(Path(folder), layout)
     modes = _QuantizationModes(quantization)
     matrices = {
         path: _matrix(tensors, path, shape, modes) for path, shape in layout.matrices.items()
@@ -197,12 +204,19 @@ def _load(
             raise _wrong_dtype(f"{path}.{part}", matrix.dtype, storage)
         matrices[path] = matrix = matrix.astype(storage)
         mx.eval(matrix.arrays)
+        # The weights between them are not looked at: a second pass over gigabytes, and a round
+        # whose logits are not finite says so itself.
+        if matrix.scales is not None and matrix.biases is not None:
+            check_finite(f"{path}.scales", matrix.scales)
+            check_finite(f"{path}.biases", matrix.biases)
     for name, vector in vectors.items():
         integer = name in layout.integers
         if dtype is None and not integer and vector.dtype != storage:
             raise _wrong_dtype(name, vector.dtype, storage)
         vectors[name] = vector = vector.astype(mx.int32 if integer else storage)
         mx.eval(vector)
+        if not integer:
+            check_finite(name, vector)
     return Weights(matrices, vectors, storage)
 
 
@@ -263,22 +277,43 @@ def _matrix(tensors: "Tensors", path: str, shape: Shape, modes: _QuantizationMod
     )
 
 
+def _open(shard: Path) -> dict[str, mx.array]:
+    """The lazy tensors of a file whose header was checked.
+
+    The format is given because MLX would otherwise go by the name's ending, which the index chose.
+    """
+    try:
+        loaded = mx.load(str(shard), format="safetensors")
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().rstrip(".")
+        raise ValueError(f"[load] {shard} cannot be read by MLX: {reason}.") from error
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def check_finite(name: str, array: mx.array) -> None:
+    """Refuse NaN and infinity. Evaluates.
+
+    Raises:
+        ValueError: The array holds one.
+    """
+    if not mx.isfinite(array).all():
+        raise ValueError(f"[load] `{name}` must be finite but holds NaN or infinity.")
+
+
 class Tensors:
     """The lazily loaded tensors of a folder, by canonical name, each taken once."""
 
-    def __init__(self, folder: Path, dead: re.Pattern[str] | None) -> None:
+    def __init__(self, folder: Path, layout: Layout) -> None:
         self.arrays: dict[str, mx.array] = {}
         self.raw_names: dict[str, str] = {}
         self.used: set[str] = set()
         for shard, headers in read_headers(folder):
-            loaded = mx.load(str(shard))
-            assert isinstance(loaded, dict)
+            loaded = _open(shard)
             for raw in headers:
-                if SKIPPED.search(raw):
+                if not is_text(raw, layout):
                     continue
                 name = canonical(raw)
-                if dead is not None and dead.match(name):
-                    continue
                 if name in self.arrays:
                     raise ValueError(
                         f"[load] `{raw}` and `{self.raw_names[name]}` must not both be there: they "

@@ -44,7 +44,7 @@ def pair(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Any:
         made.asked = list(arguments)
         return made
 
-    monkeypatch.setattr(cli, "load_pair", load_pair)
+    monkeypatch.setattr(cli.common, "load_pair", load_pair)
     return made
 
 
@@ -83,7 +83,13 @@ def test_generate_options_reach_the_engine(pair: Any) -> None:
     assert result["finish_reason"] in ("stop", "length") and STORY.startswith(result["text"])
     assert result["stats"]["block_size"] == 3
     assert pair.tokenizer.decode(pair.target.prompt).startswith("system\nBrief.\nuser\nfox")
-    assert pair.asked == [Path("a"), Path("b"), None, cli.Dtype.float32, cli.Position.before_last]
+    assert pair.asked == [
+        Path("a"),
+        Path("b"),
+        None,
+        cli.common.Dtype.float32,
+        cli.common.Position.before_last,
+    ]
     assert run("generate", "fox", "--stop", "jumps", "--stop", "own").stdout == "the quick br\n"
     run("generate", "fox", "--raw")
     assert pair.target.prompt == pair.tokenizer.encode("fox", bos=True)
@@ -238,7 +244,7 @@ from text_fakes import script_pair
 from pyengine import cli
 from pyengine.tokenizer import load_tokenizer
 pair = script_pair(load_tokenizer(Path({folder!r})), {story!r} * 99, pause=0.05)
-cli.load_pair = lambda *arguments: pair
+cli.common.load_pair = lambda *arguments: pair
 cli.main()
 """
 

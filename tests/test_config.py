@@ -259,7 +259,7 @@ def test_not_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="does not exist; is this a checkpoint folder"):
         read_target_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gem')
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="must be JSON but is not"):
         read_target_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold a JSON object"):

@@ -113,6 +113,60 @@ def test_half_a_character_at_the_end(pair: Any, tok: Tokenizer) -> None:
     assert result.text == tok.decode(cut) and result.text.endswith("\ufffd")
 
 
+def thinking_script(tok: Tokenizer, *parts: str) -> list[int]:
+    """Token ids of text with marks in it."""
+    return [token for part in parts for token in tok.encode(part)]
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 9])
+def test_thoughts_are_returned_apart(tok: Tokenizer, folder: Path, block_size: int) -> None:
+    script = thinking_script(
+        tok, "<|channel>thought\nthe fox <table> caf\u00e9<channel|>", "jumps over a dog"
+    )
+    pair = script_pair(tok, script)
+    running = stream("fox", pair=pair, block_size=block_size)
+    pieces = list(running)
+    assert "".join(pieces) == running.result.text == "jumps over a dog"
+    assert running.result.thinking == "the fox <table> caf\u00e9"
+    assert running.result.to_dict()["thinking"] == "the fox <table> caf\u00e9"
+    # A stop string is met in the answer only, and a thought cut short is still a thought
+    assert generate("fox", pair=pair, stop="fox", block_size=block_size).text == "jumps over a dog"
+    cut = generate("fox", pair=pair, max_tokens=6, block_size=block_size)
+    assert cut.text == "" and cut.thinking is not None and cut.finish_reason == "length"
+    # A second thought follows the first; an empty one is empty
+    script = thinking_script(tok, "<|channel>thought\na<channel|>b<|channel>thought\n<channel|>c")
+    result = generate("fox", pair=script_pair(tok, script), block_size=block_size)
+    assert (result.text, result.thinking) == ("bc", "a\n")
+
+
+def test_thoughts_only_where_the_template_has_them(tok: Tokenizer, folder: Path) -> None:
+    assert generate("fox", pair=script_pair(tok, "jumps")).thinking is None
+    (bare := folder.parent / "bare").mkdir(exist_ok=True)
+    (bare / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    plain = load_tokenizer(bare)
+    script = thinking_script(plain, "<|channel>thought\na<channel|>b")
+    assert generate("fox", pair=script_pair(plain, script)).text == "thought\nab"
+
+
+def test_variables_reach_the_template(pair: Any, tok: Tokenizer) -> None:
+    tools = [{"name": "jump"}]
+    generate("fox", pair=pair, max_tokens=1, variables={"tools": tools})
+    assert '[{"name": "jump"}]' in tok.decode(pair.target.prompt)
+    messages = [{"role": "user", "content": "fox"}]
+    generate(messages, pair=pair, max_tokens=1, variables={"add_generation_prompt": False})
+    assert tok.decode(pair.target.prompt) == "user\nfox\n"
+
+
+def test_a_stream_can_be_closed(pair: Any) -> None:
+    with stream("fox", pair=pair, block_size=2) as running:
+        text = next(running)
+    assert list(running) == [] and running.result.text == text
+    assert running.result.finish_reason is None
+    untouched = stream("fox", pair=pair)
+    untouched.close()
+    assert list(untouched) == [] and untouched.result.tokens == []
+
+
 def test_other_stop_ids_are_not_text(tok: Tokenizer) -> None:
     pair = script_pair(tok, STORY)
     pair.generation.stop_ids = (tok.encode("dog;")[-1],)  # an ordinary piece

@@ -67,7 +67,7 @@ def test_what_is_no_bundle(tmp_path):
     with pytest.raises(ValueError, match=r"\[load\] target must be a folder but got"):
         load(tmp_path / "nothing")
     (tmp_path / MANIFEST).write_text("{")
-    with pytest.raises(ValueError, match=r"mtplx_pair\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"mtplx_pair\.json must be JSON but is not"):
         load(bundle=tmp_path)
     (tmp_path / MANIFEST).write_text("{}")
     with pytest.raises(ValueError, match=r"\[load\] target must be a folder but got .*target"):

@@ -97,7 +97,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("pyengine.quantize.write_safetensors", fail)
+    monkeypatch.setattr("pyengine.quantize._converted", fail)
     with pytest.raises(OSError, match="disk full"):
         quantize_checkpoint(FIXTURES / "uni12" / "target", tmp_path / "q")
     assert list(tmp_path.iterdir()) == []

@@ -35,7 +35,7 @@ def test_reads_cases_in_order(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "must be JSON but is not"),
-        ("[]", "must be an object but got list."),
+        ("[]", "must be an object but got a list."),
         ({**GOOD, "promt": ""}, "keys must be id, category, prompt, max_tokens, messages, notes "),
         ({"id": "a", "category": "b", "max_tokens": 1}, "must have 'prompt' but lacks it."),
         ({**GOOD, "max_tokens": "9"}, "max_tokens must be a whole number but got '9'."),
@@ -44,7 +44,7 @@ def test_reads_cases_in_order(tmp_path: Path) -> None:
         ({**GOOD, "id": 3}, "id must be a string but got 3."),
         ({**GOOD, "prompt": " "}, "prompt must not be empty."),
         ({**GOOD, "messages": "hi"}, "messages must be a list but got 'hi'."),
-        ({**GOOD, "messages": ["hi"]}, "message 1 must be an object but got 'hi'."),
+        ({**GOOD, "messages": ["hi"]}, "message 1 must be an object but got a string."),
         ({**GOOD, "messages": [{"role": "x"}]}, "message 1 must have a role of system"),
         ({**GOOD, "id": "first"}, "id 'first' must be unique."),
     ],
@@ -63,7 +63,7 @@ def test_files_that_are_no_suite(tmp_path: Path) -> None:
         load_suite(write(tmp_path, "\n"))
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="cannot be read: it is not UTF-8"):
+    with pytest.raises(ValueError, match="must be UTF-8 text but is not"):
         load_suite(path)
 
 

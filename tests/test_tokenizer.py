@@ -203,7 +203,7 @@ def test_template_is_boxed_in(both: Path, tmp_path: Path, source: str, reason: s
 
 def test_template_size_is_bounded(both: Path, tmp_path: Path) -> None:
     only(tmp_path, both, "tokenizer.json", chat_template="x" * (MAX_TEMPLATE_BYTES + 1))
-    with pytest.raises(ValueError, match="must be at most 1048576 bytes but got 1048577"):
+    with pytest.raises(ValueError, match="must be at most 262144 bytes but got 262145"):
         load_tokenizer(tmp_path)
 
 
@@ -223,7 +223,7 @@ def test_errors_name_the_file(both: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^\[tokenizer\] .*jinja must be UTF-8 text but is not"):
         load_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
-    for text, rule in (("{", "must be JSON"), ("[]", "must hold an object but got list")):
+    for text, rule in (("{", "must be JSON"), ("[]", "must hold a JSON object but got a list")):
         (tmp_path / "tokenizer_config.json").write_text(text)
         with pytest.raises(ValueError, match=rf"^\[tokenizer\] .*tokenizer_config.json {rule}"):
             load_tokenizer(tmp_path)

@@ -13,9 +13,12 @@ import mlx.core as mx
 import numpy as np
 
 from pyengine.cache import Cache
+from pyengine.config import read_target_config
+from pyengine.linear import Linear
 from pyengine.pair import Pair, load
 from pyengine.quantize import quantize_checkpoint
 from pyengine.target import Target
+from pyengine.weights import Weights, load_target_weights
 
 FLAVOURS = ("dense31", "e2b", "moe26", "uni12")
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -43,6 +46,7 @@ def quantized_fixtures() -> Path:
     root = Path(tempfile.mkdtemp(prefix="pyengine-q8-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     for flavour in FLAVOURS:
+        (root / flavour).mkdir()
         for part in ("target", "assistant"):
             quantize_checkpoint(FIXTURES / flavour / part, root / flavour / part)
     return root
@@ -81,3 +85,21 @@ def gap(a: mx.array, b: mx.array) -> float:
     """Largest absolute difference; NaN and a difference in shape do not pass as small."""
     assert a.shape == b.shape, (a.shape, b.shape)
     return float(mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max().item())
+
+
+def norm(a: mx.array) -> float:
+    return float(mx.linalg.norm(a).item())
+
+
+def mirrored(src: Path, converted: Path) -> Target:
+    """The target whose every weight is off by the quantisation error with its sign changed."""
+    config = read_target_config(src / "target")
+    exact = load_target_weights(src / "target", config, mx.float32)
+    small = load_target_weights(
+        converted / "target", read_target_config(converted / "target"), mx.float32
+    )
+    matrices = {
+        path: Linear(2 * matrix.values() - small.matrices[path].values())
+        for path, matrix in exact.matrices.items()
+    }
+    return Target(config, Weights(matrices, exact.vectors, mx.float32))

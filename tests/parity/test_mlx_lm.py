@@ -7,6 +7,7 @@ Everything is compared in float32 over the same 8-bit weights.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,7 +20,9 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
+from tiny_pairs import mirrored, norm
 
+from pyengine.convert import convert
 from pyengine.linear import Linear
 from pyengine.pair import MANIFEST, load
 from pyengine.quantize import quantize_checkpoint
@@ -81,6 +84,29 @@ def test_tiny_targets(tiny):
     theirs, _ = load_model(folder / "target", strict=True)
     ours = load(folder / "target", dtype=mx.float32)
     assert gap(ours.logits(text[:60]), floats(theirs)(mx.array([text[:60]]))[0]) <= LOGITS
+
+
+@pytest.mark.parametrize("flavour", ["dense31", "e2b", "moe26"])
+def test_a_converted_checkpoint_says_the_same_here_and_there(flavour, tmp_path):
+    """Hugging Face checkpoint -> convert -> our logits and mlx-lm's, against transformers'.
+
+    The error allowed is computed from the weights: that of the model whose every weight is off by
+    the quantisation error with its sign changed (test_convert.py has it without mlx-lm).
+    """
+    src = tmp_path / "src"
+    shutil.copytree(FIXTURES / flavour, src)
+    config = src / "target" / "config.json"
+    config.write_text(json.dumps({"vocab_size": 256, **json.loads(config.read_text())}))
+    convert(src, tmp_path / "q")
+    wanted = mx.load(str(src / "ref.safetensors"))
+    ids, reference = wanted["40.ids"].tolist(), wanted["40.logits"]
+    allowed = 2 * norm(mirrored(src, tmp_path / "q").logits(ids) - reference)
+    ours = load(bundle=tmp_path / "q", dtype=mx.float32).logits(ids)
+    theirs, _ = load_model(tmp_path / "q" / "target", strict=True)
+    other = floats(theirs)(mx.array([ids]))[0]
+    assert gap(ours, other) <= LOGITS
+    for logits in (ours, other):
+        assert 0 < norm(logits - reference) < allowed
 
 
 @needs_embedded
