@@ -34,7 +34,7 @@ _SEMANTICS = (
     *("-fno-math-errno", "-fno-strict-aliasing", "-fno-threadsafe-statics", "-fno-finite-loops"),
     *("-fno-stack-protector", "-flax-vector-conversions=none"),
     *("-Xclang", "-fconvergent-functions", "-Xclang", "-cl-single-precision-constant"),
-    *("-Xclang", "-ffloat16-excess-precision=none"),
+    *("-Xclang", "-fpreserve-vec3-type", "-Xclang", "-ffloat16-excess-precision=none"),
     *("-Xclang", "-fbfloat16-excess-precision=none"),
 )
 # Warnings about what is Metal's way of writing, not a mistake.
@@ -50,7 +50,7 @@ _CHECKED = (
     *("-fsanitize=kernel-address", "-fsanitize-coverage=trace-pc"),
     *("-mllvm", "-asan-instrumentation-with-call-threshold=0"),
     *("-mllvm", "-asan-stack=0", "-mllvm", "-asan-globals=0", "-mllvm", "-asan-opt=0"),
-    *("-mllvm", "-asan-kernel-mem-intrinsic-prefix=1"),
+    *("-mllvm", "-asan-kernel-mem-intrinsic-prefix=1", "-mllvm", "-disable-vector-combine"),
 )
 _INCLUDED = re.compile(rb'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', re.MULTILINE)
 

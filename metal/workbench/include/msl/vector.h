@@ -81,20 +81,30 @@ MSL_INLINE To as_type(From x) {
   return __builtin_bit_cast(To, x);
 }
 
-// packed_float3 and its like: twelve bytes, not sixteen.
+// packed_float3 and its like: twelve bytes, not sixteen, and one access.
+template <class T>
+using msl_vector3 = T __attribute__((ext_vector_type(3), aligned(__alignof__(T))));
+#define MSL_COPY_FROM(space)                                     \
+  MSL_INLINE msl_packed3(const space msl_packed3& other)         \
+      : msl_packed3(*(const space msl_vector3<T>*)&other) {}
 template <class T>
 struct msl_packed3 {
   T x, y, z;
   msl_packed3() = default;
   MSL_INLINE msl_packed3(vec<T, 3> v) : x(v[0]), y(v[1]), z(v[2]) {}
-  MSL_INLINE msl_packed3(const device msl_packed3& o) : x(o.x), y(o.y), z(o.z) {}
-  MSL_INLINE msl_packed3(constant msl_packed3& o) : x(o.x), y(o.y), z(o.z) {}
-  MSL_INLINE msl_packed3(const threadgroup msl_packed3& o) : x(o.x), y(o.y), z(o.z) {}
+  MSL_COPY_FROM(device)
+  MSL_COPY_FROM(threadgroup)
+  MSL_INLINE msl_packed3(constant msl_packed3& other)
+      : msl_packed3(*(constant msl_vector3<T>*)&other) {}
   MSL_INLINE operator vec<T, 3>() const {
     vec<T, 3> v = {x, y, z};
     return v;
   }
+  MSL_INLINE T operator[](int i) const {
+    return i == 0 ? x : i == 1 ? y : z;
+  }
 };
+#undef MSL_COPY_FROM
 template <class T>
 struct msl_vector<msl_packed3<T>> {
   using element = T;
