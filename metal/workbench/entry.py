@@ -37,6 +37,7 @@ class Entry:
 
     code: str
     buffers: dict[int, str]  # index -> name
+    optional: list[int]  # buffers that some launches do not have
     threadgroup: dict[int, str]
 
 
@@ -62,7 +63,7 @@ def entry_point(unit: Unit, kernel: str) -> Entry:
         f'extern "C" __attribute__((visibility("default"))) MSL_UNCHECKED void\n'
         f"{SYMBOL}(void* const* b, const msl_context* t) {{\n  {target}({arguments});\n}}\n"
     )
-    return Entry(code, slots.buffers, slots.threadgroup)
+    return Entry(code, slots.buffers, slots.optional, slots.threadgroup)
 
 
 class _Slots:
@@ -72,6 +73,7 @@ class _Slots:
         given = [p.attributes.get("buffer", "") for p in parameters]
         self.taken = {int(index) for index in given if index.isdigit()}
         self.buffers: dict[int, str] = {}
+        self.optional: list[int] = []
         self.threadgroup: dict[int, str] = {}
 
     def argument(self, i: int, parameter: Parameter) -> str:
@@ -91,6 +93,8 @@ class _Slots:
         else:
             slot = self.buffer_slot(parameter)
             self.buffers[slot] = parameter.name
+            if "function_constant" in parameter.attributes:
+                self.optional.append(slot)
         return f"msl_entry::buffer<workbench_kernel_type, {i}>(b[{slot}])"
 
     def buffer_slot(self, parameter: Parameter) -> int:

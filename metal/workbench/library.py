@@ -14,7 +14,7 @@ from . import runtime
 from .entry import SYMBOL, entry_point
 from .lines import LineTable
 from .rewrite import rewrite
-from .toolchain import CACHE, INCLUDE, CompileError, compiler, own_digest
+from .toolchain import CACHE, INCLUDE, OVERLAY, CompileError, compiler, own_digest
 
 METAL = Path(__file__).resolve().parent.parent
 
@@ -61,7 +61,8 @@ class Kernel:
 
     name: str
     entry: int  # address of its entry point
-    buffers: dict[int, str]
+    buffers: dict[int, str]  # index -> name
+    optional: list[int]  # those that some launches do not have
     threadgroup: dict[int, str]
     lines: LineTable
     warnings: str
@@ -113,7 +114,7 @@ def _load(
     if contract not in ("off", "fast"):
         raise ValueError(f"[workbench] contract must be off or fast but got {contract}.")
     source = source_path(library)
-    folders = [Path(folder).resolve() for folder in (*include, METAL)]
+    folders = [Path(folder).resolve() for folder in (OVERLAY, *include, METAL)]
     options = [*(_CHECKED if checked else _FAST), f"-ffp-contract={contract}"]
     path = _compile(source, kernel, constants, folders, options)
     about = json.loads(path.with_suffix(".json").read_text())
@@ -131,6 +132,7 @@ def _load(
         name=kernel,
         entry=ctypes.cast(getattr(handle, SYMBOL), ctypes.c_void_p).value or 0,
         buffers={int(i): name for i, name in about["buffers"].items()},
+        optional=about["optional"],
         threadgroup={int(i): name for i, name in about["threadgroup"].items()},
         lines=LineTable(path, runtime.load_address(handle)),
         warnings=about["warnings"],
@@ -163,7 +165,8 @@ def _compile(
     written.write_text(f"#include <metal_stdlib>\n{unit.text}{entry.code}")
     flags = [*_LANGUAGE, *_ADDRESS_SPACES, *_SEMANTICS, *_WARNINGS, *options]
     about: dict[str, object] = {"source": str(source), "kernel": kernel}
-    about |= {"buffers": entry.buffers, "threadgroup": entry.threadgroup, "warnings": ""}
+    about |= {"buffers": entry.buffers, "optional": entry.optional}
+    about |= {"threadgroup": entry.threadgroup, "warnings": ""}
     # The object comes last: where it exists, the rest does.
     target.with_suffix(".json").write_text(json.dumps(about))
     warnings = compiler().build([written], target, flags)

@@ -381,7 +381,7 @@ class _Rewriter:
             t.text[p], t.text[end + 1], t.text[last] = "msl_store(", ",", ");"
 
     def constant_variable(self, p: int) -> None:
-        """A variable in the constant address space is const of itself: C++ wants it said once."""
+        """constant os_log log(..);   constant complex64_t x = ..;"""
         t = self.tokens
         begin = p - 1
         while t.kind[begin] == "word" and t.text[begin] not in ("return", "constant"):
@@ -397,11 +397,10 @@ class _Rewriter:
             elif t.text[end] == "[":
                 end = t.close(end)
             end += 1
-        if t.text[end] in ("=", ";", "{"):
-            # Objects of a class cannot be used where they lie in this address space.
-            names = t.text[begin + 1 : end]
-            is_class = any(n == "os_log" or n.startswith("complex") for n in names)
-            t.text[p] = "const" if is_class else "constant"
+        # Objects of a class cannot be made or used in this address space.
+        is_class = any(n == "os_log" or n.startswith("complex") for n in t.text[begin + 1 : end])
+        if is_class and t.text[end] in ("=", ";", "{", "("):
+            t.text[p] = "const"
 
     def array_parameter(self, p: int) -> None:
         """constant const T x[2] as a parameter: C++ has no address space for it but a pointer's."""

@@ -194,13 +194,16 @@ class _Run:
                 self.library.workbench_free_buffer(slot)
 
     def match_buffers(self, given: int) -> None:
-        """Every buffer of the kernel is there, and no other."""
-        taken = self.kernel.buffers
-        if given > FIRST_THREADGROUP_SLOT - 1 or any(slot >= given for slot in taken):
+        """Every buffer of the kernel is there, and no other; what may be missing is null."""
+        kernel = self.kernel
+        needed = [slot for slot in kernel.buffers if slot not in kernel.optional]
+        if any(slot >= given for slot in needed) or given > max(kernel.buffers, default=-1) + 1:
             raise ValueError(
-                f"[workbench] {self.kernel.name} must be given buffers {sorted(taken)} but the "
-                f"launch has {given}."
+                f"[workbench] {kernel.name} must be given buffers {sorted(kernel.buffers)} but "
+                f"the launch has {given}."
             )
+        for slot in kernel.optional:
+            _slots[slot] = None
 
     def content(self, buffer: BufferLike) -> np.ndarray[Any, Any]:
         """The array behind a buffer: given, computed by an earlier launch, or fresh."""

@@ -153,7 +153,9 @@ def test_atomics_do_not_race_with_each_other():
 def test_barrier_that_some_threads_never_reach():
     _, report = run("o[i] = 1; if (l >= 40) return; threadgroup_barrier(mem_flags::mem_none);")
     finding = only(report, "barrier-divergence")
-    assert finding.message == "threadgroup_barrier not reached by 24 of 64 threads, which have ended"
+    assert (
+        finding.message == "threadgroup_barrier not reached by 24 of 64 threads, which have ended"
+    )
 
 
 def test_different_barriers_in_two_branches():
