@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from metal.workbench import Buffer, Fault
 from snippets import run
+
+from metal.workbench import Buffer, Fault
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
@@ -97,7 +98,8 @@ def test_missing_second_barrier_of_a_loop():
 
 
 def test_wrong_barrier_flag():
-    body = "threadgroup float t[64]; t[l] = a[i]; threadgroup_barrier(mem_flags::%s); o[i] = t[63 - l];"
+    body = "threadgroup float t[64]; t[l] = a[i]; threadgroup_barrier(mem_flags::%s); "
+    body += "o[i] = t[63 - l];"
     assert only(run(body % "mem_device")[1], "race").buffer == "t"
     assert only(run(body % "mem_none")[1], "race").buffer == "t"
     silent(run(body % "mem_device | mem_flags::mem_threadgroup")[1])
@@ -168,7 +170,7 @@ def test_different_barriers_in_two_branches():
 
 def test_barrier_divergence_is_found_in_fast_mode():
     with pytest.raises(Fault, match="barrier-divergence"):
-        run("o[i] = 1; if (l >= 40) return; %s o[i] = 2;" % BARRIER, mode="fast", raising=True)
+        run(f"o[i] = 1; if (l >= 40) return; {BARRIER} o[i] = 2;", mode="fast", raising=True)
 
 
 def test_simdgroup_barrier_divergence():
@@ -264,7 +266,7 @@ def test_endless_loop():
 
 
 def test_endless_loop_without_memory():
-    body = "uint x = i; while (true) { x = x * 3 + 1; if (x == 2 * n + 1000001) break; x &= ~1u; } o[i] = x;"
+    body = "uint x = i; while (x != n + 1) x = (x * 3 + 1) & ~1u; o[i] = x;"
     assert only(run(body, options={"step_limit": 100_000})[1], "endless-loop")
 
 

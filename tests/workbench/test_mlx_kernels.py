@@ -9,9 +9,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from snippets import source
+
 from metal import workbench
 from metal.workbench import Buffer, Launch
-from snippets import source
 
 INCLUDE = Path(mx.__file__).parent / "include"
 KERNELS = "mlx/backend/metal/kernels"
