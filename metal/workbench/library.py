@@ -37,8 +37,9 @@ _SEMANTICS = (
     *("-Xclang", "-fpreserve-vec3-type", "-Xclang", "-ffloat16-excess-precision=none"),
     *("-Xclang", "-fbfloat16-excess-precision=none"),
 )
-# Warnings about what is Metal's way of writing, not a mistake.
+# An array whose length is no constant is an error; the rest warns of Metal's way of writing.
 _WARNINGS = (
+    "-Werror=vla",
     *("-Wno-unknown-attributes", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"),
     *("-Wno-pass-failed", "-Wno-duplicate-decl-specifier", "-Wno-unused-command-line-argument"),
 )

@@ -19,6 +19,7 @@ from .report import KINDS, Fault, Finding, Report, Site, Traffic
 Mode = Literal["fast", "check", "count"]
 _ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 _MAX_THREADS = 1024
+_ALIGNMENT = 16  # of the widest vectors that kernels load
 _MAX_CHECKED_GROUPS = 1 << 21  # what the runtime's records of accesses can tell apart
 
 # One launch at a time, so these are filled in anew for each.
@@ -119,6 +120,15 @@ def _prepare(kernel: Kernel, launch: LaunchLike) -> None:
     _struct.entry = kernel.entry
 
 
+def _aligned_copy(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A copy that starts where a kernel may load any vector, as a GPU's buffers do."""
+    room = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -room.__array_interface__["data"][0] % _ALIGNMENT
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 class _Run:
     """One launch with its arrays."""
 
@@ -145,6 +155,8 @@ class _Run:
         self.match_buffers(len(buffers))
         for slot, buffer in enumerate(buffers):
             array = self.content(buffer)
+            if array.__array_interface__["data"][0] % _ALIGNMENT:
+                array = _aligned_copy(array)
             held.append(array)
             _slots[slot] = array.__array_interface__["data"][0]
             if buffer.role in ("out", "inout"):
@@ -228,8 +240,18 @@ class _Run:
     def start(self) -> list[Finding]:
         library = self.library
         library.workbench_begin(_struct)
+        missing = set(self.kernel.threadgroup) - {i for i, _ in self.launch.threadgroup_memory}
+        if missing:
+            raise ValueError(
+                f"[workbench] threadgroup_memory must have sizes for {sorted(missing)}."
+            )
         for index, size in self.launch.threadgroup_memory:
-            name = self.kernel.threadgroup.get(index, f"threadgroup {index}")
+            if index not in self.kernel.threadgroup:
+                raise ValueError(
+                    f"[workbench] threadgroup_memory must be for one of "
+                    f"{sorted(self.kernel.threadgroup)} but got {index}."
+                )
+            name = self.kernel.threadgroup[index]
             place = library.workbench_threadgroup_buffer(size, name.encode())
             _slots[FIRST_THREADGROUP_SLOT + index] = place
         found = library.workbench_run()

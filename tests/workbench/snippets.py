@@ -34,6 +34,7 @@ def launch(
     *,
     n: int = 64,
     threads: int = 64,
+    groups: int | None = None,
     before: str = "",
     arguments: str = "",
     buffers: tuple[workbench.Buffer, ...] = (),
@@ -51,7 +52,7 @@ def launch(
     return workbench.Launch(
         library=source(text),
         kernel="k",
-        grid=(n // threads, 1, 1),
+        grid=(groups or n // threads, 1, 1),
         threadgroup=(threads, 1, 1),
         buffers=(
             workbench.Buffer("a", "in", (n,), "float32"),
