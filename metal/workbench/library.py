@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import runtime
+from . import native
 from .entry import SYMBOL, entry_point
 from .lines import LineTable
 from .rewrite import rewrite
@@ -32,14 +32,15 @@ _ADDRESS_SPACES = (
 # and simd functions that stay in the branch they are written in.
 _SEMANTICS = (
     *("-fno-math-errno", "-fno-strict-aliasing", "-fno-threadsafe-statics", "-fno-finite-loops"),
-    *("-fno-stack-protector", "-flax-vector-conversions=none"),
+    "-fno-stack-protector",
     *("-Xclang", "-fconvergent-functions", "-Xclang", "-cl-single-precision-constant"),
-    *("-Xclang", "-fpreserve-vec3-type", "-Xclang", "-ffloat16-excess-precision=none"),
+    *("-Xclang", "-ffloat16-excess-precision=none"),
     *("-Xclang", "-fbfloat16-excess-precision=none"),
 )
-# An array whose length is no constant is an error; the rest warns of Metal's way of writing.
+# No array whose length is no constant, no conversion of vectors unasked; the rest of the warnings
+# is about Metal's way of writing.
 _WARNINGS = (
-    "-Werror=vla",
+    *("-Werror=vla", "-flax-vector-conversions=none"),
     *("-Wno-unknown-attributes", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"),
     *("-Wno-pass-failed", "-Wno-duplicate-decl-specifier", "-Wno-unused-command-line-argument"),
 )
@@ -47,7 +48,13 @@ _FAST = ("-O2",)
 # Every access calls a hook of the runtime, with the accesses as they are written: no
 # vectoriser joins them, only the optimiser's plain removal of double loads.
 _CHECKED = (
-    *("-O1", "-fno-vectorize", "-fno-slp-vectorize", "-ftrivial-auto-var-init=pattern"),
+    *(
+        "-DWORKBENCH_CHECKED",
+        "-O1",
+        "-fno-vectorize",
+        "-fno-slp-vectorize",
+        "-ftrivial-auto-var-init=pattern",
+    ),
     *("-fsanitize=kernel-address", "-fsanitize-coverage=trace-pc"),
     *("-mllvm", "-asan-instrumentation-with-call-threshold=0"),
     *("-mllvm", "-asan-stack=0", "-mllvm", "-asan-globals=0", "-mllvm", "-asan-opt=0"),
@@ -119,7 +126,7 @@ def _load(
     options = [*(_CHECKED if checked else _FAST), f"-ffp-contract={contract}"]
     path = _compile(source, kernel, constants, folders, options)
     about = json.loads(path.with_suffix(".json").read_text())
-    runtime.load()
+    native.load()
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
@@ -135,7 +142,7 @@ def _load(
         buffers={int(i): name for i, name in about["buffers"].items()},
         optional=about["optional"],
         threadgroup={int(i): name for i, name in about["threadgroup"].items()},
-        lines=LineTable(path, runtime.load_address(handle)),
+        lines=LineTable(path, native.load_address(handle)),
         warnings=about["warnings"],
         _object=handle,
     )
@@ -164,7 +171,7 @@ def _compile(
     entry = entry_point(unit, kernel)
     written = target.with_suffix(".cpp")
     written.write_text(f"#include <metal_stdlib>\n{unit.text}{entry.code}")
-    flags = [*_LANGUAGE, *_ADDRESS_SPACES, *_SEMANTICS, *_WARNINGS, *options]
+    flags = [*syntax_flags(), *_SEMANTICS, *options]
     about: dict[str, object] = {"source": str(source), "kernel": kernel}
     about |= {"buffers": entry.buffers, "optional": entry.optional}
     about |= {"threadgroup": entry.threadgroup, "warnings": ""}
@@ -173,6 +180,11 @@ def _compile(
     warnings = compiler().build([written], target, flags)
     target.with_suffix(".json").write_text(json.dumps({**about, "warnings": warnings}))
     return target
+
+
+def syntax_flags() -> list[str]:
+    """What the compiler must be told to understand a rewritten kernel."""
+    return [*_LANGUAGE, *_ADDRESS_SPACES, *_WARNINGS]
 
 
 def preprocess(source: Path, folders: Sequence[Path]) -> str:

@@ -119,6 +119,10 @@ def _unit(content: bytes) -> Iterator[tuple[int, str]]:
         files.append(os.path.join(folders[header.unsigned()], name))
         header.unsigned(), header.unsigned()  # time and length
 
+    def row() -> Iterator[tuple[int, str]]:
+        if line:  # 0: code of no line, which counts as the line's before it
+            yield address, f"{files[file]}:{line}"
+
     reader = _Reader(content, program)
     address, file, line = 0, 1, 1
     special = len(lengths)
@@ -128,7 +132,7 @@ def _unit(content: bytes) -> Iterator[tuple[int, str]]:
             advance, ahead = divmod(operation - special, line_range)
             address += advance * step
             line += line_base + ahead
-            yield address, f"{files[file]}:{line}"
+            yield from row()
         elif operation == 0:
             length = reader.unsigned()
             end = reader.at + length
@@ -140,7 +144,7 @@ def _unit(content: bytes) -> Iterator[tuple[int, str]]:
                 address = reader.fixed("<Q")
             reader.at = end
         elif operation == 1:
-            yield address, f"{files[file]}:{line}"
+            yield from row()
         elif operation == 2:
             address += reader.unsigned() * step
         elif operation == 3:

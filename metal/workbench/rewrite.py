@@ -194,7 +194,8 @@ class _Rewriter:
                 declared += f"msl_entry::not_constexpr<{kind}>(({kind}){literal})"
             defined = str(value is not None).lower()
             t.blank(begin, end + 1)
-            t.text[begin] = f"{declared}; static constant bool msl_is_defined_{name} = {defined}"
+            asked = f"[[maybe_unused]] static constant bool msl_is_defined_{name} = {defined}"
+            t.text[begin] = f"{declared}; {asked}"
 
     # Bodies
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from . import runtime
+from . import native
 from .entry import FIRST_THREADGROUP_SLOT
 from .launch import DTYPES, BufferLike, LaunchLike
 from .library import Kernel, load
@@ -23,8 +23,8 @@ _ALIGNMENT = 16  # of the widest vectors that kernels load
 _MAX_CHECKED_GROUPS = 1 << 21  # what the runtime's records of accesses can tell apart
 
 # One launch at a time, so these are filled in anew for each.
-_struct = runtime.LaunchStruct()
-_slots = (ctypes.c_void_p * runtime.MAX_SLOTS)()
+_struct = native.LaunchStruct()
+_slots = (ctypes.c_void_p * native.MAX_SLOTS)()
 _struct.buffers = ctypes.addressof(_slots)
 
 
@@ -124,7 +124,9 @@ def _aligned_copy(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """A copy that starts where a kernel may load any vector, as a GPU's buffers do."""
     room = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
     start = -room.__array_interface__["data"][0] % _ALIGNMENT
-    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy: np.ndarray[Any, Any] = (
+        room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    )
     copy[...] = array
     return copy
 
@@ -143,7 +145,7 @@ class _Run:
         self.launch = launch
         self.arrays = arrays
         self.outputs = outputs
-        self.library = runtime.load()
+        self.library = native.load()
         self.threadgroup_bytes = 0
         self.traffic: dict[str, Traffic] = {}
         self.sites: list[Site] = []
@@ -261,7 +263,7 @@ class _Run:
         raw = library.workbench_findings()
         return [self.finding(raw[i]) for i in range(found)]
 
-    def finding(self, raw: runtime.FindingStruct) -> Finding:
+    def finding(self, raw: native.FindingStruct) -> Finding:
         where = self.kernel.lines.where
         other = ""
         if raw.other_site:
@@ -289,7 +291,7 @@ class _Run:
 
     def count(self, slot: int, buffer: BufferLike, size: int) -> None:
         totals = self.library.workbench_totals(slot).contents
-        traffic = Traffic(**{name: getattr(totals, name) for name in runtime.TOTALS}, size=size)
+        traffic = Traffic(**{name: getattr(totals, name) for name in native.TOTALS}, size=size)
         self.traffic.setdefault(buffer.name, Traffic()).add(traffic)
 
     def count_sites(self) -> None:

@@ -24,19 +24,8 @@ def values(*expressions, **about):
 
 def test_float_functions():
     names = [
-        "exp",
-        "exp2",
-        "sin",
-        "cos",
-        "tanh",
-        "atan",
-        "sinh",
-        "floor",
-        "ceil",
-        "trunc",
-        "rint",
-        "fabs",
-        "sign",
+        *("exp", "exp2", "sin", "cos", "tanh", "atan", "sinh"),
+        *("floor", "ceil", "trunc", "rint", "fabs", "sign"),
     ]
     got = values(*(f"{name}(a[i])" for name in names))
     numpy_names = {"atan": "arctan", "fabs": "abs"}
@@ -374,10 +363,8 @@ def test_contraction():
     # x * x - y with y = round(x * x): 0 when rounded twice, the rounding error when once.
     x = np.float32(1) + np.float32(2) ** -12
     a = np.full(64, x, np.float32)
-    off, _ = run("float y = a[i] * n; o[i] = a[i] * a[i] - a[i + 0 * uint(y)] * a[i];", a=a)
-    body = "o[i] = a[i] * a[i] - %.9ef;" % float(x * x)
+    body = f"o[i] = a[i] * a[i] - {float(x * x):.9e}f;"
     exact = np.float64(x) * np.float64(x) - np.float64(x * x)
     for contract, right in [("off", 0), ("fast", exact)]:
         outputs, _ = run(body, a=a, mode="fast", options={"contract": contract})
         np.testing.assert_array_equal(outputs["o"], np.full(64, right, np.float32))
-    assert (off["o"] == 0).all()

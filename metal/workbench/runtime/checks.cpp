@@ -1,11 +1,11 @@
 // checks: what an access may not do.
 //
-// Every byte of shared memory that can be written has a cell: who wrote it last,
-// and two of those who read it since, each with the barriers they had passed. Two
-// accesses of different threads, one of them a write, are ordered only by a
-// barrier between them: a threadgroup barrier with the flag of that memory, or a
-// simdgroup barrier when both are of one simdgroup. Nothing orders threadgroups.
-// So a race is found whatever order the lanes really ran in.
+// Every byte of shared memory that can be written has a cell: who wrote it
+// last, and two of those who read it since, each with the barriers they had
+// passed. Two accesses of different threads, one of them a write, are ordered
+// only by a barrier between them: a threadgroup barrier with the flag of that
+// memory, or a simdgroup barrier when both are of one simdgroup. Nothing orders
+// threadgroups. So a race is found whatever order the lanes really ran in.
 
 #include "runtime.h"
 
@@ -15,7 +15,8 @@
 
 namespace workbench {
 
-// Who: bit 31 atomic, then 21 bits of threadgroup + 1, then 10 of thread. 0 nobody.
+// Who: bit 31 atomic, then 21 bits of threadgroup + 1, then 10 of thread. 0
+// nobody.
 struct Mark {
   u32 who;
   u32 epoch; // threadgroup barriers << 16 | simdgroup barriers
@@ -70,7 +71,8 @@ bool ordered(const Mark& before, const Mark& now) {
   if (before.epoch >> 16 != now.epoch >> 16) {
     return true;
   }
-  bool same_simdgroup = thread_of(before.who) / simd_width == thread_of(now.who) / simd_width;
+  bool same_simdgroup =
+      thread_of(before.who) / simd_width == thread_of(now.who) / simd_width;
   return same_simdgroup && (before.epoch & 0xffff) != (now.epoch & 0xffff);
 }
 
@@ -79,8 +81,8 @@ bool conflict(const Mark& before, const Mark& now) {
   return before.who && !both_atomic && !ordered(before, now);
 }
 
-// Two unordered writes are reported once the second has been carried out: writing
-// what is there already is a fault of its own, milder kind.
+// Two unordered writes are reported once the second has been carried out:
+// writing what is there already is a fault of its own, milder kind.
 struct WaitingWrite {
   bool waiting;
   u64 address;
@@ -94,11 +96,19 @@ u64 code(u32 site) {
   return g_launch.code_begin + site;
 }
 
-void report_race(Kind kind, const char* what, const Mark& before, const Mark& now, u32 region, i64 offset, u32 size) {
+void report_race(
+    Kind kind,
+    const char* what,
+    const Mark& before,
+    const Mark& now,
+    u32 region,
+    i64 offset,
+    u32 size) {
   void* site = (void*)code(now.site);
   for (u32 i = 0; i < g_num_findings; ++i) {
     Finding& known = g_findings[i];
-    if (known.kind == kind && known.site == (u64)site && known.other_site == code(before.site)) {
+    if (known.kind == kind && known.site == (u64)site &&
+        known.other_site == code(before.site)) {
       ++known.times;
       return;
     }
@@ -117,9 +127,15 @@ void report_race(Kind kind, const char* what, const Mark& before, const Mark& no
   }
 }
 
-void write_after_write(u32 region, u64 address, u32 size, const Mark& before, const Mark& now) {
+void write_after_write(
+    u32 region,
+    u64 address,
+    u32 size,
+    const Mark& before,
+    const Mark& now) {
   // One access meets the same earlier write byte by byte.
-  if (g_waiting.waiting && g_waiting.now.site == now.site && g_waiting.fiber == g_current &&
+  if (g_waiting.waiting && g_waiting.now.site == now.site &&
+      g_waiting.fiber == g_current &&
       address - g_waiting.address < g_waiting.size) {
     return;
   }
@@ -147,19 +163,34 @@ void mark_read(Cell& cell, const Mark& now) {
   }
 }
 
-void check_cells(u32 index, Region& region, u64 address, u32 size, bool write, bool atomic, void* site) {
+void check_cells(
+    u32 index,
+    Region& region,
+    u64 address,
+    u32 size,
+    bool write,
+    bool atomic,
+    void* site) {
   Mark now = mark_here(region.space, atomic, site);
   Cell* cell = region.cells + (address - region.begin);
   for (u32 i = 0; i < size; ++i, ++cell) {
     i64 offset = address - region.begin + i;
-    if (region.space == threadgroup && cell->writer.who && group_of(cell->writer.who) != g_group) {
+    if (region.space == threadgroup && cell->writer.who &&
+        group_of(cell->writer.who) != g_group) {
       *cell = Cell{}; // what an earlier threadgroup left there
     }
     if (conflict(cell->writer, now)) {
       if (write) {
         write_after_write(index, address + i, size - i, cell->writer, now);
       } else {
-        report_race(Kind::race, "read after an unordered write", cell->writer, now, index, offset, size);
+        report_race(
+            Kind::race,
+            "read after an unordered write",
+            cell->writer,
+            now,
+            index,
+            offset,
+            size);
       }
     }
     if (write) {
@@ -167,12 +198,23 @@ void check_cells(u32 index, Region& region, u64 address, u32 size, bool write, b
           : conflict(cell->other_reader, now)          ? &cell->other_reader
                                                        : nullptr;
       if (reader) {
-        report_race(Kind::race, "write after an unordered read", *reader, now, index, offset, size);
+        report_race(
+            Kind::race,
+            "write after an unordered read",
+            *reader,
+            now,
+            index,
+            offset,
+            size);
       }
       mark_write(*cell, now);
     } else {
       if (!cell->writer.who && !region.starts_written) {
-        Finding* finding = find(Kind::uninitialised_read, site, "read of %u bytes never written", size);
+        Finding* finding = find(
+            Kind::uninitialised_read,
+            site,
+            "read of %u bytes never written",
+            size);
         if (finding) {
           finding->region = index;
           finding->offset = offset;
@@ -222,7 +264,8 @@ void settle_write() {
   }
   g_waiting.waiting = false;
   const Region& region = g_regions[g_waiting.region];
-  bool same = memcmp((void*)g_waiting.address, g_waiting.old, g_waiting.size) == 0;
+  bool same =
+      memcmp((void*)g_waiting.address, g_waiting.old, g_waiting.size) == 0;
   report_race(
       same ? Kind::same_value_race : Kind::race,
       same ? "write of the same value after an unordered write"
@@ -234,12 +277,30 @@ void settle_write() {
       g_waiting.size);
 }
 
-void check_access(Region& region, u64 address, u32 size, bool write, bool atomic, void* site) {
+void check_access(
+    Region& region,
+    u64 address,
+    u32 size,
+    bool write,
+    bool atomic,
+    void* site) {
   u32 index = &region - g_regions;
   if (address < region.begin || address + size > region.end) {
     Finding* finding = region.begin
-        ? find(Kind::out_of_bounds, site, "%s of %u bytes, the buffer has %llu", write ? "write" : "read", size, (unsigned long long)(region.end - region.begin))
-        : find(Kind::out_of_bounds, site, "%s of %u bytes at %p, where no buffer lies", write ? "write" : "read", size, (void*)address);
+        ? find(
+              Kind::out_of_bounds,
+              site,
+              "%s of %u bytes, the buffer has %llu",
+              write ? "write" : "read",
+              size,
+              (unsigned long long)(region.end - region.begin))
+        : find(
+              Kind::out_of_bounds,
+              site,
+              "%s of %u bytes at %p, where no buffer lies",
+              write ? "write" : "read",
+              size,
+              (void*)address);
     if (finding) {
       finding->region = region.begin ? index : 0;
       finding->offset = address - region.begin;
@@ -248,7 +309,8 @@ void check_access(Region& region, u64 address, u32 size, bool write, bool atomic
     stop_launch();
   }
   if (write && region.read_only) {
-    Finding* finding = find(Kind::read_only_write, site, "write of %u bytes to an input", size);
+    Finding* finding = find(
+        Kind::read_only_write, site, "write of %u bytes to an input", size);
     if (finding) {
       finding->region = index;
       finding->offset = address - region.begin;
@@ -261,17 +323,29 @@ void check_access(Region& region, u64 address, u32 size, bool write, bool atomic
   }
 }
 
-// An address outside of the arena: a lane's own variables, constants of the code,
-// or a pointer gone astray.
+// An address outside of the arena: a lane's own variables, constants of the
+// code, or a pointer gone astray.
 void check_elsewhere(u64 address, u32 size, bool write, void* site) {
   if (known_memory(address)) {
     return;
   }
   const char* what = write ? "write" : "read";
   if (address < 1ull << 31) {
-    find(Kind::unbound_buffer, site, "%s of %u bytes through a null pointer (%p)", what, size, (void*)address);
+    find(
+        Kind::unbound_buffer,
+        site,
+        "%s of %u bytes through a null pointer (%p)",
+        what,
+        size,
+        (void*)address);
   } else {
-    find(Kind::out_of_bounds, site, "%s of %u bytes at %p, where no buffer lies", what, size, (void*)address);
+    find(
+        Kind::out_of_bounds,
+        site,
+        "%s of %u bytes at %p, where no buffer lies",
+        what,
+        size,
+        (void*)address);
   }
   stop_launch();
 }

@@ -2,9 +2,9 @@
 //
 // A lane runs until it meets others (a simd function or a barrier) or ends. The
 // last lane to arrive carries the simd function out for all, so a meeting costs
-// one switch per lane. Lanes of one simdgroup run one after the other; only when
-// none can go on does the next simdgroup run. Kernels without meetings never
-// switch: all threads run on one stack, one after the other.
+// one switch per lane. Lanes of one simdgroup run one after the other; only
+// when none can go on does the next simdgroup run. Kernels without meetings
+// never switch: all threads run on one stack, one after the other.
 
 #include "runtime.h"
 
@@ -38,7 +38,9 @@ workbench_switch:
   ret
 .size workbench_switch, .-workbench_switch
 )");
-extern "C" __attribute__((visibility("hidden"))) void workbench_switch(void** save, void* to);
+extern "C" __attribute__((visibility("hidden"))) void workbench_switch(
+    void** save,
+    void* to);
 
 namespace workbench {
 
@@ -146,7 +148,8 @@ void leave_to_scheduler(void** save) {
 }
 
 // A finding about a fiber that is not the one running.
-Finding* find_for(Fiber* fiber, Kind kind, const char* text, u32 a, u32 b, u32 c) {
+Finding*
+find_for(Fiber* fiber, Kind kind, const char* text, u32 a, u32 b, u32 c) {
   Fiber* running = g_current;
   g_current = fiber;
   Finding* finding = find(kind, fiber->site, text, a, b, c);
@@ -181,8 +184,8 @@ u32 lanes_at(const Simdgroup& group, u32 lanes, void* site) {
   return found;
 }
 
-// Lanes that stand at different simd functions meet in the order of the code, as
-// they do when a GPU runs the branches of a condition one after the other.
+// Lanes that stand at different simd functions meet in the order of the code,
+// as they do when a GPU runs the branches of a condition one after the other.
 void meet_at_simd(Simdgroup& group) {
   u32 waiting = group.at_simd;
   Fiber* one = &g_fibers[group.first + first_lane(waiting)];
@@ -272,8 +275,8 @@ void wait(Fiber* fiber, Simdgroup& group) {
   }
 }
 
-// What runs on a fresh stack: one thread after the other, while the next one has
-// not begun yet, so threads that never wait share a stack.
+// What runs on a fresh stack: one thread after the other, while the next one
+// has not begun yet, so threads that never wait share a stack.
 void fiber_main() {
   Fiber* fiber = g_current;
   u8* stack = fiber->stack;
@@ -464,7 +467,8 @@ workbench_simd(void* data, SimdFunction function, u32 width) {
   wait(fiber, group);
 }
 
-WB_EXPORT __attribute__((noinline)) void workbench_simdgroup_barrier(u32 flags) {
+WB_EXPORT __attribute__((noinline)) void workbench_simdgroup_barrier(
+    u32 flags) {
   Fiber* fiber = g_current;
   Simdgroup& group = g_simdgroups[fiber->simdgroup];
   settle_write();
@@ -475,7 +479,8 @@ WB_EXPORT __attribute__((noinline)) void workbench_simdgroup_barrier(u32 flags) 
   wait(fiber, group);
 }
 
-WB_EXPORT __attribute__((noinline)) void workbench_threadgroup_barrier(u32 flags) {
+WB_EXPORT __attribute__((noinline)) void workbench_threadgroup_barrier(
+    u32 flags) {
   Fiber* fiber = g_current;
   Simdgroup& group = g_simdgroups[fiber->simdgroup];
   settle_write();
@@ -491,7 +496,8 @@ WB_EXPORT u32 workbench_lane() {
 }
 
 // A simd function would read a lane that takes no part in it.
-WB_EXPORT void workbench_inactive(const Meeting* meeting, u32 lane, u32 source) {
+WB_EXPORT void
+workbench_inactive(const Meeting* meeting, u32 lane, u32 source) {
   Fiber* one = g_current;
   Fiber* fiber = &g_fibers[g_simdgroups[one->simdgroup].first + lane];
   if (g_launch.checks) {

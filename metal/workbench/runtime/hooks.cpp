@@ -1,5 +1,5 @@
-// hooks: what instrumented kernel code calls before each access and in each basic
-// block. The names are those that clang's -fsanitize=kernel-address and
+// hooks: what instrumented kernel code calls before each access and in each
+// basic block. The names are those that clang's -fsanitize=kernel-address and
 // -fsanitize-coverage=trace-pc call; no sanitizer library takes part.
 
 #include "runtime.h"
@@ -8,7 +8,11 @@
 
 namespace workbench {
 
-void check_elsewhere(u64 address, u32 size, bool write, void* site); // checks.cpp
+void check_elsewhere(
+    u64 address,
+    u32 size,
+    bool write,
+    void* site); // checks.cpp
 
 static u64 g_steps;
 
@@ -38,8 +42,8 @@ on_access(const void* p, u64 size, bool write, bool atomic, void* site) {
   }
 }
 
-// The compiler uses the sized hooks only where it takes the address for a multiple
-// of the size.
+// The compiler uses the sized hooks only where it takes the address for a
+// multiple of the size.
 inline __attribute__((always_inline)) void
 on_aligned(const void* p, u32 size, bool write, void* site) {
   if (__builtin_expect(((u64)p & (size - 1)) != 0, 0) && g_current) {
@@ -68,12 +72,12 @@ using namespace workbench;
 
 #define SITE __builtin_return_address(0)
 
-#define SIZED_HOOKS(size)                             \
-  WB_EXPORT void __asan_load##size##_noabort(void* p) { \
-    on_aligned(p, size, false, SITE);                 \
-  }                                                   \
+#define SIZED_HOOKS(size)                                \
+  WB_EXPORT void __asan_load##size##_noabort(void* p) {  \
+    on_aligned(p, size, false, SITE);                    \
+  }                                                      \
   WB_EXPORT void __asan_store##size##_noabort(void* p) { \
-    on_aligned(p, size, true, SITE);                  \
+    on_aligned(p, size, true, SITE);                     \
   }
 SIZED_HOOKS(1)
 SIZED_HOOKS(2)
@@ -119,8 +123,14 @@ WB_EXPORT void __sanitizer_cov_trace_pc() {
   }
 }
 
+// A read that include/msl carries out uninstrumented.
+WB_EXPORT void workbench_read(const void* p, u32 size) {
+  on_access(p, size, false, false, SITE);
+}
+
 // An atomic operation, which include/msl/atomic.h carries out uninstrumented.
-WB_EXPORT void workbench_atomic(const volatile void* p, u32 size, u32 reads, u32 writes) {
+WB_EXPORT void
+workbench_atomic(const volatile void* p, u32 size, u32 reads, u32 writes) {
   if (!g_launch.checks) {
     return;
   }

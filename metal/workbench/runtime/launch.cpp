@@ -45,7 +45,8 @@ void find_unwritten() {
     u64 offset = first_unwritten(region);
     if (offset != ~0ull) {
       g_current = nullptr;
-      if (Finding* finding = find(Kind::unwritten_output, nullptr, "output that no thread wrote")) {
+      if (Finding* finding = find(
+              Kind::unwritten_output, nullptr, "output that no thread wrote")) {
         finding->region = i;
         finding->offset = offset;
       }
@@ -109,8 +110,8 @@ WB_EXPORT u64 workbench_threadgroup_bytes() {
   return g_threadgroup_bytes;
 }
 
-// float to bfloat16, to nearest even: clang calls it, and not every C library of a
-// compiler has it.
+// float to bfloat16, to nearest even: clang calls it, and not every C library
+// of a compiler has it.
 WB_EXPORT __bf16 __truncsfbf2(float value) {
   u32 bits;
   memcpy(&bits, &value, 4);

@@ -1,10 +1,11 @@
 // memory: where buffers and threadgroup variables lie.
 //
-// Each buffer of a checked launch lies 1 GiB into an address slot of 4 GiB of its
-// own, so an index that is far off still names the buffer it was meant for, and
-// no access of one buffer can fall into another. Threadgroup variables have slots
-// of 1 MiB. Nothing is mapped but what a launch uses. Launches without checks run
-// on the caller's arrays; only their threadgroup variables live here.
+// Each buffer of a checked launch lies 1 GiB into an address slot of 4 GiB of
+// its own, so an index that is far off still names the buffer it was meant for,
+// and no access of one buffer can fall into another. Threadgroup variables have
+// slots of 1 MiB. Nothing is mapped but what a launch uses. Launches without
+// checks run on the caller's arrays; only their threadgroup variables live
+// here.
 
 #include "runtime.h"
 
@@ -204,13 +205,10 @@ WB_EXPORT void* workbench_threadgroup_buffer(u64 bytes, const char* name) {
   return add_variable(bytes, name, nullptr);
 }
 
-// A threadgroup variable that kernel code declares. `serial` and `place` are the
-// declaration's own: the launch it last ran in, and where it lay.
-WB_EXPORT void* workbench_variable(
-    u64* serial,
-    void** place,
-    u64 bytes,
-    const char* name) {
+// A threadgroup variable that kernel code declares. `serial` and `place` are
+// the declaration's own: the launch it last ran in, and where it lay.
+WB_EXPORT void*
+workbench_variable(u64* serial, void** place, u64 bytes, const char* name) {
   if (*serial != g_launch_serial) {
     *place = add_variable(bytes, name, __builtin_return_address(0));
     if (!*place) {

@@ -2,8 +2,8 @@
 // runtime.h: the words that the parts of the workbench's runtime share.
 //
 //   fibers.cpp   GPU threads as fibers; simd functions and barriers as meetings
-//   memory.cpp   buffers and threadgroup variables, each in its own address slot
-//   checks.cpp   what an access may not do: bounds, races, first reads
+//   memory.cpp   buffers and threadgroup variables, each in its own address
+//   slot checks.cpp   what an access may not do: bounds, races, first reads
 //   traffic.cpp  what an access costs: bytes, sectors, cache lines
 //   hooks.cpp    the functions that the compiler's instrumentation calls
 //   launch.cpp   what Python calls
@@ -65,8 +65,8 @@ struct Finding {
   char text[160];
 };
 
-// What the entry point of a kernel reads its built-in arguments from. The layout
-// is repeated in include/msl/entry.h.
+// What the entry point of a kernel reads its built-in arguments from. The
+// layout is repeated in include/msl/entry.h.
 struct ThreadContext {
   alignas(16) u32 position_in_grid[4];
   alignas(16) u32 position_in_group[4];
@@ -108,7 +108,14 @@ struct Meeting {
 };
 using SimdFunction = void (*)(Meeting*);
 
-enum class State : u8 { fresh, ready, at_simd, at_simd_barrier, at_barrier, done };
+enum class State : u8 {
+  fresh,
+  ready,
+  at_simd,
+  at_simd_barrier,
+  at_barrier,
+  done
+};
 
 struct Fiber {
   void* stack_pointer;
@@ -169,7 +176,13 @@ void unmap(void* p, u64 bytes);
 // ---- checks.cpp
 
 // Bytes of `region` are read or written by the current fiber.
-void check_access(Region& region, u64 address, u32 size, bool write, bool atomic, void* site);
+void check_access(
+    Region& region,
+    u64 address,
+    u32 size,
+    bool write,
+    bool atomic,
+    void* site);
 void settle_write(); // decide a write-write race by the values, if one waits
 void reset_checks();
 Cell* new_cells(u64 bytes);
@@ -177,13 +190,20 @@ void free_cells(Cell* cells, u64 bytes);
 u64 first_unwritten(const Region& region); // offset, or ~0
 
 // Adds a finding, or counts one more of a known (kind, site, other site).
-Finding* find(Kind kind, void* site, const char* format, ...) __attribute__((format(printf, 3, 4)));
+Finding* find(Kind kind, void* site, const char* format, ...)
+    __attribute__((format(printf, 3, 4)));
 extern Finding g_findings[64];
 extern u32 g_num_findings;
 
 // ---- traffic.cpp
 
-void count_access(Region& region, u64 address, u32 size, bool write, bool atomic, void* site);
+void count_access(
+    Region& region,
+    u64 address,
+    u32 size,
+    bool write,
+    bool atomic,
+    void* site);
 void end_threadgroup_traffic();
 void reset_traffic();
 Traffic* new_traffic(u64 bytes);

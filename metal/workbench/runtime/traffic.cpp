@@ -1,9 +1,10 @@
 // traffic: what the accesses of a launch cost.
 //
-// A GPU carries a load out for all lanes of a simdgroup at once. Here lanes run one
-// after the other, so the k-th time that a lane reaches a place in the code is taken
-// as its part of the k-th simd access there. Per simd access the distinct sectors and
-// cache lines are counted: lanes that read the same bytes cost them once.
+// A GPU carries a load out for all lanes of a simdgroup at once. Here lanes run
+// one after the other, so the k-th time that a lane reaches a place in the code
+// is taken as its part of the k-th simd access there. Per simd access the
+// distinct sectors and cache lines are counted: lanes that read the same bytes
+// cost them once.
 
 #include "runtime.h"
 
@@ -18,7 +19,8 @@ struct Totals {
   u64 simd_reads, simd_writes; // simd accesses
   u64 read_sectors, written_sectors; // distinct per simd access, summed
   u64 read_lines, written_lines; // the same in cache lines
-  u64 group_read_sectors, group_written_sectors; // distinct per threadgroup, summed
+  u64 group_read_sectors,
+      group_written_sectors; // distinct per threadgroup, summed
   u64 distinct_read_sectors, distinct_written_sectors; // distinct in the launch
 };
 
@@ -87,7 +89,8 @@ struct Table {
     entries = (Entry*)map_zeros(capacity * sizeof(Entry));
     for (u64 i = 0; i < old.capacity; ++i) {
       if (old.entries[i].site) {
-        at(hash_of(old.entries[i]), [](const Entry&) { return false; }) = old.entries[i];
+        at(hash_of(old.entries[i]), [](const Entry&) { return false; }) =
+            old.entries[i];
       }
     }
     if (old.entries) {
@@ -134,7 +137,8 @@ Access& access_at(u64 site, u32 repetition) {
   u32 simdgroup = g_current->simdgroup;
   u64 hash = mix(site, (u64)simdgroup << 32 | repetition);
   return g_accesses.at(hash, [=](const Access& a) {
-    return a.site == site && a.simdgroup == simdgroup && a.repetition == repetition;
+    return a.site == site && a.simdgroup == simdgroup &&
+        a.repetition == repetition;
   });
 }
 
@@ -175,9 +179,12 @@ u32 add_new(u64* list, u32& length, u64 first, u64 last) {
 void count_sectors(Traffic& traffic, u64 offset, u32 size, bool write) {
   Totals& totals = traffic.totals;
   u32* last = write ? traffic.written_by : traffic.read_by;
-  u64& in_group = write ? totals.group_written_sectors : totals.group_read_sectors;
-  u64& in_launch = write ? totals.distinct_written_sectors : totals.distinct_read_sectors;
-  for (u64 s = offset / sector_bytes; s <= (offset + size - 1) / sector_bytes; ++s) {
+  u64& in_group =
+      write ? totals.group_written_sectors : totals.group_read_sectors;
+  u64& in_launch =
+      write ? totals.distinct_written_sectors : totals.distinct_read_sectors;
+  for (u64 s = offset / sector_bytes; s <= (offset + size - 1) / sector_bytes;
+       ++s) {
     in_launch += last[s] == 0;
     in_group += last[s] != g_group + 1;
     last[s] = g_group + 1;
@@ -186,7 +193,13 @@ void count_sectors(Traffic& traffic, u64 offset, u32 size, bool write) {
 
 } // namespace
 
-void count_access(Region& region, u64 address, u32 size, bool write, bool atomic, void* site) {
+void count_access(
+    Region& region,
+    u64 address,
+    u32 size,
+    bool write,
+    bool atomic,
+    void* site) {
   Traffic& traffic = *region.traffic;
   Totals& totals = traffic.totals;
   (write ? totals.writes : totals.reads) += 1;
@@ -203,8 +216,16 @@ void count_access(Region& region, u64 address, u32 size, bool write, bool atomic
     access.repetition = repetition;
     ++g_accesses.used;
   }
-  u32 sectors = add_new(access.sectors, access.num_sectors, address / sector_bytes, (address + size - 1) / sector_bytes);
-  u32 lines = add_new(access.lines, access.num_lines, address / line_bytes, (address + size - 1) / line_bytes);
+  u32 sectors = add_new(
+      access.sectors,
+      access.num_sectors,
+      address / sector_bytes,
+      (address + size - 1) / sector_bytes);
+  u32 lines = add_new(
+      access.lines,
+      access.num_lines,
+      address / line_bytes,
+      (address + size - 1) / line_bytes);
   (write ? totals.simd_writes : totals.simd_reads) += first;
   (write ? totals.written_sectors : totals.read_sectors) += sectors;
   (write ? totals.written_lines : totals.read_lines) += lines;

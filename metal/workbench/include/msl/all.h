@@ -1,6 +1,8 @@
 #pragma once
 #include "types.h"
 
+#include "runtime.h"
+
 #include "traits.h"
 
 #include "limits.h"
@@ -10,7 +12,6 @@
 
 #include "common.h"
 #include "integer.h"
-#include "runtime.h"
 
 #include "barrier.h"
 

@@ -1,6 +1,6 @@
 #pragma once
-// atomic: atomics of device and threadgroup memory. Lanes run one at a time, so the
-// operations are plain; the runtime is told of each, for bounds and races.
+// atomic: atomics of device and threadgroup memory. Lanes run one at a time, so
+// the operations are plain; the runtime is told of each, for bounds and races.
 
 #define atomic_int msl_atomic_int
 #define atomic_uint msl_atomic_uint
@@ -36,65 +36,65 @@ MSL_PLAIN bool msl_compare_exchange(volatile T* p, T* expected, T value) {
   *expected = old;
   return false;
 }
-#define MSL_FETCH(name, expression)                \
-  template <class T>                               \
+#define MSL_FETCH(name, expression)                      \
+  template <class T>                                     \
   MSL_PLAIN T msl_fetch_##name(volatile T* p, T value) { \
-    T old = *p;                                    \
-    *p = (T)(expression);                          \
-    return old;                                    \
+    T old = *p;                                          \
+    *p = (T)(expression);                                \
+    return old;                                          \
   }
 MSL_FETCH(add, old + value)
 MSL_FETCH(sub, old - value)
 MSL_FETCH(min, value < old ? value : old)
 MSL_FETCH(max, old < value ? value : old)
-MSL_FETCH(and, old & value)
+MSL_FETCH(and, old& value)
 MSL_FETCH(or, old | value)
 MSL_FETCH(xor, old ^ value)
 #undef MSL_FETCH
 
 #define MSL_ADDRESS(p) ((volatile T*)(uintptr_t)(p))
-#define MSL_FETCH_IN(space, name)                                             \
-  template <class T>                                                          \
-  MSL_INLINE T atomic_fetch_##name##_explicit(                                \
-      volatile space atomic<T>* p, msl_element<T> value, memory_order) {      \
-    workbench_atomic(MSL_ADDRESS(p), sizeof(T), 1, 1);                        \
-    return msl_fetch_##name<T>(MSL_ADDRESS(p), value);                        \
+#define MSL_FETCH_IN(space, name)                                        \
+  template <class T>                                                     \
+  MSL_INLINE T atomic_fetch_##name##_explicit(                           \
+      volatile space atomic<T>* p, msl_element<T> value, memory_order) { \
+    workbench_atomic(MSL_ADDRESS(p), sizeof(T), 1, 1);                   \
+    return msl_fetch_##name<T>(MSL_ADDRESS(p), value);                   \
   }
-#define MSL_ATOMICS(space)                                                    \
-  template <class T>                                                          \
-  MSL_INLINE T atomic_load_explicit(                                          \
-      const volatile space atomic<T>* p, memory_order) {                      \
-    workbench_atomic(MSL_ADDRESS(p), sizeof(T), 1, 0);                        \
-    return msl_read<T>(MSL_ADDRESS(p));                                       \
-  }                                                                           \
-  template <class T>                                                          \
-  MSL_INLINE void atomic_store_explicit(                                      \
-      volatile space atomic<T>* p, msl_element<T> value, memory_order) {      \
-    workbench_atomic(MSL_ADDRESS(p), sizeof(T), 0, 1);                        \
-    msl_exchange<T>(MSL_ADDRESS(p), value);                                   \
-  }                                                                           \
-  template <class T>                                                          \
-  MSL_INLINE T atomic_exchange_explicit(                                      \
-      volatile space atomic<T>* p, msl_element<T> value, memory_order) {      \
-    workbench_atomic(MSL_ADDRESS(p), sizeof(T), 1, 1);                        \
-    return msl_exchange<T>(MSL_ADDRESS(p), value);                            \
-  }                                                                           \
-  template <class T>                                                          \
-  MSL_INLINE bool atomic_compare_exchange_weak_explicit(                      \
-      volatile space atomic<T>* p,                                            \
-      thread T* expected,                                                     \
-      msl_element<T> value,                                                   \
-      memory_order,                                                           \
-      memory_order) {                                                         \
-    workbench_atomic(MSL_ADDRESS(p), sizeof(T), 1, 1);                        \
-    return msl_compare_exchange<T>(MSL_ADDRESS(p), expected, value);          \
-  }                                                                           \
-  MSL_FETCH_IN(space, add)                                                    \
-  MSL_FETCH_IN(space, sub)                                                    \
-  MSL_FETCH_IN(space, min)                                                    \
-  MSL_FETCH_IN(space, max)                                                    \
-  MSL_FETCH_IN(space, and)                                                    \
-  MSL_FETCH_IN(space, or)                                                     \
+#define MSL_ATOMICS(space)                                               \
+  template <class T>                                                     \
+  MSL_INLINE T atomic_load_explicit(                                     \
+      const volatile space atomic<T>* p, memory_order) {                 \
+    workbench_atomic(MSL_ADDRESS(p), sizeof(T), 1, 0);                   \
+    return msl_read<T>(MSL_ADDRESS(p));                                  \
+  }                                                                      \
+  template <class T>                                                     \
+  MSL_INLINE void atomic_store_explicit(                                 \
+      volatile space atomic<T>* p, msl_element<T> value, memory_order) { \
+    workbench_atomic(MSL_ADDRESS(p), sizeof(T), 0, 1);                   \
+    msl_exchange<T>(MSL_ADDRESS(p), value);                              \
+  }                                                                      \
+  template <class T>                                                     \
+  MSL_INLINE T atomic_exchange_explicit(                                 \
+      volatile space atomic<T>* p, msl_element<T> value, memory_order) { \
+    workbench_atomic(MSL_ADDRESS(p), sizeof(T), 1, 1);                   \
+    return msl_exchange<T>(MSL_ADDRESS(p), value);                       \
+  }                                                                      \
+  template <class T>                                                     \
+  MSL_INLINE bool atomic_compare_exchange_weak_explicit(                 \
+      volatile space atomic<T>* p,                                       \
+      thread T* expected,                                                \
+      msl_element<T> value,                                              \
+      memory_order,                                                      \
+      memory_order) {                                                    \
+    workbench_atomic(MSL_ADDRESS(p), sizeof(T), 1, 1);                   \
+    return msl_compare_exchange<T>(MSL_ADDRESS(p), expected, value);     \
+  }                                                                      \
+  MSL_FETCH_IN(space, add)                                               \
+  MSL_FETCH_IN(space, sub)                                               \
+  MSL_FETCH_IN(space, min)                                               \
+  MSL_FETCH_IN(space, max)                                               \
+  MSL_FETCH_IN(space, and)                                               \
+  MSL_FETCH_IN(space, or)                                                \
   MSL_FETCH_IN(space, xor)
 MSL_ATOMICS(device)
 MSL_ATOMICS(threadgroup)

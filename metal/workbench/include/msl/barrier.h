@@ -30,15 +30,18 @@ enum thread_scope {
 MSL_INLINE void threadgroup_barrier(mem_flags flags) {
   workbench_threadgroup_barrier((uint)flags);
 }
-MSL_INLINE void threadgroup_barrier(mem_flags flags, memory_order, thread_scope) {
+MSL_INLINE void
+threadgroup_barrier(mem_flags flags, memory_order, thread_scope) {
   workbench_threadgroup_barrier((uint)flags);
 }
 MSL_INLINE void simdgroup_barrier(mem_flags flags) {
   workbench_simdgroup_barrier((uint)flags);
 }
-// Lanes run one at a time, so a fence has nothing to do; it orders nothing in the
-// checks either.
-MSL_INLINE void
-atomic_thread_fence(mem_flags, memory_order, thread_scope = thread_scope_device) {}
+// Lanes run one at a time, so a fence has nothing to do; it orders nothing in
+// the checks either.
+MSL_INLINE void atomic_thread_fence(
+    mem_flags,
+    memory_order,
+    thread_scope = thread_scope_device) {}
 
 } // namespace metal

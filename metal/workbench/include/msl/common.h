@@ -1,5 +1,6 @@
 #pragma once
-// common: min, max, clamp, select and the questions about floats, for every type.
+// common: min, max, clamp, select and the questions about floats, for every
+// type.
 
 namespace metal {
 
@@ -13,34 +14,34 @@ MSL_INLINE bool msl_is_nan(T x) {
 }
 
 // Like fmin and fmax, these return the operand that is not NaN.
-#define MSL_EXTREME(name, expression)                                       \
-  template <class T>                                                        \
-  MSL_INLINE enable_if_t<is_arithmetic_v<T>, T> name(T a, T b) {            \
-    return msl_is_nan(a) ? b : msl_is_nan(b) ? a : (expression) ? b : a;    \
-  }                                                                         \
-  template <class T, class U>                                               \
-  MSL_INLINE enable_if_t<                                                   \
-      is_arithmetic_v<T> && is_arithmetic_v<U> && !is_same_v<T, U>,         \
-      decltype(T() + U())>                                                  \
-  name(T x, U y) {                                                          \
-    using C = decltype(T() + U());                                          \
-    return name<C>((C)x, (C)y);                                             \
-  }                                                                         \
-  template <class T, int N>                                                 \
-  MSL_INLINE vec<T, N> name(vec<T, N> a, vec<T, N> b) {                     \
-    vec<T, N> result;                                                       \
-    for (int i = 0; i < N; ++i) {                                           \
-      result[i] = name(a[i], b[i]);                                         \
-    }                                                                       \
-    return result;                                                          \
-  }                                                                         \
-  template <class T, int N>                                                 \
-  MSL_INLINE vec<T, N> name(vec<T, N> a, T b) {                             \
-    vec<T, N> result;                                                       \
-    for (int i = 0; i < N; ++i) {                                           \
-      result[i] = name(a[i], b);                                            \
-    }                                                                       \
-    return result;                                                          \
+#define MSL_EXTREME(name, expression)                                    \
+  template <class T>                                                     \
+  MSL_INLINE enable_if_t<is_arithmetic_v<T>, T> name(T a, T b) {         \
+    return msl_is_nan(a) ? b : msl_is_nan(b) ? a : (expression) ? b : a; \
+  }                                                                      \
+  template <class T, class U>                                            \
+  MSL_INLINE enable_if_t<                                                \
+      is_arithmetic_v<T> && is_arithmetic_v<U> && !is_same_v<T, U>,      \
+      decltype(T() + U())>                                               \
+  name(T x, U y) {                                                       \
+    using C = decltype(T() + U());                                       \
+    return name<C>((C)x, (C)y);                                          \
+  }                                                                      \
+  template <class T, int N>                                              \
+  MSL_INLINE vec<T, N> name(vec<T, N> a, vec<T, N> b) {                  \
+    vec<T, N> result;                                                    \
+    for (int i = 0; i < N; ++i) {                                        \
+      result[i] = name(a[i], b[i]);                                      \
+    }                                                                    \
+    return result;                                                       \
+  }                                                                      \
+  template <class T, int N>                                              \
+  MSL_INLINE vec<T, N> name(vec<T, N> a, T b) {                          \
+    vec<T, N> result;                                                    \
+    for (int i = 0; i < N; ++i) {                                        \
+      result[i] = name(a[i], b);                                         \
+    }                                                                    \
+    return result;                                                       \
   }
 MSL_EXTREME(min, b < a)
 MSL_EXTREME(max, a < b)
@@ -76,7 +77,8 @@ MSL_INLINE enable_if_t<is_arithmetic_v<T>, T> clamp(T x, T low, T high) {
 }
 template <class T, class A, class B>
 MSL_INLINE enable_if_t<
-    is_arithmetic_v<T> && is_arithmetic_v<A> && !(is_same_v<T, A> && is_same_v<T, B>),
+    is_arithmetic_v<T> && is_arithmetic_v<A> &&
+        !(is_same_v<T, A> && is_same_v<T, B>),
     T>
 clamp(T x, A low, B high) {
   return min(max(x, T(low)), T(high));
@@ -108,18 +110,18 @@ MSL_INLINE vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<C, N> second) {
   return result;
 }
 
-#define MSL_QUESTION(name)                                         \
-  template <class T>                                               \
-  MSL_INLINE enable_if_t<is_arithmetic_v<T>, bool> name(T x) {     \
-    return __builtin_##name((float)x);                             \
-  }                                                                \
-  template <class T, int N>                                        \
-  MSL_INLINE vec<bool, N> name(vec<T, N> x) {                      \
-    vec<bool, N> result;                                           \
-    for (int i = 0; i < N; ++i) {                                  \
-      result[i] = name(x[i]);                                      \
-    }                                                              \
-    return result;                                                 \
+#define MSL_QUESTION(name)                                     \
+  template <class T>                                           \
+  MSL_INLINE enable_if_t<is_arithmetic_v<T>, bool> name(T x) { \
+    return __builtin_##name((float)x);                         \
+  }                                                            \
+  template <class T, int N>                                    \
+  MSL_INLINE vec<bool, N> name(vec<T, N> x) {                  \
+    vec<bool, N> result;                                       \
+    for (int i = 0; i < N; ++i) {                              \
+      result[i] = name(x[i]);                                  \
+    }                                                          \
+    return result;                                             \
   }
 MSL_QUESTION(isnan)
 MSL_QUESTION(isinf)

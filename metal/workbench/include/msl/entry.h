@@ -1,6 +1,6 @@
 #pragma once
-// entry: how the generated entry points call a kernel. The layout of msl_context is
-// that of workbench::ThreadContext.
+// entry: how the generated entry points call a kernel. The layout of
+// msl_context is that of workbench::ThreadContext.
 
 struct msl_context {
   uint3 position_in_grid, position_in_group, group_position;
@@ -63,8 +63,8 @@ MSL_INLINE auto builtin(uint value) {
   return (metal::remove_cv_t<typename parameter<F, I>::type>)value;
 }
 
-// A value that the optimiser may know but the language does not: a function constant
-// is no constant expression on a GPU either.
+// A value that the optimiser may know but the language does not: a function
+// constant is no constant expression on a GPU either.
 template <class T>
 MSL_INLINE T not_constexpr(T value) {
   return value;

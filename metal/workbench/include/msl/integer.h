@@ -10,7 +10,8 @@ MSL_INLINE enable_if_t<is_integral_v<T>, T> popcount(T x) {
 template <class T>
 MSL_INLINE enable_if_t<is_integral_v<T>, T> clz(T x) {
   constexpr int bits = sizeof(T) * 8;
-  return x == 0 ? T(bits) : T(__builtin_clzl((ulong)(make_unsigned_t<T>)x) - (64 - bits));
+  return x == 0 ? T(bits)
+                : T(__builtin_clzl((ulong)(make_unsigned_t<T>)x) - (64 - bits));
 }
 template <class T>
 MSL_INLINE enable_if_t<is_integral_v<T>, T> ctz(T x) {

@@ -6,18 +6,30 @@ namespace metal {
 template <class T>
 struct numeric_limits;
 
-#define MSL_INTEGER_LIMITS(T, lowest_, max_, digits_)                   \
-  template <>                                                           \
-  struct numeric_limits<T> {                                            \
-    static constexpr bool is_specialized = true, is_integer = true;     \
-    static constexpr bool is_signed = T(-1) < T(0);                     \
-    static constexpr int digits = digits_;                              \
-    static constexpr T min() { return lowest_; }                        \
-    static constexpr T lowest() { return lowest_; }                     \
-    static constexpr T max() { return max_; }                           \
-    static constexpr T epsilon() { return 0; }                          \
-    static constexpr T infinity() { return 0; }                         \
-    static constexpr T quiet_NaN() { return 0; }                        \
+#define MSL_INTEGER_LIMITS(T, lowest_, max_, digits_)               \
+  template <>                                                       \
+  struct numeric_limits<T> {                                        \
+    static constexpr bool is_specialized = true, is_integer = true; \
+    static constexpr bool is_signed = T(-1) < T(0);                 \
+    static constexpr int digits = digits_;                          \
+    static constexpr T min() {                                      \
+      return lowest_;                                               \
+    }                                                               \
+    static constexpr T lowest() {                                   \
+      return lowest_;                                               \
+    }                                                               \
+    static constexpr T max() {                                      \
+      return max_;                                                  \
+    }                                                               \
+    static constexpr T epsilon() {                                  \
+      return 0;                                                     \
+    }                                                               \
+    static constexpr T infinity() {                                 \
+      return 0;                                                     \
+    }                                                               \
+    static constexpr T quiet_NaN() {                                \
+      return 0;                                                     \
+    }                                                               \
   };
 MSL_INTEGER_LIMITS(bool, false, true, 1)
 MSL_INTEGER_LIMITS(char, -128, 127, 7)
@@ -31,19 +43,33 @@ MSL_INTEGER_LIMITS(long, (-9223372036854775807L - 1), 9223372036854775807L, 63)
 MSL_INTEGER_LIMITS(ulong, 0, 18446744073709551615ul, 64)
 #undef MSL_INTEGER_LIMITS
 
-#define MSL_FLOAT_LIMITS(T, min_, max_, epsilon_, digits_)              \
-  template <>                                                           \
-  struct numeric_limits<T> {                                            \
-    static constexpr bool is_specialized = true, is_integer = false;    \
-    static constexpr bool is_signed = true;                             \
-    static constexpr int digits = digits_;                              \
-    static constexpr T min() { return (T)min_; }                        \
-    static constexpr T lowest() { return (T)(-max_); }                  \
-    static constexpr T max() { return (T)max_; }                        \
-    static constexpr T epsilon() { return (T)epsilon_; }                \
-    static constexpr T infinity() { return (T)__builtin_inff(); }       \
-    static constexpr T quiet_NaN() { return (T)__builtin_nanf(""); }    \
-    static constexpr T signaling_NaN() { return (T)__builtin_nanf(""); } \
+#define MSL_FLOAT_LIMITS(T, min_, max_, epsilon_, digits_)           \
+  template <>                                                        \
+  struct numeric_limits<T> {                                         \
+    static constexpr bool is_specialized = true, is_integer = false; \
+    static constexpr bool is_signed = true;                          \
+    static constexpr int digits = digits_;                           \
+    static constexpr T min() {                                       \
+      return (T)min_;                                                \
+    }                                                                \
+    static constexpr T lowest() {                                    \
+      return (T)(-max_);                                             \
+    }                                                                \
+    static constexpr T max() {                                       \
+      return (T)max_;                                                \
+    }                                                                \
+    static constexpr T epsilon() {                                   \
+      return (T)epsilon_;                                            \
+    }                                                                \
+    static constexpr T infinity() {                                  \
+      return (T)__builtin_inff();                                    \
+    }                                                                \
+    static constexpr T quiet_NaN() {                                 \
+      return (T)__builtin_nanf("");                                  \
+    }                                                                \
+    static constexpr T signaling_NaN() {                             \
+      return (T)__builtin_nanf("");                                  \
+    }                                                                \
   };
 MSL_FLOAT_LIMITS(float, 1.17549435e-38f, 3.40282347e+38f, 1.1920929e-07f, 24)
 MSL_FLOAT_LIMITS(half, 6.103515625e-05f, 65504.f, 9.765625e-04f, 11)

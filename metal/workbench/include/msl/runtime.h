@@ -8,8 +8,8 @@ struct msl_meeting {
   uint width;
 };
 
-// Convergent: the compiler must not move them into or out of branches, nor make two
-// of one, as Metal's compiler must not.
+// Convergent: the compiler must not move them into or out of branches, nor make
+// two of one, as Metal's compiler must not.
 #define MSL_MEETING_POINT __attribute__((convergent, nomerge))
 
 extern "C" {
@@ -19,6 +19,21 @@ MSL_MEETING_POINT void workbench_simdgroup_barrier(uint flags);
 MSL_MEETING_POINT void workbench_threadgroup_barrier(uint flags);
 uint workbench_lane();
 void workbench_inactive(const msl_meeting* meeting, uint lane, uint source);
-void* workbench_variable(ulong* serial, void** place, size_t bytes, const char* name);
-void workbench_atomic(const volatile void* p, uint size, uint reads, uint writes);
+void* workbench_variable(
+    ulong* serial,
+    void** place,
+    size_t bytes,
+    const char* name);
+void workbench_read(const void* p, uint size);
+void workbench_atomic(
+    const volatile void* p,
+    uint size,
+    uint reads,
+    uint writes);
+}
+
+// What lies at p, read behind the back of the checks.
+template <class T>
+__attribute__((noinline)) MSL_UNCHECKED T msl_peek(const T* p) {
+  return *p;
 }

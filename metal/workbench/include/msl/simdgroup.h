@@ -1,11 +1,11 @@
 #pragma once
-// simdgroup: simd_* and quad_* functions. Each lane leaves its argument on its own
-// stack; the last lane to come computes for all.
+// simdgroup: simd_* and quad_* functions. Each lane leaves its argument on its
+// own stack; the last lane to come computes for all.
 
 namespace metal {
 
-#define MSL_FOR_LANES(meeting)      \
-  for (uint l = 0; l < 32; ++l)     \
+#define MSL_FOR_LANES(meeting)  \
+  for (uint l = 0; l < 32; ++l) \
     if ((meeting)->mask >> l & 1)
 
 template <class T>
@@ -66,8 +66,9 @@ struct msl_xor {
   }
 };
 
-// Sums lanes i and i + width / 2, then the halves of that, and so on: Apple does not
-// say in which order a GPU does it, so kernels that need their bits spell it out.
+// Sums lanes i and i + width / 2, then the halves of that, and so on: Apple
+// does not say in which order a GPU does it, so kernels that need their bits
+// spell it out.
 template <class T, class Op>
 struct msl_reduce {
   MSL_UNCHECKED static void function(msl_meeting* meeting) {
@@ -93,14 +94,14 @@ struct msl_reduce {
     }
   }
 };
-#define MSL_REDUCTION(name, Op)                                   \
-  template <class T>                                              \
-  MSL_INLINE T simd_##name(T x) {                                 \
-    return msl_meet<T>(x, &msl_reduce<T, Op>::function, 32);      \
-  }                                                               \
-  template <class T>                                              \
-  MSL_INLINE T quad_##name(T x) {                                 \
-    return msl_meet<T>(x, &msl_reduce<T, Op>::function, 4);       \
+#define MSL_REDUCTION(name, Op)                              \
+  template <class T>                                         \
+  MSL_INLINE T simd_##name(T x) {                            \
+    return msl_meet<T>(x, &msl_reduce<T, Op>::function, 32); \
+  }                                                          \
+  template <class T>                                         \
+  MSL_INLINE T quad_##name(T x) {                            \
+    return msl_meet<T>(x, &msl_reduce<T, Op>::function, 4);  \
   }
 MSL_REDUCTION(sum, msl_add)
 MSL_REDUCTION(product, msl_multiply)
@@ -131,14 +132,14 @@ struct msl_scan {
     }
   }
 };
-#define MSL_SCANS(name, Op)                                           \
-  template <class T>                                                  \
-  MSL_INLINE T simd_prefix_inclusive_##name(T x) {                    \
-    return msl_meet<T>(x, &msl_scan<T, Op, true>::function, 32);      \
-  }                                                                   \
-  template <class T>                                                  \
-  MSL_INLINE T simd_prefix_exclusive_##name(T x) {                    \
-    return msl_meet<T>(x, &msl_scan<T, Op, false>::function, 32);     \
+#define MSL_SCANS(name, Op)                                       \
+  template <class T>                                              \
+  MSL_INLINE T simd_prefix_inclusive_##name(T x) {                \
+    return msl_meet<T>(x, &msl_scan<T, Op, true>::function, 32);  \
+  }                                                               \
+  template <class T>                                              \
+  MSL_INLINE T simd_prefix_exclusive_##name(T x) {                \
+    return msl_meet<T>(x, &msl_scan<T, Op, false>::function, 32); \
   }
 MSL_SCANS(sum, msl_add)
 MSL_SCANS(product, msl_multiply)
@@ -183,11 +184,15 @@ struct msl_shuffled {
   ushort by, modulo;
 };
 
-// The value of lane `source` of the group that starts at `base`. A lane that takes no
-// part has none: the result is all ones (a NaN), and a finding.
+// The value of lane `source` of the group that starts at `base`. A lane that
+// takes no part has none: the result is all ones (a NaN), and a finding.
 template <class T>
-MSL_UNCHECKED void
-msl_take(msl_meeting* meeting, msl_shuffled<T>* to, uint lane, int base, int source) {
+MSL_UNCHECKED void msl_take(
+    msl_meeting* meeting,
+    msl_shuffled<T>* to,
+    uint lane,
+    int base,
+    int source) {
   bool inside = source >= 0 && source < (int)meeting->width;
   if (inside && meeting->mask >> (base + source) & 1) {
     to->result = ((msl_shuffled<T>*)meeting->lane[base + source])->value;
@@ -208,18 +213,18 @@ struct msl_shuffle {
     }
   }
 };
-#define MSL_SHUFFLE(name, From)                                        \
-  template <class T>                                                   \
-  MSL_INLINE T simd_##name(T x, ushort by) {                           \
-    msl_shuffled<T> data{x, x, x, by, 32};                             \
-    workbench_simd(&data, &msl_shuffle<T, From>::function, 32);        \
-    return data.result;                                                \
-  }                                                                    \
-  template <class T>                                                   \
-  MSL_INLINE T quad_##name(T x, ushort by) {                           \
-    msl_shuffled<T> data{x, x, x, by, 4};                              \
-    workbench_simd(&data, &msl_shuffle<T, From>::function, 4);         \
-    return data.result;                                                \
+#define MSL_SHUFFLE(name, From)                                 \
+  template <class T>                                            \
+  MSL_INLINE T simd_##name(T x, ushort by) {                    \
+    msl_shuffled<T> data{x, x, x, by, 32};                      \
+    workbench_simd(&data, &msl_shuffle<T, From>::function, 32); \
+    return data.result;                                         \
+  }                                                             \
+  template <class T>                                            \
+  MSL_INLINE T quad_##name(T x, ushort by) {                    \
+    msl_shuffled<T> data{x, x, x, by, 4};                       \
+    workbench_simd(&data, &msl_shuffle<T, From>::function, 4);  \
+    return data.result;                                         \
   }
 MSL_SHUFFLE(shuffle, msl_absolute)
 MSL_SHUFFLE(broadcast, msl_absolute)
@@ -230,8 +235,8 @@ MSL_SHUFFLE(shuffle_rotate_down, msl_rotate_down)
 MSL_SHUFFLE(shuffle_rotate_up, msl_rotate_up)
 #undef MSL_SHUFFLE
 
-// Lanes that would read past their group of `modulo` lanes take it from `fill`: the
-// low lanes' when shifting down, the high lanes' when shifting up.
+// Lanes that would read past their group of `modulo` lanes take it from `fill`:
+// the low lanes' when shifting down, the high lanes' when shifting up.
 template <class T, int Direction>
 struct msl_fill_shuffle {
   MSL_UNCHECKED static void function(msl_meeting* meeting) {
@@ -250,13 +255,15 @@ struct msl_fill_shuffle {
   }
 };
 template <class T>
-MSL_INLINE T simd_shuffle_and_fill_down(T x, T fill, ushort by, ushort modulo = 32) {
+MSL_INLINE T
+simd_shuffle_and_fill_down(T x, T fill, ushort by, ushort modulo = 32) {
   msl_shuffled<T> data{x, fill, x, by, modulo};
   workbench_simd(&data, &msl_fill_shuffle<T, 1>::function, 32);
   return data.result;
 }
 template <class T>
-MSL_INLINE T simd_shuffle_and_fill_up(T x, T fill, ushort by, ushort modulo = 32) {
+MSL_INLINE T
+simd_shuffle_and_fill_up(T x, T fill, ushort by, ushort modulo = 32) {
   msl_shuffled<T> data{x, fill, x, by, modulo};
   workbench_simd(&data, &msl_fill_shuffle<T, -1>::function, 32);
   return data.result;

@@ -1,6 +1,6 @@
 #pragma once
-// simdgroup_matrix: 8 x 8 matrices spread over the 32 lanes, two neighbours of a row
-// each, in the layout that Apple's GPUs show and MLX's kernels rely on.
+// simdgroup_matrix: 8 x 8 matrices spread over the 32 lanes, two neighbours of
+// a row each, in the layout that Apple's GPUs show and MLX's kernels rely on.
 
 namespace metal {
 
@@ -34,7 +34,8 @@ typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
 typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
 
 template <class T, int Rows = 8, int Columns = 8>
-MSL_INLINE simdgroup_matrix<T, Rows, Columns> make_filled_simdgroup_matrix(T value) {
+MSL_INLINE simdgroup_matrix<T, Rows, Columns> make_filled_simdgroup_matrix(
+    T value) {
   simdgroup_matrix<T, Rows, Columns> result;
   result.elements = vec<T, 2>{value, value};
   return result;
@@ -42,7 +43,8 @@ MSL_INLINE simdgroup_matrix<T, Rows, Columns> make_filled_simdgroup_matrix(T val
 
 MSL_INLINE ulong
 msl_matrix_index(uint k, ulong stride, ulong2 origin, bool transposed) {
-  uint row = msl_row(workbench_lane()), column = msl_column(workbench_lane()) + k;
+  uint row = msl_row(workbench_lane()),
+       column = msl_column(workbench_lane()) + k;
   return transposed ? (origin.y + column) * stride + origin.x + row
                     : (origin.y + row) * stride + origin.x + column;
 }
@@ -73,7 +75,8 @@ MSL_MATRIX_MEMORY(device)
 MSL_MATRIX_MEMORY(threadgroup)
 #undef MSL_MATRIX_MEMORY
 
-// d = a @ b + c in float, summed over ascending k. Apple does not say how a GPU sums.
+// d = a @ b + c in float, summed over ascending k. Apple does not say how a GPU
+// sums.
 template <class D, class A, class B, class C>
 struct msl_product {
   vec<A, 2> a;

@@ -151,18 +151,21 @@ struct msl_is_float<half> : true_type {};
 template <>
 struct msl_is_float<bfloat> : true_type {};
 template <class T>
-struct is_floating_point : bool_constant<msl_is_float<remove_cv_t<T>>::value> {};
+struct is_floating_point : bool_constant<msl_is_float<remove_cv_t<T>>::value> {
+};
 template <class T>
 inline constexpr bool is_floating_point_v = is_floating_point<T>::value;
 
 template <class T>
-struct is_arithmetic : bool_constant<is_integral_v<T> || is_floating_point_v<T>> {};
+struct is_arithmetic
+    : bool_constant<is_integral_v<T> || is_floating_point_v<T>> {};
 template <class T>
 inline constexpr bool is_arithmetic_v = is_arithmetic<T>::value;
 
 template <class T>
 struct is_signed
-    : bool_constant<is_floating_point_v<T> || (is_integral_v<T> && T(-1) < T(0))> {};
+    : bool_constant<
+          is_floating_point_v<T> || (is_integral_v<T> && T(-1) < T(0))> {};
 template <class T>
 inline constexpr bool is_signed_v = is_signed<T>::value;
 template <class T>
@@ -180,7 +183,8 @@ struct is_trivially_copyable : bool_constant<__is_trivially_copyable(T)> {};
 template <class...>
 struct disjunction : false_type {};
 template <class A, class... Rest>
-struct disjunction<A, Rest...> : conditional_t<bool(A::value), A, disjunction<Rest...>> {};
+struct disjunction<A, Rest...>
+    : conditional_t<bool(A::value), A, disjunction<Rest...>> {};
 template <class... T>
 inline constexpr bool disjunction_v = disjunction<T...>::value;
 // MLX's type_traits build on the older, underscored names.
@@ -189,7 +193,8 @@ using _disjunction = disjunction<T...>;
 template <class...>
 struct conjunction : true_type {};
 template <class A, class... Rest>
-struct conjunction<A, Rest...> : conditional_t<bool(A::value), conjunction<Rest...>, A> {};
+struct conjunction<A, Rest...>
+    : conditional_t<bool(A::value), conjunction<Rest...>, A> {};
 template <class... T>
 inline constexpr bool conjunction_v = conjunction<T...>::value;
 template <class A>

@@ -1,9 +1,9 @@
 #pragma once
 // types: scalars, vectors and the words that stand for attributes.
 //
-// device, constant, threadgroup and thread are macros from the command line: clang's
-// opencl_* type attributes, which on x86 cost nothing at run time but keep pointers
-// of different address spaces apart, as Metal's compiler does.
+// device, constant, threadgroup and thread are macros from the command line:
+// clang's opencl_* type attributes, which on x86 cost nothing at run time but
+// keep pointers of different address spaces apart, as Metal's compiler does.
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -24,8 +24,8 @@ typedef long intptr_t;
 typedef _Float16 half;
 typedef __bf16 bfloat;
 
-// Library functions carry no line numbers of their own, so a report names the line
-// of the kernel that called them.
+// Library functions carry no line numbers of their own, so a report names the
+// line of the kernel that called them.
 #define MSL_INLINE inline __attribute__((always_inline, nodebug))
 // Carried out for other lanes: not an access of the running one.
 #define MSL_UNCHECKED \
@@ -58,13 +58,13 @@ typedef __bf16 bfloat;
 #define M_SQRT2_F 1.41421356237309504880f
 #define M_SQRT1_2_F 0.70710678118654752440f
 
-#define MSL_VECTORS(T)                                   \
-  typedef T T##2 __attribute__((ext_vector_type(2)));    \
-  typedef T T##3 __attribute__((ext_vector_type(3)));    \
-  typedef T T##4 __attribute__((ext_vector_type(4)));    \
-  typedef T packed_##T##2                                \
+#define MSL_VECTORS(T)                                              \
+  typedef T T##2 __attribute__((ext_vector_type(2)));               \
+  typedef T T##3 __attribute__((ext_vector_type(3)));               \
+  typedef T T##4 __attribute__((ext_vector_type(4)));               \
+  typedef T packed_##T##2                                           \
       __attribute__((ext_vector_type(2), aligned(__alignof__(T)))); \
-  typedef T packed_##T##4                                \
+  typedef T packed_##T##4                                           \
       __attribute__((ext_vector_type(4), aligned(__alignof__(T))));
 MSL_VECTORS(char)
 MSL_VECTORS(uchar)

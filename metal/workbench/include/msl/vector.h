@@ -1,8 +1,8 @@
 #pragma once
 // vector: constructors, casts and packed vectors.
 //
-// C++ cannot write float4(a, b, c, d) for clang's vector types; the rewriter turns
-// it into msl_make<float4>(a, b, c, d).
+// C++ cannot write float4(a, b, c, d) for clang's vector types; the rewriter
+// turns it into msl_make<float4>(a, b, c, d).
 
 namespace metal {
 
@@ -50,7 +50,8 @@ MSL_INLINE V msl_make(A... a) {
     return V(a...);
   } else if constexpr (sizeof...(A) == 0) {
     return V{};
-  } else if constexpr (sizeof...(A) == 1 && !(msl_vector<A>::is_vector && ...)) {
+  } else if constexpr (
+      sizeof...(A) == 1 && !(msl_vector<A>::is_vector && ...)) {
     V result;
     for (int i = 0; i < msl_vector<V>::length;) {
       (msl_append(result, i, a), ...);
@@ -81,21 +82,28 @@ MSL_INLINE To as_type(From x) {
   return __builtin_bit_cast(To, x);
 }
 
-// packed_float3 and its like: twelve bytes, not sixteen, and one access.
-template <class T>
-using msl_vector3 = T __attribute__((ext_vector_type(3), aligned(__alignof__(T))));
-#define MSL_COPY_FROM(space)                                     \
-  MSL_INLINE msl_packed3(const space msl_packed3& other)         \
-      : msl_packed3(*(const space msl_vector3<T>*)&other) {}
+// packed_float3 and its like: twelve bytes, not sixteen. The compiler would
+// read them as three numbers, a GPU reads them at once; so the checks are told.
+template <class T, class From>
+MSL_INLINE T msl_read_packed(From from) {
+#ifdef WORKBENCH_CHECKED
+  workbench_read((const void*)(uintptr_t)from, sizeof(T));
+  return msl_peek((const T*)(uintptr_t)from);
+#else
+  return *(const T*)(uintptr_t)from;
+#endif
+}
 template <class T>
 struct msl_packed3 {
   T x, y, z;
   msl_packed3() = default;
   MSL_INLINE msl_packed3(vec<T, 3> v) : x(v[0]), y(v[1]), z(v[2]) {}
-  MSL_COPY_FROM(device)
-  MSL_COPY_FROM(threadgroup)
+  MSL_INLINE msl_packed3(const device msl_packed3& other)
+      : msl_packed3(msl_read_packed<msl_packed3>(&other)) {}
+  MSL_INLINE msl_packed3(const threadgroup msl_packed3& other)
+      : msl_packed3(msl_read_packed<msl_packed3>(&other)) {}
   MSL_INLINE msl_packed3(constant msl_packed3& other)
-      : msl_packed3(*(constant msl_vector3<T>*)&other) {}
+      : msl_packed3(msl_read_packed<msl_packed3>(&other)) {}
   MSL_INLINE operator vec<T, 3>() const {
     vec<T, 3> v = {x, y, z};
     return v;
@@ -104,7 +112,6 @@ struct msl_packed3 {
     return i == 0 ? x : i == 1 ? y : z;
   }
 };
-#undef MSL_COPY_FROM
 template <class T>
 struct msl_vector<msl_packed3<T>> {
   using element = T;
@@ -146,14 +153,14 @@ MSL_INLINE constexpr T make_uniform(T x) {
 
 // Whole objects copied between address spaces, which C++ has no words for: the
 // rewriter turns *(device V*)p into these where V may be a class.
-#define MSL_COPIES(space)                           \
-  template <class T>                                \
-  MSL_INLINE T msl_load(const space T* p) {         \
-    return *(const T*)(uintptr_t)p;                 \
-  }                                                 \
-  template <class T, class V>                       \
-  MSL_INLINE void msl_store(space T* p, V value) {  \
-    *(T*)(uintptr_t)p = value;                      \
+#define MSL_COPIES(space)                          \
+  template <class T>                               \
+  MSL_INLINE T msl_load(const space T* p) {        \
+    return *(const T*)(uintptr_t)p;                \
+  }                                                \
+  template <class T, class V>                      \
+  MSL_INLINE void msl_store(space T* p, V value) { \
+    *(T*)(uintptr_t)p = value;                     \
   }
 MSL_COPIES(device)
 MSL_COPIES(threadgroup)
