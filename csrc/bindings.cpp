@@ -6,8 +6,8 @@
 #include <nanobind/stl/vector.h>
 
 #include "isa.h"
-#include "launch.h"
 #include "mlx/version.h"
+#include "plan.h"
 #include "pool.h"
 
 NB_MODULE(_ext, m) {
@@ -28,14 +28,15 @@ NB_MODULE(_ext, m) {
       [](int threads) { pyengine::Pool::shared().set_threads(threads); },
       nb::arg("threads"));
 
-  nb::class_<pyengine::Launch>(m, "Launch")
-      .def_ro("slices", &pyengine::Launch::slices)
-      .def_ro("groups", &pyengine::Launch::groups)
-      .def_ro("columns", &pyengine::Launch::columns)
-      .def_ro("scratch", &pyengine::Launch::scratch)
-      .def_ro("group_scratch", &pyengine::Launch::group_scratch)
-      .def_ro("work", &pyengine::Launch::work);
+  nb::class_<pyengine::Plan>(m, "Plan")
+      .def_ro("slices", &pyengine::Plan::slices)
+      .def_ro("groups", &pyengine::Plan::groups)
+      .def_ro("columns", &pyengine::Plan::columns)
+      .def_ro("scratch", &pyengine::Plan::scratch)
+      .def_ro("group_scratch", &pyengine::Plan::group_scratch)
+      .def_ro("work", &pyengine::Plan::work);
 
+  pyengine::bind_launch(m);
   pyengine::bind_dense_matmul(m);
   pyengine::bind_q8_matmul(m);
   pyengine::bind_random_uniform(m);

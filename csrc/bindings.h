@@ -7,6 +7,7 @@ namespace nb = nanobind;
 
 namespace pyengine {
 
+void bind_launch(nb::module_& m);
 void bind_dense_matmul(nb::module_& m);
 void bind_q8_matmul(nb::module_& m);
 void bind_random_uniform(nb::module_& m);

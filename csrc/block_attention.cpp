@@ -135,7 +135,7 @@ void attend_in_waves(
   PYENGINE_PICK_KERNEL(attention_finish)(args, rows, total);
 }
 
-void run(const BlockAttentionArgs& args, const Launch& launch) {
+void run(const BlockAttentionArgs& args, const Plan& plan) {
   check(args.offset >= 0, op, "offset", "be at least 0", args.offset);
   int64_t newest = args.offset + args.T - 1;
   int64_t oldest = std::max<int64_t>(0, args.offset - args.window + 1);
@@ -147,16 +147,16 @@ void run(const BlockAttentionArgs& args, const Launch& launch) {
         ".");
   }
 
-  int pieces = launch.slices * launch.groups;
-  auto piece = [&](int i) { attend(args, rows_of(args, launch.groups, i)); };
+  int pieces = plan.slices * plan.groups;
+  auto piece = [&](int i) { attend(args, rows_of(args, plan.groups, i)); };
   // The plan counts the whole capacity, of which little may be in use.
-  int64_t work = launch.work / args.C * needed * launch.slices;
+  int64_t work = plan.work / args.C * needed * plan.slices;
   int threads = Pool::shared().threads();
   if (threads > 1 && pieces >= threads && work >= work_worth_sharing) {
     Pool::shared().run(pieces, piece);
   } else if (threads > 1 && pieces < threads && work >= work_worth_waves) {
     for (int i = 0; i < pieces; ++i) {
-      attend_in_waves(args, rows_of(args, launch.groups, i));
+      attend_in_waves(args, rows_of(args, plan.groups, i));
     }
   } else {
     for (int i = 0; i < pieces; ++i) {
@@ -167,15 +167,15 @@ void run(const BlockAttentionArgs& args, const Launch& launch) {
 
 } // namespace
 
-Launch block_attention_plan(int B, int T, int H, int K, int C, int D) {
+Plan block_attention_plan(int B, int T, int H, int K, int C, int D) {
   int positions = std::min(T, max_rows);
-  Launch launch;
-  launch.slices = (T + max_rows - 1) / max_rows;
-  launch.groups = B * K;
-  launch.columns = H / K * D;
-  launch.group_scratch = scratch_size(positions * (H / K), D, 2);
-  launch.work = 2 * int64_t(B) * positions * H * C * D;
-  return launch;
+  Plan plan;
+  plan.slices = (T + max_rows - 1) / max_rows;
+  plan.groups = B * K;
+  plan.columns = H / K * D;
+  plan.group_scratch = scratch_size(positions * (H / K), D, 2);
+  plan.work = 2 * int64_t(B) * positions * H * C * D;
+  return plan;
 }
 
 mx::array block_attention(
@@ -264,7 +264,7 @@ void BlockAttention::eval_cpu(
        v = CacheView(inputs[2]),
        offset = inputs[3].data<int32_t>(),
        start = inputs.size() == 5 ? inputs[4].data<int32_t>() : nullptr,
-       launch = block_attention_plan(
+       plan = block_attention_plan(
            q.shape(0), args.T, args.H, args.K, args.C, args.D),
        args]() mutable {
         args.q = q.get();
@@ -274,7 +274,7 @@ void BlockAttention::eval_cpu(
         std::copy_n(v.strides, 3, args.v_strides);
         args.offset = *offset;
         args.start = start ? *start : 0;
-        run(args, launch);
+        run(args, plan);
       });
 }
 

@@ -4,9 +4,9 @@
 
 #include <optional>
 
-#include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
+#include "plan.h"
 
 namespace pyengine {
 
@@ -22,7 +22,7 @@ mx::array block_attention(
     const std::optional<mx::array>& start); // int32 []
 
 // One group per batch and key head, slices of max_rows positions.
-Launch block_attention_plan(int B, int T, int H, int K, int C, int D);
+Plan block_attention_plan(int B, int T, int H, int K, int C, int D);
 
 // Inputs: q, k, v, offset, then start where given.
 class BlockAttention : public mx::Primitive {

@@ -1,4 +1,4 @@
-// dense_matmul: checks, primitive and launch plan; the arithmetic is in
+// dense_matmul: checks, primitive and the two plans; the arithmetic is in
 // dense_matmul_cpu.cpp.
 
 #include "dense_matmul.h"
@@ -10,6 +10,7 @@
 #include "bindings.h"
 #include "dense_matmul_cpu.h"
 #include "matmul.h"
+#include "matmul_launch.h"
 #include "mlx/backend/cpu/encoder.h"
 
 namespace pyengine {
@@ -20,8 +21,26 @@ constexpr const char* op = "dense_matmul";
 
 } // namespace
 
-Launch dense_matmul_plan(int M, int N, int K, size_t itemsize) {
+Plan dense_matmul_plan(int M, int N, int K, size_t itemsize) {
   return matmul_plan(M, N, K, K * itemsize);
+}
+
+Launch
+dense_matmul_launch(int M, int N, int K, mx::Dtype dtype, mx::Dtype out_dtype) {
+  using Role = Buffer::Role;
+  auto launch = matmul_launch(
+      op, std::string(op) + "_" + dtype_name(dtype), M, N, 8, dtype);
+  launch.constants[2] = out_dtype == mx::float32 && dtype != mx::float32;
+  bool aligned = int64_t(K) * dtype.size() % 16 == 0;
+  launch.constants[3] = aligned;
+  launch.buffers = {
+      Buffer::array(Role::in, "x", {M, K}, dtype, aligned ? 16 : 1),
+      Buffer::array(Role::in, "w", {N, K}, dtype, aligned ? 16 : 1),
+      Buffer::array(Role::out, "out", {M, N}, out_dtype),
+      Buffer::scalar("M", M),
+      Buffer::scalar("N", N),
+      Buffer::scalar("K", K)};
+  return launch;
 }
 
 mx::array dense_matmul(
@@ -42,7 +61,7 @@ mx::array dense_matmul(
       std::move(shape),
       dtype,
       std::make_shared<DenseMatmul>(stream),
-      {x, whole(w, stream)});
+      {rows_of(x, stream), whole(w, stream)});
 }
 
 void DenseMatmul::eval_cpu(
@@ -64,24 +83,31 @@ void DenseMatmul::eval_cpu(
   args.out_storage = storage_of(out.dtype());
   args.N = w.shape(0);
   args.K = w.shape(1);
-  auto launch = dense_matmul_plan(rows.count(), args.N, args.K, w.itemsize());
+  auto plan = dense_matmul_plan(rows.count(), args.N, args.K, w.itemsize());
 
   auto& encoder = mx::cpu::get_command_encoder(stream());
   encoder.set_input_array(x);
   encoder.set_input_array(w);
   encoder.set_output_array(out);
-  encoder.dispatch([rows = std::move(rows), launch, args] {
+  encoder.dispatch([rows = std::move(rows), plan, args] {
     auto kernel = PYENGINE_PICK_KERNEL(dense_matmul_columns);
-    run_matmul(rows, launch, args, Order::plain, kernel);
+    run_matmul(rows, plan, args, Order::plain, kernel);
   });
 }
 
 void DenseMatmul::eval_gpu(
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[dense_matmul] has no Metal kernel yet; "
-      "pyengine.ops.dense_matmul runs MLX's own op on a GPU.");
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& x = inputs[0];
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+  int N = inputs[1].shape(0), K = inputs[1].shape(1);
+  int M = int(out.size() / N);
+  auto launch = dense_matmul_launch(M, N, K, x.dtype(), out.dtype());
+  run_on_gpu(launch, stream(), inputs, outputs);
 }
 
 void bind_dense_matmul(nb::module_& m) {
@@ -98,6 +124,14 @@ void bind_dense_matmul(nb::module_& m) {
       nb::arg("N"),
       nb::arg("K"),
       nb::arg("itemsize"));
+  m.def(
+      "dense_matmul_launch",
+      &dense_matmul_launch,
+      nb::arg("M"),
+      nb::arg("N"),
+      nb::arg("K"),
+      nb::arg("dtype"),
+      nb::arg("out_dtype"));
 }
 
 } // namespace pyengine

@@ -6,6 +6,7 @@
 #include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
+#include "plan.h"
 
 namespace pyengine {
 
@@ -16,7 +17,14 @@ mx::array dense_matmul(
     const mx::array& w, // [N, K]
     std::optional<mx::Dtype> out_dtype);
 
-Launch dense_matmul_plan(int M, int N, int K, size_t itemsize);
+Plan dense_matmul_plan(int M, int N, int K, size_t itemsize);
+
+Launch dense_matmul_launch(
+    int M,
+    int N,
+    int K,
+    mx::Dtype dtype, // of x and w
+    mx::Dtype out_dtype);
 
 class DenseMatmul : public mx::Primitive {
  public:

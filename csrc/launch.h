@@ -1,44 +1,62 @@
 #pragma once
-// launch.h: how one kernel is started, as data.
+// launch.h: how one Metal kernel is started, as data.
 //
-// X_plan() in X.cpp computes a Launch from shapes and dtypes alone; whatever
-// runs the kernel runs that description. So a launch is written once, and can
-// be tested without running it.
+// X_launch() in X.cpp computes a Launch from shapes and dtypes alone. eval_gpu
+// hands it to MLX's command encoder, the workbench to the same kernel compiled
+// for the processor: what is tested without a Mac is what runs on one. The
+// processor kernels have a Plan of their own (plan.h).
 
-#include <cstddef>
-#include <cstdint>
+#include <array>
+#include <map>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
 
-#include "pool.h"
+#include "mlx/mlx.h"
 
 namespace pyengine {
 
-struct Launch {
-  // Slices of at most max_rows rows, run one after the other.
-  int slices = 1;
-  // Independent groups per slice. Each owns `columns` output columns, the last
-  // one what is left: nothing is summed across groups.
-  int groups = 1;
-  int columns = 1;
-  // Floats of scratch that the groups of a slice share, and of each its own.
-  size_t scratch = 0;
-  size_t group_scratch = 0;
-  // Multiply-adds of one slice.
-  int64_t work = 0;
+namespace mx = mlx::core;
+
+struct Buffer {
+  enum class Role { in, out, inout, bytes };
+
+  std::string name;
+  Role role;
+  mx::Shape shape; // arrays only
+  mx::Dtype dtype;
+  int alignment; // bytes that its first element must lie on
+  std::string data; // bytes only
+
+  static Buffer array(
+      Role role,
+      std::string name,
+      mx::Shape shape,
+      mx::Dtype dtype,
+      int alignment = 1);
+  static Buffer scalar(std::string name, uint32_t value);
 };
 
-// Fewer multiply-adds than this take less time than waking a thread.
-constexpr int64_t work_worth_sharing = 1 << 17;
+struct Launch {
+  std::string library; // q8_matmul: metal/q8_matmul.metal
+  std::string kernel; // host name in that library
+  std::map<int, std::variant<bool, int, float>> constants; // by index
+  std::array<int, 3> grid; // threadgroups
+  std::array<int, 3> threadgroup; // threads
+  std::vector<Buffer> buffers; // by index, without gaps
+  std::vector<std::pair<int, int>> threadgroup_memory; // index, bytes
+};
 
-// Calls work(group) for all groups of one slice.
-template <typename Work>
-void run_groups(const Launch& launch, const Work& work) {
-  if (launch.work < work_worth_sharing) {
-    for (int group = 0; group < launch.groups; ++group) {
-      work(group);
-    }
-  } else {
-    Pool::shared().run(launch.groups, work);
-  }
-}
+// "bfloat16": the dtype's part of a host name.
+std::string dtype_name(mx::Dtype dtype);
+
+// Runs a launch on a GPU stream. `inputs` and `outputs` stand for the buffers
+// of those roles, in order; an inout buffer is an output. Outputs have memory.
+void run_on_gpu(
+    const Launch& launch,
+    const mx::Stream& stream,
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs);
 
 } // namespace pyengine

@@ -8,8 +8,8 @@
 
 #include "check.h"
 #include "isa.h"
-#include "launch.h"
 #include "mlx/mlx.h"
+#include "plan.h"
 #include "rows_cpu.h"
 #include "storage.h"
 
@@ -20,6 +20,11 @@ namespace pyengine {
 inline mx::array whole(const mx::array& a, mx::Stream stream) {
   bool known = a.is_available() && a.flags().row_contiguous;
   return known ? a : mx::contiguous(a, false, stream);
+}
+
+// The processor kernels read rows of any strides, the Metal kernels do not.
+inline mx::array rows_of(const mx::array& x, mx::Stream stream) {
+  return stream.device == mx::Device::cpu ? x : whole(x, stream);
 }
 
 inline mx::Dtype check_out_dtype(
@@ -38,18 +43,18 @@ inline mx::Dtype check_out_dtype(
 
 // Groups of weights small enough for threads to finish together and to stay in
 // a cache while the rows take turns, large enough to be worth handing out.
-inline Launch matmul_plan(int M, int N, int K, int64_t row_bytes) {
+inline Plan matmul_plan(int M, int N, int K, int64_t row_bytes) {
   int rows = std::min(M, max_rows);
   int64_t bytes = std::clamp<int64_t>(N * row_bytes / 16, 1 << 14, 1 << 18);
   int64_t columns = bytes / std::max<int64_t>(row_bytes, 16) / 8 * 8;
-  Launch launch;
-  launch.slices = (M + max_rows - 1) / max_rows;
-  launch.columns = int(std::max<int64_t>(columns, 8));
-  launch.groups = (N + launch.columns - 1) / launch.columns;
-  launch.scratch = size_t(rows) * padded_width(K);
-  launch.group_scratch = size_t(rows) * launch.columns;
-  launch.work = int64_t(rows) * N * K;
-  return launch;
+  Plan plan;
+  plan.slices = (M + max_rows - 1) / max_rows;
+  plan.columns = int(std::max<int64_t>(columns, 8));
+  plan.groups = (N + plan.columns - 1) / plan.columns;
+  plan.scratch = size_t(rows) * padded_width(K);
+  plan.group_scratch = size_t(rows) * plan.columns;
+  plan.work = int64_t(rows) * N * K;
+  return plan;
 }
 
 // Where each row of an array [..., K] starts.
@@ -128,28 +133,28 @@ class Scratch {
 template <typename Args>
 void run_matmul(
     const Rows& rows,
-    const Launch& launch,
+    const Plan& plan,
     Args args,
     Order order,
     void kernel(const Args&, int begin, int end, float* scratch)) {
   static thread_local Scratch shared;
-  float* x = shared.floats(launch.scratch);
+  float* x = shared.floats(plan.scratch);
   args.x = x;
   size_t row_bytes =
       size_t(args.N) * (args.out_storage == Storage::float32 ? 4 : 2);
   char* out = static_cast<char*>(args.out);
-  for (int slice = 0; slice < launch.slices; ++slice) {
+  for (int slice = 0; slice < plan.slices; ++slice) {
     int first = slice * max_rows;
     args.M = std::min(rows.count() - first, max_rows);
     args.out = out + size_t(first) * row_bytes;
     for (int row = 0; row < args.M; ++row) {
       rows.load(first + row, order, args.M, x + 16 * row);
     }
-    run_groups(launch, [&](int group) {
+    run_groups(plan, [&](int group) {
       static thread_local Scratch own;
-      int begin = group * launch.columns;
-      int end = std::min(begin + launch.columns, args.N);
-      kernel(args, begin, end, own.floats(launch.group_scratch));
+      int begin = group * plan.columns;
+      int end = std::min(begin + plan.columns, args.N);
+      kernel(args, begin, end, own.floats(plan.group_scratch));
     });
   }
 }

@@ -1,4 +1,4 @@
-// q8_matmul: checks, primitive and launch plan; the arithmetic is in
+// q8_matmul: checks, primitive and the two plans; the arithmetic is in
 // q8_matmul_cpu.cpp.
 
 #include "q8_matmul.h"
@@ -11,6 +11,7 @@
 #include "bindings.h"
 #include "check.h"
 #include "matmul.h"
+#include "matmul_launch.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "q8_matmul_cpu.h"
 
@@ -22,9 +23,44 @@ constexpr const char* op = "q8_matmul";
 
 } // namespace
 
-Launch q8_matmul_plan(int M, int N, int K, int group_size, int bits) {
-  Launch launch = matmul_plan(M, N, K, int64_t(K) * bits / 8);
-  launch.group_scratch += 2 * size_t(launch.columns) * (K / group_size);
+Plan q8_matmul_plan(int M, int N, int K, int group_size, int bits) {
+  Plan plan = matmul_plan(M, N, K, int64_t(K) * bits / 8);
+  plan.group_scratch += 2 * size_t(plan.columns) * (K / group_size);
+  return plan;
+}
+
+Launch q8_matmul_launch(
+    int M,
+    int N,
+    int K,
+    mx::Dtype dtype,
+    mx::Dtype out_dtype,
+    int group_size,
+    int bits) {
+  using Role = Buffer::Role;
+  auto launch = matmul_launch(
+      op,
+      std::string(op) + "_" + dtype_name(dtype) + "_" + std::to_string(bits),
+      M,
+      N,
+      bits == 4 ? 16 : 8,
+      dtype);
+  launch.constants[2] = out_dtype == mx::float32 && dtype != mx::float32;
+  launch.constants[3] = group_size;
+  launch.buffers = {
+      Buffer::array(Role::in, "x", {M, K}, dtype, 16),
+      Buffer::array(
+          Role::in,
+          "w",
+          {N, int(int64_t(K) * bits / 32)},
+          mx::uint32,
+          bits == 6 ? 4 : 16),
+      Buffer::array(Role::in, "scales", {N, K / group_size}, dtype),
+      Buffer::array(Role::in, "biases", {N, K / group_size}, dtype),
+      Buffer::array(Role::out, "out", {M, N}, out_dtype),
+      Buffer::scalar("M", M),
+      Buffer::scalar("N", N),
+      Buffer::scalar("K", K)};
   return launch;
 }
 
@@ -71,7 +107,10 @@ mx::array q8_matmul(
       std::move(shape),
       dtype,
       std::make_shared<Q8Matmul>(stream, group_size, bits),
-      {x, whole(w, stream), whole(scales, stream), whole(biases, stream)});
+      {rows_of(x, stream),
+       whole(w, stream),
+       whole(scales, stream),
+       whole(biases, stream)});
 }
 
 void Q8Matmul::eval_cpu(
@@ -99,8 +138,7 @@ void Q8Matmul::eval_cpu(
   args.K = x.shape(-1);
   args.group_size = group_size_;
   args.bits = bits_;
-  auto launch =
-      q8_matmul_plan(rows.count(), args.N, args.K, group_size_, bits_);
+  auto plan = q8_matmul_plan(rows.count(), args.N, args.K, group_size_, bits_);
   Order order = bits_ == 8 ? Order::plain
       : bits_ == 6         ? Order::quads
                            : Order::pairs;
@@ -111,18 +149,26 @@ void Q8Matmul::eval_cpu(
   encoder.set_input_array(scales);
   encoder.set_input_array(biases);
   encoder.set_output_array(out);
-  encoder.dispatch([rows = std::move(rows), launch, args, order] {
+  encoder.dispatch([rows = std::move(rows), plan, args, order] {
     auto kernel = PYENGINE_PICK_KERNEL(q8_matmul_columns);
-    run_matmul(rows, launch, args, order, kernel);
+    run_matmul(rows, plan, args, order, kernel);
   });
 }
 
 void Q8Matmul::eval_gpu(
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[q8_matmul] has no Metal kernel yet; "
-      "pyengine.ops.q8_matmul runs MLX's own op on a GPU.");
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& x = inputs[0];
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+  int N = inputs[1].shape(0), K = x.shape(-1);
+  int M = int(out.size() / N);
+  auto launch =
+      q8_matmul_launch(M, N, K, x.dtype(), out.dtype(), group_size_, bits_);
+  run_on_gpu(launch, stream(), inputs, outputs);
 }
 
 bool Q8Matmul::is_equivalent(const mx::Primitive& other) const {
@@ -147,6 +193,16 @@ void bind_q8_matmul(nb::module_& m) {
       nb::arg("M"),
       nb::arg("N"),
       nb::arg("K"),
+      nb::arg("group_size"),
+      nb::arg("bits"));
+  m.def(
+      "q8_matmul_launch",
+      &q8_matmul_launch,
+      nb::arg("M"),
+      nb::arg("N"),
+      nb::arg("K"),
+      nb::arg("dtype"),
+      nb::arg("out_dtype"),
       nb::arg("group_size"),
       nb::arg("bits"));
 }

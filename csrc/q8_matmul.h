@@ -6,6 +6,7 @@
 #include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
+#include "plan.h"
 
 namespace pyengine {
 
@@ -20,7 +21,16 @@ mx::array q8_matmul(
     int bits,
     std::optional<mx::Dtype> out_dtype);
 
-Launch q8_matmul_plan(int M, int N, int K, int group_size, int bits);
+Plan q8_matmul_plan(int M, int N, int K, int group_size, int bits);
+
+Launch q8_matmul_launch(
+    int M,
+    int N,
+    int K,
+    mx::Dtype dtype, // of x, scales and biases
+    mx::Dtype out_dtype,
+    int group_size,
+    int bits);
 
 class Q8Matmul : public mx::Primitive {
  public:

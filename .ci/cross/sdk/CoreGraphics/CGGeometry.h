@@ -1,0 +1,5 @@
+#pragma once
+typedef double CGFloat;
+typedef struct CGSize {
+  CGFloat width, height;
+} CGSize;

@@ -1,0 +1,169 @@
+// launch: small parts of a Launch, its Python face, and how a GPU runs it.
+
+#include "launch.h"
+
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "bindings.h"
+#include "metal_sources.h"
+#ifdef __APPLE__
+#include "mlx/backend/metal/device.h"
+#endif
+
+namespace pyengine {
+
+Buffer Buffer::array(
+    Role role,
+    std::string name,
+    mx::Shape shape,
+    mx::Dtype dtype,
+    int alignment) {
+  return {std::move(name), role, std::move(shape), dtype, alignment, {}};
+}
+
+Buffer Buffer::scalar(std::string name, uint32_t value) {
+  std::string data(sizeof(value), '\0');
+  std::memcpy(data.data(), &value, sizeof(value));
+  return {std::move(name), Role::bytes, {}, mx::uint32, 4, std::move(data)};
+}
+
+std::string dtype_name(mx::Dtype dtype) {
+  std::ostringstream text;
+  text << dtype;
+  return text.str();
+}
+
+namespace {
+
+const char* role_name(Buffer::Role role) {
+  constexpr const char* names[] = {"in", "out", "inout", "bytes"};
+  return names[int(role)];
+}
+
+std::string source_of(const std::string& library) {
+  for (const auto& [name, source] : metal_sources) {
+    if (library == name) {
+      return source;
+    }
+  }
+  throw std::logic_error("[launch] no Metal source is named " + library + ".");
+}
+
+} // namespace
+
+#ifdef __APPLE__
+
+namespace {
+
+// MLX keeps libraries and pipelines by name alone, so the name of a library
+// carries the hash of its text, and that of a pipeline its constants.
+MTL::ComputePipelineState* pipeline(
+    const Launch& launch,
+    mx::metal::Device& device) {
+  std::string source = source_of(launch.library);
+  std::string library = "pyengine_" + launch.library + "_" +
+      std::to_string(std::hash<std::string>()(source));
+  std::string name = launch.kernel;
+  mx::metal::MTLFCList constants;
+  for (const auto& [index, value] : launch.constants) {
+    std::visit(
+        [&, index = index](const auto& v) {
+          using T = std::decay_t<decltype(v)>;
+          auto type = std::is_same_v<T, bool> ? MTL::DataTypeBool
+              : std::is_same_v<T, int>        ? MTL::DataTypeInt
+                                              : MTL::DataTypeFloat;
+          constants.emplace_back(&v, type, index);
+          name += "_" + std::to_string(v);
+        },
+        value);
+  }
+  auto* compiled = device.get_library(library, [&] { return source; });
+  return device.get_kernel(launch.kernel, compiled, name, constants);
+}
+
+MTL::Size size_of(const std::array<int, 3>& size) {
+  return MTL::Size(size[0], size[1], size[2]);
+}
+
+} // namespace
+
+void run_on_gpu(
+    const Launch& launch,
+    const mx::Stream& stream,
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  auto& device = mx::metal::device(stream.device);
+  auto& encoder = mx::metal::get_command_encoder(stream);
+  encoder.set_compute_pipeline_state(pipeline(launch, device));
+  size_t input = 0, output = 0;
+  for (int i = 0; i < int(launch.buffers.size()); ++i) {
+    const auto& buffer = launch.buffers[i];
+    if (buffer.role == Buffer::Role::bytes) {
+      encoder.set_bytes(buffer.data.data(), int(buffer.data.size()), i);
+    } else if (buffer.role == Buffer::Role::in) {
+      const auto& a = inputs[input++];
+      if (a.offset() % buffer.alignment != 0) {
+        throw std::runtime_error(
+            "[" + launch.library + "] " + buffer.name + " must start on " +
+            std::to_string(buffer.alignment) + " bytes but starts at byte " +
+            std::to_string(a.offset()) + " of its memory; pass a copy of it.");
+      }
+      encoder.set_input_array(a, i);
+    } else {
+      encoder.set_output_array(outputs[output++], i);
+    }
+  }
+  for (auto [index, bytes] : launch.threadgroup_memory) {
+    encoder.set_threadgroup_memory_length(bytes, index);
+  }
+  encoder.dispatch_threadgroups(
+      size_of(launch.grid), size_of(launch.threadgroup));
+}
+
+#else
+
+void run_on_gpu(
+    const Launch& launch,
+    const mx::Stream&,
+    const std::vector<mx::array>&,
+    std::vector<mx::array>&) {
+  throw std::runtime_error(
+      "[" + launch.library + "] was built without Metal; use mx.cpu.");
+}
+
+#endif
+
+void bind_launch(nb::module_& m) {
+  nb::class_<Buffer>(m, "Buffer")
+      .def_ro("name", &Buffer::name)
+      .def_prop_ro("role", [](const Buffer& b) { return role_name(b.role); })
+      .def_prop_ro(
+          "shape",
+          [](const Buffer& b) {
+            return std::vector<int>(b.shape.begin(), b.shape.end());
+          })
+      .def_prop_ro("dtype", [](const Buffer& b) { return dtype_name(b.dtype); })
+      .def_ro("alignment", &Buffer::alignment)
+      .def_prop_ro("data", [](const Buffer& b) {
+        return nb::bytes(b.data.data(), b.data.size());
+      });
+  nb::class_<Launch>(m, "Launch")
+      .def_ro("library", &Launch::library)
+      .def_ro("kernel", &Launch::kernel)
+      .def_ro("constants", &Launch::constants)
+      .def_ro("grid", &Launch::grid)
+      .def_ro("threadgroup", &Launch::threadgroup)
+      .def_ro("buffers", &Launch::buffers)
+      .def_ro("threadgroup_memory", &Launch::threadgroup_memory);
+  m.def("metal_source", &source_of, nb::arg("library"));
+}
+
+} // namespace pyengine

@@ -1,0 +1,38 @@
+#pragma once
+// matmul_launch.h: the tile of metal/matmul.h, chosen here for all matmuls.
+//
+// Four simdgroups of 32 columns (64 for 4 bits) read x together: at 16 rows of
+// bfloat16 its bytes then equal those of 8-bit weights. float32 rows are twice
+// as long, and get twice the columns. Few rows are staged many chunks at a
+// time, so that barriers stay rare: at most 8 KiB up to 8 rows, 16 KiB at 16.
+
+#include <algorithm>
+
+#include "kernel.h"
+#include "launch.h"
+
+namespace pyengine {
+
+inline Launch matmul_launch(
+    std::string library,
+    std::string kernel,
+    int M,
+    int N,
+    int simd_columns,
+    mx::Dtype dtype) {
+  constexpr int chunk_bytes = 256 * 4; // of one staged row
+  int rows = std::clamp(M, 1, max_rows);
+  int chunks = std::max(1, 8 / rows);
+  int simds = dtype == mx::float32 ? 8 : 4;
+  int columns = simds * simd_columns;
+  Launch launch;
+  launch.library = std::move(library);
+  launch.kernel = std::move(kernel);
+  launch.constants = {{0, rows}, {1, chunks}};
+  launch.grid = {(N + columns - 1) / columns, (M + max_rows - 1) / max_rows, 1};
+  launch.threadgroup = {32 * simds, 1, 1};
+  launch.threadgroup_memory = {{0, rows * chunks * chunk_bytes}};
+  return launch;
+}
+
+} // namespace pyengine

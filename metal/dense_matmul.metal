@@ -1,0 +1,130 @@
+// dense_matmul: out[m, n] = sum over k of x[m, k] * w[n, k], for up to 16 rows
+// in one pass over the weights.
+//
+// The tile of q8_matmul.metal, whose header gives its reasons. 16 lanes share a
+// column; a chunk of 256 is two 16-byte loads a lane for 16-bit weights and
+// four for float32. A weight is two or four bytes here, so there is less work a
+// byte (M = 16: 9 and 4 operations) and every M is bound by bytes.
+//
+// Limits: where rows do not start on 16 bytes (K odd, say) elements are loaded
+// one by one, in the same order of addition.
+#include "matmul.h"
+
+using namespace pyengine;
+
+constant int rows [[function_constant(0)]]; // min(M, 16)
+constant int chunks [[function_constant(1)]]; // of x staged together
+constant bool float_out [[function_constant(2)]];
+constant bool aligned [[function_constant(3)]]; // rows of x and w on 16 bytes
+
+// Adds chunk k0 of four columns, N * K in all, to the sums.
+template <typename T, ushort lanes>
+inline void multiply_chunk(
+    thread Sums& sums,
+    const device T* w, // of the first column
+    ushort live,
+    const threadgroup float4* x,
+    uint K,
+    uint k0,
+    uint pitch,
+    ushort p) {
+  constexpr ushort run = Loaded<T>::elements;
+  constexpr ushort quads = Loaded<T>::quads;
+  constexpr ushort loads = chunk / (lanes * run);
+#pragma unroll
+  for (ushort i = 0; i < loads; ++i) {
+    uint k = k0 + (i * lanes + p) * run;
+    float4 weights[quads][lane_columns];
+#pragma unroll
+    for (ushort c = 0; c < lane_columns; ++c) {
+      uint valid = (live >> c & 1) && k < K ? min(K - k, uint(run)) : 0;
+      const device T* from = w + ulong(c) * K + k;
+      if (aligned) {
+        uint4 raw = valid ? *(const device uint4*)from : uint4(0);
+        for (ushort q = 0; q < quads; ++q) {
+          weights[q][c] = Loaded<T>::quad(raw, q);
+        }
+      } else {
+        for (ushort e = 0; e < run; ++e) {
+          weights[e / 4][c][e % 4] = e < valid ? float(from[e]) : 0.0f;
+        }
+      }
+    }
+#pragma unroll
+    for (ushort q = 0; q < quads; ++q) {
+      multiply_quad(
+          sums, weights[q], x + (i * quads + q) * lanes + p, pitch, rows);
+    }
+  }
+}
+
+template <typename T>
+[[kernel]] void dense_matmul(
+    const device T* x [[buffer(0)]], // [M, K]
+    const device T* w [[buffer(1)]], // [N, K]
+    device uchar* out [[buffer(2)]], // [M, N], T or float
+    constant uint& M [[buffer(3)]],
+    constant uint& N [[buffer(4)]],
+    constant uint& K [[buffer(5)]],
+    threadgroup float4* staged [[threadgroup(0)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simd [[simdgroup_index_in_threadgroup]],
+    ushort simds [[simdgroups_per_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  constexpr ushort lanes = 16;
+  constexpr ushort run = Loaded<T>::elements;
+  ushort p = lane % lanes;
+  uint n =
+      ((group.x * simds + simd) * (32 / lanes) + lane / lanes) * lane_columns;
+  ushort live = 0;
+  for (ushort c = 0; c < lane_columns; ++c) {
+    live |= ushort(n + c < N) << c;
+  }
+
+  Sums sums = {};
+  Consecutive rows_of = {group.y * max_rows, M};
+  for (uint k0 = 0; k0 < K; k0 += chunks * chunk) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    stage<T, lanes, run>(
+        x,
+        staged,
+        rows_of,
+        K,
+        k0,
+        rows,
+        chunks,
+        aligned,
+        thread_index,
+        simds * 32);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = 0; i < chunks && k0 + i * chunk < K; ++i) {
+      multiply_chunk<T, lanes>(
+          sums,
+          w + ulong(n) * K,
+          live,
+          staged + i * chunk_quads,
+          K,
+          k0 + i * chunk,
+          chunks * chunk_quads,
+          p);
+    }
+  }
+
+  add_lanes<lanes>(sums, rows, p);
+  uint column = n + column_of(p);
+#pragma unroll
+  for (ushort m = 0; m < max_rows; ++m) {
+    if (m < rows && rows_of.live(m) && column < N && writes<lanes>(m, p)) {
+      write<T>(out, ulong(rows_of.row(m)) * N + column, sums[m][0], float_out);
+    }
+  }
+}
+
+#define INSTANTIATE(name, T)                    \
+  template [[host_name("dense_matmul_" #name)]] \
+  [[kernel]] decltype(dense_matmul<T>) dense_matmul<T>;
+
+INSTANTIATE(float32, float)
+INSTANTIATE(float16, half)
+INSTANTIATE(bfloat16, bfloat)

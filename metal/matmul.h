@@ -1,0 +1,149 @@
+#pragma once
+// matmul.h: what the matmuls share: rows of x in threadgroup memory, the sums
+// of one lane, and the tree in which lanes meet.
+//
+// K is cut into chunks of 256. `lanes` lanes of a simdgroup share a chunk of
+// one column; a 16-byte load brings `run` consecutive k. Which k a lane adds,
+// and in what order, follows from these two numbers; then a fixed tree adds the
+// lanes. So a row's bits depend on K alone, never on how many rows there are.
+
+#include "common.h"
+
+namespace pyengine {
+
+constant constexpr ushort max_rows = 16;
+constant constexpr ushort chunk = 256;
+constant constexpr ushort chunk_quads = chunk / 4;
+constant constexpr ushort lane_columns = 4;
+
+// The sums of one lane. Rows that a launch does not have are never touched, so
+// they take no registers.
+typedef float Sums[max_rows][lane_columns];
+
+// Where a quad of four k lies in a staged chunk: quad j of all lanes side by
+// side, so that a simdgroup reads neighbouring addresses.
+template <ushort lanes, ushort run>
+inline ushort staged_at(ushort quad) {
+  constexpr ushort quads = run / 4;
+  ushort lane = quad / quads % lanes;
+  ushort j = quad / (quads * lanes) * quads + quad % quads;
+  return j * lanes + lane;
+}
+
+// Rows of x from `first` on; those from `count` on do not exist.
+struct Consecutive {
+  uint first;
+  uint count;
+
+  bool live(uint i) const {
+    return first + i < count;
+  }
+  uint row(uint i) const {
+    return first + i;
+  }
+};
+
+// Converts x[row i, k0 ...] to float32 in threadgroup memory, once for all
+// columns of the threadgroup; zeros for rows that are not live and beyond K.
+// `aligned`: rows start on 16 bytes.
+template <typename T, ushort lanes, ushort run, typename Rows>
+inline void stage(
+    const device T* x,
+    threadgroup float4* staged,
+    Rows rows_of,
+    uint K,
+    uint k0,
+    ushort rows,
+    ushort chunks,
+    bool aligned,
+    ushort thread_index,
+    ushort threads) {
+  constexpr ushort elements = Loaded<T>::elements;
+  constexpr ushort quads = Loaded<T>::quads;
+  ushort loads = chunks * (chunk / elements); // of one row
+  for (uint i = thread_index; i < uint(rows) * loads; i += threads) {
+    uint row = i / loads;
+    uint at = i - row * loads;
+    uint k = k0 + at * elements;
+    uint valid = rows_of.live(row) && k < K ? min(K - k, uint(elements)) : 0;
+    const device T* from = x + ulong(rows_of.row(row)) * K + k;
+    float4 values[quads];
+    if (aligned) {
+      uint4 raw = valid ? *(const device uint4*)from : uint4(0);
+      for (ushort q = 0; q < quads; ++q) {
+        values[q] = Loaded<T>::quad(raw, q);
+      }
+    } else {
+      for (ushort e = 0; e < elements; ++e) {
+        values[e / 4][e % 4] = e < valid ? float(from[e]) : 0.0f;
+      }
+    }
+    uint quad = at * quads;
+    threadgroup float4* to =
+        staged + (row * chunks + quad / chunk_quads) * chunk_quads;
+    for (ushort q = 0; q < quads; ++q) {
+      to[staged_at<lanes, run>(quad % chunk_quads + q)] = values[q];
+    }
+  }
+}
+
+// Adds one quad of four columns to the sums of all rows, which lie `pitch`
+// quads apart in x.
+inline void multiply_quad(
+    thread Sums& sums,
+    thread const float4 (&weights)[lane_columns],
+    const threadgroup float4* x,
+    uint pitch,
+    ushort rows) {
+#pragma unroll
+  for (ushort m = 0; m < max_rows; ++m) {
+    if (m < rows) {
+      float4 values = x[m * pitch];
+#pragma unroll
+      for (ushort c = 0; c < lane_columns; ++c) {
+        float sum = fma(values.x, weights[c].x, sums[m][c]);
+        sum = fma(values.y, weights[c].y, sum);
+        sum = fma(values.z, weights[c].z, sum);
+        sums[m][c] = fma(values.w, weights[c].w, sum);
+      }
+    }
+  }
+}
+
+// Adds the lanes that share columns, in pairs 1, 2, 4, 8 apart, into
+// sums[m][0]. In the first two steps a lane gives half of its columns away: 5
+// shuffles a row instead of 16. Lane p ends with the column that column_of(p)
+// names.
+template <ushort lanes>
+inline void add_lanes(thread Sums& sums, ushort rows, ushort p) {
+  bool right = p & 1;
+  bool lower = p & 2;
+#pragma unroll
+  for (ushort m = 0; m < max_rows; ++m) {
+    if (m < rows) {
+      float a = simd_shuffle_xor(right ? sums[m][0] : sums[m][2], 1);
+      float b = simd_shuffle_xor(right ? sums[m][1] : sums[m][3], 1);
+      a += right ? sums[m][2] : sums[m][0];
+      b += right ? sums[m][3] : sums[m][1];
+      float sum = simd_shuffle_xor(lower ? a : b, 2);
+      sum += lower ? b : a;
+#pragma unroll
+      for (ushort step = 4; step < lanes; step *= 2) {
+        sum += simd_shuffle_xor(sum, step);
+      }
+      sums[m][0] = sum;
+    }
+  }
+}
+
+inline ushort column_of(ushort p) {
+  return 2 * (p & 1) + (p >> 1 & 1);
+}
+
+// After add_lanes lanes / 4 lanes hold the same sums: they take turns writing.
+template <ushort lanes>
+inline bool writes(ushort m, ushort p) {
+  return m % (lanes / 4) == p / 4;
+}
+
+} // namespace pyengine

@@ -1,0 +1,128 @@
+// q8_matmul: out[m, n] = sum over k of x[m, k] * (q[n, k] * scale + bias), for
+// up to 16 rows in one pass over the weights.
+//
+// A threadgroup of 4 simdgroups (8 for float32) owns 8 columns a simdgroup (16
+// for 4 bits) and walks over K in chunks of 256. 16 lanes (8) share a chunk of
+// a column, 16 bytes each: a simdgroup's load takes 512 bytes, whole 128-byte
+// lines. Each weight and each factor is loaded by one lane, once. x is
+// converted to float32 in threadgroup memory once for all columns of the
+// threadgroup. A row's order of addition is in matmul.h; neither M nor the tile
+// changes it.
+//
+// Why this tile. Figures of one core, from published measurements of M1 to M4:
+// 128 float32 lanes, 208 KiB of registers, 32 KiB of threadgroup memory a
+// threadgroup; an M4 Max feeds each of its 40 cores 13.7 bytes a ns.
+// * Registers, M = 16: 64 sums, 16 packed and 16 dequantised weights, 4 of x, 8
+//   factors, some 16 for addresses: 124 of 4 bytes, so 208 KiB hold 13
+//   simdgroups. M = 6: 84, 19 simdgroups.
+// * Bytes in flight: a lane starts 4 loads of 16 bytes before it needs one, 2
+// KiB
+//   a simdgroup, 26 KiB a core. 13.7 bytes a ns times 1 us would need 14 KiB.
+// * Work per 8-bit weight, which is a byte: M fma, one to dequantise, one
+//   conversion, M / 16 loads of four x from threadgroup memory. M = 6: 8.4
+//   operations a byte; M = 16: 19. An M4 Max core has 128 * 1.6 / 13.7 = 15 a
+//   byte: bound by bytes to about M = 12, by arithmetic at 16.
+// * Columns: x costs M * itemsize / columns bytes a weight. 32 columns make
+// that
+//   0.4 at M = 6 and 1.0 at M = 16 (bfloat16), from the cache; 16 would double
+//   it, 64 would leave an N of 2048 only 32 threadgroups.
+//
+// Limits: K a multiple of group_size; group_size 32, 64 or 128; w, x on 16
+// bytes.
+#include "quantized.h"
+
+using namespace pyengine;
+
+constant int rows [[function_constant(0)]]; // min(M, 16)
+constant int chunks [[function_constant(1)]]; // of x staged together
+constant bool float_out [[function_constant(2)]];
+constant int group_size [[function_constant(3)]];
+
+template <typename T, ushort bits>
+[[kernel]] void q8_matmul(
+    const device T* x [[buffer(0)]], // [M, K]
+    const device uint* w [[buffer(1)]], // [N, K * bits / 32]
+    const device T* scales [[buffer(2)]], // [N, K / group_size]
+    const device T* biases [[buffer(3)]],
+    device uchar* out [[buffer(4)]], // [M, N], T or float
+    constant uint& M [[buffer(5)]],
+    constant uint& N [[buffer(6)]],
+    constant uint& K [[buffer(7)]],
+    threadgroup float4* staged [[threadgroup(0)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simd [[simdgroup_index_in_threadgroup]],
+    ushort simds [[simdgroups_per_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  constexpr ushort run = Packed<bits>::run;
+  constexpr ushort lanes = chunk / run;
+  ushort p = lane % lanes;
+  // A simdgroup has 32 / lanes sets of four columns side by side.
+  uint n =
+      ((group.x * simds + simd) * (32 / lanes) + lane / lanes) * lane_columns;
+
+  Columns<T> columns;
+  uint factors = K / group_size;
+  columns.stride = 2;
+  columns.live = 0;
+  for (ushort c = 0; c < lane_columns; ++c) {
+    columns.live |= ushort(n + c < N) << c;
+  }
+  for (ushort c = 0; c < 2; ++c) {
+    columns.w[c] = w + ulong(n + c) * (K / 32 * bits);
+    columns.scales[c] = scales + ulong(n + c) * factors;
+    columns.biases[c] = biases + ulong(n + c) * factors;
+  }
+
+  Sums sums = {};
+  Consecutive rows_of = {group.y * max_rows, M};
+  for (uint k0 = 0; k0 < K; k0 += chunks * chunk) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    stage<T, lanes, run>(
+        x,
+        staged,
+        rows_of,
+        K,
+        k0,
+        rows,
+        chunks,
+        true,
+        thread_index,
+        simds * 32);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = 0; i < chunks && k0 + i * chunk < K; ++i) {
+      multiply_chunk<T, bits>(
+          sums,
+          columns,
+          staged + i * chunk_quads,
+          K,
+          k0 + i * chunk,
+          group_size,
+          rows,
+          chunks * chunk_quads,
+          lane);
+    }
+  }
+
+  add_lanes<lanes>(sums, rows, p);
+  uint column = n + column_of(p);
+#pragma unroll
+  for (ushort m = 0; m < max_rows; ++m) {
+    if (m < rows && rows_of.live(m) && column < N && writes<lanes>(m, p)) {
+      write<T>(out, ulong(rows_of.row(m)) * N + column, sums[m][0], float_out);
+    }
+  }
+}
+
+#define INSTANTIATE(name, T, bits) \
+  template [[host_name(            \
+      "q8_matmul_" #name           \
+      "_" #bits)]] [[kernel]] decltype(q8_matmul<T, bits>) q8_matmul<T, bits>;
+#define INSTANTIATE_BITS(name, T) \
+  INSTANTIATE(name, T, 8)         \
+  INSTANTIATE(name, T, 6)         \
+  INSTANTIATE(name, T, 4)
+
+INSTANTIATE_BITS(float32, float)
+INSTANTIATE_BITS(float16, half)
+INSTANTIATE_BITS(bfloat16, bfloat)

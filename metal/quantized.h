@@ -1,0 +1,164 @@
+#pragma once
+// quantized.h: one chunk of four columns of MLX's affine quantisation.
+
+#include "matmul.h"
+
+namespace pyengine {
+
+// How a lane's share of a chunk is packed: `run` weights in `words` words, and
+// its quad j as floats. 8 and 4 bits fill 16 bytes; 6 bits would need 48 for
+// whole weights in whole loads, so a lane takes 12.
+template <ushort bits>
+struct Packed;
+
+template <>
+struct Packed<8> {
+  enum { run = 16, words = 4 };
+  static void load(thread uint (&to)[4], const device uint* from) {
+    uint4 raw = *(const device uint4*)from;
+    for (ushort i = 0; i < 4; ++i) {
+      to[i] = raw[i];
+    }
+  }
+  static float4 quad(thread const uint (&from)[4], ushort j) {
+    return float4(as_type<uchar4>(from[j]));
+  }
+};
+
+template <>
+struct Packed<6> {
+  enum { run = 16, words = 3 };
+  static void load(thread uint (&to)[3], const device uint* from) {
+    packed_uint3 raw = *(const device packed_uint3*)from;
+    for (ushort i = 0; i < 3; ++i) {
+      to[i] = raw[i];
+    }
+  }
+  // Four weights lie in 24 bits, the first in the lowest.
+  static float4 quad(thread const uint (&from)[3], ushort j) {
+    uint v = j == 0 ? from[0]
+        : j == 1    ? from[0] >> 24 | from[1] << 8
+        : j == 2    ? from[1] >> 16 | from[2] << 16
+                    : from[2] >> 8;
+    return float4(uint4(v, v >> 6, v >> 12, v >> 18) & 63u);
+  }
+};
+
+template <>
+struct Packed<4> {
+  enum { run = 32, words = 4 };
+  static void load(thread uint (&to)[4], const device uint* from) {
+    Packed<8>::load(to, from);
+  }
+  static float4 quad(thread const uint (&from)[4], ushort j) {
+    uint v = from[j / 2] >> (j % 2 * 16);
+    return float4(uint4(v, v >> 4, v >> 8, v >> 12) & 15u);
+  }
+};
+
+// The four columns of a lane: c and c + 2 lie `stride` matrix rows apart, so
+// that the two of a pair may come from two matrices.
+template <typename T>
+struct Columns {
+  const device uint* w[2];
+  const device T* scales[2];
+  const device T* biases[2];
+  uint stride;
+  ushort live; // bit c: column c exists
+};
+
+// Scale and bias of the lane's four columns. `sharing` lanes lie in one group;
+// each loads 8 / sharing of the eight numbers, so that none is read twice, and
+// shuffles spread them.
+template <typename T, ushort sharing>
+inline void load_factors(
+    thread const Columns<T>& columns,
+    uint pitch,
+    uint group,
+    bool inside,
+    ushort lane,
+    thread float (&scale)[lane_columns],
+    thread float (&bias)[lane_columns]) {
+  ushort mine = lane % sharing;
+  ushort base = lane - mine;
+  float held[8 / sharing];
+#pragma unroll
+  for (ushort i = 0; i < 8 / sharing; ++i) {
+    ushort f = i * sharing + mine; // scales of columns 0 to 3, then biases
+    ushort c = f % 4;
+    const device T* from = f < 4
+        ? (c & 1 ? columns.scales[1] : columns.scales[0])
+        : (c & 1 ? columns.biases[1] : columns.biases[0]);
+    bool live = inside && (columns.live >> c & 1);
+    held[i] = live ? float(from[ulong(c / 2) * columns.stride * pitch + group])
+                   : 0.0f;
+  }
+#pragma unroll
+  for (ushort c = 0; c < lane_columns; ++c) {
+    ushort s = c, b = c + 4;
+    scale[c] = simd_shuffle(held[s / sharing], base + s % sharing);
+    bias[c] = simd_shuffle(held[b / sharing], base + b % sharing);
+  }
+}
+
+// Adds chunk k0 of the lane's columns to the sums. x is the chunk's first quad.
+template <typename T, ushort bits>
+inline void multiply_chunk(
+    thread Sums& sums,
+    thread const Columns<T>& columns,
+    const threadgroup float4* x,
+    uint K,
+    uint k0,
+    ushort group_size,
+    ushort rows,
+    uint pitch,
+    ushort lane) {
+  typedef Packed<bits> P;
+  constexpr ushort run = P::run;
+  constexpr ushort lanes = chunk / run;
+  ushort p = lane % lanes;
+  uint k = k0 + p * run;
+  bool inside = k < K; // K is a multiple of 32, so all of a run is, or none
+
+  uint packed[lane_columns][P::words];
+#pragma unroll
+  for (ushort c = 0; c < lane_columns; ++c) {
+    const device uint* from = columns.w[c & 1] +
+        (ulong(c / 2) * columns.stride * K + k) / 32 * bits +
+        (bits == 8       ? k % 32 / 4
+             : bits == 6 ? k % 32 * 3 / 16
+                         : 0);
+    if (inside && (columns.live >> c & 1)) {
+      P::load(packed[c], from);
+    } else {
+      for (ushort i = 0; i < P::words; ++i) {
+        packed[c][i] = 0;
+      }
+    }
+  }
+  float scale[lane_columns], bias[lane_columns];
+  uint factors = K / group_size, group = k / group_size;
+  if (group_size == 32) {
+    load_factors<T, 32 / run>(
+        columns, factors, group, inside, lane, scale, bias);
+  } else if (group_size == 64) {
+    load_factors<T, 64 / run>(
+        columns, factors, group, inside, lane, scale, bias);
+  } else {
+    load_factors<T, 128 / run>(
+        columns, factors, group, inside, lane, scale, bias);
+  }
+
+#pragma unroll
+  for (ushort j = 0; j < run / 4; ++j) {
+    float4 weights[lane_columns];
+#pragma unroll
+    for (ushort c = 0; c < lane_columns; ++c) {
+      weights[c] =
+          fma(P::quad(packed[c], j), float4(scale[c]), float4(bias[c]));
+    }
+    multiply_quad(sums, weights, x + j * lanes + p, pitch, rows);
+  }
+}
+
+} // namespace pyengine

@@ -1,0 +1,40 @@
+"""Compile every kernel of a file as strictly as can be: all warnings, and all of them errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .library import METAL, preprocess, syntax_flags
+from .rewrite import rewrite
+from .toolchain import CACHE, OVERLAY, CompileError, compiler
+
+# Metal's compiler and Xcode's default warnings know no unused functions in headers.
+_STRICT = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-fsyntax-only")
+
+
+def problems(path: Path) -> str:
+    """What is wrong with a .metal file; empty if nothing is.
+
+    The text must be ASCII, as Metal's run-time compiler wants it, and every kernel in it must
+    compile without a warning, whatever the values of its function constants.
+    """
+    text = path.read_bytes()
+    for number, line in enumerate(text.split(b"\n"), 1):
+        if not line.isascii():
+            return f"{path}:{number}: the text must be ASCII"
+    try:
+        unit = rewrite(preprocess(path.resolve(), [OVERLAY, METAL]), {})
+    except CompileError as error:
+        return str(error)
+    if unit.mistakes:
+        return "\n".join(unit.mistakes)
+    instances = "".join(f"template decltype({what}) {what};\n" for what in unit.hosts.values())
+    CACHE.mkdir(parents=True, exist_ok=True)
+    written = CACHE / f"strict-{path.stem}.cpp"
+    written.write_text(f"#include <metal_stdlib>\n{unit.text}\n{instances}")
+    try:
+        return compiler().call([*compiler().options, *syntax_flags(), *_STRICT, str(written)])
+    except CompileError as error:
+        return str(error)
+    finally:
+        written.unlink(missing_ok=True)
