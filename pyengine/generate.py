@@ -131,6 +131,18 @@ def stream(
     """
     pair = embedded_pair() if pair is None else pair
     stops = _stop_strings(stop)
+    block = check_settings(pair, max_tokens, block_size)
+    ids = prompt_ids(pair, prompt, raw=raw, variables=variables)
+    settings = resolve_sampling(pair, sampling)
+    return Stream(pair, ids, max_tokens, settings, block, stops, prefix)
+
+
+def check_settings(pair: Pair, max_tokens: int, block_size: int | None) -> int:
+    """The block size to use.
+
+    Raises:
+        ValueError: It or ``max_tokens`` is impossible with this pair.
+    """
     block = default_block_size(pair) if block_size is None else block_size
     if not 1 <= block <= MAX_BLOCK:
         raise ValueError(f"[generate] block_size must be 1 to {MAX_BLOCK} but got {block}.")
@@ -138,9 +150,7 @@ def stream(
         raise ValueError(f"[generate] block_size must be 1 without an assistant but got {block}.")
     if max_tokens < 1:
         raise ValueError(f"[generate] max_tokens must be at least 1 but got {max_tokens}.")
-    ids = prompt_ids(pair, prompt, raw=raw, variables=variables)
-    settings = resolve_sampling(pair, sampling)
-    return Stream(pair, ids, max_tokens, settings, block, stops, prefix)
+    return block
 
 
 class Stream(Iterator[str]):

@@ -170,7 +170,7 @@ def load(
     manifest: dict[str, Any] = {}
     if target is None:
         path = _folder(_embedded_path() if bundle is None else Path(bundle), "bundle")
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         target_path = _folder(_inside(path, manifest, "target"), "target")
         assistant_path: Path | None = _folder(_inside(path, manifest, "assistant"), "assistant")
     else:
@@ -186,7 +186,7 @@ def load(
         check_pair(target_config, assistant_config)
         published = published_name(target_config, assistant_config)
         name, verified = published or name, published is not None
-    generation = _read_generation(target_path, assistant_path, target_config, manifest)
+    generation = read_generation(target_path, assistant_path, target_config, manifest)
     needed = memory.weight_bytes(target_path, target_layout(target_config), dtype)
     if assistant_path is not None:
         needed += memory.weight_bytes(assistant_path, assistant_layout(assistant_config), dtype)
@@ -245,12 +245,13 @@ def bundle_parts(path: Path) -> tuple[Path, Path]:
     Raises:
         ValueError: The manifest is damaged, or a folder is missing or outside the bundle.
     """
-    manifest = _read_manifest(path) if (path / MANIFEST).exists() else {}
+    manifest = read_manifest(path) if (path / MANIFEST).exists() else {}
     target, assistant = (_inside(path, manifest, part) for part in ("target", "assistant"))
     return _folder(target, "target"), _folder(assistant, "assistant")
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The object in a bundle's manifest, as it is."""
     file = within(path, MANIFEST, "load")
     if not file.is_file():
         raise ValueError(
@@ -275,10 +276,10 @@ def _inside(bundle: Path, manifest: dict[str, Any], part: str) -> Path:
     return within(bundle, name, "load")
 
 
-def _read_generation(
+def read_generation(
     target: Path, assistant: Path | None, config: TargetConfig, manifest: dict[str, Any]
 ) -> GenerationDefaults:
-    """Sampling defaults: generation_config.json, then the manifest's benchmark, then ours."""
+    """Settings a pair comes with: generation_config.json, else the manifest's, else ours."""
     own = _read_optional(target)
     theirs = _read_optional(assistant) if assistant else {}
     benchmark = manifest.get("benchmark", {})

@@ -56,10 +56,10 @@ class Prefix:
         max_block = 2 * block_size
         cache, shared = self._cache, self._shared(prompt)
         if target is not self._target or cache is None or cache.max_block < max_block:
-            shared, self._marks = 0, []
+            cache, shared = None, 0
         self.tokens = []
         self._marks = [mark for mark in self._marks if mark.length <= shared]
-        self.reused = shared if cache is None else self._rewind(cache, shared)
+        self.reused = 0 if cache is None else self._rewind(cache, shared)
         if cache is None or not self.reused:
             cache = self._cache = target.new_cache(max_block)
             self._marks = []

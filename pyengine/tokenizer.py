@@ -100,6 +100,7 @@ class SentencePieces:
         data = read_bytes(path, "tokenizer", MAX_TOKENIZER)
         with _library_errors(path):
             self._library = SentencePieceProcessor(model_proto=data)
+            self._library.encode(_PROBE)  # an empty file is read, and fails here
         self.size = self._library.vocab_size()
         pieces = self._library.id_to_piece(list(range(self.size)))
         self._ids = {piece: i for i, piece in enumerate(pieces)}

@@ -182,9 +182,29 @@ def is_text(name: str, layout: Layout) -> bool:
     return layout.dead is None or not layout.dead.match(canonical(name))
 
 
-def _load(
-    folder: Path, layout: Layout, quantization: Quantization | None, dtype: mx.Dtype | None
-) -> Weights:
+def check_tensors(
+    folder: Path, layout: Layout, quantization: Quantization | None
+) -> tuple[dict[str, Linear], str]:
+    """The matrices of a checkpoint, lazy, and its storage dtype's name, after every check but
+    those of values; reads headers only.
+
+    Raises:
+        ValueError: As loading would.
+    """
+    matrices, vectors = _open_all(folder, layout, quantization)
+    storage = matrices["embed_tokens"].dtype
+    for path, matrix in matrices.items():
+        _check_dtype(path, matrix, storage)
+    for name, vector in vectors.items():
+        if name not in layout.integers and vector.dtype != storage:
+            raise _wrong_dtype(name, vector.dtype, storage)
+    return matrices, _dtype_name(storage)
+
+
+def _open_all(
+    folder: Path, layout: Layout, quantization: Quantization | None
+) -> tuple[dict[str, Linear], dict[str, mx.array]]:
+    """All matrices and vectors, lazy, their shapes and types checked."""
     tensors = Tensors(Path(folder), layout)
     modes = _QuantizationModes(quantization)
     matrices = {
@@ -195,13 +215,18 @@ def _load(
         for name, shape in layout.vectors.items()
     }
     tensors.check_all_used()
+    return matrices, vectors
 
+
+def _load(
+    folder: Path, layout: Layout, quantization: Quantization | None, dtype: mx.Dtype | None
+) -> Weights:
+    matrices, vectors = _open_all(folder, layout, quantization)
     # One storage dtype for the whole model: the checkpoint's, or the one asked for
     storage = dtype or matrices["embed_tokens"].dtype
     for path, matrix in matrices.items():
-        if dtype is None and matrix.dtype != storage:
-            part = "weight" if matrix.scales is None else "scales"
-            raise _wrong_dtype(f"{path}.{part}", matrix.dtype, storage)
+        if dtype is None:
+            _check_dtype(path, matrix, storage)
         matrices[path] = matrix = matrix.astype(storage)
         mx.eval(matrix.arrays)
         # The weights between them are not looked at: a second pass over gigabytes, and a round
@@ -218,6 +243,12 @@ def _load(
         if not integer:
             check_finite(name, vector)
     return Weights(matrices, vectors, storage)
+
+
+def _check_dtype(path: str, matrix: Linear, storage: mx.Dtype) -> None:
+    if matrix.dtype != storage:
+        part = "weight" if matrix.scales is None else "scales"
+        raise _wrong_dtype(f"{path}.{part}", matrix.dtype, storage)
 
 
 def _wrong_dtype(name: str, dtype: mx.Dtype, storage: mx.Dtype) -> ValueError:

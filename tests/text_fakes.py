@@ -108,6 +108,9 @@ def as_tokenizer_json(model: Path) -> str:
 class _Length:
     """A cache that stores nothing but its length."""
 
+    max_block = 0  # too little for any block, so that no prefix takes it up again
+    config = SimpleNamespace(layers=[])
+
     def __init__(self) -> None:
         self.length, self.bound = mx.array(0, mx.int32), 0
 

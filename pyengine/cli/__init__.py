@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from pyengine.cli import bench, common, convert, generate
+from pyengine.cli import bench, chat, common, convert, doctor, generate, inspect
 
 HELP = """Exact speculative decoding for Gemma 4 and its assistant, on MLX.
 
@@ -39,7 +39,13 @@ bench_app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 bench_app.command("gemma-mtp", epilog=common.examples(*bench.EXAMPLES))(bench.gemma_mtp)
-COMMANDS = {"generate": generate, "convert": convert}
+COMMANDS = {
+    "generate": generate,
+    "chat": chat,
+    "convert": convert,
+    "inspect": inspect,
+    "doctor": doctor,
+}
 for name, command in COMMANDS.items():
     app.command(name, epilog=common.examples(*command.EXAMPLES))(command.run)
 

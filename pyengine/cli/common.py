@@ -15,6 +15,7 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from pyengine.pair import Pair
 
@@ -81,6 +82,11 @@ def _sentence(error: Exception) -> str | None:
         text = f"[file] {what} must be usable but is not: {error.strerror or text}."
     elif not _OURS.match(text):
         return None
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """One line without control characters, and not too long."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE - 4]} ..."
 
@@ -160,3 +166,17 @@ def console(file: Any) -> Console:
     from rich.console import Console
 
     return Console(file=file)
+
+
+def two_columns(title: str, rows: dict[str, Any]) -> Table:
+    """Names and values under a title."""
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(show_header=False, box=None, title=title, title_justify="left")
+    for name, value in rows.items():
+        said = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if isinstance(value, dict):
+            said = ", ".join(f"{count} x {what}" for what, count in value.items())
+        out.add_row(name.replace("_", " "), Text(printable(said)))
+    return out

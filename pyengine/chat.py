@@ -1,0 +1,104 @@
+"""A conversation: turns kept within the context, the cache kept between turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pyengine.chat_template import Message
+from pyengine.generate import Result, Stream, prompt_ids, stream
+from pyengine.prefix import Prefix
+from pyengine.sampling import Sampling
+
+if TYPE_CHECKING:
+    from pyengine.pair import Pair
+
+
+class Chat:
+    """Turns of one conversation with a pair.
+
+    When the context is nearly used up the oldest turns are forgotten, never the system message:
+    ``forgotten`` counts them.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        *,
+        system: str | None = None,
+        max_tokens: int = 512,
+        sampling: Sampling | None = None,
+        block_size: int | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.pair = pair
+        self.max_tokens = max_tokens
+        self.sampling = sampling
+        self.block_size = block_size
+        self.variables = variables
+        self.prefix = Prefix()
+        self.system: list[Message] = []
+        if system is not None:
+            self.system.append({"role": "system", "content": system})
+        self.turns: list[Message] = []
+        self.forgotten = 0
+        self._running: Stream | None = None
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Say something; yields the answer as it comes.
+
+        The turn counts once the answer has ended, or was left early with some text.
+
+        Raises:
+            ValueError: The text alone does not fit the context, or a setting is impossible.
+        """
+        turns = [*self.turns, {"role": "user", "content": text}]
+        turns = self._fitting(turns)
+        self._running = stream(
+            [*self.system, *turns],
+            pair=self.pair,
+            max_tokens=self.max_tokens,
+            sampling=self.sampling,
+            block_size=self.block_size,
+            variables=self.variables,
+            prefix=self.prefix,
+        )
+        with self._running as running:
+            try:
+                yield from running
+            finally:
+                if running.result.tokens:
+                    answer: Message = {"role": "assistant", "content": running.result.text}
+                    self.turns = [*turns, answer]
+
+    @property
+    def result(self) -> Result:
+        """Of the newest answer.
+
+        Raises:
+            ValueError: Nothing was asked yet.
+        """
+        if self._running is None:
+            raise ValueError("[chat] a question must be asked before there is a result.")
+        return self._running.result
+
+    def clear(self) -> None:
+        """Begin anew; the system message stays."""
+        self.turns = []
+
+    def _fitting(self, turns: list[Message]) -> list[Message]:
+        """The newest turns that leave room for an answer."""
+        context = self.pair.target.context
+        room = context - min(self.max_tokens, context // 4)
+        while len(turns) > 1:
+            try:
+                ids = prompt_ids(self.pair, [*self.system, *turns], variables=self.variables)
+            except ValueError:
+                if len(turns) <= 2:
+                    raise
+            else:
+                if len(ids) <= room:
+                    break
+            turns = turns[2:]  # a question and its answer
+            self.forgotten += 2
+        return turns

@@ -1,0 +1,67 @@
+"""``pyengine inspect``: what a folder is, what it needs, what would be refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pyengine.cli import common
+
+EXAMPLES = (
+    "pyengine inspect ./gemma-4-31B-pair",
+    "pyengine inspect ./target --context 131072 --json",
+)
+
+
+def run(
+    path: Annotated[Path, typer.Argument(help="Checkpoint folder or bundle.")],
+    context: Annotated[int, typer.Option(help="Tokens that the told cache shall hold.")] = 8192,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one line of JSON in place of the tables.")
+    ] = False,
+) -> None:
+    """Tell variant, sizes, quantisation and memory of a checkpoint without loading it.
+
+    Exit code 2 when it would be refused; the reasons are in the output.
+    """
+    with common.sentences():
+        from pyengine.inspection import inspect
+
+        report = inspect(path, context)
+        if as_json:
+            typer.echo(json.dumps(report))
+        else:
+            _print(report)
+        if report["refused"]:
+            raise typer.Exit(common.USER_ERROR)
+
+
+def _print(report: dict[str, Any]) -> None:
+    out = common.console(sys.stdout)
+    name = report["name"] or "not one of the published pairs"
+    out.print(f"{report['path']}: {report['kind'] or 'unknown'}, {name}", soft_wrap=True)
+    for part in ("target", "assistant"):
+        if part in report:
+            tensors = report[part].get("tensors", {})
+            rows = {k: v for k, v in report[part].items() if k not in ("path", "tensors")}
+            rows |= {k: v for k, v in tensors.items() if k != "bytes"}
+            if tensors:
+                rows["weights"] = f"{tensors['bytes'] / 1e9:.3f} GB"
+            out.print(common.two_columns(part, rows))
+    if "text" in report:
+        out.print(common.two_columns("text", report["text"]))
+    if "memory" in report:
+        m = report["memory"]
+        free = "unknown" if m["available"] is None else f"{m['available'] / 1e9:.1f} GB"
+        rows = {
+            "weights": f"{m['weights'] / 1e9:.3f} GB",
+            f"cache of {m['context']} tokens": f"{m['cache'] / 1e9:.3f} GB",
+            "free here": free,
+        }
+        out.print(common.two_columns("memory", rows))
+    for sentence in report["refused"]:
+        out.print(f"refused: {common.printable(sentence)}", soft_wrap=True, markup=False)
