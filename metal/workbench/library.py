@@ -157,7 +157,7 @@ def _compile(
 ) -> Path:
     """The shared object of a kernel, compiled if it is not cached."""
     digest = hashlib.sha256()
-    request = [compiler().identity, own_digest(), kernel, sorted(constants.items()), *options]
+    request = [own_digest(), kernel, sorted(constants.items()), *options]
     digest.update(repr([*request, [str(f) for f in folders]]).encode())
     for path, content in _closure(source, folders).items():
         digest.update(f"{path}\0{len(content)}\0".encode() + content)

@@ -217,7 +217,8 @@ class _Rewriter:
 
     def word(self, p: int, word: str, depth: int) -> None:
         t = self.tokens
-        if word in _NOT_METAL and t.text[p - 1] not in ("=", "operator", ".", "->"):
+        deleted = word == "delete" and t.text[p - 1] == "="
+        if word in _NOT_METAL and not deleted and t.text[p - 1] not in ("operator", ".", "->"):
             self.mistake(p, f"Metal has no `{word}`")
         elif word == "static_cast" and t.text[p + 1] == "<":
             self.static_cast(p)

@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,24 +133,26 @@ def find_compiler() -> Compiler:
 compiler = functools.cache(find_compiler)
 
 
-@functools.cache
-def own_digest() -> str:
-    """A digest of everything here that decides what a compiled kernel looks like."""
-    digest = hashlib.sha256()
-    python = [
-        HERE / f"{name}.py" for name in ("toolchain", "tokens", "rewrite", "entry", "library")
-    ]
-    files = [*python, *INCLUDE.rglob("*"), *OVERLAY.rglob("*"), *(HERE / "runtime").iterdir()]
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256(compiler().identity.encode())
     for path in sorted(p for p in files if p.is_file()):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 @functools.cache
+def own_digest() -> str:
+    """A digest of everything here that decides what a compiled kernel looks like."""
+    decisive = ("toolchain", "tokens", "rewrite", "entry", "library")
+    python = [HERE / f"{name}.py" for name in decisive]
+    return _digest([*python, *INCLUDE.rglob("*"), *OVERLAY.rglob("*")])
+
+
+@functools.cache
 def runtime_object() -> Path:
     """The compiled runtime, built if it is not there yet."""
-    key = hashlib.sha256(f"{compiler().identity}{own_digest()}".encode()).hexdigest()[:20]
-    target = CACHE / f"runtime-{key}.so"
+    key = _digest([HERE / "toolchain.py", *(HERE / "runtime").iterdir()])
+    target = CACHE / f"runtime-{key[:20]}.so"
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         sources = sorted((HERE / "runtime").glob("*.cpp"))

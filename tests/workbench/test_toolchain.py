@@ -101,25 +101,28 @@ print("zig" if "zig" in toolchain.compiler().identity else "clang", file=sys.std
     assert done.stderr.strip().endswith(each_compiler)
 
 
-def test_objects_are_cached_in_process_and_by_content(monkeypatch):
-    one = launch("o[i] = a[i] * 3;")
-    a = np.ones(64, np.float32)
-    workbench.run(one, {"a": a})
+def test_objects_are_cached_in_process_and_by_content(monkeypatch, tmp_path):
     compiled = []
     build = toolchain.Compiler.build
     monkeypatch.setattr(
         toolchain.Compiler, "build", lambda *given: compiled.append(given) or build(*given)
     )
+    monkeypatch.setattr(library, "CACHE", tmp_path)
     monkeypatch.setattr(library, "_loaded", {})
-    workbench.run(one, {"a": a})
-    assert compiled == []
-    library._loaded.clear()
-    library._compile.__globals__["own_digest"] = lambda: "another workbench"
-    try:
+    one = launch("o[i] = a[i] * 3;")
+    a = np.ones(64, np.float32)
+
+    def compilations():
         workbench.run(one, {"a": a})
-    finally:
-        library._compile.__globals__["own_digest"] = toolchain.own_digest
-    assert len(compiled) == 1
+        return len(compiled)
+
+    assert compilations() == 1
+    assert compilations() == 1  # the loaded kernel
+    library._loaded.clear()
+    assert compilations() == 1  # the object on disk
+    library._loaded.clear()
+    monkeypatch.setattr(library, "own_digest", lambda: "another workbench")
+    assert compilations() == 2
 
 
 def test_a_changed_include_is_a_new_object(tmp_path):
