@@ -167,7 +167,7 @@ class Stream(Iterator[str]):
         )
 
     def _run(self) -> Iterator[str]:
-        for tokens, reason, _, _ in self._rounds:
+        for tokens, reason, *_ in self._rounds:
             piece, found = self._read(tokens, ended=reason == "stop")
             if reason and not found:
                 rest, found = self._scanner.add(self._detokenizer.finish())
