@@ -1,4 +1,4 @@
-"""c++ for macOS arm64 on any machine: zig's clang, with the flags it does not know put into its words.
+"""c++ for macOS arm64 on any machine: zig's clang; flags it does not know are put into its words.
 
 The package ziglang must be installed in the Python that runs this.
 """
