@@ -33,7 +33,8 @@ def _library_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        panic = type(error).__name__ == "PanicException"
+        if str(error).startswith("[tokenizer] ") or not (panic or isinstance(error, Exception)):
             raise
         reason = " ".join(str(error).split()).rstrip(".")[:200] or type(error).__name__
         raise ValueError(f"[tokenizer] {path} cannot be read: {reason}.") from error
@@ -60,10 +61,9 @@ class JsonPieces:
         from tokenizers import Tokenizer as Library
 
         text = read_text(path, "tokenizer", MAX_TOKENIZER)
-        with _library_errors(path):
-            self._library = Library.from_str(text)
-            steps = (self._library.normalizer, self._library.pre_tokenizer)
-            patterns = [step.__getstate__() for step in steps if step is not None]
+        self._library = Library.from_str(text)
+        steps = (self._library.normalizer, self._library.pre_tokenizer)
+        patterns = [step.__getstate__() for step in steps if step is not None]
         # Gemma's cut at single characters; an expression of a stranger's could take for ever.
         if any(b'"Regex"' in pattern for pattern in patterns):
             raise ValueError(
@@ -98,9 +98,7 @@ class SentencePieces:
         from sentencepiece import SentencePieceProcessor
 
         data = read_bytes(path, "tokenizer", MAX_TOKENIZER)
-        with _library_errors(path):
-            self._library = SentencePieceProcessor(model_proto=data)
-            self._library.encode(_PROBE)  # an empty file is read, and fails here
+        self._library = SentencePieceProcessor(model_proto=data)
         self.size = self._library.vocab_size()
         pieces = self._library.id_to_piece(list(range(self.size)))
         self._ids = {piece: i for i, piece in enumerate(pieces)}
@@ -294,15 +292,18 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """
     directory = Path(directory)
     config = _read_config(directory)
-    if (path := within(directory, "tokenizer.json", "tokenizer")).is_file():
-        pieces: Pieces = JsonPieces(path)
-    elif (path := within(directory, "tokenizer.model", "tokenizer")).is_file():
-        pieces = SentencePieces(path)
-    else:
-        raise ValueError(
-            f"[tokenizer] {directory} must hold tokenizer.json or tokenizer.model but has neither."
-        )
-    return Tokenizer(pieces, config, template_of(directory, config))
+    kinds: list[tuple[str, Callable[[Path], Pieces]]] = [
+        ("tokenizer.json", JsonPieces),
+        ("tokenizer.model", SentencePieces),
+    ]
+    for name, read in kinds:
+        if (path := within(directory, name, "tokenizer")).is_file():
+            template = template_of(directory, config)
+            with _library_errors(path):
+                return Tokenizer(read(path), config, template)
+    raise ValueError(
+        f"[tokenizer] {directory} must hold tokenizer.json or tokenizer.model but has neither."
+    )
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from pyengine.cli import bench, chat, common, convert, doctor, generate, inspect
+from pyengine.cli import bench, chat, common, convert, doctor, generate, inspect, serve
 
 HELP = """Exact speculative decoding for Gemma 4 and its assistant, on MLX.
 
@@ -45,6 +45,7 @@ COMMANDS = {
     "convert": convert,
     "inspect": inspect,
     "doctor": doctor,
+    "serve": serve,
 }
 for name, command in COMMANDS.items():
     app.command(name, epilog=common.examples(*command.EXAMPLES))(command.run)

@@ -1,0 +1,136 @@
+"""lm-eval's door to this engine. Needs the extra ``eval``.
+
+    python -m pyengine.evaluate --model pyengine --model_args bundle=./pair --tasks hellaswag
+
+is lm-eval's own command with one more model in its registry.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from pyengine.generate import generate, resolve_sampling, score
+from pyengine.pair import load
+from pyengine.prefix import Prefix
+from pyengine.sampling import Sampling
+
+MAX_NEW_TOKENS = 256  # lm-eval's own default
+
+
+@register_model("pyengine")
+class PyengineLM(TemplateLM):  # type: ignore[misc]
+    """A pair as lm-eval sees it: scores by the target, text by speculative decoding."""
+
+    def __init__(
+        self,
+        target: str | None = None,
+        assistant: str | None = None,
+        bundle: str | None = None,
+        block_size: int | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.pair = load(target, assistant, bundle)
+        self.block_size = None if block_size is None else int(block_size)
+        self.prefix = Prefix()
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.pair.generation.stop_ids[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.pair.tokenizer.bos_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.pair.name
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        return self.pair.tokenizer.encode(string, bos=add_special_tokens is not False)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        return self.pair.tokenizer.apply_chat_template(
+            chat_history, add_generation_prompt=add_generation_prompt
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.pair.name if chat_template else None
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: Any,
+    ) -> list[tuple[float, bool]]:
+        out = []
+        for key, context, continuation in tqdm(requests, disable=disable_tqdm):
+            # As lm-eval's own models: the oldest tokens go where the context is too short
+            room = self.pair.target.context - len(continuation) - 1
+            logprobs, greedy = score(self.pair, context[-room:], continuation, prefix=self.prefix)
+            out.append((sum(logprobs), greedy))
+            self.cache_hook.add_partial("loglikelihood", key, out[-1])
+        return out
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Each token given all before it that fit, windows side by side."""
+        out = []
+        for request in tqdm(requests, disable=disable_tqdm):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            room = self.pair.target.context - 2
+            total, newest = 0.0, self.prefix_token_id
+            for at in range(0, len(ids), room):
+                window = ids[at : at + room]
+                total += sum(score(self.pair, [newest], window)[0])
+                newest = window[-1]
+            out.append(total)
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return out
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        out = []
+        for request in tqdm(requests, disable=disable_tqdm):
+            prompt, settings = request.args
+            until = settings.get("until") or []
+            result = generate(
+                prompt,
+                pair=self.pair,
+                raw=True,
+                max_tokens=int(settings.get("max_gen_toks", MAX_NEW_TOKENS)),
+                sampling=_sampling(settings, resolve_sampling(self.pair, None)),
+                block_size=self.block_size,
+                stop=[until] if isinstance(until, str) else [text for text in until if text],
+                prefix=self.prefix,
+            )
+            out.append(result.text)
+            self.cache_hook.add_partial("generate_until", request.args, result.text)
+        return out
+
+
+def _sampling(settings: dict[str, Any], own: Sampling) -> Sampling:
+    """Greedy unless the task samples."""
+    if not settings.get("do_sample", False):
+        return Sampling(temperature=0.0)
+    return Sampling(
+        temperature=float(settings.get("temperature", own.temperature)),
+        top_p=float(settings.get("top_p", own.top_p)),
+        top_k=int(settings.get("top_k", own.top_k)),
+    )
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,151 @@
+"""lm-eval through its own registry, on a small task made here."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_pairs import greedy_text, tiny_pair
+
+from pyengine.generate import generate, score
+from pyengine.pair import Pair, load
+from pyengine.prefix import Prefix
+from pyengine.sampling import Sampling
+
+# Scores, which are generate.py's and need no extra
+
+
+def by_logits(pair: Pair, context: list[int], continuation: list[int]) -> tuple[list[float], bool]:
+    """The same from the logits of the whole, in float64."""
+    rows = np.array(pair.logits([*context, *continuation])[:-1]).astype(np.float64)
+    rows = rows[len(context) - 1 :]
+    total = np.log(np.exp(rows - rows.max(axis=-1, keepdims=True)).sum(axis=-1)) + rows.max(axis=-1)
+    chosen = rows[np.arange(len(continuation)), continuation]
+    return list(chosen - total), bool((rows.argmax(axis=-1) == continuation).all())
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 33])
+def test_scores_are_those_of_the_logits(length: int) -> None:
+    pair, prefix, text = tiny_pair("dense31"), Prefix(), greedy_text("dense31")
+    context = text[:30]
+    for continuation, own in ((text[30 : 30 + length], True), ([7] * length, False)):
+        got, greedy = score(pair, context, continuation, prefix=prefix)
+        want, best = by_logits(pair, context, continuation)
+        assert np.allclose(got, want, atol=1e-4) and greedy == best == own
+    # The context was there already, but for its last token
+    assert prefix.reused == len(context) - 1
+    again, _ = score(pair, context, [7] * length)
+    assert again == got
+
+
+def test_score_errors() -> None:
+    pair = tiny_pair("uni12")
+    with pytest.raises(ValueError, match=r"\[score\] context must hold at least one token"):
+        score(pair, [], [5])
+    with pytest.raises(ValueError, match=r"token ids must be 0 to 255 but got 256"):
+        score(pair, [5], [256, 5])
+    with pytest.raises(ValueError, match=r"prompt must be shorter than the context of 512"):
+        score(pair, [5] * 300, [5] * 300)
+    assert score(pair, [5], []) == ([], True)
+
+
+# lm-eval
+
+pytest.importorskip("lm_eval", reason="needs the extra eval")
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+import pyengine.evaluate
+
+GREEDY = Sampling(temperature=0.0)
+GAME = "<!DOCTYPE html>\n<html>\n<head>\n"
+
+
+def requests(kind: str, *arguments: tuple) -> list[Instance]:
+    return [
+        Instance(request_type=kind, doc={}, arguments=args, idx=i)
+        for i, args in enumerate(arguments)
+    ]
+
+
+@pytest.fixture(scope="module")
+def model() -> pyengine.evaluate.PyengineLM:
+    return get_model("pyengine").create_from_arg_string("block_size=4")
+
+
+def test_loglikelihoods(model: pyengine.evaluate.PyengineLM) -> None:
+    pairs = [(GAME, "<meta charset="), (GAME, "import numpy"), ("", "import os\n")]
+    scored = model.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    tok, pair = model.pair.tokenizer, load()
+    for (context, continuation), (total, greedy) in zip(pairs, scored, strict=True):
+        ids, head = tok.encode(context + continuation, bos=True), tok.encode(context, bos=True)
+        rows = pair.logits(ids)[:-1]
+        logprobs = rows - mx.logsumexp(rows, axis=-1, keepdims=True)
+        want = sum(float(logprobs[i, ids[i + 1]].item()) for i in range(len(head) - 1, len(rows)))
+        assert math.isclose(total, want, abs_tol=1e-3)
+        best = mx.argmax(rows[len(head) - 1 :], axis=-1).tolist()
+        assert greedy == (best == ids[len(head) :])
+    assert scored[0][0] > scored[1][0]
+    (rolling,) = model.loglikelihood_rolling(
+        requests("loglikelihood_rolling", ("import os\n",)), disable_tqdm=True
+    )
+    assert math.isclose(rolling, scored[2][0], abs_tol=1e-3)
+
+
+def test_generate_until(model: pyengine.evaluate.PyengineLM) -> None:
+    settings = {"until": ["</head>", ""], "max_gen_toks": 40}
+    (text,) = model.generate_until(requests("generate_until", (GAME, settings)), disable_tqdm=True)
+    want = generate(GAME, pair=model.pair, raw=True, max_tokens=40, sampling=GREEDY, stop="</head>")
+    assert text == want.text and len(text) > 20
+    chat = model.apply_chat_template([{"role": "user", "content": "Snake"}])
+    assert (
+        chat.startswith("<bos>") and model.tok_encode(chat).count(model.pair.tokenizer.bos_id) == 1
+    )
+
+
+TASK = """
+task: small_lines
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{context}}}}"
+{rest}
+"""
+CHOICE = """
+doc_to_target: 0
+doc_to_choice: ["<meta charset=\\"UTF-8\\">", "import numpy as np"]
+metric_list: [{metric: acc}]
+"""
+
+
+def test_the_command_runs_a_task(tmp_path: Path) -> None:
+    """`python -m pyengine.evaluate` is lm-eval's command; the task is two lines of JSON."""
+    data = tmp_path / "data.jsonl"
+    rows = [{"context": GAME}, {"context": "<!DOCTYPE html>\n<html>\n<head>\n"}]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    task = TASK.format(data=data, kind="multiple_choice", rest=CHOICE)
+    (tmp_path / "small_lines.yaml").write_text(task)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pyengine.evaluate", "run", "--model", "pyengine"),
+            *("--tasks", "small_lines", "--include_path", str(tmp_path)),
+            *("--output_path", str(tmp_path / "out")),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = next((tmp_path / "out").rglob("results*.json"))
+    assert json.loads(results.read_text())["results"]["small_lines"]["acc,none"] == 1.0

@@ -1,0 +1,289 @@
+"""The server with the official openai client: over a real socket, on the embedded pair."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+openai = pytest.importorskip("openai", reason="needs the openai client")
+
+import httpx
+import uvicorn
+from text_fakes import script_pair, write_tokenizers
+from typer.testing import CliRunner
+
+from pyengine import cli
+from pyengine.generate import generate
+from pyengine.pair import Pair, load
+from pyengine.sampling import Sampling
+from pyengine.serve import Limits, make_app
+from pyengine.tokenizer import load_tokenizer
+
+GAME = [{"role": "user", "content": "Create a single-file HTML5 canvas Snake game."}]
+LIMITS = Limits(waiting=2, body_bytes=20_000, max_tokens=400, default_tokens=30)
+
+
+class Server:
+    """An app behind a socket of its own."""
+
+    def __init__(self, pair: Any, limits: Limits = LIMITS) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        app = make_app(pair, limits=limits)
+        self.server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        end = time.monotonic() + 30
+        while not self.server.started:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    def post(self, path: str = "/v1/chat/completions", **kw: Any) -> httpx.Response:
+        return httpx.post(self.url + path, timeout=60, **kw)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return load()
+
+
+@pytest.fixture(scope="module")
+def server(pair: Pair) -> Iterator[Server]:
+    made = Server(pair)
+    yield made
+    made.stop()
+
+
+def test_chat_completion_is_what_generate_gives(server: Server, pair: Pair) -> None:
+    for settings in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 5, "top_p": 0.9}):
+        want = generate(GAME, pair=pair, max_tokens=30, sampling=Sampling(**settings), block_size=4)
+        said = server.client.chat.completions.create(
+            model="any", messages=GAME, max_tokens=30, **settings
+        )
+        assert said.choices[0].message.content == want.text
+        assert said.choices[0].message.role == "assistant"
+        assert said.choices[0].finish_reason == want.finish_reason == "length"
+        assert said.usage.prompt_tokens == want.stats.prompt_tokens
+        assert said.usage.completion_tokens == 30
+        assert said.usage.total_tokens == want.stats.prompt_tokens + 30
+        extra = said.usage.model_extra
+        assert extra["acceptance"] == want.stats.acceptance > 0
+    # The same prompt again is not processed again
+    assert said.usage.prompt_tokens_details.cached_tokens >= want.stats.prompt_tokens - 1
+
+
+def test_streams_are_the_same_text(server: Server, pair: Pair) -> None:
+    want = generate(GAME, pair=pair, max_tokens=40, sampling=Sampling(temperature=0.0))
+    chunks = list(
+        server.client.chat.completions.create(
+            model="any",
+            messages=GAME,
+            max_tokens=40,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    texts = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    assert "".join(texts) == want.text and len([t for t in texts if t]) > 3
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 40
+    assert len({c.id for c in chunks}) == 1
+
+
+def test_text_completions_stop_echo_and_ids(server: Server, pair: Pair) -> None:
+    prompt, ask = "import os\nimport sys\n", {"model": "any", "max_tokens": 40, "temperature": 0}
+    want = generate(prompt, pair=pair, raw=True, max_tokens=40, sampling=Sampling(temperature=0.0))
+    said = server.client.completions.create(prompt=prompt, **ask)
+    assert said.choices[0].text == want.text and said.object == "text_completion"
+    assert (
+        server.client.completions.create(prompt=prompt, echo=True, **ask).choices[0].text
+        == prompt + want.text
+    )
+    ids = pair.tokenizer.encode(prompt, bos=True)
+    assert server.client.completions.create(prompt=ids, **ask).choices[0].text == want.text
+    stop = want.text[5:9]
+    said = server.client.completions.create(prompt=prompt, stop=[stop], **ask)
+    assert said.choices[0].text == want.text[: want.text.index(stop)]
+    assert said.choices[0].finish_reason == "stop"
+    pieces = list(server.client.completions.create(prompt=prompt, stream=True, **ask))
+    assert "".join(piece.choices[0].text for piece in pieces) == want.text
+
+
+def test_models_and_health(server: Server, pair: Pair) -> None:
+    assert [model.id for model in server.client.models.list()] == [pair.name]
+    assert httpx.get(server.url + "/health").json() == {"status": "ok", "waiting": 0}
+    assert httpx.get(server.url + "/docs").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"messages": []}, "prompt must not be empty"),
+        ({"messages": "hi"}, "messages must be a list of objects"),
+        ({"messages": [{"role": "boss", "content": "x"}]}, "must have a role of system"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "hold text only"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_tokens": 401}, "max_tokens must be at most 400 here"),
+        ({"max_tokens": "9"}, "max_tokens must not be a string"),
+        ({"temperature": -1}, "temperature must be 0 or more"),
+        ({"temperature": "hot"}, "temperature must be a number but got 'hot'"),
+        ({"seed": -1}, "seed must be 0"),
+        ({"seed": 1.5}, "seed must be a number"),
+        ({"top_k": True}, "top_k must be a number"),
+        ({"n": 2}, "n is not offered here but got 2"),
+        ({"stop": 5}, "stop must be a string or a list of strings"),
+        ({"stop": [""]}, "stop must hold strings of text"),
+        ({"block_size": 999}, "block_size must be 1 to 128"),
+        ({"stream": "yes"}, "stream must not be a string"),
+        ({"functions": []}, "'functions' is not known here"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs must not be a list"),
+    ],
+)
+def test_what_is_wrong_is_said(server: Server, change: dict, message: str) -> None:
+    for stream in (False, True):
+        body = {"messages": GAME, "stream": stream, **change}
+        answer = server.post(json=body)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert message in error["message"] and error["type"] == "invalid_request_error"
+        assert error["message"].startswith("[")
+
+
+def test_bodies_that_are_no_request(server: Server) -> None:
+    head = {"content-type": "application/json"}
+    for content, status, message in (
+        (b"{", 400, "must be JSON but is not"),
+        (b"[" * 9999, 400, "nested too deeply"),
+        (b"\xff\xfe", 400, "must be UTF-8 text"),
+        (b"[]", 400, "must be a JSON object but got a list"),
+        (b'{"messages": "' + b"x" * 30_000 + b'"}', 413, "must be at most 20000 bytes"),
+    ):
+        answer = server.post(content=content, headers=head)
+        assert answer.status_code == status and message in answer.json()["error"]["message"]
+    # What a web page could send without asking, and a name that leads here from elsewhere
+    answer = server.post(content=b"{}", headers={"content-type": "text/plain"})
+    assert answer.status_code == 415
+    assert server.post(json={}, headers={"host": "evil.example"}).status_code == 400
+    with pytest.raises(openai.BadRequestError, match="prompt must not be empty"):
+        server.client.completions.create(model="any", prompt="")
+
+
+# On a scripted pair, whose pace and failures are known
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[Server]:
+    write_tokenizers(tmp_path)
+    made = Server(script_pair(load_tokenizer(tmp_path), "jumps over " * 200, pause=0.02))
+    yield made
+    made.stop()
+
+
+def waiting(server: Server) -> int:
+    return int(httpx.get(server.url + "/health").json()["waiting"])
+
+
+def test_a_client_that_leaves_ends_its_generation(slow: Server) -> None:
+    """300 calls at 20 ms would take six seconds; the next request begins much earlier."""
+    ask = {"messages": GAME, "max_tokens": 300, "block_size": 1}
+    with httpx.stream("POST", f"{slow.url}/v1/chat/completions", json={**ask, "stream": True}) as r:
+        next(r.iter_lines())
+    start = time.monotonic()
+    assert slow.post(json={**ask, "max_tokens": 1}).status_code == 200
+    assert time.monotonic() - start < 4
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{slow.url}/v1/chat/completions", json=ask, timeout=0.5)
+    start = time.monotonic()
+    assert slow.post(json={**ask, "max_tokens": 1}).status_code == 200
+    assert time.monotonic() - start < 4
+
+
+def test_requests_wait_for_their_turn_and_too_many_are_refused(slow: Server) -> None:
+    answers: list[httpx.Response] = []
+    ask = {"messages": GAME, "max_tokens": 60, "block_size": 1}
+    threads = [
+        threading.Thread(target=lambda: answers.append(slow.post(json=ask))) for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join(60)
+    codes = sorted(answer.status_code for answer in answers)
+    assert codes == [200, 200, 200, 429, 429, 429]
+    texts = {a.json()["choices"][0]["message"]["content"] for a in answers if a.status_code == 200}
+    assert len(texts) == 1 and "jumps over" in texts.pop()
+    refused = next(a for a in answers if a.status_code == 429)
+    assert "too many requests are waiting" in refused.json()["error"]["message"]
+
+
+def test_failures_and_thoughts(tmp_path: Path) -> None:
+    write_tokenizers(tmp_path)
+    tok = load_tokenizer(tmp_path)
+    script = tok.encode("<|channel>thought\nthe fox<channel|>jumps over")
+    pair = script_pair(tok, script)
+    server = Server(pair)
+    try:
+        said = server.client.chat.completions.create(model="any", messages=GAME)
+        message = said.choices[0].message
+        assert (message.content, message.model_extra["reasoning_content"]) == (
+            "jumps over",
+            "the fox",
+        )
+        chunks = server.client.chat.completions.create(model="any", messages=GAME, stream=True)
+        deltas = [chunk.choices[0].delta for chunk in chunks]
+        thoughts = [(d.model_extra or {}).get("reasoning_content") or "" for d in deltas]
+        assert "".join(thoughts) == "the fox"
+        assert "".join(d.content or "" for d in deltas) == "jumps over"
+
+        calls = []
+
+        def fail(rows: int) -> None:
+            calls.append(rows)
+            if len(calls) > len(script) - 2:
+                raise KeyError("a secret of the machine")
+
+        pair.target.before_call = fail
+        calls += script
+        answer = server.post(json={"messages": GAME})
+        assert answer.status_code == 500
+        assert answer.json()["error"]["message"] == "[serve] the generation failed."
+        # Once text has gone out, the stream itself says so
+        calls.clear()
+        text = server.post(json={"messages": GAME, "stream": True, "block_size": 1}).text
+        last = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        assert last[-1]["error"]["message"] == "[serve] the generation failed."
+        pair.target.before_call = lambda rows: None
+        assert server.post(json={"messages": GAME}).status_code == 200
+    finally:
+        server.stop()
+
+
+def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    whole = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "uvicorn" else whole(name)
+    )
+    done = CliRunner().invoke(cli.app, ["serve"])
+    assert done.exit_code == 1 and 'pip install "pyengine[serve]"' in done.stderr
+    monkeypatch.undo()
+    done = CliRunner().invoke(cli.app, ["serve", "--max-tokens", "0"])
+    assert done.exit_code == 2 and "max_tokens must be at least 1" in done.stderr
