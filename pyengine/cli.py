@@ -308,6 +308,35 @@ def gemma_mtp(
             typer.echo(json.dumps({k: v for k, v in whole.items() if k != "rows"}))
 
 
+@bench_app.command(
+    "kernels",
+    epilog=examples(
+        "pyengine bench kernels --count",
+        "pyengine bench kernels --count --json > counts.json",
+    ),
+)
+def kernels(
+    count: Annotated[
+        bool, typer.Option("--count", help="Count device bytes in the workbench; times nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of rows as JSON.")] = False,
+) -> None:
+    """Count what every Metal kernel reads and writes, beside MLX's own, without a GPU.
+
+    From a checkout only: the kernels are compiled for the processor, run and watched there.
+    """
+    with sentences():
+        if not count:
+            raise ValueError("[bench] --count must be given: nothing here times an Apple GPU.")
+        from pyengine.kernel_counts import count_kernels, markdown
+
+        counts = list(count_kernels())
+        if as_json:
+            typer.echo(json.dumps([row.to_dict() for row in counts]))
+        else:
+            typer.echo(markdown(counts))
+
+
 def load_pair(
     target: Path | None,
     assistant: Path | None,
