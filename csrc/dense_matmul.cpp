@@ -36,10 +36,8 @@ dense_matmul_launch(int M, int N, int K, mx::Dtype dtype, mx::Dtype out_dtype) {
   launch.buffers = {
       Buffer::array(Role::in, "x", {M, K}, dtype, aligned ? 16 : 1),
       Buffer::array(Role::in, "w", {N, K}, dtype, aligned ? 16 : 1),
-      Buffer::array(Role::out, "out", {M, N}, out_dtype),
-      Buffer::scalar("M", M),
-      Buffer::scalar("N", N),
-      Buffer::scalar("K", K)};
+      Buffer::array(Role::out, "out", {M, N}, out_dtype)};
+  add_scalars(launch, {{"M", M}, {"N", N}, {"K", K}});
   return launch;
 }
 

@@ -35,4 +35,35 @@ inline Launch matmul_launch(
   return launch;
 }
 
+// Buffers of a quantised matrix, or of a stack of them: `rows` is what stands
+// before its last dimension. 6 bits are loaded in words, the others in 16
+// bytes.
+inline void add_matrix(
+    Launch& launch,
+    const std::string& matrix,
+    mx::Shape rows,
+    int K,
+    mx::Dtype dtype,
+    int group_size,
+    int bits) {
+  using Role = Buffer::Role;
+  mx::Shape packed = rows, factors = rows;
+  packed.push_back(int(int64_t(K) * bits / 32));
+  factors.push_back(K / group_size);
+  launch.buffers.insert(
+      launch.buffers.end(),
+      {Buffer::array(
+           Role::in, matrix + "w", packed, mx::uint32, bits == 6 ? 4 : 16),
+       Buffer::array(Role::in, matrix + "scales", factors, dtype),
+       Buffer::array(Role::in, matrix + "biases", factors, dtype)});
+}
+
+inline void add_scalars(
+    Launch& launch,
+    const std::vector<std::pair<const char*, int>>& scalars) {
+  for (auto [name, value] : scalars) {
+    launch.buffers.push_back(Buffer::scalar(name, uint32_t(value)));
+  }
+}
+
 } // namespace pyengine

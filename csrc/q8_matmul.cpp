@@ -14,6 +14,7 @@
 #include "matmul_launch.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "q8_matmul_cpu.h"
+#include "quantized.h"
 
 namespace pyengine {
 
@@ -47,20 +48,10 @@ Launch q8_matmul_launch(
       dtype);
   launch.constants[2] = out_dtype == mx::float32 && dtype != mx::float32;
   launch.constants[3] = group_size;
-  launch.buffers = {
-      Buffer::array(Role::in, "x", {M, K}, dtype, 16),
-      Buffer::array(
-          Role::in,
-          "w",
-          {N, int(int64_t(K) * bits / 32)},
-          mx::uint32,
-          bits == 6 ? 4 : 16),
-      Buffer::array(Role::in, "scales", {N, K / group_size}, dtype),
-      Buffer::array(Role::in, "biases", {N, K / group_size}, dtype),
-      Buffer::array(Role::out, "out", {M, N}, out_dtype),
-      Buffer::scalar("M", M),
-      Buffer::scalar("N", N),
-      Buffer::scalar("K", K)};
+  launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
+  add_matrix(launch, "", {N}, K, dtype, group_size, bits);
+  launch.buffers.push_back(Buffer::array(Role::out, "out", {M, N}, out_dtype));
+  add_scalars(launch, {{"M", M}, {"N", N}, {"K", K}});
   return launch;
 }
 
@@ -72,32 +63,23 @@ mx::array q8_matmul(
     int group_size,
     int bits,
     std::optional<mx::Dtype> out_dtype) {
-  check(bits == 4 || bits == 6 || bits == 8, op, "bits", "be 4, 6 or 8", bits);
-  check(
-      group_size == 32 || group_size == 64 || group_size == 128,
-      op,
-      "group_size",
-      "be 32, 64 or 128",
-      group_size);
+  check_packing(op, group_size, bits);
   check_storage_dtype(op, "x", x);
   check(x.ndim() >= 1, op, "x", "have at least 1 dimension", x.ndim());
   check_dtype(op, "w", w, mx::uint32, "be uint32");
   check(w.ndim() == 2, op, "w", "have shape [N, K * bits / 32]", w.shape());
+  check_width(op, x, group_size);
   int K = x.shape(-1);
   int N = w.shape(0);
-  if (K % group_size != 0) {
-    fail(
-        op,
-        "the last dimension of x",
-        "be a multiple of group_size " + std::to_string(group_size),
-        K);
-  }
-  check_shape(op, "w", w, {N, int(int64_t(K) * bits / 32)});
-  check_shape(op, "scales", scales, {N, K / group_size});
-  check_shape(op, "biases", biases, {N, K / group_size});
-  for (auto [what, a] : {std::pair{"scales", &scales}, {"biases", &biases}}) {
-    check_dtype(op, what, *a, x.dtype(), "have the dtype of x");
-  }
+  check_matrix(
+      op,
+      "",
+      x.dtype(),
+      w,
+      scales,
+      biases,
+      {N, packed_width(K, bits)},
+      K / group_size);
   mx::Dtype dtype = check_out_dtype(op, x, out_dtype);
 
   auto stream = mx::to_stream({});
@@ -116,38 +98,23 @@ mx::array q8_matmul(
 void Q8Matmul::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  const auto& x = inputs[0];
-  const auto& w = inputs[1];
-  const auto& scales = inputs[2];
-  const auto& biases = inputs[3];
   auto& out = outputs[0];
   out.set_data(mx::allocator::malloc(out.nbytes()));
   if (out.size() == 0) {
     return;
   }
 
-  Rows rows(x);
-  Q8MatmulArgs args;
-  args.w = w.data<uint8_t>();
-  args.scales = scales.data<void>();
-  args.biases = biases.data<void>();
+  Rows rows(inputs[0]);
+  auto args = packed_args(&inputs[1], inputs[0], group_size_, bits_);
   args.out = out.data<void>();
-  args.storage = storage_of(x.dtype());
   args.out_storage = storage_of(out.dtype());
-  args.N = w.shape(0);
-  args.K = x.shape(-1);
-  args.group_size = group_size_;
-  args.bits = bits_;
   auto plan = q8_matmul_plan(rows.count(), args.N, args.K, group_size_, bits_);
-  Order order = bits_ == 8 ? Order::plain
-      : bits_ == 6         ? Order::quads
-                           : Order::pairs;
+  Order order = packed_order(bits_);
 
   auto& encoder = mx::cpu::get_command_encoder(stream());
-  encoder.set_input_array(x);
-  encoder.set_input_array(w);
-  encoder.set_input_array(scales);
-  encoder.set_input_array(biases);
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input);
+  }
   encoder.set_output_array(out);
   encoder.dispatch([rows = std::move(rows), plan, args, order] {
     auto kernel = PYENGINE_PICK_KERNEL(q8_matmul_columns);

@@ -10,6 +10,10 @@
 
 using namespace metal;
 
+#define INSTANTIATE(name, kernel_, ...)   \
+  template [[host_name(name)]] [[kernel]] \
+  decltype(kernel_<__VA_ARGS__>) kernel_<__VA_ARGS__>;
+
 namespace pyengine {
 
 // Two elements of 16 bits as floats. A bfloat is the upper half of a float, so

@@ -12,8 +12,6 @@
 
 using namespace pyengine;
 
-constant int rows [[function_constant(0)]]; // min(M, 16)
-constant int chunks [[function_constant(1)]]; // of x staged together
 constant bool float_out [[function_constant(2)]];
 constant bool aligned [[function_constant(3)]]; // rows of x and w on 16 bytes
 
@@ -26,7 +24,6 @@ inline void multiply_chunk(
     const threadgroup float4* x,
     uint K,
     uint k0,
-    uint pitch,
     ushort p) {
   constexpr ushort run = Loaded<T>::elements;
   constexpr ushort quads = Loaded<T>::quads;
@@ -53,7 +50,7 @@ inline void multiply_chunk(
 #pragma unroll
     for (ushort q = 0; q < quads; ++q) {
       multiply_quad(
-          sums, weights[q], x + (i * quads + q) * lanes + p, pitch, rows);
+          sums, weights[q], x + (i * quads + q) * lanes + p, launch_rows);
     }
   }
 }
@@ -92,39 +89,28 @@ template <typename T>
         rows_of,
         K,
         k0,
-        rows,
-        chunks,
+        launch_rows,
         aligned,
         thread_index,
         simds * 32);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int i = 0; i < chunks && k0 + i * chunk < K; ++i) {
+    for (uint k = k0; k < K && k < k0 + chunks * chunk; k += chunk) {
       multiply_chunk<T, lanes>(
-          sums,
-          w + ulong(n) * K,
-          live,
-          staged + i * chunk_quads,
-          K,
-          k0 + i * chunk,
-          chunks * chunk_quads,
-          p);
+          sums, w + ulong(n) * K, live, staged + (k - k0) / 4, K, k, p);
     }
   }
 
-  add_lanes<lanes>(sums, rows, p);
+  add_lanes<lanes>(sums, launch_rows, p);
   uint column = n + column_of(p);
 #pragma unroll
   for (ushort m = 0; m < max_rows; ++m) {
-    if (m < rows && rows_of.live(m) && column < N && writes<lanes>(m, p)) {
+    if (m < launch_rows && rows_of.live(m) && column < N &&
+        writes<lanes>(m, p)) {
       write<T>(out, ulong(rows_of.row(m)) * N + column, sums[m][0], float_out);
     }
   }
 }
 
-#define INSTANTIATE(name, T)                    \
-  template [[host_name("dense_matmul_" #name)]] \
-  [[kernel]] decltype(dense_matmul<T>) dense_matmul<T>;
-
-INSTANTIATE(float32, float)
-INSTANTIATE(float16, half)
-INSTANTIATE(bfloat16, bfloat)
+INSTANTIATE("dense_matmul_float32", dense_matmul, float)
+INSTANTIATE("dense_matmul_float16", dense_matmul, half)
+INSTANTIATE("dense_matmul_bfloat16", dense_matmul, bfloat)

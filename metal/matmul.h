@@ -9,6 +9,9 @@
 
 #include "common.h"
 
+constant int launch_rows [[function_constant(0)]]; // min(M, 16)
+constant int chunks [[function_constant(1)]]; // of x staged together
+
 namespace pyengine {
 
 constant constexpr ushort max_rows = 16;
@@ -54,13 +57,12 @@ inline void stage(
     uint K,
     uint k0,
     ushort rows,
-    ushort chunks,
     bool aligned,
     ushort thread_index,
     ushort threads) {
   constexpr ushort elements = Loaded<T>::elements;
   constexpr ushort quads = Loaded<T>::quads;
-  ushort loads = chunks * (chunk / elements); // of one row
+  uint loads = chunks * (chunk / elements); // of one row
   for (uint i = thread_index; i < uint(rows) * loads; i += threads) {
     uint row = i / loads;
     uint at = i - row * loads;
@@ -93,12 +95,11 @@ inline void multiply_quad(
     thread Sums& sums,
     thread const float4 (&weights)[lane_columns],
     const threadgroup float4* x,
-    uint pitch,
     ushort rows) {
 #pragma unroll
   for (ushort m = 0; m < max_rows; ++m) {
     if (m < rows) {
-      float4 values = x[m * pitch];
+      float4 values = x[m * chunks * chunk_quads];
 #pragma unroll
       for (ushort c = 0; c < lane_columns; ++c) {
         float sum = fma(values.x, weights[c].x, sums[m][c]);

@@ -33,11 +33,6 @@
 
 using namespace pyengine;
 
-constant int rows [[function_constant(0)]]; // min(M, 16)
-constant int chunks [[function_constant(1)]]; // of x staged together
-constant bool float_out [[function_constant(2)]];
-constant int group_size [[function_constant(3)]];
-
 template <typename T, ushort bits>
 [[kernel]] void q8_matmul(
     const device T* x [[buffer(0)]], // [M, K]
@@ -54,15 +49,13 @@ template <typename T, ushort bits>
     ushort simd [[simdgroup_index_in_threadgroup]],
     ushort simds [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr ushort run = Packed<bits>::run;
-  constexpr ushort lanes = chunk / run;
+  constexpr ushort lanes = chunk / Packed<bits>::run;
   ushort p = lane % lanes;
   // A simdgroup has 32 / lanes sets of four columns side by side.
   uint n =
       ((group.x * simds + simd) * (32 / lanes) + lane / lanes) * lane_columns;
 
   Columns<T> columns;
-  uint factors = K / group_size;
   columns.stride = 2;
   columns.live = 0;
   for (ushort c = 0; c < lane_columns; ++c) {
@@ -70,59 +63,39 @@ template <typename T, ushort bits>
   }
   for (ushort c = 0; c < 2; ++c) {
     columns.w[c] = w + ulong(n + c) * (K / 32 * bits);
-    columns.scales[c] = scales + ulong(n + c) * factors;
-    columns.biases[c] = biases + ulong(n + c) * factors;
+    columns.scales[c] = scales + ulong(n + c) * (K / group_size);
+    columns.biases[c] = biases + ulong(n + c) * (K / group_size);
   }
 
   Sums sums = {};
   Consecutive rows_of = {group.y * max_rows, M};
-  for (uint k0 = 0; k0 < K; k0 += chunks * chunk) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    stage<T, lanes, run>(
-        x,
-        staged,
-        rows_of,
-        K,
-        k0,
-        rows,
-        chunks,
-        true,
-        thread_index,
-        simds * 32);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int i = 0; i < chunks && k0 + i * chunk < K; ++i) {
-      multiply_chunk<T, bits>(
-          sums,
-          columns,
-          staged + i * chunk_quads,
-          K,
-          k0 + i * chunk,
-          group_size,
-          rows,
-          chunks * chunk_quads,
-          lane);
-    }
-  }
+  multiply_columns<T, bits>(
+      sums,
+      columns,
+      x,
+      staged,
+      rows_of,
+      launch_rows,
+      K,
+      thread_index,
+      simds * 32);
 
-  add_lanes<lanes>(sums, rows, p);
   uint column = n + column_of(p);
 #pragma unroll
   for (ushort m = 0; m < max_rows; ++m) {
-    if (m < rows && rows_of.live(m) && column < N && writes<lanes>(m, p)) {
+    if (m < launch_rows && rows_of.live(m) && column < N &&
+        writes<lanes>(m, p)) {
       write<T>(out, ulong(rows_of.row(m)) * N + column, sums[m][0], float_out);
     }
   }
 }
 
-#define INSTANTIATE(name, T, bits) \
-  template [[host_name(            \
-      "q8_matmul_" #name           \
-      "_" #bits)]] [[kernel]] decltype(q8_matmul<T, bits>) q8_matmul<T, bits>;
-#define INSTANTIATE_BITS(name, T) \
-  INSTANTIATE(name, T, 8)         \
-  INSTANTIATE(name, T, 6)         \
-  INSTANTIATE(name, T, 4)
-
-INSTANTIATE_BITS(float32, float)
-INSTANTIATE_BITS(float16, half)
-INSTANTIATE_BITS(bfloat16, bfloat)
+INSTANTIATE("q8_matmul_float32_8", q8_matmul, float, 8)
+INSTANTIATE("q8_matmul_float32_6", q8_matmul, float, 6)
+INSTANTIATE("q8_matmul_float32_4", q8_matmul, float, 4)
+INSTANTIATE("q8_matmul_float16_8", q8_matmul, half, 8)
+INSTANTIATE("q8_matmul_float16_6", q8_matmul, half, 6)
+INSTANTIATE("q8_matmul_float16_4", q8_matmul, half, 4)
+INSTANTIATE("q8_matmul_bfloat16_8", q8_matmul, bfloat, 8)
+INSTANTIATE("q8_matmul_bfloat16_6", q8_matmul, bfloat, 6)
+INSTANTIATE("q8_matmul_bfloat16_4", q8_matmul, bfloat, 4)

@@ -3,6 +3,9 @@
 
 #include "matmul.h"
 
+constant bool float_out [[function_constant(2)]];
+constant int group_size [[function_constant(3)]];
+
 namespace pyengine {
 
 // How a lane's share of a chunk is packed: `run` weights in `words` words, and
@@ -109,9 +112,7 @@ inline void multiply_chunk(
     const threadgroup float4* x,
     uint K,
     uint k0,
-    ushort group_size,
     ushort rows,
-    uint pitch,
     ushort lane) {
   typedef Packed<bits> P;
   constexpr ushort run = P::run;
@@ -157,8 +158,46 @@ inline void multiply_chunk(
       weights[c] =
           fma(P::quad(packed[c], j), float4(scale[c]), float4(bias[c]));
     }
-    multiply_quad(sums, weights, x + j * lanes + p, pitch, rows);
+    multiply_quad(sums, weights, x + j * lanes + p, rows);
   }
+}
+
+// Multiplies rows of x with the lane's columns over all of K and adds the
+// lanes.
+template <typename T, ushort bits, typename Rows>
+inline void multiply_columns(
+    thread Sums& sums,
+    thread const Columns<T>& columns,
+    const device T* x,
+    threadgroup float4* staged,
+    Rows rows_of,
+    ushort rows,
+    uint K,
+    ushort thread_index,
+    ushort threads) {
+  constexpr ushort run = Packed<bits>::run;
+  constexpr ushort lanes = chunk / run;
+  ushort lane = thread_index % 32;
+  for (uint k0 = 0; k0 < K; k0 += chunks * chunk) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    stage<T, lanes, run>(
+        x, staged, rows_of, K, k0, rows, true, thread_index, threads);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint k = k0; k < K && k < k0 + chunks * chunk; k += chunk) {
+      multiply_chunk<T, bits>(
+          sums, columns, staged + (k - k0) / 4, K, k, rows, lane);
+    }
+  }
+  add_lanes<lanes>(sums, rows, lane % lanes);
+}
+
+// gelu(gate) * up where, after add_lanes, even columns are of a gate and odd
+// ones of up. Both are rounded first. Good in the lanes of even columns.
+template <typename T>
+inline float gate_with_partner(float sum, ushort p) {
+  float own = float(T(sum));
+  float partner = simd_shuffle_xor(own, 2);
+  return column_of(p) % 2 == 0 ? gelu(own) * partner : 0.0f;
 }
 
 } // namespace pyengine

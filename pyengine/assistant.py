@@ -13,7 +13,7 @@ import mlx.core as mx
 from pyengine import ops
 from pyengine.cache import Cache
 from pyengine.config import AssistantConfig, LayerConfig, TargetConfig
-from pyengine.linear import Linear
+from pyengine.linear import Linear, gated
 from pyengine.weights import Weights
 
 # Where the assistant's query sits when n tokens are known, the newest one unprocessed: at that
@@ -93,7 +93,7 @@ class Assistant:
             q = ops.norm_rope(q, layer.q_norm, position, layer.inv_freq, eps)
             y = self._attend(layer, q, cache, newest)
             h, x = _residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)
-            y = layer.down(ops.geglu(layer.gate(x), layer.up(x)))
+            y = layer.down(gated(layer.gate, layer.up, x))
             h, x = _residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
         logits, hidden = self._head(x), self.post_projection(x)
         cache.read_by(hidden)

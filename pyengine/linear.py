@@ -37,6 +37,18 @@ class Linear:
         )
 
     @property
+    def packed(self) -> tuple[mx.array, mx.array, mx.array] | None:
+        """Weights, scales and biases; None if dense."""
+        if self.scales is None or self.biases is None:
+            return None
+        return self.weight, self.scales, self.biases
+
+    def packed_like(self, other: Linear) -> bool:
+        """Whether both are quantised, in the same way and shape."""
+        same = (self.bits, self.group_size) == (other.bits, other.group_size)
+        return self.scales is not None and same and self.weight.shape == other.weight.shape
+
+    @property
     def arrays(self) -> list[mx.array]:
         return [a for a in (self.weight, self.scales, self.biases) if a is not None]
 
@@ -76,3 +88,11 @@ class Linear:
         if self.scales is None or self.biases is None:
             return Linear(f(self.weight))
         return replace(self, weight=f(self.weight), scales=f(self.scales), biases=f(self.biases))
+
+
+def gated(gate: Linear, up: Linear, x: mx.array) -> mx.array:
+    """``gelu_tanh(gate(x)) * up(x)``, in one op where the two are packed alike."""
+    first, second = gate.packed, up.packed
+    if first is None or second is None or not gate.packed_like(up):
+        return ops.geglu(gate(x), up(x))
+    return ops.q8_gated_matmul(x, first, second, gate.group_size, gate.bits)

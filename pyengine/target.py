@@ -12,10 +12,11 @@ import mlx.core as mx
 from pyengine import ops
 from pyengine.cache import Cache
 from pyengine.config import LayerConfig, TargetConfig
-from pyengine.linear import Linear
+from pyengine.linear import Linear, gated
 from pyengine.weights import Weights
 
-# Up to this many rows, routed experts are fetched row by row; beyond, every expert sees every row.
+# Up to this many rows, routed experts that are not quantised are fetched row by row; beyond, every
+# expert sees every row.
 ROWS_BY_SLOT = 16
 
 
@@ -40,7 +41,7 @@ class MLP:
     down: Linear
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down(ops.geglu(self.gate(x), self.up(x)))
+        return self.down(gated(self.gate, self.up, x))
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,10 @@ def _with_experts(
     """The dense branch's output plus that of the routed experts, both normed. h is the stream."""
     ids, weights = _route(experts, h, num_used, eps)
     x = ops.rms_norm(h, experts.pre_norm, eps)
-    run = _experts_by_slot if x.shape[0] <= ROWS_BY_SLOT else _experts_by_expert
+    if experts.gate.packed_like(experts.up) and experts.down.packed:
+        run = _experts_packed
+    else:
+        run = _experts_by_slot if x.shape[0] <= ROWS_BY_SLOT else _experts_by_expert
     routed = run(experts, x, ids, weights).astype(h.dtype)
     dense = ops.rms_norm(dense, experts.dense_norm, eps)
     return dense + ops.rms_norm(routed, experts.routed_norm, eps)
@@ -287,6 +291,20 @@ def _route(experts: Experts, h: mx.array, num_used: int, eps: float) -> tuple[mx
     for slot in range(1, num_used):
         total = total + weights[:, slot : slot + 1]
     return ids, weights / total * mx.take(experts.scales, ids)
+
+
+def _experts_packed(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
+    """Weighted sum [T, E], float32, over each row's own experts, slot by slot; quantised stacks."""
+    gate, up, down = experts.gate.packed, experts.up.packed, experts.down.packed
+    assert gate is not None and up is not None and down is not None
+    packing = (experts.gate.group_size, experts.gate.bits)
+    y = ops.q8_expert_matmul(x, gate, ids, *packing, up=up)  # [T, num_used, F]
+    packing = (experts.down.group_size, experts.down.bits)
+    parts = ops.q8_expert_matmul(y, down, ids, *packing, out_dtype=mx.float32)
+    total = parts[:, 0] * weights[:, :1]
+    for slot in range(1, ids.shape[1]):
+        total = total + parts[:, slot] * weights[:, slot : slot + 1]
+    return total
 
 
 def _experts_by_slot(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:

@@ -170,14 +170,16 @@ def test_use_reference():
     assert np.array_equal(bits_of(out), bits_of(dense_matmul_reference(x, w)))
 
 
-def test_on_a_gpu_mlx_serves(monkeypatch):
+def test_on_a_gpu_mlx_serves_a_prefill(monkeypatch):
     """No GPU here: the answer to "which device" is replaced, what follows from it is real."""
+    x, w = normal(24, 129, 64, dtype=mx.float16), normal(25, 8, 64, dtype=mx.float16)
+    block = dense_matmul(x[:128], w)
     monkeypatch.setattr(switch.mx, "default_device", lambda: mx.gpu)
-    x, w = normal(24, 2, 64, dtype=mx.float16), normal(25, 8, 64, dtype=mx.float16)
     for out_dtype in (None, mx.float32):
         dtype = out_dtype or mx.float16
         out = dense_matmul(x, w, out_dtype=out_dtype)
         assert out.dtype == dtype and mx.array_equal(out, x.astype(dtype) @ w.astype(dtype).T)
+    assert np.array_equal(bits_of(dense_matmul(x[:128], w)), bits_of(block))
 
 
 @pytest.mark.parametrize("M, N, K", [(1, 1, 1), (16, 262144, 5376), (17, 9, 64), (4, 5376, 21504)])

@@ -241,10 +241,12 @@ def test_use_reference():
     assert np.array_equal(bits_of(out), bits_of(q8_matmul_reference(x, *q)))
 
 
-def test_on_a_gpu_mlx_serves(monkeypatch):
+def test_on_a_gpu_mlx_serves_a_prefill(monkeypatch):
     """No GPU here: the answer to "which device" is replaced, what follows from it is real."""
+    x, q = normal(24, 129, 64, dtype=mx.float16), quantized(25, 8, 64, dtype=mx.float16)
+    block = q8_matmul(x[:128], *q)
     monkeypatch.setattr(switch.mx, "default_device", lambda: mx.gpu)
-    x, q = normal(24, 2, 64, dtype=mx.float16), quantized(25, 8, 64, dtype=mx.float16)
+    assert np.array_equal(bits_of(q8_matmul(x[:128], *q)), bits_of(block))
     for out_dtype in (None, mx.float32):
         dtype = out_dtype or mx.float16
         wide = [a.astype(dtype) for a in (x, *q[1:])]

@@ -1,10 +1,14 @@
 """Which implementation runs: the switch, and what status says of it."""
 
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 
 from pyengine import _ext, ops
+from pyengine.ops import switch, workbench
 
+ELEMENTWISE = {"geglu", "random_uniform", "write_cache"}
 NAMES = [name for name in ops.__all__ if name + "_reference" in ops.__all__]
 
 
@@ -27,9 +31,37 @@ def test_use_switches_every_op() -> None:
     assert not rows["q8_matmul"]["row_stable"] and rows["geglu"]["row_stable"]
 
 
+def test_a_gpu_runs_what_has_a_metal_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU here: the answer to "which device" is replaced, what follows from it is real."""
+    monkeypatch.setattr(switch.mx, "default_device", lambda: mx.gpu)
+    for row in ops.status():
+        has_kernel = row["op"] in switch.METAL
+        assert row["kernel"] == ("Metal" if has_kernel else "MLX") and row["device"] == "gpu"
+        assert row["row_stable"] == (has_kernel or row["op"] in ELEMENTWISE)
+    ops.use("mlx")
+    try:
+        assert {row["kernel"] for row in ops.status()} == {"MLX"}
+    finally:
+        ops.use("native")
+
+
+def test_every_metal_kernel_has_its_source_in_the_extension() -> None:
+    for op in switch.METAL:
+        source = _ext.metal_source(op)
+        assert f"[[kernel]] void {op}(" in source
+        assert '#include "' not in source and source.isascii()
+
+
+def test_workbench_needs_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(workbench, "_ROOT", tmp_path)
+    with pytest.raises(RuntimeError, match=r"\[use\] the workbench needs a checkout"):
+        ops.use("workbench")
+    assert ops.status()[0]["kernel"].startswith("SIMD")
+
+
 def test_unknown_implementation_is_refused() -> None:
     with pytest.raises(ValueError) as error:
         ops.use("fast")  # type: ignore[arg-type]
-    text = "[use] implementation must be one of native, reference but got fast."
-    assert str(error.value) == text
+    names = "native, reference, workbench, mlx"
+    assert str(error.value) == f"[use] implementation must be one of {names} but got fast."
     assert ops.status()[0]["kernel"].startswith("SIMD")

@@ -1,4 +1,4 @@
-"""c++ for macOS arm64 on any machine: zig's clang; flags it does not know are put into its words.
+"""c++ for macOS arm64 on any machine: zig's clang, told in its own words what CMake wants.
 
 The package ziglang must be installed in the Python that runs this.
 """
@@ -8,9 +8,7 @@ import sys
 
 
 def translated(flag: str) -> list[str]:
-    if flag.startswith(
-        "-Wl,@"
-    ):  # nanobind's list of CPython symbols, `-U _PyX`; checked afterwards
+    if flag.startswith("-Wl,@"):  # nanobind's list of CPython symbols; checked afterwards
         return ["-Wl,-undefined,dynamic_lookup"]
     if flag == "-bundle":  # zig 0.17.1 crashes on it; a dylib has the same symbols
         return ["-shared"]

@@ -33,12 +33,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 bench_app = typer.Typer(
-    help="Time a pair against plain decoding.",
+    help="Time a pair against plain decoding; count what the Metal kernels move.",
     epilog=common.examples("pyengine bench gemma-mtp"),
     no_args_is_help=True,
 )
 app.add_typer(bench_app, name="bench")
 bench_app.command("gemma-mtp", epilog=common.examples(*bench.EXAMPLES))(bench.gemma_mtp)
+bench_app.command("kernels", epilog=common.examples(*bench.KERNELS_EXAMPLES))(bench.kernels)
 COMMANDS = {
     "generate": generate,
     "chat": chat,

@@ -1,4 +1,4 @@
-"""``pyengine bench``: time a pair against plain decoding."""
+"""``pyengine bench``: time a pair against plain decoding; count what the Metal kernels move."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import typer
 from pyengine.cli import common
 from pyengine.cli.common import AssistantDir, Position, TargetDir
 
+KERNELS_EXAMPLES = (
+    "pyengine bench kernels --count",
+    "pyengine bench kernels --count --json > counts.json",
+)
 EXAMPLES = (
     "pyengine bench gemma-mtp",
     "pyengine bench gemma-mtp --target-model ./target --assistant-model ./assistant "
@@ -104,6 +108,28 @@ def gemma_mtp(
             typer.echo(f"Report: {output}", err=True)
         if as_json:
             typer.echo(json.dumps({k: v for k, v in whole.items() if k != "rows"}))
+
+
+def kernels(
+    count: Annotated[
+        bool, typer.Option("--count", help="Count device bytes in the workbench; times nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of rows as JSON.")] = False,
+) -> None:
+    """Count what every Metal kernel reads and writes, beside MLX's own, without a GPU.
+
+    From a checkout only: the kernels are compiled for the processor, run and watched there.
+    """
+    with common.sentences():
+        if not count:
+            raise ValueError("[bench] --count must be given: nothing here times an Apple GPU.")
+        from pyengine.kernel_counts import count_kernels, markdown
+
+        counts = list(count_kernels())
+        if as_json:
+            typer.echo(json.dumps([row.to_dict() for row in counts]))
+        else:
+            typer.echo(markdown(counts))
 
 
 def read_block_sizes(text: str) -> list[int]:

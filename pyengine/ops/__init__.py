@@ -7,6 +7,8 @@ from .draw_token import draw_token, draw_token_reference
 from .filter_logits import filter_logits, filter_logits_reference
 from .geglu import geglu, geglu_reference
 from .norm_rope import norm_rope, norm_rope_reference
+from .q8_expert_matmul import q8_expert_matmul, q8_expert_matmul_reference
+from .q8_gated_matmul import q8_gated_matmul, q8_gated_matmul_reference
 from .q8_matmul import q8_matmul, q8_matmul_reference
 from .random_uniform import random_uniform, random_uniform_reference
 from .residual_norm import residual_norm, residual_norm_reference
@@ -29,6 +31,10 @@ __all__ = [
     "geglu_reference",
     "norm_rope",
     "norm_rope_reference",
+    "q8_expert_matmul",
+    "q8_expert_matmul_reference",
+    "q8_gated_matmul",
+    "q8_gated_matmul_reference",
     "q8_matmul",
     "q8_matmul_reference",
     "random_uniform",

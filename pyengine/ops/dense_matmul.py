@@ -2,7 +2,8 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from .switch import chosen
+from . import workbench
+from .switch import chosen, too_wide
 
 
 def dense_matmul(x: mx.array, w: mx.array, *, out_dtype: mx.Dtype | None = None) -> mx.array:
@@ -10,8 +11,8 @@ def dense_matmul(x: mx.array, w: mx.array, *, out_dtype: mx.Dtype | None = None)
 
     ``out[m, n] = sum over k of x[m, k] * w[n, k]`` in float32, in an order that depends on K alone,
     rounded once: before that, the result is within ``(K / 16 + 8) * 2**-24`` times the same sum
-    with absolute values. More than 16 rows run as slices of 16. On a GPU MLX's ``matmul`` serves,
-    which is not row-stable.
+    with absolute values. More than 16 rows run as slices of 16. On a GPU MLX's ``matmul``, which
+    is not row-stable, serves more than 128 rows: a prefill.
 
     Args:
         x: ``[..., K]``, float32, float16 or bfloat16; any strides.
@@ -25,11 +26,15 @@ def dense_matmul(x: mx.array, w: mx.array, *, out_dtype: mx.Dtype | None = None)
         ValueError: A shape, dtype or limit above does not hold.
     """
     out = _ext.dense_matmul(x, w, out_dtype)  # checks in every case
-    implementation = chosen()
-    if implementation == "native":
-        return out
+    implementation = chosen("dense_matmul")
     if implementation == "reference":
         return dense_matmul_reference(x, w, out_dtype=out_dtype)
+    if implementation == "workbench" and out.size > 0:
+        N, K = w.shape
+        launch = _ext.dense_matmul_launch(out.size // N, N, K, x.dtype, out.dtype)
+        return workbench.run(launch, x, w)[0].reshape(out.shape)
+    if implementation != "mlx" and not too_wide(out):
+        return out
     dtype = out_dtype or x.dtype
     return x.astype(dtype) @ w.astype(dtype).T
 

@@ -2,7 +2,8 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from .switch import chosen
+from . import workbench
+from .switch import chosen, too_wide
 
 
 def q8_matmul(
@@ -21,7 +22,8 @@ def q8_matmul(
     ``g`` the group size and ``q`` the packed integers of MLX's affine quantisation. All of it in
     float32, in an order that depends on K alone, rounded once: before that, the result is within
     ``(K / 16 + 8) * 2**-24`` times the same sum with absolute values. More than 16 rows run as
-    slices of 16. On a GPU MLX's ``quantized_matmul`` serves, which is not row-stable.
+    slices of 16. On a GPU MLX's ``quantized_matmul``, which is not row-stable, serves more than
+    128 rows: a prefill.
 
     Args:
         x: ``[..., K]``, float32, float16 or bfloat16; any strides; K is a multiple of ``g``.
@@ -39,11 +41,15 @@ def q8_matmul(
         ValueError: A shape, dtype or limit above does not hold.
     """
     out = _ext.q8_matmul(x, w, scales, biases, group_size, bits, out_dtype)  # checks in every case
-    implementation = chosen()
-    if implementation == "native":
-        return out
+    implementation = chosen("q8_matmul")
     if implementation == "reference":
         return q8_matmul_reference(x, w, scales, biases, group_size, bits, out_dtype=out_dtype)
+    if implementation == "workbench" and out.size > 0:
+        N, K = w.shape[0], x.shape[-1]
+        launch = _ext.q8_matmul_launch(out.size // N, N, K, x.dtype, out.dtype, group_size, bits)
+        return workbench.run(launch, x, w, scales, biases)[0].reshape(out.shape)
+    if implementation != "mlx" and not too_wide(out):
+        return out
     dtype = out_dtype or x.dtype  # logits in float32 are summed in float32, not widened afterwards
     x, scales, biases = (a.astype(dtype) for a in (x, scales, biases))
     return mx.quantized_matmul(x, w, scales, biases, True, group_size, bits)

@@ -6,21 +6,29 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-Implementation = Literal["native", "reference"]
+from . import workbench
 
-_IMPLEMENTATIONS = ("native", "reference")
+Implementation = Literal["native", "reference", "workbench", "mlx"]
+
+_IMPLEMENTATIONS = ("native", "reference", "workbench", "mlx")
 _chosen: Implementation = "native"
+
+# Ops that have a Metal kernel
+METAL = ("dense_matmul", "q8_expert_matmul", "q8_gated_matmul", "q8_matmul")
 
 
 def use(implementation: Implementation) -> None:
     """Switch every op of the engine to one implementation.
 
     Args:
-        implementation: "native" for our kernels, "reference" for the plain MLX definitions they are
-            tested against.
+        implementation: "native" for our kernels, where a GPU has one; "reference" for the plain
+            MLX definitions they are tested against; "workbench" for our Metal kernels run on the
+            processor, slowly, the other ops native, from a checkout only; "mlx" for MLX's own
+            operations where "native" has a Metal kernel that has never met an Apple GPU.
 
     Raises:
         ValueError: The implementation is not one of those.
+        RuntimeError: "workbench" outside a checkout, or without what it needs.
     """
     global _chosen
     if implementation not in _IMPLEMENTATIONS:
@@ -28,14 +36,23 @@ def use(implementation: Implementation) -> None:
             f"[use] implementation must be one of {', '.join(_IMPLEMENTATIONS)} "
             f"but got {implementation}."
         )
+    if implementation == "workbench":
+        workbench.load()
     _chosen = implementation
 
 
-def chosen() -> Literal["native", "reference", "mlx"]:
-    """What an op called now runs; "mlx" on a GPU, where no kernel of ours exists yet."""
-    if _chosen == "native" and mx.default_device() == mx.gpu:
+def chosen(op: str = "") -> Implementation:
+    """What an op called now runs: never "native" on a GPU where it has no Metal kernel."""
+    if _chosen == "workbench":
+        return "workbench" if op in METAL else "native"
+    if _chosen == "native" and mx.default_device() == mx.gpu and op not in METAL:
         return "mlx"
     return _chosen
+
+
+def too_wide(out: mx.array) -> bool:
+    """Whether a GPU should give this matmul's result to MLX: more rows than any block has."""
+    return mx.default_device() == mx.gpu and out.size > 128 * out.shape[-1]
 
 
 # Ops whose plain form has no reduction: MLX cannot choose an order for them by the number of rows.
@@ -47,6 +64,8 @@ _REDUCING = (
     "draw_token",
     "filter_logits",
     "norm_rope",
+    "q8_expert_matmul",
+    "q8_gated_matmul",
     "q8_matmul",
     "residual_norm",
     "rms_norm",
@@ -57,22 +76,23 @@ def status() -> list[dict[str, Any]]:
     """What every op runs if it is called now.
 
     Returns:
-        One row an op: ``op``; ``kernel``, "SIMD (...)" with the instruction set, "reference" or
-        "MLX"; ``device``; ``row_stable``, whether a row's bits depend on that row alone.
+        One row an op: ``op``; ``kernel``, "SIMD (...)" with the instruction set, "Metal",
+        "Metal (workbench)", "reference" or "MLX"; ``device``; ``row_stable``, whether a row's bits
+        depend on that row alone.
     """
-    implementation = chosen()
+    device = "gpu" if mx.default_device() == mx.gpu else "cpu"
     kernel = {
-        "native": f"SIMD ({_ext.instruction_set()})",
+        "native": "Metal" if device == "gpu" else f"SIMD ({_ext.instruction_set()})",
+        "workbench": "Metal (workbench)",
         "reference": "reference",
         "mlx": "MLX",
-    }[implementation]
-    device = "gpu" if mx.default_device() == mx.gpu else "cpu"
+    }
     return [
         {
             "op": op,
-            "kernel": kernel,
+            "kernel": kernel[chosen(op)],
             "device": device,
-            "row_stable": implementation == "native" or op in _ELEMENTWISE,
+            "row_stable": chosen(op) in ("native", "workbench") or op in _ELEMENTWISE,
         }
         for op in sorted(_ELEMENTWISE + _REDUCING)
     ]

@@ -118,6 +118,8 @@ def test_a_simdgroup_barrier_orders_its_simdgroup_only():
     silent(run(body % (barrier, 1))[1])
     assert "race" in run(body % ("", 1))[1].kinds()
     assert "race" in run(body % (barrier, 32))[1].kinds()
+    body = f"threadgroup float t[32]; if (l < 32) t[l] = a[i]; {barrier} o[i] = t[lane];"
+    assert only(run(body)[1], "race").message == "read after an unordered write"
 
 
 def test_race_across_threadgroups():
@@ -125,6 +127,14 @@ def test_race_across_threadgroups():
     finding = only(report, "race")
     assert finding.message == "write after an unordered write"
     assert finding.threadgroup == (1, 0, 0) and "threadgroup (0, 0, 0)" in finding.other
+
+
+def test_no_barrier_orders_threadgroups():
+    barrier = "threadgroup_barrier(mem_flags::mem_device);"
+    body = f"o[64 + l] = a[i]; if (g == 0) o[l] = 1; {barrier} if (g == 1) o[l] = 2;"
+    _, report = run(body, n=128)
+    assert {finding.kind for finding in report.findings} == {"race"}
+    assert {finding.offset < 256 for finding in report.findings} == {True, False}
 
 
 def test_reading_what_another_threadgroup_writes():

@@ -1,0 +1,330 @@
+// q8_expert_matmul: checks, primitive and the launch of the Metal kernel. On
+// the processor rows are grouped by expert, then run through the kernels of
+// q8_matmul and geglu.
+
+#include "q8_expert_matmul.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <memory>
+
+#include "bindings.h"
+#include "gated.h"
+#include "matmul.h"
+#include "matmul_launch.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "quantized.h"
+
+namespace pyengine {
+
+namespace {
+
+constexpr const char* op = "q8_expert_matmul";
+
+struct Args {
+  Q8MatmulArgs matrix; // of all experts: one below the other
+  Q8MatmulArgs up;
+  bool gated;
+  const int32_t* ids; // [T, U]
+  int pairs; // T * U
+  int per_row; // pairs that share a row of x: U or 1
+  int experts;
+  int N;
+  char* out; // [T, U, N]
+  Order order;
+};
+
+// The (token, slot) pairs of every expert, in order.
+std::vector<std::vector<int>> group_pairs(const Args& args) {
+  std::vector<std::vector<int>> groups(args.experts);
+  for (int pair = 0; pair < args.pairs; ++pair) {
+    int id = args.ids[pair];
+    if (id < 0 || id >= args.experts) {
+      throw std::runtime_error(
+          "[q8_expert_matmul] ids must be from 0 to " +
+          std::to_string(args.experts - 1) + " but got " + std::to_string(id) +
+          ".");
+    }
+    groups[id].push_back(pair);
+  }
+  return groups;
+}
+
+// Up to max_rows pairs of one expert.
+void run_expert(
+    const Args& args,
+    const Rows& rows,
+    int expert,
+    const int* pairs,
+    int count) {
+  static thread_local Scratch shared;
+  int K = args.matrix.K;
+  Plan plan = matmul_plan(
+      count,
+      args.N,
+      K,
+      (args.gated ? 2 : 1) * (int64_t(K) * args.matrix.bits / 8));
+  float* x = shared.floats(plan.scratch);
+  for (int m = 0; m < count; ++m) {
+    rows.load(pairs[m] / args.per_row, args.order, count, x + 16 * m);
+  }
+  auto matrix_of = [&](const Q8MatmulArgs& stack) {
+    auto matrix = from_row(stack, int64_t(expert) * args.N);
+    matrix.x = x;
+    matrix.M = count;
+    return matrix;
+  };
+  auto matrix = matrix_of(args.matrix);
+  auto up = args.gated ? matrix_of(args.up) : matrix;
+  size_t size = matrix.out_storage == Storage::float32 ? 4 : 2;
+  run_groups(plan, [&](int group) {
+    static thread_local Scratch own;
+    int begin = group * plan.columns;
+    int columns = std::min(begin + plan.columns, args.N) - begin;
+    float* sums = own.floats(
+        gated_scratch(count, columns, K, matrix.group_size, args.gated));
+    if (args.gated) {
+      gated_columns(matrix, up, begin, begin + columns, sums, sums);
+    } else {
+      auto part = from_row(matrix, begin);
+      part.N = columns;
+      part.out = sums;
+      PYENGINE_PICK_KERNEL(q8_matmul_columns)
+      (part, 0, columns, sums + size_t(count) * columns);
+    }
+    auto* from = reinterpret_cast<const char*>(sums);
+    for (int m = 0; m < count; ++m) {
+      std::memcpy(
+          args.out + (int64_t(pairs[m]) * args.N + begin) * size,
+          from + m * columns * size,
+          columns * size);
+    }
+  });
+}
+
+} // namespace
+
+Launch q8_expert_matmul_launch(
+    int T,
+    int U,
+    int X,
+    int N,
+    int K,
+    bool gated,
+    bool shared,
+    mx::Dtype dtype,
+    mx::Dtype out_dtype,
+    int group_size,
+    int bits) {
+  using Role = Buffer::Role;
+  auto launch = matmul_launch(
+      op,
+      std::string(op) + "_" + dtype_name(dtype) + "_" + std::to_string(bits),
+      T,
+      N,
+      (bits == 4 ? 16 : 8) / (gated ? 2 : 1),
+      dtype);
+  launch.grid = {launch.grid[0], X, launch.grid[1]};
+  launch.constants[2] = out_dtype == mx::float32 && dtype != mx::float32;
+  launch.constants[3] = group_size;
+  launch.constants[4] = gated;
+  launch.constants[5] = shared;
+  // The pairs of 16 tokens and their number, in whole 16 bytes.
+  int list = 2 * (max_rows * U + 1);
+  launch.threadgroup_memory.emplace_back(1, (list + 15) / 16 * 16);
+  mx::Shape rows = shared ? mx::Shape{T, K} : mx::Shape{T, U, K};
+  launch.buffers = {Buffer::array(Role::in, "x", rows, dtype, 16)};
+  for (std::string matrix : {"", "up_"}) {
+    // Without a gate the kernel's second matrix is the first again.
+    add_matrix(launch, gated ? matrix : "", {X, N}, K, dtype, group_size, bits);
+  }
+  launch.buffers.push_back(Buffer::array(Role::in, "ids", {T, U}, mx::int32));
+  launch.buffers.push_back(
+      Buffer::array(Role::out, "out", {T, U, N}, out_dtype));
+  add_scalars(launch, {{"tokens", T}, {"slots", U}, {"N", N}, {"K", K}});
+  return launch;
+}
+
+mx::array q8_expert_matmul(
+    const mx::array& x,
+    const std::vector<mx::array>& stack,
+    const std::vector<mx::array>& up,
+    const mx::array& ids,
+    int group_size,
+    int bits,
+    std::optional<mx::Dtype> out_dtype) {
+  check_packing(op, group_size, bits);
+  check_storage_dtype(op, "x", x);
+  check(
+      x.ndim() == 2 || x.ndim() == 3,
+      op,
+      "x",
+      "have shape [T, K] or [T, U, K]",
+      x.shape());
+  check_dtype(op, "ids", ids, mx::int32, "be int32");
+  check(ids.ndim() == 2, op, "ids", "have shape [T, U]", ids.shape());
+  int T = x.shape(0), U = ids.shape(1), K = x.shape(-1);
+  check_shape(op, "ids", ids, {T, U});
+  if (x.ndim() == 3) {
+    check_shape(op, "x", x, {T, U, K});
+  }
+  check(stack.size() == 3, op, "stack", "have 3 arrays", stack.size());
+  check(
+      up.empty() || up.size() == 3,
+      op,
+      "up",
+      "have 3 arrays or none",
+      up.size());
+  const auto& w = stack[0];
+  check(w.ndim() == 3, op, "w", "have shape [X, N, K * bits / 32]", w.shape());
+  check_width(op, x, group_size);
+  int X = w.shape(0), N = w.shape(1);
+  check(X > 0, op, "w", "have at least 1 expert", X);
+  for (auto [name, matrix] : {std::pair{"", &stack}, {"up_", &up}}) {
+    if (matrix->empty()) {
+      continue;
+    }
+    const auto& a = *matrix;
+    check_dtype(
+        op, (std::string(name) + "w").c_str(), a[0], mx::uint32, "be uint32");
+    check_matrix(
+        op,
+        name,
+        x.dtype(),
+        a[0],
+        a[1],
+        a[2],
+        {X, N, packed_width(K, bits)},
+        K / group_size);
+  }
+  mx::Dtype dtype = check_out_dtype(op, x, out_dtype);
+  check(
+      up.empty() || dtype == x.dtype(),
+      op,
+      "out_dtype",
+      "be the dtype of x where up is given",
+      dtype);
+
+  auto stream = mx::to_stream({});
+  std::vector<mx::array> inputs = {rows_of(x, stream)};
+  for (const auto* matrix : {&stack, &up}) {
+    for (const auto& a : *matrix) {
+      inputs.push_back(whole(a, stream));
+    }
+  }
+  inputs.push_back(mx::contiguous(ids, false, stream));
+  return mx::array(
+      {T, U, N},
+      dtype,
+      std::make_shared<Q8ExpertMatmul>(stream, group_size, bits),
+      std::move(inputs));
+}
+
+void Q8ExpertMatmul::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+
+  Rows rows(inputs[0]);
+  Args args;
+  args.gated = inputs.size() == 8;
+  args.matrix = packed_args(&inputs[1], inputs[0], group_size_, bits_);
+  args.matrix.out_storage = storage_of(out.dtype());
+  args.up = args.matrix;
+  if (args.gated) {
+    args.up = packed_args(&inputs[4], inputs[0], group_size_, bits_);
+  }
+  args.ids = inputs.back().data<int32_t>();
+  args.pairs = int(inputs.back().size());
+  args.per_row = inputs[0].ndim() == 2 ? out.shape(1) : 1;
+  args.experts = inputs[1].shape(0);
+  args.N = out.shape(2);
+  args.out = out.data<char>();
+  args.order = packed_order(bits_);
+
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input);
+  }
+  encoder.set_output_array(out);
+  encoder.dispatch([rows = std::move(rows), args] {
+    auto groups = group_pairs(args);
+    for (int expert = 0; expert < args.experts; ++expert) {
+      const auto& pairs = groups[expert];
+      for (int first = 0; first < int(pairs.size()); first += max_rows) {
+        int count = std::min(int(pairs.size()) - first, max_rows);
+        run_expert(args, rows, expert, pairs.data() + first, count);
+      }
+    }
+  });
+}
+
+void Q8ExpertMatmul::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& x = inputs[0];
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+  bool gated = inputs.size() == 8;
+  auto launch = q8_expert_matmul_launch(
+      out.shape(0),
+      out.shape(1),
+      inputs[1].shape(0),
+      out.shape(2),
+      x.shape(-1),
+      gated,
+      x.ndim() == 2,
+      x.dtype(),
+      out.dtype(),
+      group_size_,
+      bits_);
+  std::vector<mx::array> bound(inputs.begin(), inputs.begin() + 4);
+  int second = gated ? 4 : 1;
+  bound.insert(
+      bound.end(), inputs.begin() + second, inputs.begin() + second + 3);
+  bound.push_back(inputs.back());
+  run_on_gpu(launch, stream(), bound, outputs);
+}
+
+bool Q8ExpertMatmul::is_equivalent(const mx::Primitive& other) const {
+  const auto& o = static_cast<const Q8ExpertMatmul&>(other);
+  return group_size_ == o.group_size_ && bits_ == o.bits_;
+}
+
+void bind_q8_expert_matmul(nb::module_& m) {
+  m.def(
+      "q8_expert_matmul",
+      &q8_expert_matmul,
+      nb::arg("x"),
+      nb::arg("stack"),
+      nb::arg("up"),
+      nb::arg("ids"),
+      nb::arg("group_size"),
+      nb::arg("bits"),
+      nb::arg("out_dtype").none());
+  m.def(
+      "q8_expert_matmul_launch",
+      &q8_expert_matmul_launch,
+      nb::arg("T"),
+      nb::arg("U"),
+      nb::arg("X"),
+      nb::arg("N"),
+      nb::arg("K"),
+      nb::arg("gated"),
+      nb::arg("shared"),
+      nb::arg("dtype"),
+      nb::arg("out_dtype"),
+      nb::arg("group_size"),
+      nb::arg("bits"));
+}
+
+} // namespace pyengine

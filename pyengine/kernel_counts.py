@@ -1,0 +1,225 @@
+"""What the Metal kernels load and store, counted in the workbench beside MLX's own: no timing.
+
+Bytes are those of the 32-byte sectors that a threadgroup touches, each counted once: what has to
+come to a core if its cache keeps all that the threadgroup needs, and no core helps another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from pyengine import _ext
+from pyengine.ops import workbench
+
+# Model widths of 31B, 12B and E2B; N is scaled down, which leaves every ratio as it is.
+WIDTHS = (5376, 3840, 1536)
+COLUMNS = 128
+ROWS = (1, 2, 4, 6, 8, 16)
+# An expert layer of 26B-A4B, likewise: of 16 experts here each token uses 8.
+EXPERTS, EXPERTS_USED, EXPERT_WIDTH = 16, 8, 2816
+GROUP_SIZE, BITS = 64, 8
+_SECTOR = 32
+_MLX_KERNELS = Path(__file__).parents[1] / "bench" / "mlx_quantized.metal"
+
+
+@dataclass(frozen=True)
+class Count:
+    """One kernel at one shape.
+
+    Attributes:
+        source: "ours" or "mlx".
+        read_bytes, written_bytes: Device memory touched, as above.
+        compulsory_bytes: Every input and output once.
+        weight_ratio: Bytes of packed weights read over those that are needed.
+        ratio: Bytes read and written over the compulsory ones.
+        threadgroup_bytes: Threadgroup memory of a threadgroup.
+    """
+
+    op: str
+    kernel: str
+    source: str
+    M: int
+    N: int
+    K: int
+    dtype: str
+    launches: int
+    read_bytes: int
+    written_bytes: int
+    compulsory_bytes: int
+    weight_ratio: float
+    ratio: float
+    threadgroup_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def count_kernels(
+    widths: Sequence[int] = WIDTHS, rows: Sequence[int] = ROWS, columns: int = COLUMNS
+) -> Iterator[Count]:
+    """Count every kernel at every width and number of rows. Runs each of them, which takes a while.
+
+    Raises:
+        RuntimeError: There is no checkout, or no compiler.
+    """
+    for K in widths:
+        for M in rows:
+            yield from _matmuls(M, columns, K)
+    for M in rows:
+        yield _experts(M, columns, EXPERT_WIDTH)
+
+
+def _matmuls(M: int, N: int, K: int) -> Iterator[Count]:
+    dtype = mx.bfloat16
+    x = _random(0, M, K)
+    names = ("w", "scales", "biases")
+    gate, up = (dict(zip(names, _quantized(seed, N, K), strict=True)) for seed in (1, 2))
+    launch = _ext.q8_matmul_launch(M, N, K, dtype, dtype, GROUP_SIZE, BITS)
+    yield _count("q8_matmul", launch, {"x": x, **gate}, {"w"}, M, N, K)
+    # As MLX chooses them: qmv_fast where a simdgroup's steps divide K
+    narrow = "qmv_fast" if K % 512 == 0 else "qmv"
+    for name in (narrow, "qmv_wide") if M > 1 else (narrow,):
+        mlx = _mlx_launch(name, M, N, K)
+        yield _count("q8_matmul", mlx, {"x": x, **gate}, {"w"}, M, N, K, source="mlx")
+    pair = {
+        f"{side}_{name}": a for side, q in (("gate", gate), ("up", up)) for name, a in q.items()
+    }
+    launch = _ext.q8_gated_matmul_launch(M, N, K, dtype, GROUP_SIZE, BITS)
+    yield _count("q8_gated_matmul", launch, {"x": x, **pair}, {"gate_w", "up_w"}, M, N, K)
+    launch = _ext.dense_matmul_launch(M, N, K, dtype, dtype)
+    yield _count("dense_matmul", launch, {"x": x, "w": _random(3, N, K)}, {"w"}, M, N, K)
+
+
+def _experts(M: int, N: int, K: int) -> Count:
+    """The gated form; compulsory are the weights of the experts that some token uses."""
+    draw = np.random.default_rng(M)
+    ids = np.stack([np.sort(draw.permutation(EXPERTS)[:EXPERTS_USED]) for _ in range(M)])
+    arrays = {"x": _random(0, M, K), "ids": mx.array(ids.astype(np.int32))}
+    for prefix, seed in (("", 1), ("up_", 2)):
+        for name, a in zip(
+            ("w", "scales", "biases"), _quantized(seed, EXPERTS * N, K), strict=True
+        ):
+            arrays[prefix + name] = a.reshape(EXPERTS, N, -1)
+    launch = _ext.q8_expert_matmul_launch(
+        M,
+        EXPERTS_USED,
+        EXPERTS,
+        N,
+        K,
+        True,
+        True,
+        mx.bfloat16,
+        mx.bfloat16,
+        GROUP_SIZE,
+        BITS,
+    )
+    touched = len(np.unique(ids)) / EXPERTS
+    return _count("q8_expert_matmul", launch, arrays, {"w", "up_w"}, M, N, K, touched=touched)
+
+
+def _count(
+    op: str,
+    launch: Any,
+    arrays: dict[str, mx.array],
+    weights: set[str],
+    M: int,
+    N: int,
+    K: int,
+    *,
+    source: str = "ours",
+    touched: float = 1.0,
+) -> Count:
+    """Run one launch in count mode; `touched` is the part of the matrices that is needed."""
+    _, report = workbench.load().run(
+        launch,
+        {name: workbench.to_numpy(a) for name, a in arrays.items()},
+        mode="count",
+        include=[Path(mx.__file__).parent / "include"],
+    )
+    traffic = report.traffic
+    factors = {name.replace("w", end) for name in weights for end in ("scales", "biases")}
+    stored = {name: a.nbytes for name, a in arrays.items()}
+    needed = sum(
+        size * (touched if name in weights | factors else 1) for name, size in stored.items()
+    )
+    read = _SECTOR * sum(traffic[name].group_read_sectors for name in arrays)
+    written = _SECTOR * traffic["out"].group_written_sectors
+    compulsory = round(needed) + traffic["out"].size
+    packed = _SECTOR * sum(traffic[name].group_read_sectors for name in weights)
+    return Count(
+        op=op,
+        kernel=launch.kernel,
+        source=source,
+        M=M,
+        N=N,
+        K=K,
+        dtype="bfloat16",
+        launches=report.launches,
+        read_bytes=read,
+        written_bytes=written,
+        compulsory_bytes=compulsory,
+        weight_ratio=packed / (touched * sum(stored[name] for name in weights)),
+        ratio=(read + written) / compulsory,
+        threadgroup_bytes=report.threadgroup_bytes,
+    )
+
+
+def _mlx_launch(name: str, M: int, N: int, K: int) -> Any:
+    """One of MLX's kernels as its own code starts it."""
+    bench = workbench.load()
+    wide = name == "qmv_wide"
+    kernel = f"affine_{name}<bfloat, {GROUP_SIZE}, {BITS}, {'4, 8, ' if wide else ''}false>"
+
+    def array(name: str, role: str, *shape: int, dtype: str = "bfloat16") -> Any:
+        return bench.Buffer(name, role, shape, dtype)
+
+    sizes = [K, N, M] if wide else [K, N]
+    return bench.Launch(
+        library=str(_MLX_KERNELS),
+        kernel=kernel,
+        constants={},
+        grid=((M + 3) // 4 if wide else M, N // 8, 1),
+        threadgroup=(32, 2, 1),
+        buffers=[
+            array("w", "in", N, K * BITS // 32, dtype="uint32"),
+            array("scales", "in", N, K // GROUP_SIZE),
+            array("biases", "in", N, K // GROUP_SIZE),
+            array("x", "in", M, K),
+            array("out", "out", M, N),
+            *(bench.Buffer("size", "bytes", data=size.to_bytes(4, "little")) for size in sizes),
+            *[bench.Buffer("unused", "bytes", data=bytes(64))] * 8,
+        ],
+        threadgroup_memory=[],
+    )
+
+
+def _random(seed: int, *shape: int) -> mx.array:
+    values = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return mx.array(values).astype(mx.bfloat16)
+
+
+def _quantized(seed: int, N: int, K: int) -> tuple[mx.array, mx.array, mx.array]:
+    w, scales, biases = mx.quantize(_random(seed, N, K), GROUP_SIZE, BITS)
+    return w, scales, biases
+
+
+def markdown(counts: Sequence[Count]) -> str:
+    """The counts as a table."""
+    lines = [
+        "| op | kernel | M | N | K | launches | weights read / stored "
+        "| read + written / compulsory | threadgroup memory |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for c in counts:
+        kernel = f"{c.kernel} (MLX)" if c.source == "mlx" else c.kernel
+        lines.append(
+            f"| {c.op} | {kernel} | {c.M} | {c.N} | {c.K} | {c.launches} | {c.weight_ratio:.2f} "
+            f"| {c.ratio:.2f} | {c.threadgroup_bytes} |"
+        )
+    return "\n".join(lines)

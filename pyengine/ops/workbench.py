@@ -1,0 +1,58 @@
+"""Metal kernels on the processor, for ops.use("workbench"): development only."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from pyengine import _ext
+
+_ROOT = Path(__file__).parents[2]
+
+
+def load() -> Any:
+    """The workbench, which is no part of the package.
+
+    Raises:
+        RuntimeError: The package does not stand in a checkout.
+    """
+    if not (_ROOT / "metal" / "workbench").is_dir():
+        raise RuntimeError(
+            "[use] the workbench needs a checkout of the repository, installed with `pip install "
+            "--no-build-isolation -e .`, but this package stands alone."
+        )
+    if str(_ROOT) not in sys.path:
+        sys.path.append(str(_ROOT))
+    return importlib.import_module("metal.workbench")
+
+
+def run(launch: _ext.Launch, *inputs: mx.array) -> list[mx.array]:
+    """Run a launch on the processor. Evaluates its inputs, in the order of its buffers.
+
+    Returns:
+        The outputs, in the order of its buffers.
+    """
+    read = [buffer for buffer in launch.buffers if buffer.role in ("in", "inout")]
+    arrays = {
+        buffer.name: to_numpy(a.reshape(buffer.shape))
+        for buffer, a in zip(read, inputs, strict=True)
+    }
+    outputs, _ = load().run(launch, arrays)
+    return [
+        to_mlx(outputs[buffer.name], buffer.dtype)
+        for buffer in launch.buffers
+        if buffer.role in ("out", "inout")
+    ]
+
+
+def to_numpy(a: mx.array) -> np.ndarray:
+    """The workbench's form of an array, which it evaluates: bfloat16 travels as its bits."""
+    a = mx.contiguous(a)
+    return np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)
+
+
+def to_mlx(a: np.ndarray, dtype: str) -> mx.array:
+    return mx.array(a).view(mx.bfloat16) if dtype == "bfloat16" else mx.array(a)

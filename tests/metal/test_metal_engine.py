@@ -1,0 +1,54 @@
+"""The engine on its Metal kernels: the same text as on the processor's."""
+
+import mlx.core as mx
+import pytest
+from tiny_pairs import FIXTURES, tiny_pair
+
+from pyengine import ops
+from pyengine.ops import switch, workbench
+from pyengine.pair import Pair
+from pyengine.sampling import Sampling
+from pyengine.speculate import Stats, decode
+
+
+def text(pair: Pair, flavour: str, block_size: int) -> tuple[list[int], Stats]:
+    prompt = mx.load(str(FIXTURES / flavour / "ref.safetensors"))["21.ids"].tolist()[-4:]
+    stats = Stats()
+    rounds = decode(
+        pair.target,
+        pair.assistant,
+        prompt,
+        sampling=Sampling(temperature=0.0),
+        block_size=block_size,
+        max_tokens=6,
+        stats=stats,
+    )
+    return [token for r in rounds for token in r.tokens], stats
+
+
+@pytest.mark.parametrize("flavour, form", [("dense31", "bfloat16-q8"), ("moe26", "float32-q8")])
+def test_speculative_text_in_the_workbench(flavour, form, monkeypatch):
+    pair = tiny_pair(flavour, form)
+    native = {block_size: text(pair, flavour, block_size)[0] for block_size in (1, 4)}
+    assert native[1] == native[4]
+    ran = set()
+    run = workbench.run
+    monkeypatch.setattr(
+        workbench, "run", lambda launch, *rest: ran.add(launch.library) or run(launch, *rest)
+    )
+    ops.use("workbench")
+    try:
+        kernels = {row["op"]: row["kernel"] for row in ops.status()}
+        for block_size in (1, 4):
+            out, stats = text(pair, flavour, block_size)
+            assert out == native[1], block_size
+        assert stats.rounds > 0 and stats.drafted > 0
+    finally:
+        ops.use("native")
+    assert {op for op, kernel in kernels.items() if kernel == "Metal (workbench)"} == set(
+        switch.METAL
+    )
+    expected = {"q8_matmul", "q8_gated_matmul"}
+    if flavour == "moe26":
+        expected |= {"q8_expert_matmul", "dense_matmul"}
+    assert ran >= expected
