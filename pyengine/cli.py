@@ -66,6 +66,14 @@ class Position(str, Enum):
     before_last = "n-2"
 
 
+class Verify(str, Enum):
+    """Rules that accept drafts."""
+
+    residual = "residual"
+    block = "block"
+    coupled = "coupled"
+
+
 @contextmanager
 def sentences() -> Iterator[None]:
     """Turn the package's own errors into one sentence and an exit code; the rest is a bug's trace.
@@ -114,6 +122,13 @@ TargetDir = Annotated[
 AssistantDir = Annotated[
     Path | None, typer.Option(help="Folder of the assistant checkpoint.", show_default=False)
 ]
+VerifyRule = Annotated[
+    Verify,
+    typer.Option(
+        help="Rule that accepts drafts: block keeps more of them, coupled gives the very text of "
+        "plain decoding with that seed."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers; one seed gives one text.")]
 
 
@@ -151,6 +166,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="0 is off.", show_default="the pair's")] = None,
     min_p: Annotated[float, typer.Option(help="0.0 is off.")] = 0.0,
     seed: Seed = 0,
+    verify: VerifyRule = Verify.residual,
     block_size: Annotated[
         int | None,
         typer.Option(
@@ -191,11 +207,12 @@ def generate(
         pair = load_pair(target, assistant, bundle, dtype, position)
         given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        chosen |= {"min_p": min_p, "seed": seed, "verify": verify.value}
         running = stream(
             text if system is None else [_turn("system", system), _turn("user", text)],
             pair=pair,
             max_tokens=max_tokens,
-            sampling=replace(resolve_sampling(pair, None), min_p=min_p, seed=seed, **chosen),
+            sampling=replace(resolve_sampling(pair, None), **chosen),
             block_size=block_size,
             stop=stop,
             raw=raw,
@@ -240,6 +257,9 @@ def gemma_mtp(
     top_p: Annotated[float, typer.Option(help="1.0 is off.")] = 0.95,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 64,
     seed: Annotated[int, typer.Option(help="Case i of the suite uses this seed + i.")] = 0,
+    verify: Annotated[
+        str, typer.Option(help="Rules that accept drafts, compared side by side: residual,block.")
+    ] = "residual",
     repeats: Annotated[int, typer.Option(help="Timed runs of each setting; medians count.")] = 3,
     allow_unverified_gemma: Annotated[
         bool,
@@ -264,7 +284,8 @@ def gemma_mtp(
         from pyengine import bench, report, suite
         from pyengine.sampling import Sampling
 
-        bench.check_settings(blocks, repeats, max_tokens)
+        rules = verify.split(",")
+        bench.check_settings(blocks, repeats, max_tokens, rules)
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         cases = suite.load_suite(prompt_suite or suite.EMBEDDED)
         if output:
@@ -286,6 +307,7 @@ def gemma_mtp(
                 block_sizes=blocks,
                 sampling=sampling,
                 repeats=repeats,
+                rules=rules,
                 on_run=on_run,
             )
         settings = {
@@ -293,6 +315,7 @@ def gemma_mtp(
             "prompt_suite": str(prompt_suite or suite.EMBEDDED.name),
             "max_tokens": max_tokens,
             "draft_block_sizes": blocks,
+            "verify": rules,
             "repeats": repeats,
         }
         whole = report.make_report(run_on, pair, cases, rows, summary, settings, sampling)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from pyengine.chat_template import Message
-from pyengine.sampling import Sampling
+from pyengine.sampling import Logprob, Sampling
 from pyengine.speculate import MAX_BLOCK, Stats, decode
 
 if TYPE_CHECKING:
@@ -31,12 +31,15 @@ class Result:
         finish_reason: "stop" (a stop id or stop string), "length" (``max_tokens`` or the context
             is used up), or None when the generation was left early.
         stats: Counts and seconds, see :class:`pyengine.speculate.Stats`.
+        logprobs: One entry a token where the settings ask for them, see
+            :class:`pyengine.sampling.Logprob`.
     """
 
     text: str
     tokens: list[int]
     finish_reason: str | None
     stats: Stats
+    logprobs: list[Logprob] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""
@@ -45,6 +48,7 @@ class Result:
             "tokens": self.tokens,
             "finish_reason": self.finish_reason,
             "stats": self.stats.to_dict(),
+            **({} if self.logprobs is None else {"logprobs": [x._asdict() for x in self.logprobs]}),
         }
 
 
@@ -153,6 +157,7 @@ class Stream(Iterator[str]):
         self._scanner = StopScanner(stops)
         self._text: list[str] = []
         self._tokens: list[int] = []
+        self._logprobs: list[Logprob] | None = None if sampling.logprobs is None else []
         self._finish_reason: str | None = None
         self._pieces = self._run()
 
@@ -162,12 +167,19 @@ class Stream(Iterator[str]):
     @property
     def result(self) -> Result:
         """The finished result; before the end, what was handed out so far."""
+        logprobs = self._logprobs
         return Result(
-            "".join(self._text), list(self._tokens), self._finish_reason, replace(self._stats)
+            "".join(self._text),
+            list(self._tokens),
+            self._finish_reason,
+            replace(self._stats),
+            None if logprobs is None else logprobs[: len(self._tokens)],
         )
 
     def _run(self) -> Iterator[str]:
-        for tokens, reason, *_ in self._rounds:
+        for tokens, reason, _, _, logprobs in self._rounds:
+            if self._logprobs is not None:
+                self._logprobs += logprobs or ()
             piece, found = self._read(tokens, ended=reason == "stop")
             if reason and not found:
                 rest, found = self._scanner.add(self._detokenizer.finish())
