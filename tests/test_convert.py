@@ -297,7 +297,7 @@ def test_peak_memory_on_two_gigabytes(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     config["vocab_size"] = 262144
     text = config.get("text_config", config)
-    text |= {"vocab_size": 262144, "hidden_size": 1024, "intermediate_size": 19456}
+    text |= {"vocab_size": 262144, "hidden_size": 1024, "intermediate_size": 39936}
     path.write_text(json.dumps(config))
     layout = target_layout(read_target_config(src))
     shapes = {f"{name}.weight": shape for name, shape in layout.matrices.items()} | layout.vectors
