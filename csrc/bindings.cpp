@@ -47,4 +47,6 @@ NB_MODULE(_ext, m) {
   pyengine::bind_write_cache(m);
   pyengine::bind_block_attention(m);
   pyengine::bind_mathfn(m);
+  pyengine::bind_draw_token(m);
+  pyengine::bind_accept_block(m);
 }

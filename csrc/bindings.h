@@ -18,5 +18,7 @@ void bind_geglu(nb::module_& m);
 void bind_write_cache(nb::module_& m);
 void bind_block_attention(nb::module_& m);
 void bind_mathfn(nb::module_& m);
+void bind_draw_token(nb::module_& m);
+void bind_accept_block(nb::module_& m);
 
 } // namespace pyengine

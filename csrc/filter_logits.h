@@ -1,7 +1,8 @@
 #pragma once
 // filter_logits: a row of logits to the candidates that are sampled from.
 
-#include <utility>
+#include <optional>
+#include <tuple>
 
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
@@ -10,13 +11,17 @@ namespace pyengine {
 
 namespace mx = mlx::core;
 
-// ids int32 [T, n] and probabilities float32 [T, n], n = min(top_k, V).
-std::pair<mx::array, mx::array> filter_logits(
+// ids int32 [T, n], probabilities float32 [T, n] and flags int32 [T]; n is
+// min(top_k, V), V for top_k 0, 1 for temperature 0.
+std::tuple<mx::array, mx::array, mx::array> filter_logits(
     const mx::array& logits, // [T, V]
     float temperature,
     int top_k,
     float top_p,
-    float min_p);
+    float min_p,
+    const std::optional<mx::array>& edit_ids, // [L]
+    const std::optional<mx::array>& edit_factors, // [T, L]
+    const std::optional<mx::array>& edit_deltas); // [T, L]
 
 class FilterLogits : public mx::Primitive {
  public:

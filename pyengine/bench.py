@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pyengine.generate import Result, stream
+from pyengine.ops.accept_block import RULES, Rule
 from pyengine.sampling import Sampling
 from pyengine.speculate import MAX_BLOCK
 from pyengine.suite import Case
@@ -21,6 +22,18 @@ PLAIN = 1  # the block size of plain decoding
 WARM_UP_TOKENS = 16
 
 Row = dict[str, Any]
+
+
+class Setting(NamedTuple):
+    """What is compared: a block size and the rule that accepts its drafts."""
+
+    block_size: int
+    verify: Rule
+
+    def __str__(self) -> str:
+        if self.block_size == PLAIN:
+            return "plain"
+        return f"block {self.block_size} {self.verify}".removesuffix(" residual")
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,7 @@ def gemma_mtp(
     block_sizes: Sequence[int],
     sampling: Sampling,
     repeats: int,
+    rules: Sequence[str] = ("residual",),
     on_run: Callable[[int, int, str], None] = lambda done, total, label: None,
 ) -> tuple[list[Row], list[Row]]:
     """Time plain decoding and every block size on every case, alternating in this process.
@@ -61,44 +75,53 @@ def gemma_mtp(
         block_sizes: Block sizes to compare with plain decoding, 2 to 128.
         sampling: Settings for every run.
         repeats: Timed runs of each setting; figures are medians over them.
+        rules: Rules that accept drafts; every block size runs with each.
         on_run: Called before each run with runs done, runs in all, and what comes next.
 
     Returns:
         One row a case and setting, and one summary row a setting over all cases.
 
     Raises:
-        ValueError: A block size, the repeats or a prompt is impossible.
+        ValueError: A block size, a rule, the repeats or a prompt is impossible.
     """
-    check_settings(block_sizes, repeats, max_tokens)
-    settings = [PLAIN, *block_sizes]
+    check_settings(block_sizes, repeats, max_tokens, rules)
+    plain = Setting(PLAIN, sampling.verify)
+    settings = [plain, *(Setting(b, cast(Rule, r)) for r in rules for b in block_sizes)]
     total = len(settings) * (1 + repeats * len(cases))
     done = 0
 
-    def run(case: Case, index: int, block: int, budget: int, label: str) -> Sample:
+    def run(case: Case, index: int, setting: Setting, budget: int, label: str) -> Sample:
         nonlocal done
-        on_run(done, total, f"{case.id}, {_name(block)}, {label}")
+        on_run(done, total, f"{case.id}, {setting}, {label}")
         done += 1
-        seeded = replace(sampling, seed=sampling.seed + index)
-        return _time(pair, case, block, budget, seeded)
+        seeded = replace(sampling, seed=sampling.seed + index, verify=setting.verify)
+        return _time(pair, case, setting.block_size, budget, seeded)
 
-    for block in settings:
-        run(cases[0], 0, block, min(WARM_UP_TOKENS, max_tokens, cases[0].max_tokens), "warm-up")
+    for setting in settings:
+        run(cases[0], 0, setting, min(WARM_UP_TOKENS, max_tokens, cases[0].max_tokens), "warm-up")
     rows: list[Row] = []
     for index, case in enumerate(cases):
         budget = min(max_tokens, case.max_tokens)
-        samples: dict[int, list[Sample]] = {block: [] for block in settings}
+        samples: dict[Setting, list[Sample]] = {setting: [] for setting in settings}
         for repeat in range(repeats):
             turn = repeat % len(settings)
-            for block in settings[turn:] + settings[:turn]:
+            for setting in settings[turn:] + settings[:turn]:
                 label = f"repeat {repeat + 1} of {repeats}"
-                samples[block].append(run(case, index, block, budget, label))
+                samples[setting].append(run(case, index, setting, budget, label))
         seed = sampling.seed + index
-        rows += [_row(case, seed, budget, b, samples, sampling.greedy) for b in settings]
+        for setting in settings:
+            both = samples[setting], samples[plain]
+            rows.append(_row(case, seed, budget, setting, *both, sampling.greedy))
     on_run(total, total, "done")
-    return rows, [_summary(b, rows) for b in settings]
+    return rows, [_summary(setting, rows) for setting in settings]
 
 
-def check_settings(block_sizes: Sequence[int], repeats: int, max_tokens: int) -> None:
+def check_settings(
+    block_sizes: Sequence[int],
+    repeats: int,
+    max_tokens: int,
+    rules: Sequence[str] = ("residual",),
+) -> None:
     """Refuse settings of :func:`gemma_mtp` before anything is loaded.
 
     Raises:
@@ -111,6 +134,11 @@ def check_settings(block_sizes: Sequence[int], repeats: int, max_tokens: int) ->
             raise ValueError(f"[bench] block sizes must be 2 to {MAX_BLOCK} but got {block}.")
     if len(set(block_sizes)) < len(block_sizes):
         raise ValueError(f"[bench] block sizes must differ but got {list(block_sizes)}.")
+    for rule in rules:
+        if rule not in RULES:
+            raise ValueError(f"[bench] verify must be of {', '.join(RULES)} but got {rule!r}.")
+    if len(set(rules)) < len(rules):
+        raise ValueError(f"[bench] verify must name a rule once but got {','.join(rules)}.")
     if repeats < 1:
         raise ValueError(f"[bench] repeats must be at least 1 but got {repeats}.")
     if max_tokens < 2:  # the first token belongs to the prefill
@@ -136,12 +164,12 @@ def _row(
     case: Case,
     seed: int,
     budget: int,
-    block: int,
-    samples: dict[int, list[Sample]],
+    setting: Setting,
+    own: list[Sample],
+    plain: list[Sample],
     greedy: bool,
 ) -> Row:
-    """Figures of one case at one block size; seconds and rates are medians over the repeats."""
-    own, plain = samples[block], samples[PLAIN]
+    """Figures of one case and setting; seconds and rates are medians over the repeats."""
     result, stats = own[0].result, own[0].result.stats
     tok_s, ar_tok_s = _median(_tok_s(s) for s in own), _median(_tok_s(s) for s in plain)
     whole, ar_whole = _median(_whole(s) for s in own), _median(_whole(s) for s in plain)
@@ -152,7 +180,7 @@ def _row(
         "prompt_sha256": case.sha256,
         "prompt_tokens": stats.prompt_tokens,
         "seed": seed,
-        "block_size": block,
+        **setting._asdict(),
         "token_budget": budget,
         "hit_token_budget": len(result.tokens) >= budget,
         "finish_reason": result.finish_reason,
@@ -185,7 +213,11 @@ def _row(
         "correction_tokens": stats.correction_tokens,
         "peak_memory_bytes": max(s.result.stats.peak_memory_bytes for s in own),
         "repeats_agree": all(s.result.tokens == result.tokens for s in own),
-        "exact_match": result.tokens == plain[0].result.tokens if greedy else None,
+        "exact_match": (
+            result.tokens == plain[0].result.tokens
+            if greedy or setting.verify == "coupled"
+            else None
+        ),
         "samples": [
             {
                 "started_at": s.started_at,
@@ -201,9 +233,9 @@ def _row(
     }
 
 
-def _summary(block: int, rows: list[Row]) -> Row:
+def _summary(setting: Setting, rows: list[Row]) -> Row:
     """One setting over all cases, pooled: every token and every second weighs the same."""
-    own = [row for row in rows if row["block_size"] == block]
+    own = [row for row in rows if (row["block_size"], row["verify"]) == setting]
     plain = [row for row in rows if row["block_size"] == PLAIN]
 
     def total(key: str, of: list[Row] = own) -> float:
@@ -216,7 +248,7 @@ def _summary(block: int, rows: list[Row]) -> Row:
     rounds, drafted = total("verify_calls"), total("drafted_tokens")
     matches = [row["exact_match"] for row in own]
     return {
-        "block_size": block,
+        **setting._asdict(),
         "tok_s": tok_s,
         "acceptance_rate": _ratio(total("accepted_drafts"), drafted),
         "tokens_per_round": _ratio(total("generated_tokens") - len(own), rounds),
@@ -245,10 +277,6 @@ def _median(values: Iterable[float]) -> float:
 
 def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below else None
-
-
-def _name(block: int) -> str:
-    return "plain" if block == PLAIN else f"block {block}"
 
 
 def now() -> str:

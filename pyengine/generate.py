@@ -12,7 +12,7 @@ import mlx.core as mx
 from pyengine.chat_template import Message
 from pyengine.files import shown
 from pyengine.prefix import Prefix
-from pyengine.sampling import Sampling
+from pyengine.sampling import Logprob, Sampling
 from pyengine.speculate import MAX_BLOCK, NonFinite, Stats, decode
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Result:
         finish_reason: "stop" (a stop id or stop string), "length" (``max_tokens`` or the context
             is used up), or None when the generation was left early.
         stats: Counts and seconds, see :class:`pyengine.speculate.Stats`.
+        logprobs: One entry a token where the settings ask for them, see
+            :class:`pyengine.sampling.Logprob`.
         thinking: What the model thought before it answered, where its template has a channel for
             that; else None.
     """
@@ -43,6 +45,7 @@ class Result:
     tokens: list[int]
     finish_reason: str | None
     stats: Stats
+    logprobs: list[Logprob] | None = None
     thinking: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,6 +55,7 @@ class Result:
             "tokens": self.tokens,
             "finish_reason": self.finish_reason,
             "stats": self.stats.to_dict(),
+            **({} if self.logprobs is None else {"logprobs": [x._asdict() for x in self.logprobs]}),
             **({} if self.thinking is None else {"thinking": self.thinking}),
         }
 
@@ -191,6 +195,7 @@ class Stream(Iterator[str]):
         self._thought: list[str] = [""] if self._thinks else []
         self._text: list[str] = []
         self._tokens: list[int] = []
+        self._logprobs: list[Logprob] | None = None if sampling.logprobs is None else []
         self._finish_reason: str | None = None
         self._pieces = self._run()
 
@@ -210,11 +215,13 @@ class Stream(Iterator[str]):
     @property
     def result(self) -> Result:
         """The finished result; before the end, what was handed out so far."""
+        logprobs = self._logprobs
         return Result(
             "".join(self._text),
             list(self._tokens),
             self._finish_reason,
             replace(self._stats),
+            None if logprobs is None else logprobs[: len(self._tokens)],
             self.thinking,
         )
 
@@ -232,7 +239,9 @@ class Stream(Iterator[str]):
                 raise ValueError("[generate] prefix must serve one generation at a time.")
             prefix.busy = True
         try:
-            for tokens, reason, *_ in self._rounds:
+            for tokens, reason, _, _, logprobs in self._rounds:
+                if self._logprobs is not None:
+                    self._logprobs += logprobs or ()
                 piece, found = self._read(tokens, ended=reason == "stop")
                 if prefix is not None:
                     # The newest token is not processed yet

@@ -48,7 +48,7 @@ def make_report(
         **run_on,
         "pair": describe_pair(pair),
         "ops": ops.status(),
-        "sampler": {**used.__dict__, "suppress_tokens": list(used.suppress_tokens)},
+        "sampler": used.to_dict(),
         "settings": settings,
         "prompts": [{"id": c.id, "category": c.category, "sha256": c.sha256} for c in cases],
         "summary": summary,
@@ -151,12 +151,21 @@ def table(title: str, rows: Sequence[Row]) -> Table:
     from rich.table import Table
 
     out = Table(title=title, title_justify="left")
-    for head in ("block", "tok/s", "acceptance", "tokens/round", "speedup_vs_ar", "round cost"):
+    for head in (
+        "block",
+        "verify",
+        "tok/s",
+        "acceptance",
+        "tokens/round",
+        "speedup_vs_ar",
+        "round cost",
+    ):
         out.add_column(head, justify="right")
     for row in rows:
         plain = row["block_size"] == PLAIN
         out.add_row(
             "plain" if plain else str(row["block_size"]),
+            "-" if plain else row["verify"],
             _figure(row["tok_s"], ".1f"),
             "-" if plain else _figure(row["acceptance_rate"], ".3f"),
             _figure(row["tokens_per_round"], ".2f"),

@@ -1,4 +1,4 @@
-"""Sampling settings and the rules in plain MLX: filter, draw, accept.
+"""Sampling settings, and how they turn logits into tokens: edit, filter, draw, accept.
 
 A distribution over the vocabulary is held as its candidates, best first: at most ``top_k`` ids a
 row when top-k is on, all V otherwise. Greedy decoding is the distribution with one candidate of
@@ -8,24 +8,28 @@ probability 1, so no rule needs a second form for it. Nothing here evaluates an 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from enum import IntEnum
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from pyengine import ops
-from pyengine.ops.filter_logits import MAX_TOP_K
+from pyengine.ops.accept_block import RULES, Rule
+from pyengine.ops.filter_logits import MAX_TOP_K, Edits, Filtered
 
 MAX_SEED = 2**32 - 1
+# Lists of edited logits grow in steps, so that few rounds differ in their shapes
+LIST_STEP = 64
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen from logits; the same settings filter target and assistant.
 
-    The order is fixed: suppressed tokens, temperature, top-k, softmax, top-p, min-p, renormalise.
-    Higher logits come first and equal logits by lower id.
+    The order is fixed: penalties and bias, suppressed tokens, temperature, top-k, softmax, top-p,
+    min-p, renormalise. Higher logits come first and equal logits by lower id.
 
     Args:
         temperature: Divides the logits; 0 is greedy.
@@ -34,6 +38,16 @@ class Sampling:
         min_p: Drops candidates below this share of the best one's probability; 0.0 is off.
         seed: Key of the random numbers, 0 to 2**32 - 1. One seed always gives one text.
         suppress_tokens: Ids that are never chosen.
+        repetition_penalty: Divides positive logits, and multiplies others, of tokens in the prompt
+            or the text; 1.0 is off.
+        presence_penalty: Subtracted from the logits of tokens in the text; 0.0 is off.
+        frequency_penalty: The same, times how often they are in it.
+        logit_bias: Added to the logits of single tokens, by id.
+        verify: The rule that accepts drafts. ``residual`` and ``block`` keep the target's
+            distribution, ``block`` with no fewer drafts accepted on average; ``coupled`` gives the
+            very text of plain decoding with that seed.
+        logprobs: Report the log-probability of each token and of that many best ones, from the
+            logits before penalties, bias and filter; None reports nothing.
 
     Raises:
         ValueError: A value is outside its range.
@@ -45,6 +59,12 @@ class Sampling:
     min_p: float = 0.0
     seed: int = 0
     suppress_tokens: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    verify: Rule = "residual"
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         def rule(ok: bool, name: str, text: str, value: object) -> None:
@@ -68,147 +88,204 @@ class Sampling:
         rule(0 <= self.seed <= MAX_SEED, "seed", f"be 0 to {MAX_SEED}", self.seed)
         bad = [t for t in self.suppress_tokens if t < 0]
         rule(not bad, "suppress_tokens", "be token ids", bad)
+        repetition = self.repetition_penalty
+        rule(
+            math.isfinite(repetition) and repetition > 0,
+            "repetition_penalty",
+            "be positive",
+            repetition,
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            rule(math.isfinite(value), name, "be finite", value)
+        for token, bias in self.logit_bias.items():
+            rule(token >= 0, "logit_bias", "name token ids", token)
+            rule(math.isfinite(bias), "logit_bias", "be finite", bias)
+        rule(self.verify in RULES, "verify", f"be one of {', '.join(RULES)}", self.verify)
+        n = self.logprobs
+        rule(n is None or 0 <= n <= MAX_TOP_K, "logprobs", f"be 0 to {MAX_TOP_K}, or None", n)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def penalises(self) -> bool:
+        """Whether logits depend on the tokens before."""
+        off = (1.0, 0.0, 0.0)
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != off
 
-class Purpose(IntEnum):
-    """Second word of the random key: draws made for different ends never share a number."""
-
-    PLAIN = 0
-    DRAFT = 1
-    ACCEPT = 2
-    CORRECT = 3
-
-
-class Distribution(NamedTuple):
-    """Rows of candidates, best first. ``ids`` int32 ``[T, n]``, ``probs`` ``[T, n]``."""
-
-    ids: mx.array
-    probs: mx.array
+    def to_dict(self) -> dict[str, Any]:
+        """The same, ready for JSON."""
+        return {
+            **self.__dict__,
+            "suppress_tokens": list(self.suppress_tokens),
+            "logit_bias": {str(token): bias for token, bias in self.logit_bias.items()},
+        }
 
 
-def filter_logits(logits: mx.array, sampling: Sampling) -> Distribution:
-    """Turn logits into the distribution that is sampled.
+class Listed(NamedTuple):
+    """The tokens whose logits are edited, ``[L]`` each, ids rising; the last may repeat."""
+
+    ids: mx.array  # int32
+    counts: mx.array  # in the text, float32
+    seen: mx.array  # in the prompt or the text, bool
+    bias: mx.array  # float32; -inf for suppressed tokens
+
+
+class History:
+    """What the host knows of the tokens so far, as far as the settings ask for it."""
+
+    def __init__(self, sampling: Sampling, prompt: list[int], vocab: int) -> None:
+        named = {*sampling.suppress_tokens, *sampling.logit_bias}
+        wrong = sorted(token for token in named if token >= vocab)
+        if wrong:
+            raise ValueError(
+                "[sampling] suppress_tokens and logit_bias must name ids below "
+                f"{vocab} but got {wrong[0]}."
+            )
+        if len(set(sampling.suppress_tokens)) == vocab:
+            raise ValueError("[sampling] suppress_tokens must leave a token but got all.")
+        self._penalises = sampling.penalises
+        self._bias = dict(sampling.logit_bias) | dict.fromkeys(sampling.suppress_tokens, -math.inf)
+        self._counts: Counter[int] = Counter()
+        self._ids = {*self._bias, *(prompt if self._penalises else ())}
+        self._seen = set(prompt)
+
+    def add(self, tokens: Iterable[int]) -> None:
+        """Count tokens of the text."""
+        if self._penalises:
+            self._counts.update(tokens)
+            self._ids.update(self._counts)
+
+    def listed(self) -> Listed | None:
+        """The tokens to edit in the next round; None where there are none."""
+        if not self._ids:
+            return None
+        ids = sorted(self._ids)
+        ids += ids[-1:] * (-len(ids) % LIST_STEP)
+        return Listed(
+            mx.array(ids, dtype=mx.int32),
+            mx.array([float(self._counts[i]) for i in ids]),
+            mx.array([i in self._seen or self._counts[i] > 0 for i in ids]),
+            mx.array([self._bias.get(i, 0.0) for i in ids]),
+        )
+
+
+def edits(listed: Listed | None, sampling: Sampling, drafts: mx.array, first: int) -> Edits | None:
+    """Penalties, bias and suppressed tokens of rows ``first`` to k.
+
+    Row t follows drafts 1 to t of its own block, so they count in it.
 
     Args:
-        logits: ``[T, V]`` float32, after the softcap.
+        listed: From :meth:`History.listed`.
         sampling: The settings.
-
-    Returns:
-        Candidates with probabilities that sum to 1; those that were cut have probability 0.
+        drafts: The block's drafts, int32 ``[k]``; k may be 0.
+        first: First row wanted, at most k.
     """
-    if sampling.suppress_tokens:
-        logits = logits.at[:, mx.array(sampling.suppress_tokens)].add(-mx.inf)
-    if sampling.greedy:
-        best = mx.argmax(logits, axis=-1, keepdims=True).astype(mx.int32)
-        return Distribution(best, mx.ones(best.shape, mx.float32))
-    return Distribution(
-        *ops.filter_logits(
-            logits,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-        )
+    if listed is None:
+        return None
+    k = drafts.shape[0]
+    rows = k + 1 - first
+    if not sampling.penalises:
+        shape = (rows, listed.ids.shape[0])
+        return Edits(listed.ids, mx.ones(shape), mx.broadcast_to(listed.bias, shape))
+    ids, counts, seen, bias = listed
+    if k:
+        # A draft that is not listed yet has no count, no bias
+        match = drafts[:, None] == ids
+        known, at = match.any(axis=-1), mx.argmax(match, axis=-1)
+        ids = mx.concatenate([ids, drafts])
+        counts = mx.concatenate([counts, mx.where(known, counts[at], 0)])
+        seen = mx.concatenate([seen, known & seen[at]])
+        bias = mx.concatenate([bias, mx.where(known, bias[at], 0)])
+        own = (drafts[:, None] == ids).astype(mx.float32)  # [k, L + k]
+        before = mx.arange(k) < mx.arange(first, k + 1)[:, None]  # [rows, k]
+        own = mx.where(before[:, :, None], own, 0).sum(axis=1)
+        counts, seen = counts + own, seen | (own > 0)
+    else:
+        counts, seen = counts[None], seen[None]
+    deltas = mx.where(counts > 0, bias - sampling.presence_penalty, bias)
+    deltas = deltas - sampling.frequency_penalty * counts
+    return Edits(ids, mx.where(seen, sampling.repetition_penalty, 1.0), deltas)
+
+
+def filter_logits(logits: mx.array, sampling: Sampling, edits: Edits | None = None) -> Filtered:
+    """Turn logits ``[T, V]`` float32, after the softcap, into the distribution that is sampled."""
+    return ops.filter_logits(
+        logits,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        edits=edits,
     )
 
 
-def uniforms(seed: int, purpose: Purpose, position: mx.array, count: int) -> mx.array:
-    """Random numbers of one round: ``[count]`` float32 in [0, 1).
-
-    Counter: (absolute position of the block's primary token, index in the block, lane 0).
-    """
-    index = mx.arange(count, dtype=mx.uint32)
-    zero = mx.zeros_like(index)
-    counters = mx.stack([zero + position.astype(mx.uint32), index, zero, zero], axis=-1)
-    return ops.random_uniform(counters, (seed, int(purpose)))
+def seed_of(sampling: Sampling) -> mx.array:
+    """The seed as the ops take it."""
+    return mx.array(sampling.seed, dtype=mx.uint32)
 
 
-def draw_plain(dist: Distribution, sampling: Sampling, position: mx.array) -> mx.array:
-    """Draw the token for an absolute position, as plain decoding does: int32 ``[1]``.
-
-    Adds Gumbel noise keyed by (position, token id), so the token depends on the seed, the position
-    and the distribution alone. ``dist`` has one row.
-    """
+def draw_plain(row: Filtered, sampling: Sampling, position: mx.array, seed: mx.array) -> mx.array:
+    """Draw the token for an absolute position, as plain decoding does: int32 ``[1]``."""
     if sampling.greedy:
-        return dist.ids[:, 0]
-    ids = dist.ids[0].astype(mx.uint32)
-    zero = mx.zeros_like(ids)
-    counters = mx.stack([zero + position.astype(mx.uint32), ids, zero, zero], axis=-1)
-    u = ops.random_uniform(counters, (sampling.seed, int(Purpose.PLAIN)))
-    score = mx.log(dist.probs[0]) - mx.log(-mx.log(u))
-    return dist.ids[0, mx.argmax(score)].reshape(1)
+        return row.ids[:, 0]
+    return ops.draw_token(row.ids, row.probs, position, seed, shared=True)
 
 
-def draw(dist: Distribution, u: mx.array) -> mx.array:
-    """Invert the distribution function: int32 ``[T]`` from one uniform a row ``[T]``.
-
-    Rows need not be normalised. A candidate of probability 0 is never drawn.
-    """
-    mass = mx.cumsum(dist.probs, axis=-1)
-    index = mx.argmax(mass > u[:, None] * mass[:, -1:], axis=-1, keepdims=True)
-    return mx.take_along_axis(dist.ids, index, axis=-1)[:, 0]
-
-
-def probability_of(dist: Distribution, tokens: mx.array) -> mx.array:
-    """Probability of one token a row: ``[T]``; 0 for a token that is no candidate."""
-    return mx.where(dist.ids == tokens[:, None], dist.probs, 0).sum(axis=-1)
+def draw_draft(
+    row: Filtered, sampling: Sampling, position: mx.array, seed: mx.array, i: int
+) -> mx.array:
+    """Draw draft i, from 0, of the block whose first token is at ``position``: int32 ``[1]``."""
+    if sampling.greedy:
+        return row.ids[:, 0]
+    shared = sampling.verify == "coupled"
+    # The block's first token is drawn already: draft i is the token at position + 1 + i
+    index = i + 1 if shared else i
+    return ops.draw_token(row.ids, row.probs, position, seed, index=index, shared=shared)
 
 
-def accept_probability(p: Distribution, q: Distribution, drafts: mx.array) -> mx.array:
-    """min(1, p(d) / q(d)) for each draft: ``[k]``. Source: arXiv:2211.17192, algorithm 1."""
-    k = drafts.shape[0]
-    target = probability_of(Distribution(p.ids[:k], p.probs[:k]), drafts)
-    return mx.minimum(target / probability_of(q, drafts), 1)
-
-
-def residual(p: Distribution, q: Distribution, vocab: int) -> Distribution:
-    """What to draw after the first i drafts were accepted: rows ``[k + 1, n]``, normalised.
-
-    Row i < k is the correction (p - q)+; row k is the bonus, p itself. Where p = q nothing is ever
-    refused; the row is p then, so that it stays a distribution.
-    """
-    k, count = q.ids.shape[0], p.ids.shape[0]
-    by_id = mx.zeros((count, vocab), dtype=q.probs.dtype)
-    if k:
-        rows = mx.put_along_axis(by_id[:k], q.ids, q.probs, axis=-1)
-        by_id = mx.concatenate([rows, by_id[k:]])
-    excess = mx.maximum(p.probs - mx.take_along_axis(by_id, p.ids, axis=-1), 0)
-    mass = mx.cumsum(excess, axis=-1)[:, -1:]
-    return Distribution(p.ids, mx.where(mass > 0, excess / mx.where(mass > 0, mass, 1), p.probs))
-
-
-def accept_residual(
-    p: Distribution,
-    q: Distribution,
+def accept(
+    p: Filtered,
+    q: Filtered,
     drafts: mx.array,
-    u_accept: mx.array,
-    u_correct: mx.array,
+    sampling: Sampling,
+    position: mx.array,
+    seed: mx.array,
     vocab: int,
 ) -> tuple[mx.array, mx.array]:
-    """Accept drafts token by token and draw the token that follows them.
+    """Drafts kept, int32 ``[]``, and the token that follows them, int32 ``[1]``."""
+    return ops.accept_block(
+        p.ids,
+        p.probs,
+        q.ids,
+        q.probs,
+        drafts,
+        position,
+        seed,
+        rule=sampling.verify,
+        vocab=vocab,
+    )
 
-    Draft i is accepted iff ``u_accept[i] < min(1, p/q)`` and all before it were; the next token
-    is drawn from :func:`residual`'s row of that count.
 
-    Args:
-        p: The target's rows, ``[k + 1, n]``.
-        q: The assistant's rows, ``[k, m]``; draft i was drawn from row i.
-        drafts: ``[k]`` int32.
-        u_accept: ``[k]`` uniforms.
-        u_correct: ``[k + 1]`` uniforms.
-        vocab: V.
+class Logprob(NamedTuple):
+    """Log-probability of a token, and the best tokens with theirs, best first."""
 
-    Returns:
-        Accepted count int32 ``[]`` and the next token int32 ``[1]``.
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
 
-    Source: speculative sampling, arXiv:2211.17192 and arXiv:2302.01318.
+
+def logprobs(logits: mx.array, tokens: mx.array, count: int) -> mx.array:
+    """Log-probabilities of one token a row and of the ``count`` best: ``[T, 1 + 2 * count]``.
+
+    As int32, to be read with the tokens: the token's, then ids, then theirs; floats by their bits.
     """
-    passed = (u_accept < accept_probability(p, q, drafts)).astype(mx.int32)
-    accepted = mx.cumprod(passed).sum().astype(mx.int32)
-    rows = residual(p, q, vocab)
-    row = Distribution(rows.ids[accepted][None], rows.probs[accepted][None])
-    return accepted, draw(row, u_correct[accepted][None])
+    whole = mx.logsumexp(logits, axis=-1, keepdims=True)
+    parts = [tokens[:, None]]
+    if count:
+        parts.append(ops.filter_logits(logits, top_k=count).ids)
+    ids = mx.concatenate(parts, axis=-1)
+    values = (mx.take_along_axis(logits, ids, axis=-1) - whole).view(mx.int32)
+    return mx.concatenate([values[:, :1], ids[:, 1:], values[:, 1:]], axis=-1)

@@ -334,7 +334,7 @@ async def _whole(request: Request, job: Job, reply: _Reply) -> Response:
             asked = time.monotonic()
         try:
             said = await asyncio.wait_for(job.pieces.get(), POLL_S)
-        except (TimeoutError, asyncio.TimeoutError):
+        except asyncio.TimeoutError:
             continue
         if isinstance(said, Exception):
             return _failure(said)

@@ -7,18 +7,19 @@ small array at its end. Plain decoding is the same loop with rounds of one token
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import mlx.core as mx
-import numpy as np
 
 from pyengine import sampling as rules
 from pyengine.cache import Cache
+from pyengine.ops.filter_logits import Filtered
 from pyengine.prefix import Prefix
-from pyengine.sampling import Distribution, Purpose, Sampling, filter_logits
+from pyengine.sampling import History, Listed, Logprob, Sampling, filter_logits
 
 MAX_BLOCK = 128
 
@@ -124,6 +125,7 @@ class Round(NamedTuple):
     finish_reason: str | None  # "stop", "length", or None while it goes on
     num_drafted: int
     num_accepted: int
+    logprobs: list[Logprob] | None = None  # one a token, where the settings ask for it
 
 
 class _State(NamedTuple):
@@ -180,29 +182,34 @@ def decode(
         logits, hidden = target.prefill(prompt[known:], cache)
         prefix.mark(len(prompt))
         stats.reused_tokens = prefix.reused
-    dist = filter_logits(logits[None], sampling)
-    primary = rules.draw_plain(dist, sampling, cache.length)
-    tokens = _read(mx.concatenate([primary, _broken(logits)]), [hidden])
+    history = History(sampling, prompt, logits.shape[-1])
+    seed = rules.seed_of(sampling)
+    packed, state = _first(logits[None], hidden, history.listed(), cache, sampling, seed)
+    drafted = 0
+    row = _read(packed, [hidden])
     stats.prefill_s = time.perf_counter() - start
-    state, drafted, accepted = _State(primary, hidden), 0, 0
 
     while True:
-        tokens, reason = _cut(tokens, room - stats.generated_tokens, stop_ids)
+        kept = _unpack(row, drafted, sampling)
+        tokens, reason = _cut(kept.tokens, room - stats.generated_tokens, stop_ids)
         stats.generated_tokens += len(tokens)
         stats.peak_memory_bytes = mx.get_peak_memory()
-        yield Round(tokens, reason, drafted, accepted)
+        logprobs = None if kept.logprobs is None else kept.logprobs[: len(tokens)]
+        yield Round(tokens, reason, drafted, kept.accepted, logprobs)
         if reason:
             return
         start = time.perf_counter()
+        history.add(tokens)
         # The last token of all needs no drafts: a round commits at least one.
         drafted = min(block_size - 1, room - stats.generated_tokens - 1)
         if drafted and assistant is not None:
-            packed, state = _round(target, assistant, cache, state, sampling, drafted)
+            packed, state = _round(
+                target, assistant, cache, state, history.listed(), sampling, seed, drafted
+            )
         else:
-            packed, state = _plain_step(target, cache, state, sampling)
+            packed, state = _plain_step(target, cache, state, history.listed(), sampling, seed)
         row = _read(packed, [state.hidden, cache.length])
         accepted = row[drafted]
-        tokens = row[:accepted] + row[drafted + 1 :]
         cache.bound = len(prompt) + stats.generated_tokens + accepted
         stats.count_round(drafted, accepted)
         stats.decode_s += time.perf_counter() - start
@@ -213,59 +220,101 @@ def _round(
     assistant: AssistantLike,
     cache: Cache,
     state: _State,
+    listed: Listed | None,
     sampling: Sampling,
+    seed: mx.array,
     k: int,
 ) -> tuple[mx.array, _State]:
-    """Draft k, verify, accept, commit: (drafts [k], accepted, next token, flag), next state."""
-    u = {use: rules.uniforms(sampling.seed, use, cache.length, k + 1) for use in Purpose if use}
+    """Draft k, verify, accept, commit: what the host reads, and the next state."""
+    position = cache.length  # of the block's first token
     # Draft
-    token, hidden, drafts, rows = state.primary, state.hidden, [], []
+    token, hidden, rows = state.primary, state.hidden, []
+    drafts = state.primary[:0]
     for i in range(k):
         logits, hidden = assistant.step(target.embed(token), hidden, cache)
-        rows.append(filter_logits(logits, sampling))
-        token = rules.draw(rows[i], u[Purpose.DRAFT][i : i + 1])
-        drafts.append(token)
-    block = mx.concatenate([state.primary, *drafts])  # [k + 1]
-    q = Distribution(*(mx.concatenate(list(part)) for part in zip(*rows, strict=True)))
+        rows.append(filter_logits(logits, sampling, rules.edits(listed, sampling, drafts, i)))
+        token = rules.draw_draft(rows[i], sampling, position, seed, i)
+        drafts = mx.concatenate([drafts, token])
+    q = Filtered(*(mx.concatenate(list(part)) for part in zip(*rows, strict=True)))
     # Verify
-    logits, hidden = target.verify(block, cache)  # [k + 1, V], [k + 1, E]
-    p = filter_logits(logits, sampling)
+    logits, hidden = target.verify(mx.concatenate([state.primary, drafts]), cache)  # [k + 1, ...]
+    p = filter_logits(logits, sampling, rules.edits(listed, sampling, drafts, 0))
     # Accept
-    accepted, token = rules.accept_residual(
-        p, q, block[1:], u[Purpose.ACCEPT][:k], u[Purpose.CORRECT], logits.shape[-1]
-    )
+    accepted, token = rules.accept(p, q, drafts, sampling, position, seed, logits.shape[-1])
     # Commit
     cache.commit(accepted + 1, cache.bound + k + 1)
-    packed = mx.concatenate([block[1:], accepted[None], token, _broken(logits)])
-    return packed, _State(token, hidden[accepted][None])
+    # An assistant may leave tokens out (-inf, flag 1); a target may not
+    broken = mx.max(mx.concatenate([p.flags, q.flags >> 1]))
+    packed = [drafts, accepted[None], token, broken[None]]
+    if sampling.logprobs is not None:
+        chosen = mx.where(mx.arange(k + 1) == accepted, token, mx.concatenate([drafts, token]))
+        packed.append(rules.logprobs(logits, chosen, sampling.logprobs).flatten())
+    return mx.concatenate(packed), _State(token, hidden[accepted][None])
 
 
 def _plain_step(
-    target: TargetLike, cache: Cache, state: _State, sampling: Sampling
+    target: TargetLike,
+    cache: Cache,
+    state: _State,
+    listed: Listed | None,
+    sampling: Sampling,
+    seed: mx.array,
 ) -> tuple[mx.array, _State]:
-    """One token with no draft: (0 accepted, next token, flag), next state."""
+    """One token with no draft: what the host reads, and the next state."""
     logits, hidden = target.verify(state.primary, cache)
     cache.commit(mx.array(1, mx.int32), cache.bound + 1)
-    token = rules.draw_plain(filter_logits(logits, sampling), sampling, cache.length)
-    packed = mx.concatenate([mx.zeros(1, mx.int32), token, _broken(logits)])
-    return packed, _State(token, hidden)
+    return _first(logits, hidden, listed, cache, sampling, seed)
 
 
-def _broken(logits: mx.array) -> mx.array:
-    """1 when any logit is NaN or infinite, else 0: int32 ``[1]``."""
-    return (~mx.isfinite(logits).all()).astype(mx.int32)[None]
+def _first(
+    logits: mx.array,
+    hidden: mx.array,
+    listed: Listed | None,
+    cache: Cache,
+    sampling: Sampling,
+    seed: mx.array,
+) -> tuple[mx.array, _State]:
+    """The token after the committed ones, from logits ``[1, V]``."""
+    row = filter_logits(logits, sampling, rules.edits(listed, sampling, mx.zeros(0, mx.int32), 0))
+    token = rules.draw_plain(row, sampling, cache.length, seed)
+    packed = [mx.zeros(1, mx.int32), token, row.flags]
+    if sampling.logprobs is not None:
+        packed.append(rules.logprobs(logits, token, sampling.logprobs).flatten())
+    return mx.concatenate(packed), _State(token, hidden)
+
+
+class _Kept(NamedTuple):
+    """What a round kept."""
+
+    tokens: list[int]
+    accepted: int
+    logprobs: list[Logprob] | None
 
 
 def _read(packed: mx.array, state: list[mx.array]) -> list[int]:
-    """Evaluate a round and read its one small array; the last entry is the flag."""
+    """Evaluate a round and read its one small array; nothing else of it is read."""
     mx.eval(packed, *state)
-    row = [int(value) for value in np.array(packed)]
-    broken = row.pop()
-    if broken:
+    return cast(list[int], packed.tolist())
+
+
+def _unpack(row: list[int], k: int, sampling: Sampling) -> _Kept:
+    """Take apart what was read: k drafts, how many were kept, the next token, flag, logprobs."""
+    if row[k + 2]:
         raise NonFinite(
             "[decode] logits must be finite but got NaN or infinity; are the weights damaged?"
         )
-    return row
+    accepted = row[k]
+    tokens = [*row[:accepted], row[k + 1]]
+    if sampling.logprobs is None:
+        return _Kept(tokens, accepted, None)
+    n, rest = sampling.logprobs, row[k + 3 :]
+    width = 1 + 2 * n
+    found = []
+    for i, token in enumerate(tokens):
+        own, *best = rest[i * width : (i + 1) * width]
+        values = struct.unpack(f"{1 + n}f", struct.pack(f"{1 + n}i", own, *best[n:]))
+        found.append(Logprob(token, values[0], list(zip(best[:n], values[1:], strict=True))))
+    return _Kept(tokens, accepted, found)
 
 
 def _cut(tokens: list[int], room: int, stop_ids: frozenset[int]) -> tuple[list[int], str | None]:

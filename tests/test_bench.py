@@ -60,6 +60,24 @@ def test_settings_alternate_and_rotate_after_a_warm_up(run: Any) -> None:
     assert labels[11][2] == "one, block 2, repeat 3 of 3" and labels[12][2].startswith("two")
 
 
+def test_rules_stand_side_by_side(tok: Tokenizer) -> None:
+    pair = script_pair(tok, STORY)
+    kw = {**SETTINGS, "block_sizes": [3], "repeats": 1, "rules": ["residual", "coupled"]}
+    labels: list[str] = []
+    rows, summary = bench.gemma_mtp(
+        pair, CASES, on_run=lambda done, total, label: labels.append(label), **kw
+    )
+    want = [(1, "residual"), (3, "residual"), (3, "coupled")]
+    assert [(r["block_size"], r["verify"]) for r in summary] == want
+    assert [(r["block_size"], r["verify"]) for r in rows] == 2 * want
+    assert [r["exact_match"] for r in summary] == [None, None, True]
+    assert all(r["acceptance_rate"] > 0 for r in rows if r["block_size"] == 3)
+    assert labels[2] == "one, block 3 coupled, warm-up"
+    text = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    text.print(report.table("all", summary))
+    assert "coupled" in text.export_text()
+
+
 def test_rows_hold_the_figures(run: Any) -> None:
     _, rows, _, _ = run
     assert len(rows) == 6
@@ -177,6 +195,8 @@ def test_table_has_the_columns(run: Any, capsys: pytest.CaptureFixture[str]) -> 
         ({"block_sizes": [1]}, "block sizes must be 2 to 128 but got 1."),
         ({"block_sizes": [4, 129]}, "block sizes must be 2 to 128 but got 129."),
         ({"block_sizes": [4, 4]}, "block sizes must differ but got [4, 4]."),
+        ({"rules": ["best"]}, "verify must be of residual, block, coupled but got 'best'."),
+        ({"rules": ["block", "block"]}, "verify must name a rule once but got block,block."),
         ({"repeats": 0}, "repeats must be at least 1 but got 0."),
         ({"max_tokens": 1}, "max tokens must be at least 2 but got 1."),
     ],

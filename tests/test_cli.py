@@ -76,7 +76,7 @@ def test_generate_reads_standard_input(pair: Any, arguments: tuple[str, ...]) ->
 def test_generate_options_reach_the_engine(pair: Any) -> None:
     done = run(
         *words("generate fox --json --max-tokens 9 --block-size 3 --system Brief. --stop jum"),
-        *words("--temperature 0.5 --top-p 0.9 --top-k 5 --min-p 0.1 --seed 7"),
+        *words("--temperature 0.5 --top-p 0.9 --top-k 5 --min-p 0.1 --seed 7 --verify block"),
         *words("--target a --assistant b --dtype float32 --position n-2"),
     )
     result = json.loads(done.stdout)
@@ -107,6 +107,7 @@ def test_stats_go_to_standard_error(pair: Any) -> None:
     [
         (["generate", ""], "[generate] prompt must not be empty."),
         (["generate", "fox", "--max-tokens", "0"], "[generate] max_tokens must be at least 1"),
+        (["bench", "gemma-mtp", "--verify", "x"], "[bench] verify must be of residual, block"),
         (["generate", "fox", "--block-size", "200"], "[generate] block_size must be 1 to 128"),
         (["generate", "fox", "--temperature", "-1"], "[sampling] temperature must be 0 or more"),
         (["generate", "fox", "--raw", "--system", "x"], "[generate] --system must go with the"),
@@ -186,6 +187,7 @@ def test_bench_prints_tables_and_json_last(pair: Any, tmp_path: Path) -> None:
     suite.write_text("\n".join(map(json.dumps, rows)))
     done = run(
         *words("bench gemma-mtp --allow-unverified-gemma --json --repeats 2 --max-tokens 10"),
+        *words("--verify block"),
         *("--draft-block-sizes", "2,3", "--prompt-suite", str(suite), "--output", str(out)),
     )
     assert done.exit_code == 0, done.stderr
@@ -196,7 +198,10 @@ def test_bench_prints_tables_and_json_last(pair: Any, tmp_path: Path) -> None:
     assert len(whole["rows"]) == 6 and [s["block_size"] for s in whole["summary"]] == [1, 2, 3]
     assert whole["sampler"]["temperature"] == 1.0 and whole["sampler"]["top_k"] == 64
     assert whole["settings"]["draft_block_sizes"] == [2, 3]
-    assert "[1/15] case-1, block 2, warm-up" in done.stderr and f"Report: {out}" in done.stderr
+    assert whole["settings"]["verify"] == ["block"] and whole["summary"][2]["verify"] == "block"
+    assert (
+        "[1/15] case-1, block 2 block, warm-up" in done.stderr and f"Report: {out}" in done.stderr
+    )
 
 
 def test_embedded_and_verified_pairs_need_no_permission(pair: Any) -> None:

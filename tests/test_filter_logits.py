@@ -8,9 +8,21 @@ import pytest
 
 from pyengine import ops
 from pyengine.ops import filter_logits, filter_logits_reference
+from pyengine.ops.filter_logits import Edits
 
 # exp and the order of two divisions differ: a few units in the last place of a probability
 TOLERANCE = 4e-7
+
+
+def random_edits(rng: np.random.Generator, rows: int, vocab: int, count: int) -> Edits:
+    """Sorted ids, then some that stand in the list already, as a block's drafts do."""
+    ids = np.sort(rng.choice(vocab, min(count, vocab), replace=False))
+    again = rng.integers(0, ids.size, 3)
+    factors = rng.choice([1.0, 1.3, 0.7], (rows, ids.size))
+    deltas = np.where(rng.random((rows, ids.size)) < 0.2, -np.inf, rng.normal(0, 2, factors.shape))
+    wide = [np.concatenate([x, x[:, again]], axis=1) for x in (factors, deltas)]
+    both = np.concatenate([ids, ids[again]]).astype(np.int32)
+    return Edits(mx.array(both), *(mx.array(x.astype(np.float32)) for x in wide))
 
 
 def random_logits(seed: int, rows: int, vocab: int) -> mx.array:
@@ -18,16 +30,17 @@ def random_logits(seed: int, rows: int, vocab: int) -> mx.array:
 
 
 def assert_same(logits: mx.array, **kw: Any) -> None:
-    ids, probs = filter_logits(logits, **kw)
-    want_ids, want_probs = filter_logits_reference(logits, **kw)
-    assert ids.dtype == mx.int32 and probs.dtype == mx.float32
+    ids, probs, flags = filter_logits(logits, **kw)
+    want_ids, want_probs, want_flags = filter_logits_reference(logits, **kw)
+    assert ids.dtype == mx.int32 and probs.dtype == mx.float32 and flags.dtype == mx.int32
+    assert flags.tolist() == want_flags.tolist()
     assert np.array_equal(np.array(ids), np.array(want_ids))
     assert np.allclose(np.array(probs), np.array(want_probs), rtol=TOLERANCE, atol=TOLERANCE)
     assert np.allclose(np.array(probs).sum(axis=-1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 15, 16, 17, 255, 256, 257, 1000, 262144])
-@pytest.mark.parametrize("top_k", [1, 2, 64, 256])
+@pytest.mark.parametrize("top_k", [0, 1, 2, 64, 256])
 def test_equals_reference(vocab: int, top_k: int) -> None:
     assert_same(random_logits(vocab + top_k, 2, vocab), top_k=top_k, top_p=0.95)
 
@@ -58,8 +71,113 @@ def test_order_is_not_that_of_the_input() -> None:
 def test_one_allowed_token() -> None:
     logits = mx.full((1, 50), -mx.inf)
     logits[0, 37] = -3.0
-    ids, probs = filter_logits(logits, top_k=4, top_p=0.95)
+    ids, probs, flags = filter_logits(logits, top_k=4, top_p=0.95)
+    assert flags.tolist() == [1]
     assert ids[0].tolist() == [37, 0, 1, 2] and probs[0].tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("vocab", [5, 16, 17, 300, 5000])
+@pytest.mark.parametrize("top_k", [0, 1, 64])
+def test_edits(vocab: int, top_k: int) -> None:
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        edits = random_edits(rng, 4, vocab, int(rng.choice([1, 4, 40, 300])))
+        first = edits.ids == edits.ids[0]  # a token that stays
+        edits = edits._replace(deltas=mx.where(first, 0.5, edits.deltas))
+        logits = random_logits(seed, 4, vocab)
+        assert_same(logits, top_k=top_k, top_p=0.9, temperature=0.8, edits=edits)
+        plain = np.array(logits)  # not written to
+        assert np.array_equal(plain, np.array(random_logits(seed, 4, vocab)))
+
+
+def test_edits_by_hand() -> None:
+    edits = Edits(
+        mx.array([1, 3, 4], dtype=mx.int32),
+        mx.array([[2.0, 2.0, 1.0], [1.0, 1.0, 1.0]]),
+        mx.array([[0.0, 0.0, 5.0], [0.0, -mx.inf, 0.0]]),
+    )
+    logits = mx.array([[0.0, 4.0, 1.0, -1.0, -3.0], [0.0, 4.0, 1.0, 5.0, 2.0]])
+    ids, probs, flags = filter_logits(logits, top_k=0, edits=edits)
+    assert ids.tolist() == [[1, 4, 2, 0, 3], [1, 4, 2, 0, 3]]  # 2 2 1 0 -2; 4 2 1 0 -inf
+    assert probs[0, 0].item() == probs[0, 1].item() and probs[1, 4].item() == 0
+    assert flags.tolist() == [0, 0]
+
+
+def test_greedy_is_the_best_candidate_alone() -> None:
+    logits = mx.array([[0.0, 2.0, -0.0, 2.0], [-mx.inf, -5.0, -mx.inf, -5.0]])
+    edits = Edits(mx.array([1]), mx.ones((2, 1)), mx.array([[0.0], [-mx.inf]]))
+    for given, want in ((None, [[1], [1]]), (edits, [[1], [3]])):
+        for function in (filter_logits, filter_logits_reference):
+            ids, probs, _ = function(logits, temperature=0.0, top_p=0.5, edits=given)
+            assert ids.tolist() == want and probs.tolist() == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize("where", [0, 15, 16, 40, 99])
+@pytest.mark.parametrize(
+    ("value", "flag"), [(mx.nan, 2), (mx.inf, 2), (-mx.inf, 1), (3e38, 0), (-3e38, 0)]
+)
+@pytest.mark.parametrize("top_k", [0, 1, 8])
+def test_flags(where: int, value: float, flag: int, top_k: int) -> None:
+    logits = random_logits(1, 3, 100)
+    logits[1, where] = value
+    for edits in (None, Edits(mx.array([where]), mx.ones((3, 1)), mx.zeros((3, 1)))):
+        for function in (filter_logits, filter_logits_reference):
+            out = function(logits, top_k=top_k, edits=edits)
+            assert out.flags.tolist() == [0, flag, 0]
+            assert ((out.ids >= 0) & (out.ids < 100)).all().item()
+
+
+def test_flag_when_no_candidate_is_left() -> None:
+    edits = Edits(mx.arange(3), mx.ones((1, 3)), mx.full((1, 3), -mx.inf))
+    for function in (filter_logits, filter_logits_reference):
+        assert function(mx.zeros((1, 3)), edits=edits).flags.tolist() == [2]
+        assert function(mx.full((1, 3), -mx.inf)).flags.tolist() == [2]
+
+
+def hard_case(rng: np.random.Generator) -> tuple[mx.array, dict[str, Any]]:
+    """Ties, equal logits, one allowed token, all suppressed but one, tiny and huge settings."""
+    rows, vocab = int(rng.integers(1, 5)), int(rng.choice([1, 2, 7, 16, 33, 130, 400]))
+    kind = rng.integers(5)
+    logits = rng.normal(0, rng.choice([0.1, 3.0, 30.0]), (rows, vocab))
+    if kind == 0:
+        logits = np.round(logits)
+    elif kind == 1:
+        logits[:] = logits[:, :1]
+    elif kind == 2:
+        hot = rng.integers(vocab)
+        logits[:, np.arange(vocab) != hot] = -np.inf
+    kw: dict[str, Any] = {
+        "temperature": float(rng.choice([0.0, 0.3, 1.0, 2.5])),
+        "top_k": int(rng.choice([0, 1, 5, 64, 256])),
+        # Few values: a cut that falls within rounding of a border may go either way
+        "top_p": float(rng.choice([1.0, 0.951, 0.517, 1e-6])),
+        "min_p": float(rng.choice([0.0, 0.0517])),
+    }
+    if kind == 3:  # all but one taken away
+        deltas = np.full((rows, vocab), -np.inf, np.float32)
+        deltas[:, rng.integers(vocab)] = 0
+        kw["edits"] = Edits(mx.arange(vocab), mx.ones((rows, vocab)), mx.array(deltas))
+    elif rng.random() < 0.4 and kind != 2:
+        edits = random_edits(rng, rows, vocab, 20)
+        first = edits.ids == edits.ids[0]  # a token that stays
+        kw["edits"] = edits._replace(deltas=mx.where(first, 1.0, edits.deltas))
+    return mx.array(logits.astype(np.float32)), kw
+
+
+def fuzz(cases: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(cases):
+        logits, kw = hard_case(rng)
+        assert_same(logits, **kw)
+
+
+def test_fuzzed() -> None:
+    fuzz(500, 1)
+
+
+@pytest.mark.long
+def test_fuzzed_ten_thousand_times() -> None:
+    fuzz(10_000, 2)
 
 
 def test_row_stable() -> None:
@@ -93,10 +211,30 @@ def test_reference_can_be_chosen() -> None:
     [
         (mx.zeros((2, 3), mx.bfloat16), {}, "logits must be float32 but got bfloat16."),
         (mx.zeros(3), {}, "logits must have shape [T, V] but got [3]."),
-        (mx.zeros((1, 3)), {"temperature": 0.0}, "temperature must be positive but got 0."),
-        (mx.zeros((1, 3)), {"top_k": 257}, "top_k must be 1 to 256 but got 257."),
+        (mx.zeros((1, 3)), {"temperature": -1.0}, "temperature must be 0 or more but got -1."),
+        (mx.zeros((1, 3)), {"top_k": 257}, "top_k must be 0 (off) to 256 but got 257."),
         (mx.zeros((1, 3)), {"top_p": 0.0}, "top_p must be above 0 and at most 1 but got 0."),
         (mx.zeros((1, 3)), {"min_p": 1.0}, "min_p must be 0 or more and below 1 but got 1."),
+        (
+            mx.zeros((1, 3)),
+            {"edits": Edits(mx.zeros(2), mx.ones((1, 2)), mx.zeros((1, 2)))},
+            "edit ids must be int32 but got float32.",
+        ),
+        (
+            mx.zeros((1, 3)),
+            {"edits": Edits(mx.zeros((1, 2), mx.int32), mx.ones((1, 2)), mx.zeros((1, 2)))},
+            "edit ids must have shape [L] but got [1, 2].",
+        ),
+        (
+            mx.zeros((1, 3)),
+            {"edits": Edits(mx.zeros(2, mx.int32), mx.ones((2, 2)), mx.zeros((1, 2)))},
+            "edit factors must have shape [1, 2] but got [2, 2].",
+        ),
+        (
+            mx.zeros((1, 3)),
+            {"edits": Edits(mx.zeros(2, mx.int32), mx.ones((1, 2)), mx.zeros((1, 3)))},
+            "edit deltas must have shape [1, 2] but got [1, 3].",
+        ),
     ],
 )
 def test_errors(logits: mx.array, kw: dict[str, Any], text: str) -> None:

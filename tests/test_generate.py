@@ -314,3 +314,13 @@ def test_the_embedded_pair_is_read_once(pair: Any, monkeypatch: pytest.MonkeyPat
         assert loads == [1]
     finally:
         embedded_pair.cache_clear()
+
+
+def test_logprobs_go_with_the_tokens(tok: Tokenizer) -> None:
+    pair = script_pair(tok, STORY)
+    for stop in (None, "jumps"):
+        result = generate("fox", pair=pair, sampling=Sampling(logprobs=1), block_size=4, stop=stop)
+        assert result.logprobs is not None
+        assert [x.token for x in result.logprobs] == result.tokens
+        assert result.to_dict()["logprobs"][0]["token"] == result.tokens[0]
+    assert generate("fox", pair=pair).logprobs is None

@@ -1,29 +1,29 @@
-"""The filter against a plain NumPy form, and the residual rule by exact enumeration."""
+"""Settings; the filter with its edits against a plain NumPy form; penalties; log-probabilities."""
 
-import itertools
+import json
 import math
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from pyengine.sampling import (
-    Distribution,
-    Purpose,
-    Sampling,
-    accept_probability,
-    accept_residual,
-    draw,
-    draw_plain,
-    filter_logits,
-    residual,
-    uniforms,
-)
+from pyengine import sampling as rules
+from pyengine.ops.filter_logits import Filtered
+from pyengine.sampling import History, Sampling, filter_logits
 
 
-def filter_numpy(row: np.ndarray, s: Sampling) -> np.ndarray:
+def filter_numpy(
+    row: np.ndarray, s: Sampling, prompt: list[int] | None = None, text: list[int] | None = None
+) -> np.ndarray:
     """The definition, one row, float64: probabilities by token id."""
     logits = row.astype(np.float64).copy()
+    for token in {*(prompt or []), *(text or [])}:
+        up = logits[token] > 0
+        logits[token] *= 1 / s.repetition_penalty if up else s.repetition_penalty
+    for token in set(text or []):
+        logits[token] -= s.presence_penalty + s.frequency_penalty * text.count(token)
+    for token, bias in s.logit_bias.items():
+        logits[token] += bias
     logits[list(s.suppress_tokens)] = -np.inf
     if s.greedy:
         return np.eye(len(row))[int(np.argmax(logits))]
@@ -39,7 +39,17 @@ def filter_numpy(row: np.ndarray, s: Sampling) -> np.ndarray:
     return out
 
 
-def by_id(dist: Distribution, vocab: int) -> np.ndarray:
+def filtered(logits: np.ndarray, s: Sampling) -> Filtered:
+    """Rows without a text before them."""
+    listed = History(s, [0], logits.shape[1]).listed()
+    edits = rules.edits(listed, s, mx.zeros(0, mx.int32), 0) if listed is not None else None
+    if edits is not None:  # the same for every row, where nothing is penalised
+        rows = [mx.broadcast_to(x[:1], (logits.shape[0], x.shape[1])) for x in edits[1:]]
+        edits = type(edits)(edits.ids, *rows)
+    return filter_logits(mx.array(logits), s, edits)
+
+
+def by_id(dist: Filtered, vocab: int) -> np.ndarray:
     out = np.zeros((dist.ids.shape[0], vocab))
     np.put_along_axis(out, np.array(dist.ids), np.array(dist.probs), axis=-1)
     return out
@@ -56,13 +66,14 @@ SETTINGS = [
     Sampling(temperature=0.0),
     Sampling(suppress_tokens=(3, 90)),
     Sampling(temperature=0.0, suppress_tokens=(3,)),
+    Sampling(logit_bias={5: 4.0, 96: -2.0}, suppress_tokens=(96, 0), top_k=0),
 ]
 
 
 @pytest.mark.parametrize("s", SETTINGS, ids=str)
 def test_filter_equals_definition(s: Sampling) -> None:
     logits = np.random.default_rng(3).normal(0, 3, (5, 97)).astype(np.float32)
-    got = by_id(filter_logits(mx.array(logits), s), 97)
+    got = by_id(filtered(logits, s), 97)
     want = np.stack([filter_numpy(row, s) for row in logits])
     assert np.allclose(got, want, atol=2e-6)
     assert np.array_equal(got > 0, want > 0)
@@ -88,7 +99,7 @@ def test_filter_keeps_first_when_top_p_is_tiny() -> None:
 
 def test_filter_with_one_allowed_token() -> None:
     s = Sampling(suppress_tokens=(0, 1, 3))
-    assert by_id(filter_logits(mx.zeros((1, 4)), s), 4).tolist() == [[0, 0, 1, 0]]
+    assert by_id(filtered(np.zeros((1, 4), np.float32), s), 4).tolist() == [[0, 0, 1, 0]]
 
 
 def test_filter_rows_do_not_see_each_other() -> None:
@@ -110,6 +121,25 @@ def test_filter_rows_do_not_see_each_other() -> None:
         ({"min_p": 1.0}, "[sampling] min_p must be 0 or more and below 1 but got 1.0."),
         ({"seed": 2**32}, "[sampling] seed must be 0 to 4294967295 but got 4294967296."),
         ({"suppress_tokens": (-1,)}, "[sampling] suppress_tokens must be token ids but got [-1]."),
+        (
+            {"repetition_penalty": 0.0},
+            "[sampling] repetition_penalty must be positive but got 0.0.",
+        ),
+        (
+            {"presence_penalty": math.inf},
+            "[sampling] presence_penalty must be finite but got inf.",
+        ),
+        (
+            {"frequency_penalty": math.nan},
+            "[sampling] frequency_penalty must be finite but got nan.",
+        ),
+        ({"logit_bias": {-1: 1.0}}, "[sampling] logit_bias must name token ids but got -1."),
+        ({"logit_bias": {1: math.inf}}, "[sampling] logit_bias must be finite but got inf."),
+        (
+            {"verify": "match"},
+            "[sampling] verify must be one of residual, block, coupled but got match.",
+        ),
+        ({"logprobs": 257}, "[sampling] logprobs must be 0 to 256, or None but got 257."),
     ],
 )
 def test_settings_are_checked(kw: dict, text: str) -> None:
@@ -118,148 +148,106 @@ def test_settings_are_checked(kw: dict, text: str) -> None:
     assert str(error.value) == text
 
 
-def test_draw_inverts_the_distribution() -> None:
-    ids = mx.array([[4, 2, 9]])
-    probs = mx.array([[0.5, 0.0, 0.5]])
-    for u, token in [(0.0, 4), (0.499, 4), (0.5, 9), (1 - 2**-24, 9)]:
-        assert draw(Distribution(ids, probs), mx.array([u])).item() == token
-
-
-def test_draw_plain_follows_the_distribution() -> None:
-    probs = np.array([0.5, 0.3, 0.15, 0.05])
-    dist = Distribution(mx.array([[3, 0, 2, 1]]), mx.array(probs[None].astype(np.float32)))
-    s, runs = Sampling(seed=11), 4000
-    tokens = [draw_plain(dist, s, mx.array(i)) for i in range(runs)]
-    counts = np.bincount(np.array(mx.concatenate(tokens)), minlength=4)[[3, 0, 2, 1]]
-    chi2 = float(((counts - runs * probs) ** 2 / (runs * probs)).sum())
-    assert chi2 < 16.27  # 3 degrees of freedom, p = 0.001; fixed seed
-
-
-def test_uniforms_differ_by_purpose_position_and_seed() -> None:
-    seen = set()
-    for seed, purpose, position in itertools.product((0, 1), Purpose, (0, 1, 70000)):
-        seen.add(tuple(uniforms(seed, purpose, mx.array(position), 4).tolist()))
-    assert len(seen) == 2 * len(Purpose) * 3
-    assert len({u for row in seen for u in row}) == 4 * len(seen)
-
-
-# The joint distribution of what a round commits, by enumeration over every draft path.
-
-
-def random_tree(rng: np.random.Generator, vocab: int, depth: int) -> dict[tuple, np.ndarray]:
-    """A distribution for every prefix of fewer than ``depth`` tokens, some with empty cells."""
-    tree = {}
-    for n in range(depth):
-        for prefix in itertools.product(range(vocab), repeat=n):
-            p = rng.dirichlet(np.full(vocab, 0.7))
-            if rng.random() < 0.3:
-                p[rng.integers(vocab)] = 0
-            if rng.random() < 0.1:
-                p = np.eye(vocab)[rng.integers(vocab)]
-            tree[prefix] = p / p.sum()
-    return tree
-
-
-def committed(p: dict, q: dict, vocab: int, k: int, dtype: mx.Dtype) -> dict[tuple, float]:
-    """Probability of every committed token sequence of one round, summed over draft paths."""
-    out: dict[tuple, float] = {}
-    ids = mx.array(np.arange(vocab, dtype=np.int32))
-    for drafts in itertools.product(range(vocab), repeat=k):
-        prefixes = [drafts[:i] for i in range(k + 1)]
-        reach = math.prod(q[prefixes[i]][drafts[i]] for i in range(k))
-        if reach == 0:
-            continue
-
-        def rows(tree: dict, some: list) -> Distribution:
-            table = np.stack([tree[prefix] for prefix in some])
-            broadcast = mx.broadcast_to(ids, table.shape)
-            return Distribution(broadcast, mx.array(table, dtype=dtype))
-
-        target, assistant = rows(p, prefixes), rows(q, prefixes[:k])
-        h = np.array(accept_probability(target, assistant, mx.array(drafts, dtype=mx.int32)))
-        after = np.array(residual(target, assistant, vocab).probs)
-        alive = reach
-        for i in range(k + 1):
-            refused = alive * (1 - h[i]) if i < k else alive
-            for x in range(vocab):
-                key = (*drafts[:i], x)
-                out[key] = out.get(key, 0.0) + refused * after[i, x]
-            alive = alive * h[i] if i < k else 0
-    return out
-
-
-def total_variation(p: dict, q: dict, vocab: int, k: int, dtype: mx.Dtype) -> float:
-    """Gap between the target's law of k + 1 tokens and a round's, continued from the target."""
-    got = dict.fromkeys(itertools.product(range(vocab), repeat=k + 1), 0.0)
-    for tokens, mass in committed(p, q, vocab, k, dtype).items():
-        for rest in itertools.product(range(vocab), repeat=k + 1 - len(tokens)):
-            whole = tokens + rest
-            more = math.prod(p[whole[:i]][whole[i]] for i in range(len(tokens), k + 1))
-            got[whole] += mass * more
-    want = {s: math.prod(p[s[:i]][s[i]] for i in range(k + 1)) for s in got}
-    return 0.5 * sum(abs(got[s] - want[s]) for s in got)
-
-
-CASES = [(2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2)]
-
-
-@pytest.mark.parametrize(("vocab", "k"), CASES)
-@pytest.mark.parametrize(("dtype", "bound"), [(mx.float64, 1e-12), (mx.float32, 1e-6)])
-def test_residual_rule_is_exact(vocab: int, k: int, dtype: mx.Dtype, bound: float) -> None:
-    rng = np.random.default_rng(100 * vocab + k)
-    with mx.stream(mx.cpu):
-        for _ in range(4):
-            p, q = random_tree(rng, vocab, k + 1), random_tree(rng, vocab, k + 1)
-            assert total_variation(p, q, vocab, k, dtype) <= bound
-        assert total_variation(p, p, vocab, k, dtype) <= bound
-
-
-@pytest.mark.parametrize("fault", ["unfiltered q", "no residual", "always accept"])
-def test_enumeration_sees_a_broken_rule(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    here = sys.modules[__name__]
-    rng = np.random.default_rng(9)
-    p, q = random_tree(rng, 3, 3), random_tree(rng, 3, 3)
-    if fault == "unfiltered q":
-        real = accept_probability
-        flat = lambda d: Distribution(d.ids, 0.5 * d.probs + 0.5 / 3)  # noqa: E731
-        monkeypatch.setattr(here, "accept_probability", lambda p, q, d: real(p, flat(q), d))
-    elif fault == "no residual":
-        monkeypatch.setattr(here, "residual", lambda p, q, vocab: p)
-    else:
-        monkeypatch.setattr(here, "accept_probability", lambda p, q, d: mx.ones(d.shape[0]))
-    with mx.stream(mx.cpu):
-        assert total_variation(p, q, 3, 2, mx.float64) > 0.01
-
-
-def one_row(table: list[list[float]]) -> Distribution:
-    probs = mx.array(table)
-    return Distribution(mx.broadcast_to(mx.arange(probs.shape[1]), probs.shape), probs)
-
-
-def test_accept_follows_the_given_uniforms() -> None:
-    p = one_row([[0.5, 0.5, 0.0], [0.2, 0.0, 0.8], [0.0, 1.0, 0.0]])
-    q = one_row([[1.0, 0.0, 0.0], [0.4, 0.6, 0.0]])
-    drafts = mx.array([0, 0], mx.int32)
-
-    def run(u_accept: list[float], u_correct: list[float]) -> tuple[int, int]:
-        accepted, token = accept_residual(
-            p, q, drafts, mx.array(u_accept), mx.array(u_correct), vocab=3
-        )
-        return accepted.item(), token.item()
-
-    assert run([0.5, 0.0], [0.9, 0.9, 0.9]) == (0, 1)  # u < h is strict; (p - q)+ is token 1
-    assert run([0.49, 0.5], [0.9, 0.0, 0.9]) == (1, 2)  # (p - q)+ is token 2
-    assert run([0.49, 0.49], [0.0, 0.0, 0.3]) == (2, 1)  # bonus
-    assert run([0.5, 0.49], [0.0, 0.0, 0.0]) == (0, 1)  # a later pass does not count
-
-
-def test_greedy_rows_accept_only_the_argmax() -> None:
-    p = Distribution(mx.array([[7], [3], [5]], mx.int32), mx.ones((3, 1)))
-    q = Distribution(mx.array([[7], [4]], mx.int32), mx.ones((2, 1)))
-    almost_one = mx.full((3,), 1 - 2**-24)
-    accepted, token = accept_residual(
-        p, q, mx.array([7, 4], mx.int32), almost_one[:2], almost_one, vocab=9
+def test_settings_that_do_not_fit_the_vocabulary_are_refused() -> None:
+    with pytest.raises(ValueError) as error:
+        History(Sampling(logit_bias={9: 1.0}), [1], 9)
+    assert str(error.value) == (
+        "[sampling] suppress_tokens and logit_bias must name ids below 9 but got 9."
     )
-    assert (accepted.item(), token.item()) == (1, 3)
+    with pytest.raises(ValueError, match="suppress_tokens must leave a token but got all"):
+        History(Sampling(suppress_tokens=(0, 1, 2)), [1], 3)
+
+
+def test_settings_are_ready_for_json() -> None:
+    s = Sampling(suppress_tokens=(3,), logit_bias={4: 0.5}, verify="block")
+    again = json.loads(json.dumps(s.to_dict()))
+    assert again["suppress_tokens"] == [3] and again["logit_bias"] == {"4": 0.5}
+    assert again["verify"] == "block"
+
+
+VOCAB = 40
+PENALISED = [
+    Sampling(repetition_penalty=1.7),
+    Sampling(presence_penalty=0.8),
+    Sampling(frequency_penalty=0.6),
+    Sampling(frequency_penalty=-0.4, presence_penalty=-0.2),
+    Sampling(
+        repetition_penalty=0.8,
+        presence_penalty=0.5,
+        frequency_penalty=0.3,
+        logit_bias={3: 1.5, 12: -1.0, 39: 2.0},
+        suppress_tokens=(7, 12),
+        temperature=0.7,
+        top_k=30,
+        min_p=0.01,
+    ),
+]
+
+
+@pytest.mark.parametrize("s", PENALISED, ids=range(len(PENALISED)))
+@pytest.mark.parametrize("seed", range(5))
+def test_penalties_count_the_drafts_before_a_row(s: Sampling, seed: int) -> None:
+    """Rows of a verify call, and each row alone as a draft step has it, against the definition."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (6, VOCAB)).astype(np.float32)
+    prompt, text = rng.integers(0, VOCAB, 8).tolist(), rng.integers(0, VOCAB, 12).tolist()
+    drafts = rng.integers(0, VOCAB, 5).tolist()
+    drafts[3], drafts[4] = text[0], drafts[0]  # one in the text already, one twice in the block
+    history = History(s, prompt, VOCAB)
+    history.add(text[:5])
+    history.add(text[5:])
+    listed = history.listed()
+    own = mx.array(drafts, dtype=mx.int32)
+    block = filter_logits(mx.array(logits), s, rules.edits(listed, s, own, 0))
+    for i in range(6):
+        want = filter_numpy(logits[i], s, prompt, text + drafts[:i])
+        step = filter_logits(mx.array(logits[i : i + 1]), s, rules.edits(listed, s, own[:i], i))
+        assert np.allclose(by_id(block, VOCAB)[i], want, atol=2e-6)
+        assert block.ids[i].tolist() == step.ids[0].tolist()
+        assert block.probs[i].tolist() == step.probs[0].tolist()
+
+
+def test_drafts_and_committed_tokens_are_penalised_alike() -> None:
+    """The same tokens, once in the block and once in the text: equal bits."""
+    s = PENALISED[-1]
+    logits = mx.array(np.random.default_rng(1).normal(0, 3, (4, VOCAB)).astype(np.float32))
+    tokens = [5, 3, 5]
+    empty, full = History(s, [2, 9], VOCAB), History(s, [2, 9], VOCAB)
+    full.add(tokens)
+    block = filter_logits(logits, s, rules.edits(empty.listed(), s, mx.array(tokens), 0))
+    alone = filter_logits(logits[3:], s, rules.edits(full.listed(), s, mx.zeros(0, mx.int32), 0))
+    assert block.ids[3].tolist() == alone.ids[0].tolist()
+    assert block.probs[3].tolist() == alone.probs[0].tolist()
+
+
+def test_lists_grow_in_steps() -> None:
+    """Few shapes over a long text."""
+    history = History(Sampling(presence_penalty=1.0), [1], 1000)
+    shapes = set()
+    for token in range(200):
+        history.add([token])
+        listed = history.listed()
+        assert listed is not None
+        shapes.add(listed.ids.shape)
+    assert len(shapes) == 4
+
+
+def test_nothing_is_listed_where_nothing_is_edited() -> None:
+    history = History(Sampling(), [1, 2], 10)
+    history.add([3])
+    assert history.listed() is None
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_logprobs_are_of_the_raw_logits(count: int) -> None:
+    logits = np.random.default_rng(2).normal(0, 3, (3, 50)).astype(np.float32)
+    tokens = [4, 49, 0]
+    packed = np.array(rules.logprobs(mx.array(logits), mx.array(tokens), count))
+    assert packed.shape == (3, 1 + 2 * count) and packed.dtype == np.int32
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    for row, token, want in zip(packed, tokens, exact, strict=True):
+        assert math.isclose(row[:1].view(np.float32)[0], want[token], abs_tol=1e-5)
+        best = np.argsort(-want, kind="stable")[:count]
+        assert row[1 : 1 + count].tolist() == best.tolist()
+        assert np.allclose(row[1 + count :].view(np.float32), want[best], atol=1e-5)

@@ -38,6 +38,9 @@ def gemma_mtp(
     top_p: Annotated[float, typer.Option(help="1.0 is off.")] = 0.95,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 64,
     seed: Annotated[int, typer.Option(help="Case i of the suite uses this seed + i.")] = 0,
+    verify: Annotated[
+        str, typer.Option(help="Rules that accept drafts, compared side by side: residual,block.")
+    ] = "residual",
     repeats: Annotated[int, typer.Option(help="Timed runs of each setting; medians count.")] = 3,
     allow_unverified_gemma: Annotated[
         bool,
@@ -62,7 +65,8 @@ def gemma_mtp(
         from pyengine import bench, report, suite
         from pyengine.sampling import Sampling
 
-        bench.check_settings(blocks, repeats, max_tokens)
+        rules = verify.split(",")
+        bench.check_settings(blocks, repeats, max_tokens, rules)
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         cases = suite.load_suite(prompt_suite or suite.EMBEDDED)
         if output:
@@ -84,6 +88,7 @@ def gemma_mtp(
                 block_sizes=blocks,
                 sampling=sampling,
                 repeats=repeats,
+                rules=rules,
                 on_run=on_run,
             )
         settings = {
@@ -91,6 +96,7 @@ def gemma_mtp(
             "prompt_suite": str(prompt_suite or suite.EMBEDDED.name),
             "max_tokens": max_tokens,
             "draft_block_sizes": blocks,
+            "verify": rules,
             "repeats": repeats,
         }
         whole = report.make_report(run_on, pair, cases, rows, summary, settings, sampling)

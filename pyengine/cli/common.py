@@ -37,6 +37,14 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class Verify(str, Enum):
+    """Rules that accept drafts."""
+
+    residual = "residual"
+    block = "block"
+    coupled = "coupled"
+
+
 class Position(str, Enum):
     """Where the assistant's query stands, seen from the n committed tokens."""
 
@@ -108,6 +116,13 @@ BundleDir = Annotated[
     Path | None,
     typer.Option(
         help="Folder or hub name of a bundle: target/ and assistant/.", show_default=False
+    ),
+]
+VerifyRule = Annotated[
+    Verify,
+    typer.Option(
+        help="Rule that accepts drafts: block keeps more of them, coupled gives the very text of "
+        "plain decoding with that seed."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers; one seed gives one text.")]

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyengine.cli import common
-from pyengine.cli.common import AssistantDir, BundleDir, Dtype, Position, Seed, TargetDir
+from pyengine.cli.common import (
+    AssistantDir,
+    BundleDir,
+    Dtype,
+    Position,
+    Seed,
+    TargetDir,
+    Verify,
+    VerifyRule,
+)
 
 if TYPE_CHECKING:
     from pyengine.generate import Result
@@ -47,6 +56,7 @@ def run(
     top_k: Annotated[int | None, typer.Option(help="0 is off.", show_default="the pair's")] = None,
     min_p: Annotated[float, typer.Option(help="0.0 is off.")] = 0.0,
     seed: Seed = 0,
+    verify: VerifyRule = Verify.residual,
     block_size: Annotated[
         int | None,
         typer.Option(
@@ -87,11 +97,12 @@ def run(
         pair = common.load_pair(target, assistant, bundle, dtype, position)
         given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        chosen |= {"min_p": min_p, "seed": seed, "verify": verify.value}
         running = stream(
             text if system is None else [_turn("system", system), _turn("user", text)],
             pair=pair,
             max_tokens=max_tokens,
-            sampling=replace(resolve_sampling(pair, None), min_p=min_p, seed=seed, **chosen),
+            sampling=replace(resolve_sampling(pair, None), **chosen),
             block_size=block_size,
             stop=stop,
             raw=raw,

@@ -1,7 +1,9 @@
 """The engine's ops: each a public function and its reference in plain MLX."""
 
+from .accept_block import accept_block, accept_block_reference
 from .block_attention import block_attention, block_attention_reference
 from .dense_matmul import dense_matmul, dense_matmul_reference
+from .draw_token import draw_token, draw_token_reference
 from .filter_logits import filter_logits, filter_logits_reference
 from .geglu import geglu, geglu_reference
 from .norm_rope import norm_rope, norm_rope_reference
@@ -13,10 +15,14 @@ from .switch import status, use
 from .write_cache import write_cache, write_cache_reference
 
 __all__ = [
+    "accept_block",
+    "accept_block_reference",
     "block_attention",
     "block_attention_reference",
     "dense_matmul",
     "dense_matmul_reference",
+    "draw_token",
+    "draw_token_reference",
     "filter_logits",
     "filter_logits_reference",
     "geglu",

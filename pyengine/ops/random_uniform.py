@@ -1,8 +1,19 @@
+from enum import IntEnum
+
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .switch import chosen
+
+
+class Purpose(IntEnum):
+    """Second word of the key: draws made for different ends never share a number."""
+
+    PLAIN = 0
+    DRAFT = 1
+    ACCEPT = 2
+    CORRECT = 3
 
 
 def random_uniform(counters: mx.array, key: tuple[int, int]) -> mx.array:
@@ -29,13 +40,18 @@ def random_uniform(counters: mx.array, key: tuple[int, int]) -> mx.array:
 
 def random_uniform_reference(counters: mx.array, key: tuple[int, int]) -> mx.array:
     """The same in plain MLX, equal bit for bit."""
-    c0, c1, c2, c3 = (counters[..., i].astype(mx.uint64) for i in range(4))
-    k0, k1 = key
+    return philox_uniform(counters, mx.array(key[0], dtype=mx.uint32), key[1])
+
+
+def philox_uniform(counters: mx.array, seed: mx.array, purpose: int) -> mx.array:
+    """:func:`random_uniform_reference` with the first word of the key on the device."""
     low = mx.array(0xFFFFFFFF, dtype=mx.uint64)
+    c0, c1, c2, c3 = (counters[..., i].astype(mx.uint64) for i in range(4))
     m0, m1 = mx.array(0xD2511F53, dtype=mx.uint64), mx.array(0xCD9E8D57, dtype=mx.uint64)
+    k0, k1 = seed.astype(mx.uint64), mx.array(purpose, dtype=mx.uint64)
+    step0, step1 = mx.array(0x9E3779B9, dtype=mx.uint64), mx.array(0xBB67AE85, dtype=mx.uint64)
     for _ in range(10):
         p0, p1 = c0 * m0, c2 * m1
-        key0, key1 = mx.array(k0, dtype=mx.uint64), mx.array(k1, dtype=mx.uint64)
-        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ key0, p1 & low, (p0 >> 32) ^ c3 ^ key1, p0 & low
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & low, (p0 >> 32) ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + step0) & low, (k1 + step1) & low
     return (c0 >> 8).astype(mx.float32) * 2.0**-24

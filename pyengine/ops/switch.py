@@ -41,8 +41,10 @@ def chosen() -> Literal["native", "reference", "mlx"]:
 # Ops whose plain form has no reduction: MLX cannot choose an order for them by the number of rows.
 _ELEMENTWISE = ("geglu", "random_uniform", "write_cache")
 _REDUCING = (
+    "accept_block",
     "block_attention",
     "dense_matmul",
+    "draw_token",
     "filter_logits",
     "norm_rope",
     "q8_matmul",

@@ -1,0 +1,107 @@
+// draw_token: checks and primitive; the two ways to draw are in rng.h.
+
+#include "draw_token.h"
+
+#include <memory>
+
+#include "bindings.h"
+#include "check.h"
+#include "draw_token_cpu.h"
+#include "isa.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "packed.h"
+#include "split.h"
+
+namespace pyengine {
+
+namespace {
+
+constexpr const char* op = "draw_token";
+
+} // namespace
+
+mx::array draw_token(
+    const mx::array& ids,
+    const mx::array& probs,
+    const mx::array& position,
+    const mx::array& seed,
+    int index,
+    bool shared) {
+  check_dtype(op, "ids", ids, mx::int32, "be int32");
+  check(
+      ids.ndim() == 2 && ids.shape(1) > 0,
+      op,
+      "ids",
+      "have shape [T, n]",
+      ids.shape());
+  check_dtype(op, "probs", probs, mx::float32, "be float32");
+  check_shape(op, "probs", probs, ids.shape());
+  check_dtype(op, "position", position, mx::int32, "be int32");
+  check_shape(op, "position", position, {});
+  check_dtype(op, "seed", seed, mx::uint32, "be uint32");
+  check_shape(op, "seed", seed, {});
+  check(index >= 0, op, "index", "be 0 or more", index);
+  return mx::array(
+      {ids.shape(0)},
+      mx::int32,
+      std::make_shared<DrawToken>(mx::to_stream({}), index, shared),
+      {ids, probs, position, seed});
+}
+
+void DrawToken::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input);
+  }
+  encoder.set_output_array(out);
+  DrawTokenArgs args = {
+      nullptr,
+      nullptr,
+      inputs[2].data<int32_t>(),
+      inputs[3].data<uint32_t>(),
+      out.data<int32_t>(),
+      inputs[0].shape(1),
+      index_,
+      shared_};
+  encoder.dispatch([ids = Packed(inputs[0]),
+                    probs = Packed(inputs[1]),
+                    rows = int64_t(out.size()),
+                    args]() mutable {
+    args.ids = static_cast<const int32_t*>(ids.get());
+    args.probs = static_cast<const float*>(probs.get());
+    split_rows(rows, args.count, [&](int64_t begin, int64_t end) {
+      PYENGINE_PICK_KERNEL(draw_token_rows)(args, begin, end);
+    });
+  });
+}
+
+void DrawToken::eval_gpu(
+    const std::vector<mx::array>&,
+    std::vector<mx::array>&) {
+  throw std::runtime_error(
+      "[draw_token] has no Metal kernel yet; "
+      "pyengine.ops.draw_token runs plain MLX on a GPU.");
+}
+
+bool DrawToken::is_equivalent(const mx::Primitive& other) const {
+  const auto& o = static_cast<const DrawToken&>(other);
+  return index_ == o.index_ && shared_ == o.shared_;
+}
+
+void bind_draw_token(nb::module_& m) {
+  m.def(
+      "draw_token",
+      &draw_token,
+      nb::arg("ids"),
+      nb::arg("probs"),
+      nb::arg("position"),
+      nb::arg("seed"),
+      nb::arg("index"),
+      nb::arg("shared"));
+}
+
+} // namespace pyengine

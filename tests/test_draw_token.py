@@ -1,0 +1,143 @@
+"""draw_token: kernel against reference bit for bit, laws, edges, errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from pyengine.ops import draw_token, draw_token_reference
+from pyengine.ops.draw_token import exponential, invert
+
+SEED = mx.array(5, dtype=mx.uint32)
+
+
+def rows(seed: int, count: int, n: int) -> tuple[mx.array, mx.array]:
+    """Candidates with some impossible ones among them; the first is always possible."""
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.permutation(4 * n)[:n] for _ in range(count)]).astype(np.int32)
+    probs = rng.dirichlet(np.full(n, 0.3), count).astype(np.float32)
+    probs[rng.random(probs.shape) < 0.2] = 0
+    probs[:, 0] += 0.05
+    return mx.array(ids), mx.array(probs)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 64, 256, 3000])
+def test_equals_reference(n: int, shared: bool) -> None:
+    for seed in range(20):
+        ids, probs = rows(seed, 3, n)
+        args = (ids, probs, mx.array(1000 * seed), mx.array(2**32 - 1 - seed, dtype=mx.uint32))
+        got = draw_token(*args, index=seed, shared=shared)
+        want = draw_token_reference(*args, index=seed, shared=shared)
+        assert got.dtype == mx.int32 and got.tolist() == want.tolist()
+
+
+def test_exponential_is_minus_the_logarithm() -> None:
+    """Within one unit in the last place everywhere on the grid, both ends included."""
+    rng = np.random.default_rng(0)
+    words = np.concatenate([rng.integers(0, 2**24, 200_000), [0, 1, 2, 2**24 - 2, 2**24 - 1]])
+    u = (words * 2.0**-24).astype(np.float32)
+    got = np.array(exponential(mx.array(u))).astype(np.float64)
+    want = -np.log1p(-u.astype(np.float64))
+    assert got[words == 0].tolist() == [0.0] * int((words == 0).sum())
+    assert np.abs(got - want).max() <= 1.2 * 2.0**-20  # one unit at 16
+    units = np.abs(got - want)[words > 0] / np.spacing(want[words > 0].astype(np.float32))
+    assert units.max() < 1.0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_follows_the_distribution(shared: bool) -> None:
+    """100000 draws at different positions; chi-square with 4 degrees of freedom, p = 1e-4."""
+    probs = np.array([0.5, 0.3, 0.15, 0.04, 0.01])
+    runs = 100_000
+    ids = mx.broadcast_to(mx.array([3, 0, 2, 1, 4], dtype=mx.int32), (runs, 5))
+    table = mx.broadcast_to(mx.array(probs.astype(np.float32)), (runs, 5))
+    tokens = draw_token(ids, table, mx.array(7), SEED, shared=shared)
+    counts = np.bincount(np.array(tokens), minlength=5)[[3, 0, 2, 1, 4]]
+    assert ((counts - runs * probs) ** 2 / (runs * probs)).sum() < 23.5
+
+
+def test_shared_noise_depends_on_position_and_id_alone() -> None:
+    ids, probs = rows(1, 1, 40)
+    order = mx.array(np.random.default_rng(2).permutation(40))
+    shuffled = (ids[:, order], probs[:, order])
+    for position in range(60):
+        token = draw_token(ids, probs, mx.array(position), SEED, shared=True)
+        again = draw_token(*shuffled, mx.array(position - 5), SEED, index=5, shared=True)
+        assert token.item() == again.item()
+
+
+def test_shared_noise_makes_like_rows_draw_alike() -> None:
+    """At 1000 positions two rows 0.1 apart in total variation nearly always agree."""
+    p, q = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.3, 0.4, 0.2, 0.1])
+    ids = mx.broadcast_to(mx.arange(4), (1000, 4))
+    draws = [
+        draw_token(ids, mx.broadcast_to(mx.array(x, dtype=mx.float32), (1000, 4)), mx.array(0), s,
+                   shared=True)
+        for x, s in ((p, SEED), (q, SEED), (q, mx.array(6, dtype=mx.uint32)))
+    ]  # fmt: skip
+    assert (draws[0] == draws[1]).sum().item() > 800 > 450 > (draws[0] == draws[2]).sum().item()
+
+
+def test_inversion_walks_the_candidates_in_order() -> None:
+    ids, probs = mx.array([[4, 2, 9]]), mx.array([[0.5, 0.0, 0.5]])
+    for u, token in [(0.0, 4), (0.499, 4), (0.5, 9), (1 - 2**-24, 9)]:
+        assert invert(ids, probs, mx.array([u])).item() == token
+        assert invert(ids, 1e-30 * probs, mx.array([u])).item() == token
+
+
+def test_smallest_mass_is_drawn() -> None:
+    """u times the smallest float rounds up to it: the inversion must not run off the end."""
+    ids, probs = mx.array([[0, 1, 2]]), mx.array([[0.0, 2.0**-149, 0.0]])
+    for position in range(40):
+        at = mx.array(position)
+        assert draw_token(ids, probs, at, SEED, shared=False).item() == 1
+        assert draw_token_reference(ids, probs, at, SEED, shared=False).item() == 1
+
+
+def test_strided() -> None:
+    ids, probs = rows(3, 8, 20)
+    view = (ids[::2, 1::3], probs[::2, 1::3])
+    for shared in (True, False):
+        whole = draw_token(*map(mx.contiguous, view), mx.array(9), SEED, shared=shared)
+        assert draw_token(*view, mx.array(9), SEED, shared=shared).tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"ids": mx.zeros((2, 3))}, "ids must be int32 but got float32."),
+        ({"ids": mx.zeros(3, mx.int32)}, "ids must have shape [T, n] but got [3]."),
+        ({"probs": mx.zeros((2, 4))}, "probs must have shape [2, 3] but got [2, 4]."),
+        ({"probs": mx.zeros((2, 3), mx.float16)}, "probs must be float32 but got float16."),
+        ({"position": mx.array(1.0)}, "position must be int32 but got float32."),
+        ({"position": mx.zeros(2, mx.int32)}, "position must have shape [] but got [2]."),
+        ({"seed": mx.array(1)}, "seed must be uint32 but got int32."),
+        ({"index": -1}, "index must be 0 or more but got -1."),
+    ],
+)
+def test_errors(change: dict[str, Any], text: str) -> None:
+    args = {
+        "ids": mx.zeros((2, 3), mx.int32),
+        "probs": mx.zeros((2, 3)),
+        "position": mx.array(0),
+        "seed": SEED,
+        "shared": True,
+        **change,
+    }
+    with pytest.raises(ValueError) as error:
+        draw_token(**args)
+    assert str(error.value) == f"[draw_token] {text}"
+
+
+def test_law_of_the_race_is_exact() -> None:
+    """Two candidates: the grid of noise integrates to the probability within its own step."""
+    grid = (np.arange(4096) / 4096).astype(np.float32) + 2.0**-13
+    times = np.array(exponential(mx.array(grid))).astype(np.float64)
+    for p in (0.5, 0.9, 0.03):
+        share = (times[:, None] / p < times[None] / (1 - p)).mean()
+        assert math.isclose(share, p, abs_tol=2e-4)
