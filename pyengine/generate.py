@@ -140,6 +140,13 @@ def stream(
     block = check_settings(pair, max_tokens, block_size)
     ids = prompt_ids(pair, prompt, raw=raw, variables=variables)
     settings = resolve_sampling(pair, sampling)
+    vocab = pair.target.config.vocab_size
+    outside = [i for i in (*settings.suppress_tokens, *settings.logit_bias) if i >= vocab]
+    if outside:
+        raise ValueError(
+            f"[generate] suppress_tokens and logit_bias must name ids up to {vocab - 1} but got "
+            f"{outside[0]}."
+        )
     return Stream(pair, ids, max_tokens, settings, block, stops, prefix)
 
 
