@@ -15,6 +15,7 @@ if _found != _BUILT_FOR:
 from pyengine import ops
 from pyengine.generate import Result, Stream, generate, stream
 from pyengine.pair import Pair, load
+from pyengine.prefix import Prefix
 from pyengine.sampling import Sampling
 from pyengine.speculate import Stats
 
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Pair",
+    "Prefix",
     "Result",
     "Sampling",
     "Stats",

@@ -16,6 +16,7 @@ from pyengine.config import (
     read_json,
     read_target_config,
 )
+from pyengine.hub import locate
 from pyengine.pair import MANIFEST, bundle_parts
 from pyengine.quantize import Plan, new_folder, plan_checkpoint, write_checkpoint
 
@@ -52,8 +53,8 @@ def convert(
     Raises:
         ValueError: A checkpoint is damaged, the two are no pair, or an argument breaks a rule.
     """
-    src, dst = Path(src), Path(dst)
-    parts = _parts(src, None if assistant is None else Path(assistant))
+    src, dst = locate(src), Path(dst)
+    parts = _parts(src, None if assistant is None else locate(assistant))
     manifest: dict[str, Any] | None = None
     kind, name = "assistant" if _is_assistant(parts["target"]) else "target", src.name
     if "assistant" in parts:

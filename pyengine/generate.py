@@ -35,18 +35,18 @@ class Result:
         finish_reason: "stop" (a stop id or stop string), "length" (``max_tokens`` or the context
             is used up), or None when the generation was left early.
         stats: Counts and seconds, see :class:`pyengine.speculate.Stats`.
-        thinking: What the model thought before it answered, where its template has a channel for
-            that; else None.
         logprobs: One entry a token where the settings ask for them, see
             :class:`pyengine.sampling.Logprob`.
+        thinking: What the model thought before it answered, where its template has a channel for
+            that; else None.
     """
 
     text: str
     tokens: list[int]
     finish_reason: str | None
     stats: Stats
-    thinking: str | None = None
     logprobs: list[Logprob] | None = None
+    thinking: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""
@@ -55,8 +55,8 @@ class Result:
             "tokens": self.tokens,
             "finish_reason": self.finish_reason,
             "stats": self.stats.to_dict(),
-            **({} if self.thinking is None else {"thinking": self.thinking}),
             **({} if self.logprobs is None else {"logprobs": [x._asdict() for x in self.logprobs]}),
+            **({} if self.thinking is None else {"thinking": self.thinking}),
         }
 
 
@@ -140,6 +140,13 @@ def stream(
     block = check_settings(pair, max_tokens, block_size)
     ids = prompt_ids(pair, prompt, raw=raw, variables=variables)
     settings = resolve_sampling(pair, sampling)
+    vocab = pair.target.config.vocab_size
+    outside = [i for i in (*settings.suppress_tokens, *settings.logit_bias) if i >= vocab]
+    if outside:
+        raise ValueError(
+            f"[generate] suppress_tokens and logit_bias must name ids up to {vocab - 1} but got "
+            f"{outside[0]}."
+        )
     return Stream(pair, ids, max_tokens, settings, block, stops, prefix)
 
 
@@ -221,8 +228,8 @@ class Stream(Iterator[str]):
             list(self._tokens),
             self._finish_reason,
             replace(self._stats),
-            self.thinking,
             None if logprobs is None else logprobs[: len(self._tokens)],
+            self.thinking,
         )
 
     @property

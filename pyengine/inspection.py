@@ -21,6 +21,7 @@ from pyengine.config import (
     read_json,
     read_target_config,
 )
+from pyengine.hub import locate
 from pyengine.pair import bundle_parts, read_generation, read_manifest
 from pyengine.tokenizer import load_tokenizer
 from pyengine.weights import Layout, assistant_layout, check_tensors, target_layout
@@ -41,7 +42,7 @@ def inspect(path: str | Path, context: int = 8192) -> dict[str, Any]:
     Raises:
         ValueError: path is no folder, or context is impossible.
     """
-    path = Path(path)
+    path = locate(path)
     if not path.is_dir():
         raise ValueError(f"[inspect] path must be a folder but got {path}.")
     if context < 1:

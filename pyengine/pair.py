@@ -24,6 +24,7 @@ from pyengine.config import (
     read_target_config,
 )
 from pyengine.files import read_object, shown, within
+from pyengine.hub import locate
 from pyengine.target import Target, check_ids
 from pyengine.weights import (
     assistant_layout,
@@ -144,7 +145,8 @@ def load(
     """Load a pair: two checkpoint folders, a bundle, or (nothing given) the embedded pair.
 
     Args:
-        target: Folder of a Gemma 4 checkpoint, Hugging Face or MLX form.
+        target: Folder of a Gemma 4 checkpoint, Hugging Face or MLX form; or, as for the two
+            below, its name on the hub (``owner/name``, extra ``hub``).
         assistant: Folder of its assistant; without one the pair can only decode plainly.
         bundle: Folder with ``mtplx_pair.json``; instead of the two above.
         dtype: Convert to float32, float16 or bfloat16; None keeps the checkpoint's.
@@ -169,13 +171,13 @@ def load(
     embedded = bundle is None and target is None
     manifest: dict[str, Any] = {}
     if target is None:
-        path = _folder(_embedded_path() if bundle is None else Path(bundle), "bundle")
+        path = _folder(_embedded_path() if bundle is None else locate(bundle), "bundle")
         manifest = read_manifest(path)
         target_path = _folder(_inside(path, manifest, "target"), "target")
         assistant_path: Path | None = _folder(_inside(path, manifest, "assistant"), "assistant")
     else:
-        path = target_path = _folder(Path(target), "target")
-        assistant_path = None if assistant is None else _folder(Path(assistant), "assistant")
+        path = target_path = _folder(locate(target), "target")
+        assistant_path = None if assistant is None else _folder(locate(assistant), "assistant")
 
     # Both configs are read and compared before the first gigabyte is
     target_config = read_target_config(target_path)

@@ -23,6 +23,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from pyengine.files import kind, parse, shown
 from pyengine.generate import Prompt, Result, Stream, resolve_sampling, stream
 from pyengine.prefix import Prefix
+from pyengine.sampling import Logprob
 
 if TYPE_CHECKING:
     from pyengine.pair import Pair
@@ -34,20 +35,25 @@ POLL_S = 0.1
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "suffix": ("",),
     "tool_choice": ("auto", "none"),
     "response_format": ({"type": "text"},),
 }
 # Of no consequence to the text.
 IGNORED = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}
-NUMBERS = {"temperature": float, "top_p": float, "min_p": float, "top_k": int, "seed": int}
-OTHERS = {"model", "stream", "stream_options", "stop", "max_tokens", "block_size"}
-CHAT = {"messages", "tools", "max_completion_tokens", "chat_template_kwargs"}
+NUMBERS = {
+    "temperature": float,
+    "top_p": float,
+    "min_p": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "repetition_penalty": float,
+    "top_k": int,
+    "seed": int,
+}
+OTHERS = {"model", "stream", "stream_options", "stop", "max_tokens", "block_size", "logit_bias"}
+OTHERS |= {"logprobs"}
+CHAT = {"messages", "tools", "max_completion_tokens", "chat_template_kwargs", "top_logprobs"}
 TEXT = {"prompt", "echo"}
 
 
@@ -151,7 +157,7 @@ def make_app(pair: Pair, *, limits: Limits | None = None, any_host: bool = False
             return _error(error.status, str(error))
         except ValueError as error:
             return _error(400, str(error))
-        reply = _Reply(pair.name, chat, echo)
+        reply = _Reply(pair, chat, echo)
         if body.get("stream"):
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
             return await _streamed(job, reply, usage)
@@ -212,6 +218,9 @@ def _check_fields(body: Mapping[str, Any], chat: bool) -> None:
         ("echo", bool),
         ("stream_options", dict),
         ("tools", list),
+        ("logit_bias", dict),
+        ("top_logprobs", int),
+        ("logprobs", bool if chat else int),
         ("chat_template_kwargs", dict),
         ("block_size", int),
         ("max_tokens", int),
@@ -219,13 +228,19 @@ def _check_fields(body: Mapping[str, Any], chat: bool) -> None:
     ):
         if key in body and type(body[key]) is not wanted:
             raise Refused(400, f"[serve] {key} must not be {kind(body[key])}.")
+    if body.get("stream") and body.get("logprobs"):
+        raise Refused(400, "[serve] logprobs must go without stream.")
 
 
 def _starter(
     pair: Pair, prefix: Prefix, body: Mapping[str, Any], limits: Limits, chat: bool
 ) -> tuple[Callable[[], Stream], str]:
     """What begins the generation, in the worker's thread, and the text to echo before it."""
-    given = {key: cast(body[key]) for key, cast in NUMBERS.items() if key in body}
+    given: dict[str, Any] = {key: cast(body[key]) for key, cast in NUMBERS.items() if key in body}
+    if "logit_bias" in body:
+        given["logit_bias"] = _bias(body["logit_bias"])
+    if body.get("logprobs") is not None and body["logprobs"] is not False:
+        given["logprobs"] = body.get("top_logprobs", 0) if chat else body["logprobs"]
     sampling = replace(resolve_sampling(pair, None), **given)
     max_tokens = body.get("max_completion_tokens", body.get("max_tokens", limits.default_tokens))
     if max_tokens > limits.max_tokens:
@@ -261,6 +276,13 @@ def _starter(
     return start, echo
 
 
+def _bias(values: Mapping[str, Any]) -> dict[int, float]:
+    try:
+        return {int(token): float(value) for token, value in values.items()}
+    except (TypeError, ValueError):
+        raise Refused(400, "[serve] logit_bias must map token ids to numbers.") from None
+
+
 def _is_ids(prompt: object) -> bool:
     return isinstance(prompt, list) and all(type(i) is int for i in prompt)
 
@@ -268,12 +290,13 @@ def _is_ids(prompt: object) -> bool:
 class _Reply:
     """The protocol's objects for one request."""
 
-    def __init__(self, model: str, chat: bool, echo: str) -> None:
+    def __init__(self, pair: Pair, chat: bool, echo: str) -> None:
         self.chat, self.echo = chat, echo
+        self.tokenizer = pair.tokenizer
         self.head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": model,
+            "model": pair.name,
         }
 
     def whole(self, result: Result) -> dict[str, Any]:
@@ -285,9 +308,29 @@ class _Reply:
             choice["message"] = message
         else:
             choice["text"] = self.echo + result.text
-        choice["logprobs"] = None
+        choice["logprobs"] = None if result.logprobs is None else self._logprobs(result.logprobs)
         name = "chat.completion" if self.chat else "text_completion"
         return {**self.head, "object": name, "choices": [choice], "usage": usage_of(result)}
+
+    def _logprobs(self, rows: list[Logprob]) -> dict[str, Any]:
+        """Of every new token, the one that ended the text included."""
+        if not self.chat:
+            return {
+                "tokens": [self.tokenizer.decode([row.token]) for row in rows],
+                "token_logprobs": [row.logprob for row in rows],
+                "top_logprobs": [
+                    {self.tokenizer.decode([t]): p for t, p in row.top} for row in rows
+                ],
+            }
+        content = []
+        for row in rows:
+            best = [self._spelled(token, logprob) for token, logprob in row.top]
+            content.append({**self._spelled(row.token, row.logprob), "top_logprobs": best})
+        return {"content": content}
+
+    def _spelled(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.tokenizer.decode([token])
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     def piece(self, what: str, text: str) -> dict[str, Any]:
         if not self.chat:
@@ -334,7 +377,7 @@ async def _whole(request: Request, job: Job, reply: _Reply) -> Response:
             asked = time.monotonic()
         try:
             said = await asyncio.wait_for(job.pieces.get(), POLL_S)
-        except (TimeoutError, asyncio.TimeoutError):
+        except asyncio.TimeoutError:
             continue
         if isinstance(said, Exception):
             return _failure(said)

@@ -23,7 +23,7 @@ from pyengine.config import read_assistant_config, read_target_config
 from pyengine.convert import convert
 from pyengine.pair import MANIFEST, load
 from pyengine.shards import INDEX, SINGLE
-from pyengine.weights import load_assistant_weights, load_target_weights
+from pyengine.weights import load_assistant_weights, load_target_weights, target_layout
 
 SRC = FIXTURES / "e2b"
 
@@ -275,3 +275,56 @@ def test_a_killed_run_is_no_hindrance_and_a_running_one_is(tmp_path: Path) -> No
     assert ".x.partial" in names(tmp_path)
     assert run(SRC, tmp_path / "x").exit_code == 0
     assert os.listdir(tmp_path) == ["x"] and load(bundle=tmp_path / "x").assistant
+
+
+PEAK = """
+import resource, sys
+import mlx.core as mx
+from pyengine.convert import convert
+mx.eval(*mx.quantize(mx.ones((64, 64)), 64, 8))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+convert(sys.argv[1], sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.soak
+def test_peak_memory_on_two_gigabytes(tmp_path: Path) -> None:
+    """No tensor is ever whole in memory: half a gigabyte of embeddings costs some slices."""
+    src = tmp_path / "src"
+    shutil.copytree(FIXTURES / "dense31" / "target", src)
+    path = src / "config.json"
+    config = json.loads(path.read_text())
+    config["vocab_size"] = 262144
+    text = config.get("text_config", config)
+    text |= {"vocab_size": 262144, "hidden_size": 1024, "intermediate_size": 39936}
+    path.write_text(json.dumps(config))
+    layout = target_layout(read_target_config(src))
+    shapes = {f"{name}.weight": shape for name, shape in layout.matrices.items()} | layout.vectors
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape))
+        span = [end, end + size]
+        full = f"model.language_model.{name}"
+        header[full] = {"dtype": "BF16", "shape": list(shape), "data_offsets": span}
+        end += size
+    assert 1.9e9 < end < 2.3e9
+    head = json.dumps(header).encode()
+    noise = np.random.default_rng(0).integers(0x3B00, 0x3D00, 1 << 22, dtype=np.uint16).tobytes()
+    with (src / SINGLE).open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for _ in range(end // len(noise)):
+            file.write(noise)
+        file.write(noise[: end % len(noise)])
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(src), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        cwd=FIXTURES,
+    )
+    assert done.returncode == 0, done.stderr
+    grown = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+    largest = max(2 * int(np.prod(shape)) for shape in shapes.values())
+    print(f"{end / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, grown {grown / 1e6:.0f} MB")
+    assert grown < 0.5 * largest

@@ -297,6 +297,14 @@ def test_impossible_arguments(tok: Tokenizer, prompt: Any, settings: dict, messa
     assert str(error.value).startswith(f"[generate] {message}")
 
 
+def test_ids_outside_the_vocabulary(tok: Tokenizer) -> None:
+    """They would be written beside the logits."""
+    pair = script_pair(tok, STORY)
+    for settings in (Sampling(suppress_tokens=(400,)), Sampling(logit_bias={10**9: 1.0})):
+        with pytest.raises(ValueError, match=r"must name ids up to 399 but got (400|1000000000)\."):
+            stream("fox", pair=pair, sampling=settings)
+
+
 def test_blocks_need_an_assistant(tok: Tokenizer) -> None:
     pair = script_pair(tok, STORY, assistant=None)
     with pytest.raises(ValueError, match="block_size must be 1 without an assistant but got 4"):

@@ -125,6 +125,36 @@ def test_text_completions_stop_echo_and_ids(server: Server, pair: Pair) -> None:
     assert "".join(piece.choices[0].text for piece in pieces) == want.text
 
 
+def test_logprobs_penalties_and_bias(server: Server, pair: Pair) -> None:
+    ask: dict[str, Any] = {"model": "any", "max_tokens": 12, "temperature": 0}
+    settings = Sampling(temperature=0.0, logprobs=2)
+    want = generate(GAME, pair=pair, max_tokens=12, sampling=settings)
+    assert want.logprobs is not None
+    said = server.client.chat.completions.create(
+        messages=GAME, logprobs=True, top_logprobs=2, **ask
+    )
+    rows = said.choices[0].logprobs.content
+    assert [row.logprob for row in rows] == [row.logprob for row in want.logprobs]
+    assert "".join(row.token for row in rows) == want.text
+    assert [len(row.top_logprobs) for row in rows] == [2] * 12
+    assert rows[0].top_logprobs[0].logprob == rows[0].logprob  # greedy
+    said = server.client.completions.create(prompt="import os", logprobs=1, **ask)
+    assert len(said.choices[0].logprobs.token_logprobs) == 12
+    # A bias that forbids the first token, and a penalty that changes the text
+    first = want.tokens[0]
+    biased = server.client.chat.completions.create(
+        messages=GAME, logit_bias={str(first): -100}, **ask
+    )
+    assert not want.text.startswith(biased.choices[0].message.content[:3])
+    for name, value in (("presence_penalty", 2.0), ("frequency_penalty", 2.0)):
+        settings = Sampling(temperature=0.0, **{name: value})
+        other = generate(GAME, pair=pair, max_tokens=60, sampling=settings)
+        said = server.client.chat.completions.create(
+            messages=GAME, **{**ask, name: value, "max_tokens": 60}
+        )
+        assert said.choices[0].message.content == other.text
+
+
 def test_models_and_health(server: Server, pair: Pair) -> None:
     assert [model.id for model in server.client.models.list()] == [pair.name]
     assert httpx.get(server.url + "/health").json() == {"status": "ok", "waiting": 0}
@@ -146,6 +176,8 @@ def test_models_and_health(server: Server, pair: Pair) -> None:
         ({"seed": -1}, "seed must be 0"),
         ({"seed": 1.5}, "seed must be a number"),
         ({"top_k": True}, "top_k must be a number"),
+        ({"logit_bias": {"x": 1}}, "logit_bias must map token ids to numbers"),
+        ({"logprobs": 3}, "logprobs must not be a number"),
         ({"n": 2}, "n is not offered here but got 2"),
         ({"stop": 5}, "stop must be a string or a list of strings"),
         ({"stop": [""]}, "stop must hold strings of text"),

@@ -107,14 +107,23 @@ def _by_input(error: Exception) -> bool:
 
 
 TargetDir = Annotated[
-    Path | None, typer.Option(help="Folder of the target checkpoint.", show_default=False)
+    Path | None, typer.Option(help="Folder or hub name of the target.", show_default=False)
 ]
 AssistantDir = Annotated[
-    Path | None, typer.Option(help="Folder of the assistant checkpoint.", show_default=False)
+    Path | None, typer.Option(help="Folder or hub name of the assistant.", show_default=False)
 ]
 BundleDir = Annotated[
     Path | None,
-    typer.Option(help="Folder that holds target/ and assistant/.", show_default=False),
+    typer.Option(
+        help="Folder or hub name of a bundle: target/ and assistant/.", show_default=False
+    ),
+]
+VerifyRule = Annotated[
+    Verify,
+    typer.Option(
+        help="Rule that accepts drafts: block keeps more of them, coupled gives the very text of "
+        "plain decoding with that seed."
+    ),
 ]
 VerifyRule = Annotated[
     Verify,
