@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -253,7 +254,8 @@ LAWS = {
 def places(pair: Pair, s: Sampling, runs: int, count: int = 12) -> np.ndarray:
     """Place in [0, 1) of every sampled token in the target's distribution: ``[runs, count]``.
 
-    A token's own mass is filled with noise of its own, so that places are uniform exactly.
+    A token's own mass is filled with noise of its own, so that places are uniform exactly. A token
+    that the filter had cut has no place: NaN.
     """
     prompt = pair.tokenizer.encode(STARTS[0], bos=True)
     noise = np.random.default_rng(1).random((runs, count))
@@ -268,14 +270,17 @@ def places(pair: Pair, s: Sampling, runs: int, count: int = 12) -> np.ndarray:
         rows = filter_logits(logits, s, edits)
         ids, probs = np.array(rows.ids), np.array(rows.probs).astype(np.float64)
         for t, token in enumerate(tokens):
-            [at] = np.flatnonzero(ids[t] == token)
-            assert probs[t, at] > 0, "a token that was filtered out"
-            out[seed, t] = probs[t, :at].sum() + noise[seed, t] * probs[t, at]
+            at = np.flatnonzero(ids[t] == token)
+            possible = at.size == 1 and probs[t, at[0]] > 0
+            below = probs[t, : at[0]].sum() if possible else math.nan
+            out[seed, t] = below + (noise[seed, t] * probs[t, at[0]] if possible else 0)
     return out
 
 
 def uniform_p_value(u: np.ndarray) -> float:
-    """The least of three: places as they lie, pairs of neighbours on a grid, tails, thrice it."""
+    """The least of three, thrice: places as they lie, pairs of neighbours on a grid, tails."""
+    if np.isnan(u).any():
+        return 0.0
     grid = np.histogram2d(u[:, :-1].ravel(), u[:, 1:].ravel(), bins=4, range=[[0, 1], [0, 1]])[0]
     cells = np.histogram(u, bins=[0, 0.05, 0.2, 0.5, 0.8, 0.95, 1])[0]
     want = np.diff([0, 0.05, 0.2, 0.5, 0.8, 0.95, 1]) * u.size
