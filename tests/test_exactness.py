@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -253,7 +254,8 @@ LAWS = {
 def places(pair: Pair, s: Sampling, runs: int, count: int = 12) -> np.ndarray:
     """Place in [0, 1) of every sampled token in the target's distribution: ``[runs, count]``.
 
-    A token's own mass is filled with noise of its own, so that places are uniform exactly.
+    A token's own mass is filled with noise of its own, so that places are uniform exactly. A token
+    that the filter had cut has no place: NaN.
     """
     prompt = pair.tokenizer.encode(STARTS[0], bos=True)
     noise = np.random.default_rng(1).random((runs, count))
@@ -268,14 +270,17 @@ def places(pair: Pair, s: Sampling, runs: int, count: int = 12) -> np.ndarray:
         rows = filter_logits(logits, s, edits)
         ids, probs = np.array(rows.ids), np.array(rows.probs).astype(np.float64)
         for t, token in enumerate(tokens):
-            [at] = np.flatnonzero(ids[t] == token)
-            assert probs[t, at] > 0, "a token that was filtered out"
-            out[seed, t] = probs[t, :at].sum() + noise[seed, t] * probs[t, at]
+            at = np.flatnonzero(ids[t] == token)
+            possible = at.size == 1 and probs[t, at[0]] > 0
+            below = probs[t, : at[0]].sum() if possible else math.nan
+            out[seed, t] = below + (noise[seed, t] * probs[t, at[0]] if possible else 0)
     return out
 
 
 def uniform_p_value(u: np.ndarray) -> float:
-    """The least of three: places as they lie, pairs of neighbours on a grid, tails, thrice it."""
+    """The least of three, thrice: places as they lie, pairs of neighbours on a grid, tails."""
+    if np.isnan(u).any():
+        return 0.0
     grid = np.histogram2d(u[:, :-1].ravel(), u[:, 1:].ravel(), bins=4, range=[[0, 1], [0, 1]])[0]
     cells = np.histogram(u, bins=[0, 0.05, 0.2, 0.5, 0.8, 0.95, 1])[0]
     want = np.diff([0, 0.05, 0.2, 0.5, 0.8, 0.95, 1]) * u.size
@@ -290,8 +295,8 @@ def uniform_p_value(u: np.ndarray) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["residual", "block"])
 def test_embedded_pair_samples_the_targets_law(embedded: Pair, rule: Rule) -> None:
-    """960 places: a distribution function off by 0.08 somewhere is found nine times in ten."""
-    assert uniform_p_value(places(embedded, replace(PUBLISHED, verify=rule), 80)) > 0.001
+    """480 places: a distribution function off by 0.12 somewhere is found nine times in ten."""
+    assert uniform_p_value(places(embedded, replace(PUBLISHED, verify=rule), 40)) > 0.001
 
 
 @pytest.mark.long
@@ -306,12 +311,10 @@ def test_embedded_pair_samples_every_law(embedded: Pair, name: str, rule: Rule) 
 def test_a_broken_rule_is_seen_on_the_embedded_pair(
     embedded: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The correction is p's best candidate in place of a draw from (p - q)+."""
-    real = rules.accept
+    """Every draft is kept, and p's best candidate follows them."""
 
     def accept(p: Filtered, q: Filtered, drafts: mx.array, *rest: object) -> tuple:
-        accepted, _ = real(p, q, drafts, *rest)
-        return accepted, p.ids[accepted][:1]
+        return mx.array(drafts.shape[0]), p.ids[-1, :1]
 
     monkeypatch.setattr(rules, "accept", accept)
-    assert uniform_p_value(places(embedded, PUBLISHED, 40)) < 1e-4
+    assert uniform_p_value(places(embedded, PUBLISHED, 30)) < 1e-4
