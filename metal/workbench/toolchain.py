@@ -29,7 +29,11 @@ MISSING = (
     "    pip install ziglang"
 )
 
-SHARED = ("-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-gdwarf-4", "-g1")
+SHARED = (
+    *("-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
+    # Absolute paths: who reads them may stand elsewhere than who compiled.
+    *("-gdwarf-4", "-g1", "-fdebug-compilation-dir=."),
+)
 
 
 class CompileError(RuntimeError):
