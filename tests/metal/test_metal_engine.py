@@ -26,6 +26,7 @@ def text(pair: Pair, flavour: str, block_size: int) -> tuple[list[int], Stats]:
     return [token for r in rounds for token in r.tokens], stats
 
 
+@pytest.mark.slow  # compiles every kernel for every number of rows that a round has
 @pytest.mark.parametrize("flavour, form", [("dense31", "bfloat16-q8"), ("moe26", "float32-q8")])
 def test_speculative_text_in_the_workbench(flavour, form, monkeypatch):
     pair = tiny_pair(flavour, form)
