@@ -66,15 +66,14 @@ class Compiler:
             raise CompileError(done.stderr or done.stdout)
         return done.stdout or done.stderr
 
-    def build(self, sources: Sequence[Path], target: Path, options: Sequence[str]) -> str:
-        """Compile C++ sources into the shared object `target`; returns the warnings."""
-        said = ""
+    def build(self, sources: Sequence[Path], target: Path, options: Sequence[str]) -> None:
+        """Compile C++ sources into the shared object `target`, which appears when it is whole."""
         objects = []
         try:
             for i, source in enumerate(sources):
                 objects.append(target.with_suffix(f".{os.getpid()}.{i}.o"))
                 flags = [*self.options, *SHARED, *options]
-                said += self.call([*flags, "-c", str(source), "-o", str(objects[-1])])
+                self.call([*flags, "-c", str(source), "-o", str(objects[-1])])
             unfinished = target.with_suffix(f".{os.getpid()}.so")
             # No library is named: the process that loads the object has them all.
             names = [str(path) for path in (*objects, "-o", unfinished)]
@@ -83,7 +82,6 @@ class Compiler:
         finally:
             for path in objects:
                 path.unlink(missing_ok=True)
-        return said
 
     def link_options(self) -> tuple[str, ...]:
         """The options that linking needs too."""
