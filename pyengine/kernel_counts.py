@@ -20,7 +20,7 @@ from pyengine.ops import workbench
 # Model widths of 31B, 12B and E2B; N is scaled down, which leaves every ratio as it is.
 WIDTHS = (5376, 3840, 1536)
 COLUMNS = 128
-ROWS = (1, 2, 4, 6, 8, 16)
+ROWS = (1, 6, 16)
 # An expert layer of 26B-A4B, likewise: of 16 experts here each token uses 8.
 EXPERTS, EXPERTS_USED, EXPERT_WIDTH = 16, 8, 2816
 GROUP_SIZE, BITS = 64, 8
@@ -209,15 +209,25 @@ def _quantized(seed: int, N: int, K: int) -> tuple[mx.array, mx.array, mx.array]
     return w, scales, biases
 
 
+_HEADING = """# What the Metal kernels read and write
+
+Made by `pyengine bench kernels --count > bench/KERNELS.md`, in the workbench: counts, no timings.
+Bytes are those of the 32-byte sectors that a threadgroup touches, each counted once. Weights:
+packed weights read over those that are needed. Total: all bytes read and written over every input
+and output once, of expert stacks only the experts that some token uses. bfloat16, 8 bits, groups
+of 64; N is scaled down. MLX's kernels come from the headers of the installed package.
+"""
+
+
 def markdown(counts: Sequence[Count]) -> str:
-    """The counts as a table."""
+    """The counts as a page."""
     lines = [
-        "| op | kernel | M | N | K | launches | weights read / stored "
-        "| read + written / compulsory | threadgroup memory |",
+        _HEADING,
+        "| op | kernel | M | N | K | launches | weights | total | threadgroup memory |",
         "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for c in counts:
-        kernel = f"{c.kernel} (MLX)" if c.source == "mlx" else c.kernel
+        kernel = f"`{c.kernel.partition('<')[0]}`" + (" (MLX)" if c.source == "mlx" else "")
         lines.append(
             f"| {c.op} | {kernel} | {c.M} | {c.N} | {c.K} | {c.launches} | {c.weight_ratio:.2f} "
             f"| {c.ratio:.2f} | {c.threadgroup_bytes} |"

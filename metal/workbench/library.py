@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,6 @@ class Kernel:
     optional: list[int]  # those that some launches do not have
     threadgroup: dict[int, str]
     lines: LineTable
-    warnings: str
     _object: ctypes.CDLL
 
 
@@ -143,7 +143,6 @@ def _load(
         optional=about["optional"],
         threadgroup={int(i): name for i, name in about["threadgroup"].items()},
         lines=LineTable(path, native.load_address(handle)),
-        warnings=about["warnings"],
         _object=handle,
     )
 
@@ -169,16 +168,24 @@ def _compile(
     if unit.mistakes:
         raise CompileError("\n".join(unit.mistakes))
     entry = entry_point(unit, kernel)
-    written = target.with_suffix(".cpp")
-    written.write_text(f"#include <metal_stdlib>\n{unit.text}{entry.code}")
     flags = [*syntax_flags(), *_SEMANTICS, *options]
-    about: dict[str, object] = {"source": str(source), "kernel": kernel}
-    about |= {"buffers": entry.buffers, "optional": entry.optional}
-    about |= {"threadgroup": entry.threadgroup, "warnings": ""}
-    # The object comes last: where it exists, the rest does.
-    target.with_suffix(".json").write_text(json.dumps(about))
-    warnings = compiler().build([written], target, flags)
-    target.with_suffix(".json").write_text(json.dumps({**about, "warnings": warnings}))
+    about = {
+        "source": str(source),
+        "kernel": kernel,
+        "buffers": entry.buffers,
+        "optional": entry.optional,
+        "threadgroup": entry.threadgroup,
+    }
+    # The object comes last and whole: where it exists, the rest does.
+    unfinished = target.with_suffix(f".{os.getpid()}.json")
+    unfinished.write_text(json.dumps(about))
+    os.replace(unfinished, target.with_suffix(".json"))
+    written = target.with_suffix(f".{os.getpid()}.cpp")
+    written.write_text(f"#include <metal_stdlib>\n{unit.text}{entry.code}")
+    try:
+        compiler().build([written], target, flags)
+    finally:
+        written.unlink()
     return target
 
 

@@ -43,11 +43,16 @@ class LineTable:
         return sorted(rows)
 
     def where(self, address: int) -> str:
-        """file:line of the call that returns to `address`; empty if nothing is known of it."""
+        """file:line of the call that returns to `address`; empty if nothing is known of it.
+
+        The file is named from the current directory if it lies below, else from the root.
+        """
         position = bisect.bisect_right(self._rows, (address - 1 - self.base, "\uffff")) - 1
         if not address or position < 0:
             return ""
-        return self._rows[position][1]
+        where = self._rows[position][1]
+        here = os.path.join(os.getcwd(), "")
+        return where.removeprefix(here)
 
 
 def _header(content: bytes, offset_at: int, size_at: int) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ _ALIGNMENT = 16  # of the widest vectors that kernels load
 _MAX_CHECKED_GROUPS = 1 << 21  # what the runtime's records of accesses can tell apart
 
 # One launch at a time, so these are filled in anew for each.
+_lock = threading.Lock()
 _struct = native.LaunchStruct()
 _slots = (ctypes.c_void_p * native.MAX_SLOTS)()
 _struct.buffers = ctypes.addressof(_slots)
@@ -77,35 +79,36 @@ def run(
         raise ValueError(f"[workbench] order must be forward, reverse or random but got {order}.")
     if not isinstance(launches, Sequence):
         launches = [launches]
-    report = Report()
-    outputs: dict[str, np.ndarray[Any, Any]] = {}
-    _struct.step_limit = step_limit
-    _struct.threadgroup_limit = threadgroup_limit
-    _struct.order = _ORDERS[order]
-    _struct.seed = seed
-    _struct.checks = mode != "fast"
-    _struct.counts = mode == "count"
-    for launch in launches:
-        kernel = load(
-            launch.library,
-            launch.kernel,
-            launch.constants,
-            checked=mode != "fast",
-            contract=contract,
-            include=include,
-        )
-        _prepare(kernel, launch)
-        one = _Run(kernel, launch, arrays, outputs)
-        findings = one.fast() if mode == "fast" else one.checked(count=mode == "count")
-        report.launches += 1
-        report.threadgroup_bytes = max(report.threadgroup_bytes, one.threadgroup_bytes)
-        report.sites += one.sites
-        for name, traffic in one.traffic.items():
-            report.traffic.setdefault(name, Traffic()).add(traffic)
-        report.findings += [f for f in findings if f.kind not in allow]
-        if report.findings and raising:
-            raise Fault(launch.kernel, report)
-    return outputs, report
+    with _lock:
+        report = Report()
+        outputs: dict[str, np.ndarray[Any, Any]] = {}
+        _struct.step_limit = step_limit
+        _struct.threadgroup_limit = threadgroup_limit
+        _struct.order = _ORDERS[order]
+        _struct.seed = seed
+        _struct.checks = mode != "fast"
+        _struct.counts = mode == "count"
+        for launch in launches:
+            kernel = load(
+                launch.library,
+                launch.kernel,
+                launch.constants,
+                checked=mode != "fast",
+                contract=contract,
+                include=include,
+            )
+            _prepare(kernel, launch)
+            one = _Run(kernel, launch, arrays, outputs)
+            findings = one.fast() if mode == "fast" else one.checked(count=mode == "count")
+            report.launches += 1
+            report.threadgroup_bytes = max(report.threadgroup_bytes, one.threadgroup_bytes)
+            report.sites += one.sites
+            for name, traffic in one.traffic.items():
+                report.traffic.setdefault(name, Traffic()).add(traffic)
+            report.findings += [f for f in findings if f.kind not in allow]
+            if report.findings and raising:
+                raise Fault(launch.kernel, report)
+        return outputs, report
 
 
 def _prepare(kernel: Kernel, launch: LaunchLike) -> None:

@@ -29,7 +29,11 @@ MISSING = (
     "    pip install ziglang"
 )
 
-SHARED = ("-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-gdwarf-4", "-g1")
+SHARED = (
+    *("-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
+    # Absolute paths: who reads them may stand elsewhere than who compiled.
+    *("-gdwarf-4", "-g1", "-fdebug-compilation-dir=."),
+)
 
 
 class CompileError(RuntimeError):
@@ -62,15 +66,14 @@ class Compiler:
             raise CompileError(done.stderr or done.stdout)
         return done.stdout or done.stderr
 
-    def build(self, sources: Sequence[Path], target: Path, options: Sequence[str]) -> str:
-        """Compile C++ sources into the shared object `target`; returns the warnings."""
-        said = ""
+    def build(self, sources: Sequence[Path], target: Path, options: Sequence[str]) -> None:
+        """Compile C++ sources into the shared object `target`, which appears when it is whole."""
         objects = []
         try:
             for i, source in enumerate(sources):
                 objects.append(target.with_suffix(f".{os.getpid()}.{i}.o"))
                 flags = [*self.options, *SHARED, *options]
-                said += self.call([*flags, "-c", str(source), "-o", str(objects[-1])])
+                self.call([*flags, "-c", str(source), "-o", str(objects[-1])])
             unfinished = target.with_suffix(f".{os.getpid()}.so")
             # No library is named: the process that loads the object has them all.
             names = [str(path) for path in (*objects, "-o", unfinished)]
@@ -79,7 +82,6 @@ class Compiler:
         finally:
             for path in objects:
                 path.unlink(missing_ok=True)
-        return said
 
     def link_options(self) -> tuple[str, ...]:
         """The options that linking needs too."""

@@ -63,19 +63,22 @@ def q8_expert_matmul(
     if implementation != "mlx" and not too_wide(out[:, 0]):
         return out
     rows = x.reshape(T, -1, 1, x.shape[-1]).astype(out.dtype)
-    parts = [
-        mx.gather_qmm(
+
+    def served(matrix: Matrix) -> mx.array:
+        w, scales, biases = matrix
+        y = mx.gather_qmm(
             rows,
             w,
-            *(a.astype(out.dtype) for a in factors),
+            scales.astype(out.dtype),
+            biases.astype(out.dtype),
             rhs_indices=ids,
             transpose=True,
             group_size=group_size,
             bits=bits,
-        ).squeeze(2)
-        for w, *factors in ([stack] if up is None else [stack, up])
-    ]
-    return parts[0] if up is None else geglu(*parts)
+        )
+        return y.squeeze(2)
+
+    return served(stack) if up is None else geglu(served(stack), served(up))
 
 
 def q8_expert_matmul_reference(

@@ -71,6 +71,7 @@ def test_rows_are_stable(name):
         assert np.array_equal(out, np.concatenate(alone[first:last])), (first, last)
 
 
+@pytest.mark.slow  # a compilation for every number of rows; the one above samples them
 def test_every_number_of_rows():
     matmul, dtype = make("q8-64")
     x = rows(22, 16, matmul, dtype)
@@ -92,6 +93,7 @@ def test_other_rows_may_hold_anything(name):
         assert np.array_equal(out[keep], expected[keep])
 
 
+@pytest.mark.slow  # one more compilation for every case
 @pytest.mark.parametrize("name", CASES)
 def test_contraction_changes_nothing(name):
     """The compiler may fuse a * b + c as it likes: there is none left to fuse."""

@@ -4,6 +4,8 @@ import pytest
 from snippets import PREAMBLE, source
 
 from metal.workbench.__main__ import main
+from metal.workbench.library import METAL
+from metal.workbench.strict import problems
 
 SCALE = f"""{PREAMBLE}constant bool twice [[function_constant(0)]];
 kernel void scale(const device float* a [[buffer(0)]], device bfloat* o [[buffer(1)]],
@@ -61,3 +63,8 @@ def test_strict_compilation(capsys, text, complaint):
     assert main(["--strict", source(text)]) == (0 if complaint is None else 1)
     said = capsys.readouterr().out
     assert (complaint or "1 files compile without a warning") in said
+
+
+@pytest.mark.parametrize("path", sorted(METAL.glob("*.metal")), ids=lambda path: path.stem)
+def test_every_kernel_of_ours_compiles_strictly(path):
+    assert problems(path) == ""

@@ -1,12 +1,14 @@
 #pragma once
 // runtime.h: the words that the parts of the workbench's runtime share.
 //
-//   fibers.cpp   GPU threads as fibers; simd functions and barriers as meetings
-//   memory.cpp   buffers and threadgroup variables, each in its own address
-//   slot checks.cpp   what an access may not do: bounds, races, first reads
-//   traffic.cpp  what an access costs: bytes, sectors, cache lines
-//   hooks.cpp    the functions that the compiler's instrumentation calls
-//   launch.cpp   what Python calls
+//   fibers.cpp       GPU threads as fibers
+//   meetings.cpp     simd functions and simdgroup barriers
+//   threadgroup.cpp  the threads of a threadgroup, and its barriers
+//   memory.cpp       where buffers and threadgroup variables lie
+//   checks.cpp       what an access may not do: bounds, races, first reads
+//   traffic.cpp      what an access costs: bytes, sectors, cache lines
+//   hooks.cpp        what the compiler's instrumentation calls
+//   launch.cpp       what Python calls
 //
 // One launch at a time and one host thread: a GPU's parallelism is played one
 // lane at a time, in an order that the caller picks. Only C is used, and no C++
@@ -98,7 +100,7 @@ extern Launch g_launch;
 extern u64 g_launch_serial;
 extern u32 g_group; // linear index of the threadgroup that runs
 
-// ---- fibers.cpp
+// ---- fibers.cpp, meetings.cpp, threadgroup.cpp
 
 // The lanes' arguments of one simd function that is about to be carried out.
 struct Meeting {
