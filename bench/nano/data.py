@@ -28,7 +28,7 @@ VOCAB = 1280
 NUM_GAMES, NUM_HELD = 4000, 120
 # Seeds of pages that no training page shares.
 HELD_SEED, HELD_FAMILY_SEED, MIXTURE_SEED = 1_000_000, 2_000_000, 3_000_000
-NUM_MIXTURES = 600
+NUM_MIXTURES = 1500
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
 CONTROL = {"pad_id": PAD, "eos_id": EOS, "bos_id": BOS, "unk_id": UNK}
 CONTROL |= {"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"}

@@ -2,16 +2,21 @@
 
     python bench/nano/train_assistant.py RUN --stage 1 --minutes 28
     python bench/nano/train_assistant.py RUN --stage 2 --minutes 28
-    python bench/nano/train_assistant.py RUN --stage 3 --minutes 24
+    python bench/nano/train_assistant.py RUN --stage 3 --minutes 26
+    python bench/nano/train_assistant.py RUN --stage 4 --minutes 24
 
 Every position t of a row starts a round: bonus token t + 1, the target's hidden state at t, its
 keys and values up to t, query position t + 1. K draft steps are unrolled, each fed the
 assistant's own hidden state and the row's tokens. Loss per step: KL(target || assistant) plus
-1 - sum min(p, q), over unfiltered distributions. Part of the rows is text the target sampled
-itself: Python in stage 1; in stage 2 also what it writes after mixtures (games.py), pages unlike
-any it knows. Stage 1 starts from the target's table, final norm and identity projections, stage 2
-from stage 1. Both resume from their last checkpoint. Writes assistant.{stage}.pt, assistant.pt,
-assistant.{stage}.json and own.{kind}.npy (the sampled text).
+1 - sum min(p, q), over unfiltered distributions; in stage 4 the sum is over the card's filtered
+ones, which is what acceptance is, and the divergence counts little.
+
+Part of the rows is text that the target sampled itself: Python in stages 1 and 2, from stage 2 on
+also what it writes after mixtures (games.py), pages unlike any it knows; from stage 3 on there are
+rows of mixtures too. Stage 1 starts from the target's table, final norm and identity projections,
+the others from the stage before. Each resumes from its last checkpoint. Writes
+assistant.{stage}.pt, assistant.pt, assistant.{stage}.json and own.{stage}.{kind}.npy (the sampled
+text).
 """
 
 from __future__ import annotations
@@ -62,12 +67,15 @@ class Stage:
     games_share: float  # of the corpus rows
     rate: float
     decay_share: float
+    divergence: float = 1.0  # weight of KL(target || assistant)
+    filtered: bool = False  # sum min(p, q) over filtered distributions
 
 
 STAGES = {
     1: Stage(("python",), 0.4, 0.0, 0.45, 1.0, 0.6),
     2: Stage(("python", "mixtures"), 0.65, 0.0, 0.35, 0.5, 1.0),
     3: Stage(("mixtures",), 0.2, 0.55, 0.3, 0.7, 1.0),
+    4: Stage(("mixtures",), 0.2, 0.55, 0.3, 0.4, 1.0, divergence=0.1, filtered=True),
 }
 
 
@@ -119,15 +127,20 @@ def rounds(
     return out
 
 
-def loss_of(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, list[float]]:
+def loss_of(
+    pairs: list[tuple[torch.Tensor, torch.Tensor]], stage: Stage
+) -> tuple[torch.Tensor, list[float]]:
     """The loss and sum min(p, q) of each step."""
     total, overlaps = torch.zeros(()), []
     for s, (q_logits, p_logits) in enumerate(pairs):
         log_q, log_p = q_logits.log_softmax(-1), p_logits.log_softmax(-1)
         p = log_p.exp()
         kl = (p * (log_p - log_q)).sum(-1)
-        overlap = torch.minimum(p, log_q.exp()).sum(-1)
-        total = total + STEP_DISCOUNT**s * (kl + 1 - overlap).mean()
+        if stage.filtered:
+            overlap = torch.minimum(filtered(p_logits), filtered(q_logits)).sum(-1)
+        else:
+            overlap = torch.minimum(p, log_q.exp()).sum(-1)
+        total = total + STEP_DISCOUNT**s * (stage.divergence * kl + 1 - overlap).mean()
         overlaps.append(float(overlap.detach().mean()))
     return total, overlaps
 
@@ -184,7 +197,7 @@ def train(run: Path, args: argparse.Namespace) -> None:
             ids = data.draw("mixtures", ROWS, T - 1, PROMPTS["mixtures"][1])
         else:
             ids = data.batch(ROWS, T - 1, stage.games_share)
-        loss, overlaps = loss_of(rounds(target, assistant, ids, geometry))
+        loss, overlaps = loss_of(rounds(target, assistant, ids, geometry), stage)
         loss.backward()
         scale = min(1.0, (step + 1) / WARMUP_STEPS)
         scale *= min(1.0, max(0.02, (1 - done) / stage.decay_share))
