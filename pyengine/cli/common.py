@@ -125,13 +125,6 @@ VerifyRule = Annotated[
         "plain decoding with that seed."
     ),
 ]
-VerifyRule = Annotated[
-    Verify,
-    typer.Option(
-        help="Rule that accepts drafts: block keeps more of them, coupled gives the very text of "
-        "plain decoding with that seed."
-    ),
-]
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers; one seed gives one text.")]
 
 
