@@ -213,7 +213,10 @@ def test_embedded_and_verified_pairs_need_no_permission(pair: Any) -> None:
         assert done.exit_code == 0 and "flappy_html5_canvas" in done.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["bench"], ["bench", "gemma-mtp"]])
+COMMANDS = "generate,chat,convert,inspect,doctor,serve,bench,bench gemma-mtp"
+
+
+@pytest.mark.parametrize("command", [[], *(words.split() for words in COMMANDS.split(","))])
 def test_help_has_examples(command: list[str]) -> None:
     done = run(*command, "--help")
     assert done.exit_code == 0

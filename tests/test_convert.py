@@ -144,7 +144,7 @@ def test_logits_move_as_far_as_the_weights_do(flavour: str, tmp_path: Path) -> N
     exact = load(FIXTURES / flavour / "target", dtype=mx.float32).logits(ids)
     off = norm(ours.logits(ids) - exact)
     assert 0 < off < 2 * norm(mirrored(FIXTURES / flavour, tmp_path / "q").logits(ids) - exact)
-    assert off < 0.25 * norm(exact)
+    assert off < norm(exact) / 3
 
 
 # Failures

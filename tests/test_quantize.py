@@ -1,5 +1,6 @@
 """Conversion to MLX affine form: names, config, bits, and what a failure leaves behind."""
 
+import errno
 import json
 
 import mlx.core as mx
@@ -95,7 +96,7 @@ def test_matrices_too_narrow_for_a_group_stay_dense(tmp_path):
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr("pyengine.quantize._converted", fail)
     with pytest.raises(OSError, match="disk full"):
