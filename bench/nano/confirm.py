@@ -101,7 +101,7 @@ def step_costs(pair: pyengine.Pair) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--bundle", type=Path, help="another bundle than the embedded one")
-    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--kinds", default="games,families,python")
     args = parser.parse_args()
