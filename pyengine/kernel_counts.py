@@ -25,7 +25,6 @@ ROWS = (1, 6, 16)
 EXPERTS, EXPERTS_USED, EXPERT_WIDTH = 16, 8, 2816
 GROUP_SIZE, BITS = 64, 8
 _SECTOR = 32
-_MLX_KERNELS = Path(__file__).parents[1] / "bench" / "mlx_quantized.metal"
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def _mlx_launch(name: str, M: int, N: int, K: int) -> Any:
 
     sizes = [K, N, M] if wide else [K, N]
     return bench.Launch(
-        library=str(_MLX_KERNELS),
+        library=str(_checkout() / "bench" / "mlx_quantized.metal"),
         kernel=kernel,
         constants={},
         grid=((M + 3) // 4 if wide else M, N // 8, 1),
@@ -233,3 +232,7 @@ def markdown(counts: Sequence[Count]) -> str:
             f"| {c.ratio:.2f} | {c.threadgroup_bytes} |"
         )
     return "\n".join(lines)
+
+
+def _checkout() -> Path:
+    return Path(workbench.load().__file__).parents[2]

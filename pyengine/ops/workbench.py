@@ -14,19 +14,22 @@ _ROOT = Path(__file__).parents[2]
 
 
 def load() -> Any:
-    """The workbench, which is no part of the package.
+    """The workbench, which is no part of the package: beside it, or in a checkout on ``sys.path``.
 
     Raises:
-        RuntimeError: The package does not stand in a checkout.
+        RuntimeError: There is no checkout in either place.
     """
-    if not (_ROOT / "metal" / "workbench").is_dir():
-        raise RuntimeError(
-            "[use] the workbench needs a checkout of the repository, installed with `pip install "
-            "--no-build-isolation -e .`, but this package stands alone."
-        )
-    if str(_ROOT) not in sys.path:
+    if (_ROOT / "metal" / "workbench").is_dir() and str(_ROOT) not in sys.path:
         sys.path.append(str(_ROOT))
-    return importlib.import_module("metal.workbench")
+    try:
+        return importlib.import_module("metal.workbench")
+    except ModuleNotFoundError as error:
+        if error.name not in ("metal", "metal.workbench"):
+            raise
+        raise RuntimeError(
+            "[use] the workbench needs a checkout of the repository: run from its root, or install "
+            "it with `pip install --no-build-isolation -e .`."
+        ) from None
 
 
 def run(launch: _ext.Launch, *inputs: mx.array) -> list[mx.array]:
