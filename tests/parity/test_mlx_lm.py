@@ -91,7 +91,8 @@ def test_a_converted_checkpoint_says_the_same_here_and_there(flavour, tmp_path):
     """Hugging Face checkpoint -> convert -> our logits and mlx-lm's, against transformers'.
 
     The error allowed is computed from the weights: that of the model whose every weight is off by
-    the quantisation error with its sign changed (test_convert.py has it without mlx-lm).
+    the quantisation error with its sign changed (test_convert.py has it without mlx-lm). Twice
+    that, or four times where a router may choose another expert, which is no small change.
     """
     src = tmp_path / "src"
     shutil.copytree(FIXTURES / flavour, src)
@@ -100,7 +101,8 @@ def test_a_converted_checkpoint_says_the_same_here_and_there(flavour, tmp_path):
     convert(src, tmp_path / "q")
     wanted = mx.load(str(src / "ref.safetensors"))
     ids, reference = wanted["40.ids"].tolist(), wanted["40.logits"]
-    allowed = 2 * norm(mirrored(src, tmp_path / "q").logits(ids) - reference)
+    factor = 4 if flavour == "moe26" else 2
+    allowed = factor * norm(mirrored(src, tmp_path / "q").logits(ids) - reference)
     ours = load(bundle=tmp_path / "q", dtype=mx.float32).logits(ids)
     theirs, _ = load_model(tmp_path / "q" / "target", strict=True)
     other = floats(theirs)(mx.array([ids]))[0]
