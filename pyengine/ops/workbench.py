@@ -14,13 +14,15 @@ _ROOT = Path(__file__).parents[2]
 
 
 def load() -> Any:
-    """The workbench, which is no part of the package: beside it, or in a checkout on ``sys.path``.
+    """The workbench, which is no part of the package: of the checkout that the package or the
+    process stands in, or on ``sys.path``.
 
     Raises:
-        RuntimeError: There is no checkout in either place.
+        RuntimeError: There is no checkout in any of these places.
     """
-    if (_ROOT / "metal" / "workbench").is_dir() and str(_ROOT) not in sys.path:
-        sys.path.append(str(_ROOT))
+    for root in (_ROOT, Path.cwd()):
+        if (root / "metal" / "workbench").is_dir() and str(root) not in sys.path:
+            sys.path.append(str(root))
     try:
         return importlib.import_module("metal.workbench")
     except ModuleNotFoundError as error:
