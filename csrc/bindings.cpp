@@ -52,4 +52,5 @@ NB_MODULE(_ext, m) {
   pyengine::bind_mathfn(m);
   pyengine::bind_draw_token(m);
   pyengine::bind_accept_block(m);
+  pyengine::bind_recorded(m);
 }

@@ -10,6 +10,8 @@ before it (:meth:`Cache.read_by`, :meth:`Cache.order`); readers mask by ``length
 beyond it is nothing.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from pyengine import ops
@@ -49,6 +51,30 @@ class Cache:
         """Everything a caller has to evaluate to have the cache evaluated."""
         return [a for a in [*self.keys, *self.values, self.length] if a is not None]
 
+    def over(self, arrays: Sequence[mx.array]) -> "Cache":
+        """The same cache over other arrays, in the order of ``arrays``: what a round is recorded
+        on."""
+        copy = object.__new__(Cache)
+        copy.__dict__.update(self.__dict__)
+        *stored, copy.length = arrays
+        rest = iter(stored)
+        copy.keys = [None if a is None else next(rest) for a in self.keys]
+        copy.values = [None if a is None else next(rest) for a in self.values]
+        copy._reads = []
+        return copy
+
+    def adopt(self, arrays: Sequence[mx.array], bound: int) -> None:
+        """Go on with what a recorded round gave; ``bound`` limits its length."""
+        self.__dict__.update(self.over(arrays).__dict__, bound=bound)
+
+    def reserve(self, count: int) -> None:
+        """Make room in linear layers for ``count`` positions more."""
+        slots = _round_up(self.bound + count, CAPACITY_STEP)
+        for arrays in (self.keys, self.values):
+            for i, a in enumerate(arrays):
+                if a is not None and not self.config.layers[i].sliding and a.shape[2] < slots:
+                    arrays[i] = _grown(a, slots - a.shape[2])
+
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self.arrays)
@@ -76,16 +102,11 @@ class Cache:
         """Write the keys and values [1, T, K, D] of layer i behind the committed positions.
 
         Returns what the T positions attend to: keys, values, and the position that lies in slot 0
-        (None for 0). Commits nothing.
+        (None for 0). Commits nothing; :meth:`reserve` made room.
         """
         old_keys, old_values = self.keys[i], self.values[i]
         assert old_keys is not None and old_values is not None
-        T, slots = keys.shape[1], old_keys.shape[2]
-        if not self.config.layers[i].sliding:
-            grow = _round_up(self.bound + T, CAPACITY_STEP) - slots
-            if grow > 0:
-                old_keys, old_values = _grown(old_keys, grow), _grown(old_values, grow)
-        elif self.max_block < T:
+        if self.config.layers[i].sliding and self.max_block < keys.shape[1]:
             return self._append_chunk(i, keys, values)
         self.keys[i] = new_keys = ops.write_cache(old_keys, keys, self.length)
         self.values[i] = new_values = ops.write_cache(old_values, values, self.length)

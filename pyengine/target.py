@@ -169,6 +169,7 @@ class Target:
 
     def _hidden(self, ids: mx.array, cache: Cache) -> mx.array:
         """Post-final-norm hidden vectors [T, E]; keys and values go to the cache."""
+        cache.reserve(ids.size)
         ids = cache.order(ids)
         eps = self.config.eps
         h = self.embed(ids)

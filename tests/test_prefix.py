@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 from tiny_pairs import FLAVOURS, bits, greedy_text, tiny_pair
 
+from pyengine import speculate
 from pyengine.generate import generate, stream
 from pyengine.pair import Pair, load
 from pyengine.prefix import Prefix
@@ -113,7 +114,9 @@ def test_logits_after_reuse_are_those_of_a_cold_start_bit_for_bit() -> None:
     assert (bits(warm) == bits(cold)).all()
 
 
-def test_stops_cancellation_and_failure_leave_a_right_prefix() -> None:
+def test_stops_cancellation_and_failure_leave_a_right_prefix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Each way a generation can end, through generate, on the embedded pair."""
     pair = load()
     prefix, sampling = Prefix(), Sampling(temperature=0.0)
@@ -130,8 +133,7 @@ def test_stops_cancellation_and_failure_leave_a_right_prefix() -> None:
     again = generate(first, max_tokens=60, prefix=prefix, **ask)
     assert again.text == cold.text and again.stats.reused_tokens > 15
     # A failing machine: nothing half-written is believed
-    whole = pair.target.verify
-    calls = []
+    whole, calls = speculate._read, []
 
     def fail(*arguments: Any) -> Any:
         calls.append(1)
@@ -139,10 +141,10 @@ def test_stops_cancellation_and_failure_leave_a_right_prefix() -> None:
             raise RuntimeError("[verify] the machine failed.")
         return whole(*arguments)
 
-    pair.target.verify = fail  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="the machine failed"):
-        generate(first, max_tokens=60, prefix=prefix, **ask)
-    pair.target.verify = whole  # type: ignore[method-assign]
+    with monkeypatch.context() as patch:
+        patch.setattr(speculate, "_read", fail)
+        with pytest.raises(RuntimeError, match="the machine failed"):
+            generate(first, max_tokens=60, prefix=prefix, **ask)
     again = generate(first, max_tokens=60, prefix=prefix, **ask)
     assert again.text == cold.text
 
