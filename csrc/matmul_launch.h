@@ -13,6 +13,17 @@
 
 namespace pyengine {
 
+inline int matmul_simds(mx::Dtype dtype) {
+  return dtype == mx::float32 ? 8 : 4;
+}
+
+// Threadgroups that share the N columns of a matrix, a simdgroup owning
+// `simd_columns` of them.
+inline int column_blocks(int N, int simd_columns, mx::Dtype dtype) {
+  int columns = matmul_simds(dtype) * simd_columns;
+  return (N + columns - 1) / columns;
+}
+
 inline Launch matmul_launch(
     std::string library,
     std::string kernel,
@@ -23,14 +34,13 @@ inline Launch matmul_launch(
   constexpr int chunk_bytes = 256 * 4; // of one staged row
   int rows = std::clamp(M, 1, max_rows);
   int chunks = std::max(1, 8 / rows);
-  int simds = dtype == mx::float32 ? 8 : 4;
-  int columns = simds * simd_columns;
   Launch launch;
   launch.library = std::move(library);
   launch.kernel = std::move(kernel);
   launch.constants = {{0, rows}, {1, chunks}};
-  launch.grid = {(N + columns - 1) / columns, (M + max_rows - 1) / max_rows, 1};
-  launch.threadgroup = {32 * simds, 1, 1};
+  launch.grid = {
+      column_blocks(N, simd_columns, dtype), (M + max_rows - 1) / max_rows, 1};
+  launch.threadgroup = {32 * matmul_simds(dtype), 1, 1};
   launch.threadgroup_memory = {{0, rows * chunks * chunk_bytes}};
   return launch;
 }

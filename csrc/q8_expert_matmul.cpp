@@ -155,8 +155,6 @@ mx::array q8_expert_matmul(
     int group_size,
     int bits,
     std::optional<mx::Dtype> out_dtype) {
-  check_packing(op, group_size, bits);
-  check_storage_dtype(op, "x", x);
   check(
       x.ndim() == 2 || x.ndim() == 3,
       op,
@@ -165,10 +163,10 @@ mx::array q8_expert_matmul(
       x.shape());
   check_dtype(op, "ids", ids, mx::int32, "be int32");
   check(ids.ndim() == 2, op, "ids", "have shape [T, U]", ids.shape());
-  int T = x.shape(0), U = ids.shape(1), K = x.shape(-1);
+  int T = x.shape(0), U = ids.shape(1);
   check_shape(op, "ids", ids, {T, U});
   if (x.ndim() == 3) {
-    check_shape(op, "x", x, {T, U, K});
+    check_shape(op, "x", x, {T, U, x.shape(-1)});
   }
   check(stack.size() == 3, op, "stack", "have 3 arrays", stack.size());
   check(
@@ -177,28 +175,13 @@ mx::array q8_expert_matmul(
       "up",
       "have 3 arrays or none",
       up.size());
-  const auto& w = stack[0];
-  check(w.ndim() == 3, op, "w", "have shape [X, N, K * bits / 32]", w.shape());
-  check_width(op, x, group_size);
-  int X = w.shape(0), N = w.shape(1);
-  check(X > 0, op, "w", "have at least 1 expert", X);
-  for (auto [name, matrix] : {std::pair{"", &stack}, {"up_", &up}}) {
-    if (matrix->empty()) {
-      continue;
-    }
-    const auto& a = *matrix;
-    check_dtype(
-        op, (std::string(name) + "w").c_str(), a[0], mx::uint32, "be uint32");
-    check_matrix(
-        op,
-        name,
-        x.dtype(),
-        a[0],
-        a[1],
-        a[2],
-        {X, N, packed_width(K, bits)},
-        K / group_size);
+  std::vector<Packed> stacks = {{"", stack[0], stack[1], stack[2]}};
+  if (!up.empty()) {
+    stacks.push_back({"up_", up[0], up[1], up[2]});
   }
+  check_packed(op, x, stacks, group_size, bits, 3);
+  int X = stack[0].shape(0), N = stack[0].shape(1);
+  check(X > 0, op, "w", "have at least 1 expert", X);
   mx::Dtype dtype = check_out_dtype(op, x, out_dtype);
   check(
       up.empty() || dtype == x.dtype(),

@@ -93,30 +93,17 @@ mx::array q8_gated_matmul(
     const mx::array& up_biases,
     int group_size,
     int bits) {
-  check_packing(op, group_size, bits);
-  check_storage_dtype(op, "x", x);
-  check(x.ndim() >= 1, op, "x", "have at least 1 dimension", x.ndim());
-  check_dtype(op, "gate_w", gate_w, mx::uint32, "be uint32");
-  check_dtype(op, "up_w", up_w, mx::uint32, "be uint32");
-  check(
-      gate_w.ndim() == 2,
+  check_packed(
       op,
-      "gate_w",
-      "have shape [N, K * bits / 32]",
-      gate_w.shape());
-  check_width(op, x, group_size);
-  int K = x.shape(-1);
-  int N = gate_w.shape(0);
-  mx::Shape packed = {N, packed_width(K, bits)};
-  int factors = K / group_size;
-  auto dtype = x.dtype();
-  check_matrix(
-      op, "gate_", dtype, gate_w, gate_scales, gate_biases, packed, factors);
-  check_matrix(op, "up_", dtype, up_w, up_scales, up_biases, packed, factors);
+      x,
+      {{"gate_", gate_w, gate_scales, gate_biases},
+       {"up_", up_w, up_scales, up_biases}},
+      group_size,
+      bits);
 
   auto stream = mx::to_stream({});
   auto shape = x.shape();
-  shape.back() = N;
+  shape.back() = gate_w.shape(0);
   std::vector<mx::array> inputs = {rows_of(x, stream)};
   for (const auto* a :
        {&gate_w, &gate_scales, &gate_biases, &up_w, &up_scales, &up_biases}) {
@@ -124,7 +111,7 @@ mx::array q8_gated_matmul(
   }
   return mx::array(
       std::move(shape),
-      dtype,
+      x.dtype(),
       std::make_shared<Q8GatedMatmul>(stream, group_size, bits),
       std::move(inputs));
 }

@@ -63,28 +63,12 @@ mx::array q8_matmul(
     int group_size,
     int bits,
     std::optional<mx::Dtype> out_dtype) {
-  check_packing(op, group_size, bits);
-  check_storage_dtype(op, "x", x);
-  check(x.ndim() >= 1, op, "x", "have at least 1 dimension", x.ndim());
-  check_dtype(op, "w", w, mx::uint32, "be uint32");
-  check(w.ndim() == 2, op, "w", "have shape [N, K * bits / 32]", w.shape());
-  check_width(op, x, group_size);
-  int K = x.shape(-1);
-  int N = w.shape(0);
-  check_matrix(
-      op,
-      "",
-      x.dtype(),
-      w,
-      scales,
-      biases,
-      {N, packed_width(K, bits)},
-      K / group_size);
+  check_packed(op, x, {{"", w, scales, biases}}, group_size, bits);
   mx::Dtype dtype = check_out_dtype(op, x, out_dtype);
 
   auto stream = mx::to_stream({});
   auto shape = x.shape();
-  shape.back() = N;
+  shape.back() = w.shape(0);
   return mx::array(
       std::move(shape),
       dtype,

@@ -46,48 +46,17 @@ template <typename T, ushort bits>
     threadgroup float4* staged [[threadgroup(0)]],
     uint3 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
-    ushort simd [[simdgroup_index_in_threadgroup]],
-    ushort simds [[simdgroups_per_threadgroup]],
-    ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr ushort lanes = chunk / Packed<bits>::run;
-  ushort p = lane % lanes;
-  // A simdgroup has 32 / lanes sets of four columns side by side.
-  uint n =
-      ((group.x * simds + simd) * (32 / lanes) + lane / lanes) * lane_columns;
-
-  Columns<T> columns;
-  columns.stride = 2;
-  columns.live = 0;
-  for (ushort c = 0; c < lane_columns; ++c) {
-    columns.live |= ushort(n + c < N) << c;
-  }
-  for (ushort c = 0; c < 2; ++c) {
-    columns.w[c] = w + ulong(n + c) * (K / 32 * bits);
-    columns.scales[c] = scales + ulong(n + c) * (K / group_size);
-    columns.biases[c] = biases + ulong(n + c) * (K / group_size);
-  }
-
-  Sums sums = {};
-  Consecutive rows_of = {group.y * max_rows, M};
-  multiply_columns<T, bits>(
-      sums,
-      columns,
+    ushort simds [[simdgroups_per_threadgroup]]) {
+  multiply_block<T, bits>(
+      {w, scales, biases, out, N},
       x,
-      staged,
-      rows_of,
-      launch_rows,
+      M,
       K,
+      staged,
+      group.x,
+      group.y,
       thread_index,
-      simds * 32);
-
-  uint column = n + column_of(p);
-#pragma unroll
-  for (ushort m = 0; m < max_rows; ++m) {
-    if (m < launch_rows && rows_of.live(m) && column < N &&
-        writes<lanes>(m, p)) {
-      write<T>(out, ulong(rows_of.row(m)) * N + column, sums[m][0], float_out);
-    }
-  }
+      simds);
 }
 
 INSTANTIATE("q8_matmul_float32_8", q8_matmul, float, 8)

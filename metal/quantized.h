@@ -1,5 +1,6 @@
 #pragma once
-// quantized.h: one chunk of four columns of MLX's affine quantisation.
+// quantized.h: MLX's affine quantisation: a chunk of four columns, and one
+// threadgroup's part of x times a matrix.
 
 #include "matmul.h"
 
@@ -189,6 +190,78 @@ inline void multiply_columns(
     }
   }
   add_lanes<lanes>(sums, rows, lane % lanes);
+}
+
+// A whole matrix and where x times it goes.
+template <typename T>
+struct Product {
+  const device uint* w; // [N, K * bits / 32]
+  const device T* scales; // [N, K / group_size]
+  const device T* biases;
+  device uchar* out; // [M, N], T or float
+  uint N;
+};
+
+// Columns of a threadgroup that multiplies by one matrix.
+template <ushort bits>
+inline uint block_columns(ushort simds) {
+  constexpr ushort lanes = chunk / Packed<bits>::run;
+  return simds * (32 / lanes) * lane_columns;
+}
+
+// One threadgroup's part of x [M, K] times a matrix: the 16 rows of `slice`,
+// the columns of `block`.
+template <typename T, ushort bits>
+inline void multiply_block(
+    Product<T> product,
+    const device T* x,
+    uint M,
+    uint K,
+    threadgroup float4* staged,
+    uint block,
+    uint slice,
+    ushort thread_index,
+    ushort simds) {
+  constexpr ushort lanes = chunk / Packed<bits>::run;
+  ushort p = thread_index % lanes;
+  // A simdgroup has 32 / lanes sets of four columns side by side.
+  uint n =
+      block * block_columns<bits>(simds) + thread_index / lanes * lane_columns;
+
+  Columns<T> columns;
+  columns.stride = 2;
+  columns.live = 0;
+  for (ushort c = 0; c < lane_columns; ++c) {
+    columns.live |= ushort(n + c < product.N) << c;
+  }
+  for (ushort c = 0; c < 2; ++c) {
+    columns.w[c] = product.w + ulong(n + c) * (K / 32 * bits);
+    columns.scales[c] = product.scales + ulong(n + c) * (K / group_size);
+    columns.biases[c] = product.biases + ulong(n + c) * (K / group_size);
+  }
+
+  Sums sums = {};
+  Consecutive rows_of = {slice * max_rows, M};
+  multiply_columns<T, bits>(
+      sums,
+      columns,
+      x,
+      staged,
+      rows_of,
+      launch_rows,
+      K,
+      thread_index,
+      simds * 32);
+
+  uint column = n + column_of(p);
+#pragma unroll
+  for (ushort m = 0; m < max_rows; ++m) {
+    if (m < launch_rows && rows_of.live(m) && column < product.N &&
+        writes<lanes>(m, p)) {
+      ulong at = ulong(rows_of.row(m)) * product.N + column;
+      write<T>(product.out, at, sums[m][0], float_out);
+    }
+  }
 }
 
 // gelu(gate) * up where, after add_lanes, even columns are of a gate and odd

@@ -14,7 +14,13 @@ _IMPLEMENTATIONS = ("native", "reference", "workbench", "mlx")
 _chosen: Implementation = "native"
 
 # Ops that have a Metal kernel
-METAL = ("dense_matmul", "q8_expert_matmul", "q8_gated_matmul", "q8_matmul")
+METAL = (
+    "dense_matmul",
+    "q8_expert_matmul",
+    "q8_gated_matmul",
+    "q8_matmul",
+    "q8_shared_matmul",
+)
 
 
 def use(implementation: Implementation) -> None:
@@ -72,6 +78,7 @@ _REDUCING = (
     "q8_expert_matmul",
     "q8_gated_matmul",
     "q8_matmul",
+    "q8_shared_matmul",
     "residual_norm",
     "rms_norm",
 )
