@@ -75,6 +75,7 @@ _REDUCING = (
     "draw_token",
     "filter_logits",
     "norm_rope",
+    "prepare_qkv",
     "q8_expert_matmul",
     "q8_gated_matmul",
     "q8_matmul",
