@@ -146,7 +146,7 @@ class ScriptTarget:
         cache.commit(mx.array(len(ids), mx.int32), len(ids))
         return mx.array(self.row(0)), mx.zeros((1, 1))
 
-    def verify(self, ids: mx.array, cache: _Length) -> tuple[mx.array, mx.array]:
+    def forward(self, ids: mx.array, cache: _Length) -> tuple[mx.array, mx.array]:
         self.before_call(ids.shape[0])
         time.sleep(self.pause)
         first = int(cache.length.item()) - len(self.prompt) + 1
@@ -164,7 +164,7 @@ class ScriptAssistant:
         self.target = target
         self.config = SimpleNamespace(quantization=None)
 
-    def step(
+    def forward(
         self, embedding: mx.array, hidden: mx.array, cache: _Length
     ) -> tuple[mx.array, mx.array]:
         place = int(hidden.item()) + 1

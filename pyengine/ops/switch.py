@@ -56,7 +56,7 @@ def too_wide(out: mx.array) -> bool:
 
 
 # Ops whose plain form has no reduction: MLX cannot choose an order for them by the number of rows.
-_ELEMENTWISE = ("geglu", "random_uniform", "write_cache")
+_ELEMENTWISE = ("geglu", "random_uniform", "softcap", "write_cache")
 _REDUCING = (
     "accept_block",
     "block_attention",
@@ -65,6 +65,7 @@ _REDUCING = (
     "filter_logits",
     "norm_rope",
     "q8_expert_matmul",
+    "q8_filter_logits",
     "q8_gated_matmul",
     "q8_matmul",
     "residual_norm",

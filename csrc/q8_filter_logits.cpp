@@ -1,0 +1,210 @@
+// q8_filter_logits: checks, primitive, and how heaps are handed to threads; the
+// arithmetic is in q8_filter_logits_cpu.cpp.
+
+#include "q8_filter_logits.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "bindings.h"
+#include "check.h"
+#include "filter_inputs.h"
+#include "matmul.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "q8_filter_logits_cpu.h"
+#include "q8_matmul.h"
+#include "quantized.h"
+
+namespace pyengine {
+
+namespace {
+
+constexpr const char* op = "q8_filter_logits";
+
+using Args = Q8FilterLogitsArgs;
+
+// Each thread takes one group of columns after the other into heaps of its own.
+// Which groups these are is chance; what remains of all heaps is not.
+void run_slice(const Plan& plan, const Args& args) {
+  int V = args.filter.V, M = args.matmul.M;
+  auto& pool = Pool::shared();
+  bool shares = plan.work >= work_worth_sharing;
+  int heaps = shares ? std::min(pool.threads(), plan.groups) : 1;
+  std::vector<Kept> kept(size_t(heaps) * M);
+  std::atomic<int> next{0};
+  pool.run(heaps, [&](int heap) {
+    static thread_local Scratch own;
+    float* scratch = own.floats(plan.group_scratch);
+    for (int group; (group = next.fetch_add(1)) < plan.groups;) {
+      int begin = group * plan.columns;
+      int end = std::min(begin + plan.columns, V);
+      PYENGINE_PICK_KERNEL(q8_filter_logits_columns)
+      (args, begin, end, scratch, &kept[heap * M]);
+    }
+  });
+  PYENGINE_PICK_KERNEL(q8_filter_logits_finish)(args, kept.data(), heaps);
+}
+
+} // namespace
+
+Plan q8_filter_logits_plan(int T, int V, int E, int group_size, int bits) {
+  return q8_matmul_plan(T, V, E, group_size, bits);
+}
+
+std::tuple<mx::array, mx::array, mx::array> q8_filter_logits(
+    const mx::array& x,
+    const mx::array& w,
+    const mx::array& scales,
+    const mx::array& biases,
+    int group_size,
+    int bits,
+    std::optional<float> softcap,
+    float temperature,
+    int top_k,
+    float top_p,
+    float min_p,
+    const std::optional<mx::array>& edit_ids,
+    const std::optional<mx::array>& edit_factors,
+    const std::optional<mx::array>& edit_deltas) {
+  check_packing(op, group_size, bits);
+  check_storage_dtype(op, "x", x);
+  check(x.ndim() == 2, op, "x", "have shape [T, E]", x.shape());
+  check_dtype(op, "w", w, mx::uint32, "be uint32");
+  check(
+      w.ndim() == 2 && w.shape(0) > 0,
+      op,
+      "w",
+      "have shape [V, E * bits / 32]",
+      w.shape());
+  check_width(op, x, group_size);
+  int T = x.shape(0), E = x.shape(1), V = w.shape(0);
+  check_matrix(
+      op,
+      "",
+      x.dtype(),
+      w,
+      scales,
+      biases,
+      {V, packed_width(E, bits)},
+      E / group_size);
+  check(
+      !softcap || *softcap > 0,
+      op,
+      "softcap",
+      "be above 0",
+      softcap.value_or(0));
+  check_filter(op, temperature, top_p, min_p);
+  if (temperature == 0) { // greedy: the one best candidate, as it stands
+    temperature = 1;
+    top_k = 1;
+  }
+  check(
+      top_k >= 1 && top_k <= max_candidates, op, "top_k", "be 1 to 256", top_k);
+  auto stream = mx::to_stream({});
+  std::vector<mx::array> inputs = {
+      rows_of(x, stream),
+      whole(w, stream),
+      whole(scales, stream),
+      whole(biases, stream)};
+  add_edits(op, T, edit_ids, edit_factors, edit_deltas, inputs);
+  mx::Shape shape = {T, std::min(top_k, V)};
+  auto outputs = mx::array::make_arrays(
+      {shape, shape, {T}},
+      {mx::int32, mx::float32, mx::int32},
+      std::make_shared<Q8FilterLogits>(
+          stream,
+          group_size,
+          bits,
+          softcap.value_or(0),
+          temperature,
+          top_p,
+          min_p),
+      inputs);
+  return {outputs[0], outputs[1], outputs[2]};
+}
+
+void Q8FilterLogits::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& x = inputs[0];
+  int V = inputs[1].shape(0);
+  Args args = {};
+  args.matmul = packed_args(&inputs[1], x, group_size_, bits_);
+  args.filter = filter_args(outputs, V, temperature_, top_p_, min_p_);
+  args.softcap = softcap_;
+  if (x.shape(0) == 0) {
+    return;
+  }
+
+  Rows rows(x);
+  auto plan =
+      q8_filter_logits_plan(x.shape(0), V, x.shape(1), group_size_, bits_);
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input);
+  }
+  for (auto& out : outputs) {
+    encoder.set_output_array(out);
+  }
+  encoder.dispatch([rows = std::move(rows),
+                    edits = PackedEdits(inputs, 4),
+                    order = packed_order(bits_),
+                    plan,
+                    args]() mutable {
+    edits.get(args.filter);
+    static thread_local Scratch shared;
+    float* x = shared.floats(plan.scratch);
+    args.matmul.x = x;
+    for (int slice = 0; slice < plan.slices; ++slice) {
+      args.first = slice * max_rows;
+      args.matmul.M = std::min(rows.count() - args.first, max_rows);
+      for (int m = 0; m < args.matmul.M; ++m) {
+        rows.load(args.first + m, order, args.matmul.M, x + 16 * m);
+      }
+      run_slice(plan, args);
+    }
+  });
+}
+
+void Q8FilterLogits::eval_gpu(
+    const std::vector<mx::array>&,
+    std::vector<mx::array>&) {
+  throw std::runtime_error(
+      "[q8_filter_logits] has no Metal kernel yet; "
+      "pyengine.ops.q8_filter_logits runs three ops on a GPU.");
+}
+
+void bind_q8_filter_logits(nb::module_& m) {
+  m.def(
+      "q8_filter_logits",
+      &q8_filter_logits,
+      nb::arg("x"),
+      nb::arg("w"),
+      nb::arg("scales"),
+      nb::arg("biases"),
+      nb::arg("group_size"),
+      nb::arg("bits"),
+      nb::arg("softcap").none(),
+      nb::arg("temperature"),
+      nb::arg("top_k"),
+      nb::arg("top_p"),
+      nb::arg("min_p"),
+      nb::arg("edit_ids").none() = nb::none(),
+      nb::arg("edit_factors").none() = nb::none(),
+      nb::arg("edit_deltas").none() = nb::none());
+  m.def(
+      "q8_filter_logits_plan",
+      &q8_filter_logits_plan,
+      nb::arg("T"),
+      nb::arg("V"),
+      nb::arg("E"),
+      nb::arg("group_size"),
+      nb::arg("bits"));
+}
+
+} // namespace pyengine

@@ -1,0 +1,29 @@
+import mlx.core as mx
+
+from pyengine import _ext
+
+from .switch import chosen
+
+
+def softcap(x: mx.array, cap: float) -> mx.array:
+    """Bend numbers so that they stay between ``-cap`` and ``cap``: ``cap * tanh(x / cap)``.
+
+    With our own tanh, so that :func:`q8_filter_logits` gives the same bits, on a GPU too.
+
+    Args:
+        x: float32, any shape and strides.
+        cap: Above 0.
+
+    Returns:
+        float32, shape of ``x``.
+
+    Raises:
+        ValueError: A dtype or limit above does not hold.
+    """
+    out = _ext.softcap(x, cap)  # checks in every case
+    return out if chosen("softcap") == "native" else softcap_reference(x, cap)
+
+
+def softcap_reference(x: mx.array, cap: float) -> mx.array:
+    """The same in plain MLX."""
+    return cap * mx.tanh(x / cap)
