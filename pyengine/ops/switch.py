@@ -14,7 +14,16 @@ _IMPLEMENTATIONS = ("native", "reference", "workbench", "mlx")
 _chosen: Implementation = "native"
 
 # Ops that have a Metal kernel
-METAL = ("dense_matmul", "q8_expert_matmul", "q8_gated_matmul", "q8_matmul")
+METAL = (
+    "accept_block",
+    "dense_matmul",
+    "draw_token",
+    "filter_logits",
+    "q8_expert_matmul",
+    "q8_gated_matmul",
+    "q8_matmul",
+    "random_uniform",
+)
 
 
 def use(implementation: Implementation) -> None:
@@ -41,11 +50,17 @@ def use(implementation: Implementation) -> None:
     _chosen = implementation
 
 
-def chosen(op: str = "") -> Implementation:
-    """What an op called now runs: never "native" on a GPU where it has no Metal kernel."""
+def chosen(op: str = "", fits: bool = True) -> Implementation:
+    """What an op called now runs: never "native" on a GPU where it has no Metal kernel.
+
+    Args:
+        op: Its name.
+        fits: Whether what it is called with is within the limits of its Metal kernel.
+    """
+    metal = op in METAL and fits
     if _chosen == "workbench":
-        return "workbench" if op in METAL else "native"
-    if _chosen == "native" and mx.default_device() == mx.gpu and op not in METAL:
+        return "workbench" if metal else "native"
+    if _chosen == "native" and mx.default_device() == mx.gpu and not metal:
         return "mlx"
     return _chosen
 
