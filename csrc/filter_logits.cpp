@@ -28,14 +28,13 @@ constexpr const char* op = "filter_logits";
 // The tiles of metal/filter_logits.metal and metal/merge_candidates.metal.
 constexpr int slice_size = 4096;
 constexpr int thread_items = 16;
-constexpr int max_threads = 1024;
+static_assert(thread_items * 1024 == max_merged); // threads of a threadgroup
 
 } // namespace
 
 bool filter_logits_has_launch(int V, int count) {
   int64_t slices = (int64_t(V) + slice_size - 1) / slice_size;
-  return count <= max_candidates &&
-      slices * count <= thread_items * max_threads;
+  return count <= max_candidates && slices * count <= max_merged;
 }
 
 Launch merge_candidates_launch(

@@ -24,6 +24,8 @@ std::tuple<mx::array, mx::array, mx::array> filter_logits(
     const std::optional<mx::array>& edit_factors, // [T, L]
     const std::optional<mx::array>& edit_deltas); // [T, L]
 
+constexpr int max_merged = 16384;
+
 // The Metal kernels keep up to 256 candidates, of up to 262144 logits; of more
 // logits fewer.
 bool filter_logits_has_launch(int V, int count);
@@ -41,7 +43,8 @@ std::vector<Launch> filter_logits_launches(
     bool aligned);
 
 // The second of them, for candidates from elsewhere: uint64 [T, slices, count]
-// and flags uint32 [T, slices], as metal/filter.h has them.
+// and flags uint32 [T, slices], as metal/filter.h has them;
+// slices * count at most max_merged.
 Launch
 merge_candidates_launch(int T, int slices, int count, float top_p, float min_p);
 

@@ -110,7 +110,7 @@ PYENGINE_INLINE F32x16 tanh(F32x16 x) {
 }
 
 // Bends x so that it stays between -cap and cap.
-PYENGINE_INLINE F32x16 softcap(F32x16 x, float cap) {
+PYENGINE_INLINE F32x16 capped(F32x16 x, float cap) {
   return broadcast(cap) * tanh(x / broadcast(cap));
 }
 

@@ -5,6 +5,7 @@
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,7 +15,9 @@
 #include "bindings.h"
 #include "check.h"
 #include "filter_inputs.h"
+#include "filter_logits.h"
 #include "matmul.h"
+#include "matmul_launch.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "q8_filter_logits_cpu.h"
 #include "q8_matmul.h"
@@ -50,7 +53,88 @@ void run_slice(const Plan& plan, const Args& args) {
   PYENGINE_PICK_KERNEL(q8_filter_logits_finish)(args, kept.data(), heaps);
 }
 
+// The tiles of metal/q8_filter_logits.metal.
+constexpr int threadgroup_bytes = 32768 - 512; // without its own variables
+constexpr int max_room = 512;
+constexpr int max_slices = 512; // more threadgroups than this help no GPU
+
+int tile_columns(int bits) {
+  return bits == 4 ? 64 : 32;
+}
+
+Launch tile_launch(int T, int V, mx::Dtype dtype, int bits) {
+  auto kernel = std::string(op) + "_" + dtype_name(dtype) + "_";
+  return matmul_launch(op, kernel + std::to_string(bits), T, V, 8, dtype);
+}
+
+// Entries of a row's list: `count`, and as many columns as come before it is
+// cut again. 0: not even one tile fits.
+int list_room(const Launch& tile, int T, int count, int bits) {
+  int columns = tile_columns(bits);
+  int left = threadgroup_bytes - tile.threadgroup_memory[0].second;
+  int room = left / (8 * std::clamp(T, 1, max_rows));
+  room = std::min({room, max_room, count + 2 * columns});
+  return room < count + columns ? 0 : room;
+}
+
 } // namespace
+
+bool q8_filter_logits_has_launch(int T, int E, int count, int bits) {
+  auto tile = tile_launch(T, 1, mx::float32, bits);
+  return E > 0 && list_room(tile, T, count, bits) > 0;
+}
+
+std::vector<Launch> q8_filter_logits_launches(
+    int T,
+    int V,
+    int E,
+    mx::Dtype dtype,
+    int group_size,
+    int bits,
+    int count,
+    std::optional<int> edits,
+    std::optional<float> softcap,
+    float temperature,
+    float top_p,
+    float min_p) {
+  using Role = Buffer::Role;
+  int columns = tile_columns(bits);
+  int most = std::min(max_slices, max_merged / count);
+  int slice = std::max((V + most - 1) / most, 4 * columns);
+  slice = (slice + columns - 1) / columns * columns;
+  int slices = (V + slice - 1) / slice;
+  auto launch = tile_launch(T, V, dtype, bits);
+  int rows = std::clamp(T, 1, max_rows);
+  int room = list_room(launch, T, count, bits);
+  launch.constants.insert(
+      {{3, group_size},
+       {4, softcap.has_value()},
+       {5, edits.has_value()},
+       {6, room}});
+  launch.grid[0] = slices;
+  launch.threadgroup = {128, 1, 1};
+  launch.threadgroup_memory.push_back({1, 8 * rows * room});
+  launch.buffers = {Buffer::array(Role::in, "x", {T, E}, dtype, 16)};
+  add_matrix(launch, "", {V}, E, dtype, group_size, bits);
+  launch.buffers.push_back(
+      Buffer::array(Role::out, "candidates", {T, slices, count}, mx::uint64));
+  launch.buffers.push_back(
+      Buffer::array(Role::out, "slice_flags", {T, slices}, mx::uint32));
+  add_scalars(
+      launch,
+      {{"M", T}, {"N", V}, {"K", E}, {"slice", slice}, {"count", count}});
+  launch.buffers.push_back(Buffer::scalar("cap", softcap.value_or(0)));
+  launch.buffers.push_back(Buffer::scalar("temperature", temperature));
+  if (edits) {
+    launch.buffers.insert(
+        launch.buffers.end(),
+        {Buffer::array(Role::in, "edit_ids", {*edits}, mx::int32),
+         Buffer::array(Role::in, "factors", {T, *edits}, mx::float32),
+         Buffer::array(Role::in, "deltas", {T, *edits}, mx::float32),
+         Buffer::scalar("L", uint32_t(*edits))});
+  }
+  return {launch, merge_candidates_launch(T, slices, count, top_p, min_p)};
+}
 
 Plan q8_filter_logits_plan(int T, int V, int E, int group_size, int bits) {
   return q8_matmul_plan(T, V, E, group_size, bits);
@@ -112,6 +196,9 @@ std::tuple<mx::array, mx::array, mx::array> q8_filter_logits(
       whole(scales, stream),
       whole(biases, stream)};
   add_edits(op, T, edit_ids, edit_factors, edit_deltas, inputs);
+  for (size_t i = 4; i < inputs.size(); ++i) {
+    inputs[i] = packed_on_gpu(inputs[i], stream);
+  }
   mx::Shape shape = {T, std::min(top_k, V)};
   auto outputs = mx::array::make_arrays(
       {shape, shape, {T}},
@@ -172,11 +259,39 @@ void Q8FilterLogits::eval_cpu(
 }
 
 void Q8FilterLogits::eval_gpu(
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[q8_filter_logits] has no Metal kernel yet; "
-      "pyengine.ops.q8_filter_logits runs three ops on a GPU.");
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& x = inputs[0];
+  int T = x.shape(0), E = x.shape(1), count = outputs[0].shape(1);
+  if (!q8_filter_logits_has_launch(T, E, count, bits_)) {
+    throw std::runtime_error(
+        "[q8_filter_logits] has no Metal kernel for that many candidates and "
+        "rows; pyengine.ops.q8_filter_logits runs three ops there.");
+  }
+  for (auto& out : outputs) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  }
+  if (T == 0) {
+    return;
+  }
+  std::optional<int> edits;
+  if (inputs.size() > 4 && inputs[4].size() > 0) {
+    edits = inputs[4].shape(0);
+  }
+  auto launches = q8_filter_logits_launches(
+      T,
+      inputs[1].shape(0),
+      E,
+      x.dtype(),
+      group_size_,
+      bits_,
+      count,
+      edits,
+      softcap_ > 0 ? std::optional(softcap_) : std::nullopt,
+      temperature_,
+      top_p_,
+      min_p_);
+  run_on_gpu(launches, stream(), inputs, outputs);
 }
 
 void bind_q8_filter_logits(nb::module_& m) {
@@ -205,6 +320,28 @@ void bind_q8_filter_logits(nb::module_& m) {
       nb::arg("E"),
       nb::arg("group_size"),
       nb::arg("bits"));
+  m.def(
+      "q8_filter_logits_has_launch",
+      &q8_filter_logits_has_launch,
+      nb::arg("T"),
+      nb::arg("E"),
+      nb::arg("count"),
+      nb::arg("bits"));
+  m.def(
+      "q8_filter_logits_launches",
+      &q8_filter_logits_launches,
+      nb::arg("T"),
+      nb::arg("V"),
+      nb::arg("E"),
+      nb::arg("dtype"),
+      nb::arg("group_size"),
+      nb::arg("bits"),
+      nb::arg("count"),
+      nb::arg("edits").none(),
+      nb::arg("softcap").none(),
+      nb::arg("temperature"),
+      nb::arg("top_p"),
+      nb::arg("min_p"));
 }
 
 } // namespace pyengine

@@ -4,7 +4,9 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
+#include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 #include "plan.h"
@@ -31,6 +33,25 @@ std::tuple<mx::array, mx::array, mx::array> q8_filter_logits(
     const std::optional<mx::array>& edit_deltas); // [T, L]
 
 Plan q8_filter_logits_plan(int T, int V, int E, int group_size, int bits);
+
+// Whether lists of `count` candidates for T rows fit in threadgroup memory.
+bool q8_filter_logits_has_launch(int T, int E, int count, int bits);
+
+// Two launches: the candidates of slices of the vocabulary, which
+// merge_candidates merges.
+std::vector<Launch> q8_filter_logits_launches(
+    int T,
+    int V,
+    int E,
+    mx::Dtype dtype, // of x, scales and biases
+    int group_size,
+    int bits,
+    int count,
+    std::optional<int> edits, // L
+    std::optional<float> softcap,
+    float temperature,
+    float top_p,
+    float min_p);
 
 class Q8FilterLogits : public mx::Primitive {
  public:

@@ -24,11 +24,29 @@ constexpr const char* op = "softcap";
 mx::array softcap(const mx::array& x, float cap) {
   check_dtype(op, "x", x, mx::float32, "be float32");
   check(cap > 0, op, "cap", "be above 0", cap);
+  auto stream = mx::to_stream({});
   return mx::array(
       x.shape(),
       mx::float32,
-      std::make_shared<Softcap>(mx::to_stream({}), cap),
-      {x});
+      std::make_shared<Softcap>(stream, cap),
+      {packed_on_gpu(x, stream)});
+}
+
+Launch softcap_launch(int64_t size, float cap) {
+  using Role = Buffer::Role;
+  constexpr int threads = 256;
+  mx::Shape shape = {int(size)};
+  Launch launch;
+  launch.library = op;
+  launch.kernel = op;
+  launch.grid = {int((size + threads - 1) / threads), 1, 1};
+  launch.threadgroup = {threads, 1, 1};
+  launch.buffers = {
+      Buffer::array(Role::in, "x", shape, mx::float32),
+      Buffer::array(Role::out, "out", shape, mx::float32),
+      Buffer::scalar("size", uint32_t(size)),
+      Buffer::scalar("cap", cap)};
+  return launch;
 }
 
 void Softcap::eval_cpu(
@@ -55,14 +73,20 @@ void Softcap::eval_cpu(
   });
 }
 
-void Softcap::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[softcap] has no Metal kernel yet; "
-      "pyengine.ops.softcap runs plain MLX on a GPU.");
+void Softcap::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() > 0) {
+    auto launch = softcap_launch(int64_t(out.size()), cap_);
+    run_on_gpu(launch, stream(), inputs, outputs);
+  }
 }
 
 void bind_softcap(nb::module_& m) {
   m.def("softcap", &softcap, nb::arg("x"), nb::arg("cap"));
+  m.def("softcap_launch", &softcap_launch, nb::arg("size"), nb::arg("cap"));
 }
 
 } // namespace pyengine

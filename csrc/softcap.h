@@ -1,6 +1,7 @@
 #pragma once
 // softcap: cap * tanh(x / cap).
 
+#include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 
@@ -9,6 +10,8 @@ namespace pyengine {
 namespace mx = mlx::core;
 
 mx::array softcap(const mx::array& x, float cap);
+
+Launch softcap_launch(int64_t size, float cap);
 
 class Softcap : public mx::Primitive {
  public:

@@ -9,7 +9,7 @@ namespace pyengine::PYENGINE_ISA {
 
 void softcap_range(const float* x, float* out, int64_t count, float cap) {
   for_lanes(count, [&](int64_t k, int some) {
-    store_some(out + k, softcap(load_some(x + k, some), cap), some);
+    store_some(out + k, capped(load_some(x + k, some), cap), some);
   });
 }
 

@@ -94,6 +94,11 @@ inline float tanh(float x) {
   return size < 0.6f ? small : large;
 }
 
+// Bends x so that it stays between -cap and cap.
+inline float capped(float x, float cap) {
+  return cap * pyengine::tanh(x / cap);
+}
+
 // (sin(x), cos(x)) within 1.7 units in the last place for |x| <= 2^18.
 inline float2 sincos(float x) {
   float shifted = fma(x, 0.636619747f, round_magic);

@@ -2,6 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
+from . import workbench
 from .filter_logits import Edits, Filtered, filter_logits, filter_logits_reference
 from .q8_matmul import q8_matmul, q8_matmul_reference
 from .softcap import softcap as cap_logits
@@ -29,8 +30,9 @@ def q8_filter_logits(
     Bit for bit ``filter_logits(softcap(q8_matmul(x, w, ...), cap), ...)`` with float32 logits;
     without the softcap where that is None. Each thread keeps the best candidates of the columns it
     works on; what is best is a total order, so it does not matter which these are. Each weight is
-    read once for up to 16 rows; more run as slices of 16. Where there is no such kernel, the three
-    ops run one after the other.
+    read once for up to 16 rows; more run as slices of 16. On a GPU
+    the three ops run one after the other where the lists of that many candidates and rows do not
+    fit in a threadgroup's memory.
 
     Args:
         x: ``[T, E]``, float32, float16 or bfloat16; any strides; E is a multiple of
@@ -57,8 +59,29 @@ def q8_filter_logits(
     out = _ext.q8_filter_logits(
         x, w, scales, biases, group_size, bits, softcap, *settings, *(edits or ())
     )  # checks in every case
-    if chosen("q8_filter_logits") == "native":
+    T, E = x.shape
+    count = out[0].shape[1]
+    fits = _ext.q8_filter_logits_has_launch(T, E, count, bits)
+    implementation = chosen("q8_filter_logits", fits)
+    if implementation == "native":
         return Filtered(*out)
+    if implementation == "workbench" and T > 0:
+        listed = edits if edits is not None and edits.ids.size > 0 else None
+        launches = _ext.q8_filter_logits_launches(
+            T,
+            w.shape[0],
+            E,
+            x.dtype,
+            group_size,
+            bits,
+            count,
+            listed and listed.ids.size,
+            softcap,
+            temperature or 1.0,
+            top_p,
+            min_p,
+        )
+        return Filtered(*workbench.run(launches, x, w, scales, biases, *(listed or ())))
     logits = q8_matmul(x, w, scales, biases, group_size, bits, out_dtype=mx.float32)
     if softcap is not None:
         logits = cap_logits(logits, softcap)

@@ -20,9 +20,11 @@ METAL = (
     "draw_token",
     "filter_logits",
     "q8_expert_matmul",
+    "q8_filter_logits",
     "q8_gated_matmul",
     "q8_matmul",
     "random_uniform",
+    "softcap",
 )
 
 
