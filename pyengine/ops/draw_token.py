@@ -41,11 +41,11 @@ def draw_token(
     """
     out = _ext.draw_token(ids, probs, position, seed, index, shared)  # checks in every case
     implementation = chosen("draw_token")
-    if implementation == "native":
-        return out
     if implementation == "workbench" and out.size > 0:
-        launch = _ext.draw_token_launch(*ids.shape, index, shared)
+        launch = _ext.draw_token_launch(ids.shape[0], ids.shape[1], index, shared)
         return workbench.run(launch, ids, probs, position, seed)[0]
+    if implementation in ("native", "workbench"):
+        return out
     return draw_token_reference(ids, probs, position, seed, index=index, shared=shared)
 
 

@@ -68,8 +68,6 @@ def filter_logits(
     rows, vocab = logits.shape
     count = out[0].shape[1]
     implementation = chosen("filter_logits", _ext.filter_logits_has_launch(vocab, count))
-    if implementation == "native":
-        return Filtered(*out)
     if implementation == "workbench" and rows > 0:
         listed = edits if edits is not None and edits.ids.size > 0 else None
         launches = _ext.filter_logits_launches(
@@ -83,6 +81,8 @@ def filter_logits(
             vocab % 4 == 0,
         )
         return Filtered(*workbench.run(launches, logits, *(listed or ())))
+    if implementation in ("native", "workbench"):
+        return Filtered(*out)
     return filter_logits_reference(
         logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, edits=edits
     )

@@ -37,11 +37,11 @@ def random_uniform(counters: mx.array, key: tuple[int, int]) -> mx.array:
     """
     out = _ext.random_uniform(counters, key)  # checks in every case
     implementation = chosen("random_uniform")
-    if implementation == "native":
-        return out
     if implementation == "workbench" and out.size > 0:
         launch = _ext.random_uniform_launch(out.size, *key)
         return workbench.run(launch, counters)[0].reshape(out.shape)
+    if implementation in ("native", "workbench"):
+        return out
     return random_uniform_reference(counters, key)
 
 
