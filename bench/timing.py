@@ -24,12 +24,14 @@ def compare(
     *,
     calls: int,
     nbytes: int,
+    baseline_calls: int = 1,
     rounds: int = 5,
     **labels: object,
 ) -> None:
     """Time `kernel` with pytest-benchmark and `baseline` before each of its rounds.
 
-    `kernel` makes `calls` calls and evaluates them, `baseline` one; a call must read `nbytes`.
+    `kernel` makes `calls` calls and evaluates them, `baseline` as many as it says; a call must read
+    `nbytes`.
     """
     before: list[float] = []
 
@@ -41,14 +43,14 @@ def compare(
     baseline()
     benchmark.pedantic(kernel, setup=run_baseline, rounds=rounds, warmup_rounds=1)
     stats = benchmark.stats.stats
-    median, theirs = stats.median / calls, statistics.median(before)
+    median, theirs = stats.median / calls, statistics.median(before) / baseline_calls
     row = {
         **labels,
         "us": round(median * 1e6, 1),
         "us_iqr": round(stats.iqr / calls * 1e6, 1),
         "gb_s": round(nbytes / median / 1e9, 2),
         "baseline_us": round(theirs * 1e6, 1),
-        "baseline_us_iqr": round(iqr(before) * 1e6, 1),
+        "baseline_us_iqr": round(iqr(before) / baseline_calls * 1e6, 1),
         "speedup": round(theirs / median, 2),
     }
     benchmark.extra_info.update(row)

@@ -127,36 +127,65 @@ class Scratch {
   std::vector<float> memory_;
 };
 
-// Runs a kernel over all slices. Called on the stream's thread; scratch belongs
-// to the threads and stays, so a matmul allocates nothing once its largest has
-// run.
+// The arguments of `count` rows from `first` on, whose staged form is x.
 template <typename Args>
-void run_matmul(
+Args at_rows(Args args, int first, int count, const float* x) {
+  size_t size = args.out_storage == Storage::float32 ? 4 : 2;
+  args.x = x;
+  args.M = count;
+  args.out = static_cast<char*>(args.out) + first * size * args.N;
+  return args;
+}
+
+// Calls work(first row, rows, x, begin, end, scratch) for all slices and, in
+// each, all groups of columns [begin, end). Called on the stream's thread;
+// scratch belongs to the threads and stays, so a matmul allocates nothing once
+// its largest has run.
+template <typename Work>
+void run_slices(
     const Rows& rows,
     const Plan& plan,
-    Args args,
+    int N,
     Order order,
-    void kernel(const Args&, int begin, int end, float* scratch)) {
+    const Work& work) {
   static thread_local Scratch shared;
   float* x = shared.floats(plan.scratch);
-  args.x = x;
-  size_t row_bytes =
-      size_t(args.N) * (args.out_storage == Storage::float32 ? 4 : 2);
-  char* out = static_cast<char*>(args.out);
   for (int slice = 0; slice < plan.slices; ++slice) {
     int first = slice * max_rows;
-    args.M = std::min(rows.count() - first, max_rows);
-    args.out = out + size_t(first) * row_bytes;
-    for (int row = 0; row < args.M; ++row) {
-      rows.load(first + row, order, args.M, x + 16 * row);
+    int count = std::min(rows.count() - first, max_rows);
+    for (int row = 0; row < count; ++row) {
+      rows.load(first + row, order, count, x + 16 * row);
     }
     run_groups(plan, [&](int group) {
       static thread_local Scratch own;
       int begin = group * plan.columns;
-      int end = std::min(begin + plan.columns, args.N);
-      kernel(args, begin, end, own.floats(plan.group_scratch));
+      int end = std::min(begin + plan.columns, N);
+      work(first, count, x, begin, end, own.floats(plan.group_scratch));
     });
   }
+}
+
+// Runs a kernel over all slices.
+template <typename Args>
+void run_matmul(
+    const Rows& rows,
+    const Plan& plan,
+    const Args& args,
+    Order order,
+    void kernel(const Args&, int begin, int end, float* scratch)) {
+  run_slices(
+      rows,
+      plan,
+      args.N,
+      order,
+      [&](int first,
+          int count,
+          const float* x,
+          int begin,
+          int end,
+          float* own) {
+        kernel(at_rows(args, first, count, x), begin, end, own);
+      });
 }
 
 } // namespace pyengine

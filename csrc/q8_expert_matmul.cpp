@@ -119,21 +119,14 @@ Launch q8_expert_matmul_launch(
     int group_size,
     int bits) {
   using Role = Buffer::Role;
-  auto launch = matmul_launch(
-      op,
-      std::string(op) + "_" + dtype_name(dtype) + "_" + std::to_string(bits),
-      T,
-      N,
-      (bits == 4 ? 16 : 8) / (gated ? 2 : 1),
-      dtype);
+  auto launch = packed_launch(
+      op, T, N, dtype, out_dtype, group_size, bits, gated ? 2 : 1);
   launch.grid = {launch.grid[0], X, launch.grid[1]};
-  launch.constants[2] = out_dtype == mx::float32 && dtype != mx::float32;
-  launch.constants[3] = group_size;
   launch.constants[4] = gated;
   launch.constants[5] = shared;
   // The pairs of 16 tokens and their number, in whole 16 bytes.
   int list = 2 * (max_rows * U + 1);
-  launch.threadgroup_memory.emplace_back(1, (list + 15) / 16 * 16);
+  launch.threadgroup_memory.emplace_back(2, (list + 15) / 16 * 16);
   mx::Shape rows = shared ? mx::Shape{T, K} : mx::Shape{T, U, K};
   launch.buffers = {Buffer::array(Role::in, "x", rows, dtype, 16)};
   for (std::string matrix : {"", "up_"}) {
@@ -155,8 +148,6 @@ mx::array q8_expert_matmul(
     int group_size,
     int bits,
     std::optional<mx::Dtype> out_dtype) {
-  check_packing(op, group_size, bits);
-  check_storage_dtype(op, "x", x);
   check(
       x.ndim() == 2 || x.ndim() == 3,
       op,
@@ -165,10 +156,10 @@ mx::array q8_expert_matmul(
       x.shape());
   check_dtype(op, "ids", ids, mx::int32, "be int32");
   check(ids.ndim() == 2, op, "ids", "have shape [T, U]", ids.shape());
-  int T = x.shape(0), U = ids.shape(1), K = x.shape(-1);
+  int T = x.shape(0), U = ids.shape(1);
   check_shape(op, "ids", ids, {T, U});
   if (x.ndim() == 3) {
-    check_shape(op, "x", x, {T, U, K});
+    check_shape(op, "x", x, {T, U, x.shape(-1)});
   }
   check(stack.size() == 3, op, "stack", "have 3 arrays", stack.size());
   check(
@@ -177,28 +168,13 @@ mx::array q8_expert_matmul(
       "up",
       "have 3 arrays or none",
       up.size());
-  const auto& w = stack[0];
-  check(w.ndim() == 3, op, "w", "have shape [X, N, K * bits / 32]", w.shape());
-  check_width(op, x, group_size);
-  int X = w.shape(0), N = w.shape(1);
-  check(X > 0, op, "w", "have at least 1 expert", X);
-  for (auto [name, matrix] : {std::pair{"", &stack}, {"up_", &up}}) {
-    if (matrix->empty()) {
-      continue;
-    }
-    const auto& a = *matrix;
-    check_dtype(
-        op, (std::string(name) + "w").c_str(), a[0], mx::uint32, "be uint32");
-    check_matrix(
-        op,
-        name,
-        x.dtype(),
-        a[0],
-        a[1],
-        a[2],
-        {X, N, packed_width(K, bits)},
-        K / group_size);
+  std::vector<PackedMatrix> stacks = {{"", stack[0], stack[1], stack[2]}};
+  if (!up.empty()) {
+    stacks.push_back({"up_", up[0], up[1], up[2]});
   }
+  check_packed(op, x, stacks, group_size, bits, 3);
+  int X = stack[0].shape(0), N = stack[0].shape(1);
+  check(X > 0, op, "w", "have at least 1 expert", X);
   mx::Dtype dtype = check_out_dtype(op, x, out_dtype);
   check(
       up.empty() || dtype == x.dtype(),

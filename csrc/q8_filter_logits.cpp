@@ -54,34 +54,59 @@ void run_slice(const Plan& plan, const Args& args) {
 }
 
 // The tiles of metal/q8_filter_logits.metal.
-constexpr int threadgroup_bytes = 32768 - 512; // without its own variables
+constexpr int threadgroup_bytes = 30720 - 512; // without its own variables
+constexpr int entry_bytes = 6;
 constexpr int max_room = 512;
 constexpr int max_slices = 512; // more threadgroups than this help no GPU
+constexpr int max_slice = 1 << 16;
 
-int tile_columns(int bits) {
-  return bits == 4 ? 64 : 32;
+Tile tile_of(int bits) {
+  return {4, bits == 4 ? 16 : 8};
 }
 
-Launch tile_launch(int T, int V, mx::Dtype dtype, int bits) {
+int tile_columns(int bits) {
+  return tile_of(bits).simds * tile_of(bits).columns;
+}
+
+// Columns of a slice, a multiple of the tile's.
+int slice_columns(int V, int count, int bits) {
+  int columns = tile_columns(bits);
+  int most = std::min(max_slices, max_merged / count);
+  int slice = std::max((V + most - 1) / most, 4 * columns);
+  return (slice + columns - 1) / columns * columns;
+}
+
+// The tile's launch, without buffers.
+Launch tile_launch(int T, int V, mx::Dtype dtype, int group_size, int bits) {
   auto kernel = std::string(op) + "_" + dtype_name(dtype) + "_";
-  return matmul_launch(op, kernel + std::to_string(bits), T, V, 8, dtype);
+  Tile tile = tile_of(bits);
+  auto launch = matmul_launch(op, kernel + std::to_string(bits), T, V, tile);
+  launch.constants[3] = group_size;
+  // Scales and biases: 512 bytes for every four columns (metal/quantized.h).
+  launch.threadgroup_memory.emplace_back(1, tile_columns(bits) / 4 * 512);
+  return launch;
 }
 
 // Entries of a row's list: `count`, and as many columns as come before it is
 // cut again. 0: not even one tile fits.
-int list_room(const Launch& tile, int T, int count, int bits) {
+int list_room(const Launch& launch, int T, int count, int bits) {
   int columns = tile_columns(bits);
-  int left = threadgroup_bytes - tile.threadgroup_memory[0].second;
-  int room = left / (8 * std::clamp(T, 1, max_rows));
-  room = std::min({room, max_room, count + 2 * columns});
+  int left = threadgroup_bytes;
+  for (auto [index, bytes] : launch.threadgroup_memory) {
+    left -= bytes;
+  }
+  int room = left / (entry_bytes * std::clamp(T, 1, max_rows));
+  room = std::min({room, max_room, count + 2 * columns + 7}) / 8 * 8;
   return room < count + columns ? 0 : room;
 }
 
 } // namespace
 
-bool q8_filter_logits_has_launch(int T, int E, int count, int bits) {
-  auto tile = tile_launch(T, 1, mx::float32, bits);
-  return E > 0 && list_room(tile, T, count, bits) > 0;
+bool q8_filter_logits_has_launch(int T, int V, int E, int count, int bits) {
+  auto launch = tile_launch(T, V, mx::float32, 64, bits);
+  return E > 0 && count <= max_candidates &&
+      slice_columns(V, count, bits) <= max_slice &&
+      list_room(launch, T, count, bits) > 0;
 }
 
 std::vector<Launch> q8_filter_logits_launches(
@@ -98,22 +123,16 @@ std::vector<Launch> q8_filter_logits_launches(
     float top_p,
     float min_p) {
   using Role = Buffer::Role;
-  int columns = tile_columns(bits);
-  int most = std::min(max_slices, max_merged / count);
-  int slice = std::max((V + most - 1) / most, 4 * columns);
-  slice = (slice + columns - 1) / columns * columns;
+  int slice = slice_columns(V, count, bits);
   int slices = (V + slice - 1) / slice;
-  auto launch = tile_launch(T, V, dtype, bits);
-  int rows = std::clamp(T, 1, max_rows);
+  auto launch = tile_launch(T, V, dtype, group_size, bits);
   int room = list_room(launch, T, count, bits);
+  int entries = room * std::clamp(T, 1, max_rows);
   launch.constants.insert(
-      {{3, group_size},
-       {4, softcap.has_value()},
-       {5, edits.has_value()},
-       {6, room}});
+      {{4, softcap.has_value()}, {5, edits.has_value()}, {6, room}});
   launch.grid[0] = slices;
-  launch.threadgroup = {128, 1, 1};
-  launch.threadgroup_memory.push_back({1, 8 * rows * room});
+  launch.threadgroup_memory.emplace_back(2, 4 * entries);
+  launch.threadgroup_memory.emplace_back(3, 2 * entries);
   launch.buffers = {Buffer::array(Role::in, "x", {T, E}, dtype, 16)};
   add_matrix(launch, "", {V}, E, dtype, group_size, bits);
   launch.buffers.push_back(
@@ -155,27 +174,10 @@ std::tuple<mx::array, mx::array, mx::array> q8_filter_logits(
     const std::optional<mx::array>& edit_ids,
     const std::optional<mx::array>& edit_factors,
     const std::optional<mx::array>& edit_deltas) {
-  check_packing(op, group_size, bits);
-  check_storage_dtype(op, "x", x);
+  check_packed(op, x, {{"", w, scales, biases}}, group_size, bits);
   check(x.ndim() == 2, op, "x", "have shape [T, E]", x.shape());
-  check_dtype(op, "w", w, mx::uint32, "be uint32");
-  check(
-      w.ndim() == 2 && w.shape(0) > 0,
-      op,
-      "w",
-      "have shape [V, E * bits / 32]",
-      w.shape());
-  check_width(op, x, group_size);
-  int T = x.shape(0), E = x.shape(1), V = w.shape(0);
-  check_matrix(
-      op,
-      "",
-      x.dtype(),
-      w,
-      scales,
-      biases,
-      {V, packed_width(E, bits)},
-      E / group_size);
+  check(w.shape(0) > 0, op, "w", "have at least 1 row", w.shape());
+  int T = x.shape(0), V = w.shape(0);
   check(
       !softcap || *softcap > 0,
       op,
@@ -262,8 +264,9 @@ void Q8FilterLogits::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   const auto& x = inputs[0];
-  int T = x.shape(0), E = x.shape(1), count = outputs[0].shape(1);
-  if (!q8_filter_logits_has_launch(T, E, count, bits_)) {
+  int T = x.shape(0), V = inputs[1].shape(0), E = x.shape(1);
+  int count = outputs[0].shape(1);
+  if (!q8_filter_logits_has_launch(T, V, E, count, bits_)) {
     throw std::runtime_error(
         "[q8_filter_logits] has no Metal kernel for that many candidates and "
         "rows; pyengine.ops.q8_filter_logits runs three ops there.");
@@ -280,7 +283,7 @@ void Q8FilterLogits::eval_gpu(
   }
   auto launches = q8_filter_logits_launches(
       T,
-      inputs[1].shape(0),
+      V,
       E,
       x.dtype(),
       group_size_,
@@ -324,6 +327,7 @@ void bind_q8_filter_logits(nb::module_& m) {
       "q8_filter_logits_has_launch",
       &q8_filter_logits_has_launch,
       nb::arg("T"),
+      nb::arg("V"),
       nb::arg("E"),
       nb::arg("count"),
       nb::arg("bits"));

@@ -35,7 +35,7 @@ std::tuple<mx::array, mx::array, mx::array> q8_filter_logits(
 Plan q8_filter_logits_plan(int T, int V, int E, int group_size, int bits);
 
 // Whether lists of `count` candidates for T rows fit in threadgroup memory.
-bool q8_filter_logits_has_launch(int T, int E, int count, int bits);
+bool q8_filter_logits_has_launch(int T, int V, int E, int count, int bits);
 
 // Two launches: the candidates of slices of the vocabulary, which
 // merge_candidates merges.

@@ -64,16 +64,7 @@ Launch q8_gated_matmul_launch(
     int group_size,
     int bits) {
   using Role = Buffer::Role;
-  // A simdgroup has half as many columns of each matrix as of one.
-  auto launch = matmul_launch(
-      op,
-      std::string(op) + "_" + dtype_name(dtype) + "_" + std::to_string(bits),
-      M,
-      N,
-      bits == 4 ? 8 : 4,
-      dtype);
-  launch.constants[2] = false; // float_out
-  launch.constants[3] = group_size;
+  auto launch = packed_launch(op, M, N, dtype, dtype, group_size, bits, 2);
   launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
   for (std::string matrix : {"gate_", "up_"}) {
     add_matrix(launch, matrix, {N}, K, dtype, group_size, bits);
@@ -93,30 +84,17 @@ mx::array q8_gated_matmul(
     const mx::array& up_biases,
     int group_size,
     int bits) {
-  check_packing(op, group_size, bits);
-  check_storage_dtype(op, "x", x);
-  check(x.ndim() >= 1, op, "x", "have at least 1 dimension", x.ndim());
-  check_dtype(op, "gate_w", gate_w, mx::uint32, "be uint32");
-  check_dtype(op, "up_w", up_w, mx::uint32, "be uint32");
-  check(
-      gate_w.ndim() == 2,
+  check_packed(
       op,
-      "gate_w",
-      "have shape [N, K * bits / 32]",
-      gate_w.shape());
-  check_width(op, x, group_size);
-  int K = x.shape(-1);
-  int N = gate_w.shape(0);
-  mx::Shape packed = {N, packed_width(K, bits)};
-  int factors = K / group_size;
-  auto dtype = x.dtype();
-  check_matrix(
-      op, "gate_", dtype, gate_w, gate_scales, gate_biases, packed, factors);
-  check_matrix(op, "up_", dtype, up_w, up_scales, up_biases, packed, factors);
+      x,
+      {{"gate_", gate_w, gate_scales, gate_biases},
+       {"up_", up_w, up_scales, up_biases}},
+      group_size,
+      bits);
 
   auto stream = mx::to_stream({});
   auto shape = x.shape();
-  shape.back() = N;
+  shape.back() = gate_w.shape(0);
   std::vector<mx::array> inputs = {rows_of(x, stream)};
   for (const auto* a :
        {&gate_w, &gate_scales, &gate_biases, &up_w, &up_scales, &up_biases}) {
@@ -124,7 +102,7 @@ mx::array q8_gated_matmul(
   }
   return mx::array(
       std::move(shape),
-      dtype,
+      x.dtype(),
       std::make_shared<Q8GatedMatmul>(stream, group_size, bits),
       std::move(inputs));
 }

@@ -39,15 +39,7 @@ Launch q8_matmul_launch(
     int group_size,
     int bits) {
   using Role = Buffer::Role;
-  auto launch = matmul_launch(
-      op,
-      std::string(op) + "_" + dtype_name(dtype) + "_" + std::to_string(bits),
-      M,
-      N,
-      bits == 4 ? 16 : 8,
-      dtype);
-  launch.constants[2] = out_dtype == mx::float32 && dtype != mx::float32;
-  launch.constants[3] = group_size;
+  auto launch = packed_launch(op, M, N, dtype, out_dtype, group_size, bits);
   launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
   add_matrix(launch, "", {N}, K, dtype, group_size, bits);
   launch.buffers.push_back(Buffer::array(Role::out, "out", {M, N}, out_dtype));
@@ -63,28 +55,12 @@ mx::array q8_matmul(
     int group_size,
     int bits,
     std::optional<mx::Dtype> out_dtype) {
-  check_packing(op, group_size, bits);
-  check_storage_dtype(op, "x", x);
-  check(x.ndim() >= 1, op, "x", "have at least 1 dimension", x.ndim());
-  check_dtype(op, "w", w, mx::uint32, "be uint32");
-  check(w.ndim() == 2, op, "w", "have shape [N, K * bits / 32]", w.shape());
-  check_width(op, x, group_size);
-  int K = x.shape(-1);
-  int N = w.shape(0);
-  check_matrix(
-      op,
-      "",
-      x.dtype(),
-      w,
-      scales,
-      biases,
-      {N, packed_width(K, bits)},
-      K / group_size);
+  check_packed(op, x, {{"", w, scales, biases}}, group_size, bits);
   mx::Dtype dtype = check_out_dtype(op, x, out_dtype);
 
   auto stream = mx::to_stream({});
   auto shape = x.shape();
-  shape.back() = N;
+  shape.back() = w.shape(0);
   return mx::array(
       std::move(shape),
       dtype,

@@ -3,6 +3,8 @@
 // reads them.
 
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "check.h"
 #include "q8_matmul_cpu.h"
@@ -11,7 +13,28 @@
 
 namespace pyengine {
 
-inline void check_packing(const char* op, int group_size, int bits) {
+// A quantised matrix, or a stack of them, as an op is given it.
+struct PackedMatrix {
+  std::string name; // stands before w, scales and biases in messages
+  const mx::array& w;
+  const mx::array& scales;
+  const mx::array& biases;
+};
+
+inline int packed_width(int K, int bits) {
+  return int(int64_t(K) * bits / 32);
+}
+
+// What all ops ask of x [..., K] and of their matrices [N, ...] or, with `ndim`
+// 3, stacks [X, N, ...]. They have the shape of the first unless `own_rows`.
+inline void check_packed(
+    const char* op,
+    const mx::array& x,
+    const std::vector<PackedMatrix>& matrices,
+    int group_size,
+    int bits,
+    int ndim = 2,
+    bool own_rows = false) {
   check(bits == 4 || bits == 6 || bits == 8, op, "bits", "be 4, 6 or 8", bits);
   check(
       group_size == 32 || group_size == 64 || group_size == 128,
@@ -19,39 +42,40 @@ inline void check_packing(const char* op, int group_size, int bits) {
       "group_size",
       "be 32, 64 or 128",
       group_size);
-}
-
-inline void check_width(const char* op, const mx::array& x, int group_size) {
-  if (x.shape(-1) % group_size != 0) {
+  check_storage_dtype(op, "x", x);
+  check(x.ndim() >= 1, op, "x", "have at least 1 dimension", x.ndim());
+  for (const auto& [name, w, scales, biases] : matrices) {
+    check_dtype(op, (name + "w").c_str(), w, mx::uint32, "be uint32");
+  }
+  const char* rule = ndim == 2 ? "have shape [N, K * bits / 32]"
+                               : "have shape [X, N, K * bits / 32]";
+  for (const auto& [name, w, scales, biases] : matrices) {
+    bool first = &w == &matrices.front().w;
+    if (first || own_rows) {
+      check(int(w.ndim()) == ndim, op, (name + "w").c_str(), rule, w.shape());
+    }
+  }
+  int K = x.shape(-1);
+  if (K % group_size != 0) {
     fail(
         op,
         "the last dimension of x",
         "be a multiple of group_size " + std::to_string(group_size),
-        x.shape(-1));
+        K);
   }
-}
-
-// `matrix` in front of the names in messages; `shape` is the packed weights'.
-inline void check_matrix(
-    const char* op,
-    const std::string& matrix,
-    mx::Dtype dtype,
-    const mx::array& w,
-    const mx::array& scales,
-    const mx::array& biases,
-    mx::Shape shape,
-    int factors) {
-  check_shape(op, (matrix + "w").c_str(), w, shape);
-  shape.back() = factors;
-  check_shape(op, (matrix + "scales").c_str(), scales, shape);
-  check_shape(op, (matrix + "biases").c_str(), biases, shape);
-  for (auto [what, a] : {std::pair{"scales", &scales}, {"biases", &biases}}) {
-    check_dtype(op, (matrix + what).c_str(), *a, dtype, "have the dtype of x");
+  for (const auto& [name, w, scales, biases] : matrices) {
+    auto shape = (own_rows ? w : matrices.front().w).shape();
+    shape.back() = packed_width(K, bits);
+    check_shape(op, (name + "w").c_str(), w, shape);
+    shape.back() = K / group_size;
+    for (auto [what, a] : {std::pair{"scales", &scales}, {"biases", &biases}}) {
+      check_shape(op, (name + what).c_str(), *a, shape);
+    }
+    for (auto [what, a] : {std::pair{"scales", &scales}, {"biases", &biases}}) {
+      const char* same = "have the dtype of x";
+      check_dtype(op, (name + what).c_str(), *a, x.dtype(), same);
+    }
   }
-}
-
-inline int packed_width(int K, int bits) {
-  return int(int64_t(K) * bits / 32);
 }
 
 // The order in which a row lies beside weights of this width.

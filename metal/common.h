@@ -39,6 +39,9 @@ struct Loaded {
     uint2 words = i == 0 ? raw.xy : raw.zw;
     return float4(widen<T>(words.x), widen<T>(words.y));
   }
+  static T element(uint4 raw, ushort i) {
+    return as_type<T>(ushort(raw[i / 2] >> (i % 2 * 16)));
+  }
 };
 
 template <>
@@ -46,6 +49,9 @@ struct Loaded<float> {
   enum { quads = 1, elements = 4 };
   static float4 quad(uint4 raw, ushort) {
     return as_type<float4>(raw);
+  }
+  static float element(uint4 raw, ushort i) {
+    return as_type<float>(raw[i]);
   }
 };
 

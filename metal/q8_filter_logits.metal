@@ -14,8 +14,13 @@
 // Which entries stay follows from their order alone, never from that of the
 // threads: no two entries are equal.
 //
-// Limits: as q8_matmul; count + columns at most `room`, which is at most 512;
-// threadgroup memory is 8 * rows * room and the staged x.
+// Threadgroup memory: that of q8_matmul and 6 * room bytes a row. Of the some
+// 60 KiB of a core it takes 15 at 6 rows and a count of 64, so a core holds 4
+// threadgroups, 16 simdgroups; and 30 at 16 rows: 2 and 8, whose weights on
+// their way are 16 KiB, still enough by the figures in q8_matmul.metal.
+//
+// Limits: as q8_matmul; room at least count + the columns of a tile, at most
+// 512; slices of at most 65536 columns.
 #include "filter.h"
 #include "quantized.h"
 
@@ -30,36 +35,51 @@ constant constexpr ushort max_room = 512;
 constant constexpr ushort max_columns = 64;
 
 // What a threadgroup knows of its rows.
-struct Lists {
+struct Rows {
   atomic_uint found[max_rows]; // entries of a list
   ulong limit[max_rows]; // a new one must not exceed it
   atomic_uint flag[max_rows];
   atomic_int edit[max_columns]; // of each column of the tile; -1 for none
 };
 
-inline uint found_in(threadgroup const Lists& lists, ushort m) {
-  return atomic_load_explicit(&lists.found[m], memory_order_relaxed);
+// The list of a row, in no order. An entry is as in filter.h, but its id counts
+// from the start of the slice: six bytes are enough.
+struct List {
+  threadgroup uint* keys; // [room]
+  threadgroup ushort* ids;
+
+  ulong entry(uint i) const {
+    return ulong(keys[i]) << 32 | ids[i];
+  }
+  void set(uint i, ulong entry) {
+    keys[i] = uint(entry >> 32);
+    ids[i] = ushort(entry);
+  }
+};
+
+inline uint found_in(threadgroup const Rows& known, ushort m) {
+  return atomic_load_explicit(&known.found[m], memory_order_relaxed);
 }
 
 // Leaves the best `count` of row m's list, in order, and lowers its limit. All
 // threads must come, and none may add entries meanwhile.
 inline void cut(
-    threadgroup ulong* list,
-    threadgroup Lists& lists,
+    List list,
+    threadgroup Rows& known,
     ushort m,
     uint count,
     ushort thread_index) {
-  uint found = found_in(lists, m);
+  uint found = found_in(known, m);
   ulong own[max_room / group_threads];
   uint rank[max_room / group_threads];
 #pragma unroll
   for (ushort i = 0; i < max_room / group_threads; ++i) {
     uint at = i * group_threads + thread_index;
     if (at < found) {
-      own[i] = list[at];
+      own[i] = list.entry(at);
       rank[i] = 0;
       for (uint j = 0; j < found; ++j) {
-        rank[i] += list[j] < own[i];
+        rank[i] += list.entry(j) < own[i];
       }
     }
   }
@@ -68,15 +88,15 @@ inline void cut(
   for (ushort i = 0; i < max_room / group_threads; ++i) {
     uint at = i * group_threads + thread_index;
     if (at < found && rank[i] < count) {
-      list[rank[i]] = own[i];
+      list.set(rank[i], own[i]);
       if (rank[i] == count - 1) {
-        lists.limit[m] = own[i];
+        known.limit[m] = own[i];
       }
     }
   }
   if (thread_index == 0) {
     atomic_store_explicit(
-        &lists.found[m], min(found, count), memory_order_relaxed);
+        &known.found[m], min(found, count), memory_order_relaxed);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
@@ -101,11 +121,13 @@ template <typename T, ushort bits>
     const device float* deltas [[buffer(15), function_constant(has_edits)]],
     constant uint& L [[buffer(16), function_constant(has_edits)]],
     threadgroup float4* staged [[threadgroup(0)]],
-    threadgroup ulong* entries [[threadgroup(1)]], // [rows, room]
+    threadgroup uint4* held [[threadgroup(1)]],
+    threadgroup uint* keys [[threadgroup(2)]], // [rows, room]
+    threadgroup ushort* ids [[threadgroup(3)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint3 groups [[threadgroups_per_grid]],
     ushort thread_index [[thread_index_in_threadgroup]]) {
-  threadgroup Lists lists;
+  threadgroup Rows known;
   constexpr ushort lanes = chunk / Packed<bits>::run;
   constexpr ushort tile = group_threads / lanes * lane_columns;
   ushort p = thread_index % lanes;
@@ -115,39 +137,40 @@ template <typename T, ushort bits>
   uint end = min(begin + slice_columns, N);
 
   if (thread_index < max_rows) {
-    atomic_store_explicit(&lists.found[thread_index], 0, memory_order_relaxed);
-    atomic_store_explicit(&lists.flag[thread_index], 0, memory_order_relaxed);
-    lists.limit[thread_index] = no_entry;
+    atomic_store_explicit(&known.found[thread_index], 0, memory_order_relaxed);
+    atomic_store_explicit(&known.flag[thread_index], 0, memory_order_relaxed);
+    known.limit[thread_index] = no_entry;
   }
   for (uint first = begin; first < end; first += tile) {
     // Where the edits of this tile are
     if (has_edits) {
       if (thread_index < tile) {
         atomic_store_explicit(
-            &lists.edit[thread_index], -1, memory_order_relaxed);
+            &known.edit[thread_index], -1, memory_order_relaxed);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       for (uint e = thread_index; e < L; e += group_threads) {
         uint column = uint(edit_ids[e]) - first;
         if (column < tile) { // the same edit may stand twice
           atomic_store_explicit(
-              &lists.edit[column], int(e), memory_order_relaxed);
+              &known.edit[column], int(e), memory_order_relaxed);
         }
       }
     }
 
     // Multiply
     uint n = first + own_column;
-    Columns<T> columns;
-    columns.stride = 2;
-    columns.live = 0;
+    ulong at = ulong(n) * (K / 32 * bits);
+    Columns<T> columns = {
+        {w + at, w + at + K / 32 * bits},
+        {scales, scales},
+        {biases, biases},
+        {n, n + 1},
+        N,
+        2,
+        0};
     for (ushort c = 0; c < lane_columns; ++c) {
       columns.live |= ushort(n + c < end) << c;
-    }
-    for (ushort c = 0; c < 2; ++c) {
-      columns.w[c] = w + ulong(n + c) * (K / 32 * bits);
-      columns.scales[c] = scales + ulong(n + c) * (K / group_size);
-      columns.biases[c] = biases + ulong(n + c) * (K / group_size);
     }
     Sums sums = {};
     multiply_columns<T, bits>(
@@ -155,6 +178,7 @@ template <typename T, ushort bits>
         columns,
         x,
         staged,
+        held,
         rows_of,
         launch_rows,
         K,
@@ -165,7 +189,7 @@ template <typename T, ushort bits>
     ushort column = own_column + column_of(p);
     int edit = -1;
     if (has_edits) {
-      edit = atomic_load_explicit(&lists.edit[column], memory_order_relaxed);
+      edit = atomic_load_explicit(&known.edit[column], memory_order_relaxed);
     }
 #pragma unroll
     for (ushort m = 0; m < max_rows; ++m) {
@@ -177,38 +201,40 @@ template <typename T, ushort bits>
         }
         uint flag = flag_of(logit);
         if (flag > 0) {
-          atomic_fetch_max_explicit(&lists.flag[m], flag, memory_order_relaxed);
+          atomic_fetch_max_explicit(&known.flag[m], flag, memory_order_relaxed);
         }
         if (has_edits && edit >= 0) {
           ulong at = ulong(rows_of.row(m)) * L + edit;
           logit = edited(logit, factors[at], deltas[at]);
         }
-        ulong entry = entry_of(logit / temperature, first + column);
-        if (entry <= lists.limit[m]) {
+        ulong entry = entry_of(logit / temperature, first - begin + column);
+        if (entry <= known.limit[m]) {
           uint at = atomic_fetch_add_explicit(
-              &lists.found[m], 1, memory_order_relaxed);
-          entries[m * room + at] = entry;
+              &known.found[m], 1, memory_order_relaxed);
+          List{keys + m * room, ids + m * room}.set(at, entry);
         }
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     bool last = first + tile >= end;
     for (ushort m = 0; m < launch_rows; ++m) {
-      if (last || found_in(lists, m) + tile > uint(room)) {
-        cut(entries + m * room, lists, m, count, thread_index);
+      if (last || found_in(known, m) + tile > uint(room)) {
+        List list = {keys + m * room, ids + m * room};
+        cut(list, known, m, count, thread_index);
       }
     }
   }
 
   for (ushort m = 0; m < launch_rows && rows_of.live(m); ++m) {
     ulong at = ulong(rows_of.row(m)) * groups.x + group.x;
-    uint found = found_in(lists, m);
+    uint found = found_in(known, m);
+    List list = {keys + m * room, ids + m * room};
     for (uint i = thread_index; i < count; i += group_threads) {
-      candidates[at * count + i] = i < found ? entries[m * room + i] : no_entry;
+      candidates[at * count + i] = i < found ? list.entry(i) + begin : no_entry;
     }
     if (thread_index == 0) {
       slice_flags[at] =
-          atomic_load_explicit(&lists.flag[m], memory_order_relaxed);
+          atomic_load_explicit(&known.flag[m], memory_order_relaxed);
     }
   }
 }

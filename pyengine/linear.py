@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -43,10 +43,15 @@ class Linear:
             return None
         return self.weight, self.scales, self.biases
 
+    @property
+    def packing(self) -> tuple[int, int] | None:
+        """Group size and bits; None if dense."""
+        return None if self.scales is None else (self.group_size, self.bits)
+
     def packed_like(self, other: Linear) -> bool:
         """Whether both are quantised, in the same way and shape."""
-        same = (self.bits, self.group_size) == (other.bits, other.group_size)
-        return self.scales is not None and same and self.weight.shape == other.weight.shape
+        same = self.packing == other.packing and self.weight.shape == other.weight.shape
+        return self.scales is not None and same
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -96,3 +101,13 @@ def gated(gate: Linear, up: Linear, x: mx.array) -> mx.array:
     if first is None or second is None or not gate.packed_like(up):
         return ops.geglu(gate(x), up(x))
     return ops.q8_gated_matmul(x, first, second, gate.group_size, gate.bits)
+
+
+def side_by_side(matrices: Sequence[Linear], x: mx.array) -> list[mx.array]:
+    """``[matrix(x) for each matrix]``, in one op where two or three are packed alike."""
+    packed = [matrix.packed for matrix in matrices if matrix.packed is not None]
+    packing = matrices[0].packing
+    alike = all(matrix.packing == packing for matrix in matrices)
+    if packing is None or not alike or len(matrices) not in (2, 3):
+        return [matrix(x) for matrix in matrices]
+    return ops.q8_shared_matmul(x, packed, *packing)

@@ -12,7 +12,7 @@ import mlx.core as mx
 from pyengine import ops
 from pyengine.cache import Cache
 from pyengine.config import LayerConfig, TargetConfig
-from pyengine.linear import Linear, gated
+from pyengine.linear import Linear, gated, side_by_side
 from pyengine.logits import Logits
 from pyengine.weights import Weights
 
@@ -211,11 +211,12 @@ class Target:
         """Attention of layer i over its own keys, or over those of the layer it shares with."""
         geometry, attention = self.layers[i].config, self.layers[i].attention
         T, K, D, eps = x.shape[0], geometry.num_kv_heads, geometry.head_dim, self.config.eps
-        q = attention.q(x).reshape(1, T, -1, D)
+        parts = [m for m in (attention.q, attention.k, attention.v) if m is not None]
+        q, *kv = side_by_side(parts, x)
+        q = q.reshape(1, T, -1, D)
         q = ops.norm_rope(q, attention.q_norm, cache.length, attention.inv_freq, eps)
-        if attention.k is not None and attention.k_norm is not None:
-            k = attention.k(x).reshape(1, T, K, D)
-            v = k if attention.v is None else attention.v(x).reshape(1, T, K, D)
+        if attention.k_norm is not None:
+            k, v = (a.reshape(1, T, K, D) for a in (kv[0], kv[-1]))  # keys may double as values
             k = ops.norm_rope(k, attention.k_norm, cache.length, attention.inv_freq, eps)
             v = ops.rms_norm(v, None, eps)
             seen[i] = cache.append(i, k, v)

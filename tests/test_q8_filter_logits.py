@@ -282,8 +282,11 @@ EDIT = (mx.zeros(2, mx.int32), mx.ones((2, 2)), mx.zeros((2, 2)))
             "the last dimension of x must be a multiple of group_size 64 but got 96.",
         ),
         ({"w": Q[0].astype(mx.int32)}, "w must be uint32 but got int32."),
-        ({"w": Q[0][0]}, "w must have shape [V, E * bits / 32] but got [16]."),
-        ({"w": Q[0][:0]}, "w must have shape [V, E * bits / 32] but got [0, 16]."),
+        ({"w": Q[0][0]}, "w must have shape [N, K * bits / 32] but got [16]."),
+        (
+            {"w": Q[0][:0], "scales": Q[1][:0], "biases": Q[2][:0]},
+            "w must have at least 1 row but got [0, 16].",
+        ),
         ({"w": Q[0][:, :8]}, "w must have shape [8, 16] but got [8, 8]."),
         ({"scales": Q[1][:4]}, "scales must have shape [8, 1] but got [4, 1]."),
         ({"biases": Q[2].T}, "biases must have shape [8, 1] but got [1, 8]."),

@@ -11,6 +11,7 @@ from .q8_expert_matmul import q8_expert_matmul, q8_expert_matmul_reference
 from .q8_filter_logits import q8_filter_logits, q8_filter_logits_reference
 from .q8_gated_matmul import q8_gated_matmul, q8_gated_matmul_reference
 from .q8_matmul import q8_matmul, q8_matmul_reference
+from .q8_shared_matmul import q8_shared_matmul, q8_shared_matmul_reference
 from .random_uniform import random_uniform, random_uniform_reference
 from .residual_norm import residual_norm, residual_norm_reference
 from .rms_norm import rms_norm, rms_norm_reference
@@ -41,6 +42,8 @@ __all__ = [
     "q8_gated_matmul_reference",
     "q8_matmul",
     "q8_matmul_reference",
+    "q8_shared_matmul",
+    "q8_shared_matmul_reference",
     "random_uniform",
     "random_uniform_reference",
     "residual_norm",

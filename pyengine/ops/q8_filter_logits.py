@@ -59,9 +59,9 @@ def q8_filter_logits(
     out = _ext.q8_filter_logits(
         x, w, scales, biases, group_size, bits, softcap, *settings, *(edits or ())
     )  # checks in every case
-    T, E = x.shape
+    (T, E), V = x.shape, w.shape[0]
     count = out[0].shape[1]
-    fits = _ext.q8_filter_logits_has_launch(T, E, count, bits)
+    fits = _ext.q8_filter_logits_has_launch(T, V, E, count, bits)
     implementation = chosen("q8_filter_logits", fits)
     if implementation == "native":
         return Filtered(*out)
@@ -69,7 +69,7 @@ def q8_filter_logits(
         listed = edits if edits is not None and edits.ids.size > 0 else None
         launches = _ext.q8_filter_logits_launches(
             T,
-            w.shape[0],
+            V,
             E,
             x.dtype,
             group_size,

@@ -23,6 +23,7 @@ METAL = (
     "q8_filter_logits",
     "q8_gated_matmul",
     "q8_matmul",
+    "q8_shared_matmul",
     "random_uniform",
     "softcap",
 )
@@ -85,6 +86,7 @@ _REDUCING = (
     "q8_filter_logits",
     "q8_gated_matmul",
     "q8_matmul",
+    "q8_shared_matmul",
     "residual_norm",
     "rms_norm",
 )

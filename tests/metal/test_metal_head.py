@@ -56,7 +56,7 @@ def metal(
     T, E = x.shape
     V = q[0].shape[0]
     count = min(top_k if temperature else 1, V)
-    assert _ext.q8_filter_logits_has_launch(T, E, count, bits)
+    assert _ext.q8_filter_logits_has_launch(T, V, E, count, bits)
     packing = (x.dtype, group_size, bits, count, edits and edits.ids.size)
     settings = (softcap, temperature or 1.0, top_p, min_p)
     launches = _ext.q8_filter_logits_launches(T, V, E, *packing, *settings)
@@ -168,7 +168,7 @@ def test_weights_are_read_once_and_no_logits_written(T):
     lists = traffic["candidates"]
     slices = 4096 // 128
     assert lists.size == T * slices * 64 * 8
-    assert report.threadgroup_bytes <= 32768
+    assert report.threadgroup_bytes <= (15 if T <= 6 else 30) * 1024
 
 
 def test_lists_of_a_whole_vocabulary_are_short():
@@ -180,17 +180,21 @@ def test_lists_of_a_whole_vocabulary_are_short():
         assert tuple(launch.grid) == (256, 1, 1) and tuple(launch.threadgroup) == (128, 1, 1)
         lists = next(b for b in launch.buffers if b.name == "candidates")
         assert lists.shape == [T, 256, 64] and 64 * 256 * 16 == 262144
-        assert sum(size for _, size in launch.threadgroup_memory) <= 32256
+        assert sum(size for _, size in launch.threadgroup_memory) <= 30208
         assert tuple(merge.grid) == (T, 1, 1)
 
 
 def test_limits():
     has = _ext.q8_filter_logits_has_launch
-    assert has(16, 1536, 64, 8) and has(6, 1536, 256, 8) and has(8, 64, 64, 4)
-    assert not has(16, 1536, 256, 8) and not has(1, 0, 64, 8)
+    V = 262144
+    assert has(16, V, 1536, 64, 8) and has(6, V, 1536, 256, 8) and has(8, V, 64, 64, 4)
+    assert has(16, V, 1536, 1, 4)
+    assert not has(16, V, 1536, 256, 8) and not has(16, V, 1536, 64, 4)
+    assert not has(1, V, 0, 64, 8) and not has(1, 2**23, 64, 256, 8)
     x, q = normal(9, 16, 64), head(10, 400, 64)
-    with in_workbench():  # three kernels do not fit in one: the processor's
-        assert same(ops.q8_filter_logits(x, *q, top_k=256), ops.q8_filter_logits(x, *q, top_k=256))
+    with in_workbench():  # 16 lists of 256 do not fit: the processor's kernel
+        out = ops.q8_filter_logits(x, *q, top_k=256)
+    assert same(out, ops.q8_filter_logits(x, *q, top_k=256))
 
 
 def test_switch_runs_it(monkeypatch):
