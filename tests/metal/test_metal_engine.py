@@ -10,10 +10,10 @@ from pyengine.pair import Pair
 from pyengine.sampling import Sampling
 from pyengine.speculate import Stats, decode
 
-# What every greedy round runs beside its matmuls
-RULES = {"merge_candidates", "accept_block"}
+# What every greedy text runs beside its matmuls: the first token has all logits
+RULES = {"softcap", "filter_logits", "merge_candidates", "accept_block"}
 # What a quantised pair without experts runs
-Q8 = {"q8_matmul", "q8_shared_matmul", "q8_gated_matmul"}
+Q8 = {"q8_matmul", "q8_shared_matmul", "q8_gated_matmul", "q8_filter_logits"}
 
 
 def text(pair: Pair, flavour: str, block_size: int) -> tuple[list[int], Stats]:
