@@ -5,6 +5,8 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
+#include <iterator>
 #include <memory>
 #include <vector>
 
@@ -21,15 +23,17 @@ namespace {
 
 constexpr const char* op = "accept_block";
 
+constexpr const char* rule_names[] = {"residual", "block", "coupled"};
+
 Rule rule_of(const std::string& name) {
-  if (name == "block") {
-    return Rule::block;
-  }
-  if (name == "coupled") {
-    return Rule::coupled;
-  }
-  check(name == "residual", op, "rule", "be residual, block or coupled", name);
-  return Rule::residual;
+  auto found = std::find(std::begin(rule_names), std::end(rule_names), name);
+  check(
+      found != std::end(rule_names),
+      op,
+      "rule",
+      "be residual, block or coupled",
+      name);
+  return Rule(found - std::begin(rule_names));
 }
 
 void check_rows(
@@ -45,6 +49,34 @@ void check_rows(
 }
 
 } // namespace
+
+bool accept_block_has_launch(int k, int n, int m) {
+  return k <= 128 && std::max(n, m) <= max_scanned;
+}
+
+Launch accept_block_launch(int k, int n, int m, Rule rule) {
+  using Role = Buffer::Role;
+  Launch launch;
+  launch.library = op;
+  launch.kernel = std::string(op) + "_" + rule_names[int(rule)];
+  launch.grid = {1, 1, 1};
+  launch.threadgroup = {32 * std::min(k + 1, 32), 1, 1};
+  launch.buffers = {
+      Buffer::array(Role::in, "p_ids", {k + 1, n}, mx::int32),
+      Buffer::array(Role::in, "p_probs", {k + 1, n}, mx::float32),
+      Buffer::array(Role::in, "q_ids", {k, m}, mx::int32),
+      Buffer::array(Role::in, "q_probs", {k, m}, mx::float32),
+      Buffer::array(Role::in, "drafts", {k}, mx::int32),
+      Buffer::array(Role::in, "position", {}, mx::int32),
+      Buffer::array(Role::in, "seed", {}, mx::uint32),
+      Buffer::array(Role::out, "accepted", {}, mx::int32),
+      Buffer::array(Role::out, "next", {1}, mx::int32),
+      Buffer::scalar("k", uint32_t(k)),
+      Buffer::scalar("n", uint32_t(n)),
+      Buffer::scalar("m", uint32_t(m)),
+      Buffer::scalar("minus_zero", -0.0f)};
+  return launch;
+}
 
 std::pair<mx::array, mx::array> accept_block(
     const mx::array& p_ids,
@@ -67,11 +99,18 @@ std::pair<mx::array, mx::array> accept_block(
   check_dtype(op, "seed", seed, mx::uint32, "be uint32");
   check_shape(op, "seed", seed, {});
   check(vocab > 0, op, "vocab", "be positive", vocab);
+  auto stream = mx::to_stream({});
   auto outputs = mx::array::make_arrays(
       {{}, {1}},
       {mx::int32, mx::int32},
-      std::make_shared<AcceptBlock>(mx::to_stream({}), rule_of(rule), vocab),
-      {p_ids, p_probs, q_ids, q_probs, drafts, position, seed});
+      std::make_shared<AcceptBlock>(stream, rule_of(rule), vocab),
+      {packed_on_gpu(p_ids, stream),
+       packed_on_gpu(p_probs, stream),
+       packed_on_gpu(q_ids, stream),
+       packed_on_gpu(q_probs, stream),
+       packed_on_gpu(drafts, stream),
+       position,
+       seed});
   return {outputs[0], outputs[1]};
 }
 
@@ -120,11 +159,19 @@ void AcceptBlock::eval_cpu(
 }
 
 void AcceptBlock::eval_gpu(
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[accept_block] has no Metal kernel yet; "
-      "pyengine.ops.accept_block runs plain MLX on a GPU.");
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  int k = inputs[4].shape(0), n = inputs[0].shape(1), m = inputs[2].shape(1);
+  if (!accept_block_has_launch(k, n, m)) {
+    throw std::runtime_error(
+        "[accept_block] has no Metal kernel for more than 128 drafts or 256 "
+        "candidates; pyengine.ops.accept_block runs plain MLX there.");
+  }
+  for (auto& out : outputs) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  }
+  auto launch = accept_block_launch(k, n, m, rule_);
+  run_on_gpu(launch, stream(), inputs, outputs);
 }
 
 bool AcceptBlock::is_equivalent(const mx::Primitive& other) const {
@@ -145,6 +192,21 @@ void bind_accept_block(nb::module_& m) {
       nb::arg("seed"),
       nb::arg("rule"),
       nb::arg("vocab"));
+  m.def(
+      "accept_block_has_launch",
+      &accept_block_has_launch,
+      nb::arg("k"),
+      nb::arg("n"),
+      nb::arg("m"));
+  m.def(
+      "accept_block_launch",
+      [](int k, int n, int m, const std::string& rule) {
+        return accept_block_launch(k, n, m, rule_of(rule));
+      },
+      nb::arg("k"),
+      nb::arg("n"),
+      nb::arg("m"),
+      nb::arg("rule"));
 }
 
 } // namespace pyengine

@@ -4,6 +4,7 @@
 #include <string>
 #include <utility>
 
+#include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 
@@ -24,6 +25,10 @@ std::pair<mx::array, mx::array> accept_block(
     int vocab);
 
 enum class Rule : int { residual, block, coupled };
+
+// The Metal kernel takes rows of up to 256 candidates and 128 drafts.
+bool accept_block_has_launch(int k, int n, int m);
+Launch accept_block_launch(int k, int n, int m, Rule rule);
 
 class AcceptBlock : public mx::Primitive {
  public:

@@ -47,7 +47,9 @@ NB_MODULE(_ext, m) {
   pyengine::bind_norm_rope(m);
   pyengine::bind_residual_norm(m);
   pyengine::bind_filter_logits(m);
+  pyengine::bind_q8_filter_logits(m);
   pyengine::bind_geglu(m);
+  pyengine::bind_softcap(m);
   pyengine::bind_write_cache(m);
   pyengine::bind_block_attention(m);
   pyengine::bind_mathfn(m);

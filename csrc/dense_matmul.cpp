@@ -28,8 +28,9 @@ Plan dense_matmul_plan(int M, int N, int K, size_t itemsize) {
 Launch
 dense_matmul_launch(int M, int N, int K, mx::Dtype dtype, mx::Dtype out_dtype) {
   using Role = Buffer::Role;
-  auto launch = matmul_launch(
-      op, std::string(op) + "_" + dtype_name(dtype), M, N, 8, dtype);
+  Tile tile = {dtype == mx::float32 ? 8 : 4, 8};
+  auto launch =
+      matmul_launch(op, std::string(op) + "_" + dtype_name(dtype), M, N, tile);
   launch.constants[2] = out_dtype == mx::float32 && dtype != mx::float32;
   bool aligned = int64_t(K) * dtype.size() % 16 == 0;
   launch.constants[3] = aligned;

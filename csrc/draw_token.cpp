@@ -20,6 +20,26 @@ constexpr const char* op = "draw_token";
 
 } // namespace
 
+Launch draw_token_launch(int T, int n, int index, bool shared) {
+  using Role = Buffer::Role;
+  Launch launch;
+  launch.library = op;
+  launch.kernel = op;
+  launch.constants = {{0, shared}};
+  launch.grid = {T, 1, 1};
+  launch.threadgroup = {32, 1, 1};
+  launch.buffers = {
+      Buffer::array(Role::in, "ids", {T, n}, mx::int32),
+      Buffer::array(Role::in, "probs", {T, n}, mx::float32),
+      Buffer::array(Role::in, "position", {}, mx::int32),
+      Buffer::array(Role::in, "seed", {}, mx::uint32),
+      Buffer::array(Role::out, "out", {T}, mx::int32),
+      Buffer::scalar("count", uint32_t(n)),
+      Buffer::scalar("first_index", uint32_t(index)),
+      Buffer::scalar("minus_zero", -0.0f)};
+  return launch;
+}
+
 mx::array draw_token(
     const mx::array& ids,
     const mx::array& probs,
@@ -41,11 +61,15 @@ mx::array draw_token(
   check_dtype(op, "seed", seed, mx::uint32, "be uint32");
   check_shape(op, "seed", seed, {});
   check(index >= 0, op, "index", "be 0 or more", index);
+  auto stream = mx::to_stream({});
   return mx::array(
       {ids.shape(0)},
       mx::int32,
-      std::make_shared<DrawToken>(mx::to_stream({}), index, shared),
-      {ids, probs, position, seed});
+      std::make_shared<DrawToken>(stream, index, shared),
+      {packed_on_gpu(ids, stream),
+       packed_on_gpu(probs, stream),
+       position,
+       seed});
 }
 
 void DrawToken::eval_cpu(
@@ -80,11 +104,16 @@ void DrawToken::eval_cpu(
 }
 
 void DrawToken::eval_gpu(
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[draw_token] has no Metal kernel yet; "
-      "pyengine.ops.draw_token runs plain MLX on a GPU.");
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& ids = inputs[0];
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+  auto launch = draw_token_launch(ids.shape(0), ids.shape(1), index_, shared_);
+  run_on_gpu(launch, stream(), inputs, outputs);
 }
 
 bool DrawToken::is_equivalent(const mx::Primitive& other) const {
@@ -100,6 +129,13 @@ void bind_draw_token(nb::module_& m) {
       nb::arg("probs"),
       nb::arg("position"),
       nb::arg("seed"),
+      nb::arg("index"),
+      nb::arg("shared"));
+  m.def(
+      "draw_token_launch",
+      &draw_token_launch,
+      nb::arg("T"),
+      nb::arg("n"),
       nb::arg("index"),
       nb::arg("shared"));
 }

@@ -1,6 +1,7 @@
 #pragma once
 // draw_token: one token from each row of candidates.
 
+#include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 
@@ -16,6 +17,8 @@ mx::array draw_token(
     const mx::array& seed, // []
     int index,
     bool shared);
+
+Launch draw_token_launch(int T, int n, int index, bool shared);
 
 class DrawToken : public mx::Primitive {
  public:

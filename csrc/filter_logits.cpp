@@ -4,14 +4,15 @@
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <memory>
-#include <numeric>
 #include <vector>
 
 #include "bindings.h"
 #include "check.h"
+#include "filter_inputs.h"
 #include "filter_logits_cpu.h"
 #include "isa.h"
 #include "mlx/backend/cpu/encoder.h"
@@ -24,19 +25,80 @@ namespace {
 
 constexpr const char* op = "filter_logits";
 
-// Positions in a list of ids, lowest id first.
-std::vector<int32_t> by_id(const int32_t* ids, int count) {
-  std::vector<int32_t> order(count);
-  std::iota(order.begin(), order.end(), 0);
-  auto lower = [&](int32_t a, int32_t b) { return ids[a] < ids[b]; };
-  // Lists come sorted but for the block's own drafts at the end
-  auto sorted = std::is_sorted_until(order.begin(), order.end(), lower);
-  std::sort(sorted, order.end(), lower);
-  std::inplace_merge(order.begin(), sorted, order.end(), lower);
-  return order;
-}
+// The tiles of metal/filter_logits.metal and metal/merge_candidates.metal.
+constexpr int slice_size = 4096;
+constexpr int thread_items = 16;
+static_assert(thread_items * 1024 == max_merged); // threads of a threadgroup
 
 } // namespace
+
+bool filter_logits_has_launch(int V, int count) {
+  int64_t slices = (int64_t(V) + slice_size - 1) / slice_size;
+  return count <= max_candidates && slices * count <= max_merged;
+}
+
+Launch merge_candidates_launch(
+    int T,
+    int slices,
+    int count,
+    float top_p,
+    float min_p) {
+  using Role = Buffer::Role;
+  int simdgroup_items = 32 * thread_items;
+  int simds = (slices * count + simdgroup_items - 1) / simdgroup_items;
+  Launch launch;
+  launch.library = "merge_candidates";
+  launch.kernel = "merge_candidates";
+  launch.grid = {T, 1, 1};
+  launch.threadgroup = {32 * simds, 1, 1};
+  launch.buffers = {
+      Buffer::array(Role::in, "candidates", {T, slices, count}, mx::uint64),
+      Buffer::array(Role::in, "slice_flags", {T, slices}, mx::uint32),
+      Buffer::array(Role::out, "ids", {T, count}, mx::int32),
+      Buffer::array(Role::out, "probs", {T, count}, mx::float32),
+      Buffer::array(Role::out, "flags", {T}, mx::int32),
+      Buffer::scalar("slices", uint32_t(slices)),
+      Buffer::scalar("count", uint32_t(count)),
+      Buffer::scalar("top_p", top_p),
+      Buffer::scalar("min_p", min_p)};
+  return launch;
+}
+
+std::vector<Launch> filter_logits_launches(
+    int T,
+    int V,
+    int count,
+    std::optional<int> edits,
+    float temperature,
+    float top_p,
+    float min_p,
+    bool aligned) {
+  using Role = Buffer::Role;
+  int slices = (V + slice_size - 1) / slice_size;
+  Launch launch;
+  launch.library = op;
+  launch.kernel = op;
+  launch.constants = {{0, edits.has_value()}, {1, aligned}};
+  launch.grid = {slices, T, 1};
+  launch.threadgroup = {slice_size / thread_items, 1, 1};
+  launch.buffers = {
+      Buffer::array(Role::in, "logits", {T, V}, mx::float32, aligned ? 16 : 1),
+      Buffer::array(Role::out, "candidates", {T, slices, count}, mx::uint64),
+      Buffer::array(Role::out, "slice_flags", {T, slices}, mx::uint32),
+      Buffer::scalar("V", uint32_t(V)),
+      Buffer::scalar("count", uint32_t(count)),
+      Buffer::scalar("temperature", temperature)};
+  if (edits) {
+    launch.buffers.insert(
+        launch.buffers.end(),
+        {Buffer::array(Role::in, "edit_ids", {*edits}, mx::int32),
+         Buffer::array(Role::in, "factors", {T, *edits}, mx::float32),
+         Buffer::array(Role::in, "deltas", {T, *edits}, mx::float32),
+         Buffer::scalar("L", uint32_t(*edits))});
+  }
+  launch.threadgroup_memory = {{0, edits ? slice_size * 4 : 16}};
+  return {launch, merge_candidates_launch(T, slices, count, top_p, min_p)};
+}
 
 std::tuple<mx::array, mx::array, mx::array> filter_logits(
     const mx::array& logits,
@@ -56,49 +118,28 @@ std::tuple<mx::array, mx::array, mx::array> filter_logits(
       logits.shape());
   int rows = logits.shape(0);
   int vocab = logits.shape(1);
-  check(temperature >= 0, op, "temperature", "be 0 or more", temperature);
   check(
       top_k >= 0 && top_k <= max_candidates,
       op,
       "top_k",
       "be 0 (off) to 256",
       top_k);
-  check(
-      top_p > 0 && top_p <= 1, op, "top_p", "be above 0 and at most 1", top_p);
-  check(
-      min_p >= 0 && min_p < 1, op, "min_p", "be 0 or more and below 1", min_p);
+  check_filter(op, temperature, top_p, min_p);
   std::vector<mx::array> inputs = {logits};
-  if (edit_ids || edit_factors || edit_deltas) {
-    check(
-        edit_ids && edit_factors && edit_deltas,
-        op,
-        "edits",
-        "be ids, factors and deltas together",
-        "a part");
-    check_dtype(op, "edit ids", *edit_ids, mx::int32, "be int32");
-    check(
-        edit_ids->ndim() == 1,
-        op,
-        "edit ids",
-        "have shape [L]",
-        edit_ids->shape());
-    check_dtype(op, "edit factors", *edit_factors, mx::float32, "be float32");
-    check_dtype(op, "edit deltas", *edit_deltas, mx::float32, "be float32");
-    mx::Shape shape = {rows, edit_ids->shape(0)};
-    check_shape(op, "edit factors", *edit_factors, shape);
-    check_shape(op, "edit deltas", *edit_deltas, shape);
-    inputs.insert(inputs.end(), {*edit_ids, *edit_factors, *edit_deltas});
-  }
+  add_edits(op, rows, edit_ids, edit_factors, edit_deltas, inputs);
   if (temperature == 0) { // greedy: the one best candidate, as it stands
     temperature = 1;
     top_k = 1;
   }
   mx::Shape shape = {rows, top_k ? std::min(top_k, vocab) : vocab};
+  auto stream = mx::to_stream({});
+  for (auto& input : inputs) {
+    input = packed_on_gpu(input, stream);
+  }
   auto outputs = mx::array::make_arrays(
       {shape, shape, {rows}},
       {mx::int32, mx::float32, mx::int32},
-      std::make_shared<FilterLogits>(
-          mx::to_stream({}), temperature, top_p, min_p),
+      std::make_shared<FilterLogits>(stream, temperature, top_p, min_p),
       inputs);
   return {outputs[0], outputs[1], outputs[2]};
 }
@@ -106,42 +147,27 @@ std::tuple<mx::array, mx::array, mx::array> filter_logits(
 void FilterLogits::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
+  int V = inputs[0].shape(1);
+  FilterLogitsArgs args = {};
+  args.filter = filter_args(outputs, V, temperature_, top_p_, min_p_);
   auto& encoder = mx::cpu::get_command_encoder(stream());
-  std::vector<Packed> packed;
   for (const auto& input : inputs) {
     encoder.set_input_array(input);
-    packed.emplace_back(input);
   }
   for (auto& out : outputs) {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
     encoder.set_output_array(out);
   }
-  FilterLogitsArgs args = {};
-  args.ids = outputs[0].data<int32_t>();
-  args.probs = outputs[1].data<float>();
-  args.flags = outputs[2].data<int32_t>();
-  args.V = inputs[0].shape(1);
-  args.count = outputs[0].shape(1);
-  args.edits = inputs.size() > 1 ? inputs[1].shape(0) : 0;
-  args.temperature = temperature_;
-  args.top_p = top_p_;
-  args.min_p = min_p_;
-  encoder.dispatch([packed = std::move(packed),
+  encoder.dispatch([logits = Packed(inputs[0]),
+                    edits = PackedEdits(inputs, 1),
                     rows = int64_t(inputs[0].shape(0)),
                     args]() mutable {
-    args.logits = static_cast<const float*>(packed[0].get());
-    std::vector<int32_t> order;
-    if (args.edits) {
-      args.edit_ids = static_cast<const int32_t*>(packed[1].get());
-      args.edit_factors = static_cast<const float*>(packed[2].get());
-      args.edit_deltas = static_cast<const float*>(packed[3].get());
-      order = by_id(args.edit_ids, args.edits);
-      args.edit_order = order.data();
-    }
-    bool sorts = args.count > max_candidates;
-    split_rows(rows, args.V, [&](int64_t begin, int64_t end) {
+    args.logits = static_cast<const float*>(logits.get());
+    edits.get(args.filter);
+    int V = args.filter.V;
+    bool sorts = args.filter.count > max_candidates;
+    split_rows(rows, V, [&](int64_t begin, int64_t end) {
       auto own = args;
-      std::vector<SortKey> scratch(sorts ? 2 * size_t(args.V) : 0);
+      std::vector<SortKey> scratch(sorts ? 2 * size_t(V) : 0);
       own.scratch = scratch.data();
       PYENGINE_PICK_KERNEL(filter_logits_rows)(own, begin, end);
     });
@@ -149,11 +175,29 @@ void FilterLogits::eval_cpu(
 }
 
 void FilterLogits::eval_gpu(
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[filter_logits] has no Metal kernel yet; "
-      "pyengine.ops.filter_logits runs plain MLX on a GPU.");
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& logits = inputs[0];
+  int T = logits.shape(0), V = logits.shape(1), count = outputs[0].shape(1);
+  if (!filter_logits_has_launch(V, count)) {
+    throw std::runtime_error(
+        "[filter_logits] has no Metal kernel without top_k or for that many "
+        "logits; pyengine.ops.filter_logits runs plain MLX there.");
+  }
+  for (auto& out : outputs) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  }
+  if (T == 0) {
+    return;
+  }
+  std::optional<int> edits;
+  if (inputs.size() > 1 && inputs[1].size() > 0) {
+    edits = inputs[1].shape(0);
+  }
+  bool aligned = V % 4 == 0 && logits.offset() % 16 == 0;
+  auto launches = filter_logits_launches(
+      T, V, count, edits, temperature_, top_p_, min_p_, aligned);
+  run_on_gpu(launches, stream(), inputs, outputs);
 }
 
 void bind_filter_logits(nb::module_& m) {
@@ -168,6 +212,30 @@ void bind_filter_logits(nb::module_& m) {
       nb::arg("edit_ids").none() = nb::none(),
       nb::arg("edit_factors").none() = nb::none(),
       nb::arg("edit_deltas").none() = nb::none());
+  m.def(
+      "filter_logits_has_launch",
+      &filter_logits_has_launch,
+      nb::arg("V"),
+      nb::arg("count"));
+  m.def(
+      "filter_logits_launches",
+      &filter_logits_launches,
+      nb::arg("T"),
+      nb::arg("V"),
+      nb::arg("count"),
+      nb::arg("edits").none(),
+      nb::arg("temperature"),
+      nb::arg("top_p"),
+      nb::arg("min_p"),
+      nb::arg("aligned"));
+  m.def(
+      "merge_candidates_launch",
+      &merge_candidates_launch,
+      nb::arg("T"),
+      nb::arg("slices"),
+      nb::arg("count"),
+      nb::arg("top_p"),
+      nb::arg("min_p"));
 }
 
 } // namespace pyengine

@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 
@@ -22,6 +23,30 @@ std::tuple<mx::array, mx::array, mx::array> filter_logits(
     const std::optional<mx::array>& edit_ids, // [L]
     const std::optional<mx::array>& edit_factors, // [T, L]
     const std::optional<mx::array>& edit_deltas); // [T, L]
+
+constexpr int max_merged = 16384;
+
+// The Metal kernels keep up to 256 candidates, of up to 262144 logits; of more
+// logits fewer.
+bool filter_logits_has_launch(int V, int count);
+
+// Two launches: the candidates of slices of 4096 logits, which are merged.
+// `aligned`: every row of logits starts on 16 bytes.
+std::vector<Launch> filter_logits_launches(
+    int T,
+    int V,
+    int count,
+    std::optional<int> edits, // L
+    float temperature,
+    float top_p,
+    float min_p,
+    bool aligned);
+
+// The second of them, for candidates from elsewhere: uint64 [T, slices, count]
+// and flags uint32 [T, slices], as metal/filter.h has them;
+// slices * count at most max_merged.
+Launch
+merge_candidates_launch(int T, int slices, int count, float top_p, float min_p);
 
 class FilterLogits : public mx::Primitive {
  public:

@@ -13,8 +13,8 @@ struct SortKey {
   int32_t id;
 };
 
-struct FilterLogitsArgs {
-  const float* logits; // [rows, V]
+// What every filter is told: settings, edits, and where the result goes.
+struct FilterArgs {
   int32_t* ids; // [rows, count], best first
   float* probs; // [rows, count]
   int32_t* flags; // [rows]
@@ -25,10 +25,28 @@ struct FilterLogitsArgs {
   const float* edit_factors; // [rows, L]
   const float* edit_deltas; // [rows, L]
   const int32_t* edit_order; // [L], positions in edit_ids, lowest id first
-  SortKey* scratch; // [2 * V] where count is more than max_candidates
   float temperature;
   float top_p;
   float min_p;
+};
+
+struct FilterLogitsArgs {
+  FilterArgs filter;
+  const float* logits; // [rows, V]
+  SortKey* scratch; // [2 * V] where count is more than max_candidates
+};
+
+struct Candidate {
+  float value;
+  int32_t id;
+};
+
+// The best candidates of a row among those of its logits that were seen.
+struct Kept {
+  int size; // a heap once there are `count` of them, the worst on top
+  int next_edit; // in edit_order
+  int32_t flag; // 0: all finite; 1: some -inf; 2: NaN or +inf
+  Candidate heap[max_candidates];
 };
 
 PYENGINE_DECLARE_KERNEL(

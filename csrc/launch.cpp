@@ -35,6 +35,12 @@ Buffer Buffer::scalar(std::string name, uint32_t value) {
   return {std::move(name), Role::bytes, {}, mx::uint32, 4, std::move(data)};
 }
 
+Buffer Buffer::scalar(std::string name, float value) {
+  std::string data(sizeof(value), '\0');
+  std::memcpy(data.data(), &value, sizeof(value));
+  return {std::move(name), Role::bytes, {}, mx::float32, 4, std::move(data)};
+}
+
 std::string dtype_name(mx::Dtype dtype) {
   std::ostringstream text;
   text << dtype;
@@ -57,11 +63,32 @@ std::string source_of(const std::string& library) {
   throw std::logic_error("[launch] no Metal source is named " + library + ".");
 }
 
+bool read_later(
+    const std::vector<Launch>& launches,
+    size_t from,
+    const std::string& name) {
+  for (size_t i = from + 1; i < launches.size(); ++i) {
+    for (const auto& buffer : launches[i].buffers) {
+      if (buffer.role == Buffer::Role::in && buffer.name == name) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
 } // namespace
 
 #ifdef __APPLE__
 
 namespace {
+
+mx::array temporary(const Buffer& buffer, const mx::Stream& stream) {
+  mx::array a(buffer.shape, buffer.dtype, nullptr, {});
+  a.set_data(mx::allocator::malloc(a.nbytes()));
+  mx::metal::get_command_encoder(stream).add_temporary(a);
+  return a;
+}
 
 // MLX keeps libraries and pipelines by name alone, so the name of a library
 // carries the hash of its text, and that of a pipeline its constants.
@@ -130,6 +157,14 @@ void run_on_gpu(
 
 #else
 
+namespace {
+
+mx::array temporary(const Buffer& buffer, const mx::Stream&) {
+  return mx::array(buffer.shape, buffer.dtype, nullptr, {});
+}
+
+} // namespace
+
 void run_on_gpu(
     const Launch& launch,
     const mx::Stream&,
@@ -140,6 +175,34 @@ void run_on_gpu(
 }
 
 #endif
+
+void run_on_gpu(
+    const std::vector<Launch>& launches,
+    const mx::Stream& stream,
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  std::map<std::string, mx::array> known;
+  size_t input = 0, output = 0;
+  for (size_t i = 0; i < launches.size(); ++i) {
+    std::vector<mx::array> read, written;
+    for (const auto& buffer : launches[i].buffers) {
+      if (buffer.role == Buffer::Role::in) {
+        auto found = known.find(buffer.name);
+        if (found == known.end()) {
+          found = known.emplace(buffer.name, inputs[input++]).first;
+        }
+        read.push_back(found->second);
+      } else if (buffer.role != Buffer::Role::bytes) {
+        auto a = read_later(launches, i, buffer.name)
+            ? temporary(buffer, stream)
+            : outputs[output++];
+        known.insert_or_assign(buffer.name, a);
+        written.push_back(a);
+      }
+    }
+    run_on_gpu(launches[i], stream, read, written);
+  }
+}
 
 void bind_launch(nb::module_& m) {
   nb::class_<Buffer>(m, "Buffer")

@@ -36,6 +36,7 @@ struct Buffer {
       mx::Dtype dtype,
       int alignment = 1);
   static Buffer scalar(std::string name, uint32_t value);
+  static Buffer scalar(std::string name, float value);
 };
 
 struct Launch {
@@ -55,6 +56,15 @@ std::string dtype_name(mx::Dtype dtype);
 // of those roles, in order; an inout buffer is an output. Outputs have memory.
 void run_on_gpu(
     const Launch& launch,
+    const mx::Stream& stream,
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs);
+
+// Runs launches in order. A buffer that one writes and a later one reads, by
+// its name, is a temporary; `inputs` and `outputs` stand for the others, in the
+// order in which they are first named.
+void run_on_gpu(
+    const std::vector<Launch>& launches,
     const mx::Stream& stream,
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs);

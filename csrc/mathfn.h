@@ -109,6 +109,11 @@ PYENGINE_INLINE F32x16 tanh(F32x16 x) {
   return select_less(size, broadcast(0.6f), near, far);
 }
 
+// Bends x so that it stays between -cap and cap.
+PYENGINE_INLINE F32x16 capped(F32x16 x, float cap) {
+  return broadcast(cap) * tanh(x / broadcast(cap));
+}
+
 // sin(x) and cos(x) within 1.7 units in the last place for |x| <= 2^18, the
 // longest context in radians; the error grows slowly beyond (5 units at 2^22).
 //

@@ -1,10 +1,11 @@
 #pragma once
 // matmul_launch.h: the tile of metal/matmul.h, chosen here for all matmuls.
 //
-// Four simdgroups of 32 columns (64 for 4 bits) read x together: at 16 rows of
-// bfloat16 its bytes then equal those of 8-bit weights. float32 rows are twice
-// as long, and get twice the columns. Few rows are staged many chunks at a
+// Four simdgroups of 32 columns in all (64 for 4 bits) read x together: at 16
+// rows of bfloat16 its bytes then equal those of 8-bit weights. float32 rows
+// are twice as long, and get 64 columns. Few rows are staged many chunks at a
 // time, so that barriers stay rare: at most 8 KiB up to 8 rows, 16 KiB at 16.
+// Scales and biases take 4 KiB (8 with 64 columns).
 
 #include <algorithm>
 
@@ -13,24 +14,23 @@
 
 namespace pyengine {
 
-inline int matmul_simds(mx::Dtype dtype) {
-  return dtype == mx::float32 ? 8 : 4;
-}
+// The simdgroups of a threadgroup, and the columns that each owns.
+struct Tile {
+  int simds;
+  int columns;
 
-// Threadgroups that share the N columns of a matrix, a simdgroup owning
-// `simd_columns` of them.
-inline int column_blocks(int N, int simd_columns, mx::Dtype dtype) {
-  int columns = matmul_simds(dtype) * simd_columns;
-  return (N + columns - 1) / columns;
-}
+  // Threadgroups that share N columns.
+  int blocks(int N) const {
+    return (N + simds * columns - 1) / (simds * columns);
+  }
+};
 
 inline Launch matmul_launch(
     std::string library,
     std::string kernel,
     int M,
     int N,
-    int simd_columns,
-    mx::Dtype dtype) {
+    Tile tile) {
   constexpr int chunk_bytes = 256 * 4; // of one staged row
   int rows = std::clamp(M, 1, max_rows);
   int chunks = std::max(1, 8 / rows);
@@ -38,16 +38,46 @@ inline Launch matmul_launch(
   launch.library = std::move(library);
   launch.kernel = std::move(kernel);
   launch.constants = {{0, rows}, {1, chunks}};
-  launch.grid = {
-      column_blocks(N, simd_columns, dtype), (M + max_rows - 1) / max_rows, 1};
-  launch.threadgroup = {32 * matmul_simds(dtype), 1, 1};
+  launch.grid = {tile.blocks(N), (M + max_rows - 1) / max_rows, 1};
+  launch.threadgroup = {32 * tile.simds, 1, 1};
   launch.threadgroup_memory = {{0, rows * chunks * chunk_bytes}};
   return launch;
 }
 
+// Of one matrix, or of two whose columns alternate.
+inline Tile packed_tile(mx::Dtype dtype, int bits, int matrices = 1) {
+  bool long_rows = dtype == mx::float32 && bits != 4;
+  return {long_rows ? 8 : 4, (bits == 4 ? 16 : 8) / matrices};
+}
+
+// Without buffers.
+inline Launch packed_launch(
+    const std::string& op,
+    int M,
+    int N,
+    mx::Dtype dtype,
+    mx::Dtype out_dtype,
+    int group_size,
+    int bits,
+    int matrices = 1) {
+  Tile tile = packed_tile(dtype, bits, matrices);
+  auto launch = matmul_launch(
+      op,
+      op + "_" + dtype_name(dtype) + "_" + std::to_string(bits),
+      M,
+      N,
+      tile);
+  launch.constants[2] = out_dtype == mx::float32 && dtype != mx::float32;
+  launch.constants[3] = group_size;
+  // Scales and biases: 512 bytes for every four columns (metal/quantized.h).
+  int bytes = tile.simds * tile.columns * matrices / 4 * 512;
+  launch.threadgroup_memory.emplace_back(1, bytes);
+  return launch;
+}
+
 // Buffers of a quantised matrix, or of a stack of them: `rows` is what stands
-// before its last dimension. 6 bits are loaded in words, the others in 16
-// bytes.
+// before its last dimension. Weights of 6 bits are loaded in words, all else in
+// 16 bytes.
 inline void add_matrix(
     Launch& launch,
     const std::string& matrix,
@@ -64,8 +94,8 @@ inline void add_matrix(
       launch.buffers.end(),
       {Buffer::array(
            Role::in, matrix + "w", packed, mx::uint32, bits == 6 ? 4 : 16),
-       Buffer::array(Role::in, matrix + "scales", factors, dtype),
-       Buffer::array(Role::in, matrix + "biases", factors, dtype)});
+       Buffer::array(Role::in, matrix + "scales", factors, dtype, 16),
+       Buffer::array(Role::in, matrix + "biases", factors, dtype, 16)});
 }
 
 inline void add_scalars(

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "mlx/array.h"
+#include "mlx/ops.h"
 
 namespace pyengine {
 
@@ -75,5 +76,12 @@ class Packed {
   const char* data_;
   std::shared_ptr<Gather> gather_; // a task must be copyable
 };
+
+// The same for a Metal kernel, which reads an input where it lies: there the
+// graph does get the node.
+inline mx::array packed_on_gpu(const mx::array& a, mx::Stream stream) {
+  return stream.device == mx::Device::cpu ? a
+                                          : mx::contiguous(a, false, stream);
+}
 
 } // namespace pyengine

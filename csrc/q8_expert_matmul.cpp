@@ -119,21 +119,14 @@ Launch q8_expert_matmul_launch(
     int group_size,
     int bits) {
   using Role = Buffer::Role;
-  auto launch = matmul_launch(
-      op,
-      std::string(op) + "_" + dtype_name(dtype) + "_" + std::to_string(bits),
-      T,
-      N,
-      (bits == 4 ? 16 : 8) / (gated ? 2 : 1),
-      dtype);
+  auto launch = packed_launch(
+      op, T, N, dtype, out_dtype, group_size, bits, gated ? 2 : 1);
   launch.grid = {launch.grid[0], X, launch.grid[1]};
-  launch.constants[2] = out_dtype == mx::float32 && dtype != mx::float32;
-  launch.constants[3] = group_size;
   launch.constants[4] = gated;
   launch.constants[5] = shared;
   // The pairs of 16 tokens and their number, in whole 16 bytes.
   int list = 2 * (max_rows * U + 1);
-  launch.threadgroup_memory.emplace_back(1, (list + 15) / 16 * 16);
+  launch.threadgroup_memory.emplace_back(2, (list + 15) / 16 * 16);
   mx::Shape rows = shared ? mx::Shape{T, K} : mx::Shape{T, U, K};
   launch.buffers = {Buffer::array(Role::in, "x", rows, dtype, 16)};
   for (std::string matrix : {"", "up_"}) {
@@ -175,7 +168,7 @@ mx::array q8_expert_matmul(
       "up",
       "have 3 arrays or none",
       up.size());
-  std::vector<Packed> stacks = {{"", stack[0], stack[1], stack[2]}};
+  std::vector<PackedMatrix> stacks = {{"", stack[0], stack[1], stack[2]}};
   if (!up.empty()) {
     stacks.push_back({"up_", up[0], up[1], up[2]});
   }

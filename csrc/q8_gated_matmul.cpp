@@ -64,16 +64,7 @@ Launch q8_gated_matmul_launch(
     int group_size,
     int bits) {
   using Role = Buffer::Role;
-  // A simdgroup has half as many columns of each matrix as of one.
-  auto launch = matmul_launch(
-      op,
-      std::string(op) + "_" + dtype_name(dtype) + "_" + std::to_string(bits),
-      M,
-      N,
-      bits == 4 ? 8 : 4,
-      dtype);
-  launch.constants[2] = false; // float_out
-  launch.constants[3] = group_size;
+  auto launch = packed_launch(op, M, N, dtype, dtype, group_size, bits, 2);
   launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
   for (std::string matrix : {"gate_", "up_"}) {
     add_matrix(launch, matrix, {N}, K, dtype, group_size, bits);

@@ -39,15 +39,7 @@ Launch q8_matmul_launch(
     int group_size,
     int bits) {
   using Role = Buffer::Role;
-  auto launch = matmul_launch(
-      op,
-      std::string(op) + "_" + dtype_name(dtype) + "_" + std::to_string(bits),
-      M,
-      N,
-      bits == 4 ? 16 : 8,
-      dtype);
-  launch.constants[2] = out_dtype == mx::float32 && dtype != mx::float32;
-  launch.constants[3] = group_size;
+  auto launch = packed_launch(op, M, N, dtype, out_dtype, group_size, bits);
   launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
   add_matrix(launch, "", {N}, K, dtype, group_size, bits);
   launch.buffers.push_back(Buffer::array(Role::out, "out", {M, N}, out_dtype));

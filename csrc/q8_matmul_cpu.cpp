@@ -204,7 +204,7 @@ void multiply(const Q8MatmulArgs& args, const Group& group) {
 
 } // namespace
 
-void q8_matmul_columns(
+void q8_matmul_sums(
     const Q8MatmulArgs& args,
     int begin,
     int end,
@@ -229,6 +229,15 @@ void q8_matmul_columns(
       multiply<4>(args, group);
       break;
   }
+}
+
+void q8_matmul_columns(
+    const Q8MatmulArgs& args,
+    int begin,
+    int end,
+    float* scratch) {
+  q8_matmul_sums(args, begin, end, scratch);
+  int columns = end - begin;
   for (int m = 0; m < args.M; ++m) {
     int64_t at = int64_t(m) * args.N + begin;
     store(args.out, args.out_storage, at, scratch + m * columns, columns);

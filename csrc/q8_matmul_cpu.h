@@ -20,8 +20,16 @@ struct Q8MatmulArgs {
   int bits;
 };
 
-// Writes columns [begin, end) of every row. Scratch holds, for each of these
-// columns, the sums of M rows and K / group_size scales and biases.
+// Columns [begin, end) of every row into scratch, [M, end - begin]. Behind them
+// it holds, for each of these columns, K / group_size scales and biases.
+PYENGINE_DECLARE_KERNEL(
+    q8_matmul_sums,
+    const Q8MatmulArgs& args,
+    int begin,
+    int end,
+    float* scratch)
+
+// The same, and then writes them to out.
 PYENGINE_DECLARE_KERNEL(
     q8_matmul_columns,
     const Q8MatmulArgs& args,

@@ -53,20 +53,11 @@ Launch q8_shared_matmul_launch(
     int bits) {
   using Role = Buffer::Role;
   constexpr const char* names[] = {"first_", "second_", "third_"};
-  auto launch = matmul_launch(
-      op,
-      std::string(op) + "_" + dtype_name(dtype) + "_" + std::to_string(bits),
-      M,
-      0,
-      bits == 4 ? 16 : 8,
-      dtype);
+  auto launch = packed_launch(op, M, 0, dtype, dtype, group_size, bits);
   // The blocks of columns of each matrix, side by side.
-  launch.grid[0] = 0;
   for (int n : N) {
-    launch.grid[0] += column_blocks(n, bits == 4 ? 16 : 8, dtype);
+    launch.grid[0] += packed_tile(dtype, bits).blocks(n);
   }
-  launch.constants[2] = false; // float_out
-  launch.constants[3] = group_size;
   launch.constants[4] = N.size() == 3;
   launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
   add_scalars(launch, {{"M", M}, {"K", K}});
@@ -91,7 +82,7 @@ std::vector<mx::array> q8_shared_matmul(
       "matrices",
       "be 2 or 3",
       matrices.size());
-  std::vector<Packed> packed;
+  std::vector<PackedMatrix> packed;
   for (size_t i = 0; i < matrices.size(); ++i) {
     std::string name = "matrices[" + std::to_string(i) + "]";
     const auto& m = matrices[i];

@@ -14,7 +14,7 @@
 namespace pyengine {
 
 // A quantised matrix, or a stack of them, as an op is given it.
-struct Packed {
+struct PackedMatrix {
   std::string name; // stands before w, scales and biases in messages
   const mx::array& w;
   const mx::array& scales;
@@ -30,7 +30,7 @@ inline int packed_width(int K, int bits) {
 inline void check_packed(
     const char* op,
     const mx::array& x,
-    const std::vector<Packed>& matrices,
+    const std::vector<PackedMatrix>& matrices,
     int group_size,
     int bits,
     int ndim = 2,

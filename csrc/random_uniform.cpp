@@ -22,6 +22,23 @@ constexpr const char* op = "random_uniform";
 
 } // namespace
 
+Launch random_uniform_launch(int count, uint32_t key0, uint32_t key1) {
+  using Role = Buffer::Role;
+  constexpr int threads = 256;
+  Launch launch;
+  launch.library = op;
+  launch.kernel = op;
+  launch.grid = {(count + threads - 1) / threads, 1, 1};
+  launch.threadgroup = {threads, 1, 1};
+  launch.buffers = {
+      Buffer::array(Role::in, "counters", {count, 4}, mx::uint32),
+      Buffer::array(Role::out, "out", {count}, mx::float32),
+      Buffer::scalar("count", uint32_t(count)),
+      Buffer::scalar("key0", key0),
+      Buffer::scalar("key1", key1)};
+  return launch;
+}
+
 mx::array
 random_uniform(const mx::array& counters, uint32_t key0, uint32_t key1) {
   check_dtype(op, "counters", counters, mx::uint32, "be uint32");
@@ -33,11 +50,12 @@ random_uniform(const mx::array& counters, uint32_t key0, uint32_t key1) {
       counters.shape());
   auto shape = counters.shape();
   shape.pop_back();
+  auto stream = mx::to_stream({});
   return mx::array(
       std::move(shape),
       mx::float32,
-      std::make_shared<RandomUniform>(mx::to_stream({}), key0, key1),
-      {counters});
+      std::make_shared<RandomUniform>(stream, key0, key1),
+      {packed_on_gpu(counters, stream)});
 }
 
 void RandomUniform::eval_cpu(
@@ -62,11 +80,15 @@ void RandomUniform::eval_cpu(
 }
 
 void RandomUniform::eval_gpu(
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[random_uniform] has no Metal kernel yet; "
-      "pyengine.ops.random_uniform runs plain MLX on a GPU.");
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+  auto launch = random_uniform_launch(int(out.size()), key0_, key1_);
+  run_on_gpu(launch, stream(), inputs, outputs);
 }
 
 bool RandomUniform::is_equivalent(const mx::Primitive& other) const {
@@ -91,6 +113,12 @@ void bind_random_uniform(nb::module_& m) {
       },
       nb::arg("counters"),
       nb::arg("key"));
+  m.def(
+      "random_uniform_launch",
+      &random_uniform_launch,
+      nb::arg("count"),
+      nb::arg("key0"),
+      nb::arg("key1"));
 }
 
 } // namespace pyengine

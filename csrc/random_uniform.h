@@ -1,6 +1,7 @@
 #pragma once
 // random_uniform: one Philox number per counter.
 
+#include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 
@@ -12,6 +13,8 @@ mx::array random_uniform(
     const mx::array& counters, // [..., 4]
     uint32_t key0,
     uint32_t key1);
+
+Launch random_uniform_launch(int count, uint32_t key0, uint32_t key1);
 
 class RandomUniform : public mx::Primitive {
  public:

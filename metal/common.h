@@ -39,6 +39,9 @@ struct Loaded {
     uint2 words = i == 0 ? raw.xy : raw.zw;
     return float4(widen<T>(words.x), widen<T>(words.y));
   }
+  static T element(uint4 raw, ushort i) {
+    return as_type<T>(ushort(raw[i / 2] >> (i % 2 * 16)));
+  }
 };
 
 template <>
@@ -46,6 +49,9 @@ struct Loaded<float> {
   enum { quads = 1, elements = 4 };
   static float4 quad(uint4 raw, ushort) {
     return as_type<float4>(raw);
+  }
+  static float element(uint4 raw, ushort i) {
+    return as_type<float>(raw[i]);
   }
 };
 
@@ -92,6 +98,11 @@ inline float tanh(float x) {
   float large = 1.0f - 2.0f / (pyengine::exp(size + size) + 1.0f);
   large = x < 0.0f ? 0.0f - large : large;
   return size < 0.6f ? small : large;
+}
+
+// Bends x so that it stays between -cap and cap.
+inline float capped(float x, float cap) {
+  return cap * pyengine::tanh(x / cap);
 }
 
 // (sin(x), cos(x)) within 1.7 units in the last place for |x| <= 2^18.

@@ -76,7 +76,8 @@ template <typename T, ushort bits>
     constant uint& N [[buffer(11)]],
     constant uint& K [[buffer(12)]],
     threadgroup float4* staged [[threadgroup(0)]],
-    threadgroup ushort* list [[threadgroup(1)]], // 16 * slots + 1
+    threadgroup uint4* factors [[threadgroup(1)]],
+    threadgroup ushort* list [[threadgroup(2)]], // 16 * slots + 1
     uint3 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simd [[simdgroup_index_in_threadgroup]],
@@ -100,13 +101,14 @@ template <typename T, ushort bits>
   // Four columns of one matrix, or two of each of two.
   ushort wide = gated ? lane_columns / 2 : lane_columns;
   uint n = ((group.x * simds + simd) * (32 / lanes) + lane / lanes) * wide;
-  uint factors = K / group_size;
-  ulong row = ulong(group.y) * N + n, next = gated ? row : row + 1;
+  uint row = group.y * N + n, next = gated ? row : row + 1;
   Columns<T> columns = {
-      {w + row * (K / 32 * bits), up_w + next * (K / 32 * bits)},
-      {scales + row * factors, up_scales + next * factors},
-      {biases + row * factors, up_biases + next * factors},
-      wide / 2u,
+      {w + ulong(row) * (K / 32 * bits), up_w + ulong(next) * (K / 32 * bits)},
+      {scales, up_scales},
+      {biases, up_biases},
+      {row, next},
+      (group.y + 1) * N,
+      ushort(wide / 2),
       0};
   for (ushort c = 0; c < lane_columns; ++c) {
     columns.live |= ushort(n + (gated ? c / 2 : c) < N) << c;
@@ -118,7 +120,16 @@ template <typename T, ushort bits>
     Listed rows_of = {listed + start, token * slots, rows, shared ? slots : 1};
     Sums sums = {};
     multiply_columns<T, bits>(
-        sums, columns, x, staged, rows_of, rows, K, thread_index, simds * 32);
+        sums,
+        columns,
+        x,
+        staged,
+        factors,
+        rows_of,
+        rows,
+        K,
+        thread_index,
+        simds * 32);
 
     uint column = n + (gated ? column_of(p) / 2 : column_of(p));
     bool mine = column < N && !(gated && column_of(p) % 2);

@@ -26,6 +26,7 @@ template <typename T, ushort bits>
     constant uint& N [[buffer(9)]],
     constant uint& K [[buffer(10)]],
     threadgroup float4* staged [[threadgroup(0)]],
+    threadgroup uint4* factors [[threadgroup(1)]],
     uint3 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simd [[simdgroup_index_in_threadgroup]],
@@ -35,12 +36,13 @@ template <typename T, ushort bits>
   ushort p = lane % lanes;
   uint n = ((group.x * simds + simd) * (32 / lanes) + lane / lanes) * 2;
 
-  uint factors = K / group_size;
-  ulong at = ulong(n) * (K / 32 * bits), factor = ulong(n) * factors;
+  ulong at = ulong(n) * (K / 32 * bits);
   Columns<T> columns = {
       {gate_w + at, up_w + at},
-      {gate_scales + factor, up_scales + factor},
-      {gate_biases + factor, up_biases + factor},
+      {gate_scales, up_scales},
+      {gate_biases, up_biases},
+      {n, n},
+      N,
       1,
       ushort((n < N ? 3 : 0) | (n + 1 < N ? 12 : 0))};
 
@@ -51,6 +53,7 @@ template <typename T, ushort bits>
       columns,
       x,
       staged,
+      factors,
       rows_of,
       launch_rows,
       K,

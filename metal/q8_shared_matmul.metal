@@ -34,6 +34,7 @@ template <typename T, ushort bits>
     device uchar* third_out [[buffer(16), function_constant(has_third)]],
     constant uint& third_N [[buffer(17), function_constant(has_third)]],
     threadgroup float4* staged [[threadgroup(0)]],
+    threadgroup uint4* factors [[threadgroup(1)]],
     uint3 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simds [[simdgroups_per_threadgroup]]) {
@@ -52,7 +53,7 @@ template <typename T, ushort bits>
     }
   }
   multiply_block<T, bits>(
-      product, x, M, K, staged, block, group.y, thread_index, simds);
+      product, x, M, K, staged, factors, block, group.y, thread_index, simds);
 }
 
 INSTANTIATE("q8_shared_matmul_float32_8", q8_shared_matmul, float, 8)

@@ -64,61 +64,102 @@ struct Packed<4> {
 // that the two of a pair may come from two matrices.
 template <typename T>
 struct Columns {
-  const device uint* w[2];
-  const device T* scales[2];
+  const device uint* w[2]; // where columns 0 and 1 start
+  const device T* scales[2]; // of their whole matrices
   const device T* biases[2];
-  uint stride;
+  uint row[2]; // of columns 0 and 1 in those
+  uint rows; // of each of those
+  ushort stride;
   ushort live; // bit c: column c exists
 };
 
-// Scale and bias of the lane's four columns. `sharing` lanes lie in one group;
-// each loads 8 / sharing of the eight numbers, so that none is read twice, and
-// shuffles spread them.
-template <typename T, ushort sharing>
+// Scales and biases of a set of lanes with the same columns lie in threadgroup
+// memory: 8 numbers a group, 4 scales and 4 biases, for as many groups as two
+// sectors of 32 bytes hold of a row.
+template <typename T>
+struct Factors {
+  enum {
+    piece = Loaded<T>::elements, // 16 bytes
+    sector = 2 * piece,
+    groups = 2 * sector,
+    loads = 8 * groups / piece // 512 bytes as uint4
+  };
+};
+
+// Brings the factors of groups [begin, begin + sector), `begin` a multiple of a
+// sector. Two lanes load a sector of one column, so no load asks for part of
+// one. Rows of factors start anywhere in a sector: these groups may begin in
+// one that came with the last ones, and the first time two sectors are loaded.
+// Numbers of factors are below 2^32: the weights of more would fill 128 GiB.
+template <typename T, ushort lanes>
 inline void load_factors(
     thread const Columns<T>& columns,
+    threadgroup T* held,
     uint pitch,
-    uint group,
-    bool inside,
-    ushort lane,
-    thread float (&scale)[lane_columns],
-    thread float (&bias)[lane_columns]) {
-  ushort mine = lane % sharing;
-  ushort base = lane - mine;
-  float held[8 / sharing];
+    uint begin,
+    ushort p) {
+  constexpr ushort piece = Factors<T>::piece;
+  constexpr ushort sector = Factors<T>::sector;
+  ushort c = p / 2 % lane_columns;
+  bool live = columns.live >> c & 1;
+  uint row = (c & 1 ? columns.row[1] : columns.row[0]) + c / 2 * columns.stride;
+  uint first = row * pitch;
+  uint ending = (first + begin + sector - 1) / sector * sector;
+
+  simdgroup_barrier(mem_flags::mem_threadgroup); // all have read the last ones
+  for (ushort turn = begin == 0 ? 0 : 1; turn < 2; ++turn) {
+    // Before the matrix's first sector this wraps around to a large number.
+    uint sector_at = ending + turn * sector - sector;
+    bool mine = sector_at < first + pitch && sector_at + sector > first;
+    uint at = sector_at + p % 2 * piece;
+    // 16 lanes load scales and biases together, 8 one after the other.
 #pragma unroll
-  for (ushort i = 0; i < 8 / sharing; ++i) {
-    ushort f = i * sharing + mine; // scales of columns 0 to 3, then biases
-    ushort c = f % 4;
-    const device T* from = f < 4
-        ? (c & 1 ? columns.scales[1] : columns.scales[0])
-        : (c & 1 ? columns.biases[1] : columns.biases[0]);
-    bool live = inside && (columns.live >> c & 1);
-    held[i] = live ? float(from[ulong(c / 2) * columns.stride * pitch + group])
-                   : 0.0f;
-  }
+    for (ushort i = 0; i < 16 / lanes; ++i) {
+      bool bias = lanes == 16 ? p / 8 : i;
+      const device T* from = bias
+          ? (c & 1 ? columns.biases[1] : columns.biases[0])
+          : (c & 1 ? columns.scales[1] : columns.scales[0]);
+      T values[piece];
+      if (mine && live && at + piece <= columns.rows * pitch) {
+        uint4 raw = *(const device uint4*)(from + at);
 #pragma unroll
-  for (ushort c = 0; c < lane_columns; ++c) {
-    ushort s = c, b = c + 4;
-    scale[c] = simd_shuffle(held[s / sharing], base + s % sharing);
-    bias[c] = simd_shuffle(held[b / sharing], base + b % sharing);
+        for (ushort e = 0; e < piece; ++e) {
+          values[e] = Loaded<T>::element(raw, e);
+        }
+      } else { // nothing, or the matrix ends within the piece
+#pragma unroll
+        for (ushort e = 0; e < piece; ++e) {
+          bool own = mine && live && at + e - first < pitch;
+          values[e] = own ? from[at + e] : T(0.0f);
+        }
+      }
+#pragma unroll
+      for (ushort e = 0; e < piece; ++e) {
+        uint group = at + e - first;
+        if (mine && group < pitch) {
+          held[group % Factors<T>::groups * 8 + 4 * bias + c] = values[e];
+        }
+      }
+    }
   }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// Adds chunk k0 of the lane's columns to the sums. x is the chunk's first quad.
+// Adds chunk k0 of the lane's columns to the sums. x is the chunk's first quad;
+// the factors that are held are those of the lane's set.
 template <typename T, ushort bits>
 inline void multiply_chunk(
     thread Sums& sums,
     thread const Columns<T>& columns,
     const threadgroup float4* x,
+    threadgroup uint4* held,
     uint K,
     uint k0,
     ushort rows,
-    ushort lane) {
+    ushort p) {
   typedef Packed<bits> P;
   constexpr ushort run = P::run;
   constexpr ushort lanes = chunk / run;
-  ushort p = lane % lanes;
   uint k = k0 + p * run;
   bool inside = k < K; // K is a multiple of 32, so all of a run is, or none
 
@@ -138,17 +179,18 @@ inline void multiply_chunk(
       }
     }
   }
-  float scale[lane_columns], bias[lane_columns];
-  uint factors = K / group_size, group = k / group_size;
-  if (group_size == 32) {
-    load_factors<T, 32 / run>(
-        columns, factors, group, inside, lane, scale, bias);
-  } else if (group_size == 64) {
-    load_factors<T, 64 / run>(
-        columns, factors, group, inside, lane, scale, bias);
-  } else {
-    load_factors<T, 128 / run>(
-        columns, factors, group, inside, lane, scale, bias);
+  // The weights are under way; every few chunks factors are, too.
+  if (k0 % (Factors<T>::sector * group_size) == 0) {
+    load_factors<T, lanes>(
+        columns, (threadgroup T*)held, K / group_size, k0 / group_size, p);
+  }
+  float4 scale = 0.0f, bias = 0.0f;
+  if (inside) {
+    constexpr ushort last = 8 / Factors<T>::piece - 1;
+    const threadgroup uint4* at =
+        held + k / group_size % Factors<T>::groups * (last + 1);
+    scale = Loaded<T>::quad(at[0], 0);
+    bias = Loaded<T>::quad(at[last], 1);
   }
 
 #pragma unroll
@@ -171,6 +213,7 @@ inline void multiply_columns(
     thread const Columns<T>& columns,
     const device T* x,
     threadgroup float4* staged,
+    threadgroup uint4* factors,
     Rows rows_of,
     ushort rows,
     uint K,
@@ -178,7 +221,8 @@ inline void multiply_columns(
     ushort threads) {
   constexpr ushort run = Packed<bits>::run;
   constexpr ushort lanes = chunk / run;
-  ushort lane = thread_index % 32;
+  ushort p = thread_index % lanes;
+  threadgroup uint4* held = factors + thread_index / lanes * Factors<T>::loads;
   for (uint k0 = 0; k0 < K; k0 += chunks * chunk) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     stage<T, lanes, run>(
@@ -186,10 +230,10 @@ inline void multiply_columns(
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint k = k0; k < K && k < k0 + chunks * chunk; k += chunk) {
       multiply_chunk<T, bits>(
-          sums, columns, staged + (k - k0) / 4, K, k, rows, lane);
+          sums, columns, staged + (k - k0) / 4, held, K, k, rows, p);
     }
   }
-  add_lanes<lanes>(sums, rows, lane % lanes);
+  add_lanes<lanes>(sums, rows, p);
 }
 
 // A whole matrix and where x times it goes.
@@ -218,6 +262,7 @@ inline void multiply_block(
     uint M,
     uint K,
     threadgroup float4* staged,
+    threadgroup uint4* factors,
     uint block,
     uint slice,
     ushort thread_index,
@@ -228,16 +273,17 @@ inline void multiply_block(
   uint n =
       block * block_columns<bits>(simds) + thread_index / lanes * lane_columns;
 
-  Columns<T> columns;
-  columns.stride = 2;
-  columns.live = 0;
+  ulong at = ulong(n) * (K / 32 * bits);
+  Columns<T> columns = {
+      {product.w + at, product.w + at + K / 32 * bits},
+      {product.scales, product.scales},
+      {product.biases, product.biases},
+      {n, n + 1},
+      product.N,
+      2,
+      0};
   for (ushort c = 0; c < lane_columns; ++c) {
     columns.live |= ushort(n + c < product.N) << c;
-  }
-  for (ushort c = 0; c < 2; ++c) {
-    columns.w[c] = product.w + ulong(n + c) * (K / 32 * bits);
-    columns.scales[c] = product.scales + ulong(n + c) * (K / group_size);
-    columns.biases[c] = product.biases + ulong(n + c) * (K / group_size);
   }
 
   Sums sums = {};
@@ -247,6 +293,7 @@ inline void multiply_block(
       columns,
       x,
       staged,
+      factors,
       rows_of,
       launch_rows,
       K,

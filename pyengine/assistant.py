@@ -14,6 +14,7 @@ from pyengine import ops
 from pyengine.cache import Cache
 from pyengine.config import AssistantConfig, LayerConfig, TargetConfig
 from pyengine.linear import Linear, gated
+from pyengine.logits import Logits, whole
 from pyengine.weights import Weights
 
 # Where the assistant's query sits when n tokens are known, the newest one unprocessed: at that
@@ -81,6 +82,13 @@ class Assistant:
         Returns:
             Logits [1, V], float32, -inf where a centroid head did not look; hidden vector [1, E].
         """
+        logits, hidden = self.forward(embedding, hidden, cache)
+        return whole(logits), hidden
+
+    def forward(
+        self, embedding: mx.array, hidden: mx.array, cache: Cache
+    ) -> tuple[mx.array | Logits, mx.array]:
+        """The same for those who may not want all logits."""
         eps = self.config.eps
         newest = cache.length - 1
         position = cache.length if self.position == "n-1" else newest
@@ -107,9 +115,9 @@ class Assistant:
         out = ops.block_attention(q, keys, values, newest, window=window)
         return layer.o(out.reshape(1, -1))
 
-    def _head(self, x: mx.array) -> mx.array:
+    def _head(self, x: mx.array) -> mx.array | Logits:
         if not self.config.num_centroids:
-            return self.table(x, mx.float32)
+            return Logits(x, self.table)
         num_used = self.config.num_centroids_used
         scores = self.centroids(x, mx.float32)[0]
         best = mx.argpartition(-scores, num_used - 1)[:num_used]

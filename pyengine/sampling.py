@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from pyengine import ops
+from pyengine.logits import Logits, whole
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.ops.filter_logits import MAX_TOP_K, Edits, Filtered
 
@@ -210,16 +211,23 @@ def edits(listed: Listed | None, sampling: Sampling, drafts: mx.array, first: in
     return Edits(ids, mx.where(seen, sampling.repetition_penalty, 1.0), deltas)
 
 
-def filter_logits(logits: mx.array, sampling: Sampling, edits: Edits | None = None) -> Filtered:
-    """Turn logits ``[T, V]`` float32, after the softcap, into the distribution that is sampled."""
-    return ops.filter_logits(
-        logits,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        edits=edits,
-    )
+def filter_logits(
+    logits: mx.array | Logits, sampling: Sampling, edits: Edits | None = None
+) -> Filtered:
+    """Turn logits ``[T, V]`` float32, after the softcap, into the distribution that is sampled.
+
+    Logits that are not made yet stay so, unless logprobs want them too.
+    """
+    settings: dict[str, Any] = {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "edits": edits,
+    }
+    if isinstance(logits, Logits) and sampling.logprobs is None:
+        return logits.filter(**settings)
+    return ops.filter_logits(whole(logits), **settings)
 
 
 def seed_of(sampling: Sampling) -> mx.array:
@@ -277,15 +285,16 @@ class Logprob(NamedTuple):
     top: list[tuple[int, float]]
 
 
-def logprobs(logits: mx.array, tokens: mx.array, count: int) -> mx.array:
+def logprobs(logits: mx.array | Logits, tokens: mx.array, count: int) -> mx.array:
     """Log-probabilities of one token a row and of the ``count`` best: ``[T, 1 + 2 * count]``.
 
     As int32, to be read with the tokens: the token's, then ids, then theirs; floats by their bits.
     """
-    whole = mx.logsumexp(logits, axis=-1, keepdims=True)
+    logits = whole(logits)
+    total = mx.logsumexp(logits, axis=-1, keepdims=True)
     parts = [tokens[:, None]]
     if count:
         parts.append(ops.filter_logits(logits, top_k=count).ids)
     ids = mx.concatenate(parts, axis=-1)
-    values = (mx.take_along_axis(logits, ids, axis=-1) - whole).view(mx.int32)
+    values = (mx.take_along_axis(logits, ids, axis=-1) - total).view(mx.int32)
     return mx.concatenate([values[:, :1], ids[:, 1:], values[:, 1:]], axis=-1)

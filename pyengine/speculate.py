@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from pyengine import sampling as rules
 from pyengine.cache import Cache
+from pyengine.logits import Logits
 from pyengine.ops.filter_logits import Filtered
 from pyengine.prefix import Prefix
 from pyengine.recorded import ArrayFunction, recorded
@@ -38,15 +39,15 @@ class TargetLike(Protocol):
 
     def prefill(self, ids: list[int], cache: Cache) -> tuple[mx.array, mx.array]: ...
 
-    def verify(self, ids: mx.array, cache: Cache) -> tuple[mx.array, mx.array]: ...
+    def forward(self, ids: mx.array, cache: Cache) -> tuple[mx.array | Logits, mx.array]: ...
 
 
 class AssistantLike(Protocol):
     """What a round asks of the assistant (:class:`pyengine.assistant.Assistant`)."""
 
-    def step(
+    def forward(
         self, embedding: mx.array, hidden: mx.array, cache: Cache
-    ) -> tuple[mx.array, mx.array]: ...
+    ) -> tuple[mx.array | Logits, mx.array]: ...
 
 
 @dataclass
@@ -258,13 +259,13 @@ def _round(
     token, hidden, rows = state.primary, state.hidden, []
     drafts = state.primary[:0]
     for i in range(k):
-        logits, hidden = assistant.step(target.embed(token), hidden, cache)
+        logits, hidden = assistant.forward(target.embed(token), hidden, cache)
         rows.append(filter_logits(logits, sampling, rules.edits(listed, sampling, drafts, i)))
         token = rules.draw_draft(rows[i], sampling, position, seed, i)
         drafts = mx.concatenate([drafts, token])
     q = Filtered(*(mx.concatenate(list(part)) for part in zip(*rows, strict=True)))
     # Verify
-    logits, hidden = target.verify(mx.concatenate([state.primary, drafts]), cache)  # [k + 1, ...]
+    logits, hidden = target.forward(mx.concatenate([state.primary, drafts]), cache)  # [k + 1, ...]
     p = filter_logits(logits, sampling, rules.edits(listed, sampling, drafts, 0))
     # Accept
     accepted, token = rules.accept(p, q, drafts, sampling, position, seed, logits.shape[-1])
@@ -288,13 +289,13 @@ def _plain_step(
     seed: mx.array,
 ) -> tuple[mx.array, _State]:
     """One token with no draft: what the host reads, and the next state."""
-    logits, hidden = target.verify(state.primary, cache)
+    logits, hidden = target.forward(state.primary, cache)
     cache.commit(mx.array(1, mx.int32), cache.bound + 1)
     return _first(logits, hidden, listed, cache, sampling, seed)
 
 
 def _first(
-    logits: mx.array,
+    logits: mx.array | Logits,
     hidden: mx.array,
     listed: Listed | None,
     cache: Cache,

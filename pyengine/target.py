@@ -13,6 +13,7 @@ from pyengine import ops
 from pyengine.cache import Cache
 from pyengine.config import LayerConfig, TargetConfig
 from pyengine.linear import Linear, gated, side_by_side
+from pyengine.logits import Logits
 from pyengine.weights import Weights
 
 # Up to this many rows, routed experts that are not quantised are fetched row by row; beyond, every
@@ -135,7 +136,7 @@ class Target:
             cache.commit(mx.array(part.size, dtype=mx.int32), cache.bound + part.size)
             mx.eval(hidden, cache.arrays)
         hidden = hidden[-1:]
-        logits = self._head(hidden)[0]
+        logits = self._head(hidden).array[0]
         mx.eval(logits, hidden)
         return logits, hidden
 
@@ -147,6 +148,15 @@ class Target:
 
         Raises:
             ValueError: T is more than the cache's max_block.
+        """
+        logits, hidden = self.forward(ids, cache)
+        return logits.array, hidden
+
+    def forward(self, ids: mx.array, cache: Cache) -> tuple[Logits, mx.array]:
+        """The same for those who may not want all logits: none are made until they are asked for.
+
+        Raises:
+            ValueError: As verify.
         """
         if ids.size > cache.max_block:
             raise ValueError(
@@ -160,12 +170,10 @@ class Target:
         """Logits [T, V], float32, of every position of ids."""
         check_ids("logits", ids, self.config.vocab_size)
         hidden = self._hidden(mx.array(ids, dtype=mx.int32), self.new_cache(1))
-        return self._head(hidden)
+        return self._head(hidden).array
 
-    def _head(self, x: mx.array) -> mx.array:
-        logits = self.table(x, mx.float32)
-        cap = self.config.softcap
-        return logits if cap is None else cap * mx.tanh(logits / cap)
+    def _head(self, x: mx.array) -> Logits:
+        return Logits(x, self.table, self.config.softcap)
 
     def _hidden(self, ids: mx.array, cache: Cache) -> mx.array:
         """Post-final-norm hidden vectors [T, E]; keys and values go to the cache."""

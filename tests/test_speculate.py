@@ -41,7 +41,7 @@ class MarkovTarget:
         cache.commit(mx.array(len(ids), mx.int32), len(ids))
         return self.table[ids[-1]], mx.array([[float(ids[-1])]])
 
-    def verify(self, ids: mx.array, cache: LengthCache) -> tuple[mx.array, mx.array]:
+    def forward(self, ids: mx.array, cache: LengthCache) -> tuple[mx.array, mx.array]:
         return self.table[ids], self.embed(ids)
 
 
@@ -49,7 +49,7 @@ class MarkovAssistant:
     def __init__(self, table: np.ndarray) -> None:
         self.table = mx.array(table.astype(np.float32))
 
-    def step(self, embedding: mx.array, hidden: mx.array, cache: object) -> tuple:
+    def forward(self, embedding: mx.array, hidden: mx.array, cache: object) -> tuple:
         return self.table[embedding[:, 0].astype(mx.int32)], embedding
 
 
@@ -59,7 +59,7 @@ class ScriptedAssistant:
     def __init__(self, table: np.ndarray, k: int, right: int) -> None:
         self.table, self.k, self.right, self.calls = table, k, right, 0
 
-    def step(self, embedding: mx.array, hidden: mx.array, cache: object) -> tuple:
+    def forward(self, embedding: mx.array, hidden: mx.array, cache: object) -> tuple:
         depth, self.calls = self.calls % self.k, self.calls + 1
         table = self.table if depth < self.right else np.roll(self.table, 1, axis=-1)
         return mx.array(table.astype(np.float32))[embedding[:, 0].astype(mx.int32)], embedding

@@ -159,7 +159,7 @@ class ScriptTarget:
         cache.commit(mx.array(len(ids), mx.int32), len(ids))
         return self.rows[0], mx.zeros((1, 1), mx.int32)
 
-    def verify(self, ids: mx.array, cache: LengthCache) -> tuple[mx.array, mx.array]:
+    def forward(self, ids: mx.array, cache: LengthCache) -> tuple[mx.array, mx.array]:
         first = cache.length - len(self.prompt) + 1
         places = first + mx.arange(ids.shape[0], dtype=mx.int32)
         return self.rows[places % len(self.script)], places[:, None]
@@ -174,7 +174,7 @@ class ScriptAssistant:
         self.target = target
         self.config = SimpleNamespace(quantization=None)
 
-    def step(
+    def forward(
         self, embedding: mx.array, hidden: mx.array, cache: LengthCache
     ) -> tuple[mx.array, mx.array]:
         place = hidden + 1

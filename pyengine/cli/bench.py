@@ -120,7 +120,7 @@ def kernels(
     count: Annotated[
         bool, typer.Option("--count", help="Count device bytes in the workbench; times nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a list of rows as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print lists of rows as JSON.")] = False,
 ) -> None:
     """Count what every Metal kernel reads and writes, beside MLX's own, without a GPU.
 
@@ -129,13 +129,20 @@ def kernels(
     with common.sentences():
         if not count:
             raise ValueError("[bench] --count must be given: nothing here times an Apple GPU.")
-        from pyengine.kernel_counts import count_kernels, markdown
+        from pyengine import kernel_counts, rule_counts
 
-        counts = list(count_kernels())
+        counts = list(kernel_counts.count_kernels())
+        rules, round_ = list(rule_counts.count_rules()), rule_counts.count_round()
         if as_json:
-            typer.echo(json.dumps([row.to_dict() for row in counts]))
+            tables = {
+                "kernels": [row.to_dict() for row in counts],
+                "rules": [row.to_dict() for row in rules],
+                "round": [row.to_dict() for row in round_],
+            }
+            typer.echo(json.dumps(tables))
         else:
-            typer.echo(markdown(counts))
+            typer.echo(kernel_counts.markdown(counts))
+            typer.echo(rule_counts.markdown(rules, round_))
 
 
 def read_block_sizes(text: str) -> list[int]:

@@ -9,12 +9,14 @@ from .geglu import geglu, geglu_reference
 from .norm_rope import norm_rope, norm_rope_reference
 from .prepare_qkv import prepare_qkv, prepare_qkv_reference
 from .q8_expert_matmul import q8_expert_matmul, q8_expert_matmul_reference
+from .q8_filter_logits import q8_filter_logits, q8_filter_logits_reference
 from .q8_gated_matmul import q8_gated_matmul, q8_gated_matmul_reference
 from .q8_matmul import q8_matmul, q8_matmul_reference
 from .q8_shared_matmul import q8_shared_matmul, q8_shared_matmul_reference
 from .random_uniform import random_uniform, random_uniform_reference
 from .residual_norm import residual_norm, residual_norm_reference
 from .rms_norm import rms_norm, rms_norm_reference
+from .softcap import softcap, softcap_reference
 from .switch import status, use
 from .write_cache import write_cache, write_cache_reference
 
@@ -37,6 +39,8 @@ __all__ = [
     "prepare_qkv_reference",
     "q8_expert_matmul",
     "q8_expert_matmul_reference",
+    "q8_filter_logits",
+    "q8_filter_logits_reference",
     "q8_gated_matmul",
     "q8_gated_matmul_reference",
     "q8_matmul",
@@ -49,6 +53,8 @@ __all__ = [
     "residual_norm_reference",
     "rms_norm",
     "rms_norm_reference",
+    "softcap",
+    "softcap_reference",
     "status",
     "use",
     "write_cache",

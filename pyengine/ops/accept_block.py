@@ -4,6 +4,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
+from . import workbench
 from .draw_token import exponential, invert, race, uniforms
 from .random_uniform import Purpose
 from .switch import chosen
@@ -37,7 +38,8 @@ def accept_block(
       replaced by it. The text is that of plain decoding.
 
     After k kept drafts the next token is drawn from p's last row. Where a correction has no mass
-    (p = q), the row of p stands in. Uniforms come from the counter (position, index).
+    (p = q), the row of p stands in. Uniforms come from the counter (position, index). On a GPU
+    plain MLX serves rows of more than 256 candidates, with an order of addition of its own.
 
     Args:
         p_ids: The target's candidates, int32 ``[k + 1, n]``; row i follows i drafts.
@@ -63,8 +65,16 @@ def accept_block(
     out = _ext.accept_block(
         p_ids, p_probs, q_ids, q_probs, drafts, position, seed, rule, vocab
     )  # checks in every case
-    if chosen() == "native":
+    k, m = q_ids.shape
+    n = p_ids.shape[1]
+    implementation = chosen("accept_block", _ext.accept_block_has_launch(k, n, m))
+    if implementation == "native":
         return out
+    if implementation == "workbench":
+        launch = _ext.accept_block_launch(k, n, m, rule)
+        arrays = (p_ids, p_probs, q_ids, q_probs, drafts, position, seed)
+        accepted, token = workbench.run(launch, *arrays)
+        return accepted, token
     return accept_block_reference(
         p_ids, p_probs, q_ids, q_probs, drafts, position, seed, rule=rule, vocab=vocab
     )

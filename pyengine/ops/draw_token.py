@@ -2,6 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
+from . import workbench
 from .random_uniform import Purpose, philox_uniform
 from .switch import chosen
 
@@ -39,7 +40,11 @@ def draw_token(
         ValueError: A shape, dtype or limit above does not hold.
     """
     out = _ext.draw_token(ids, probs, position, seed, index, shared)  # checks in every case
-    if chosen() == "native":
+    implementation = chosen("draw_token")
+    if implementation == "workbench" and out.size > 0:
+        launch = _ext.draw_token_launch(ids.shape[0], ids.shape[1], index, shared)
+        return workbench.run(launch, ids, probs, position, seed)[0]
+    if implementation in ("native", "workbench"):
         return out
     return draw_token_reference(ids, probs, position, seed, index=index, shared=shared)
 

@@ -4,6 +4,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
+from . import workbench
 from .switch import chosen
 
 MAX_TOP_K = 256
@@ -42,7 +43,8 @@ def filter_logits(
     Edit; divide by the temperature; keep the ``top_k`` best; softmax; keep the smallest prefix
     whose preceding mass is below ``top_p``; drop what is below ``min_p`` times the best;
     renormalise. Higher logits come first, equal ones by lower id; mass is summed in that order in
-    float32.
+    float32. On a GPU plain MLX serves all V candidates (``top_k`` 0), and more than 262144 logits
+    with 256 candidates (or a like product): the same candidates, mass in an order of MLX's own.
 
     Args:
         logits: ``[T, V]`` float32; any strides.
@@ -63,7 +65,23 @@ def filter_logits(
     out = _ext.filter_logits(
         logits, temperature, top_k, top_p, min_p, *(edits or ())
     )  # checks in every case
-    if chosen() == "native":
+    rows, vocab = logits.shape
+    count = out[0].shape[1]
+    implementation = chosen("filter_logits", _ext.filter_logits_has_launch(vocab, count))
+    if implementation == "workbench" and rows > 0:
+        listed = edits if edits is not None and edits.ids.size > 0 else None
+        launches = _ext.filter_logits_launches(
+            rows,
+            vocab,
+            count,
+            listed and listed.ids.size,
+            temperature or 1.0,
+            top_p,
+            min_p,
+            vocab % 4 == 0,
+        )
+        return Filtered(*workbench.run(launches, logits, *(listed or ())))
+    if implementation in ("native", "workbench"):
         return Filtered(*out)
     return filter_logits_reference(
         logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, edits=edits

@@ -4,6 +4,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
+from . import workbench
 from .switch import chosen
 
 
@@ -35,7 +36,13 @@ def random_uniform(counters: mx.array, key: tuple[int, int]) -> mx.array:
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     out = _ext.random_uniform(counters, key)  # checks in every case
-    return out if chosen() == "native" else random_uniform_reference(counters, key)
+    implementation = chosen("random_uniform")
+    if implementation == "workbench" and out.size > 0:
+        launch = _ext.random_uniform_launch(out.size, *key)
+        return workbench.run(launch, counters)[0].reshape(out.shape)
+    if implementation in ("native", "workbench"):
+        return out
+    return random_uniform_reference(counters, key)
 
 
 def random_uniform_reference(counters: mx.array, key: tuple[int, int]) -> mx.array:

@@ -15,11 +15,17 @@ _chosen: Implementation = "native"
 
 # Ops that have a Metal kernel
 METAL = (
+    "accept_block",
     "dense_matmul",
+    "draw_token",
+    "filter_logits",
     "q8_expert_matmul",
+    "q8_filter_logits",
     "q8_gated_matmul",
     "q8_matmul",
     "q8_shared_matmul",
+    "random_uniform",
+    "softcap",
 )
 
 
@@ -47,11 +53,17 @@ def use(implementation: Implementation) -> None:
     _chosen = implementation
 
 
-def chosen(op: str = "") -> Implementation:
-    """What an op called now runs: never "native" on a GPU where it has no Metal kernel."""
+def chosen(op: str = "", fits: bool = True) -> Implementation:
+    """What an op called now runs: never "native" on a GPU where it has no Metal kernel.
+
+    Args:
+        op: Its name.
+        fits: Whether what it is called with is within the limits of its Metal kernel.
+    """
+    metal = op in METAL and fits
     if _chosen == "workbench":
-        return "workbench" if op in METAL else "native"
-    if _chosen == "native" and mx.default_device() == mx.gpu and op not in METAL:
+        return "workbench" if metal else "native"
+    if _chosen == "native" and mx.default_device() == mx.gpu and not metal:
         return "mlx"
     return _chosen
 
@@ -67,7 +79,7 @@ def too_wide(out: mx.array) -> bool:
 
 
 # Ops whose plain form has no reduction: MLX cannot choose an order for them by the number of rows.
-_ELEMENTWISE = ("geglu", "random_uniform", "write_cache")
+_ELEMENTWISE = ("geglu", "random_uniform", "softcap", "write_cache")
 _REDUCING = (
     "accept_block",
     "block_attention",
@@ -77,6 +89,7 @@ _REDUCING = (
     "norm_rope",
     "prepare_qkv",
     "q8_expert_matmul",
+    "q8_filter_logits",
     "q8_gated_matmul",
     "q8_matmul",
     "q8_shared_matmul",

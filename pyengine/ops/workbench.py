@@ -34,23 +34,39 @@ def load() -> Any:
         ) from None
 
 
-def run(launch: _ext.Launch, *inputs: mx.array) -> list[mx.array]:
-    """Run a launch on the processor. Evaluates its inputs, in the order of its buffers.
+def run(launch: _ext.Launch | list[_ext.Launch], *inputs: mx.array) -> list[mx.array]:
+    """Run a launch on the processor, or several in order. Evaluates its inputs.
+
+    A buffer that one launch writes and a later one reads is neither input nor output.
 
     Returns:
-        The outputs, in the order of its buffers.
+        The outputs; they and the inputs are in the order in which buffers are first named.
     """
-    read = [buffer for buffer in launch.buffers if buffer.role in ("in", "inout")]
+    launches = launch if isinstance(launch, list) else [launch]
+    read, written = arguments(launches)
     arrays = {
         buffer.name: to_numpy(a.reshape(buffer.shape))
         for buffer, a in zip(read, inputs, strict=True)
     }
-    outputs, _ = load().run(launch, arrays)
-    return [
-        to_mlx(outputs[buffer.name], buffer.dtype)
-        for buffer in launch.buffers
-        if buffer.role in ("out", "inout")
-    ]
+    outputs, _ = load().run(launches, arrays)
+    return [to_mlx(outputs[buffer.name], buffer.dtype) for buffer in written]
+
+
+def arguments(launches: list[_ext.Launch]) -> tuple[list[_ext.Buffer], list[_ext.Buffer]]:
+    """The buffers that launches read and write, without those between them."""
+    read: dict[str, _ext.Buffer] = {}
+    written: dict[str, _ext.Buffer] = {}
+    between = set()
+    for launch in launches:
+        for buffer in launch.buffers:
+            if buffer.role in ("in", "inout"):
+                if buffer.name in written:
+                    between.add(buffer.name)
+                else:
+                    read.setdefault(buffer.name, buffer)
+            if buffer.role in ("out", "inout"):
+                written[buffer.name] = buffer
+    return list(read.values()), [b for name, b in written.items() if name not in between]
 
 
 def to_numpy(a: mx.array) -> np.ndarray:

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from pyengine import cli, kernel_counts
+from pyengine import cli, kernel_counts, rule_counts
 from pyengine.kernel_counts import count_kernels, markdown
 
 
@@ -34,16 +34,18 @@ def test_ratio_is_over_all_that_must_move(counts):
     needed = 32 * 512 + 2 * 32 * 8 * 2 + 6 * 512 * 2 + 6 * 32 * 2
     assert q8.compulsory_bytes == needed
     assert q8.ratio == (q8.read_bytes + q8.written_bytes) / needed
-    assert q8.threadgroup_bytes == 6 * 1024
+    assert q8.threadgroup_bytes == 6 * 1024 + 8 * 512  # rows of x; factors of 32 columns
 
 
 def test_table_and_json(counts, monkeypatch):
     table = [line for line in markdown(counts).splitlines() if line.startswith("| ")]
     assert len(table) == 2 + len(counts)
     monkeypatch.setattr(kernel_counts, "count_kernels", lambda: iter(counts))
+    monkeypatch.setattr(rule_counts, "count_rules", lambda: iter([]))
+    monkeypatch.setattr(rule_counts, "count_round", list)
     shown = CliRunner().invoke(cli.app, ["bench", "kernels", "--count", "--json"])
     assert shown.exit_code == 0, shown.output
-    rows = json.loads(shown.stdout)
+    rows = json.loads(shown.stdout)["kernels"]
     assert rows == [c.to_dict() for c in counts]
     fields = "op kernel source M N K dtype launches read_bytes written_bytes compulsory_bytes"
     assert set(rows[0]) == {*fields.split(), "weight_ratio", "ratio", "threadgroup_bytes"}

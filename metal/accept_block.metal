@@ -1,0 +1,208 @@
+// accept_block: how many drafts of a block are kept, and the token that follows
+// them, in one threadgroup.
+//
+// A simdgroup takes a row: it looks up the draft in the candidates of p and q,
+// and adds the mass of (scale * p - q)+ over p's candidates in their order.
+// Between rows there is only the running product of `block`, k steps of one
+// thread. The first simdgroup then decides, and draws.
+//
+// A candidate of p finds its partner in q by looking at all m: with 64 of each,
+// 128 loads a lane and row, all from the cache.
+//
+// Limits: k at most 128; n at most 256.
+#include "rng.h"
+
+using namespace pyengine;
+
+constant constexpr ushort max_drafts = 128;
+constant constexpr ushort max_count = 256;
+constant constexpr ushort residual = 0, block = 1, coupled = 2;
+
+// Candidates of one row.
+struct Row {
+  const device int* ids;
+  const device float* probs;
+  uint count;
+
+  // Of one token, asked for by all lanes; 0 for what is no candidate.
+  float probability(int token, ushort lane) const {
+    uint at = count;
+    for (uint i = lane; i < count && at == count; i += 32) {
+      at = ids[i] == token ? i : at;
+    }
+    at = simd_min(at);
+    return at < count ? probs[at] : 0.0f;
+  }
+
+  // Of this lane's token.
+  float probability(int token) const {
+    uint at = count;
+    for (uint i = 0; i < count; ++i) {
+      at = at == count && ids[i] == token ? i : at;
+    }
+    return at < count ? probs[at] : 0.0f;
+  }
+};
+
+struct Rows {
+  const device int* ids;
+  const device float* probs;
+  uint count;
+
+  Row row(uint i) const {
+    return {ids + i * count, probs + i * count, count};
+  }
+};
+
+// min(1, p / q); 0 where p is.
+inline float ratio(float p, float q) {
+  float r = p / q;
+  r = r < 1.0f ? r : 1.0f;
+  return p > 0.0f ? r : 0.0f;
+}
+
+// (scale * p - q)+ of this lane's candidate, 0 past the last.
+inline float excess_of(Row p, Row q, uint i, float scale, float minus_zero) {
+  if (i >= p.count) {
+    return 0.0f;
+  }
+  float excess =
+      product(scale, p.probs[i], minus_zero) - q.probability(p.ids[i]);
+  return excess > 0.0f ? excess : 0.0f;
+}
+
+template <ushort rule>
+[[kernel]] void accept_block(
+    const device int* p_ids [[buffer(0)]], // [k + 1, n]
+    const device float* p_probs [[buffer(1)]], // [k + 1, n]
+    const device int* q_ids [[buffer(2)]], // [k, m]
+    const device float* q_probs [[buffer(3)]], // [k, m]
+    const device int* drafts [[buffer(4)]], // [k]
+    const device int* first_position [[buffer(5)]], // []
+    const device uint* first_seed [[buffer(6)]], // []
+    device int* accepted_out [[buffer(7)]], // []
+    device int* next [[buffer(8)]], // [1]
+    constant uint& k [[buffer(9)]],
+    constant uint& n [[buffer(10)]],
+    constant uint& m [[buffer(11)]],
+    constant float& minus_zero [[buffer(12)]],
+    ushort simd [[simdgroup_index_in_threadgroup]],
+    ushort simds [[simdgroups_per_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  threadgroup float own[max_drafts], other[max_drafts]; // p, q of the drafts
+  threadgroup float scales[max_drafts + 1]; // of the row after i drafts
+  threadgroup float chances[max_drafts];
+  threadgroup int tokens[max_drafts + 1];
+  threadgroup float weights[max_count];
+  Rows p = {p_ids, p_probs, n}, q = {q_ids, q_probs, m};
+  uint position = uint(*first_position);
+  uint seed = *first_seed;
+
+  if (rule == coupled) {
+    for (uint i = simd; i <= k; i += simds) {
+      Row row = p.row(i);
+      int token =
+          race(row.ids, row.probs, n, position + 1 + i, seed, minus_zero, lane);
+      if (lane == 0) {
+        tokens[i] = token;
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (simd > 0) {
+      return;
+    }
+    uint accepted = k;
+    for (uint i = lane; i < k; i += 32) {
+      accepted = tokens[i] != drafts[i] ? min(accepted, i) : accepted;
+    }
+    accepted = simd_min(accepted);
+    if (lane == 0) {
+      *accepted_out = int(accepted);
+      *next = tokens[accepted];
+    }
+    return;
+  }
+
+  // Look up the drafts
+  for (uint i = simd; i < k; i += simds) {
+    float target = p.row(i).probability(drafts[i], lane);
+    float assistant = q.row(i).probability(drafts[i], lane);
+    if (lane == 0) {
+      own[i] = target;
+      other[i] = assistant;
+      chances[i] = ratio(target, assistant);
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  if (rule == block) {
+    if (simd == 0 && lane == 0) {
+      float scale = 1.0f;
+      scales[0] = scale;
+      for (uint i = 0; i < k; ++i) {
+        scale = ratio(scale * own[i], other[i]);
+        scales[i + 1] = scale;
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint i = 1 + simd; i <= k; i += simds) {
+      float chance = scales[i];
+      if (i < k) {
+        float before, mass = 0.0f;
+        for (uint base = 0; base < n; base += 32) {
+          float excess =
+              excess_of(p.row(i), q.row(i), base + lane, scales[i], minus_zero);
+          mass = add_in_order(mass, excess, before, lane);
+        }
+        float whole = mass + (1.0f - scales[i]);
+        chance = whole > 0.0f ? mass / whole : 1.0f;
+      }
+      if (lane == 0) {
+        chances[i - 1] = chance;
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  if (simd > 0) {
+    return;
+  }
+
+  // Decide: up to the first failure, or to the last success
+  uint accepted = rule == block ? 0 : k;
+  for (uint i = lane; i < k; i += 32) {
+    bool passed = uniform_at(position, i, seed, Purpose::accept) < chances[i];
+    if (rule == block) {
+      accepted = passed ? i + 1 : accepted;
+    } else {
+      accepted = passed ? accepted : min(accepted, i);
+    }
+  }
+  accepted = rule == block ? simd_max(accepted) : simd_min(accepted);
+
+  // Draw what follows
+  Row row = p.row(accepted);
+  float mass = 0.0f;
+  if (accepted < k) {
+    float before, scale = rule == block ? scales[accepted] : 1.0f;
+    for (uint base = 0; base < n; base += 32) {
+      uint i = base + lane;
+      float excess = excess_of(row, q.row(accepted), i, scale, minus_zero);
+      mass = add_in_order(mass, excess, before, lane);
+      if (i < n) {
+        weights[i] = excess;
+      }
+    }
+  }
+  float u = uniform_at(position, accepted, seed, Purpose::correct);
+  int token = mass > 0.0f
+      ? invert(row.ids, (const threadgroup float*)weights, n, u, lane)
+      : invert(row.ids, row.probs, n, u, lane);
+  if (lane == 0) {
+    *accepted_out = int(accepted);
+    *next = token;
+  }
+}
+
+INSTANTIATE("accept_block_residual", accept_block, residual)
+INSTANTIATE("accept_block_block", accept_block, block)
+INSTANTIATE("accept_block_coupled", accept_block, coupled)

@@ -1,0 +1,129 @@
+// filter_logits: rows of logits to the candidates of slices, which
+// merge_candidates.metal merges; both together read the logits once.
+//
+// A threadgroup owns a slice of 4096 logits of a row, in registers, and writes
+// its best `count`: loads of 16 bytes, side by side. The lists are written and
+// read again, each count / 2048 of the bytes of the logits: 3 % at a count of
+// 64. Rows are independent, and the candidates of a row do not depend on how it
+// is cut.
+//
+// Edits are applied in threadgroup memory. Each threadgroup looks through all
+// their ids, which are few, and nothing needs them sorted.
+//
+// Limits: count at most 256.
+#include "filter.h"
+
+using namespace pyengine;
+
+constant bool has_edits [[function_constant(0)]];
+constant bool aligned [[function_constant(1)]]; // rows start on 16 bytes
+
+constant constexpr ushort slice_items = 16;
+constant constexpr ushort slice_threads = 256;
+constant constexpr uint slice_size = slice_items * slice_threads;
+
+// Where item i of a thread lies in the slice.
+inline uint item_at(ushort i, ushort thread_index) {
+  return (i / 4 * slice_threads + thread_index) * 4 + i % 4;
+}
+
+[[kernel]] void filter_logits(
+    const device float* logits [[buffer(0)]], // [T, V]
+    device ulong* candidates [[buffer(1)]], // [T, slices, count]
+    device uint* slice_flags [[buffer(2)]], // [T, slices]
+    constant uint& V [[buffer(3)]],
+    constant uint& count [[buffer(4)]],
+    constant float& temperature [[buffer(5)]],
+    const device int* edit_ids [[buffer(6), function_constant(has_edits)]],
+    const device float* factors [[buffer(7), function_constant(has_edits)]],
+    const device float* deltas [[buffer(8), function_constant(has_edits)]],
+    constant uint& L [[buffer(9), function_constant(has_edits)]],
+    threadgroup float4* staged [[threadgroup(0)]], // a slice; with edits only
+    uint3 group [[threadgroup_position_in_grid]],
+    uint3 groups [[threadgroups_per_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simd [[simdgroup_index_in_threadgroup]],
+    ushort simds [[simdgroups_per_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  threadgroup Selection<512> shared;
+  threadgroup uint flags[slice_threads / 32];
+  uint begin = group.x * slice_size; // first id of the slice
+  const device float* row = logits + ulong(group.y) * V;
+
+  // Load
+  float4 quads[slice_items / 4];
+  uint flag = 0;
+#pragma unroll
+  for (ushort j = 0; j < slice_items / 4; ++j) {
+    uint id = begin + item_at(4 * j, thread_index);
+    quads[j] = 0.0f;
+    if (aligned) {
+      if (id < V) {
+        quads[j] = *(const device float4*)(row + id);
+      }
+    } else {
+      for (ushort c = 0; c < 4; ++c) {
+        if (id + c < V) {
+          quads[j][c] = row[id + c];
+        }
+      }
+    }
+    for (ushort c = 0; c < 4; ++c) {
+      flag = max(flag, flag_of(quads[j][c]));
+    }
+  }
+  flag = simd_max(flag);
+  if (lane == 0) {
+    flags[simd] = flag;
+  }
+
+  // Edit. The same edit may stand twice, so it starts from the logit in memory.
+  if (has_edits) {
+#pragma unroll
+    for (ushort j = 0; j < slice_items / 4; ++j) {
+      staged[item_at(4 * j, thread_index) / 4] = quads[j];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint e = thread_index; e < L; e += slice_threads) {
+      uint id = edit_ids[e];
+      if (id >= begin && id < min(begin + slice_size, V)) {
+        ulong at = ulong(group.y) * L + e;
+        float value = edited(row[id], factors[at], deltas[at]);
+        atomic_store_explicit(
+            (threadgroup atomic_uint*)staged + (id - begin),
+            as_type<uint>(value),
+            memory_order_relaxed);
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+    for (ushort j = 0; j < slice_items / 4; ++j) {
+      quads[j] = staged[item_at(4 * j, thread_index) / 4];
+    }
+  }
+
+  // Select
+  ulong entries[slice_items];
+#pragma unroll
+  for (ushort i = 0; i < slice_items; ++i) {
+    uint id = begin + item_at(i, thread_index);
+    ulong entry = entry_of(quads[i / 4][i % 4] / temperature, id);
+    entries[i] = id < V ? entry : no_entry;
+  }
+  uint slice = group.y * groups.x + group.x;
+  select_best(
+      entries,
+      count,
+      candidates + ulong(slice) * count,
+      shared,
+      thread_index,
+      simd,
+      simds,
+      lane);
+  if (thread_index == 0) { // flags were written before a barrier
+    for (ushort s = 0; s < slice_threads / 32; ++s) {
+      flag = max(flag, flags[s]);
+    }
+    slice_flags[slice] = flag;
+  }
+}

@@ -1,0 +1,206 @@
+"""What the Metal kernels of the sampling rules move, and the launches of one round: no timing.
+
+Bytes are counted as in ``kernel_counts``. Launches are those of a real round of the embedded pair,
+read off its graph before it runs.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+
+from pyengine import _ext, speculate
+from pyengine.generate import embedded_pair
+from pyengine.ops import switch, workbench
+from pyengine.sampling import Sampling
+
+VOCAB, TOP_K = 262144, 64
+ROWS = (1, 6, 16)
+DRAFTS = 5
+_SECTOR = 32
+
+# Nodes of MLX's graph that give an array another shape, or none at all, without work
+_VIEWS = {"Broadcast", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice", "Split", "Squeeze"}
+_VIEWS |= {"Transpose", "Unflatten", "View"}
+
+
+@dataclass(frozen=True)
+class RuleCount:
+    """One op at one shape.
+
+    Attributes:
+        T: Rows.
+        n: Logits of a row, or candidates.
+        launches: How many kernels run, one after the other.
+        logits_ratio: Bytes of logits read over those there are; None where there are none.
+        between_bytes: Written by one launch and read by the next, both counted.
+        ratio: All bytes read and written over every input and output once.
+        threadgroup_bytes: The largest threadgroup memory of a threadgroup.
+    """
+
+    op: str
+    T: int
+    n: int
+    launches: int
+    logits_ratio: float | None
+    between_bytes: int
+    ratio: float
+    threadgroup_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class RoundCount:
+    """One op of a round.
+
+    Attributes:
+        op: One of ours, or "MLX" for all operations of MLX's own that do work.
+        calls: How often the round has it.
+        launches: Launches of Metal kernels; None where a GPU runs plain MLX, of which one
+            operation is mostly one launch, and one of our ops several.
+    """
+
+    op: str
+    calls: int
+    launches: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def count_rules(vocab: int = VOCAB, rows: Sequence[int] = ROWS) -> Iterator[RuleCount]:
+    """Count filter_logits at each number of rows, then draw_token and accept_block.
+
+    Raises:
+        RuntimeError: There is no checkout, or no compiler.
+    """
+    draw = np.random.default_rng(0)
+    for T in rows:
+        logits = draw.normal(0, 4, (T, vocab)).astype(np.float32)
+        launches = _ext.filter_logits_launches(T, vocab, TOP_K, None, 1.0, 0.95, 0.0, True)
+        yield _count("filter_logits", launches, {"logits": logits}, T, vocab)
+
+    k = DRAFTS
+    ids = np.stack([draw.permutation(vocab)[:TOP_K] for _ in range(k + 1)]).astype(np.int32)
+    probs = draw.dirichlet(np.full(TOP_K, 0.5), k + 1).astype(np.float32)
+    at = {"position": np.array(7, np.int32), "seed": np.array(3, np.uint32)}
+    launch = _ext.draw_token_launch(1, TOP_K, 0, False)
+    yield _count("draw_token", [launch], {"ids": ids[:1], "probs": probs[:1], **at}, 1, TOP_K)
+    tables = {"p_ids": ids, "p_probs": probs, "q_ids": ids[:k], "q_probs": probs[:k]}
+    block = {**tables, "drafts": ids[:k, 0].copy(), **at}
+    launch = _ext.accept_block_launch(k, TOP_K, TOP_K, "block")
+    yield _count("accept_block", [launch], block, k + 1, TOP_K)
+
+
+def _count(
+    op: str, launches: list[_ext.Launch], arrays: dict[str, np.ndarray], T: int, n: int
+) -> RuleCount:
+    _, report = workbench.load().run(launches, arrays, mode="count")
+    read, written = workbench.arguments(launches)
+    outer = {buffer.name for buffer in (*read, *written)}
+    constants = {b.name for launch in launches for b in launch.buffers if b.role == "bytes"}
+    moved = {
+        name: _SECTOR * (entry.group_read_sectors + entry.group_written_sectors)
+        for name, entry in report.traffic.items()
+        if name not in constants
+    }
+    logits = report.traffic.get("logits")
+    return RuleCount(
+        op=op,
+        T=T,
+        n=n,
+        launches=report.launches,
+        logits_ratio=logits and _SECTOR * logits.group_read_sectors / logits.size,
+        between_bytes=sum(size for name, size in moved.items() if name not in outer),
+        ratio=sum(moved.values()) / sum(report.traffic[name].size for name in outer),
+        threadgroup_bytes=report.threadgroup_bytes,
+    )
+
+
+def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[RoundCount]:
+    """Count the launches of one round of the embedded pair, sampled by the rule ``block``."""
+    pair, graphs = embedded_pair(), []
+    read = speculate._read
+
+    def record(packed: mx.array, state: list[mx.array]) -> list[int]:
+        graph = io.StringIO()
+        mx.export_to_dot(graph, packed, *state)
+        graphs.append(graph.getvalue())
+        return read(packed, state)
+
+    with mock.patch.object(speculate, "_read", record):
+        rounds = speculate.decode(
+            pair.target,
+            pair.assistant,
+            [5, 6, 7, 8],
+            sampling=sampling or Sampling(verify="block"),
+            block_size=drafts + 1,
+            max_tokens=drafts + 3,
+        )
+        next(rounds)  # the prefill
+        next(rounds)
+        rounds.close()
+    names = Counter(re.findall(r'label ="(\w+)', graphs[1]))
+    ours = {row["op"] for row in switch.status()}
+    calls: Counter[str] = Counter()
+    for name, number in names.items():
+        op = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+        if op in ours:
+            calls[op] += number
+        elif name not in _VIEWS:
+            calls["MLX"] += number
+    several = {
+        "filter_logits": len(
+            _ext.filter_logits_launches(1, VOCAB, TOP_K, None, 1.0, 1.0, 0.0, True)
+        )
+    }
+    return [
+        RoundCount(op, number, number * several.get(op, 1) if op in switch.METAL else None)
+        for op, number in sorted(calls.items(), key=lambda item: (item[0] == "MLX", item[0]))
+    ]
+
+
+_RULES_HEADING = f"""
+## Sampling rules
+
+{TOP_K} candidates a row. Logits: bytes of logits read over those there are. Between: bytes that one
+launch leaves for the next, written and read. Total: as above.
+"""
+
+_ROUND_HEADING = f"""
+## Launches of a round
+
+A round of the embedded pair with {DRAFTS} drafts, sampled, rule `block`: how often each op is
+called, and the launches of those that have a Metal kernel. The others run as plain MLX on a GPU,
+several launches each; operations of MLX's own are mostly one launch each.
+"""
+
+
+def markdown(rules: Sequence[RuleCount], round_: Sequence[RoundCount]) -> str:
+    """The two tables, to stand below those of ``kernel_counts``."""
+    lines = [
+        _RULES_HEADING,
+        "| op | rows | n | launches | logits | between | total | threadgroup memory |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for c in rules:
+        logits = "" if c.logits_ratio is None else f"{c.logits_ratio:.2f}"
+        lines.append(
+            f"| {c.op} | {c.T} | {c.n} | {c.launches} | {logits} | {c.between_bytes} "
+            f"| {c.ratio:.2f} | {c.threadgroup_bytes} |"
+        )
+    lines += [_ROUND_HEADING, "| op | calls | launches |", "| --- | --: | --: |"]
+    for row in round_:
+        launches = "MLX" if row.launches is None else row.launches
+        lines.append(f"| {row.op} | {row.calls} | {launches} |")
+    return "\n".join(lines)

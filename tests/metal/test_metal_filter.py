@@ -1,0 +1,248 @@
+"""filter_logits on Metal, in the workbench: the processor's bits, however hard the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from test_filter_logits import TOLERANCE, random_edits, random_logits
+
+from metal import workbench
+from pyengine import _ext, ops
+from pyengine.ops.filter_logits import Edits, Filtered
+from pyengine.ops.workbench import to_numpy
+
+SLICE = 4096
+FUSED = _ext.instruction_set() != "portable"  # which has no fused multiply-add, and another exp
+
+
+def metal(
+    logits: mx.array,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 64,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    edits: Edits | None = None,
+    aligned: bool | None = None,
+    **options: Any,
+) -> tuple[Filtered, Any]:
+    """The two launches, and their report."""
+    T, V = logits.shape
+    count = min(top_k if temperature else 1, V)
+    aligned = V % 4 == 0 if aligned is None else aligned
+    settings = (temperature or 1.0, top_p, min_p, aligned)
+    launches = _ext.filter_logits_launches(T, V, count, edits and edits.ids.size, *settings)
+    arrays = {"logits": logits}
+    if edits is not None:
+        arrays |= dict(zip(("edit_ids", "factors", "deltas"), edits, strict=True))
+    given = {name: to_numpy(a) for name, a in arrays.items()}
+    outputs, report = workbench.run(launches, given, **options)
+    return Filtered(*(mx.array(outputs[name]) for name in Filtered._fields)), report
+
+
+def assert_same_bits(out: Filtered, expected: Filtered) -> None:
+    """A broken row (flag 2) has ids in range and no other promise."""
+    assert out.flags.tolist() == expected.flags.tolist()
+    sound = np.array(out.flags) < 2
+    assert np.array_equal(np.array(out.ids)[sound], np.array(expected.ids)[sound])
+    a, b = (np.array(x.probs)[sound] for x in (out, expected))
+    if FUSED:
+        a, b = a.view(np.uint32), b.view(np.uint32)
+        assert np.array_equal(a, b)
+    assert np.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+CASES = [
+    (1, 1, 1, 0),
+    (3, 7, 5, 2),
+    (2, 300, 300, 0),
+    (2, SLICE - 1, 64, 40),
+    (2, SLICE, 256, 0),
+    (1, SLICE + 1, 64, 0),
+    (2, 2 * SLICE + 132, 1, 500),
+    (2, 3 * SLICE + 2, 33, 9),
+]
+
+
+@pytest.mark.parametrize("T, V, top_k, edited", CASES)
+@pytest.mark.parametrize("distinct", [False, True])
+def test_no_fault_and_the_processors_bits(T, V, top_k, edited, distinct):
+    """Equal logits are what sends a slice the long way round."""
+    logits = random_logits(V, T, V) if distinct else mx.round(random_logits(V, T, V) / 4)
+    kw: dict[str, Any] = {"temperature": 0.8, "top_k": min(top_k, 256), "top_p": 0.95}
+    if edited:
+        kw["edits"] = random_edits(np.random.default_rng(V), T, V, edited)
+    out, _ = metal(logits, mode="check", **kw)
+    assert_same_bits(out, ops.filter_logits(logits, **kw))
+    for options in (
+        {"mode": "check", "order": "reverse"},
+        {"mode": "check", "order": "random"},
+        {"contract": "fast"},
+        {"aligned": False},
+    ):
+        again, _ = metal(logits, **kw, **options)
+        assert all(np.array_equal(*map(np.array, pair)) for pair in zip(out, again, strict=True))
+
+
+def hard_rows(rng: np.random.Generator, T: int, V: int) -> np.ndarray:
+    """Rows of every kind side by side, and in some of them something that is no number."""
+    rows = rng.normal(0, rng.choice([0.1, 3.0, 30.0], (T, 1)), (T, V))
+    kind = rng.integers(0, 8, T)
+    rows[kind == 0] = np.round(rows[kind == 0])
+    rows[kind == 1] = rows[kind == 1, :1]
+    rows[kind == 2] = np.where(np.arange(V) == rng.integers(0, V), -3.0, -np.inf)
+    rows[kind == 3] = np.sign(rows[kind == 3]) * 0.0  # 0 and -0
+    rows[kind == 4] = np.where(rng.random((np.sum(kind == 4), V)) < 0.9, -np.inf, rows[kind == 4])
+    rows[kind == 5] = np.sort(rows[kind == 5])
+    rows[kind == 6] *= 1e36
+    for row in np.flatnonzero(rng.random(T) < 0.15):
+        rows[row, rng.integers(V)] = rng.choice([np.nan, np.inf, -np.inf, 3.4e38, -3.4e38])
+    return rows.astype(np.float32)
+
+
+def hard_edits(rng: np.random.Generator, T: int, V: int) -> Edits:
+    """Random ones, at the borders of slices too; or, in some rows, all logits but one away."""
+    if rng.random() < 0.3 and V < 2 * SLICE:
+        deltas = np.where(rng.random((T, 1)) < 0.5, -np.inf, 0.0) * np.ones((T, V))
+        deltas[np.arange(T), rng.integers(0, V, T)] = 0
+        return Edits(*map(mx.array, (np.arange(V, dtype=np.int32), np.ones((T, V), np.float32))),
+                     mx.array(deltas.astype(np.float32)))  # fmt: skip
+    edits = random_edits(rng, T, V, int(rng.choice([1, 30, 300])))
+    borders = [0, V - 1, *(i for i in (SLICE - 1, SLICE) if i < V)]
+    ids = np.concatenate([np.array(edits.ids), borders]).astype(np.int32)
+    order = rng.permutation(ids.size)
+    _, first = np.unique(ids, return_index=True)
+    wide = []
+    for x in (edits.factors, edits.deltas):
+        values = np.concatenate([np.array(x), rng.choice([0.5, 1.0], (T, len(borders)))], axis=1)
+        said = dict(zip(ids[first].tolist(), first.tolist(), strict=True))
+        wide.append(values[:, [said[i] for i in ids.tolist()]][:, order].astype(np.float32))
+    return Edits(mx.array(ids[order]), *map(mx.array, wide))
+
+
+def fuzz(cases: int, T: int, seed: int) -> int:
+    """So many rows, T a launch, in all three implementations; returns those that were sound."""
+    rng = np.random.default_rng(seed)
+    sound = 0
+    for i in range(-(-cases // T)):
+        V = int(rng.choice([1, 2, 7, 33, 130, 400, 1021, SLICE - 1, SLICE, SLICE + 1, 9001]))
+        V = 262144 if i % 40 == 39 else V
+        rows = T if V < 5000 else 4
+        logits = mx.array(hard_rows(rng, rows, V))
+        kw: dict[str, Any] = {
+            "temperature": float(rng.choice([0.0, 0.3, 1.0, 2.5])),
+            "top_k": int(rng.choice([1, 5, 64, 256])),
+            # Few values: a cut that falls within rounding of a border may go either way
+            "top_p": float(rng.choice([1.0, 0.951, 0.517, 1e-6])),
+            "min_p": float(rng.choice([0.0, 0.0517])),
+        }
+        if rng.random() < 0.4:
+            kw["edits"] = hard_edits(rng, rows, V)
+        out, _ = metal(logits, **kw)
+        assert_same_bits(out, ops.filter_logits(logits, **kw))
+        assert mx.all((out.ids >= 0) & (out.ids < V))
+        expected = ops.filter_logits_reference(logits, **kw)
+        assert out.flags.tolist() == expected.flags.tolist()
+        good = np.array(out.flags) < 2
+        a, b = ([np.array(x)[good] for x in y[:2]] for y in (out, expected))
+        assert np.array_equal(a[0], b[0]), kw
+        assert np.allclose(a[1], b[1], rtol=TOLERANCE, atol=TOLERANCE), kw
+        sound += int(good.sum())
+    return sound
+
+
+def test_fuzzed():
+    assert fuzz(1000, 25, seed=1) > 500
+
+
+@pytest.mark.long
+def test_fuzzed_ten_thousand_times():
+    assert fuzz(16_000, 25, seed=2) >= 10_000
+
+
+def test_rows_are_stable():
+    logits = random_logits(9, 16, SLICE + 5)
+    together, _ = metal(logits, top_p=0.9)
+    for t in (0, 7, 15):
+        alone, _ = metal(logits[t : t + 1], top_p=0.9)
+        for a, b in zip(together, alone, strict=True):
+            assert np.array_equal(np.array(a[t : t + 1]), np.array(b))
+
+
+def test_merging_takes_candidates_of_any_slices():
+    """Lists in no order, with empty places: what an LM head that filters may hand over."""
+    rng = np.random.default_rng(3)
+    V, count, slices = 1000, 20, 50
+    logits = random_logits(4, 1, V)
+    bits = np.array(logits[0] + 0.0).view(np.uint32)
+    keys = np.where(bits >> 31, bits, bits ^ 0x7FFFFFFF).astype(np.uint64)
+    entries = rng.permutation((keys << np.uint64(32)) | np.arange(V, dtype=np.uint64))
+    lists = np.full((1, slices, count), 2**64 - 1, np.uint64)
+    lists[0, :, rng.permutation(count)] = np.vstack([entries.reshape(count, slices)])
+    flags = np.zeros((1, slices), np.uint32)
+    flags[0, 33] = 1
+    launch = _ext.merge_candidates_launch(1, slices, count, 0.9, 0.01)
+    outputs, _ = workbench.run(
+        launch, {"candidates": lists, "slice_flags": flags}, mode="check", order="random"
+    )
+    expected = ops.filter_logits(logits, top_k=count, top_p=0.9, min_p=0.01)
+    out = Filtered(*(mx.array(outputs[name]) for name in Filtered._fields))
+    assert_same_bits(out, expected._replace(flags=mx.array([1])))
+
+
+@pytest.mark.parametrize("T", [1, 6])
+@pytest.mark.parametrize("distinct", [False, True])
+def test_logits_are_read_once(T, distinct):
+    logits = random_logits(5, T, 16 * SLICE)
+    logits = logits if distinct else mx.zeros_like(logits)
+    _, report = metal(logits, mode="count")
+    assert report.traffic["logits"].device_read_bytes <= 1.02 * logits.nbytes
+    assert report.traffic["logits"].read_lines * 64 == logits.nbytes  # whole lines
+    assert report.traffic["candidates"].device_read_bytes * 32 == logits.nbytes  # 64 of 4096, in 8
+    assert report.threadgroup_bytes <= 12 * 1024
+
+
+def test_edits_cost_what_they_change():
+    """An edited logit is read again, and the ids by every slice."""
+    edits = random_edits(np.random.default_rng(6), 2, 16 * SLICE, 64)
+    logits = random_logits(6, 2, 16 * SLICE)
+    _, report = metal(logits, edits=edits, mode="count")
+    assert report.traffic["logits"].device_read_bytes <= 1.02 * logits.nbytes
+    assert report.traffic["edit_ids"].group_read_sectors <= 2 * 16 * 9
+    assert report.threadgroup_bytes <= 24 * 1024
+
+
+def test_switch_runs_it(monkeypatch):
+    ran = []
+    run = ops.workbench.run
+    monkeypatch.setattr(
+        ops.workbench, "run", lambda launches, *rest: ran.append(launches) or run(launches, *rest)
+    )
+    logits = random_logits(7, 2, 500)
+    ops.use("workbench")
+    try:
+        out = ops.filter_logits(logits, top_p=0.9)
+        empty = Edits(mx.zeros(0, mx.int32), mx.ones((2, 0)), mx.zeros((2, 0)))
+        same = ops.filter_logits(logits, top_p=0.9, edits=empty)
+        assert ops.filter_logits(logits[:0]).ids.shape == (0, 64)
+        ops.filter_logits(logits, top_k=0)  # all candidates: the processor's kernel
+    finally:
+        ops.use("native")
+    kernels = [[launch.kernel for launch in launches] for launches in ran]
+    assert kernels == [["filter_logits", "merge_candidates"]] * 2
+    for got in (out, same):
+        assert_same_bits(got, ops.filter_logits(logits, top_p=0.9))
+
+
+def test_limits():
+    """256 candidates of 262144 logits fill the merging threadgroup: 1024 threads of 16."""
+    assert _ext.filter_logits_has_launch(262144, 256)
+    assert not _ext.filter_logits_has_launch(262145, 256)
+    assert _ext.filter_logits_has_launch(2**20, 64)
+    assert not _ext.filter_logits_has_launch(5000, 5000)
+    launches = _ext.filter_logits_launches(6, 262144, 256, None, 1.0, 0.9, 0.0, True)
+    assert [tuple(launch.grid) for launch in launches] == [(64, 6, 1), (6, 1, 1)]
+    assert [tuple(launch.threadgroup) for launch in launches] == [(256, 1, 1), (1024, 1, 1)]

@@ -1,0 +1,68 @@
+"""bench kernels --count: bytes of the sampling rules, and the launches of a round."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from pyengine import cli, kernel_counts, rule_counts
+from pyengine.ops import switch
+from pyengine.rule_counts import count_round, count_rules, markdown
+from pyengine.sampling import Sampling
+
+
+@pytest.fixture(scope="module")
+def rules():
+    return list(count_rules(vocab=65536, rows=(1, 6)))
+
+
+def test_logits_are_read_once_and_little_lies_between(rules):
+    filters = [c for c in rules if c.op == "filter_logits"]
+    assert [(c.T, c.n, c.launches) for c in filters] == [(1, 65536, 2), (6, 65536, 2)]
+    for c in filters:
+        assert c.logits_ratio <= 1.02
+        lists = c.T * (65536 // 4096) * 64 * 8  # a list for every slice, written and read
+        assert 2 * lists <= c.between_bytes <= 2.2 * lists
+        assert c.threadgroup_bytes <= 12 * 1024
+
+
+def test_small_ops_move_what_they_must(rules):
+    """One launch each; a table of 512 bytes is touched as a whole or not at all."""
+    small = {c.op: c for c in rules if c.op != "filter_logits"}
+    assert set(small) == {"draw_token", "accept_block"}
+    for c in small.values():
+        assert c.launches == 1 and c.between_bytes == 0 and c.logits_ratio is None
+        assert 0.5 < c.ratio < 1.3
+
+
+def test_launches_of_a_round():
+    """Five drafts: five filters and draws of the assistant, one filter of the target's rows."""
+    rows = {row.op: row for row in count_round()}
+    assert (rows["filter_logits"].calls, rows["filter_logits"].launches) == (6, 12)
+    assert (rows["draw_token"].calls, rows["draw_token"].launches) == (5, 5)
+    assert (rows["accept_block"].calls, rows["accept_block"].launches) == (1, 1)
+    for op, row in rows.items():
+        assert (row.launches is None) == (op not in switch.METAL)
+    assert rows["MLX"].calls > 0
+    fewer = {row.op: row for row in count_round(drafts=2, sampling=Sampling(temperature=0.0))}
+    assert fewer["filter_logits"].calls == 3 and "draw_token" not in fewer
+
+
+def test_table_and_json(rules, monkeypatch):
+    rounds = count_round(drafts=1)
+    text = markdown(rules, rounds)
+    assert len([line for line in text.splitlines() if line.startswith("| ")]) == (
+        4 + len(rules) + len(rounds)
+    )
+    monkeypatch.setattr(kernel_counts, "count_kernels", lambda: iter([]))
+    monkeypatch.setattr(rule_counts, "count_rules", lambda: iter(rules))
+    monkeypatch.setattr(rule_counts, "count_round", lambda: rounds)
+    shown = CliRunner().invoke(cli.app, ["bench", "kernels", "--count", "--json"])
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout) == {
+        "kernels": [],
+        "rules": [c.to_dict() for c in rules],
+        "round": [c.to_dict() for c in rounds],
+    }
+    shown = CliRunner().invoke(cli.app, ["bench", "kernels", "--count"])
+    assert shown.exit_code == 0 and text in shown.stdout
