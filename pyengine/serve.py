@@ -21,7 +21,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from pyengine.files import kind, parse, shown
-from pyengine.generate import Prompt, Result, Stream, resolve_sampling, stream
+from pyengine.generate import Result, Stream, resolve_sampling, stream
+from pyengine.messages import Prompt
 from pyengine.prefix import Prefix
 from pyengine.sampling import Logprob
 
@@ -115,18 +116,13 @@ class Worker:
     def _run(self, job: Job) -> None:
         try:
             with job.start() as running:
-                thought = 0
-                for piece in running:
+                for step in running.steps():
                     if job.cancelled.is_set():
                         break
-                    thoughts = running.thinking or ""
-                    if len(thoughts) > thought:
-                        job.say(("thinking", thoughts[thought:]))
-                        thought = len(thoughts)
-                    job.say(("text", piece))
-                thoughts = running.thinking or ""
-                if len(thoughts) > thought:
-                    job.say(("thinking", thoughts[thought:]))
+                    if step.thinking:
+                        job.say(("thinking", step.thinking))
+                    if step.text:
+                        job.say(("text", step.text))
                 job.say(running.result)
         except Exception as error:  # the thread serves the next request, whatever this one did
             job.say(error)

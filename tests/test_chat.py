@@ -105,11 +105,33 @@ def test_lines_are_turns(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Non
     assert lines[0]["forgotten_turns"] == 0 and lines[0]["stats"]["generated_tokens"] == 2
 
 
+def test_the_options_of_generate_are_there(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = script_pair(tok, tok.encode("<|channel>thought\nhm<channel|>") + tok.encode("jumps"))
+    done = run(pair, monkeypatch, "fox\n", "--think", "--stop", "mps")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "ju\n", "hm\n")
+    assert "think" in tok.decode(pair.target.prompt)
+    done = run(pair, monkeypatch, "fox\n", "--json", "--logprobs", "1", "--logit-bias", "5=-9")
+    said = json.loads(done.stdout)
+    assert said["thinking"] == "hm" and said["text"] == "jumps"
+    assert [row["token"] for row in said["logprobs"]] == said["tokens"]
+    asked = (
+        "--top-p 0.5 --top-k 3 --min-p 0.1 --repetition-penalty 2 --presence-penalty 3 "
+        "--frequency-penalty 4 --logit-bias 7=1 --seed 6 --verify block --temperature 2"
+    )
+    kept = []
+    monkeypatch.setattr("pyengine.chat.Chat.__init__", lambda self, pair, **kw: kept.append(kw))
+    run(pair, monkeypatch, "", *asked.split())
+    want = Sampling(2.0, 0.5, 3, 0.1, 6, (), 2.0, 3.0, 4.0, {7: 1.0}, "block")
+    assert kept[0]["sampling"] == want
+
+
 @pytest.mark.parametrize(
     ("arguments", "stdin", "message"),
     [
         (["--max-tokens", "0"], "a\n", "[generate] max_tokens must be at least 1"),
         (["--block-size", "500"], "a\n", "[generate] block_size must be 1 to 128"),
+        (["--logprobs", "1"], "a\n", "[generate] --logprobs must go with --json"),
+        (["--stop", ""], "a\n", "[generate] stop must hold strings of text"),
         (["--temperature", "-3"], "a\n", "[sampling] temperature must be 0 or more"),
         ([], "fox " * 5000 + "\n", "[generate] prompt must be shorter than the context"),
     ],
@@ -131,6 +153,12 @@ def test_a_pair_without_a_template(tok: Tokenizer, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Tokenizer, "has_chat_template", False)
     done = run(pair, monkeypatch, "fox\n")
     assert done.exit_code == 2 and "[chat] the checkpoint must have a chat template" in done.stderr
+    monkeypatch.undo()
+    monkeypatch.setattr(Tokenizer, "channel_ids", lambda self: ())
+    monkeypatch.setattr(cli.common, "load_pair", lambda *_: pair)
+    for command in ("chat", "generate"):
+        done = CliRunner().invoke(cli.app, [command, "--think"], input="fox\n")
+        assert done.exit_code == 2 and "has a channel for thoughts but scripted's" in done.stderr
 
 
 TERMINAL = """

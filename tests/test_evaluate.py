@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from tiny_pairs import greedy_text, tiny_pair
 
-from pyengine.generate import generate, score
+from pyengine.generate import generate
 from pyengine.pair import Pair, load
 from pyengine.prefix import Prefix
 from pyengine.sampling import Sampling
+from pyengine.score import score
 
 # Scores, which are generate.py's and need no extra
 

@@ -14,13 +14,13 @@ from text_fakes import script_pair, write_tokenizers
 
 from pyengine.generate import (
     Result,
-    StopScanner,
     default_block_size,
     embedded_pair,
     generate,
     resolve_sampling,
     stream,
 )
+from pyengine.reader import StopScanner
 from pyengine.sampling import Sampling
 from pyengine.tokenizer import Tokenizer, load_tokenizer
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pyengine.cli import common
-from pyengine.cli.common import AssistantDir, BundleDir, Dtype, Position, TargetDir
+from pyengine.cli.options import AssistantDir, BundleDir, Position, Storage, TargetDir
 
 EXAMPLES = (
     "pyengine serve --bundle ./pair",
@@ -28,10 +28,7 @@ def run(
     port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 8080,
     max_tokens: Annotated[int, typer.Option(help="Most new tokens a request may ask for.")] = 8192,
     waiting: Annotated[int, typer.Option(help="Most requests that may wait.", min=1)] = 16,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Storage type of the activations.", show_default="the checkpoint's"),
-    ] = None,
+    dtype: Storage = None,
 ) -> None:
     """Serve a pair to OpenAI clients: chat and text completions, streamed or whole.
 
