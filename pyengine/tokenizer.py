@@ -209,6 +209,14 @@ class Tokenizer:
             known = self._bytes[token] = self._spell(token)
         return known
 
+    def spelling(self, token: int) -> str:
+        """How a token is told to people: its text, its name if it is special, else its bytes."""
+        data = self.token_bytes(token)
+        try:
+            return data.decode("utf-8") or self._pieces.piece(token)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
     def _spell(self, token: int) -> bytes:
         if token in self.special_ids or not 0 <= token < self._pieces.size:
             return b""
