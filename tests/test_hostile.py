@@ -5,6 +5,7 @@ Every case is the embedded pair with one thing wrong, or one wrong argument, thr
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -496,11 +497,20 @@ def test_a_damaged_suite(tmp_path: Path, name: str) -> None:
     refused(run("bench", "gemma-mtp", "--prompt-suite", str(path)), message)
 
 
-def test_files_without_permission(bundle: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may read everything")
-    (bundle / "target" / "config.json").chmod(0)
-    refused(run("generate", "--bundle", str(bundle), "a"), "cannot be read: Permission denied")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_files_without_permission(bundle: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bundle / "target" / name).chmod(0)
+    if os.geteuid() == 0:  # root may read everything, so the test refuses in the system's place
+        whole = Path.open
+
+        def open_as_others(path: Path, *arguments: Any, **kw: Any) -> Any:
+            if path.exists() and not path.stat().st_mode & 0o444:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return whole(path, *arguments, **kw)
+
+        monkeypatch.setattr(Path, "open", open_as_others)
+    done = run("generate", "--bundle", str(bundle), "a")
+    refused(done, f"{name} cannot be read: Permission denied")
 
 
 def test_not_enough_memory_is_known_before_loading(
