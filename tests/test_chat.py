@@ -75,7 +75,8 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(tok: Tokenizer)
         assert say(chat, f"the quick brown fox {turn}") == "jumps"
         text = pair.tokenizer.decode(pair.target.prompt)
         assert len(pair.target.prompt) <= 100
-        assert text.startswith("system\nBe brief.") and f"fox {turn}\n" in text
+        assert text.startswith("system\nBe brief.\nuser\n") and f"fox {turn}\n" in text
+        assert len(chat.turns) + chat.forgotten == 2 * (turn + 1)
     assert chat.forgotten >= 8 and chat.forgotten % 2 == 0
     assert "fox 0\n" not in text
     with pytest.raises(ValueError, match="prompt must be shorter than the context of 120 tokens"):

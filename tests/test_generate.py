@@ -139,6 +139,17 @@ def test_thoughts_are_returned_apart(tok: Tokenizer, folder: Path, block_size: i
     assert (result.text, result.thinking) == ("bc", "a\n")
 
 
+@pytest.mark.parametrize("opening", ["<|channel>", "<|channel>thought\n"])
+def test_a_thought_may_begin_in_the_prompt(tok: Tokenizer, opening: str) -> None:
+    rest = "thought\nthe fox" if opening.endswith(">") else "the fox"
+    pair = script_pair(tok, thinking_script(tok, f"{rest}<channel|>", "jumps"))
+    result = generate(tok.encode(f"<bos>fox{opening}"), pair=pair)
+    assert (result.text, result.thinking) == ("jumps", "the fox")
+    # One that ended there is past
+    result = generate(tok.encode("<|channel>thought\n<channel|>fox"), pair=script_pair(tok, "dog"))
+    assert (result.text, result.thinking) == ("dog", None)
+
+
 def test_thoughts_only_where_the_template_has_them(tok: Tokenizer, folder: Path) -> None:
     assert generate("fox", pair=script_pair(tok, "jumps")).thinking is None
     (bare := folder.parent / "bare").mkdir(exist_ok=True)

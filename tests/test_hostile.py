@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from text_fakes import write_tokenizers
 from typer.testing import CliRunner
 
 from pyengine import cli, memory
@@ -197,6 +198,17 @@ def tokenizer(**values: Any) -> Change:
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
     return change
+
+
+def no_unknown_token(bundle: Path) -> None:
+    path = bundle / "target" / "tokenizer.json"
+    write_tokenizers(path.parent)  # in both forms; the embedded one never needs that token
+    whole = json.loads(path.read_text())
+    other = ("<0x", "<unk>")
+    vocab = {
+        ("x" if k.startswith(other) else "") + k: v for k, v in whole["model"]["vocab"].items()
+    }
+    path.write_text(json.dumps(whole | {"model": whole["model"] | {"vocab": vocab}}))
 
 
 def template(source: str) -> Change:
@@ -400,6 +412,7 @@ FILES: dict[str, tuple[Change, str]] = {
         "must hold tokenizer.json or tokenizer.model",
     ),
     "tokenizer no json": (text("target/tokenizer.json", "{"), "cannot be read"),
+    "tokenizer without its unknown token": (no_unknown_token, "token `<unk>` not found"),
     "tokenizer empty": (text("target/tokenizer.json", "{}"), "cannot be read"),
     "tokenizer binary": (text("target/tokenizer.json", b"\xff\x00"), "must be UTF-8 text"),
     "tokenizer with a pattern": (tokenizer(pre_tokenizer=REGEX), "without regular expressions"),

@@ -28,10 +28,10 @@ from text_fakes import script_pair, write_tokenizers
 from typer.testing import CliRunner
 
 from pyengine import cli
-from pyengine.generate import generate
-from pyengine.openai_protocol import Limits
+from pyengine.generate import Step, generate
+from pyengine.openai_protocol import Limits, Reply, read_request
 from pyengine.pair import Pair, load
-from pyengine.sampling import Sampling
+from pyengine.sampling import Logprob, Sampling
 from pyengine.serve import make_app
 from pyengine.tokenizer import load_tokenizer
 
@@ -258,6 +258,35 @@ def test_echo_with_logprobs_scores_the_prompt(server: Server, pair: Pair) -> Non
     assert said.choices[0].text == prompt and said.choices[0].logprobs is None
 
 
+def test_how_tokens_are_told(tmp_path: Path) -> None:
+    """Half a character is told by its bytes; of two tokens spelled alike the best counts."""
+    write_tokenizers(tmp_path)
+    tok = load_tokenizer(tmp_path)
+    text = "caf\u00e9 \U0001f642"
+    server = Server(script_pair(tok, text))
+    ask: dict[str, Any] = {"model": "any", "temperature": 0}
+    try:
+        said = server.client.chat.completions.create(
+            messages=GAME, logprobs=True, top_logprobs=2, **ask
+        ).choices[0]
+        *rows, last = said.logprobs.content
+        assert bytes(b for row in rows for b in row.bytes).decode() == text == said.message.content
+        assert "bytes:\\xf0" in [row.token for row in rows] and last.token == "<turn|>"
+        assert bytes(last.bytes) == b"<turn|>"
+        rows = server.client.completions.create(prompt="fox", logprobs=1, **ask).choices[0].logprobs
+        at = rows.tokens.index("bytes:\\x9f")  # within the character nothing is certain
+        assert rows.text_offset[at - 1 : at + 4] == [5, 5, 5, 5, 6]
+    finally:
+        server.stop()
+    a, byte = tok.id_of("a"), tok.id_of("<0x61>")
+    assert a is not None and byte is not None and tok.spelling(a) == tok.spelling(byte) == "a"
+    ask = {"prompt": "fox", "logprobs": 2}
+    reply = Reply(read_request(script_pair(tok, "a"), ask, LIMITS, chat=False))
+    step = Step("a", "", [a], [Logprob(a, -1.0, [(a, -1.0), (byte, -2.0)])])
+    (chunk,) = reply.chunks(step)
+    assert chunk["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -1.0}]
+
+
 def test_seeds(server: Server) -> None:
     """A seed gives its text; without one, another text each time, whose seed the usage tells."""
     ask: dict[str, Any] = {"model": "any", "messages": GAME, "max_tokens": 40, "temperature": 1.5}
@@ -331,7 +360,8 @@ def test_bodies_that_are_no_request(server: Server) -> None:
     # What a web page could send without asking, and a name that leads here from elsewhere
     answer = server.post(content=b"{}", headers={"content-type": "text/plain"})
     assert answer.status_code == 415
-    assert server.post(json={}, headers={"host": "evil.example"}).status_code == 400
+    for host, status in (("evil.example", 400), ("localhost:80", 200), ("[::1]:80", 200)):
+        assert httpx.get(server.url + "/health", headers={"host": host}).status_code == status
     with pytest.raises(openai.BadRequestError, match="prompt must not be empty"):
         server.client.completions.create(model="any", prompt="")
 
@@ -481,7 +511,7 @@ def command(*arguments: str) -> subprocess.Popen[str]:
 
 
 def test_the_command_serves_until_ctrl_c() -> None:
-    process = command("--port", "0", "--max-tokens", "2000")
+    process = command("--port", "0")
     assert process.stderr is not None
     try:
         said = process.stderr.readline()
@@ -494,7 +524,9 @@ def test_the_command_serves_until_ctrl_c() -> None:
         # Loopback only, unless told otherwise
         if sys.platform == "linux":
             assert {ip for ip, port in listening(process.pid)} == {"0100007F"}
-        ask = {"messages": GAME, "max_tokens": 2000, "stream": True, "temperature": 2.0}
+        # An answer that would go on for a minute
+        ask = {"messages": GAME, "max_tokens": 8000, "stream": True, "block_size": 1}
+        ask["logit_bias"] = dict.fromkeys(load().generation.stop_ids, -100)
         with httpx.stream("POST", f"{url}/chat/completions", json=ask, timeout=60) as answer:
             next(answer.iter_lines())
             process.send_signal(signal.SIGINT)

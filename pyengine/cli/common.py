@@ -185,6 +185,8 @@ def two_columns(title: str, rows: dict[str, Any]) -> Table:
     out = Table(show_header=False, box=None, title=title, title_justify="left")
     for name, value in rows.items():
         said = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if isinstance(value, bool):
+            said = "yes" if value else "no"
         if isinstance(value, dict):
             said = ", ".join(f"{count} x {what}" for what, count in value.items())
         out.add_row(name.replace("_", " "), Text(printable(said)))
