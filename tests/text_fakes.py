@@ -22,6 +22,7 @@ WORDS = "the quick brown fox jumps over a lazy dog; print(value) if total > 0 el
 # Roles become turns, system text and thoughts as in Gemma 4's own template; written for the tests.
 TEMPLATE = """\
 {{ bos_token }}
+{%- if enable_thinking %}{{ '<|turn>system\n<|think|>think<turn|>\n' }}{% endif %}
 {%- for m in messages %}
     {%- if m.role == 'developer' %}{% continue %}{% endif %}
     {%- if m.role not in ['system', 'user', 'assistant', 'tool'] %}

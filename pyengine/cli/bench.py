@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pyengine.cli import common
-from pyengine.cli.common import AssistantDir, Position, TargetDir
+from pyengine.cli.options import AssistantDir, Position, TargetDir
 
 KERNELS_EXAMPLES = (
     "pyengine bench kernels --count",
