@@ -91,8 +91,9 @@ def count_kernels(
     for K in widths:
         for M in EVERY_ROW if every_row_width == K else rows:
             yield from _matmuls(M, columns, K, mlx=M in rows)
-    for M in EVERY_ROW if expert_width is not None else ():
-        yield _experts(M, columns, expert_width)
+    if expert_width is not None:
+        for M in EVERY_ROW:
+            yield _experts(M, columns, expert_width)
 
 
 def _matmuls(M: int, N: int, K: int, *, mlx: bool) -> Iterator[Count]:
