@@ -142,8 +142,12 @@ class ScriptTarget:
         mode = SimpleNamespace(bits=8, group_size=64, overrides={"layers.0.mlp": None})
         self.config = SimpleNamespace(vocab_size=vocab, quantization=mode)
         self.before_call: Callable[[int], None] = lambda rows: None
-        self.rows = mx.array(np.eye(vocab, dtype=np.float32)[script] * 60)
         self.prompt: list[int] = []
+
+    @property
+    def rows(self) -> mx.array:
+        """Logits of every place in the script."""
+        return mx.array(np.eye(self.config.vocab_size, dtype=np.float32)[self.script] * 60)
 
     def embed(self, ids: mx.array) -> mx.array:
         return ids.astype(mx.float32)[:, None]
