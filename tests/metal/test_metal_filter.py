@@ -268,6 +268,21 @@ def test_switch_runs_it(monkeypatch):
         assert_same_bits(got, ops.filter_logits(logits, top_p=0.9))
 
 
+def test_lists_lie_between_the_launches():
+    """What eval_gpu and the workbench are given, and what the first launch leaves the second."""
+    launches = _ext.filter_logits_launches(2, 5000, 64, 3, 1.0, 0.9, 0.0, True)
+    read, written = _ext.launch_arguments(launches)
+    assert [b.name for b in read] == ["logits", "edit_ids", "factors", "deltas"]
+    assert [b.name for b in written] == ["ids", "probs", "flags"]
+    read, written = _ext.launch_arguments(launches[:1])
+    assert [b.name for b in written] == ["candidates", "slice_flags"]
+    assert read[0].alignment == 16
+    twice = _ext.launch_arguments(launches + launches)[0]
+    assert [b.name for b in twice] == ["logits", "edit_ids", "factors", "deltas"]
+    ragged = _ext.filter_logits_launches(2, 5001, 64, None, 1.0, 0.9, 0.0, False)
+    assert [(b.name, b.alignment) for b in _ext.launch_arguments(ragged)[0]] == [("logits", 1)]
+
+
 def test_limits():
     """256 candidates of 262144 logits fill the merging threadgroup: 1024 threads of 16."""
     assert _ext.filter_logits_has_launch(262144, 256)
