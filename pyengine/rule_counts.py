@@ -23,6 +23,7 @@ from pyengine.ops import switch, workbench
 from pyengine.sampling import Sampling
 
 VOCAB, TOP_K = 262144, 64
+WIDTH = 1536  # of E2B
 ROWS = (1, 6, 16)
 DRAFTS = 5
 _SECTOR = 32
@@ -79,7 +80,8 @@ class RoundCount:
 
 
 def count_rules(vocab: int = VOCAB, rows: Sequence[int] = ROWS) -> Iterator[RuleCount]:
-    """Count filter_logits at each number of rows, then draw_token and accept_block.
+    """Count filter_logits at each number of rows, then q8_filter_logits, of a vocabulary scaled
+    down, then draw_token and accept_block.
 
     Raises:
         RuntimeError: There is no checkout, or no compiler.
@@ -89,6 +91,14 @@ def count_rules(vocab: int = VOCAB, rows: Sequence[int] = ROWS) -> Iterator[Rule
         logits = draw.normal(0, 4, (T, vocab)).astype(np.float32)
         launches = _ext.filter_logits_launches(T, vocab, TOP_K, None, 1.0, 0.95, 0.0, True)
         yield _count("filter_logits", launches, {"logits": logits}, T, vocab)
+
+    V = vocab // 32
+    values = mx.array(draw.normal(size=(V, WIDTH)).astype(np.float32)).astype(mx.bfloat16)
+    head = dict(zip(("w", "scales", "biases"), mx.quantize(values, 64, 8), strict=True))
+    for T in rows:
+        x = mx.array(draw.normal(size=(T, WIDTH)).astype(np.float32)).astype(mx.bfloat16)
+        arrays = {name: workbench.to_numpy(a) for name, a in {"x": x, **head}.items()}
+        yield _count("q8_filter_logits", _head_launches(T, V), arrays, T, V)
 
     k = DRAFTS
     ids = np.stack([draw.permutation(vocab)[:TOP_K] for _ in range(k + 1)]).astype(np.int32)
@@ -100,6 +110,11 @@ def count_rules(vocab: int = VOCAB, rows: Sequence[int] = ROWS) -> Iterator[Rule
     block = {**tables, "drafts": ids[:k, 0].copy(), **at}
     launch = _ext.accept_block_launch(k, TOP_K, TOP_K, "block")
     yield _count("accept_block", [launch], block, k + 1, TOP_K)
+
+
+def _head_launches(T: int, V: int) -> list[_ext.Launch]:
+    settings = (30.0, 1.0, 0.95, 0.0)
+    return _ext.q8_filter_logits_launches(T, V, WIDTH, mx.bfloat16, 64, 8, TOP_K, None, *settings)
 
 
 def _count(
@@ -162,7 +177,8 @@ def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[
     several = {
         "filter_logits": len(
             _ext.filter_logits_launches(1, VOCAB, TOP_K, None, 1.0, 1.0, 0.0, True)
-        )
+        ),
+        "q8_filter_logits": len(_head_launches(1, VOCAB)),
     }
     return [
         RoundCount(op, number, number * several.get(op, 1) if op in switch.METAL else None)

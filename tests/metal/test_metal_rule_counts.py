@@ -26,9 +26,20 @@ def test_logits_are_read_once_and_little_lies_between(rules):
         assert c.threadgroup_bytes <= 12 * 1024
 
 
+def test_the_fused_head_reads_weights_once_and_leaves_no_logits(rules):
+    heads = [c for c in rules if c.op == "q8_filter_logits"]
+    assert [(c.T, c.n, c.launches) for c in heads] == [(1, 2048, 2), (6, 2048, 2)]
+    for c in heads:
+        lists = c.T * (2048 // 128) * 64 * 8  # of slices of 128 at so small a vocabulary
+        assert 2 * lists <= c.between_bytes <= 2.1 * lists and c.logits_ratio is None
+        # Weights and factors of 2048 rows; x again for every 128 of them
+        assert c.ratio < 1 + (c.between_bytes + 20 * c.T * 1536 * 2) / (2048 * 1536)
+        assert c.threadgroup_bytes <= 15 * 1024
+
+
 def test_small_ops_move_what_they_must(rules):
     """One launch each; a table of 512 bytes is touched as a whole or not at all."""
-    small = {c.op: c for c in rules if c.op != "filter_logits"}
+    small = {c.op: c for c in rules if "filter_logits" not in c.op}
     assert set(small) == {"draw_token", "accept_block"}
     for c in small.values():
         assert c.launches == 1 and c.between_bytes == 0 and c.logits_ratio is None
@@ -38,14 +49,15 @@ def test_small_ops_move_what_they_must(rules):
 def test_launches_of_a_round():
     """Five drafts: five filters and draws of the assistant, one filter of the target's rows."""
     rows = {row.op: row for row in count_round()}
-    assert (rows["filter_logits"].calls, rows["filter_logits"].launches) == (6, 12)
+    assert not {"filter_logits", "softcap"} & set(rows)
+    assert (rows["q8_filter_logits"].calls, rows["q8_filter_logits"].launches) == (6, 12)
     assert (rows["draw_token"].calls, rows["draw_token"].launches) == (5, 5)
     assert (rows["accept_block"].calls, rows["accept_block"].launches) == (1, 1)
     for op, row in rows.items():
         assert (row.launches is None) == (op not in switch.METAL)
     assert rows["MLX"].calls > 0
     fewer = {row.op: row for row in count_round(drafts=2, sampling=Sampling(temperature=0.0))}
-    assert fewer["filter_logits"].calls == 3 and "draw_token" not in fewer
+    assert fewer["q8_filter_logits"].calls == 3 and "draw_token" not in fewer
 
 
 def test_table_and_json(rules, monkeypatch):
