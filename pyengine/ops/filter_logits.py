@@ -13,7 +13,7 @@ MAX_TOP_K = 256
 class Edits(NamedTuple):
     """Changes to single logits z before all else: ``(z / f if z > 0 else z * f) + delta``.
 
-    An id may stand several times if it says the same each time.
+    An id may stand several times if it says the same each time. None may overflow.
     """
 
     ids: mx.array  # int32 [L], fastest when nearly sorted
