@@ -19,8 +19,10 @@ import numpy as np
 from pyengine import _ext
 from pyengine.ops import workbench
 
-# Widths of the layers of 31B, 12B and E2B; N is scaled down, which leaves every ratio as it is.
-WIDTHS = (5376, 21504, 3840, 15360, 1536, 6144)
+# Widths of 31B, 12B and E2B, each with that of its feed-forward layer; N is scaled down, which
+# leaves every ratio as it is.
+MODEL_WIDTHS = (5376, 3840, 1536)
+WIDTHS = tuple(K for E in MODEL_WIDTHS for K in (E, 4 * E))
 COLUMNS = 128
 ROWS = (1, 6, 16)
 # The width that is counted at every number of rows: its rows of factors are the shortest, so the
@@ -90,10 +92,12 @@ def count_kernels(
     """
     for K in widths:
         for M in EVERY_ROW if every_row_width == K else rows:
-            yield from _matmuls(M, columns, K, mlx=M in rows)
+            # MLX's kernels load byte by byte: counting their longest rows would take minutes
+            mlx = M in rows and K // 4 not in MODEL_WIDTHS
+            yield from _matmuls(M, columns, K, mlx=mlx)
     if expert_width is not None:
         for M in EVERY_ROW:
-            yield _experts(M, columns, expert_width)
+            yield _experts(M, columns // 2, expert_width)
 
 
 def _matmuls(M: int, N: int, K: int, *, mlx: bool) -> Iterator[Count]:

@@ -9,6 +9,8 @@ from pyengine.assistant import POSITIONS, Assistant
 from pyengine.linear import Linear
 from pyengine.logits import whole
 
+pytestmark = pytest.mark.engine
+
 FLOAT32 = 5e-4
 # Against the float32 reference, from bfloat16 keys: their error is the target's (test_target.py).
 BFLOAT16 = 0.3
@@ -23,6 +25,7 @@ def prefilled(flavour, length, form="float32", max_block=5):
     return model, cache, hidden
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("flavour", FLAVOURS)
@@ -48,6 +51,7 @@ def test_steps_match_transformers(flavour, length, position):
         assert own_token.tolist() == token.tolist()
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_bfloat16_stays_near_float32(flavour):
     wanted = reference(flavour)
@@ -63,6 +67,7 @@ def test_bfloat16_stays_near_float32(flavour):
     assert gap(mx.where(seen, logits, 0), theirs) <= BFLOAT16
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("form", FORMS)
 def test_centroid_head_looks_at_the_best_clusters_only(form):
     pair = tiny_pair("e2b", form)
@@ -78,12 +83,14 @@ def test_centroid_head_looks_at_the_best_clusters_only(form):
     assert np.array_equal(np.array(logits[0])[ids], dense[ids])
 
 
+@pytest.mark.short
 def test_plain_head_looks_at_every_token():
     pair = tiny_pair("dense31")
     logits = whole(pair.assistant._head(mx.ones((1, 64))))
     assert bool(mx.isfinite(logits).all())
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_refused_positions_are_not_read(flavour):
     """What a refused block leaves behind the committed length changes no bit of a draft."""

@@ -72,24 +72,37 @@ def text(
     return [token for r in rounds for token in r.tokens], stats
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_greedy_speculative_text_is_greedy_plain_text(
-    pairs: object, flavour: str, stored: str, dtype: str
+    pairs: object, flavour: str, stored: str, dtype: str, implementation: str
 ) -> None:
-    """Past eight windows of 8 positions, from all drafts refused to all accepted."""
+    """Past eight windows of 8 positions (two in plain MLX), from all drafts refused to all kept."""
     pair = pairs(flavour, stored, dtype)
+    count = 60 if implementation == "native" else 12
     for length, block_sizes in ((5, (3, 17)), (21, (2, 4, 7, 16, 40))):
         prompt = prompt_of(flavour, length)
-        plain, _ = text(pair, prompt, 1, 60)
+        plain, _ = text(pair, prompt, 1, count)
         seen: set[int] = set()
         for block_size in block_sizes:
-            got, stats = text(pair, prompt, block_size, 60)
+            got, stats = text(pair, prompt, block_size, count)
             assert got == plain, f"block size {block_size}"
             seen |= {d for d, count in enumerate(stats.accepted_by_depth) if count}
         if length == 21 and stored == "dense":  # rounding leads away from the text it was fitted to
             assert seen, "the assistant was never right, so nothing was tested"
+
+
+@pytest.mark.engine
+@pytest.mark.short
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_first_tokens_at_a_few_block_sizes(pairs: object, flavour: str) -> None:
+    """The test above, short enough for the workbench."""
+    pair, prompt = pairs(flavour, "8-bit", "bfloat16"), prompt_of(flavour, 21)
+    plain, _ = text(pair, prompt, 1, 7)
+    for block_size in (2, 4, 17):
+        assert text(pair, prompt, block_size, 7)[0] == plain, f"block size {block_size}"
 
 
 @pytest.mark.slow  # every block size; the one above samples them

@@ -122,6 +122,7 @@ def test_stop_ids_and_turns(pair):
     )
 
 
+@pytest.mark.engine
 def test_target_knows_python_better_than_chance(pair):
     import mlx.core as mx
 

@@ -19,6 +19,8 @@ from pyengine.ops.filter_logits import Filtered
 from pyengine.sampling import Sampling
 from pyengine.speculate import Round, Stats, decode
 
+pytestmark = pytest.mark.engine
+
 GREEDY = Sampling(temperature=0.0)
 VOCAB = 16
 
@@ -75,6 +77,7 @@ def run(target: MarkovTarget, assistant: object, prompt: list[int], **kw: object
     return [t for r in rounds for t in r.tokens], rounds, stats
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("right", [0, 1, 2, 3, 5])
 def test_scripted_assistant_gives_that_count(k: int, right: int) -> None:
@@ -431,11 +434,13 @@ def sample_texts(runs: int, rule: Rule) -> tuple[dict[tuple, float], dict[tuple,
     return cells(table, 0), seen
 
 
+@pytest.mark.native("hundreds of texts, which take plain MLX minutes")
 @pytest.mark.parametrize("rule", RULES)
 def test_text_over_rounds_has_the_targets_law(rule: Rule) -> None:
     assert p_value(*sample_texts(300, rule)) > 0.001
 
 
+@pytest.mark.native("hundreds of texts, which take plain MLX minutes")
 def test_accepting_every_draft_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     real = rules.accept
 
