@@ -155,6 +155,11 @@ def make_app(pair: Pair, *, limits: Limits | None = None, any_host: bool = False
     async def health() -> dict[str, Any]:
         return {"status": "ok", "waiting": worker.waiting}
 
+    async def nowhere(request: Request, error: Any) -> Response:
+        return _error(error.status_code, f"[serve] {request.url.path}: {error.detail}.")
+
+    for status in (404, 405):
+        app.add_exception_handler(status, nowhere)
     app.add_api_route("/v1/chat/completions", chat_completions, methods=["POST"])
     app.add_api_route("/v1/completions", completions, methods=["POST"])
     app.add_api_route("/v1/models", models)
