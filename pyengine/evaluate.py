@@ -2,7 +2,8 @@
 
     python -m pyengine.evaluate --model pyengine --model_args bundle=./pair --tasks hellaswag
 
-is lm-eval's own command with one more model in its registry.
+is lm-eval's own command with one more model in its registry. `lm_eval` itself cannot find it:
+0.4.13 looks models up in a list of its own, which neither entry points nor --include_path reach.
 """
 
 from __future__ import annotations

@@ -302,9 +302,9 @@ class Reply:
         }
 
     def _best(self, row: Logprob) -> dict[str, float]:
-        """Best first; of tokens that are spelled alike, the best."""
+        """Best first, the chosen one among them; of tokens that are spelled alike, the best."""
         best: dict[str, float] = {}
-        for token, logprob in row.top:
+        for token, logprob in [*row.top, (row.token, row.logprob)]:
             best.setdefault(self.tokenizer.spelling(token), logprob)
         return best
 

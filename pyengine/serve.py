@@ -59,6 +59,7 @@ class Worker:
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._prefix = Prefix()
+        self._ended = False
         threading.Thread(target=self._work, daemon=True, name="pyengine-serve").start()
 
     @property
@@ -79,6 +80,10 @@ class Worker:
             if job in self._jobs:
                 self._jobs.remove(job)
 
+    def end(self) -> None:
+        """End the job under way after its round, and those that wait."""
+        self._ended = True
+
     def _work(self) -> None:
         while True:
             with self._changed:
@@ -90,7 +95,12 @@ class Worker:
             except Exception as error:  # the thread serves the next, whatever this one did
                 job.say(error)
 
+    def _check_open(self) -> None:
+        if self._ended:
+            raise RuntimeError("[serve] the server was ended.")
+
     def _run(self, job: Job) -> None:
+        self._check_open()
         ask = job.ask
         if ask.echo is not None:
             job.say(ask.echoed(ask.echo))
@@ -99,6 +109,7 @@ class Worker:
             return
         with ask.start(self._prefix) as running:
             for step in running.steps():
+                self._check_open()
                 if job.cancelled:
                     break
                 job.say(step)
@@ -118,7 +129,7 @@ def make_app(pair: Pair, *, limits: Limits | None = None, any_host: bool = False
     app = FastAPI(title="pyengine", docs_url=None, redoc_url=None, openapi_url=None)
     if not any_host:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
-    worker = Worker(limits)
+    worker = app.state.worker = Worker(limits)
 
     async def complete(request: Request, chat: bool) -> Response:
         try:
@@ -144,6 +155,11 @@ def make_app(pair: Pair, *, limits: Limits | None = None, any_host: bool = False
     async def health() -> dict[str, Any]:
         return {"status": "ok", "waiting": worker.waiting}
 
+    async def nowhere(request: Request, error: Any) -> Response:
+        return _error(error.status_code, f"[serve] {request.url.path}: {error.detail}.")
+
+    for status in (404, 405):
+        app.add_exception_handler(status, nowhere)
     app.add_api_route("/v1/chat/completions", chat_completions, methods=["POST"])
     app.add_api_route("/v1/completions", completions, methods=["POST"])
     app.add_api_route("/v1/models", models)

@@ -156,6 +156,9 @@ def test_the_command_says_what_it_made(tmp_path: Path) -> None:
     said = json.loads(done.stdout)
     assert said["kind"] == "pair" and said["path"] == str(tmp_path / "out")
     assert said["weight_bytes"] > 0 and (said["bits"], said["group_size"]) == (4, 32)
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("converting: 0 % target ") and lines[-1] == "converting: 100 % done"
+    assert 5 < len(lines) <= 11
     text = run(SRC / "target", tmp_path / "one")
     assert text.exit_code == 0 and str(tmp_path / "one") in text.stdout
 

@@ -155,12 +155,22 @@ def result_dict(pair: Pair, result: Result) -> dict[str, Any]:
 
 
 @contextmanager
-def progress(what: str = "warm-up") -> Iterator[Any]:
-    """A bar on standard error; on a pipe, one line a step."""
+def progress(what: str = "warm-up", parts: int | None = None) -> Iterator[Any]:
+    """A bar on standard error; on a pipe, a line a step, or where given, ``parts`` lines in all."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     if not sys.stderr.isatty():
-        yield lambda done, total, label: typer.echo(f"[{done}/{total}] {label}", err=True)
+        told = -1
+
+        def line(done: int, total: int, label: str) -> None:
+            nonlocal told
+            if parts is None:
+                typer.echo(f"[{done}/{total}] {label}", err=True)
+            elif done * parts // max(total, 1) > told:
+                told = done * parts // max(total, 1)
+                typer.echo(f"{what}: {100 * done // max(total, 1)} % {label}", err=True)
+
+        yield line
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     # Drawn between steps only, so that no thread of the bar's disturbs a timed run.

@@ -40,7 +40,7 @@ def run(
     with common.sentences():
         from pyengine.convert import convert
 
-        with common.progress("converting") as on_progress:
+        with common.progress("converting", parts=10) as on_progress:
             done = convert(
                 src,
                 dst,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import socket
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,7 +62,15 @@ def run(
             at = f"http://{name}:{sock.getsockname()[1]}/v1"
             typer.echo(f"{pair.name} at {at}; Ctrl-C ends it.", err=True)
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S)
-            uvicorn.Server(config).run(sockets=[sock])
+            server = uvicorn.Server(config)
+            told = server.handle_exit
+
+            def end(*signal: Any) -> None:
+                app.state.worker.end()
+                told(*signal)
+
+            server.handle_exit = end
+            server.run(sockets=[sock])
 
 
 def listen(host: str, port: int) -> socket.socket:
