@@ -9,6 +9,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -63,21 +64,47 @@ std::string source_of(const std::string& library) {
   throw std::logic_error("[launch] no Metal source is named " + library + ".");
 }
 
-bool read_later(
-    const std::vector<Launch>& launches,
-    size_t from,
+bool names(
+    const std::vector<Buffer>& buffers,
+    size_t count,
     const std::string& name) {
-  for (size_t i = from + 1; i < launches.size(); ++i) {
-    for (const auto& buffer : launches[i].buffers) {
-      if (buffer.role == Buffer::Role::in && buffer.name == name) {
-        return true;
-      }
-    }
-  }
-  return false;
+  return std::any_of(
+      buffers.begin(), buffers.begin() + count, [&](const Buffer& b) {
+        return b.name == name;
+      });
 }
 
 } // namespace
+
+Arguments arguments_of(const std::vector<Launch>& launches) {
+  using Role = Buffer::Role;
+  Arguments all;
+  std::vector<std::string> between;
+  for (const auto& launch : launches) {
+    // One launch may name an array twice, and is given it twice
+    size_t earlier = all.read.size();
+    for (const auto& buffer : launch.buffers) {
+      if (buffer.role == Role::bytes) {
+        continue;
+      }
+      bool written = names(all.written, all.written.size(), buffer.name);
+      if (buffer.role == Role::in && written) {
+        between.push_back(buffer.name);
+      } else if (
+          buffer.role != Role::out && !written &&
+          !names(all.read, earlier, buffer.name)) {
+        all.read.push_back(buffer);
+      }
+      if (buffer.role != Role::in && !written) {
+        all.written.push_back(buffer);
+      }
+    }
+  }
+  std::erase_if(all.written, [&](const Buffer& b) {
+    return std::find(between.begin(), between.end(), b.name) != between.end();
+  });
+  return all;
+}
 
 #ifdef __APPLE__
 
@@ -181,26 +208,28 @@ void run_on_gpu(
     const mx::Stream& stream,
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
+  auto arguments = arguments_of(launches);
   std::map<std::string, mx::array> known;
-  size_t input = 0, output = 0;
-  for (size_t i = 0; i < launches.size(); ++i) {
+  for (size_t i = 0; i < arguments.read.size(); ++i) {
+    known.emplace(arguments.read[i].name, inputs[i]);
+  }
+  for (size_t i = 0; i < arguments.written.size(); ++i) {
+    known.insert_or_assign(arguments.written[i].name, outputs[i]);
+  }
+  for (const auto& launch : launches) {
     std::vector<mx::array> read, written;
-    for (const auto& buffer : launches[i].buffers) {
-      if (buffer.role == Buffer::Role::in) {
-        auto found = known.find(buffer.name);
-        if (found == known.end()) {
-          found = known.emplace(buffer.name, inputs[input++]).first;
-        }
-        read.push_back(found->second);
-      } else if (buffer.role != Buffer::Role::bytes) {
-        auto a = read_later(launches, i, buffer.name)
-            ? temporary(buffer, stream)
-            : outputs[output++];
-        known.insert_or_assign(buffer.name, a);
-        written.push_back(a);
+    for (const auto& buffer : launch.buffers) {
+      if (buffer.role == Buffer::Role::bytes) {
+        continue;
       }
+      auto found = known.find(buffer.name);
+      if (found == known.end()) {
+        found = known.emplace(buffer.name, temporary(buffer, stream)).first;
+      }
+      bool reads = buffer.role == Buffer::Role::in;
+      (reads ? read : written).push_back(found->second);
     }
-    run_on_gpu(launches[i], stream, read, written);
+    run_on_gpu(launch, stream, read, written);
   }
 }
 
@@ -226,6 +255,13 @@ void bind_launch(nb::module_& m) {
       .def_ro("threadgroup", &Launch::threadgroup)
       .def_ro("buffers", &Launch::buffers)
       .def_ro("threadgroup_memory", &Launch::threadgroup_memory);
+  m.def(
+      "launch_arguments",
+      [](const std::vector<Launch>& launches) {
+        auto arguments = arguments_of(launches);
+        return std::pair(arguments.read, arguments.written);
+      },
+      nb::arg("launches"));
   m.def("metal_source", &source_of, nb::arg("library"));
 }
 

@@ -60,9 +60,17 @@ void run_on_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs);
 
-// Runs launches in order. A buffer that one writes and a later one reads, by
-// its name, is a temporary; `inputs` and `outputs` stand for the others, in the
-// order in which they are first named.
+// What launches that run in order read and write, in the order in which they
+// first name it. A buffer that one writes and a later one reads, by its name,
+// is a temporary and in neither list.
+struct Arguments {
+  std::vector<Buffer> read;
+  std::vector<Buffer> written;
+};
+
+Arguments arguments_of(const std::vector<Launch>& launches);
+
+// Runs launches in order; `inputs` and `outputs` stand for their arguments.
 void run_on_gpu(
     const std::vector<Launch>& launches,
     const mx::Stream& stream,

@@ -109,8 +109,7 @@ inline uint bound_of(
   uint key = uint(best >> 32);
   uint rank = 0;
   for (ushort i = 0; i < 32; ++i) {
-    uint other = simd_shuffle(key, i);
-    rank += other < key || (other == key && i < lane);
+    rank += simd_shuffle(key, i) < key;
   }
   uint share = (count + simds - 1) / simds;
   uint bound = share > 32 ? 0xffffffffu : simd_max(rank < share ? key : 0);

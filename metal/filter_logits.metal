@@ -62,12 +62,14 @@ inline uint item_at(ushort i, ushort thread_index) {
         quads[j] = *(const device float4*)(row + id);
       }
     } else {
+#pragma unroll
       for (ushort c = 0; c < 4; ++c) {
         if (id + c < V) {
           quads[j][c] = row[id + c];
         }
       }
     }
+#pragma unroll
     for (ushort c = 0; c < 4; ++c) {
       flag = max(flag, flag_of(quads[j][c]));
     }

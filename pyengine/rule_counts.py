@@ -121,7 +121,7 @@ def _count(
     op: str, launches: list[_ext.Launch], arrays: dict[str, np.ndarray], T: int, n: int
 ) -> RuleCount:
     _, report = workbench.load().run(launches, arrays, mode="count")
-    read, written = workbench.arguments(launches)
+    read, written = _ext.launch_arguments(launches)
     outer = {buffer.name for buffer in (*read, *written)}
     constants = {b.name for launch in launches for b in launch.buffers if b.role == "bytes"}
     moved = {

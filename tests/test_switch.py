@@ -38,6 +38,7 @@ def test_a_gpu_runs_what_has_a_metal_kernel(monkeypatch: pytest.MonkeyPatch) -> 
         has_kernel = row["op"] in switch.METAL
         assert row["kernel"] == ("Metal" if has_kernel else "MLX") and row["device"] == "gpu"
         assert row["row_stable"] == (has_kernel or row["op"] in ELEMENTWISE)
+        assert switch.chosen(row["op"], fits=False) == "mlx"  # past a kernel's limits
     ops.use("mlx")
     try:
         assert {row["kernel"] for row in ops.status()} == {"MLX"}

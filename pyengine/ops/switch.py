@@ -93,7 +93,7 @@ _REDUCING = (
 
 
 def status() -> list[dict[str, Any]]:
-    """What every op runs if it is called now.
+    """What every op runs if it is called now, with arguments within the limits of its kernel.
 
     Returns:
         One row an op: ``op``; ``kernel``, "SIMD (...)" with the instruction set, "Metal",

@@ -43,30 +43,13 @@ def run(launch: _ext.Launch | list[_ext.Launch], *inputs: mx.array) -> list[mx.a
         The outputs; they and the inputs are in the order in which buffers are first named.
     """
     launches = launch if isinstance(launch, list) else [launch]
-    read, written = arguments(launches)
+    read, written = _ext.launch_arguments(launches)
     arrays = {
         buffer.name: to_numpy(a.reshape(buffer.shape))
         for buffer, a in zip(read, inputs, strict=True)
     }
     outputs, _ = load().run(launches, arrays)
     return [to_mlx(outputs[buffer.name], buffer.dtype) for buffer in written]
-
-
-def arguments(launches: list[_ext.Launch]) -> tuple[list[_ext.Buffer], list[_ext.Buffer]]:
-    """The buffers that launches read and write, without those between them."""
-    read: dict[str, _ext.Buffer] = {}
-    written: dict[str, _ext.Buffer] = {}
-    between = set()
-    for launch in launches:
-        for buffer in launch.buffers:
-            if buffer.role in ("in", "inout"):
-                if buffer.name in written:
-                    between.add(buffer.name)
-                else:
-                    read.setdefault(buffer.name, buffer)
-            if buffer.role in ("out", "inout"):
-                written[buffer.name] = buffer
-    return list(read.values()), [b for name, b in written.items() if name not in between]
 
 
 def to_numpy(a: mx.array) -> np.ndarray:

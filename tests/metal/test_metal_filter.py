@@ -15,6 +15,7 @@ from pyengine.ops.filter_logits import Edits, Filtered
 from pyengine.ops.workbench import to_numpy
 
 SLICE = 4096
+BROKEN = (np.nan, -np.nan, np.inf)  # the second sorts below all logits
 FUSED = _ext.instruction_set() != "portable"  # which has no fused multiply-add, and another exp
 
 
@@ -87,6 +88,36 @@ def test_no_fault_and_the_processors_bits(T, V, top_k, edited, distinct):
         assert all(np.array_equal(*map(np.array, pair)) for pair in zip(out, again, strict=True))
 
 
+@pytest.mark.parametrize("top_k", [1, 8])
+def test_flags(top_k):
+    """Whatever is no number is seen in every place, though no edit leaves it."""
+    V, places = 2 * SLICE + 4, (0, SLICE - 1, SLICE, 2 * SLICE + 3)
+    for value, flag in [*((x, 2) for x in BROKEN), (-np.inf, 1), (3e38, 0), (-3e38, 0)]:
+        logits = np.array(random_logits(1, len(places) + 1, V))
+        logits[range(len(places)), places] = value
+        out, _ = metal(mx.array(logits), top_k=top_k)
+        assert out.flags.tolist() == [flag] * len(places) + [0], value
+        assert mx.all((out.ids >= 0) & (out.ids < V))
+        away = Edits(mx.array(places), mx.ones((5, 4)), mx.full((5, 4), -np.inf))
+        out, _ = metal(mx.array(logits), top_k=top_k, edits=away)
+        assert out.flags.tolist() == [flag] * len(places) + [0], value
+    nothing, _ = metal(mx.full((1, 5), -np.inf), top_k=top_k)
+    assert nothing.flags.tolist() == [2]
+
+
+def test_what_lies_on_a_border_of_top_p_and_min_p():
+    """A mass before of exactly top_p is enough; min_p times the best itself is not too little."""
+    out, _ = metal(mx.zeros((1, 4)), top_p=0.5)
+    assert out.probs.tolist() == [[0.5, 0.5, 0.0, 0.0]]
+    logits = mx.array([[0.0, -1.5]])
+    best, other = np.array(metal(logits)[0].probs)[0]
+    share = next(s for s in np.nextafter(other / best, [0, 2, other / best], dtype=np.float32)
+                 if s * best == other)  # fmt: skip
+    assert metal(logits, min_p=float(share))[0].probs[0, 1].item() == other
+    more = np.float32(share * np.float32(1.0001))
+    assert metal(logits, min_p=float(more))[0].probs.tolist() == [[1.0, 0.0]]
+
+
 def hard_rows(rng: np.random.Generator, T: int, V: int) -> np.ndarray:
     """Rows of every kind side by side, and in some of them something that is no number."""
     rows = rng.normal(0, rng.choice([0.1, 3.0, 30.0], (T, 1)), (T, V))
@@ -99,7 +130,7 @@ def hard_rows(rng: np.random.Generator, T: int, V: int) -> np.ndarray:
     rows[kind == 5] = np.sort(rows[kind == 5])
     rows[kind == 6] *= 1e36
     for row in np.flatnonzero(rng.random(T) < 0.15):
-        rows[row, rng.integers(V)] = rng.choice([np.nan, np.inf, -np.inf, 3.4e38, -3.4e38])
+        rows[row, rng.integers(V)] = rng.choice([*BROKEN, -np.inf, 3.4e38, -3.4e38])
     return rows.astype(np.float32)
 
 
@@ -235,6 +266,21 @@ def test_switch_runs_it(monkeypatch):
     assert kernels == [["filter_logits", "merge_candidates"]] * 2
     for got in (out, same):
         assert_same_bits(got, ops.filter_logits(logits, top_p=0.9))
+
+
+def test_lists_lie_between_the_launches():
+    """What eval_gpu and the workbench are given, and what the first launch leaves the second."""
+    launches = _ext.filter_logits_launches(2, 5000, 64, 3, 1.0, 0.9, 0.0, True)
+    read, written = _ext.launch_arguments(launches)
+    assert [b.name for b in read] == ["logits", "edit_ids", "factors", "deltas"]
+    assert [b.name for b in written] == ["ids", "probs", "flags"]
+    read, written = _ext.launch_arguments(launches[:1])
+    assert [b.name for b in written] == ["candidates", "slice_flags"]
+    assert read[0].alignment == 16
+    twice = _ext.launch_arguments(launches + launches)[0]
+    assert [b.name for b in twice] == ["logits", "edit_ids", "factors", "deltas"]
+    ragged = _ext.filter_logits_launches(2, 5001, 64, None, 1.0, 0.9, 0.0, False)
+    assert [(b.name, b.alignment) for b in _ext.launch_arguments(ragged)[0]] == [("logits", 1)]
 
 
 def test_limits():
