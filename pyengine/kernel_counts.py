@@ -1,12 +1,14 @@
 """What the Metal kernels load and store, counted in the workbench beside MLX's own: no timing.
 
-Bytes are those of the 32-byte sectors that a threadgroup touches, each counted once: what has to
-come to a core if its cache keeps all that the threadgroup needs, and no core helps another.
+Bytes are those of sectors of 32 bytes, in one of two ways. By load: the sectors that one load of a
+simdgroup touches, summed over all loads; no cache helps. By threadgroup: the sectors that a
+threadgroup touches, each once: what has to come to a core if its cache keeps all that the
+threadgroup needs, and no core helps another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,16 @@ import numpy as np
 from pyengine import _ext
 from pyengine.ops import workbench
 
-# Model widths of 31B, 12B and E2B; N is scaled down, which leaves every ratio as it is.
-WIDTHS = (5376, 3840, 1536)
+# Widths of 31B, 12B and E2B, each with that of its feed-forward layer; N is scaled down, which
+# leaves every ratio as it is.
+MODEL_WIDTHS = (5376, 3840, 1536)
+WIDTHS = tuple(K for E in MODEL_WIDTHS for K in (E, 4 * E))
 COLUMNS = 128
 ROWS = (1, 6, 16)
+# The width that is counted at every number of rows: its rows of factors are the shortest, so the
+# most sectors belong to two of them.
+EVERY_ROW_WIDTH = 1536
+EVERY_ROW = tuple(range(1, 17))
 # An expert layer of 26B-A4B, likewise: of 16 experts here each token uses 8.
 EXPERTS, EXPERTS_USED, EXPERT_WIDTH = 16, 8, 2816
 GROUP_SIZE, BITS = 64, 8
@@ -33,10 +41,13 @@ class Count:
 
     Attributes:
         source: "ours" or "mlx".
-        read_bytes, written_bytes: Device memory touched, as above.
+        read_bytes, written_bytes: Device memory touched, by threadgroup.
         compulsory_bytes: Every input and output once.
-        weight_ratio: Bytes of packed weights read over those that are needed.
-        ratio: Bytes read and written over the compulsory ones.
+        weight_ratio: Bytes of packed weights by threadgroup, over those that are needed.
+        matrix_ratio: The same of weights, scales and biases together.
+        ratio: Bytes read and written, by threadgroup, over the compulsory ones.
+        weight_load_ratio, matrix_load_ratio: Like their namesakes, but by load.
+        load_ratio: Bytes of all loads, x with them, by load, over those of the matrices needed.
         threadgroup_bytes: Threadgroup memory of a threadgroup.
     """
 
@@ -52,7 +63,11 @@ class Count:
     written_bytes: int
     compulsory_bytes: int
     weight_ratio: float
+    matrix_ratio: float
     ratio: float
+    weight_load_ratio: float
+    matrix_load_ratio: float
+    load_ratio: float
     threadgroup_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,21 +75,32 @@ class Count:
 
 
 def count_kernels(
-    widths: Sequence[int] = WIDTHS, rows: Sequence[int] = ROWS, columns: int = COLUMNS
+    widths: Sequence[int] = WIDTHS,
+    rows: Sequence[int] = ROWS,
+    columns: int = COLUMNS,
+    *,
+    every_row_width: int | None = EVERY_ROW_WIDTH,
+    expert_width: int | None = EXPERT_WIDTH,
 ) -> Iterator[Count]:
-    """Count every kernel at every width and number of rows. Runs each of them, which takes a while.
+    """Count every kernel at every width and number of rows; ours at `every_row_width`, and the
+    experts, for 1 to 16 rows.
+
+    Runs each of them, which takes a while.
 
     Raises:
         RuntimeError: There is no checkout, or no compiler.
     """
     for K in widths:
-        for M in rows:
-            yield from _matmuls(M, columns, K)
-    for M in rows:
-        yield _experts(M, columns, EXPERT_WIDTH)
+        for M in EVERY_ROW if every_row_width == K else rows:
+            # MLX's kernels load byte by byte: counting their longest rows would take minutes
+            mlx = M in rows and K // 4 not in MODEL_WIDTHS
+            yield from _matmuls(M, columns, K, mlx=mlx)
+    if expert_width is not None:
+        for M in EVERY_ROW:
+            yield _experts(M, columns // 2, expert_width)
 
 
-def _matmuls(M: int, N: int, K: int) -> Iterator[Count]:
+def _matmuls(M: int, N: int, K: int, *, mlx: bool) -> Iterator[Count]:
     dtype = mx.bfloat16
     x = _random(0, M, K)
     names = ("w", "scales", "biases")
@@ -83,9 +109,17 @@ def _matmuls(M: int, N: int, K: int) -> Iterator[Count]:
     yield _count("q8_matmul", launch, {"x": x, **gate}, {"w"}, M, N, K)
     # As MLX chooses them: qmv_fast where a simdgroup's steps divide K
     narrow = "qmv_fast" if K % 512 == 0 else "qmv"
-    for name in (narrow, "qmv_wide") if M > 1 else (narrow,):
-        mlx = _mlx_launch(name, M, N, K)
-        yield _count("q8_matmul", mlx, {"x": x, **gate}, {"w"}, M, N, K, source="mlx")
+    for name in ((narrow, "qmv_wide") if M > 1 else (narrow,)) if mlx else ():
+        launch = _mlx_launch(name, M, N, K)
+        yield _count("q8_matmul", launch, {"x": x, **gate}, {"w"}, M, N, K, source="mlx")
+    # q, k and v with the columns of one matrix between them, in E2B's proportions but for rounding
+    shared, begin = {"x": x}, 0
+    parts = {"first_": N // 2, "second_": N // 4, "third_": N // 4}
+    for side, part in parts.items():
+        shared |= {side + name: a[begin : begin + part] for name, a in gate.items()}
+        begin += part
+    launch = _ext.q8_shared_matmul_launch(M, list(parts.values()), K, dtype, GROUP_SIZE, BITS)
+    yield _count("q8_shared_matmul", launch, shared, {side + "w" for side in parts}, M, N, K)
     pair = {
         f"{side}_{name}": a for side, q in (("gate", gate), ("up", up)) for name, a in q.items()
     }
@@ -142,15 +176,24 @@ def _count(
         include=[Path(mx.__file__).parent / "include"],
     )
     traffic = report.traffic
-    factors = {name.replace("w", end) for name in weights for end in ("scales", "biases")}
+    # dense_matmul has no factors
+    matrices = [
+        name
+        for w in weights
+        for name in (w, w[:-1] + "scales", w[:-1] + "biases")
+        if name in arrays
+    ]
+    outs = [name for name, entry in traffic.items() if entry.writes]
     stored = {name: a.nbytes for name, a in arrays.items()}
-    needed = sum(
-        size * (touched if name in weights | factors else 1) for name, size in stored.items()
-    )
-    read = _SECTOR * sum(traffic[name].group_read_sectors for name in arrays)
-    written = _SECTOR * traffic["out"].group_written_sectors
-    compulsory = round(needed) + traffic["out"].size
-    packed = _SECTOR * sum(traffic[name].group_read_sectors for name in weights)
+    stored |= {name: round(stored[name] * touched) for name in matrices}
+    written = _SECTOR * sum(traffic[name].group_written_sectors for name in outs)
+    compulsory = sum(stored.values()) + sum(traffic[name].size for name in outs)
+    by_group = {name: _SECTOR * traffic[name].group_read_sectors for name in arrays}
+    by_load = {name: traffic[name].device_read_bytes for name in arrays}
+
+    def ratio(bytes_: dict[str, int], names: Iterable[str]) -> float:
+        return sum(bytes_[name] for name in names) / sum(stored[name] for name in names)
+
     return Count(
         op=op,
         kernel=launch.kernel,
@@ -160,11 +203,15 @@ def _count(
         K=K,
         dtype="bfloat16",
         launches=report.launches,
-        read_bytes=read,
+        read_bytes=sum(by_group.values()),
         written_bytes=written,
         compulsory_bytes=compulsory,
-        weight_ratio=packed / (touched * sum(stored[name] for name in weights)),
-        ratio=(read + written) / compulsory,
+        weight_ratio=ratio(by_group, weights),
+        matrix_ratio=ratio(by_group, matrices),
+        ratio=(sum(by_group.values()) + written) / compulsory,
+        weight_load_ratio=ratio(by_load, weights),
+        matrix_load_ratio=ratio(by_load, matrices),
+        load_ratio=sum(by_load.values()) / sum(stored[name] for name in matrices),
         threadgroup_bytes=report.threadgroup_bytes,
     )
 
@@ -211,10 +258,17 @@ def _quantized(seed: int, N: int, K: int) -> tuple[mx.array, mx.array, mx.array]
 _HEADING = """# What the Metal kernels read and write
 
 Made by `pyengine bench kernels --count > bench/KERNELS.md`, in the workbench: counts, no timings.
-Bytes are those of the 32-byte sectors that a threadgroup touches, each counted once. Weights:
-packed weights read over those that are needed. Total: all bytes read and written over every input
-and output once, of expert stacks only the experts that some token uses. bfloat16, 8 bits, groups
-of 64; N is scaled down. MLX's kernels come from the headers of the installed package.
+Bytes are those of sectors of 32 bytes. *By threadgroup*: the sectors that a threadgroup touches,
+each once. *By load*: the sectors that one load of a simdgroup touches, summed over all loads, so
+that no cache helps; given for our kernels, since MLX's load single bytes that a compiler may join.
+bfloat16, 8 bits, groups of 64; N is scaled down; of expert stacks only the experts that some token
+uses are needed. MLX's kernels come from the headers of the installed package.
+
+* weights: packed weights by threadgroup, over those that are needed.
+* w+s+b: weights, scales and biases together, likewise.
+* by load: weights alone, then w+s+b, by load.
+* all loads: every load, x with them, by load, over needed weights, scales and biases.
+* total: all bytes read and written by threadgroup, over every input and output once.
 """
 
 
@@ -222,15 +276,38 @@ def markdown(counts: Sequence[Count]) -> str:
     """The counts as a page."""
     lines = [
         _HEADING,
-        "| op | kernel | M | N | K | launches | weights | total | threadgroup memory |",
-        "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
+        "| op | kernel | M | N | K | launches | weights | w+s+b | by load | all loads | total "
+        "| threadgroup memory |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for c in counts:
-        kernel = f"`{c.kernel.partition('<')[0]}`" + (" (MLX)" if c.source == "mlx" else "")
+        if c.M not in ROWS:
+            continue
+        ours = c.source == "ours"
+        kernel = f"`{c.kernel.partition('<')[0]}`" + ("" if ours else " (MLX)")
+        by_load = f"{c.weight_load_ratio:.2f}, {c.matrix_load_ratio:.3f} | {c.load_ratio:.2f}"
         lines.append(
             f"| {c.op} | {kernel} | {c.M} | {c.N} | {c.K} | {c.launches} | {c.weight_ratio:.2f} "
-            f"| {c.ratio:.2f} | {c.threadgroup_bytes} |"
+            f"| {c.matrix_ratio:.3f} | {by_load if ours else '|'} | {c.ratio:.2f} "
+            f"| {c.threadgroup_bytes} |"
         )
+    every = [c for c in counts if c.source == "ours" and c.K in (EVERY_ROW_WIDTH, EXPERT_WIDTH)]
+    if every:
+        ops = list(dict.fromkeys(c.op for c in every))
+        cells = {
+            (c.op, c.M): f"{c.weight_load_ratio:.2f}, {c.matrix_load_ratio:.3f}, {c.ratio:.2f}"
+            for c in every
+        }
+        lines += [
+            "",
+            f"Our kernels at every number of rows, K = {EVERY_ROW_WIDTH} (experts "
+            f"{EXPERT_WIDTH}): weights and w+s+b by load, total.",
+            "",
+            f"| M | {' | '.join(ops)} |",
+            f"| --: |{' --: |' * len(ops)}",
+        ]
+        for M in sorted({c.M for c in every}):
+            lines.append(f"| {M} | {' | '.join(cells.get((op, M), '') for op in ops)} |")
     return "\n".join(lines)
 
 
