@@ -55,4 +55,6 @@ NB_MODULE(_ext, m) {
   pyengine::bind_mathfn(m);
   pyengine::bind_draw_token(m);
   pyengine::bind_accept_block(m);
+  pyengine::bind_prepare_qkv(m);
+  pyengine::bind_recorded(m);
 }

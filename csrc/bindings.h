@@ -26,5 +26,7 @@ void bind_block_attention(nb::module_& m);
 void bind_mathfn(nb::module_& m);
 void bind_draw_token(nb::module_& m);
 void bind_accept_block(nb::module_& m);
+void bind_prepare_qkv(nb::module_& m);
+void bind_recorded(nb::module_& m);
 
 } // namespace pyengine

@@ -31,7 +31,7 @@ mx::array norm_rope(
   check(x.ndim() == 4, op, "x", "have shape [B, T, H, D]", x.shape());
   int D = x.shape(3);
   check(
-      D % 2 == 0 && D <= norm_rope_max_width,
+      D % 2 == 0 && D <= rope_max_width,
       op,
       "D",
       "be even and at most 1024",

@@ -5,7 +5,7 @@
 
 namespace pyengine {
 
-constexpr int norm_rope_max_width = 1024;
+constexpr int rope_max_width = 1024;
 
 struct NormRopeArgs {
   const void* x; // [B, T, H, D], storage

@@ -10,6 +10,8 @@ before it (:meth:`Cache.read_by`, :meth:`Cache.order`); readers mask by ``length
 beyond it is nothing.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from pyengine import ops
@@ -49,6 +51,30 @@ class Cache:
         """Everything a caller has to evaluate to have the cache evaluated."""
         return [a for a in [*self.keys, *self.values, self.length] if a is not None]
 
+    def over(self, arrays: Sequence[mx.array]) -> "Cache":
+        """The same cache over other arrays, in the order of ``arrays``: what a round is recorded
+        on."""
+        copy = object.__new__(Cache)
+        copy.__dict__.update(self.__dict__)
+        *stored, copy.length = arrays
+        rest = iter(stored)
+        copy.keys = [None if a is None else next(rest) for a in self.keys]
+        copy.values = [None if a is None else next(rest) for a in self.values]
+        copy._reads = []
+        return copy
+
+    def adopt(self, arrays: Sequence[mx.array], bound: int) -> None:
+        """Go on with what a recorded round gave; ``bound`` limits its length."""
+        self.__dict__.update(self.over(arrays).__dict__, bound=bound)
+
+    def reserve(self, count: int) -> None:
+        """Make room in linear layers for ``count`` positions more."""
+        slots = _round_up(self.bound + count, CAPACITY_STEP)
+        for arrays in (self.keys, self.values):
+            for i, a in enumerate(arrays):
+                if a is not None and not self.config.layers[i].sliding and a.shape[2] < slots:
+                    arrays[i] = _grown(a, slots - a.shape[2])
+
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self.arrays)
@@ -70,36 +96,30 @@ class Cache:
         """Note a result that depends on reading the cache; the next call's writes wait for it."""
         self._reads.append(result)
 
-    def append(
+    def slots(self, i: int) -> tuple[mx.array, mx.array]:
+        """Keys and values of layer i, to be written to and given back by :meth:`store`."""
+        keys, values = self.keys[i], self.values[i]
+        assert keys is not None and values is not None
+        return keys, values
+
+    def store(self, i: int, keys: mx.array, values: mx.array) -> None:
+        """Keep what a write to the slots of layer i returned."""
+        self.keys[i], self.values[i] = keys, values
+
+    def overflows(self, i: int, T: int) -> bool:
+        """Whether T new positions push keys out of the ring of layer i that they attend to."""
+        return self.config.layers[i].sliding and self.max_block < T
+
+    def append_chunk(
         self, i: int, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array | None]:
-        """Write the keys and values [1, T, K, D] of layer i behind the committed positions.
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Write a prefill chunk [1, T, K, D] that overflows the ring: attend a copy, keep the
+        newest keys.
 
-        Returns what the T positions attend to: keys, values, and the position that lies in slot 0
-        (None for 0). Commits nothing.
+        Returns what the chunk attends to: keys and values, the ``window - 1`` before the chunk and
+        then its own, and the position of the first. Commits nothing.
         """
-        old_keys, old_values = self.keys[i], self.values[i]
-        assert old_keys is not None and old_values is not None
-        T, slots = keys.shape[1], old_keys.shape[2]
-        if not self.config.layers[i].sliding:
-            grow = _round_up(self.bound + T, CAPACITY_STEP) - slots
-            if grow > 0:
-                old_keys, old_values = _grown(old_keys, grow), _grown(old_values, grow)
-        elif self.max_block < T:
-            return self._append_chunk(i, keys, values)
-        self.keys[i] = new_keys = ops.write_cache(old_keys, keys, self.length)
-        self.values[i] = new_values = ops.write_cache(old_values, values, self.length)
-        return new_keys, new_values, None
-
-    def _append_chunk(
-        self, i: int, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array | None]:
-        """A prefill chunk that the ring cannot hold: attend a copy, keep the newest keys.
-
-        The copy is the ``window - 1`` keys before the chunk, then the chunk's own.
-        """
-        ring_keys, ring_values = self.keys[i], self.values[i]
-        assert ring_keys is not None and ring_values is not None
+        ring_keys, ring_values = self.slots(i)
         T, slots = keys.shape[1], ring_keys.shape[2]
         start = self.length - (self.window - 1)  # negative near the beginning; masked there
         newest = (start + mx.arange(self.window - 1, dtype=mx.int32)) % slots

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from pyengine.chat_template import Message
-from pyengine.generate import Result, Stream, prompt_ids, stream
+from pyengine.generate import Result, Step, Stream, check_settings, stream
+from pyengine.messages import prompt_ids
 from pyengine.prefix import Prefix
+from pyengine.reader import stop_strings
 from pyengine.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -15,10 +18,13 @@ if TYPE_CHECKING:
 
 
 class Chat:
-    """Turns of one conversation with a pair.
+    """Turns of one conversation with a pair; the settings are those of ``generate``.
 
     When the context is nearly used up the oldest turns are forgotten, never the system message:
     ``forgotten`` counts them.
+
+    Raises:
+        ValueError: The pair has no chat template, or a setting is impossible.
     """
 
     def __init__(
@@ -29,12 +35,17 @@ class Chat:
         max_tokens: int = 512,
         sampling: Sampling | None = None,
         block_size: int | None = None,
+        stop: str | Sequence[str] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> None:
+        if not pair.tokenizer.has_chat_template:
+            raise ValueError("[chat] the checkpoint must have a chat template but has none.")
+        check_settings(pair, max_tokens, block_size)
         self.pair = pair
         self.max_tokens = max_tokens
         self.sampling = sampling
         self.block_size = block_size
+        self.stop = stop_strings(stop)
         self.variables = variables
         self.prefix = Prefix()
         self.system: list[Message] = []
@@ -45,7 +56,12 @@ class Chat:
         self._running: Stream | None = None
 
     def ask(self, text: str) -> Iterator[str]:
-        """Say something; yields the answer as it comes.
+        """Say something; yields the answer's text as it comes. Else like :meth:`steps`."""
+        with closing(self.steps(text)) as steps:
+            yield from (step.text for step in steps if step.text)
+
+    def steps(self, text: str) -> Generator[Step, None, None]:
+        """Say something; yields what each round adds to the answer.
 
         The turn counts once the answer has ended, or was left early with some text.
 
@@ -60,12 +76,13 @@ class Chat:
             max_tokens=self.max_tokens,
             sampling=self.sampling,
             block_size=self.block_size,
+            stop=self.stop,
             variables=self.variables,
             prefix=self.prefix,
         )
         with self._running as running:
             try:
-                yield from running
+                yield from running.steps()
             finally:
                 if running.result.tokens:
                     answer: Message = {"role": "assistant", "content": running.result.text}

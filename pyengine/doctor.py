@@ -16,7 +16,7 @@ from pyengine import memory, ops
 EXTRAS = {
     "hub": (("huggingface_hub",), "names of the Hugging Face hub in place of folders"),
     "serve": (("fastapi", "uvicorn"), "pyengine serve"),
-    "eval": (("lm_eval",), "lm_eval --model pyengine"),
+    "eval": (("lm_eval",), "python -m pyengine.evaluate, for lm-eval"),
 }
 CHECK_TOKENS = 24
 
@@ -70,8 +70,8 @@ def examine() -> dict[str, Any]:
             )
     except (ValueError, RuntimeError, OSError) as error:
         report["problems"].append(
-            f"the embedded pair does not run: {error} Install again: "
-            f"{sys.executable} -m pip install --force-reinstall pyengine"
+            f"the embedded pair does not run: {error} Install again, from the folder of the "
+            f"source: {sys.executable} -m pip install --force-reinstall ."
         )
     report["ok"] = not report["problems"]
     return report

@@ -14,10 +14,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from pyengine.generate import generate, resolve_sampling, score
+from pyengine.generate import generate, resolve_sampling
 from pyengine.pair import load
 from pyengine.prefix import Prefix
 from pyengine.sampling import Sampling
+from pyengine.score import score
 
 MAX_NEW_TOKENS = 256  # lm-eval's own default
 

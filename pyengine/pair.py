@@ -247,6 +247,17 @@ def bundle_parts(path: Path) -> tuple[Path, Path]:
     Raises:
         ValueError: The manifest is damaged, or a folder is missing or outside the bundle.
     """
+    names = (MANIFEST, "target", "assistant")
+    if path.is_dir() and not any((path / name).exists() for name in names):
+        if (path / "config.json").exists():
+            raise ValueError(
+                f"[load] {path} must be a bundle but is a checkpoint; it goes to target= or "
+                "assistant=."
+            )
+        raise ValueError(
+            f"[load] {path} must be a bundle with the folders target and assistant, or a "
+            "checkpoint with config.json, but is neither."
+        )
     manifest = read_manifest(path) if (path / MANIFEST).exists() else {}
     target, assistant = (_inside(path, manifest, part) for part in ("target", "assistant"))
     return _folder(target, "target"), _folder(assistant, "assistant")

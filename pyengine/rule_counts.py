@@ -38,19 +38,32 @@ class RuleCount:
     """One op at one shape.
 
     Attributes:
-        T: Rows.
-        n: Logits of a row, or candidates.
+        kernel: That of the first launch.
+        M: Rows.
+        N: Logits of a row, or candidates.
+        K: Width of a fused head; None elsewhere.
         launches: How many kernels run, one after the other.
+        read_bytes, written_bytes: Device memory touched, by threadgroup, lists in between too.
+        compulsory_bytes: Every input and output once.
+        weight_ratio: As in ``kernel_counts``; None where there are no weights.
         logits_ratio: Bytes of logits read over those there are; None where there are none.
         between_bytes: Written by one launch and read by the next, both counted.
-        ratio: All bytes read and written over every input and output once.
+        ratio: Bytes read and written over the compulsory ones.
         threadgroup_bytes: The largest threadgroup memory of a threadgroup.
     """
 
     op: str
-    T: int
-    n: int
+    kernel: str
+    source: str
+    M: int
+    N: int
+    K: int | None
+    dtype: str
     launches: int
+    read_bytes: int
+    written_bytes: int
+    compulsory_bytes: int
+    weight_ratio: float | None
     logits_ratio: float | None
     between_bytes: int
     ratio: float
@@ -76,7 +89,7 @@ class RoundCount:
     launches: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"source": "round", **asdict(self)}
 
 
 def count_rules(vocab: int = VOCAB, rows: Sequence[int] = ROWS) -> Iterator[RuleCount]:
@@ -118,26 +131,42 @@ def _head_launches(T: int, V: int) -> list[_ext.Launch]:
 
 
 def _count(
-    op: str, launches: list[_ext.Launch], arrays: dict[str, np.ndarray], T: int, n: int
+    op: str, launches: list[_ext.Launch], arrays: dict[str, np.ndarray], M: int, N: int
 ) -> RuleCount:
     _, report = workbench.load().run(launches, arrays, mode="count")
-    read, written = _ext.launch_arguments(launches)
-    outer = {buffer.name for buffer in (*read, *written)}
+    outer = {buffer.name for part in _ext.launch_arguments(launches) for buffer in part}
     constants = {b.name for launch in launches for b in launch.buffers if b.role == "bytes"}
     moved = {
         name: _SECTOR * (entry.group_read_sectors + entry.group_written_sectors)
         for name, entry in report.traffic.items()
         if name not in constants
     }
-    logits = report.traffic.get("logits")
+    touched = [report.traffic[name] for name in moved]
+    read = _SECTOR * sum(entry.group_read_sectors for entry in touched)
+    compulsory = sum(report.traffic[name].size for name in outer)
+
+    def ratio(name: str) -> float | None:
+        if name not in arrays:
+            return None
+        entry = report.traffic[name]
+        return float(_SECTOR * entry.group_read_sectors / entry.size)
+
     return RuleCount(
         op=op,
-        T=T,
-        n=n,
+        kernel=launches[0].kernel,
+        source="ours",
+        M=M,
+        N=N,
+        K=WIDTH if "w" in arrays else None,
+        dtype="bfloat16" if "w" in arrays else "float32",
         launches=report.launches,
-        logits_ratio=logits and _SECTOR * logits.group_read_sectors / logits.size,
+        read_bytes=read,
+        written_bytes=sum(moved.values()) - read,
+        compulsory_bytes=compulsory,
+        weight_ratio=ratio("w"),
+        logits_ratio=ratio("logits"),
         between_bytes=sum(size for name, size in moved.items() if name not in outer),
-        ratio=sum(moved.values()) / sum(report.traffic[name].size for name in outer),
+        ratio=sum(moved.values()) / compulsory,
         threadgroup_bytes=report.threadgroup_bytes,
     )
 
@@ -212,7 +241,7 @@ def markdown(rules: Sequence[RuleCount], round_: Sequence[RoundCount]) -> str:
     for c in rules:
         logits = "" if c.logits_ratio is None else f"{c.logits_ratio:.2f}"
         lines.append(
-            f"| {c.op} | {c.T} | {c.n} | {c.launches} | {logits} | {c.between_bytes} "
+            f"| {c.op} | {c.M} | {c.N} | {c.launches} | {logits} | {c.between_bytes} "
             f"| {c.ratio:.2f} | {c.threadgroup_bytes} |"
         )
     lines += [_ROUND_HEADING, "| op | calls | launches |", "| --- | --: | --: |"]

@@ -1,29 +1,29 @@
 """An OpenAI-compatible server: requests in, generate.py's work out. Needs the extra ``serve``.
 
 One generation at a time, in one thread, in the order of arrival; a client that leaves ends its
-own. Nothing a request asks for is silently ignored: what this engine has not is refused.
+own. What a request may ask is openai_protocol.py's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import queue
 import threading
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from pyengine.files import kind, parse, shown
-from pyengine.generate import Prompt, Result, Stream, resolve_sampling, stream
+from pyengine.files import kind, parse
+from pyengine.generate import Result, Step
+from pyengine.openai_protocol import Ask, Limits, Refused, Reply, read_request
 from pyengine.prefix import Prefix
-from pyengine.sampling import Logprob
+from pyengine.speculate import Stats
 
 if TYPE_CHECKING:
     from pyengine.pair import Pair
@@ -31,105 +31,78 @@ if TYPE_CHECKING:
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 POLL_S = 0.1
 
-# What the protocol knows and this engine has not, with the values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "suffix": ("",),
-    "tool_choice": ("auto", "none"),
-    "response_format": ({"type": "text"},),
-}
-# Of no consequence to the text.
-IGNORED = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}
-NUMBERS = {
-    "temperature": float,
-    "top_p": float,
-    "min_p": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "repetition_penalty": float,
-    "top_k": int,
-    "seed": int,
-}
-OTHERS = {"model", "stream", "stream_options", "stop", "max_tokens", "block_size", "logit_bias"}
-OTHERS |= {"logprobs"}
-CHAT = {"messages", "tools", "max_completion_tokens", "chat_template_kwargs", "top_logprobs"}
-TEXT = {"prompt", "echo"}
+Said = Step | Result | Exception  # rounds, then one of the others
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a server takes on: waiting requests, bytes and new tokens of one."""
-
-    waiting: int = 16
-    body_bytes: int = 4 << 20
-    max_tokens: int = 8192
-    default_tokens: int = 512
-
-
-class Refused(Exception):
-    """A request that is answered with an error."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """A generation in the queue; pieces of text come out of ``pieces``, at the end a Result."""
+    """A generation in the queue; what it says comes out of ``said``."""
 
-    start: Callable[[], Stream]
-    loop: asyncio.AbstractEventLoop
-    pieces: asyncio.Queue[tuple[str, str] | Result | Exception]
-    cancelled: threading.Event
+    ask: Ask
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    said: asyncio.Queue[Said] = field(default_factory=asyncio.Queue)
+    cancelled: bool = False
+    seen: float = 0.0  # when the client was last looked for
 
-    def say(self, what: tuple[str, str] | Result | Exception) -> None:
+    def say(self, what: Said) -> None:
         try:
-            self.loop.call_soon_threadsafe(self.pieces.put_nowait, what)
+            self.loop.call_soon_threadsafe(self.said.put_nowait, what)
         except RuntimeError:  # the server has stopped meanwhile
-            self.cancelled.set()
+            self.cancelled = True
 
 
 class Worker:
     """The thread that generates, one job after the other."""
 
     def __init__(self, limits: Limits) -> None:
-        self.jobs: queue.Queue[Job] = queue.Queue(limits.waiting)
+        self._limit = limits.waiting
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._prefix = Prefix()
         threading.Thread(target=self._work, daemon=True, name="pyengine-serve").start()
 
-    def add(self, start: Callable[[], Stream]) -> Job:
-        job = Job(start, asyncio.get_running_loop(), asyncio.Queue(), threading.Event())
-        try:
-            self.jobs.put_nowait(job)
-        except queue.Full:
-            raise Refused(429, "[serve] too many requests are waiting; try again later.") from None
-        return job
+    @property
+    def waiting(self) -> int:
+        return len(self._jobs)
+
+    def add(self, job: Job) -> None:
+        with self._changed:
+            if len(self._jobs) >= self._limit:
+                raise Refused(429, "[serve] too many requests are waiting; try again later.")
+            self._jobs.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """End it after its round; give up its place if it still waits."""
+        job.cancelled = True
+        with self._changed:
+            if job in self._jobs:
+                self._jobs.remove(job)
 
     def _work(self) -> None:
         while True:
-            job = self.jobs.get()
-            if not job.cancelled.is_set():
+            with self._changed:
+                while not self._jobs:
+                    self._changed.wait()
+                job = self._jobs.popleft()
+            try:
                 self._run(job)
+            except Exception as error:  # the thread serves the next, whatever this one did
+                job.say(error)
 
     def _run(self, job: Job) -> None:
-        try:
-            with job.start() as running:
-                thought = 0
-                for piece in running:
-                    if job.cancelled.is_set():
-                        break
-                    thoughts = running.thinking or ""
-                    if len(thoughts) > thought:
-                        job.say(("thinking", thoughts[thought:]))
-                        thought = len(thoughts)
-                    job.say(("text", piece))
-                thoughts = running.thinking or ""
-                if len(thoughts) > thought:
-                    job.say(("thinking", thoughts[thought:]))
-                job.say(running.result)
-        except Exception as error:  # the thread serves the next request, whatever this one did
-            job.say(error)
+        ask = job.ask
+        if ask.echo is not None:
+            job.say(ask.echoed(ask.echo))
+        if not ask.max_tokens:
+            job.say(Result("", [], "length", Stats()))
+            return
+        with ask.start(self._prefix) as running:
+            for step in running.steps():
+                if job.cancelled:
+                    break
+                job.say(step)
+            job.say(running.result)
 
 
 def make_app(pair: Pair, *, limits: Limits | None = None, any_host: bool = False) -> FastAPI:
@@ -145,23 +118,18 @@ def make_app(pair: Pair, *, limits: Limits | None = None, any_host: bool = False
     app = FastAPI(title="pyengine", docs_url=None, redoc_url=None, openapi_url=None)
     if not any_host:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
-    worker, prefix = Worker(limits), Prefix()
+    worker = Worker(limits)
 
     async def complete(request: Request, chat: bool) -> Response:
         try:
-            body = await _body(request, limits)
-            _check_fields(body, chat)
-            start, echo = _starter(pair, prefix, body, limits, chat)
-            job = worker.add(start)
+            ask = read_request(pair, await _body(request, limits), limits, chat)
+            worker.add(job := Job(ask))
         except Refused as error:
             return _error(error.status, str(error))
         except ValueError as error:
             return _error(400, str(error))
-        reply = _Reply(pair, chat, echo)
-        if body.get("stream"):
-            usage = bool((body.get("stream_options") or {}).get("include_usage"))
-            return await _streamed(job, reply, usage)
-        return await _whole(request, job, reply)
+        answer = _streamed if ask.streamed else _whole
+        return await answer(request, worker, job)
 
     async def chat_completions(request: Request) -> Response:
         return await complete(request, chat=True)
@@ -174,7 +142,7 @@ def make_app(pair: Pair, *, limits: Limits | None = None, any_host: bool = False
         return {"object": "list", "data": [row]}
 
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "waiting": worker.jobs.qsize()}
+        return {"status": "ok", "waiting": worker.waiting}
 
     app.add_api_route("/v1/chat/completions", chat_completions, methods=["POST"])
     app.add_api_route("/v1/completions", completions, methods=["POST"])
@@ -202,213 +170,55 @@ async def _body(request: Request, limits: Limits) -> dict[str, Any]:
     return {key: value for key, value in body.items() if value is not None}
 
 
-def _check_fields(body: Mapping[str, Any], chat: bool) -> None:
-    for key, value in body.items():
-        if key in NEUTRAL:
-            if value not in NEUTRAL[key]:
-                raise Refused(400, f"[serve] {key} is not offered here but got {shown(value)}.")
-        elif key in NUMBERS:
-            fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not fits or (NUMBERS[key] is int and not isinstance(value, int)):
-                raise Refused(400, f"[serve] {key} must be a number but got {shown(value)}.")
-        elif key not in OTHERS | IGNORED | (CHAT if chat else TEXT):
-            raise Refused(400, f"[serve] {shown(key)} is not known here.")
-    for key, wanted in (
-        ("stream", bool),
-        ("echo", bool),
-        ("stream_options", dict),
-        ("tools", list),
-        ("logit_bias", dict),
-        ("top_logprobs", int),
-        ("logprobs", bool if chat else int),
-        ("chat_template_kwargs", dict),
-        ("block_size", int),
-        ("max_tokens", int),
-        ("max_completion_tokens", int),
-    ):
-        if key in body and type(body[key]) is not wanted:
-            raise Refused(400, f"[serve] {key} must not be {kind(body[key])}.")
-    if body.get("stream") and body.get("logprobs"):
-        raise Refused(400, "[serve] logprobs must go without stream.")
-
-
-def _starter(
-    pair: Pair, prefix: Prefix, body: Mapping[str, Any], limits: Limits, chat: bool
-) -> tuple[Callable[[], Stream], str]:
-    """What begins the generation, in the worker's thread, and the text to echo before it."""
-    given: dict[str, Any] = {key: cast(body[key]) for key, cast in NUMBERS.items() if key in body}
-    if "logit_bias" in body:
-        given["logit_bias"] = _bias(body["logit_bias"])
-    if body.get("logprobs") is not None and body["logprobs"] is not False:
-        given["logprobs"] = body.get("top_logprobs", 0) if chat else body["logprobs"]
-    sampling = replace(resolve_sampling(pair, None), **given)
-    max_tokens = body.get("max_completion_tokens", body.get("max_tokens", limits.default_tokens))
-    if max_tokens > limits.max_tokens:
-        raise Refused(400, f"[serve] max_tokens must be at most {limits.max_tokens} here.")
-    prompt: Prompt = body.get("messages" if chat else "prompt", "")
-    if chat and not (isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)):
-        raise Refused(400, "[serve] messages must be a list of objects.")
-    if not chat and not isinstance(prompt, str) and not _is_ids(prompt):
-        raise Refused(400, "[serve] prompt must be one string or one list of token ids.")
-    stop = body.get("stop", ())
-    if not isinstance(stop, (str, list, tuple)):
-        raise Refused(400, "[serve] stop must be a string or a list of strings.")
-    variables = dict(body.get("chat_template_kwargs", {}))
-    if "tools" in body:
-        variables["tools"] = body["tools"]
-    echo = prompt if body.get("echo") and isinstance(prompt, str) else ""
-
-    def start() -> Stream:
-        return stream(
-            prompt,
-            pair=pair,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            block_size=body.get("block_size"),
-            stop=stop,
-            raw=not chat and isinstance(prompt, str),
-            variables=variables,
-            prefix=prefix,
-        )
-
-    # Once here too, so that what is wrong is known before the queue; nothing is processed yet
-    start().close()
-    return start, echo
-
-
-def _bias(values: Mapping[str, Any]) -> dict[int, float]:
-    try:
-        return {int(token): float(value) for token, value in values.items()}
-    except (TypeError, ValueError):
-        raise Refused(400, "[serve] logit_bias must map token ids to numbers.") from None
-
-
-def _is_ids(prompt: object) -> bool:
-    return isinstance(prompt, list) and all(type(i) is int for i in prompt)
-
-
-class _Reply:
-    """The protocol's objects for one request."""
-
-    def __init__(self, pair: Pair, chat: bool, echo: str) -> None:
-        self.chat, self.echo = chat, echo
-        self.tokenizer = pair.tokenizer
-        self.head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": pair.name,
-        }
-
-    def whole(self, result: Result) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": result.finish_reason or "stop"}
-        if self.chat:
-            message = {"role": "assistant", "content": result.text}
-            if result.thinking is not None:
-                message["reasoning_content"] = result.thinking
-            choice["message"] = message
-        else:
-            choice["text"] = self.echo + result.text
-        choice["logprobs"] = None if result.logprobs is None else self._logprobs(result.logprobs)
-        name = "chat.completion" if self.chat else "text_completion"
-        return {**self.head, "object": name, "choices": [choice], "usage": usage_of(result)}
-
-    def _logprobs(self, rows: list[Logprob]) -> dict[str, Any]:
-        """Of every new token, the one that ended the text included."""
-        if not self.chat:
-            return {
-                "tokens": [self.tokenizer.decode([row.token]) for row in rows],
-                "token_logprobs": [row.logprob for row in rows],
-                "top_logprobs": [
-                    {self.tokenizer.decode([t]): p for t, p in row.top} for row in rows
-                ],
-            }
-        content = []
-        for row in rows:
-            best = [self._spelled(token, logprob) for token, logprob in row.top]
-            content.append({**self._spelled(row.token, row.logprob), "top_logprobs": best})
-        return {"content": content}
-
-    def _spelled(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.tokenizer.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    def piece(self, what: str, text: str) -> dict[str, Any]:
-        if not self.chat:
-            return self._chunk({"text": text}, None)
-        key = "reasoning_content" if what == "thinking" else "content"
-        return self._chunk({"delta": {"role": "assistant", key: text}}, None)
-
-    def end(self, result: Result) -> dict[str, Any]:
-        return self._chunk(
-            {"delta": {}} if self.chat else {"text": ""}, result.finish_reason or "stop"
-        )
-
-    def usage(self, result: Result) -> dict[str, Any]:
-        return {**self._chunk({}, None), "choices": [], "usage": usage_of(result)}
-
-    def _chunk(self, part: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, **part, "finish_reason": reason, "logprobs": None}
-        name = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self.head, "object": name, "choices": [choice]}
-
-
-def usage_of(result: Result) -> dict[str, Any]:
-    """Token counts of the protocol, and this engine's own: acceptance and speed."""
-    stats = result.stats
-    return {
-        "prompt_tokens": stats.prompt_tokens,
-        "completion_tokens": len(result.tokens),
-        "total_tokens": stats.prompt_tokens + len(result.tokens),
-        "prompt_tokens_details": {"cached_tokens": stats.reused_tokens},
-        "drafted_tokens": stats.drafted,
-        "accepted_tokens": stats.accepted,
-        "acceptance": stats.acceptance,
-        "tok_s": stats.tok_s,
-    }
-
-
-async def _whole(request: Request, job: Job, reply: _Reply) -> Response:
-    asked = time.monotonic()
+async def _next(request: Request, worker: Worker, job: Job) -> Said | None:
+    """What the job says next; None when the client has left, which ends the job."""
     while True:
-        if time.monotonic() - asked > POLL_S:
+        if time.monotonic() - job.seen > POLL_S:
+            job.seen = time.monotonic()
             if await request.is_disconnected():
-                job.cancelled.set()
-                return Response(status_code=499)
-            asked = time.monotonic()
+                worker.cancel(job)
+                return None
         try:
-            said = await asyncio.wait_for(job.pieces.get(), POLL_S)
+            return await asyncio.wait_for(job.said.get(), POLL_S)
         except asyncio.TimeoutError:
             continue
+
+
+async def _whole(request: Request, worker: Worker, job: Job) -> Response:
+    reply, echoed = Reply(job.ask), None
+    while (said := await _next(request, worker, job)) is not None:
         if isinstance(said, Exception):
             return _failure(said)
         if isinstance(said, Result):
-            return JSONResponse(reply.whole(said))
+            return JSONResponse(reply.whole(echoed, said))
+        if echoed is None and job.ask.echo is not None:
+            echoed = said
+    return Response(status_code=499)
 
 
-async def _streamed(job: Job, reply: _Reply, usage: bool) -> Response:
-    first = await job.pieces.get()  # so that an error still has a status
+async def _streamed(request: Request, worker: Worker, job: Job) -> Response:
+    first = await _next(request, worker, job)  # so that an error still has a status
+    if first is None:
+        return Response(status_code=499)
     if isinstance(first, Exception):
         return _failure(first)
+    reply = Reply(job.ask)
 
     async def events() -> AsyncIterator[str]:
-        said: tuple[str, str] | Result | Exception = first
+        said: Said = first
         try:
-            if reply.echo:
-                yield _event(reply.piece("text", reply.echo))
-            while True:
-                if isinstance(said, Exception):
-                    yield _event(_error_body(_failure_text(said)))
-                    break
-                if isinstance(said, Result):
-                    yield _event(reply.end(said))
-                    if usage:
-                        yield _event(reply.usage(said))
-                    break
-                yield _event(reply.piece(*said))
-                said = await job.pieces.get()
+            while isinstance(said, Step):
+                for chunk in reply.chunks(said):
+                    yield _event(chunk)
+                said = await job.said.get()
+            if isinstance(said, Exception):
+                yield _event(_error_body(500, _failure_text(said)))
+            else:
+                for chunk in reply.end(said):
+                    yield _event(chunk)
             yield "data: [DONE]\n\n"
         finally:  # also when the client has left
-            job.cancelled.set()
+            worker.cancel(job)
 
     return StreamingResponse(events(), media_type="text/event-stream")
 
@@ -427,9 +237,9 @@ def _failure_text(error: Exception) -> str:
 
 
 def _error(status: int, message: str) -> Response:
-    return JSONResponse(_error_body(message), status_code=status)
+    return JSONResponse(_error_body(status, message), status_code=status)
 
 
-def _error_body(message: str) -> dict[str, Any]:
-    row = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return {"error": row}
+def _error_body(status: int, message: str) -> dict[str, Any]:
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}

@@ -1,15 +1,16 @@
 """The speculative round, and the loop over rounds. Token ids only: no text, no files.
 
 A round drafts k tokens with the assistant, verifies them in one target call, accepts a prefix,
-draws the token that follows it and commits what was kept. It is one lazy graph: the host reads one
-small array at its end. Plain decoding is the same loop with rounds of one token.
+draws the token that follows it and commits what was kept. It is one lazy graph of fixed shapes,
+built once and played again, and the host reads one small array at its end. Plain decoding is the
+same loop with rounds of one token.
 """
 
 from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -20,6 +21,7 @@ from pyengine.cache import Cache
 from pyengine.logits import Logits
 from pyengine.ops.filter_logits import Filtered
 from pyengine.prefix import Prefix
+from pyengine.recorded import ArrayFunction, recorded
 from pyengine.sampling import History, Listed, Logprob, Sampling, filter_logits
 
 MAX_BLOCK = 128
@@ -186,9 +188,9 @@ def decode(
     history = History(sampling, prompt, logits.shape[-1])
     seed = rules.seed_of(sampling)
     packed, state = _first(logits[None], hidden, history.listed(), cache, sampling, seed)
-    drafted = 0
     row = _read(packed, [hidden])
     stats.prefill_s = time.perf_counter() - start
+    drafted, play = 0, _rounds(target, assistant, cache, sampling, block_size - 1)
 
     while True:
         kept = _unpack(row, drafted, sampling)
@@ -201,19 +203,44 @@ def decode(
             return
         start = time.perf_counter()
         history.add(tokens)
-        # The last token of all needs no drafts: a round commits at least one.
-        drafted = min(block_size - 1, room - stats.generated_tokens - 1)
-        if drafted and assistant is not None:
-            packed, state = _round(
-                target, assistant, cache, state, history.listed(), sampling, seed, drafted
-            )
-        else:
-            packed, state = _plain_step(target, cache, state, history.listed(), sampling, seed)
-        row = _read(packed, [state.hidden, cache.length])
+        # A round past the end of the room keeps its shape; what it commits there is not used
+        drafted = block_size - 1
+        cache.reserve(block_size)
+        packed, primary, hidden, *arrays = play(
+            [*state, seed, *(history.listed() or ()), *cache.arrays]
+        )
+        state = _State(primary, hidden)
+        cache.adopt(arrays, cache.bound + block_size)
+        row = _read(packed, [state.hidden, *cache.arrays])
         accepted = row[drafted]
         cache.bound = len(prompt) + stats.generated_tokens + accepted
         stats.count_round(drafted, accepted)
         stats.decode_s += time.perf_counter() - start
+
+
+def _rounds(
+    target: TargetLike,
+    assistant: AssistantLike | None,
+    cache: Cache,
+    sampling: Sampling,
+    k: int,
+) -> ArrayFunction:
+    """Rounds of one generation, as a function of arrays alone: the state's two, the seed, what
+    :class:`Listed` holds if anything, the cache's. It gives what the host reads, the next state's
+    two and the cache's."""
+    size = len(cache.arrays)
+
+    def build(arrays: Sequence[mx.array]) -> list[mx.array]:
+        primary, hidden, seed, *rest = arrays[:-size]
+        state, listed = _State(primary, hidden), Listed(*rest) if rest else None
+        own = cache.over(arrays[-size:])
+        if k and assistant is not None:
+            packed, state = _round(target, assistant, own, state, listed, sampling, seed, k)
+        else:
+            packed, state = _plain_step(target, own, state, listed, sampling, seed)
+        return [packed, *state, *own.arrays]
+
+    return recorded(build)
 
 
 def _round(

@@ -10,7 +10,7 @@ from typing import Any
 
 from pyengine.chat_template import Message
 from pyengine.files import SURROGATE, kind, parse, read_text, shown
-from pyengine.generate import Prompt, check_message
+from pyengine.messages import Prompt, check_message
 
 EMBEDDED = Path(__file__).parent / "prompts" / "nano.jsonl"
 CONTINUATION = "continuation"

@@ -177,6 +177,7 @@ class Target:
 
     def _hidden(self, ids: mx.array, cache: Cache) -> mx.array:
         """Post-final-norm hidden vectors [T, E]; keys and values go to the cache."""
+        cache.reserve(ids.size)
         ids = cache.order(ids)
         eps = self.config.eps
         h = self.embed(ids)
@@ -210,16 +211,26 @@ class Target:
     ) -> mx.array:
         """Attention of layer i over its own keys, or over those of the layer it shares with."""
         geometry, attention = self.layers[i].config, self.layers[i].attention
-        T, K, D, eps = x.shape[0], geometry.num_kv_heads, geometry.head_dim, self.config.eps
+        T, D, eps = x.shape[0], geometry.head_dim, self.config.eps
         parts = [m for m in (attention.q, attention.k, attention.v) if m is not None]
         q, *kv = side_by_side(parts, x)
-        q = q.reshape(1, T, -1, D)
-        q = ops.norm_rope(q, attention.q_norm, cache.length, attention.inv_freq, eps)
-        if attention.k_norm is not None:
-            k, v = (a.reshape(1, T, K, D) for a in (kv[0], kv[-1]))  # keys may double as values
-            k = ops.norm_rope(k, attention.k_norm, cache.length, attention.inv_freq, eps)
-            v = ops.rms_norm(v, None, eps)
-            seen[i] = cache.append(i, k, v)
+        if attention.k_norm is None:
+            q = q.reshape(1, T, -1, D)
+            q = ops.norm_rope(q, attention.q_norm, cache.length, attention.inv_freq, eps)
+        else:
+            norms = attention.q_norm, attention.k_norm
+            k, v = kv[0], kv[-1]  # keys may double as values
+            if cache.overflows(i, T):
+                turn = cache.length, attention.inv_freq, eps
+                q, k, v = (a.reshape(1, T, -1, D) for a in (q, k, v))
+                q, k = (ops.norm_rope(a, w, *turn) for a, w in zip((q, k), norms, strict=True))
+                seen[i] = cache.append_chunk(i, k, ops.rms_norm(v, None, eps))
+            else:
+                q, keys, values = ops.prepare_qkv(
+                    q, k, v, *norms, attention.inv_freq, *cache.slots(i), cache.length, eps
+                )
+                cache.store(i, keys, values)
+                seen[i] = keys, values, None
         keys, values, start = seen[geometry.kv_source]
         window = self.config.window if geometry.sliding else None
         out = ops.block_attention(q, keys, values, cache.length, window=window, start=start)

@@ -24,6 +24,7 @@ _MARK = re.compile(r"<\|[^<>\s]*>|<[^<>\s]*\|>")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"
 _PROBE = "  a  b "
+_NOWHERE = "\U0010fffd"
 MAX_TOKENIZER = 256 << 20  # Gemma 4's tokenizer.json is about 33 MB
 
 
@@ -61,7 +62,7 @@ class JsonPieces:
         from tokenizers import Tokenizer as Library
 
         text = read_text(path, "tokenizer", MAX_TOKENIZER)
-        self._library = Library.from_str(text)
+        self._path, self._library = path, Library.from_str(text)
         steps = (self._library.normalizer, self._library.pre_tokenizer)
         patterns = [step.__getstate__() for step in steps if step is not None]
         # Gemma's cut at single characters; an expression of a stranger's could take for ever.
@@ -82,7 +83,8 @@ class JsonPieces:
         self.names: dict[str, int] = {}
 
     def split(self, text: str) -> list[int]:
-        return list(self._library.encode(text, add_special_tokens=False).ids)
+        with _library_errors(self._path):
+            return list(self._library.encode(text, add_special_tokens=False).ids)
 
     def piece(self, token: int) -> str:
         return self._library.id_to_token(token) or ""
@@ -98,7 +100,7 @@ class SentencePieces:
         from sentencepiece import SentencePieceProcessor
 
         data = read_bytes(path, "tokenizer", MAX_TOKENIZER)
-        self._library = SentencePieceProcessor(model_proto=data)
+        self._path, self._library = path, SentencePieceProcessor(model_proto=data)
         self.size = self._library.vocab_size()
         pieces = self._library.id_to_piece(list(range(self.size)))
         self._ids = {piece: i for i, piece in enumerate(pieces)}
@@ -116,7 +118,8 @@ class SentencePieces:
         self.names = {name: i for name, i in numbered.items() if i >= 0}
 
     def split(self, text: str) -> list[int]:
-        return list(self._library.encode(text, out_type=int))
+        with _library_errors(self._path):
+            return list(self._library.encode(text, out_type=int))
 
     def piece(self, token: int) -> str:
         return str(self._library.id_to_piece(token))
@@ -155,6 +158,7 @@ class Tokenizer:
                 f"[tokenizer] spaces must survive encode and decode but {_PROBE!r} became "
                 f"{kept!r}; is this a Gemma 4 tokenizer?"
             )
+        self.encode(_NOWHERE)  # what no vocabulary has must go somewhere too
 
     @property
     def vocab_size(self) -> int:
@@ -208,6 +212,14 @@ class Tokenizer:
         if known is None:
             known = self._bytes[token] = self._spell(token)
         return known
+
+    def spelling(self, token: int) -> str:
+        """How a token is told to people: its text, its name if it is special, else its bytes."""
+        data = self.token_bytes(token)
+        try:
+            return data.decode("utf-8") or self._pieces.piece(token)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def _spell(self, token: int) -> bytes:
         if token in self.special_ids or not 0 <= token < self._pieces.size:

@@ -9,11 +9,22 @@ the rest goes to libFuzzer. A finding ends the run with its trace and the input 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 
 import atheris
 from fuzz_targets import TARGETS, seeds
+
+
+def functions(module: ModuleType) -> Iterator[FunctionType]:
+    """Those that a module defines, methods included."""
+    own = [v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__]
+    for value in own:
+        for part in vars(value).values() if isinstance(value, type) else [value]:
+            part = getattr(part, "__func__", getattr(part, "fget", part))
+            if isinstance(part, FunctionType) and part.__module__ == module.__name__:
+                yield part
 
 
 def main() -> None:
@@ -23,10 +34,9 @@ def main() -> None:
         (corpus / f"seed-{i}").write_bytes(seed)
     read = TARGETS[name]
     # After the imports: an editable install's own importer passes by atheris's
-    for module in [m for n, m in sys.modules.items() if n.startswith("pyengine.")]:
-        for function in vars(module).values():
-            if isinstance(function, FunctionType) and function.__module__ == module.__name__:
-                atheris.instrument_func(function)
+    for module in [m for n, m in sys.modules.items() if n.startswith(("pyengine.", "jinja2."))]:
+        for function in set(functions(module)):
+            atheris.instrument_func(function)
     atheris.Setup([sys.argv[0], str(corpus), "-max_len=200000", *sys.argv[3:]], lambda b: read(b))
     atheris.Fuzz()
 

@@ -1,7 +1,8 @@
-"""Every reader of files as a function of bytes, for test_fuzz.py and fuzz_atheris.py.
+"""Every reader of files, and of the server's requests, as a function of bytes.
 
-A target returns True where the bytes were taken and False where they were refused in the house
-form; anything else is a finding. What is taken is also used, as far as that is cheap.
+For test_fuzz.py and fuzz_atheris.py. A target returns True where the bytes were taken and False
+where they were refused in the house form; anything else is a finding. What is taken is also used,
+as far as that is cheap.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-from text_fakes import write_tokenizers
+from text_fakes import script_pair, write_tokenizers
 
 import pyengine.pair as pairs
 from pyengine import weights
 from pyengine.chat_template import ChatTemplate
 from pyengine.config import read_assistant_config, read_target_config
+from pyengine.files import parse
+from pyengine.openai_protocol import Limits, Refused, read_request
 from pyengine.pair import MANIFEST, bundle_parts, read_generation, read_manifest
 from pyengine.shards import INDEX, SINGLE, read_headers
 from pyengine.suite import load_suite
@@ -30,6 +34,24 @@ from pyengine.tokenizer import load_tokenizer
 FIXTURES = Path(__file__).parent / "fixtures"
 NANO = Path(pairs.__file__).parent / "nano"
 HOUSE = re.compile(r"\[[\w. -]+\] \S.*[.?]$", re.DOTALL)
+ASKS: tuple[dict[str, Any], ...] = (
+    {"messages": [{"role": "user", "content": "fox"}], "max_tokens": 5, "stop": ["a"], "seed": 1},
+    {
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "b"}]},
+            {"role": "user", "content": "c"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "logprobs": True,
+        "top_logprobs": 2,
+        "logit_bias": {"5": -1.5},
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "n": 1,
+    },
+    {"prompt": [5, 6], "echo": True, "logprobs": 1, "max_tokens": 0, "presence_penalty": 1},
+    {"prompt": ["the fox"], "stream": True, "stream_options": {"include_usage": True}, "top_k": 3},
+)
 USER = {"role": "user", "content": "the fox <|turn> jumps"}
 
 
@@ -160,6 +182,34 @@ def chat_template(data: bytes) -> None:
     ChatTemplate(data.decode("utf-8", "replace"), {"bos_token": "<bos>"}).render([USER])
 
 
+@functools.cache
+def pair() -> Any:
+    return script_pair(load_tokenizer(tokenizers()), "jumps")
+
+
+def _ask(data: bytes, chat: bool) -> None:
+    """What the server is asked; nothing is generated."""
+    body = parse(data.decode("utf-8", "replace"), "[serve] the request")
+    if not isinstance(body, dict):
+        raise ValueError("[fuzz] serve.py refuses this before.")
+    try:
+        ask = read_request(pair(), body, Limits(), chat)
+    except Refused as error:
+        raise ValueError(str(error)) from error
+    assert 0 < len(ask.ids) < pair().target.context
+    assert (0 if ask.echo is not None else 1) <= ask.max_tokens <= Limits().max_tokens
+
+
+@house
+def chat_request(data: bytes) -> None:
+    _ask(data, chat=True)
+
+
+@house
+def text_request(data: bytes) -> None:
+    _ask(data, chat=False)
+
+
 def seeds(name: str) -> list[bytes]:
     """Right inputs of a target, to be spoiled."""
     target, assistant = FIXTURES / "uni12" / "target", FIXTURES / "e2b" / "assistant"
@@ -191,6 +241,8 @@ def seeds(name: str) -> list[bytes]:
         "tokenizer_json": lambda: [(tokenizers() / "tokenizer.json").read_bytes()],
         "tokenizer_model": lambda: [(tokenizers() / "tokenizer.model").read_bytes()],
         "tokenizer_config": lambda: [(tokenizers() / "tokenizer_config.json").read_bytes()],
+        "chat_request": lambda: [json.dumps(ask).encode() for ask in ASKS if "messages" in ask],
+        "text_request": lambda: [json.dumps(ask).encode() for ask in ASKS if "prompt" in ask],
         "chat_template": lambda: [
             (tokenizers() / "chat_template.jinja").read_bytes(),
             (NANO / "target" / "chat_template.jinja").read_bytes(),
@@ -213,5 +265,7 @@ TARGETS: dict[str, Callable[[bytes], bool]] = {
         tokenizer_model,
         tokenizer_config,
         chat_template,
+        chat_request,
+        text_request,
     )
 }

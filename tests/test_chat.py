@@ -75,7 +75,8 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(tok: Tokenizer)
         assert say(chat, f"the quick brown fox {turn}") == "jumps"
         text = pair.tokenizer.decode(pair.target.prompt)
         assert len(pair.target.prompt) <= 100
-        assert text.startswith("system\nBe brief.") and f"fox {turn}\n" in text
+        assert text.startswith("system\nBe brief.\nuser\n") and f"fox {turn}\n" in text
+        assert len(chat.turns) + chat.forgotten == 2 * (turn + 1)
     assert chat.forgotten >= 8 and chat.forgotten % 2 == 0
     assert "fox 0\n" not in text
     with pytest.raises(ValueError, match="prompt must be shorter than the context of 120 tokens"):
@@ -105,11 +106,33 @@ def test_lines_are_turns(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Non
     assert lines[0]["forgotten_turns"] == 0 and lines[0]["stats"]["generated_tokens"] == 2
 
 
+def test_the_options_of_generate_are_there(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = script_pair(tok, tok.encode("<|channel>thought\nhm<channel|>") + tok.encode("jumps"))
+    done = run(pair, monkeypatch, "fox\n", "--think", "--stop", "mps")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "ju\n", "hm\n")
+    assert "think" in tok.decode(pair.target.prompt)
+    done = run(pair, monkeypatch, "fox\n", "--json", "--logprobs", "1", "--logit-bias", "5=-9")
+    said = json.loads(done.stdout)
+    assert said["thinking"] == "hm" and said["text"] == "jumps"
+    assert [row["token"] for row in said["logprobs"]] == said["tokens"]
+    asked = (
+        "--top-p 0.5 --top-k 3 --min-p 0.1 --repetition-penalty 2 --presence-penalty 3 "
+        "--frequency-penalty 4 --logit-bias 7=1 --seed 6 --verify block --temperature 2"
+    )
+    kept = []
+    monkeypatch.setattr("pyengine.chat.Chat.__init__", lambda self, pair, **kw: kept.append(kw))
+    run(pair, monkeypatch, "", *asked.split())
+    want = Sampling(2.0, 0.5, 3, 0.1, 6, (), 2.0, 3.0, 4.0, {7: 1.0}, "block")
+    assert kept[0]["sampling"] == want
+
+
 @pytest.mark.parametrize(
     ("arguments", "stdin", "message"),
     [
         (["--max-tokens", "0"], "a\n", "[generate] max_tokens must be at least 1"),
         (["--block-size", "500"], "a\n", "[generate] block_size must be 1 to 128"),
+        (["--logprobs", "1"], "a\n", "[generate] --logprobs must go with --json"),
+        (["--stop", ""], "a\n", "[generate] stop must hold strings of text"),
         (["--temperature", "-3"], "a\n", "[sampling] temperature must be 0 or more"),
         ([], "fox " * 5000 + "\n", "[generate] prompt must be shorter than the context"),
     ],
@@ -131,6 +154,12 @@ def test_a_pair_without_a_template(tok: Tokenizer, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Tokenizer, "has_chat_template", False)
     done = run(pair, monkeypatch, "fox\n")
     assert done.exit_code == 2 and "[chat] the checkpoint must have a chat template" in done.stderr
+    monkeypatch.undo()
+    monkeypatch.setattr(Tokenizer, "channel_ids", lambda self: ())
+    monkeypatch.setattr(cli.common, "load_pair", lambda *_: pair)
+    for command in ("chat", "generate"):
+        done = CliRunner().invoke(cli.app, [command, "--think"], input="fox\n")
+        assert done.exit_code == 2 and "has a channel for thoughts but scripted's" in done.stderr
 
 
 TERMINAL = """

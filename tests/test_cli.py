@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import pyengine
 from pyengine import cli
+from pyengine.cli import options
 from pyengine.tokenizer import Tokenizer, load_tokenizer
 
 STORY = "the quick brown fox jumps over a lazy dog; caf\u00e9 \U0001f642 done"
@@ -87,12 +88,63 @@ def test_generate_options_reach_the_engine(pair: Any) -> None:
         Path("a"),
         Path("b"),
         None,
-        cli.common.Dtype.float32,
-        cli.common.Position.before_last,
+        options.Dtype.float32,
+        options.Position.before_last,
     ]
     assert run("generate", "fox", "--stop", "jumps", "--stop", "own").stdout == "the quick br\n"
     run("generate", "fox", "--raw")
     assert pair.target.prompt == pair.tokenizer.encode("fox", bos=True)
+
+
+def test_penalties_and_bias_reach_the_engine(pair: Any, tok: Tokenizer) -> None:
+    """On a script of one word said over and over, each setting is seen in the text."""
+    fox = tok.encode(" fox")
+    pair.target.script[:] = fox * 30
+    whole = tok.decode(fox * 30)
+
+    def said(*arguments: str) -> str:
+        settings = ["--temperature", "0", "--max-tokens", "30", "--block-size", "3"]
+        return run("generate", "dog", *settings, *arguments).stdout.rstrip("\n")
+
+    assert said() == whole
+    other = ["--logit-bias", f"{tok.encode('dog')[0]}=20"]  # a second best, whatever is said
+    assert said(*other) == whole != said(*other, "--repetition-penalty=4")
+    for penalty in ("presence-penalty=99", "frequency-penalty=99"):
+        assert said(f"--{penalty}") != whole
+    assert said("--frequency-penalty=7") != whole == said("--presence-penalty=7")
+    assert said(f"--logit-bias={fox[0]}=-50") == whole
+    assert said(f"--logit-bias={fox[0]}=-99") != whole
+    two = [f"--logit-bias={token}=99" for token in tok.encode("ab")]
+    assert said(*two).startswith(tok.decode(tok.encode("ab")[:1]))
+
+
+def test_logprobs_are_in_the_json(pair: Any, tok: Tokenizer) -> None:
+    done = run(*words("generate fox --json --logprobs 2 --max-tokens 9 --block-size 4"))
+    result = json.loads(done.stdout)
+    rows = result["logprobs"]
+    assert [row["token"] for row in rows] == result["tokens"]
+    assert [row["text"] for row in rows] == [tok.decode([t]) for t in result["tokens"]]
+    for row in rows:
+        best, second = row["top"]
+        assert best == {k: row[k] for k in ("token", "text", "logprob")}
+        assert best["logprob"] > -0.01 and second["logprob"] < -50
+    assert "logprobs" not in json.loads(run("generate", "fox", "--json").stdout)
+
+
+def test_thoughts_go_to_standard_error(pair: Any, tok: Tokenizer) -> None:
+    pair.target.script[:0] = tok.encode("<|channel>thought\nwhy not<channel|>")
+    done = run("generate", "fox")
+    assert (done.stdout, done.stderr) == (STORY + "\n", "")
+    done = run("generate", "fox", "--think")
+    assert (done.stdout, done.stderr) == (STORY + "\n", "why not\n")
+    assert tok.decode(pair.target.prompt).startswith("system\nthink\nuser\nfox")
+    done = run("generate", "fox", "--think", "--json")
+    result = json.loads(done.stdout)
+    assert (result["text"], result["thinking"], done.stderr) == (STORY, "why not", "")
+    # Before the answer, while it is still thinking
+    count = len(tok.encode("<|channel>thought\nwhy"))
+    done = run(*words(f"generate fox --think --block-size 1 --max-tokens {count}"))
+    assert (done.stdout, done.stderr) == ("\n", "why")
 
 
 def test_stats_go_to_standard_error(pair: Any) -> None:
@@ -111,6 +163,15 @@ def test_stats_go_to_standard_error(pair: Any) -> None:
         (["generate", "fox", "--block-size", "200"], "[generate] block_size must be 1 to 128"),
         (["generate", "fox", "--temperature", "-1"], "[sampling] temperature must be 0 or more"),
         (["generate", "fox", "--raw", "--system", "x"], "[generate] --system must go with the"),
+        (["generate", "fox", "--raw", "--think"], "[generate] --think must go with the template"),
+        (["generate", "fox", "--logprobs", "2"], "[generate] --logprobs must go with --json"),
+        (["generate", "fox", "--json", "--logprobs", "999"], "[sampling] logprobs must be 0 to"),
+        (["generate", "fox", "--logit-bias", "5"], "[generate] --logit-bias must be ID=BIAS"),
+        (["generate", "fox", "--logit-bias", "a=1"], "[generate] --logit-bias must be ID=BIAS"),
+        (["generate", "fox", "--logit-bias", "5=inf"], "[generate] --logit-bias must be ID=BIAS"),
+        (["generate", "fox", "--logit-bias", "4000=1"], "[generate] suppress_tokens and logit_bi"),
+        (["generate", "fox", "--repetition-penalty", "0"], "[sampling] repetition_penalty must be"),
+        (["generate", "fox", "--presence-penalty", "nan"], "[sampling] presence_penalty must be"),
         (["bench", "gemma-mtp"], "[bench] the pair must be one of the five published geometries"),
         (
             ["bench", "gemma-mtp", "--draft-block-sizes", "2,x"],
@@ -250,6 +311,7 @@ sys.path.insert(0, {here!r})
 from pathlib import Path
 from text_fakes import script_pair
 from pyengine import cli
+from pyengine.cli import options
 from pyengine.tokenizer import load_tokenizer
 pair = script_pair(load_tokenizer(Path({folder!r})), {story!r} * 99, pause=0.05)
 cli.common.load_pair = lambda *arguments: pair

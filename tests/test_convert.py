@@ -168,7 +168,7 @@ def test_the_command_says_what_it_made(tmp_path: Path) -> None:
         ([SRC, "{tmp}"], "[quantize] dst must not exist yet"),
         ([SRC, "{tmp}/no/where"], "[quantize] dst must lie in a folder that exists"),
         (["/absent", "{tmp}/x"], "must be a folder but got /absent"),
-        ([FIXTURES, "{tmp}/x"], "[load] target must be a folder but got"),
+        ([FIXTURES, "{tmp}/x"], "must be a bundle with the folders target and assistant, or a"),
         ([SRC / "target", "{tmp}/x", "--assistant", FIXTURES / "uni12" / "assistant"], "a pair?"),
         ([SRC / "assistant", "{tmp}/x", "--assistant", SRC / "assistant"], "`model_type` must be"),
     ],
@@ -226,7 +226,8 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
         cwd=FIXTURES,
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("pyengine: [file] "), done.stderr
+    # Known before anything is converted, which would be told by a line of progress
+    assert done.stderr.startswith("pyengine: [file] ") and done.stderr.count("\n") == 1, done.stderr
     assert "Traceback" not in done.stderr and names(tmp_path) == []
 
 

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from tiny_pairs import greedy_text, tiny_pair
 
-from pyengine.generate import generate, score
+from pyengine.generate import generate
 from pyengine.pair import Pair, load
 from pyengine.prefix import Prefix
 from pyengine.sampling import Sampling
+from pyengine.score import score
+from pyengine.speculate import NonFinite
 
 # Scores, which are generate.py's and need no extra
 
@@ -53,6 +55,14 @@ def test_score_errors() -> None:
     with pytest.raises(ValueError, match=r"prompt must be shorter than the context of 512"):
         score(pair, [5] * 300, [5] * 300)
     assert score(pair, [5], []) == ([], True)
+    prefix, whole = Prefix(), pair.target.verify
+    pair.target.verify = lambda ids, cache: (whole(ids, cache)[0] * mx.nan, None)
+    try:
+        with pytest.raises(NonFinite, match=r"\[score\] logits must be finite"):
+            score(pair, [5, 6], [7], prefix=prefix)
+    finally:
+        del pair.target.verify
+    assert prefix.tokens == []
 
 
 # lm-eval

@@ -14,13 +14,13 @@ from text_fakes import script_pair, write_tokenizers
 
 from pyengine.generate import (
     Result,
-    StopScanner,
     default_block_size,
     embedded_pair,
     generate,
     resolve_sampling,
     stream,
 )
+from pyengine.reader import StopScanner
 from pyengine.sampling import Sampling
 from pyengine.tokenizer import Tokenizer, load_tokenizer
 
@@ -137,6 +137,17 @@ def test_thoughts_are_returned_apart(tok: Tokenizer, folder: Path, block_size: i
     script = thinking_script(tok, "<|channel>thought\na<channel|>b<|channel>thought\n<channel|>c")
     result = generate("fox", pair=script_pair(tok, script), block_size=block_size)
     assert (result.text, result.thinking) == ("bc", "a\n")
+
+
+@pytest.mark.parametrize("opening", ["<|channel>", "<|channel>thought\n"])
+def test_a_thought_may_begin_in_the_prompt(tok: Tokenizer, opening: str) -> None:
+    rest = "thought\nthe fox" if opening.endswith(">") else "the fox"
+    pair = script_pair(tok, thinking_script(tok, f"{rest}<channel|>", "jumps"))
+    result = generate(tok.encode(f"<bos>fox{opening}"), pair=pair)
+    assert (result.text, result.thinking) == ("jumps", "the fox")
+    # One that ended there is past
+    result = generate(tok.encode("<|channel>thought\n<channel|>fox"), pair=script_pair(tok, "dog"))
+    assert (result.text, result.thinking) == ("dog", None)
 
 
 def test_thoughts_only_where_the_template_has_them(tok: Tokenizer, folder: Path) -> None:

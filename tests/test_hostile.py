@@ -5,6 +5,7 @@ Every case is the embedded pair with one thing wrong, or one wrong argument, thr
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from text_fakes import write_tokenizers
 from typer.testing import CliRunner
 
 from pyengine import cli, memory
@@ -196,6 +198,17 @@ def tokenizer(**values: Any) -> Change:
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
     return change
+
+
+def no_unknown_token(bundle: Path) -> None:
+    path = bundle / "target" / "tokenizer.json"
+    write_tokenizers(path.parent)  # in both forms; the embedded one never needs that token
+    whole = json.loads(path.read_text())
+    other = ("<0x", "<unk>")
+    vocab = {
+        ("x" if k.startswith(other) else "") + k: v for k, v in whole["model"]["vocab"].items()
+    }
+    path.write_text(json.dumps(whole | {"model": whole["model"] | {"vocab": vocab}}))
 
 
 def template(source: str) -> Change:
@@ -399,6 +412,7 @@ FILES: dict[str, tuple[Change, str]] = {
         "must hold tokenizer.json or tokenizer.model",
     ),
     "tokenizer no json": (text("target/tokenizer.json", "{"), "cannot be read"),
+    "tokenizer without its unknown token": (no_unknown_token, "token `<unk>` not found"),
     "tokenizer empty": (text("target/tokenizer.json", "{}"), "cannot be read"),
     "tokenizer binary": (text("target/tokenizer.json", b"\xff\x00"), "must be UTF-8 text"),
     "tokenizer with a pattern": (tokenizer(pre_tokenizer=REGEX), "without regular expressions"),
@@ -496,11 +510,20 @@ def test_a_damaged_suite(tmp_path: Path, name: str) -> None:
     refused(run("bench", "gemma-mtp", "--prompt-suite", str(path)), message)
 
 
-def test_files_without_permission(bundle: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may read everything")
-    (bundle / "target" / "config.json").chmod(0)
-    refused(run("generate", "--bundle", str(bundle), "a"), "cannot be read: Permission denied")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_files_without_permission(bundle: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bundle / "target" / name).chmod(0)
+    if os.geteuid() == 0:  # root may read everything, so the test refuses in the system's place
+        whole = Path.open
+
+        def open_as_others(path: Path, *arguments: Any, **kw: Any) -> Any:
+            if path.exists() and not path.stat().st_mode & 0o444:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return whole(path, *arguments, **kw)
+
+        monkeypatch.setattr(Path, "open", open_as_others)
+    done = run("generate", "--bundle", str(bundle), "a")
+    refused(done, f"{name} cannot be read: Permission denied")
 
 
 def test_not_enough_memory_is_known_before_loading(

@@ -12,7 +12,7 @@ import pytest
 from tiny_pairs import FIXTURES, FLAVOURS, quantized_fixtures
 from typer.testing import CliRunner
 
-from pyengine import cli
+from pyengine import cli, memory
 from pyengine.inspection import BLOCK, inspect
 from pyengine.pair import load
 from pyengine.shards import SINGLE
@@ -68,10 +68,39 @@ def test_the_embedded_pair() -> None:
         "top_k": 64,
     }
     assert report["target"]["tensors"]["parameters"] == 7_137_432
+    parts = [report[part]["tensors"]["bytes"] for part in ("target", "assistant")]
+    assert report["memory"]["weights"] == sum(parts) and all(parts)
     assert report["memory"]["fits"] is True
     done = run(NANO)
     assert done.exit_code == 0 and "165 x 8 bit, group 64" in done.stdout
     assert json.loads(run(NANO, "--json").stdout) | {"memory": 0} == report | {"memory": 0}
+
+
+def test_whether_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = inspect(NANO)["memory"]
+    for free, fits in ((0, False), (1, True), (None, None)):
+        total = needed["weights"] + needed["cache"]
+        there = None if free is None else total - 1 + free
+        monkeypatch.setattr(memory, "available_bytes", lambda there=there: there)
+        assert inspect(NANO)["memory"]["fits"] is fits
+
+
+def test_what_is_free_is_the_least_that_anybody_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The machine, or the container in it."""
+    if memory.platform.system() != "Linux":
+        return
+    for machine, group, free in ((5, 3, 3), (3, 5, 3), (4, None, 4), (None, None, None)):
+        monkeypatch.setattr(memory, "_available_to_machine", lambda machine=machine: machine)
+        monkeypatch.setattr(memory, "_available_to_group", lambda _, group=group: group)
+        assert memory.available_bytes() == free
+    monkeypatch.undo()
+    assert memory._available_to_group(tmp_path) is None
+    (tmp_path / "memory.current").write_text("100\n")
+    for limit, free in (("1000\n", 900), ("max\n", None)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert memory._available_to_group(tmp_path) == free
 
 
 def test_every_reason_is_told(tmp_path: Path) -> None:
@@ -105,5 +134,5 @@ def test_wrong_arguments(arguments: list[object], message: str) -> None:
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     report = inspect(tmp_path)
-    assert report["kind"] is None and "target must be a folder" in report["refused"][0]
+    assert report["kind"] is None and "must be a bundle with the folders" in report["refused"][0]
     assert run(tmp_path).exit_code == 2

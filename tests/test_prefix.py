@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 from tiny_pairs import FLAVOURS, bits, greedy_text, tiny_pair
 
+from pyengine import speculate
 from pyengine.generate import generate, stream
 from pyengine.pair import Pair, load
 from pyengine.prefix import Prefix
@@ -113,7 +114,9 @@ def test_logits_after_reuse_are_those_of_a_cold_start_bit_for_bit() -> None:
     assert (bits(warm) == bits(cold)).all()
 
 
-def test_stops_cancellation_and_failure_leave_a_right_prefix() -> None:
+def test_stops_cancellation_and_failure_leave_a_right_prefix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Each way a generation can end, through generate, on the embedded pair."""
     pair = load()
     prefix, sampling = Prefix(), Sampling(temperature=0.0)
@@ -130,8 +133,7 @@ def test_stops_cancellation_and_failure_leave_a_right_prefix() -> None:
     again = generate(first, max_tokens=60, prefix=prefix, **ask)
     assert again.text == cold.text and again.stats.reused_tokens > 15
     # A failing machine: nothing half-written is believed
-    whole = pair.target.verify
-    calls = []
+    whole, calls = speculate._read, []
 
     def fail(*arguments: Any) -> Any:
         calls.append(1)
@@ -139,12 +141,27 @@ def test_stops_cancellation_and_failure_leave_a_right_prefix() -> None:
             raise RuntimeError("[verify] the machine failed.")
         return whole(*arguments)
 
-    pair.target.verify = fail  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="the machine failed"):
-        generate(first, max_tokens=60, prefix=prefix, **ask)
-    pair.target.verify = whole  # type: ignore[method-assign]
+    with monkeypatch.context() as patch:
+        patch.setattr(speculate, "_read", fail)
+        with pytest.raises(RuntimeError, match="the machine failed"):
+            generate(first, max_tokens=60, prefix=prefix, **ask)
+    assert prefix.tokens == []
     again = generate(first, max_tokens=60, prefix=prefix, **ask)
     assert again.text == cold.text
+
+
+def test_generate_keeps_what_was_processed_and_no_more() -> None:
+    """The newest token's keys and values are not there yet, whatever ended the text."""
+    pair = load()
+    prompt = pair.tokenizer.encode("import os\nimport sys\n", bos=True)
+    for count, stop in ((30, None), (31, None), (32, None), (60, "def")):
+        prefix, sampling = Prefix(), Sampling(temperature=0.0)
+        ask: dict[str, Any] = {"pair": pair, "sampling": sampling, "max_tokens": count}
+        said = generate(prompt, stop=stop, prefix=prefix, **ask)
+        following = [*prompt, *said.tokens, *pair.tokenizer.encode("\nprint(")]
+        warm = generate(following, prefix=prefix, **ask)
+        assert warm.tokens == generate(following, **ask).tokens
+        assert warm.stats.reused_tokens == len(prompt) + len(said.tokens) - 1
 
 
 def test_one_generation_at_a_time() -> None:
@@ -161,7 +178,9 @@ def test_another_pair_or_a_larger_block_starts_afresh() -> None:
     a, b, prefix = tiny_pair("uni12"), tiny_pair("uni12", "bfloat16"), Prefix()
     prompt = greedy_text("uni12")[:21]
     run(a, prompt, prefix, None, 9)
-    assert run(b, prompt, prefix, None, 9)[1].reused_tokens == 0
+    longer = [*prompt, 5, 6]  # on the first pair all of the prompt would be known
+    warm, stats = run(b, longer, prefix, None, 9)
+    assert stats.reused_tokens == 0 and warm == run(b, longer, None, None, 9)[0]
     cache, known = prefix.open(b.target, prompt, BLOCK + 1)
     assert (known, cache.max_block) == (0, 2 * (BLOCK + 1))
     assert mx.array_equal(cache.length, mx.array(0))

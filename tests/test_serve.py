@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,18 +22,21 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 openai = pytest.importorskip("openai", reason="needs the openai client")
 
 import httpx
+import numpy as np
 import uvicorn
 from text_fakes import script_pair, write_tokenizers
 from typer.testing import CliRunner
 
 from pyengine import cli
-from pyengine.generate import generate
+from pyengine.generate import Step, generate
+from pyengine.openai_protocol import Limits, Reply, read_request
 from pyengine.pair import Pair, load
-from pyengine.sampling import Sampling
-from pyengine.serve import Limits, make_app
+from pyengine.sampling import Logprob, Sampling
+from pyengine.serve import make_app
 from pyengine.tokenizer import load_tokenizer
 
 GAME = [{"role": "user", "content": "Create a single-file HTML5 canvas Snake game."}]
+EMPTY = SimpleNamespace(token_logprobs=[])
 LIMITS = Limits(waiting=2, body_bytes=20_000, max_tokens=400, default_tokens=30)
 
 
@@ -155,6 +164,143 @@ def test_logprobs_penalties_and_bias(server: Server, pair: Pair) -> None:
         assert said.choices[0].message.content == other.text
 
 
+def rows_of(chunks: Any) -> list[Any]:
+    """The log-probabilities of a stream, put together."""
+    return [r for c in chunks for x in c.choices if x.logprobs for r in x.logprobs.content]
+
+
+@pytest.mark.parametrize("stop", [None, "<head>", "never said"])
+def test_streamed_logprobs_are_those_of_the_whole(server: Server, stop: str | None) -> None:
+    """A chunk's rows are of the tokens that made its text, and all together are the whole's."""
+    ask: dict[str, Any] = {"model": "any", "messages": GAME, "max_tokens": 60, "temperature": 0}
+    ask |= {"logprobs": True, "top_logprobs": 2, "stop": stop}
+    whole = server.client.chat.completions.create(**ask)
+    chunks = list(server.client.chat.completions.create(stream=True, **ask))
+    assert whole.choices[0].finish_reason == ("stop" if stop == "<head>" else "length")
+    assert rows_of(chunks) == whole.choices[0].logprobs.content
+    assert len(rows_of(chunks)) == whole.usage.completion_tokens
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == (
+        whole.choices[0].message.content
+    )
+    if stop is None:
+        for chunk in chunks:
+            rows = rows_of([chunk])
+            assert "".join(row.token for row in rows) == (chunk.choices[0].delta.content or "")
+    # As the client puts them together
+    with server.client.chat.completions.stream(**ask) as together:
+        for _ in together:
+            pass
+        message = together.current_completion_snapshot.choices[0]
+    assert message.message.role == "assistant"
+    assert message.message.content == whole.choices[0].message.content
+    assert message.logprobs.content == whole.choices[0].logprobs.content
+
+
+def test_text_logprobs_and_their_offsets(server: Server, pair: Pair) -> None:
+    ask: dict[str, Any] = {"model": "any", "prompt": "import os\n", "temperature": 0}
+    ask |= {"max_tokens": 20, "logprobs": 2}
+    whole = server.client.completions.create(**ask).choices[0]
+    chunks = list(server.client.completions.create(stream=True, **ask))
+    settings = Sampling(temperature=0.0, logprobs=2)
+    want = generate("import os\n", pair=pair, raw=True, max_tokens=20, sampling=settings)
+    assert whole.logprobs.token_logprobs == [row.logprob for row in want.logprobs or ()]
+    for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        parts = [getattr(c.choices[0].logprobs, field) for c in chunks if c.choices[0].logprobs]
+        assert [x for part in parts for x in part] == getattr(whole.logprobs, field), field
+    ends = [*whole.logprobs.text_offset[1:], len(whole.text)]
+    for token, start, end in zip(
+        whole.logprobs.tokens, whole.logprobs.text_offset, ends, strict=True
+    ):
+        assert whole.text[start:end] == token
+    for best in whole.logprobs.top_logprobs:
+        assert list(best.values()) == sorted(best.values(), reverse=True) and len(best) == 2
+
+
+def test_echo_with_logprobs_scores_the_prompt(server: Server, pair: Pair) -> None:
+    prompt = "import os\nimport sys\nprint(caf\u00e9 \U0001f642)\n"
+    ids = pair.tokenizer.encode(prompt, bos=True)
+    rows = np.array(pair.logits(ids)[:-1]).astype(np.float64)
+    logprobs = rows - np.log(np.exp(rows).sum(axis=-1, keepdims=True))
+    want = logprobs[np.arange(len(ids) - 1), ids[1:]]
+    ask: dict[str, Any] = {"model": "any", "temperature": 0, "echo": True, "logprobs": 1}
+    given = server.client.completions.create(prompt=prompt, max_tokens=3, **ask).choices[0]
+    alone = server.client.completions.create(
+        prompt=prompt, max_tokens=3, temperature=0, model="any", logprobs=1
+    ).choices[0]
+    assert given.text == prompt + alone.text
+    got = given.logprobs
+    assert len(got.tokens) == len(ids) - 1 + 3 == len(got.text_offset) == len(got.top_logprobs)
+    assert np.allclose(got.token_logprobs[:-3], want, atol=1e-4)
+    assert got.token_logprobs[-3:] == alone.logprobs.token_logprobs
+    for place, best in enumerate(got.top_logprobs[:-3]):
+        assert np.isclose(max(best.values()), logprobs[place].max(), atol=1e-4)
+    assert [o + len(prompt) for o in alone.logprobs.text_offset] == got.text_offset[-3:]
+    assert got.text_offset[0] == 0 and prompt[: got.text_offset[1]] == got.tokens[0]
+    # Token ids are taken as they are, also alone in a list; the first of all has no probability
+    for ids_given in (ids, [ids]):
+        said = server.client.completions.create(prompt=ids_given, max_tokens=0, **ask)
+        scored = said.choices[0]
+        assert scored.text == prompt and scored.finish_reason == "length"
+        assert scored.logprobs.token_logprobs[0] is scored.logprobs.top_logprobs[0] is None
+        assert scored.logprobs.tokens[0] == "<bos>"
+        assert np.allclose(scored.logprobs.token_logprobs[1:], want, atol=1e-4)
+        assert (said.usage.prompt_tokens, said.usage.completion_tokens) == (len(ids), 0)
+    # Streamed: the prompt comes first, as one piece
+    chunks = list(server.client.completions.create(prompt=prompt, max_tokens=3, stream=True, **ask))
+    assert chunks[0].choices[0].text == prompt
+    rows = [x for c in chunks for x in (c.choices[0].logprobs or EMPTY).token_logprobs]
+    assert rows == got.token_logprobs
+    assert "".join(c.choices[0].text for c in chunks) == given.text
+    # Without log-probabilities nothing is computed for an echo alone
+    said = server.client.completions.create(
+        model="any", prompt=ids, echo=True, max_tokens=0, temperature=0
+    )
+    assert said.choices[0].text == prompt and said.choices[0].logprobs is None
+
+
+def test_how_tokens_are_told(tmp_path: Path) -> None:
+    """Half a character is told by its bytes; of two tokens spelled alike the best counts."""
+    write_tokenizers(tmp_path)
+    tok = load_tokenizer(tmp_path)
+    text = "caf\u00e9 \U0001f642"
+    server = Server(script_pair(tok, text))
+    ask: dict[str, Any] = {"model": "any", "temperature": 0}
+    try:
+        said = server.client.chat.completions.create(
+            messages=GAME, logprobs=True, top_logprobs=2, **ask
+        ).choices[0]
+        *rows, last = said.logprobs.content
+        assert bytes(b for row in rows for b in row.bytes).decode() == text == said.message.content
+        assert "bytes:\\xf0" in [row.token for row in rows] and last.token == "<turn|>"
+        assert bytes(last.bytes) == b"<turn|>"
+        rows = server.client.completions.create(prompt="fox", logprobs=1, **ask).choices[0].logprobs
+        at = rows.tokens.index("bytes:\\x9f")  # within the character nothing is certain
+        assert rows.text_offset[at - 1 : at + 4] == [5, 5, 5, 5, 6]
+    finally:
+        server.stop()
+    a, byte = tok.id_of("a"), tok.id_of("<0x61>")
+    assert a is not None and byte is not None and tok.spelling(a) == tok.spelling(byte) == "a"
+    ask = {"prompt": "fox", "logprobs": 2}
+    reply = Reply(read_request(script_pair(tok, "a"), ask, LIMITS, chat=False))
+    step = Step("a", "", [a], [Logprob(a, -1.0, [(a, -1.0), (byte, -2.0)])])
+    (chunk,) = reply.chunks(step)
+    assert chunk["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -1.0}]
+
+
+def test_seeds(server: Server) -> None:
+    """A seed gives its text; without one, another text each time, whose seed the usage tells."""
+    ask: dict[str, Any] = {"model": "any", "messages": GAME, "max_tokens": 40, "temperature": 1.5}
+
+    def text(**kw: Any) -> tuple[str, int]:
+        said = server.client.chat.completions.create(**ask, extra_body={"top_k": 0}, **kw)
+        return said.choices[0].message.content, said.usage.model_extra["seed"]
+
+    assert text(seed=3) == text(seed=3) == (text(seed=3)[0], 3)
+    first, second = text(), text()
+    assert first[0] != second[0] and first[1] != second[1]
+    assert text(seed=first[1]) == first
+
+
 def test_models_and_health(server: Server, pair: Pair) -> None:
     assert [model.id for model in server.client.models.list()] == [pair.name]
     assert httpx.get(server.url + "/health").json() == {"status": "ok", "waiting": 0}
@@ -181,6 +327,9 @@ def test_models_and_health(server: Server, pair: Pair) -> None:
         ({"n": 2}, "n is not offered here but got 2"),
         ({"stop": 5}, "stop must be a string or a list of strings"),
         ({"stop": [""]}, "stop must hold strings of text"),
+        ({"stop": ["a"] * 17}, "stop must hold at most 16 strings"),
+        ({"top_logprobs": 2}, "top_logprobs must go with logprobs"),
+        ({"stream_options": {"include": 1}}, "stream_options holds 'include', not known here"),
         ({"block_size": 999}, "block_size must be 1 to 128"),
         ({"stream": "yes"}, "stream must not be a string"),
         ({"functions": []}, "'functions' is not known here"),
@@ -211,7 +360,8 @@ def test_bodies_that_are_no_request(server: Server) -> None:
     # What a web page could send without asking, and a name that leads here from elsewhere
     answer = server.post(content=b"{}", headers={"content-type": "text/plain"})
     assert answer.status_code == 415
-    assert server.post(json={}, headers={"host": "evil.example"}).status_code == 400
+    for host, status in (("evil.example", 400), ("localhost:80", 200), ("[::1]:80", 200)):
+        assert httpx.get(server.url + "/health", headers={"host": host}).status_code == status
     with pytest.raises(openai.BadRequestError, match="prompt must not be empty"):
         server.client.completions.create(model="any", prompt="")
 
@@ -305,6 +455,99 @@ def test_failures_and_thoughts(tmp_path: Path) -> None:
         assert server.post(json={"messages": GAME}).status_code == 200
     finally:
         server.stop()
+
+
+def test_a_client_that_leaves_the_queue_gives_up_its_place(slow: Server) -> None:
+    """Two may wait; two that wait and leave make room for two others."""
+    ask = {"messages": GAME, "max_tokens": 150, "block_size": 1}
+    busy = threading.Thread(target=lambda: slow.post(json=ask))
+    busy.start()
+    time.sleep(0.3)
+    for stream in (False, True):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{slow.url}/v1/chat/completions", json={**ask, "stream": stream}, timeout=0.3
+            )
+    end = time.monotonic() + 3
+    while waiting(slow) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert waiting(slow) == 0 and busy.is_alive()
+    busy.join(30)
+
+
+def test_thoughts_come_while_the_model_thinks(tmp_path: Path) -> None:
+    """And a client that leaves then ends them: 300 rounds at 20 ms would take six seconds."""
+    write_tokenizers(tmp_path)
+    tok = load_tokenizer(tmp_path)
+    script = tok.encode("<|channel>thought\n" + "the fox " * 300)
+    server = Server(script_pair(tok, script, pause=0.02))
+    ask = {"messages": GAME, "max_tokens": 300, "block_size": 1, "stream": True}
+    try:
+        start = time.monotonic()
+        url = f"{server.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=ask) as answer:
+            lines = (line for line in answer.iter_lines() if line)
+            first = json.loads(next(lines)[6:])["choices"][0]["delta"]
+            second = json.loads(next(lines)[6:])["choices"][0]["delta"]
+        assert first["role"] == "assistant" and "role" not in second
+        assert "the fox".startswith(first["reasoning_content"].rstrip())
+        assert server.post(json={**ask, "max_tokens": 1}).status_code == 200
+        assert time.monotonic() - start < 4
+    finally:
+        server.stop()
+
+
+def command(*arguments: str) -> subprocess.Popen[str]:
+    """`pyengine serve` in a process of its own."""
+    source = "from pyengine.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", source, "serve", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent,
+        # A shell that starts tests in the background may have it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def test_the_command_serves_until_ctrl_c() -> None:
+    process = command("--port", "0")
+    assert process.stderr is not None
+    try:
+        said = process.stderr.readline()
+        assert re.match(r"pyengine-nano\S* at http://127\.0\.0\.1:[1-9]\d+/v1", said), said
+        url = said.split()[2].rstrip(";")
+        taken = command("--port", url.split(":")[2].partition("/")[0])
+        _, err = taken.communicate(timeout=60)
+        assert taken.returncode == 2 and err.count("\n") == 1
+        assert re.match(r"pyengine: \[serve\] 127\.0\.0\.1 port \d+ must be free to", err)
+        # Loopback only, unless told otherwise
+        if sys.platform == "linux":
+            assert {ip for ip, port in listening(process.pid)} == {"0100007F"}
+        # An answer that would go on for a minute
+        ask = {"messages": GAME, "max_tokens": 8000, "stream": True, "block_size": 1}
+        ask["logit_bias"] = dict.fromkeys(load().generation.stop_ids, -100)
+        with httpx.stream("POST", f"{url}/chat/completions", json=ask, timeout=60) as answer:
+            next(answer.iter_lines())
+            process.send_signal(signal.SIGINT)
+            end = time.monotonic()
+            err = process.stderr.read()
+        assert process.wait(timeout=60) == 130 and time.monotonic() - end < 20
+        assert "Traceback" not in err and err.endswith("Interrupted.\n"), err
+    finally:
+        process.kill()
+
+
+def listening(pid: int) -> set[tuple[str, str]]:
+    """Addresses a process listens at, as the kernel writes them."""
+    own = {os.readlink(f) for f in Path(f"/proc/{pid}/fd").iterdir() if f.is_symlink()}
+    tables = [Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table.splitlines()]
+    return {
+        (row[1].split(":")[0], row[1].split(":")[1])
+        for row in rows
+        if row[3] == "0A" and f"socket:[{row[9]}]" in own
+    }
 
 
 def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
+from text_fakes import LengthCache
 
 from pyengine import sampling as rules
 from pyengine.ops.accept_block import RULES, Rule
@@ -20,16 +21,6 @@ from pyengine.speculate import Round, Stats, decode
 
 GREEDY = Sampling(temperature=0.0)
 VOCAB = 16
-
-
-class LengthCache:
-    """A cache that stores nothing but its length."""
-
-    def __init__(self) -> None:
-        self.length, self.bound = mx.array(0, mx.int32), 0
-
-    def commit(self, count: mx.array, bound: int) -> None:
-        self.length, self.bound = self.length + count, bound
 
 
 class MarkovTarget:
@@ -210,7 +201,7 @@ def test_context_is_kept_to(block_size: int) -> None:
         max_tokens=99,
     )
     assert len(tokens) == 12 and rounds[-1].finish_reason == "length"
-    assert target.cache.bound < 20
+    assert target.cache.bound < 20 + block_size  # a last round may look past the end
 
 
 def test_cache_bound_follows_the_device_length() -> None:

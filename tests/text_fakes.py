@@ -22,6 +22,7 @@ WORDS = "the quick brown fox jumps over a lazy dog; print(value) if total > 0 el
 # Roles become turns, system text and thoughts as in Gemma 4's own template; written for the tests.
 TEMPLATE = """\
 {{ bos_token }}
+{%- if enable_thinking %}{{ '<|turn>system\n<|think|>think<turn|>\n' }}{% endif %}
 {%- for m in messages %}
     {%- if m.role == 'developer' %}{% continue %}{% endif %}
     {%- if m.role not in ['system', 'user', 'assistant', 'tool'] %}
@@ -105,17 +106,30 @@ def as_tokenizer_json(model: Path) -> str:
     return out.to_str()
 
 
-class _Length:
-    """A cache that stores nothing but its length."""
+class LengthCache:
+    """A cache that stores nothing but its length; ``on_round`` hears the size of each block."""
 
     max_block = 0  # too little for any block, so that no prefix takes it up again
     config = SimpleNamespace(layers=[])
 
-    def __init__(self) -> None:
+    def __init__(self, on_round: Callable[[int], None] = lambda rows: None) -> None:
         self.length, self.bound = mx.array(0, mx.int32), 0
+        self.reserve = on_round
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.length]
 
     def commit(self, count: mx.array, bound: int) -> None:
         self.length, self.bound = self.length + count, bound
+
+    def over(self, arrays: list[mx.array]) -> LengthCache:
+        other = LengthCache()
+        other.adopt(arrays, self.bound)
+        return other
+
+    def adopt(self, arrays: list[mx.array], bound: int) -> None:
+        [self.length], self.bound = arrays, bound
 
 
 class ScriptTarget:
@@ -130,29 +144,30 @@ class ScriptTarget:
         self.before_call: Callable[[int], None] = lambda rows: None
         self.prompt: list[int] = []
 
-    def row(self, place: int) -> np.ndarray:
-        logits = np.zeros(self.config.vocab_size, np.float32)
-        logits[self.script[place % len(self.script)]] = 60
-        return logits
+    @property
+    def rows(self) -> mx.array:
+        """Logits of every place in the script."""
+        return mx.array(np.eye(self.config.vocab_size, dtype=np.float32)[self.script] * 60)
 
     def embed(self, ids: mx.array) -> mx.array:
         return ids.astype(mx.float32)[:, None]
 
-    def new_cache(self, max_block: int) -> _Length:
-        return _Length()
+    def new_cache(self, max_block: int) -> LengthCache:
+        def on_round(rows: int) -> None:
+            self.before_call(rows)
+            time.sleep(self.pause)
 
-    def prefill(self, ids: list[int], cache: _Length) -> tuple[mx.array, mx.array]:
+        return LengthCache(on_round)
+
+    def prefill(self, ids: list[int], cache: LengthCache) -> tuple[mx.array, mx.array]:
         self.prompt = list(ids)
         cache.commit(mx.array(len(ids), mx.int32), len(ids))
-        return mx.array(self.row(0)), mx.zeros((1, 1))
+        return self.rows[0], mx.zeros((1, 1), mx.int32)
 
-    def forward(self, ids: mx.array, cache: _Length) -> tuple[mx.array, mx.array]:
-        self.before_call(ids.shape[0])
-        time.sleep(self.pause)
-        first = int(cache.length.item()) - len(self.prompt) + 1
-        places = range(first, first + ids.shape[0])
-        rows = mx.array(np.stack([self.row(p) for p in places]))
-        return rows, mx.array(list(places), mx.float32)[:, None]
+    def forward(self, ids: mx.array, cache: LengthCache) -> tuple[mx.array, mx.array]:
+        first = cache.length - len(self.prompt) + 1
+        places = first + mx.arange(ids.shape[0], dtype=mx.int32)
+        return self.rows[places % len(self.script)], places[:, None]
 
 
 class ScriptAssistant:
@@ -165,11 +180,11 @@ class ScriptAssistant:
         self.config = SimpleNamespace(quantization=None)
 
     def forward(
-        self, embedding: mx.array, hidden: mx.array, cache: _Length
+        self, embedding: mx.array, hidden: mx.array, cache: LengthCache
     ) -> tuple[mx.array, mx.array]:
-        place = int(hidden.item()) + 1
-        row = self.target.row(place)
-        return mx.array(np.roll(row, 1) if place % 3 == 0 else row)[None], hidden + 1
+        place = hidden + 1
+        rows = self.target.rows[place[0] % len(self.target.script)]
+        return mx.where(place % 3 == 0, mx.roll(rows, 1, axis=-1), rows), place
 
 
 def script_pair(

@@ -17,16 +17,20 @@ import typer
 
 from pyengine.cli import bench, chat, common, convert, doctor, generate, inspect, serve
 
-HELP = """Exact speculative decoding for Gemma 4 and its assistant, on MLX.
-
-Exit codes: 0 done, 1 the machine or a run failed, 2 an argument or a file cannot be used,
-130 interrupted.
-"""
+HELP = (
+    "Exact speculative decoding for Gemma 4 and its assistant, on MLX.\n\n"
+    "Exit codes: 0 done, 1 the machine or a run failed, 2 an argument or a file cannot be used, "
+    "130 interrupted."
+)
 
 app = typer.Typer(
     name="pyengine",
     help=HELP,
-    epilog=common.examples('pyengine generate "Write a Snake game in one HTML file."'),
+    epilog=common.examples(
+        'pyengine generate "Write a Snake game in one HTML file."',
+        "pyengine doctor",
+        "pyengine generate --help",
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pyengine.cli import common
-from pyengine.cli.common import AssistantDir, Position, TargetDir
+from pyengine.cli.options import AssistantDir, Position, TargetDir
 
 KERNELS_EXAMPLES = (
     "pyengine bench kernels --count",
@@ -120,11 +120,12 @@ def kernels(
     count: Annotated[
         bool, typer.Option("--count", help="Count device bytes in the workbench; times nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print lists of rows as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of rows as JSON.")] = False,
 ) -> None:
     """Count what every Metal kernel reads and writes, beside MLX's own, without a GPU.
 
-    From a checkout only: the kernels are compiled for the processor, run and watched there.
+    From a checkout only: the kernels are compiled for the processor, run and watched there. Last
+    come the launches of one round; with --json they are the rows whose source is "round".
     """
     with common.sentences():
         if not count:
@@ -134,12 +135,8 @@ def kernels(
         counts = list(kernel_counts.count_kernels())
         rules, round_ = list(rule_counts.count_rules()), rule_counts.count_round()
         if as_json:
-            tables = {
-                "kernels": [row.to_dict() for row in counts],
-                "rules": [row.to_dict() for row in rules],
-                "round": [row.to_dict() for row in round_],
-            }
-            typer.echo(json.dumps(tables))
+            rows = [c.to_dict() for c in counts] + [c.to_dict() for c in rules]
+            typer.echo(json.dumps(rows + [c.to_dict() for c in round_]))
         else:
             typer.echo(kernel_counts.markdown(counts))
             typer.echo(rule_counts.markdown(rules, round_))

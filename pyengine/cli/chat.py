@@ -9,7 +9,30 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyengine.cli import common
-from pyengine.cli.common import AssistantDir, BundleDir, Dtype, Position, Seed, TargetDir
+from pyengine.cli.options import (
+    AssistantDir,
+    BlockSize,
+    BundleDir,
+    FrequencyPenalty,
+    LogitBias,
+    Logprobs,
+    MinP,
+    Position,
+    PresencePenalty,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Storage,
+    TargetDir,
+    Temperature,
+    Think,
+    TopK,
+    TopP,
+    Verify,
+    VerifyRule,
+    sampling_of,
+    template_variables,
+)
 
 if TYPE_CHECKING:
     from pyengine.chat import Chat
@@ -23,34 +46,31 @@ WORDS = "/new begins anew, /bye or Ctrl-D ends, Ctrl-C stops an answer."
 
 
 def run(
-    target: TargetDir = None,
-    assistant: AssistantDir = None,
-    bundle: BundleDir = None,
     system: Annotated[
         str | None, typer.Option(help="System message of the conversation.", show_default=False)
     ] = None,
-    think: Annotated[
-        bool, typer.Option("--think", help="Let the model think first, where its template can.")
-    ] = False,
+    think: Think = False,
     max_tokens: Annotated[int, typer.Option(help="At most this many new tokens an answer.")] = 1024,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy.", show_default="the pair's")
-    ] = None,
-    seed: Seed = 0,
-    block_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Primary token and its drafts, 2 to 128; 1 is plain decoding.",
-            show_default="the pair's",
-        ),
-    ] = None,
+    block_size: BlockSize = None,
+    stop: Stop = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON an answer.")
     ] = False,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Storage type of the activations.", show_default="the checkpoint's"),
-    ] = None,
+    logprobs: Logprobs = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
+    seed: Seed = 0,
+    verify: VerifyRule = Verify.residual,
+    target: TargetDir = None,
+    assistant: AssistantDir = None,
+    bundle: BundleDir = None,
+    dtype: Storage = None,
 ) -> None:
     """Talk with a pair; every line of standard input is a turn.
 
@@ -58,25 +78,31 @@ def run(
     oldest turns are forgotten. /new begins anew, /bye or Ctrl-D ends, Ctrl-C stops an answer.
     """
     with common.sentences():
-        from dataclasses import replace
-
         from pyengine.chat import Chat
-        from pyengine.generate import check_settings, resolve_sampling
 
         pair = common.load_pair(target, assistant, bundle, dtype, Position.last)
-        if not pair.tokenizer.has_chat_template:
-            raise ValueError("[chat] the checkpoint must have a chat template but has none.")
-        sampling = replace(resolve_sampling(pair, None), seed=seed)
-        if temperature is not None:
-            sampling = replace(sampling, temperature=temperature)
-        check_settings(pair, max_tokens, block_size)
         chat = Chat(
             pair,
             system=system,
             max_tokens=max_tokens,
-            sampling=sampling,
+            sampling=sampling_of(
+                pair,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                logit_bias=logit_bias,
+                seed=seed,
+                verify=verify,
+                logprobs=logprobs,
+                as_json=as_json,
+            ),
             block_size=block_size,
-            variables={"enable_thinking": True} if think else None,
+            stop=stop,
+            variables=template_variables(pair, think),
         )
         terminal = sys.stdin.isatty()
         if terminal:
@@ -87,7 +113,7 @@ def run(
             if line.strip() == "/new":
                 chat.clear()
             elif line.strip():
-                _answer(chat, line, as_json, terminal)
+                _answer(chat, line, as_json, think, terminal)
 
 
 def _next_line(terminal: bool) -> str | None:
@@ -101,13 +127,12 @@ def _next_line(terminal: bool) -> str | None:
     return line.rstrip("\n") if line else None
 
 
-def _answer(chat: Chat, line: str, as_json: bool, terminal: bool) -> None:
-    forgotten = chat.forgotten
+def _answer(chat: Chat, line: str, as_json: bool, think: bool, terminal: bool) -> None:
+    forgotten, show = chat.forgotten, common.printer(think)
     try:
-        for piece in chat.ask(line):
+        for step in chat.steps(line):
             if not as_json:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                show(step)
     except KeyboardInterrupt:
         if not terminal:
             raise
@@ -119,7 +144,11 @@ def _answer(chat: Chat, line: str, as_json: bool, terminal: bool) -> None:
         typer.echo(f"pyengine: {common.printable(str(error))}", err=True)
         return
     if as_json:
-        typer.echo(json.dumps({**chat.result.to_dict(), "forgotten_turns": chat.forgotten}))
+        typer.echo(
+            json.dumps(
+                {**common.result_dict(chat.pair, chat.result), "forgotten_turns": chat.forgotten}
+            )
+        )
     elif not chat.result.text.endswith("\n"):
         typer.echo()
     if chat.forgotten > forgotten:

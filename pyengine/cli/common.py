@@ -1,22 +1,24 @@
-"""What the commands share: exit codes, errors as sentences, options, loading, the terminal."""
+"""What the commands share: exit codes, errors as sentences, loading, the terminal."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+from pyengine.cli.options import Dtype, Position
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from pyengine.generate import Result, Step
     from pyengine.pair import Pair
 
 USER_ERROR, BROKEN, INTERRUPTED = 2, 1, 130
@@ -27,29 +29,6 @@ _OURS = re.compile(r"\[[\w. -]+\] ")
 def examples(*commands: str) -> str:
     """The end of a help text, a paragraph a command."""
     return "\n\n".join(("Examples:", *commands))
-
-
-class Dtype(str, Enum):
-    """Storage types a pair can be loaded in."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-class Verify(str, Enum):
-    """Rules that accept drafts."""
-
-    residual = "residual"
-    block = "block"
-    coupled = "coupled"
-
-
-class Position(str, Enum):
-    """Where the assistant's query stands, seen from the n committed tokens."""
-
-    last = "n-1"
-    before_last = "n-2"
 
 
 @contextmanager
@@ -106,28 +85,6 @@ def _by_input(error: Exception) -> bool:
     return isinstance(error, NonFinite)
 
 
-TargetDir = Annotated[
-    Path | None, typer.Option(help="Folder or hub name of the target.", show_default=False)
-]
-AssistantDir = Annotated[
-    Path | None, typer.Option(help="Folder or hub name of the assistant.", show_default=False)
-]
-BundleDir = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder or hub name of a bundle: target/ and assistant/.", show_default=False
-    ),
-]
-VerifyRule = Annotated[
-    Verify,
-    typer.Option(
-        help="Rule that accepts drafts: block keeps more of them, coupled gives the very text of "
-        "plain decoding with that seed."
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Seed of the random numbers; one seed gives one text.")]
-
-
 def load_pair(
     target: Path | None,
     assistant: Path | None,
@@ -162,6 +119,41 @@ def waiting(what: str) -> Iterator[None]:
         typer.echo("\r\x1b[K", nl=False, err=True)
 
 
+def printer(thoughts: bool) -> Callable[[Step], None]:
+    """Prints text as it comes, and thoughts, where they are wanted, to standard error."""
+    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    open_line = False
+
+    def show(step: Step) -> None:
+        nonlocal open_line
+        if thoughts and step.thinking:
+            typer.echo(f"{dim}{step.thinking}{plain}", nl=False, err=True, color=True)
+            open_line = not step.thinking.endswith("\n")
+        if step.text:
+            if open_line:
+                typer.echo(err=True)
+                open_line = False
+            sys.stdout.write(step.text)
+            sys.stdout.flush()
+
+    return show
+
+
+def result_dict(pair: Pair, result: Result) -> dict[str, Any]:
+    """A result for JSON; its log-probabilities with the tokens' texts."""
+
+    def spelled(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": token, "text": pair.tokenizer.decode([token]), "logprob": logprob}
+
+    out = result.to_dict()
+    if result.logprobs is not None:
+        out["logprobs"] = [
+            spelled(row.token, row.logprob) | {"top": [spelled(*best) for best in row.top]}
+            for row in result.logprobs
+        ]
+    return out
+
+
 @contextmanager
 def progress(what: str = "warm-up") -> Iterator[Any]:
     """A bar on standard error; on a pipe, one line a step."""
@@ -193,6 +185,8 @@ def two_columns(title: str, rows: dict[str, Any]) -> Table:
     out = Table(show_header=False, box=None, title=title, title_justify="left")
     for name, value in rows.items():
         said = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if isinstance(value, bool):
+            said = "yes" if value else "no"
         if isinstance(value, dict):
             said = ", ".join(f"{count} x {what}" for what, count in value.items())
         out.add_row(name.replace("_", " "), Text(printable(said)))

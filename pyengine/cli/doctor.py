@@ -34,7 +34,10 @@ def run(
         else:
             out = common.console(sys.stdout)
             out.print(common.two_columns("versions", report["versions"]))
-            out.print(common.two_columns("machine", report["machine"]))
+            machine = dict(report["machine"])
+            free = machine.pop("available_bytes")
+            machine["free memory"] = "unknown" if free is None else f"{free / 1e9:.1f} GB"
+            out.print(common.two_columns("machine", machine))
             table = Table(box=None, title="ops", title_justify="left")
             for head in ("op", "kernel", "device", "row-stable"):
                 table.add_column(head)

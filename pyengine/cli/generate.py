@@ -5,30 +5,46 @@ from __future__ import annotations
 import json
 import sys
 from itertools import chain
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pyengine.cli import common
-from pyengine.cli.common import (
+from pyengine.cli.options import (
     AssistantDir,
+    BlockSize,
     BundleDir,
-    Dtype,
+    FrequencyPenalty,
+    LogitBias,
+    Logprobs,
+    MinP,
     Position,
+    PresencePenalty,
+    RepetitionPenalty,
     Seed,
+    Stop,
+    Storage,
     TargetDir,
+    Temperature,
+    Think,
+    TopK,
+    TopP,
     Verify,
     VerifyRule,
+    sampling_of,
+    template_variables,
 )
 
 if TYPE_CHECKING:
     from pyengine.generate import Result
+    from pyengine.pair import Pair
 
 
 EXAMPLES = (
     'pyengine generate "Write a Pong game in one HTML file." --stats',
     "cat prompt.txt | pyengine generate --bundle ./pair --temperature 0",
     "pyengine generate --raw --block-size 1 --max-tokens 64 'import json'",
+    'pyengine generate "Hello" --max-tokens 8 --json --logprobs 3',
 )
 
 
@@ -37,49 +53,42 @@ def run(
         str | None,
         typer.Argument(help="What to say to the model; standard input when left out or '-'."),
     ] = None,
-    target: TargetDir = None,
-    assistant: AssistantDir = None,
-    bundle: BundleDir = None,
     system: Annotated[
         str | None, typer.Option(help="System message before the prompt.", show_default=False)
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as plain text, without the template.")
     ] = False,
+    think: Think = False,
     max_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 512,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy.", show_default="the pair's")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="1.0 is off.", show_default="the pair's")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="0 is off.", show_default="the pair's")] = None,
-    min_p: Annotated[float, typer.Option(help="0.0 is off.")] = 0.0,
-    seed: Seed = 0,
-    verify: VerifyRule = Verify.residual,
-    block_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Primary token and its drafts, 2 to 128; 1 is plain decoding.",
-            show_default="the pair's",
-        ),
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="End before this text; may be given again.", show_default=False),
-    ] = None,
+    block_size: BlockSize = None,
+    stop: Stop = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Print counts and speed to standard error.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON in place of the text.")
     ] = False,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Storage type of the activations.", show_default="the checkpoint's"),
-    ] = None,
+    logprobs: Logprobs = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
+    seed: Seed = 0,
+    verify: VerifyRule = Verify.residual,
+    target: TargetDir = None,
+    assistant: AssistantDir = None,
+    bundle: BundleDir = None,
+    dtype: Storage = None,
     position: Annotated[
-        Position, typer.Option(help="Position of the assistant's query; n-2 is rarely wanted.")
+        Position,
+        typer.Option(
+            help="Position of the assistant's query; n-2 is rarely wanted.", rich_help_panel="Pair"
+        ),
     ] = Position.last,
 ) -> None:
     """Generate text after a prompt and stream it to standard output.
@@ -88,36 +97,50 @@ def run(
     """
     with common.sentences():
         text = read_prompt(prompt)
-        if raw and system is not None:
-            raise ValueError("[generate] --system must go with the template but got --raw too.")
-        from dataclasses import replace
-
-        from pyengine.generate import resolve_sampling, stream
+        for option, given in (("--system", system is not None), ("--think", think)):
+            if raw and given:
+                raise ValueError(
+                    f"[generate] {option} must go with the template but got --raw too."
+                )
+        from pyengine.generate import stream
 
         pair = common.load_pair(target, assistant, bundle, dtype, position)
-        given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-        chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-        chosen |= {"min_p": min_p, "seed": seed, "verify": verify.value}
         running = stream(
             text if system is None else [_turn("system", system), _turn("user", text)],
             pair=pair,
             max_tokens=max_tokens,
-            sampling=replace(resolve_sampling(pair, None), **chosen),
+            sampling=sampling_of(
+                pair,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                logit_bias=logit_bias,
+                seed=seed,
+                verify=verify,
+                logprobs=logprobs,
+                as_json=as_json,
+            ),
             block_size=block_size,
             stop=stop,
             raw=raw,
+            variables=template_variables(pair, think),
         )
+        show = common.printer(think)
         try:
+            steps = running.steps()
             with common.waiting("Reading the prompt"):
-                first = next(running, "")
-            for piece in chain((first,), running):
+                first = next(steps, None)
+            for step in chain(() if first is None else (first,), steps):
                 if not as_json:
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+                    show(step)
         finally:
             # After Ctrl-C or a failure too: what was generated so far is kept.
             if running.result.tokens:
-                finish(running.result, as_json, stats)
+                finish(pair, running.result, as_json, stats)
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -134,10 +157,10 @@ def read_prompt(prompt: str | None) -> str:
         raise ValueError("[generate] standard input must be UTF-8 text but is not.") from error
 
 
-def finish(result: Result, as_json: bool, stats: bool) -> None:
+def finish(pair: Pair, result: Result, as_json: bool, stats: bool) -> None:
     """End the streamed text, or print the result in its place."""
     if as_json:
-        typer.echo(json.dumps(result.to_dict()))
+        typer.echo(json.dumps(common.result_dict(pair, result)))
     elif not result.text.endswith("\n"):
         typer.echo()
     if stats:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import sys
 from typing import Annotated
 
 import typer
 
 from pyengine.cli import common
-from pyengine.cli.common import AssistantDir, BundleDir, Dtype, Position, TargetDir
+from pyengine.cli.options import AssistantDir, BundleDir, Position, Storage, TargetDir
 
 EXAMPLES = (
     "pyengine serve --bundle ./pair",
     "curl -H 'content-type: application/json' http://127.0.0.1:8080/v1/chat/completions "
     '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'',
 )
+GRACE_S = 2  # for answers under way when the server is ended
 
 
 def run(
@@ -25,13 +27,12 @@ def run(
     host: Annotated[
         str, typer.Option(help="Address to listen at; others than loopback let others in.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 8080,
+    port: Annotated[
+        int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)
+    ] = 8080,
     max_tokens: Annotated[int, typer.Option(help="Most new tokens a request may ask for.")] = 8192,
     waiting: Annotated[int, typer.Option(help="Most requests that may wait.", min=1)] = 16,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Storage type of the activations.", show_default="the checkpoint's"),
-    ] = None,
+    dtype: Storage = None,
 ) -> None:
     """Serve a pair to OpenAI clients: chat and text completions, streamed or whole.
 
@@ -49,10 +50,31 @@ def run(
             raise ValueError(f"[serve] max_tokens must be at least 1 but got {max_tokens}.")
         import uvicorn
 
-        from pyengine.serve import LOOPBACK, Limits, make_app
+        from pyengine.openai_protocol import Limits
+        from pyengine.serve import LOOPBACK, make_app
 
+        sock = listen(host, port)  # before the weights are read, so that a wrong one is told early
         pair = common.load_pair(target, assistant, bundle, dtype, Position.last)
         limits = Limits(waiting=waiting, max_tokens=max_tokens)
         app = make_app(pair, limits=limits, any_host=host not in LOOPBACK)
-        typer.echo(f"{pair.name} at http://{host}:{port}/v1", err=True)
-        uvicorn.run(app, host=host, port=port, log_level="warning")
+        name = f"[{host}]" if ":" in host else host
+        with sock:
+            at = f"http://{name}:{sock.getsockname()[1]}/v1"
+            typer.echo(f"{pair.name} at {at}; Ctrl-C ends it.", err=True)
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S)
+            uvicorn.Server(config).run(sockets=[sock])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address of this machine.
+
+    Raises:
+        ValueError: The address is not there, or is taken.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise ValueError(
+            f"[serve] {host} port {port} must be free to listen at but is not: {error.strerror}."
+        ) from error

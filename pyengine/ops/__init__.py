@@ -7,6 +7,7 @@ from .draw_token import draw_token, draw_token_reference
 from .filter_logits import filter_logits, filter_logits_reference
 from .geglu import geglu, geglu_reference
 from .norm_rope import norm_rope, norm_rope_reference
+from .prepare_qkv import prepare_qkv, prepare_qkv_reference
 from .q8_expert_matmul import q8_expert_matmul, q8_expert_matmul_reference
 from .q8_filter_logits import q8_filter_logits, q8_filter_logits_reference
 from .q8_gated_matmul import q8_gated_matmul, q8_gated_matmul_reference
@@ -34,6 +35,8 @@ __all__ = [
     "geglu_reference",
     "norm_rope",
     "norm_rope_reference",
+    "prepare_qkv",
+    "prepare_qkv_reference",
     "q8_expert_matmul",
     "q8_expert_matmul_reference",
     "q8_filter_logits",

@@ -68,6 +68,11 @@ def chosen(op: str = "", fits: bool = True) -> Implementation:
     return _chosen
 
 
+def lazy() -> bool:
+    """Whether all ops build graphs: those that the workbench runs evaluate at once."""
+    return _chosen != "workbench"
+
+
 def too_wide(out: mx.array) -> bool:
     """Whether a GPU should give this matmul's result to MLX: more rows than any block has."""
     return mx.default_device() == mx.gpu and out.size > 128 * out.shape[-1]
@@ -82,6 +87,7 @@ _REDUCING = (
     "draw_token",
     "filter_logits",
     "norm_rope",
+    "prepare_qkv",
     "q8_expert_matmul",
     "q8_filter_logits",
     "q8_gated_matmul",

@@ -18,22 +18,22 @@ def rules():
 
 def test_logits_are_read_once_and_little_lies_between(rules):
     filters = [c for c in rules if c.op == "filter_logits"]
-    assert [(c.T, c.n, c.launches) for c in filters] == [(1, 65536, 2), (6, 65536, 2)]
+    assert [(c.M, c.N, c.launches) for c in filters] == [(1, 65536, 2), (6, 65536, 2)]
     for c in filters:
         assert c.logits_ratio <= 1.02
-        lists = c.T * (65536 // 4096) * 64 * 8  # a list for every slice, written and read
+        lists = c.M * (65536 // 4096) * 64 * 8  # a list for every slice, written and read
         assert 2 * lists <= c.between_bytes <= 2.2 * lists
         assert c.threadgroup_bytes <= 12 * 1024
 
 
 def test_the_fused_head_reads_weights_once_and_leaves_no_logits(rules):
     heads = [c for c in rules if c.op == "q8_filter_logits"]
-    assert [(c.T, c.n, c.launches) for c in heads] == [(1, 2048, 2), (6, 2048, 2)]
+    assert [(c.M, c.N, c.launches) for c in heads] == [(1, 2048, 2), (6, 2048, 2)]
     for c in heads:
-        lists = c.T * (2048 // 128) * 64 * 8  # of slices of 128 at so small a vocabulary
+        lists = c.M * (2048 // 128) * 64 * 8  # of slices of 128 at so small a vocabulary
         assert 2 * lists <= c.between_bytes <= 2.1 * lists and c.logits_ratio is None
         # Weights and factors of 2048 rows; x again for every 128 of them
-        assert c.ratio < 1 + (c.between_bytes + 20 * c.T * 1536 * 2) / (2048 * 1536)
+        assert c.ratio < 1 + (c.between_bytes + 20 * c.M * 1536 * 2) / (2048 * 1536)
         assert c.threadgroup_bytes <= 15 * 1024
 
 
@@ -71,10 +71,8 @@ def test_table_and_json(rules, monkeypatch):
     monkeypatch.setattr(rule_counts, "count_round", lambda: rounds)
     shown = CliRunner().invoke(cli.app, ["bench", "kernels", "--count", "--json"])
     assert shown.exit_code == 0, shown.output
-    assert json.loads(shown.stdout) == {
-        "kernels": [],
-        "rules": [c.to_dict() for c in rules],
-        "round": [c.to_dict() for c in rounds],
-    }
+    rows = json.loads(shown.stdout)
+    assert rows == [row.to_dict() for row in (*rules, *rounds)]
+    assert [row["source"] for row in rows] == ["ours"] * len(rules) + ["round"] * len(rounds)
     shown = CliRunner().invoke(cli.app, ["bench", "kernels", "--count"])
     assert shown.exit_code == 0 and text in shown.stdout

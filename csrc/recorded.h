@@ -1,0 +1,67 @@
+#pragma once
+// recorded: a function of arrays whose graph is built once and played again.
+//
+// A round builds some thousand nodes that differ from the last round's in
+// nothing but their inputs. The function runs once, on placeholders; what it
+// built is kept as a list of primitives, and every later call makes the same
+// nodes over other arrays. The graph is the one the function would have built:
+// nothing is fused or reordered, so no bit can differ (mx.compile fuses, on
+// Linux with a C++ compiler at run time).
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "mlx/mlx.h"
+#include "mlx/primitives.h"
+
+namespace pyengine {
+
+namespace mx = mlx::core;
+
+using ArrayFunction =
+    std::function<std::vector<mx::array>(const std::vector<mx::array>&)>;
+
+// The graph of one call, for inputs of its shapes and dtypes, on its stream:
+// nodes belong to the thread that records them.
+class Tape {
+ public:
+  // Throws where the function reads one of `inputs` other than as its argument.
+  Tape(const ArrayFunction& function, const std::vector<mx::array>& inputs);
+
+  bool fits(const std::vector<mx::array>& inputs) const;
+  std::vector<mx::array> play(const std::vector<mx::array>& inputs) const;
+
+ private:
+  // Values are numbered: inputs, then constants, then what nodes give in turn.
+  struct Node {
+    std::shared_ptr<mx::Primitive> primitive;
+    std::vector<int> inputs;
+    std::vector<mx::Shape> shapes; // of its outputs
+    std::vector<mx::Dtype> dtypes;
+  };
+
+  mx::Stream stream_;
+  std::vector<mx::array> inputs_; // placeholders
+  std::vector<mx::array> constants_; // all that depends on no input
+  std::vector<Node> nodes_;
+  std::vector<int> outputs_;
+  int count_ = 0; // of values
+};
+
+// A function with a tape for each stream and set of shapes it was called with.
+class Recorded {
+ public:
+  explicit Recorded(ArrayFunction function) : function_(std::move(function)) {}
+
+  std::vector<mx::array> operator()(const std::vector<mx::array>& inputs);
+  int tapes() const {
+    return int(tapes_.size());
+  }
+
+ private:
+  ArrayFunction function_;
+  std::vector<Tape> tapes_; // the last is the one used last
+};
+
+} // namespace pyengine

@@ -1,0 +1,203 @@
+"""Options that several commands have, and what those of sampling come to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pyengine.pair import Pair
+    from pyengine.sampling import Sampling
+
+
+class Dtype(str, Enum):
+    """Storage types a pair can be loaded in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Verify(str, Enum):
+    """Rules that accept drafts."""
+
+    residual = "residual"
+    block = "block"
+    coupled = "coupled"
+
+
+class Position(str, Enum):
+    """Where the assistant's query stands, seen from the n committed tokens."""
+
+    last = "n-1"
+    before_last = "n-2"
+
+
+PAIR, SAMPLING = "Pair", "Sampling"
+
+TargetDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder or hub name of the target.", show_default=False, rich_help_panel=PAIR
+    ),
+]
+AssistantDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder or hub name of the assistant.", show_default=False, rich_help_panel=PAIR
+    ),
+]
+BundleDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder or hub name of a bundle: target/ and assistant/.",
+        show_default=False,
+        rich_help_panel=PAIR,
+    ),
+]
+Storage = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--dtype",
+        help="Storage type of the activations.",
+        show_default="the checkpoint's",
+        rich_help_panel=PAIR,
+    ),
+]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Primary token and its drafts, 2 to 128; 1 is plain decoding.",
+        show_default="the pair's",
+    ),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="End before this text; may be given again.", show_default=False),
+]
+Think = Annotated[
+    bool,
+    typer.Option("--think", help="Let the model think first; its thoughts go to standard error."),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="0 is greedy.", show_default="the pair's", rich_help_panel=SAMPLING),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="1.0 is off.", show_default="the pair's", rich_help_panel=SAMPLING),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="0 is off.", show_default="the pair's", rich_help_panel=SAMPLING),
+]
+MinP = Annotated[float, typer.Option(help="0.0 is off.", rich_help_panel=SAMPLING)]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option(
+        help="Above 1.0, tokens of the prompt and the text become less likely; 1.0 is off.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+PresencePenalty = Annotated[
+    float,
+    typer.Option(
+        help="Taken from the logits of tokens that are in the text; 0.0 is off.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+FrequencyPenalty = Annotated[
+    float,
+    typer.Option(
+        help="The same, times how often the token is there; 0.0 is off.", rich_help_panel=SAMPLING
+    ),
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ID=BIAS",
+        help="Add BIAS to the logit of the token ID; may be given again.",
+        show_default=False,
+        rich_help_panel=SAMPLING,
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        help="Seed of the random numbers; one seed gives one text.", rich_help_panel=SAMPLING
+    ),
+]
+VerifyRule = Annotated[
+    Verify,
+    typer.Option(
+        help="Rule that accepts drafts: block keeps more of them, coupled gives the very text of "
+        "plain decoding with that seed.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="With --json: the log-probability of every token, and of the N best in its place.",
+        show_default=False,
+    ),
+]
+
+
+def sampling_of(
+    pair: Pair,
+    *,
+    verify: Verify,
+    logit_bias: list[str] | None,
+    logprobs: int | None,
+    as_json: bool,
+    **settings: float | None,
+) -> Sampling:
+    """The pair's own settings with those that were given; the rest are fields of Sampling.
+
+    Raises:
+        ValueError: A value is outside its range.
+    """
+    from pyengine.generate import resolve_sampling
+
+    if logprobs is not None and not as_json:
+        raise ValueError("[generate] --logprobs must go with --json but is alone.")
+    given: dict[str, Any] = {key: value for key, value in settings.items() if value is not None}
+    given |= {"verify": verify.value, "logprobs": logprobs}
+    if logit_bias:
+        given["logit_bias"] = dict(map(_bias, logit_bias))
+    return replace(resolve_sampling(pair, None), **given)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """One ID=BIAS."""
+    token, equals, bias = text.partition("=")
+    try:
+        value = float(bias)
+        if equals and math.isfinite(value):
+            return int(token), value
+    except ValueError:
+        pass
+    raise ValueError(f"[generate] --logit-bias must be ID=BIAS like 42=-5 but got {text!r}.")
+
+
+def template_variables(pair: Pair, think: bool) -> dict[str, Any] | None:
+    """What the options ask of the chat template.
+
+    Raises:
+        ValueError: The model has no channel for thoughts.
+    """
+    if not think:
+        return None
+    if not pair.tokenizer.channel_ids():
+        raise ValueError(
+            "[generate] --think must go with a chat template that has a channel for thoughts but "
+            f"{pair.name}'s has none."
+        )
+    return {"enable_thinking": True}

@@ -1,0 +1,98 @@
+"""How likely the target finds given tokens: log-probabilities without a generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import mlx.core as mx
+
+from pyengine import ops
+from pyengine.messages import prompt_ids
+from pyengine.prefix import Prefix
+from pyengine.sampling import Logprob
+from pyengine.speculate import NonFinite
+
+if TYPE_CHECKING:
+    from pyengine.pair import Pair
+
+SCORE_BLOCK = 16  # rows of one call, each row [V] of logits
+
+
+def score(
+    pair: Pair,
+    context: Sequence[int],
+    continuation: Sequence[int],
+    *,
+    prefix: Prefix | None = None,
+) -> tuple[list[float], bool]:
+    """How likely the target finds given tokens after a context, before any sampling filter.
+
+    Args:
+        pair: From :func:`pyengine.load`.
+        context: Token ids, at least one.
+        continuation: Token ids to be scored.
+        prefix: Keys and values of earlier calls on this pair, and for later ones.
+
+    Returns:
+        The natural logarithm of each token's probability, and whether greedy decoding would write
+        these very tokens.
+
+    Raises:
+        ValueError: The context is empty, or both together do not fit the target's.
+        RuntimeError: The weights gave logits that are not finite.
+    """
+    whole = prompt_ids(pair, [*context, *continuation])
+    if not context:
+        raise ValueError("[score] context must hold at least one token but got none.")
+    logprobs: list[float] = []
+    all_best = True
+    prefix = Prefix() if prefix is None else prefix
+    for rows, following in _rows(pair, whole, len(context), prefix):
+        chosen = mx.take_along_axis(rows, following[:, None], axis=-1)[:, 0]
+        logprobs += cast("list[float]", (chosen - mx.logsumexp(rows, axis=-1)).tolist())
+        all_best = all_best and bool((mx.argmax(rows, axis=-1) == following).all())
+    return logprobs, all_best
+
+
+def prompt_logprobs(pair: Pair, ids: Sequence[int], count: int) -> list[Logprob]:
+    """Log-probabilities of a prompt's tokens but the first, and of the ``count`` best ones there.
+
+    Raises:
+        ValueError: The prompt is empty, or does not fit the context.
+        RuntimeError: The weights gave logits that are not finite.
+    """
+    found = []
+    for rows, following in _rows(pair, prompt_ids(pair, ids), 1, Prefix()):
+        parts = [following[:, None]]
+        if count:
+            parts.append(ops.filter_logits(rows, top_k=count).ids)
+        named = mx.concatenate(parts, axis=-1)
+        values = mx.take_along_axis(rows, named, axis=-1) - mx.logsumexp(rows, -1, keepdims=True)
+        ids_of, logprobs_of = cast(Any, named.tolist()), cast(Any, values.tolist())
+        for (token, *best), (own, *theirs) in zip(ids_of, logprobs_of, strict=True):
+            found.append(Logprob(token, own, list(zip(best, theirs, strict=True))))
+    return found
+
+
+def _rows(
+    pair: Pair, whole: list[int], first: int, prefix: Prefix
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """The logits of the tokens from place ``first`` on, and those tokens, a block at a time."""
+    target = pair.target
+    cache, known = prefix.open(target, whole[:first], SCORE_BLOCK)
+    # The newest token of the context goes with the block: its logits are the first scored
+    begin = first - 1
+    if known < begin:
+        target.prefill(whole[known:begin], cache)
+    prefix.mark(begin)
+    for at in range(begin, len(whole) - 1, SCORE_BLOCK):
+        block = mx.array(whole[at : at + SCORE_BLOCK][: len(whole) - 1 - at], dtype=mx.int32)
+        following = mx.array(whole[at + 1 : at + 1 + block.size], dtype=mx.int32)
+        rows, _ = target.verify(block, cache)
+        cache.commit(mx.array(block.size, dtype=mx.int32), cache.bound + block.size)
+        mx.eval(rows, cache.length)
+        if not mx.isfinite(mx.logsumexp(rows, axis=-1)).all():
+            raise NonFinite("[score] logits must be finite but got NaN or infinity.")
+        yield rows, following
+    prefix.keep(whole[:-1])

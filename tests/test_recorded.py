@@ -1,0 +1,157 @@
+"""Recorded functions: the same graph, built once."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import mlx.core as mx
+import pytest
+from tiny_pairs import FLAVOURS, bits, greedy_text, tiny_pair
+
+from pyengine import ops, speculate
+from pyengine.recorded import recorded
+from pyengine.sampling import Sampling
+from pyengine.speculate import decode
+
+
+def counting(function):
+    """A recorded function, and a list that grows when the function itself runs."""
+    runs: list[int] = []
+    return recorded(lambda arrays: runs.append(1) or function(arrays)), runs
+
+
+def test_it_runs_once_for_each_set_of_shapes_and_dtypes():
+    play, runs = counting(lambda arrays: [arrays[0] * 2 + arrays[1]])
+    for length in (3, 3, 5, 3, 5):
+        x = mx.arange(length, dtype=mx.float32)
+        assert play([x, mx.array(1.0)])[0].tolist() == [2 * i + 1 for i in range(length)]
+    assert len(runs) == 2
+    assert play([mx.arange(3), mx.array(1)])[0].tolist() == [1, 3, 5]
+    assert len(runs) == 3
+
+
+def test_several_results_siblings_and_arguments_handed_through():
+    def function(arrays):
+        h, x = ops.residual_norm(*arrays, arrays[0][0], next_weight=arrays[1][0], eps=1e-6)
+        whole, rest = mx.divmod(x, mx.array(0.25))
+        return [rest, arrays[1], x, h, whole, x]
+
+    play, runs = counting(function)
+    for seed in range(3):
+        given = [mx.random.normal((4, 64), key=mx.random.key(2 * seed + i)) for i in range(2)]
+        for got, want in zip(play(given), function(given), strict=True):
+            assert (bits(got) == bits(want)).all()
+    assert len(runs) == 1
+
+
+def test_what_depends_on_no_argument_is_computed_once():
+    play = recorded(lambda arrays: [arrays[0] + mx.random.uniform(shape=(4,))])
+    first, second = (play([mx.zeros(4)])[0].tolist() for _ in range(2))
+    assert first == second and len(set(first)) == 4
+
+
+def test_an_argument_must_not_be_read_from_elsewhere():
+    x = mx.arange(3)
+    play = recorded(lambda arrays: [arrays[0] + (x + 1)])
+    with pytest.raises(ValueError, match=r"\[recorded\] function must read its arguments but got"):
+        play([x])
+
+
+def test_a_function_that_evaluates_is_refused():
+    play = recorded(lambda arrays: [arrays[0] * arrays[0].sum().item()])
+    with pytest.raises(RuntimeError, match="without a primitive"):
+        play([mx.arange(3)])
+
+
+def test_errors_of_the_function_come_through_and_leave_it_usable():
+    fails = [True]
+
+    def function(arrays):
+        if fails.pop():
+            raise KeyError("once")
+        return [arrays[0] + 1]
+
+    play = recorded(function)
+    with pytest.raises(KeyError, match="once"):
+        play([mx.array(1)])
+    fails.append(False)
+    assert play([mx.array(1)])[0].item() == 2
+
+
+def test_each_thread_records_for_itself():
+    play, runs = counting(lambda arrays: [arrays[0] * 3])
+    out = []
+    for value in (2, 3):
+        thread = threading.Thread(
+            target=lambda v: out.append(play([mx.array(v)])[0].item()), args=[value]
+        )
+        thread.start()
+        thread.join()
+    assert out == [6, 9] and play([mx.array(1)])[0].item() == 3
+    assert len(runs) == 3
+
+
+def texts(pair, flavour: str, monkeypatch: pytest.MonkeyPatch, **changes) -> list[list[int]]:
+    """The tokens of a generation, recorded and not."""
+    out = []
+    for replacement in (recorded, lambda function: function):
+        with monkeypatch.context() as patch:
+            patch.setattr(speculate, "recorded", replacement)
+            rounds = decode(
+                pair.target, pair.assistant, greedy_text(flavour)[:9], max_tokens=24, **changes
+            )
+            out.append([token for r in rounds for token in r.tokens])
+    return out
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.0),
+        Sampling(seed=3, verify="block", repetition_penalty=1.3, presence_penalty=0.5),
+        Sampling(seed=4, verify="coupled", top_k=0, logprobs=2, suppress_tokens=(3,)),
+    ],
+    ids=["greedy", "penalties", "dense"],
+)
+def test_rounds_are_the_same_recorded_or_not(flavour, block_size, sampling, monkeypatch):
+    pair = tiny_pair(flavour, "bfloat16-q8")
+    a, b = texts(pair, flavour, monkeypatch, sampling=sampling, block_size=block_size)
+    assert a == b and len(a) == 24
+
+
+@pytest.mark.parametrize("block_size", [1, 5])
+def test_a_generation_builds_one_round_until_its_cache_grows(block_size, monkeypatch):
+    pair, calls = tiny_pair("dense31"), []
+    forward = pair.target.forward
+    monkeypatch.setattr(pair.target, "context", 4096)
+    monkeypatch.setattr(pair.target, "forward", lambda *args: calls.append(1) or forward(*args))
+    for length, built in ((40, 1), (600, 2)):
+        calls.clear()
+        rounds = decode(
+            pair.target,
+            pair.assistant,
+            greedy_text("dense31")[:9],
+            sampling=Sampling(temperature=0.0),
+            block_size=block_size,
+            max_tokens=length,
+        )
+        assert sum(len(r.tokens) for r in rounds) == length
+        assert len(calls) == built
+
+
+def test_nothing_is_kept_after_a_generation():
+    pair = tiny_pair("uni12")
+    caches = []
+    new_cache = pair.target.new_cache
+    pair.target.new_cache = lambda size: caches.append(new_cache(size)) or caches[-1]
+    for _ in decode(
+        pair.target, pair.assistant, [5], sampling=Sampling(), block_size=3, max_tokens=9
+    ):
+        pass
+    kept = weakref.ref(caches.pop())
+    gc.collect()
+    assert kept() is None
