@@ -109,7 +109,7 @@ def test_engine_text_is_that_of_whole_logits(flavour, form, name, monkeypatch) -
     )
     for block_size, tokens in fused.items():
         assert text(pair, flavour, sampling, block_size) == tokens
-    assert made > 20
+    assert made >= 7  # first tokens, a plain round, three drafts and their target: each built once
     monkeypatch.undo()
     with_logprobs = replace(sampling, logprobs=1)
     assert text(pair, flavour, with_logprobs, 4) == fused[4]

@@ -123,6 +123,19 @@ def test_sorted_logits(rising):
     assert same(out, composed(x, q))
 
 
+@pytest.mark.parametrize("rank", range(5))
+def test_a_late_logit_takes_its_place(rank):
+    """Lists are cut after two tiles; what comes in the last one may be the worst that stays."""
+    logits = np.zeros(128, np.float32)
+    logits[[3, 40, 41, 60]] = 100, 90, 80, 70
+    logits[127] = 105 - 10 * rank
+    q = list(head(4, 128, 64))
+    q[0], q[1], q[2] = mx.zeros_like(q[0]), mx.ones_like(q[1]), mx.array(logits[:, None] / 64)
+    out, _ = metal(mx.ones((2, 64)), q, top_k=4)
+    order = np.argsort(-logits, kind="stable")
+    assert np.array_equal(np.array(out.ids[1]), order[:4])
+
+
 @pytest.mark.parametrize(("bias", "flag"), [(mx.nan, 2), (mx.inf, 2), (-mx.inf, 1)])
 def test_flags(bias, flag):
     q = list(head(5, 300, 64))
