@@ -1,4 +1,4 @@
-"""Text in, text out: the only file that knows tokenizer and engine both."""
+"""Text in, text out."""
 
 from __future__ import annotations
 
