@@ -59,7 +59,7 @@ def q8_expert_matmul(
         launch = _ext.q8_expert_matmul_launch(
             T, U, X, N, K, up is not None, alone, x.dtype, out.dtype, group_size, bits
         )
-        return workbench.run(launch, x, *stack, *(up or ()), ids)[0]
+        return workbench.run(launch, x, *stack, *(up or stack), ids)[0]
     if implementation != "mlx" and not too_wide(out[:, 0]):
         return out
     rows = x.reshape(T, -1, 1, x.shape[-1]).astype(out.dtype)
