@@ -164,6 +164,9 @@ std::vector<mx::array> Recorded::operator()(
       });
   if (found == tapes_.rend()) {
     tapes_.emplace_back(function_, inputs);
+    if (tapes_.size() > most_tapes) {
+      tapes_.erase(tapes_.begin());
+    }
   } else {
     std::rotate(found.base() - 1, found.base(), tapes_.end());
   }

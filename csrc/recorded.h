@@ -49,7 +49,7 @@ class Tape {
   int count_ = 0; // of values
 };
 
-// A function with a tape for each stream and set of shapes it was called with.
+// A function with tapes for the streams and shapes it was called with lately.
 class Recorded {
  public:
   explicit Recorded(ArrayFunction function) : function_(std::move(function)) {}
@@ -60,8 +60,11 @@ class Recorded {
   }
 
  private:
+  // Shapes that change mostly grow, and do not come back.
+  static constexpr size_t most_tapes = 4;
+
   ArrayFunction function_;
-  std::vector<Tape> tapes_; // the last is the one used last
+  std::vector<Tape> tapes_; // by last use, the latest at the end
 };
 
 } // namespace pyengine

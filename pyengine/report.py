@@ -148,9 +148,11 @@ def _ask(*command: str) -> str:
 
 def table(title: str, rows: Sequence[Row]) -> Table:
     """A case's rows or the summary, one line a block size."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    out = Table(title=title, title_justify="left")
+    # Narrow enough for the headings to stand whole in 80 columns
+    out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for head in (
         "block",
         "verify",

@@ -181,7 +181,7 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_table_has_the_columns(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     _, _, summary, _ = run
-    Console(width=100).print(report.table("all", summary))
+    Console(width=80).print(report.table("all", summary))
     text = capsys.readouterr().out
     for head in ("block", "tok/s", "acceptance", "tokens/round", "speedup_vs_ar", "round cost"):
         assert head in text

@@ -32,6 +32,18 @@ def test_it_runs_once_for_each_set_of_shapes_and_dtypes():
     assert len(runs) == 3
 
 
+def test_graphs_of_shapes_that_do_not_come_back_are_dropped():
+    play, runs = counting(lambda arrays: [arrays[0] + 1])
+    for length in range(1, 50):
+        for _ in range(2):
+            assert play([mx.zeros(length)])[0].shape == (length,)
+    assert len(runs) == 49 and play.tapes == 4
+    play([mx.zeros(46)])
+    assert len(runs) == 49
+    play([mx.zeros(1)])
+    assert len(runs) == 50
+
+
 def test_several_results_siblings_and_arguments_handed_through():
     def function(arrays):
         h, x = ops.residual_norm(*arrays, arrays[0][0], next_weight=arrays[1][0], eps=1e-6)
