@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import socket
 import sys
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated
 
 import typer
 
@@ -61,16 +62,14 @@ def run(
         with sock:
             at = f"http://{name}:{sock.getsockname()[1]}/v1"
             typer.echo(f"{pair.name} at {at}; Ctrl-C ends it.", err=True)
+
+            class Server(uvicorn.Server):
+                def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                    app.state.worker.end()
+                    super().handle_exit(sig, frame)
+
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S)
-            server = uvicorn.Server(config)
-            told = server.handle_exit
-
-            def end(*signal: Any) -> None:
-                app.state.worker.end()
-                told(*signal)
-
-            server.handle_exit = end
-            server.run(sockets=[sock])
+            Server(config).run(sockets=[sock])
 
 
 def listen(host: str, port: int) -> socket.socket:
