@@ -18,12 +18,6 @@ SHAPES = [
     (40, 3, 3, 41, 16),
     (300, 4, 2, 301, 64),  # shared by threads
 ]
-    (1, 2, 1, 9, 32),
-    (5, 4, 2, 9, 64),
-    (9, 1, 1, 9, 6),
-    (3, 8, 4, 40, 512),
-    (40, 3, 3, 41, 16),
-]
 
 
 def arguments(T, H, K, C, D, dtype=mx.float32, offset=0, same=False) -> dict[str, mx.array]:
