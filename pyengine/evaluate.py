@@ -1,15 +1,27 @@
 """lm-eval's door to this engine. Needs the extra ``eval``.
 
-    python -m pyengine.evaluate --model pyengine --model_args bundle=./pair --tasks hellaswag
+    lm_eval --model pyengine --model_args bundle=./pair --tasks hellaswag
 
-is lm-eval's own command with one more model in its registry. `lm_eval` itself cannot find it:
-0.4.13 looks models up in a list of its own, which neither entry points nor --include_path reach.
+An lm-eval with plugins (its main branch, since September 2026) finds the model by our entry point
+in ``lm_eval.models``. Releases up to 0.4.13 know only a list of their own: there, this puts the
+model into the registry of the `lm_eval` of the Python environment it runs in, once, and
+``unregister`` takes it out again:
+
+    python -m pyengine.evaluate register
+
+This leaves the environment alone: it is lm-eval's own command with the model in its registry.
+
+    python -m pyengine.evaluate --model pyengine --model_args bundle=./pair --tasks hellaswag
 """
 
 from __future__ import annotations
 
+import sys
+import sysconfig
+from pathlib import Path
 from typing import Any
 
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -22,6 +34,12 @@ from pyengine.sampling import Sampling
 from pyengine.score import score
 
 MAX_NEW_TOKENS = 256  # lm-eval's own default
+# Python runs this line as it starts; only under lm-eval's own command does it go past the test
+STARTUP_LINE = (
+    "import sys; any(a.endswith(('lm_eval', 'lm-eval')) for a in sys.orig_argv[1:3]) and "
+    "__import__('lm_eval.api.registry', fromlist=['registry']).model_registry"
+    ".register('pyengine', target='pyengine.evaluate:PyengineLM')\n"
+)
 
 
 @register_model("pyengine")
@@ -132,7 +150,40 @@ def _sampling(settings: dict[str, Any], own: Sampling) -> Sampling:
     )
 
 
-if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
+def startup_file() -> Path:
+    """Where `register` puts its line, in the environment's own site-packages."""
+    return Path(sysconfig.get_path("purelib"), "pyengine_lm_eval.pth")
 
-    cli_evaluate()
+
+def register() -> None:
+    """Have this environment's `lm_eval` know the model.
+
+    Raises:
+        OSError: The environment cannot be written.
+    """
+    unfinished = startup_file().with_suffix(".unfinished")
+    unfinished.write_text(STARTUP_LINE, encoding="ascii")
+    unfinished.replace(startup_file())
+
+
+def main() -> None:
+    """`register`, `unregister`, or else lm-eval's own command."""
+    if sys.argv[1:] not in (["register"], ["unregister"]):
+        cli_evaluate()
+        return
+    path = startup_file()
+    try:
+        if sys.argv[1] == "register":
+            register()
+            print(f"Wrote {path}: `lm_eval --model pyengine` works in this environment now.")
+        else:
+            path.unlink(missing_ok=True)
+            print(f"{path} is gone.")
+    except OSError as error:
+        reason = error.strerror
+        print(f"pyengine: [register] {path} must be writable but got {reason}.", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

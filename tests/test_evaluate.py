@@ -6,6 +6,8 @@ import json
 import math
 import subprocess
 import sys
+import sysconfig
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import mlx.core as mx
@@ -137,25 +139,77 @@ metric_list: [{metric: acc}]
 """
 
 
-def test_the_command_runs_a_task(tmp_path: Path) -> None:
-    """`python -m pyengine.evaluate` is lm-eval's command; the task is two lines of JSON."""
-    data = tmp_path / "data.jsonl"
-    rows = [{"context": GAME}, {"context": "<!DOCTYPE html>\n<html>\n<head>\n"}]
-    data.write_text("\n".join(map(json.dumps, rows)))
+def run_small_task(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """`small_lines`, two lines of JSON, through a command that is lm-eval's."""
+    data = folder / "data.jsonl"
+    data.write_text(2 * (json.dumps({"context": GAME}) + "\n"))
     task = TASK.format(data=data, kind="multiple_choice", rest=CHOICE)
-    (tmp_path / "small_lines.yaml").write_text(task)
-    done = subprocess.run(
+    (folder / "small_lines.yaml").write_text(task)
+    return subprocess.run(
         [
-            *(sys.executable, "-m", "pyengine.evaluate", "run", "--model", "pyengine"),
-            *("--tasks", "small_lines", "--include_path", str(tmp_path)),
-            *("--output_path", str(tmp_path / "out")),
+            *(*command, "--model", "pyengine", "--model_args", "block_size=4"),
+            *("--tasks", "small_lines", "--include_path", str(folder)),
+            *("--output_path", str(folder / "out")),
         ],
         capture_output=True,
         text=True,
         timeout=300,
-        cwd=tmp_path,
-        env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+        cwd=folder,
+        env={"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
     )
+
+
+def check_small_task(folder: Path, done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
-    results = next((tmp_path / "out").rglob("results*.json"))
+    results = next((folder / "out").rglob("results*.json"))
     assert json.loads(results.read_text())["results"]["small_lines"]["acc,none"] == 1.0
+
+
+def evaluate(folder: Path, argument: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pyengine.evaluate", argument]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+
+
+def test_our_command_runs_a_task(tmp_path: Path) -> None:
+    """`python -m pyengine.evaluate` is lm-eval's command with the model in its registry."""
+    done = run_small_task(tmp_path, sys.executable, "-m", "pyengine.evaluate", "run")
+    check_small_task(tmp_path, done)
+
+
+@pytest.mark.parametrize("command", ["lm_eval", "-m lm_eval"])
+def test_lm_evals_command_runs_a_task_once_registered(tmp_path: Path, command: str) -> None:
+    scripts = Path(sysconfig.get_path("scripts"))
+    lm_eval = [str(scripts / command)]
+    if command.startswith("-m"):
+        lm_eval = [sys.executable, *command.split()]
+    known = pyengine.evaluate.startup_file().exists()
+    try:
+        done = evaluate(tmp_path, "register")
+        assert done.returncode == 0 and "works in this environment" in done.stdout
+        check_small_task(tmp_path, run_small_task(tmp_path, *lm_eval))
+        # No other command of the environment pays for it
+        code = "import sys; assert not any(m.startswith('lm_eval') for m in sys.modules)"
+        subprocess.run([sys.executable, "-c", code, "lm_eval"], check=True)
+    finally:
+        if not known:
+            assert evaluate(tmp_path, "unregister").returncode == 0
+    assert pyengine.evaluate.startup_file().exists() == known
+
+
+def test_the_entry_point_is_the_model() -> None:
+    """By which an lm-eval with plugins finds it."""
+    (entry,) = entry_points(group="lm_eval.models", name="pyengine")
+    assert entry.load() is pyengine.evaluate.PyengineLM
+
+
+def test_register_says_what_it_cannot_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = tmp_path / "none" / "here.pth"
+    monkeypatch.setattr(pyengine.evaluate, "startup_file", lambda: where)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "register"])
+    with pytest.raises(SystemExit) as stopped:
+        pyengine.evaluate.main()
+    assert stopped.value.code == 2
+    sentence = f"pyengine: [register] {where} must be writable but got No such file or directory.\n"
+    assert capsys.readouterr().err == sentence
