@@ -28,6 +28,8 @@ def within(folder: Path, name: str, doing: str) -> Path:
     path = folder / name
     try:
         real, home = path.resolve(), folder.resolve()
+        if real.is_symlink():  # from Python 3.13 on a circle of links is no error
+            raise OSError
     except (OSError, RuntimeError, ValueError):  # a circle of links; a null byte
         raise ValueError(f"[{doing}] {shown(name)} in {folder} leads nowhere.") from None
     homes = [home]
