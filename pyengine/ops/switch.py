@@ -25,6 +25,8 @@ METAL = (
     "q8_matmul",
     "q8_shared_matmul",
     "random_uniform",
+    "residual_norm",
+    "rms_norm",
     "softcap",
 )
 
