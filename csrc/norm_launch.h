@@ -1,6 +1,6 @@
 #pragma once
-// norm_launch.h: the threadgroups of metal/norm.h, for the ops that norm whole
-// rows.
+// norm_launch.h: the threadgroups of metal/norm.h and metal/rope.h, for the ops
+// that norm whole rows and heads.
 
 #include "launch.h"
 
@@ -27,6 +27,25 @@ norm_launch(const std::string& op, int rows, int width, mx::Dtype dtype) {
   launch.kernel = op + "_" + dtype_name(dtype);
   launch.grid = {rows, 1, 1};
   launch.threadgroup = {32 * ((width + norm_piece - 1) / norm_piece), 1, 1};
+  return launch;
+}
+
+// Without buffers: four heads of a position a threadgroup, a simdgroup each,
+// with a head's floats of threadgroup memory.
+inline Launch heads_launch(
+    const std::string& op,
+    int heads,
+    int T,
+    int B,
+    int D,
+    mx::Dtype dtype) {
+  constexpr int simds = 4;
+  Launch launch;
+  launch.library = op;
+  launch.kernel = op + "_" + dtype_name(dtype);
+  launch.grid = {(heads + simds - 1) / simds, T, B};
+  launch.threadgroup = {32 * simds, 1, 1};
+  launch.threadgroup_memory = {{0, simds * D * int(sizeof(float))}};
   return launch;
 }
 

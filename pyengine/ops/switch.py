@@ -19,6 +19,9 @@ METAL = (
     "dense_matmul",
     "draw_token",
     "filter_logits",
+    "geglu",
+    "norm_rope",
+    "prepare_qkv",
     "q8_expert_matmul",
     "q8_filter_logits",
     "q8_gated_matmul",
@@ -28,6 +31,7 @@ METAL = (
     "residual_norm",
     "rms_norm",
     "softcap",
+    "write_cache",
 )
 
 
