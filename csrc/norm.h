@@ -35,8 +35,12 @@ PYENGINE_INLINE float square_sum(const T* x, int width) {
 template <typename T>
 PYENGINE_INLINE float inverse_rms(const T* x, int width, float eps) {
   float square = 0.0f;
-  for (int k = 0; k < width; k += piece) {
-    square += square_sum(x + k, width - k < piece ? width - k : piece);
+  int k = 0;
+  for (; k + piece <= width; k += piece) {
+    square += square_sum(x + k, piece);
+  }
+  if (k < width) {
+    square += square_sum(x + k, width - k);
   }
   return 1.0f / __builtin_sqrtf(square / float(width) + eps);
 }

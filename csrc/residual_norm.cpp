@@ -162,6 +162,11 @@ void ResidualNorm::eval_gpu(
     return;
   }
   int E = h.shape(-1);
+  if (!residual_norm_has_launch(E)) {
+    throw std::runtime_error(
+        "[residual_norm] has no Metal kernel for rows of more than 16384 "
+        "elements; pyengine.ops.residual_norm runs plain MLX there.");
+  }
   auto launch = residual_norm_launch(
       int(h.size() / E), E, h.dtype(), has_scalar_, has_next_, eps_);
   auto given = inputs;

@@ -110,6 +110,11 @@ void RmsNorm::eval_gpu(
     return;
   }
   int D = x.shape(-1);
+  if (!rms_norm_has_launch(D)) {
+    throw std::runtime_error(
+        "[rms_norm] has no Metal kernel for rows of more than 16384 "
+        "elements; pyengine.ops.rms_norm runs plain MLX there.");
+  }
   auto launch = rms_norm_launch(
       int(out.size() / D), D, x.dtype(), inputs.size() == 2, eps_);
   run_on_gpu(launch, stream(), {x, inputs.back()}, outputs);

@@ -20,6 +20,7 @@ def residual_norm(
 
     ``h' = (h + rms_norm(y) * weight) * scalar``, rounded; then ``x = rms_norm(h') * next_weight``
     of the rounded sum, so that ``x`` equals ``pyengine.ops.rms_norm(h', next_weight)`` bit for bit.
+    On a GPU plain MLX, which is not row-stable, serves rows of more than 16384 elements.
 
     Args:
         h: Residual stream ``[..., E]``, float32, float16 or bfloat16.

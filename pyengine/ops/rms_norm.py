@@ -11,6 +11,7 @@ def rms_norm(x: mx.array, weight: mx.array | None = None, eps: float = 1e-6) -> 
 
     ``out = x / sqrt(mean(x ** 2) + eps) * weight`` over the last axis, in float32, rounded once.
     The weight is plain: Gemma 4 multiplies by ``weight``, not by ``1 + weight``.
+    On a GPU plain MLX, which is not row-stable, serves rows of more than 16384 elements.
 
     Args:
         x: ``[..., D]``, float32, float16 or bfloat16.
