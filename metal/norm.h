@@ -14,8 +14,8 @@ namespace pyengine {
 
 constant constexpr ushort piece_width = 1024;
 constant constexpr ushort pairs = 16; // of a lane
-// A thread holds up to 64 numbers of its rows: of 1024 threads a core's
-// registers would not.
+// A thread keeps 32 numbers of its row and needs as many for the rest: half of
+// what the registers of a core leave to each of 512 threads.
 constant constexpr ushort max_pieces = 16;
 
 // Where a lane's pairs of a row lie. Of an odd width a pair is two elements
