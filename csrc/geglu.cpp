@@ -21,15 +21,33 @@ constexpr const char* op = "geglu";
 
 } // namespace
 
+Launch geglu_launch(int64_t size, mx::Dtype dtype) {
+  using Role = Buffer::Role;
+  constexpr int threads = 256;
+  mx::Shape shape = {int(size)};
+  Launch launch;
+  launch.library = op;
+  launch.kernel = std::string(op) + "_" + dtype_name(dtype);
+  launch.grid = {int((size + threads - 1) / threads), 1, 1};
+  launch.threadgroup = {threads, 1, 1};
+  launch.buffers = {
+      Buffer::array(Role::in, "gate", shape, dtype),
+      Buffer::array(Role::in, "up", shape, dtype),
+      Buffer::array(Role::out, "out", shape, dtype),
+      Buffer::scalar("size", uint32_t(size))};
+  return launch;
+}
+
 mx::array geglu(const mx::array& gate, const mx::array& up) {
   check_storage_dtype(op, "gate", gate);
   check_shape(op, "up", up, gate.shape());
   check_dtype(op, "up", up, gate.dtype(), "have the dtype of gate");
+  auto stream = mx::to_stream({});
   return mx::array(
       gate.shape(),
       gate.dtype(),
-      std::make_shared<Geglu>(mx::to_stream({})),
-      {gate, up});
+      std::make_shared<Geglu>(stream),
+      {packed_on_gpu(gate, stream), packed_on_gpu(up, stream)});
 }
 
 void Geglu::eval_cpu(
@@ -62,14 +80,20 @@ void Geglu::eval_cpu(
   });
 }
 
-void Geglu::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[geglu] has no Metal kernel yet; "
-      "pyengine.ops.geglu runs plain MLX on a GPU.");
+void Geglu::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() > 0) {
+    auto launch = geglu_launch(int64_t(out.size()), out.dtype());
+    run_on_gpu(launch, stream(), inputs, outputs);
+  }
 }
 
 void bind_geglu(nb::module_& m) {
   m.def("geglu", &geglu, nb::arg("gate"), nb::arg("up"));
+  m.def("geglu_launch", &geglu_launch, nb::arg("size"), nb::arg("dtype"));
 }
 
 } // namespace pyengine

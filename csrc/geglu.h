@@ -1,6 +1,7 @@
 #pragma once
 // geglu: gelu_tanh(gate) * up.
 
+#include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 
@@ -11,6 +12,8 @@ namespace mx = mlx::core;
 mx::array geglu(
     const mx::array& gate, // [..., F]
     const mx::array& up);
+
+Launch geglu_launch(int64_t size, mx::Dtype dtype);
 
 class Geglu : public mx::Primitive {
  public:

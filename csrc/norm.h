@@ -5,10 +5,13 @@
 
 namespace pyengine::PYENGINE_ISA {
 
-// 1 / sqrt(mean(x^2) + eps). Element k is summed in lane k % 16 of accumulator
+// A row is summed in pieces: metal/norm.h gives each to a simdgroup.
+constexpr int piece = 1024;
+
+// The squares of one piece. Element k is summed in lane k % 16 of accumulator
 // k / 16 % 4, then accumulators, then lanes: a tree that width alone decides.
 template <typename T>
-PYENGINE_INLINE float inverse_rms(const T* x, int width, float eps) {
+PYENGINE_INLINE float square_sum(const T* x, int width) {
   F32x16 total[4] = {zero(), zero(), zero(), zero()};
   int k = 0;
   for (; k + 4 * lanes <= width; k += 4 * lanes) {
@@ -25,7 +28,20 @@ PYENGINE_INLINE float inverse_rms(const T* x, int width, float eps) {
       total[i] = fma(v, v, total[i]);
     }
   }
-  float square = sum((total[0] + total[1]) + (total[2] + total[3]));
+  return sum((total[0] + total[1]) + (total[2] + total[3]));
+}
+
+// 1 / sqrt(mean(x^2) + eps); pieces are added in their order.
+template <typename T>
+PYENGINE_INLINE float inverse_rms(const T* x, int width, float eps) {
+  float square = 0.0f;
+  int k = 0;
+  for (; k + piece <= width; k += piece) {
+    square += square_sum(x + k, piece);
+  }
+  if (k < width) {
+    square += square_sum(x + k, width - k);
+  }
   return 1.0f / __builtin_sqrtf(square / float(width) + eps);
 }
 

@@ -8,6 +8,7 @@
 #include "check.h"
 #include "isa.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "norm_launch.h"
 #include "norm_rope_cpu.h"
 #include "packed.h"
 #include "split.h"
@@ -20,6 +21,26 @@ namespace {
 constexpr const char* op = "norm_rope";
 
 } // namespace
+
+Launch
+norm_rope_launch(int B, int T, int H, int D, mx::Dtype dtype, float eps) {
+  using Role = Buffer::Role;
+  auto array = [&](Role role, const char* name, mx::Shape shape) {
+    int alignment = pair_alignment(D, dtype);
+    return Buffer::array(role, name, std::move(shape), dtype, alignment);
+  };
+  Launch launch = heads_launch(op, H, T, B, D, dtype);
+  launch.buffers = {
+      array(Role::in, "x", {B, T, H, D}),
+      array(Role::in, "weight", {D}),
+      Buffer::array(Role::in, "offset", {}, mx::int32),
+      Buffer::array(Role::in, "inv_freq", {D / 2}, mx::float32),
+      array(Role::out, "out", {B, T, H, D}),
+      Buffer::scalar("H", uint32_t(H)),
+      Buffer::scalar("D", uint32_t(D)),
+      Buffer::scalar("eps", eps)};
+  return launch;
+}
 
 mx::array norm_rope(
     const mx::array& x,
@@ -43,11 +64,15 @@ mx::array norm_rope(
   check_shape(op, "inv_freq", inv_freq, {D / 2});
   check_dtype(op, "inv_freq", inv_freq, mx::float32, "be float32");
   check(eps > 0, op, "eps", "be positive", eps);
+  auto stream = mx::to_stream({});
   return mx::array(
       x.shape(),
       x.dtype(),
-      std::make_shared<NormRope>(mx::to_stream({}), eps),
-      {x, weight, offset, inv_freq});
+      std::make_shared<NormRope>(stream, eps),
+      {packed_on_gpu(x, stream),
+       packed_on_gpu(weight, stream),
+       offset,
+       packed_on_gpu(inv_freq, stream)});
 }
 
 void NormRope::eval_cpu(
@@ -90,11 +115,17 @@ void NormRope::eval_cpu(
 }
 
 void NormRope::eval_gpu(
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[norm_rope] has no Metal kernel yet; "
-      "pyengine.ops.norm_rope runs plain MLX on a GPU.");
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& x = inputs[0];
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+  auto launch = norm_rope_launch(
+      x.shape(0), x.shape(1), x.shape(2), x.shape(3), x.dtype(), eps_);
+  run_on_gpu(launch, stream(), inputs, outputs);
 }
 
 bool NormRope::is_equivalent(const mx::Primitive& other) const {
@@ -109,6 +140,15 @@ void bind_norm_rope(nb::module_& m) {
       nb::arg("weight"),
       nb::arg("offset"),
       nb::arg("inv_freq"),
+      nb::arg("eps"));
+  m.def(
+      "norm_rope_launch",
+      &norm_rope_launch,
+      nb::arg("B"),
+      nb::arg("T"),
+      nb::arg("H"),
+      nb::arg("D"),
+      nb::arg("dtype"),
       nb::arg("eps"));
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 // norm_rope: RMSNorm over each head, then half-split rotary embedding.
 
+#include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 
@@ -14,6 +15,8 @@ mx::array norm_rope(
     const mx::array& offset, // int32 []
     const mx::array& inv_freq, // float32 [D / 2]
     float eps);
+
+Launch norm_rope_launch(int B, int T, int H, int D, mx::Dtype dtype, float eps);
 
 class NormRope : public mx::Primitive {
  public:

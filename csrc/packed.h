@@ -78,10 +78,13 @@ class Packed {
 };
 
 // The same for a Metal kernel, which reads an input where it lies: there the
-// graph does get the node.
+// graph does get the node, unless the input is known to be contiguous.
 inline mx::array packed_on_gpu(const mx::array& a, mx::Stream stream) {
-  return stream.device == mx::Device::cpu ? a
-                                          : mx::contiguous(a, false, stream);
+  if (stream.device == mx::Device::cpu ||
+      (a.is_available() && a.flags().row_contiguous)) {
+    return a;
+  }
+  return mx::contiguous(a, false, stream);
 }
 
 } // namespace pyengine

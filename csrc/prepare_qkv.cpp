@@ -10,6 +10,7 @@
 #include "check.h"
 #include "isa.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "norm_launch.h"
 #include "norm_rope_cpu.h"
 #include "packed.h"
 #include "prepare_qkv_cpu.h"
@@ -22,7 +23,55 @@ namespace {
 
 constexpr const char* op = "prepare_qkv";
 
+// The caches stay where they are, whoever else holds them (write_cache.h).
+void share_caches(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  for (int i : {6, 7}) {
+    if (!inputs[i].flags().row_contiguous) {
+      throw std::runtime_error(
+          "[prepare_qkv] keys and values must be contiguous but got a strided "
+          "view; allocate them with mx.zeros and keep only what prepare_qkv "
+          "returns.");
+    }
+    outputs[i - 5].copy_shared_buffer(inputs[i]);
+  }
+}
+
 } // namespace
+
+Launch prepare_qkv_launch(
+    int T,
+    int H,
+    int K,
+    int C,
+    int D,
+    mx::Dtype dtype,
+    float eps) {
+  using Role = Buffer::Role;
+  auto array = [&](Role role, const char* name, mx::Shape shape) {
+    int alignment = pair_alignment(D, dtype);
+    return Buffer::array(role, name, std::move(shape), dtype, alignment);
+  };
+  Launch launch = heads_launch(op, H + 2 * K, T, 1, D, dtype);
+  launch.buffers = {
+      array(Role::in, "q", {T, H * D}),
+      array(Role::in, "k", {T, K * D}),
+      array(Role::in, "v", {T, K * D}),
+      array(Role::in, "q_norm", {D}),
+      array(Role::in, "k_norm", {D}),
+      Buffer::array(Role::in, "inv_freq", {D / 2}, mx::float32),
+      Buffer::array(Role::in, "offset", {}, mx::int32),
+      array(Role::out, "out", {1, T, H, D}),
+      array(Role::inout, "keys", {1, K, C, D}),
+      array(Role::inout, "values", {1, K, C, D}),
+      Buffer::scalar("H", uint32_t(H)),
+      Buffer::scalar("K", uint32_t(K)),
+      Buffer::scalar("C", uint32_t(C)),
+      Buffer::scalar("D", uint32_t(D)),
+      Buffer::scalar("eps", eps)};
+  return launch;
+}
 
 std::vector<mx::array> prepare_qkv(
     const mx::array& q,
@@ -78,25 +127,26 @@ std::vector<mx::array> prepare_qkv(
   check_shape(op, "offset", offset, {});
   check_dtype(op, "offset", offset, mx::int32, "be int32");
   check(eps > 0, op, "eps", "be positive", eps);
+  auto stream = mx::to_stream({});
   return mx::array::make_arrays(
       {{1, T, q.shape(1) / D, D}, keys.shape(), values.shape()},
       {q.dtype(), q.dtype(), q.dtype()},
-      std::make_shared<PrepareQkv>(mx::to_stream({}), eps),
-      {q, k, v, q_norm, k_norm, inv_freq, keys, values, offset});
+      std::make_shared<PrepareQkv>(stream, eps),
+      {packed_on_gpu(q, stream),
+       packed_on_gpu(k, stream),
+       packed_on_gpu(v, stream),
+       packed_on_gpu(q_norm, stream),
+       packed_on_gpu(k_norm, stream),
+       packed_on_gpu(inv_freq, stream),
+       keys,
+       values,
+       offset});
 }
 
 void PrepareQkv::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  for (int i : {6, 7}) {
-    if (!inputs[i].flags().row_contiguous) {
-      throw std::runtime_error(
-          "[prepare_qkv] keys and values must be contiguous but got a strided "
-          "view; allocate them with mx.zeros and keep only what prepare_qkv "
-          "returns.");
-    }
-    outputs[i - 5].copy_shared_buffer(inputs[i]);
-  }
+  share_caches(inputs, outputs);
   auto& out = outputs[0];
   out.set_data(mx::allocator::malloc(out.nbytes()));
   if (inputs[0].shape(0) == 0) {
@@ -147,11 +197,25 @@ void PrepareQkv::eval_cpu(
 }
 
 void PrepareQkv::eval_gpu(
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[prepare_qkv] has no Metal kernel yet; "
-      "pyengine.ops.prepare_qkv runs plain MLX on a GPU.");
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  share_caches(inputs, outputs);
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.shape(1) == 0) {
+    return;
+  }
+  auto launch = prepare_qkv_launch(
+      out.shape(1),
+      out.shape(2),
+      outputs[1].shape(1),
+      outputs[1].shape(2),
+      out.shape(3),
+      out.dtype(),
+      eps_);
+  std::vector<mx::array> read(inputs.begin(), inputs.begin() + 6);
+  read.push_back(inputs[8]);
+  run_on_gpu(launch, stream(), read, outputs);
 }
 
 void bind_prepare_qkv(nb::module_& m) {
@@ -167,6 +231,16 @@ void bind_prepare_qkv(nb::module_& m) {
       nb::arg("keys"),
       nb::arg("values"),
       nb::arg("offset"),
+      nb::arg("eps"));
+  m.def(
+      "prepare_qkv_launch",
+      &prepare_qkv_launch,
+      nb::arg("T"),
+      nb::arg("H"),
+      nb::arg("K"),
+      nb::arg("C"),
+      nb::arg("D"),
+      nb::arg("dtype"),
       nb::arg("eps"));
 }
 

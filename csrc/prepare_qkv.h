@@ -1,6 +1,7 @@
 #pragma once
 // prepare_qkv: head norms, rotary embedding and the write into the cache.
 
+#include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 
@@ -19,6 +20,15 @@ std::vector<mx::array> prepare_qkv(
     const mx::array& keys, // [1, K, C, D]
     const mx::array& values, // [1, K, C, D]
     const mx::array& offset, // int32 []
+    float eps);
+
+Launch prepare_qkv_launch(
+    int T,
+    int H,
+    int K,
+    int C,
+    int D,
+    mx::Dtype dtype,
     float eps);
 
 class PrepareQkv : public mx::Primitive {

@@ -12,6 +12,7 @@
 #include "check.h"
 #include "isa.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "norm_launch.h"
 #include "packed.h"
 #include "residual_norm_cpu.h"
 #include "split.h"
@@ -24,6 +25,42 @@ namespace {
 constexpr const char* op = "residual_norm";
 
 } // namespace
+
+bool residual_norm_has_launch(int E) {
+  return norm_fits(E);
+}
+
+Launch residual_norm_launch(
+    int rows,
+    int E,
+    mx::Dtype dtype,
+    bool has_scalar,
+    bool has_next,
+    float eps) {
+  using Role = Buffer::Role;
+  int alignment = pair_alignment(E, dtype);
+  auto array = [&](Role role, const char* name, mx::Shape shape) {
+    return Buffer::array(role, name, std::move(shape), dtype, alignment);
+  };
+  Launch launch = norm_launch(op, rows, E, dtype);
+  launch.constants = {{0, has_next}};
+  auto weight = array(Role::in, "weight", {E});
+  launch.buffers = {
+      array(Role::in, "h", {rows, E}),
+      array(Role::in, "y", {rows, E}),
+      weight,
+      has_scalar ? Buffer::array(Role::in, "scalar", {1}, dtype) : weight,
+      array(Role::out, "sum", {rows, E}),
+      Buffer::scalar("E", uint32_t(E)),
+      Buffer::scalar("scaled", uint32_t(has_scalar)),
+      Buffer::scalar("eps", eps),
+      Buffer::scalar("minus_zero", -0.0f)};
+  if (has_next) {
+    launch.buffers.push_back(array(Role::in, "next_weight", {E}));
+    launch.buffers.push_back(array(Role::out, "next", {rows, E}));
+  }
+  return launch;
+}
 
 std::pair<mx::array, std::optional<mx::array>> residual_norm(
     const mx::array& h,
@@ -54,8 +91,12 @@ std::pair<mx::array, std::optional<mx::array>> residual_norm(
   same("scalar", scalar.value_or(h));
   same("next_weight", next_weight.value_or(h));
 
+  auto stream = mx::to_stream({});
+  for (auto& input : inputs) {
+    input = packed_on_gpu(input, stream);
+  }
   auto primitive = std::make_shared<ResidualNorm>(
-      mx::to_stream({}), scalar.has_value(), next_weight.has_value(), eps);
+      stream, scalar.has_value(), next_weight.has_value(), eps);
   if (!next_weight) {
     return {
         mx::array(h.shape(), h.dtype(), primitive, std::move(inputs)),
@@ -111,11 +152,28 @@ void ResidualNorm::eval_cpu(
 }
 
 void ResidualNorm::eval_gpu(
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[residual_norm] has no Metal kernel yet; "
-      "pyengine.ops.residual_norm runs plain MLX on a GPU.");
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  for (auto& out : outputs) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  }
+  const auto& h = inputs[0];
+  if (h.size() == 0) {
+    return;
+  }
+  int E = h.shape(-1);
+  if (!residual_norm_has_launch(E)) {
+    throw std::runtime_error(
+        "[residual_norm] has no Metal kernel for rows of more than 16384 "
+        "elements; pyengine.ops.residual_norm runs plain MLX there.");
+  }
+  auto launch = residual_norm_launch(
+      int(h.size() / E), E, h.dtype(), has_scalar_, has_next_, eps_);
+  auto given = inputs;
+  if (!has_scalar_) {
+    given.insert(given.begin() + 3, inputs[2]); // the launch names it twice
+  }
+  run_on_gpu(launch, stream(), given, outputs);
 }
 
 bool ResidualNorm::is_equivalent(const mx::Primitive& other) const {
@@ -133,6 +191,16 @@ void bind_residual_norm(nb::module_& m) {
       nb::arg("weight"),
       nb::arg("scalar").none(),
       nb::arg("next_weight").none(),
+      nb::arg("eps"));
+  m.def("residual_norm_has_launch", &residual_norm_has_launch, nb::arg("E"));
+  m.def(
+      "residual_norm_launch",
+      &residual_norm_launch,
+      nb::arg("rows"),
+      nb::arg("E"),
+      nb::arg("dtype"),
+      nb::arg("has_scalar"),
+      nb::arg("has_next"),
       nb::arg("eps"));
 }
 

@@ -4,6 +4,7 @@
 #include <optional>
 #include <utility>
 
+#include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 
@@ -17,6 +18,16 @@ std::pair<mx::array, std::optional<mx::array>> residual_norm(
     const mx::array& weight, // [E]
     const std::optional<mx::array>& scalar, // [1]
     const std::optional<mx::array>& next_weight, // [E]
+    float eps);
+
+bool residual_norm_has_launch(int E);
+
+Launch residual_norm_launch(
+    int rows,
+    int E,
+    mx::Dtype dtype,
+    bool has_scalar,
+    bool has_next,
     float eps);
 
 // Inputs: h, y, weight, then scalar and next_weight where given.

@@ -10,6 +10,7 @@
 #include "check.h"
 #include "isa.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "norm_launch.h"
 #include "packed.h"
 #include "rms_norm_cpu.h"
 #include "split.h"
@@ -23,6 +24,27 @@ constexpr const char* op = "rms_norm";
 
 } // namespace
 
+bool rms_norm_has_launch(int D) {
+  return norm_fits(D);
+}
+
+Launch
+rms_norm_launch(int rows, int D, mx::Dtype dtype, bool weighted, float eps) {
+  using Role = Buffer::Role;
+  int alignment = pair_alignment(D, dtype);
+  Launch launch = norm_launch(op, rows, D, dtype);
+  auto x = Buffer::array(Role::in, "x", {rows, D}, dtype, alignment);
+  auto weight = Buffer::array(Role::in, "weight", {D}, dtype, alignment);
+  launch.buffers = {
+      x,
+      weighted ? weight : x,
+      Buffer::array(Role::out, "out", {rows, D}, dtype),
+      Buffer::scalar("D", uint32_t(D)),
+      Buffer::scalar("weighted", uint32_t(weighted)),
+      Buffer::scalar("eps", eps)};
+  return launch;
+}
+
 mx::array rms_norm(
     const mx::array& x,
     const std::optional<mx::array>& weight,
@@ -30,16 +52,17 @@ mx::array rms_norm(
   check_storage_dtype(op, "x", x);
   check(x.ndim() >= 1, op, "x", "have shape [..., D]", x.shape());
   check(eps > 0, op, "eps", "be positive", eps);
-  std::vector<mx::array> inputs = {x};
+  auto stream = mx::to_stream({});
+  std::vector<mx::array> inputs = {packed_on_gpu(x, stream)};
   if (weight) {
     check_shape(op, "weight", *weight, {x.shape(-1)});
     check_dtype(op, "weight", *weight, x.dtype(), "have the dtype of x");
-    inputs.push_back(*weight);
+    inputs.push_back(packed_on_gpu(*weight, stream));
   }
   return mx::array(
       x.shape(),
       x.dtype(),
-      std::make_shared<RmsNorm>(mx::to_stream({}), eps),
+      std::make_shared<RmsNorm>(stream, eps),
       std::move(inputs));
 }
 
@@ -77,10 +100,24 @@ void RmsNorm::eval_cpu(
   });
 }
 
-void RmsNorm::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[rms_norm] has no Metal kernel yet; "
-      "pyengine.ops.rms_norm runs plain MLX on a GPU.");
+void RmsNorm::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& x = inputs[0];
+  auto& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+  int D = x.shape(-1);
+  if (!rms_norm_has_launch(D)) {
+    throw std::runtime_error(
+        "[rms_norm] has no Metal kernel for rows of more than 16384 "
+        "elements; pyengine.ops.rms_norm runs plain MLX there.");
+  }
+  auto launch = rms_norm_launch(
+      int(out.size() / D), D, x.dtype(), inputs.size() == 2, eps_);
+  run_on_gpu(launch, stream(), {x, inputs.back()}, outputs);
 }
 
 bool RmsNorm::is_equivalent(const mx::Primitive& other) const {
@@ -93,6 +130,15 @@ void bind_rms_norm(nb::module_& m) {
       &rms_norm,
       nb::arg("x"),
       nb::arg("weight").none(),
+      nb::arg("eps"));
+  m.def("rms_norm_has_launch", &rms_norm_has_launch, nb::arg("D"));
+  m.def(
+      "rms_norm_launch",
+      &rms_norm_launch,
+      nb::arg("rows"),
+      nb::arg("D"),
+      nb::arg("dtype"),
+      nb::arg("weighted"),
       nb::arg("eps"));
 }
 

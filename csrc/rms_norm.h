@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 
@@ -14,6 +15,12 @@ mx::array rms_norm(
     const mx::array& x, // [..., D]
     const std::optional<mx::array>& weight, // [D]
     float eps);
+
+// Whether the Metal kernel takes rows of this width.
+bool rms_norm_has_launch(int D);
+
+Launch
+rms_norm_launch(int rows, int D, mx::Dtype dtype, bool weighted, float eps);
 
 class RmsNorm : public mx::Primitive {
  public:

@@ -16,7 +16,38 @@ namespace {
 
 constexpr const char* op = "write_cache";
 
+void share_cache(const mx::array& cache, mx::array& out) {
+  if (!cache.flags().row_contiguous) {
+    throw std::runtime_error(
+        "[write_cache] cache must be contiguous but got a strided view; "
+        "allocate it with mx.zeros and keep only what write_cache returns.");
+  }
+  out.copy_shared_buffer(cache);
+}
+
 } // namespace
+
+Launch write_cache_launch(int B, int T, int K, int C, int D, mx::Dtype dtype) {
+  using Role = Buffer::Role;
+  constexpr int threads = 256;
+  int64_t size = int64_t(B) * T * K * D;
+  bool wide = mx::size_of(dtype) == 4;
+  Launch launch;
+  launch.library = op;
+  launch.kernel = std::string(op) + (wide ? "_uint32" : "_uint16");
+  launch.grid = {int((size + threads - 1) / threads), 1, 1};
+  launch.threadgroup = {threads, 1, 1};
+  launch.buffers = {
+      Buffer::array(Role::in, "new", {B, T, K, D}, dtype),
+      Buffer::array(Role::in, "offset", {}, mx::int32),
+      Buffer::array(Role::inout, "cache", {B, K, C, D}, dtype),
+      Buffer::scalar("size", uint32_t(size)),
+      Buffer::scalar("T", uint32_t(T)),
+      Buffer::scalar("K", uint32_t(K)),
+      Buffer::scalar("C", uint32_t(C)),
+      Buffer::scalar("D", uint32_t(D))};
+  return launch;
+}
 
 mx::array write_cache(
     const mx::array& cache,
@@ -41,11 +72,12 @@ mx::array write_cache(
   }
   check_shape(op, "offset", offset, {});
   check_dtype(op, "offset", offset, mx::int32, "be int32");
+  auto stream = mx::to_stream({});
   return mx::array(
       cache.shape(),
       cache.dtype(),
-      std::make_shared<WriteCache>(mx::to_stream({})),
-      {cache, new_rows, offset});
+      std::make_shared<WriteCache>(stream),
+      {cache, packed_on_gpu(new_rows, stream), offset});
 }
 
 void WriteCache::eval_cpu(
@@ -54,12 +86,7 @@ void WriteCache::eval_cpu(
   const auto& cache = inputs[0];
   const auto& new_rows = inputs[1];
   auto& out = outputs[0];
-  if (!cache.flags().row_contiguous) {
-    throw std::runtime_error(
-        "[write_cache] cache must be contiguous but got a strided view; "
-        "allocate it with mx.zeros and keep only what write_cache returns.");
-  }
-  out.copy_shared_buffer(cache);
+  share_cache(cache, out);
   if (new_rows.size() == 0) {
     return;
   }
@@ -91,11 +118,22 @@ void WriteCache::eval_cpu(
 }
 
 void WriteCache::eval_gpu(
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[write_cache] has no Metal kernel yet; "
-      "pyengine.ops.write_cache runs plain MLX on a GPU.");
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& cache = inputs[0];
+  const auto& new_rows = inputs[1];
+  share_cache(cache, outputs[0]);
+  if (new_rows.size() == 0) {
+    return;
+  }
+  auto launch = write_cache_launch(
+      cache.shape(0),
+      new_rows.shape(1),
+      cache.shape(1),
+      cache.shape(2),
+      cache.shape(3),
+      cache.dtype());
+  run_on_gpu(launch, stream(), {new_rows, inputs[2]}, outputs);
 }
 
 void bind_write_cache(nb::module_& m) {
@@ -105,6 +143,15 @@ void bind_write_cache(nb::module_& m) {
       nb::arg("cache"),
       nb::arg("new"),
       nb::arg("offset"));
+  m.def(
+      "write_cache_launch",
+      &write_cache_launch,
+      nb::arg("B"),
+      nb::arg("T"),
+      nb::arg("K"),
+      nb::arg("C"),
+      nb::arg("D"),
+      nb::arg("dtype"));
 }
 
 } // namespace pyengine

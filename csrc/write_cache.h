@@ -1,6 +1,7 @@
 #pragma once
 // write_cache: T rows of keys or values into a linear or ring cache, in place.
 
+#include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 
@@ -12,6 +13,8 @@ mx::array write_cache(
     const mx::array& cache, // [B, K, C, D]
     const mx::array& new_rows, // [B, T, K, D]
     const mx::array& offset); // int32 []
+
+Launch write_cache_launch(int B, int T, int K, int C, int D, mx::Dtype dtype);
 
 // The output takes the cache's buffer whether or not anyone else still holds
 // it. MLX donates a buffer only when nothing queued reads it, so with donation

@@ -7,7 +7,8 @@ needs, so rollback is only a length that did not move. Position p of a ring lies
 Writes happen in place (:func:`pyengine.ops.write_cache`), which is safe under three rules kept
 here: the returned handle is the only one; every write depends on the calls that read the cache
 before it (:meth:`Cache.read_by`, :meth:`Cache.order`); readers mask by ``length``, so what lies
-beyond it is nothing.
+beyond it is nothing. A GPU keeps the second rule only through data: where a call's ids are not made
+from what the calls before it gave, as drafts are, evaluate in between.
 """
 
 from collections.abc import Sequence
@@ -127,9 +128,10 @@ class Cache:
             mx.concatenate([mx.take(ring, newest, axis=2), new.swapaxes(1, 2)], axis=2)
             for ring, new in ((ring_keys, keys), (ring_values, values))
         ]
-        # The write must not overtake the reads above
+        # Out of what was read, so that the write cannot overtake the reads: not on a GPU either,
+        # where mx.depends orders the commands but not buffers that no command shares
         kept = min(T, slots)
-        tail_keys, tail_values = mx.depends([keys[:, T - kept :], values[:, T - kept :]], seen)
+        tail_keys, tail_values = (a[:, :, -kept:].swapaxes(1, 2) for a in seen)
         offset = self.length + (T - kept)
         self.keys[i] = ops.write_cache(ring_keys, tail_keys, offset)
         self.values[i] = ops.write_cache(ring_values, tail_values, offset)

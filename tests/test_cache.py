@@ -1,5 +1,7 @@
 """Append, commit, rollback: whatever the pattern, the cache holds what plain decoding would."""
 
+import io
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -154,3 +156,17 @@ def test_sharing_layers_hold_nothing():
 def test_errors():
     with pytest.raises(ValueError, match=r"\[cache\] max_block must be at least 1 but got 0"):
         Cache(tiny_pair("uni12").target.config, 0, mx.float32)
+
+
+def test_a_chunk_is_written_out_of_what_was_read() -> None:
+    """Only data orders a write behind a read on a GPU: the write takes the rows that are read."""
+    pair = tiny_pair("dense31")
+    layers = pair.target.config.layers
+    cache = pair.target.new_cache(2)
+    i = next(i for i, layer in enumerate(layers) if layer.sliding and layer.kv_source == i)
+    new = mx.ones((1, 5, layers[i].num_kv_heads, layers[i].head_dim))
+    cache.append_chunk(i, new, new)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, cache.keys[i])
+    assert "WriteCache" in graph.getvalue() and "Concatenate" in graph.getvalue()
+    assert "Depends" not in graph.getvalue()

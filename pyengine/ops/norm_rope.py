@@ -2,6 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
+from . import workbench
 from .switch import chosen
 
 
@@ -37,7 +38,14 @@ def norm_rope(
         ValueError: A shape, dtype or limit above does not hold.
     """
     out = _ext.norm_rope(x, weight, offset, inv_freq, eps)  # checks in every case
-    return out if chosen() == "native" else norm_rope_reference(x, weight, offset, inv_freq, eps)
+    implementation = chosen("norm_rope")
+    if implementation == "native":
+        return out
+    if implementation == "workbench" and out.size > 0:
+        B, T, H, D = x.shape
+        launch = _ext.norm_rope_launch(B, T, H, D, x.dtype, eps)
+        return workbench.run(launch, x, weight, offset, inv_freq)[0]
+    return norm_rope_reference(x, weight, offset, inv_freq, eps)
 
 
 def norm_rope_reference(

@@ -2,6 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
+from . import workbench
 from .norm_rope import norm_rope_reference
 from .rms_norm import rms_norm_reference
 from .switch import chosen
@@ -23,8 +24,8 @@ def prepare_qkv(
     """All that stands between the projections of T positions and their attention.
 
     Queries and keys as :func:`norm_rope`, values by RMSNorm without weights, then keys and values
-    into the cache as :func:`write_cache`: in place on the processor, with its rules for the
-    handles. Each is rounded once, so the bits are those of the three ops.
+    into the cache as :func:`write_cache`: in place, with its rules for the handles. Each is rounded
+    once, so the bits are those of the three ops.
 
     Args:
         q: ``[T, H * D]``, float32, float16 or bfloat16; D is even, at most 1024.
@@ -48,7 +49,13 @@ def prepare_qkv(
     """
     args = (q, k, v, q_norm, k_norm, inv_freq, keys, values, offset, eps)
     out = _ext.prepare_qkv(*args)  # checks in every case
-    if chosen() != "native":
+    implementation = chosen("prepare_qkv")
+    if implementation == "workbench" and q.size > 0:
+        (_, K, C, D), T = keys.shape, q.shape[0]
+        launch = _ext.prepare_qkv_launch(T, q.shape[1] // D, K, C, D, q.dtype, eps)
+        given = (q, k, v, q_norm, k_norm, inv_freq, offset, keys, values)
+        out = workbench.run(launch, *given)
+    elif implementation != "native":
         return prepare_qkv_reference(*args)
     turned, keys, values = out
     return turned, keys, values
@@ -68,7 +75,7 @@ def prepare_qkv_reference(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The same in plain MLX; the cache is copied."""
     (_, K, _, D), T = keys.shape, q.shape[0]
-    q = norm_rope_reference(q.reshape(1, T, -1, D), q_norm, offset, inv_freq, eps)
+    q = norm_rope_reference(q.reshape(1, T, q.shape[1] // D, D), q_norm, offset, inv_freq, eps)
     k = norm_rope_reference(k.reshape(1, T, K, D), k_norm, offset, inv_freq, eps)
     v = rms_norm_reference(v.reshape(1, T, K, D), None, eps)
     return q, write_cache_reference(keys, k, offset), write_cache_reference(values, v, offset)

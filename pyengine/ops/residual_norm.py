@@ -2,6 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
+from . import workbench
 from .rms_norm import rms_norm_reference
 from .switch import chosen
 
@@ -19,6 +20,7 @@ def residual_norm(
 
     ``h' = (h + rms_norm(y) * weight) * scalar``, rounded; then ``x = rms_norm(h') * next_weight``
     of the rounded sum, so that ``x`` equals ``pyengine.ops.rms_norm(h', next_weight)`` bit for bit.
+    On a GPU plain MLX, which is not row-stable, serves rows of more than 16384 elements.
 
     Args:
         h: Residual stream ``[..., E]``, float32, float16 or bfloat16.
@@ -35,8 +37,17 @@ def residual_norm(
         ValueError: A shape, dtype or limit above does not hold.
     """
     out = _ext.residual_norm(h, y, weight, scalar, next_weight, eps)  # checks in every case
-    if chosen() == "native":
+    E = h.shape[-1]
+    implementation = chosen("residual_norm", _ext.residual_norm_has_launch(E))
+    if implementation == "native":
         return out
+    if implementation == "workbench" and h.size > 0:
+        options = (scalar is not None, next_weight is not None, eps)
+        launch = _ext.residual_norm_launch(h.size // E, E, h.dtype, *options)
+        given = [h, y, weight, weight if scalar is None else scalar]
+        given += [] if next_weight is None else [next_weight]
+        total, *following = (a.reshape(h.shape) for a in workbench.run(launch, *given))
+        return total, following[0] if following else None
     return residual_norm_reference(h, y, weight, scalar=scalar, next_weight=next_weight, eps=eps)
 
 

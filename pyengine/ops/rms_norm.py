@@ -2,6 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
+from . import workbench
 from .switch import chosen
 
 
@@ -10,6 +11,7 @@ def rms_norm(x: mx.array, weight: mx.array | None = None, eps: float = 1e-6) -> 
 
     ``out = x / sqrt(mean(x ** 2) + eps) * weight`` over the last axis, in float32, rounded once.
     The weight is plain: Gemma 4 multiplies by ``weight``, not by ``1 + weight``.
+    On a GPU plain MLX, which is not row-stable, serves rows of more than 16384 elements.
 
     Args:
         x: ``[..., D]``, float32, float16 or bfloat16.
@@ -23,7 +25,15 @@ def rms_norm(x: mx.array, weight: mx.array | None = None, eps: float = 1e-6) -> 
         ValueError: A shape, dtype or limit above does not hold.
     """
     out = _ext.rms_norm(x, weight, eps)  # checks in every case
-    return out if chosen() == "native" else rms_norm_reference(x, weight, eps)
+    D = x.shape[-1]
+    implementation = chosen("rms_norm", _ext.rms_norm_has_launch(D))
+    if implementation == "native":
+        return out
+    if implementation == "workbench" and out.size > 0:
+        launch = _ext.rms_norm_launch(x.size // D, D, x.dtype, weight is not None, eps)
+        out = workbench.run(launch, x, x if weight is None else weight)[0]
+        return out.reshape(x.shape)
+    return rms_norm_reference(x, weight, eps)
 
 
 def rms_norm_reference(x: mx.array, weight: mx.array | None = None, eps: float = 1e-6) -> mx.array:

@@ -19,13 +19,19 @@ METAL = (
     "dense_matmul",
     "draw_token",
     "filter_logits",
+    "geglu",
+    "norm_rope",
+    "prepare_qkv",
     "q8_expert_matmul",
     "q8_filter_logits",
     "q8_gated_matmul",
     "q8_matmul",
     "q8_shared_matmul",
     "random_uniform",
+    "residual_norm",
+    "rms_norm",
     "softcap",
+    "write_cache",
 )
 
 

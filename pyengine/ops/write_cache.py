@@ -2,6 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
+from . import workbench
 from .switch import chosen
 
 
@@ -9,8 +10,8 @@ def write_cache(cache: mx.array, new: mx.array, offset: mx.array) -> mx.array:
     """Write the keys or values of T positions into a cache, in place.
 
     Position ``p = offset + t`` goes to slot ``p % C``: one op serves a linear cache (no position
-    reaches C) and a ring. On the processor nothing but the new rows is touched: the result *is* the
-    cache's memory, whoever else holds it. So the returned handle is the only one that may be used
+    reaches C) and a ring. Our kernels touch nothing but the new rows: the result *is* the cache's
+    memory, whoever else holds it. So the returned handle is the only one that may be used
     afterwards; every older handle sees the new rows too. MLX runs a write after an earlier read of
     the cache only if ``new`` or ``offset`` depends on what was read: in a decoder they do, through
     the token; where they do not, as between the chunks of a prompt, evaluate in between.
@@ -28,7 +29,14 @@ def write_cache(cache: mx.array, new: mx.array, offset: mx.array) -> mx.array:
         RuntimeError: The cache turns out not to be contiguous when evaluated.
     """
     out = _ext.write_cache(cache, new, offset)  # checks in every case
-    return out if chosen() == "native" else write_cache_reference(cache, new, offset)
+    implementation = chosen("write_cache")
+    if implementation == "native":
+        return out
+    if implementation == "workbench" and new.size > 0:
+        B, K, C, D = cache.shape
+        launch = _ext.write_cache_launch(B, new.shape[1], K, C, D, cache.dtype)
+        return workbench.run(launch, new, offset, cache)[0]
+    return write_cache_reference(cache, new, offset)
 
 
 def write_cache_reference(cache: mx.array, new: mx.array, offset: mx.array) -> mx.array:

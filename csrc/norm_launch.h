@@ -1,0 +1,52 @@
+#pragma once
+// norm_launch.h: the threadgroups of metal/norm.h and metal/rope.h, for the ops
+// that norm whole rows and heads.
+
+#include "launch.h"
+
+namespace pyengine {
+
+// A simdgroup holds 1024 elements of a row, a threadgroup has at most 16.
+constexpr int norm_piece = 1024;
+constexpr int norm_max_pieces = 16;
+
+inline bool norm_fits(int width) {
+  return 0 < width && width <= norm_piece * norm_max_pieces;
+}
+
+// Rows of an even width are read in pairs of elements.
+inline int pair_alignment(int width, mx::Dtype dtype) {
+  return int(mx::size_of(dtype)) * (width % 2 == 0 ? 2 : 1);
+}
+
+// Without buffers: a threadgroup a row.
+inline Launch
+norm_launch(const std::string& op, int rows, int width, mx::Dtype dtype) {
+  Launch launch;
+  launch.library = op;
+  launch.kernel = op + "_" + dtype_name(dtype);
+  launch.grid = {rows, 1, 1};
+  launch.threadgroup = {32 * ((width + norm_piece - 1) / norm_piece), 1, 1};
+  return launch;
+}
+
+// Without buffers: four heads of a position a threadgroup, a simdgroup each,
+// with a head's floats of threadgroup memory.
+inline Launch heads_launch(
+    const std::string& op,
+    int heads,
+    int T,
+    int B,
+    int D,
+    mx::Dtype dtype) {
+  constexpr int simds = 4;
+  Launch launch;
+  launch.library = op;
+  launch.kernel = op + "_" + dtype_name(dtype);
+  launch.grid = {(heads + simds - 1) / simds, T, B};
+  launch.threadgroup = {32 * simds, 1, 1};
+  launch.threadgroup_memory = {{0, simds * D * int(sizeof(float))}};
+  return launch;
+}
+
+} // namespace pyengine

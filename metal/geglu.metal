@@ -1,0 +1,23 @@
+// geglu: gelu_tanh(gate) * up, one element a thread.
+//
+// For gates that no matmul computes together with up; q8_gated_matmul gates its
+// own.
+#include "common.h"
+
+using namespace pyengine;
+
+template <typename T>
+[[kernel]] void geglu(
+    const device T* gate [[buffer(0)]],
+    const device T* up [[buffer(1)]],
+    device T* out [[buffer(2)]],
+    constant uint& size [[buffer(3)]],
+    uint index [[thread_position_in_grid]]) {
+  if (index < size) {
+    out[index] = T(gelu(float(gate[index])) * float(up[index]));
+  }
+}
+
+INSTANTIATE("geglu_float32", geglu, float)
+INSTANTIATE("geglu_float16", geglu, half)
+INSTANTIATE("geglu_bfloat16", geglu, bfloat)

@@ -1,0 +1,47 @@
+// norm_rope: RMSNorm over each head, then half-split rotary embedding.
+//
+// A simdgroup a head (rope.h); four heads of a position share a threadgroup,
+// and so what they read of weight and inv_freq.
+//
+// Limits: D even, at most 1024; x, weight and out on two elements.
+#include "rope.h"
+
+using namespace pyengine;
+
+template <typename T>
+[[kernel]] void norm_rope(
+    const device T* x [[buffer(0)]], // [B, T, H, D]
+    const device T* weight [[buffer(1)]], // [D]
+    const device int* offset [[buffer(2)]], // []
+    const device float* inv_freq [[buffer(3)]], // [D / 2]
+    device T* out [[buffer(4)]], // [B, T, H, D]
+    constant uint& H [[buffer(5)]],
+    constant uint& D [[buffer(6)]],
+    constant float& eps [[buffer(7)]],
+    threadgroup float* normed [[threadgroup(0)]], // [heads of a group, D]
+    uint3 group [[threadgroup_position_in_grid]],
+    uint3 groups [[threadgroups_per_grid]],
+    ushort simd [[simdgroup_index_in_threadgroup]],
+    ushort simds [[simdgroups_per_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  uint head = group.x * simds + simd;
+  if (head >= H) {
+    return;
+  }
+  uint row = group.z * groups.y + group.y; // of B * T
+  ulong begin = (ulong(row) * H + head) * D;
+  rotate_head(
+      x + begin,
+      weight,
+      inv_freq,
+      out + begin,
+      normed + simd * D,
+      *offset + int(group.y),
+      D,
+      eps,
+      lane);
+}
+
+INSTANTIATE("norm_rope_float32", norm_rope, float)
+INSTANTIATE("norm_rope_float16", norm_rope, half)
+INSTANTIATE("norm_rope_bfloat16", norm_rope, bfloat)

@@ -1,0 +1,50 @@
+"""geglu on Metal, in the workbench: the processor's bits."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from matmuls import bits_of, normal
+
+from metal import workbench
+from pyengine import _ext, ops
+from pyengine.ops.workbench import to_mlx, to_numpy
+
+TOLERANCE = {mx.float32: 2e-6, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
+FUSED = _ext.instruction_set() != "portable"  # which has no fused multiply-add
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_bits_and_bytes(dtype):
+    special = mx.array([0.0, -0.0, np.inf, -np.inf, np.nan, 90.0, -90.0, 3e-39]).astype(dtype)
+    for size in (1, 255, 257, 1000):
+        gate = mx.concatenate([special, normal(1, size, dtype=dtype) * 4])[-size:]
+        up = normal(2, size, dtype=dtype)
+        launch = _ext.geglu_launch(size, dtype)
+        outputs, report = workbench.run(
+            launch, {"gate": to_numpy(gate), "up": to_numpy(up)}, mode="count"
+        )
+        out, native = to_mlx(outputs["out"], launch.buffers[2].dtype), ops.geglu(gate, up)
+        if FUSED:
+            same = bits_of(out) == bits_of(native)
+            assert np.all(same | np.isnan(np.array(out.astype(mx.float32))))
+        a, b = (np.array(x.astype(mx.float32)) for x in (out, ops.geglu_reference(gate, up)))
+        np.testing.assert_allclose(a, b, rtol=TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
+        sectors = -(-out.nbytes // 32)
+        assert report.traffic["gate"].device_read_bytes == 32 * sectors
+        assert report.traffic["up"].device_read_bytes == 32 * sectors
+        assert report.traffic["out"].device_written_bytes == 32 * sectors
+
+
+def test_the_op_runs_it():
+    gate, up = normal(3, 4, 30, dtype=mx.bfloat16), normal(4, 4, 2, 30, dtype=mx.bfloat16)[:, 1]
+    expected = ops.geglu(gate, up)
+    mx.eval(expected)
+    ops.use("workbench")
+    try:
+        out = ops.geglu(gate, up)
+        assert ops.geglu(gate[:0], up[:0]).shape == (0, 30)
+        kernels = {row["op"]: row["kernel"] for row in ops.status()}
+    finally:
+        ops.use("native")
+    assert kernels["geglu"] == "Metal (workbench)" and out.shape == (4, 30)
+    assert not FUSED or np.array_equal(bits_of(out), bits_of(expected))
