@@ -11,7 +11,7 @@ from pyengine.sampling import Sampling
 from pyengine.speculate import Stats, decode
 
 # What every greedy text runs beside its matmuls: the first token has all logits
-RULES = {"softcap", "filter_logits", "merge_candidates", "accept_block"}
+RULES = {"block_attention", "softcap", "filter_logits", "merge_candidates", "accept_block"}
 # What a quantised pair without experts runs
 Q8 = {"q8_matmul", "q8_shared_matmul", "q8_gated_matmul", "q8_filter_logits"}
 
