@@ -175,7 +175,8 @@ constexpr int value_rows = 8;
 constexpr int tile_rows = 64; // of a threadgroup
 constexpr int tile_bytes = 128; // of a row, staged together
 constexpr int slice_columns = 128;
-constexpr int staged_positions = 16;
+constexpr int value_bytes = 4096; // of v, staged together
+constexpr int loading_simds = 4; // at least, so that few rows load as fast
 // More positions than any block has.
 constexpr int max_launched = 128;
 
@@ -216,6 +217,7 @@ std::vector<Launch> block_attention_launches(
     bool has_start) {
   using Role = Buffer::Role;
   auto name = dtype_name(dtype);
+  int itemsize = int(mx::size_of(dtype));
   Buffer q = Buffer::array(Role::in, "q", {B, T, H, D}, dtype, 16);
   Buffer k = Buffer::array(Role::in, "k", {B, K, C, D}, dtype, 16);
   Buffer v = Buffer::array(Role::in, "v", {B, K, C, D}, dtype, 16);
@@ -228,6 +230,8 @@ std::vector<Launch> block_attention_launches(
     int tiles = (R + tile_rows - 1) / tile_rows;
     int rows = tiles == 1 ? R : round_up((R + tiles - 1) / tiles, value_rows);
     int spans = spans_needed(C, positions, window);
+    int row_simds = (rows + score_rows - 1) / score_rows;
+    int keys = row_simds <= 4 ? 64 : 32;
     Buffer params = params_buffer(
         {T,
          H,
@@ -237,20 +241,19 @@ std::vector<Launch> block_attention_launches(
          first,
          positions,
          rows,
+         keys,
          spans,
          window.value_or(std::numeric_limits<int>::max()),
          scale,
          -0.0f});
 
     Launch scores;
-    int row_simds = (rows + score_rows - 1) / score_rows;
-    int key_simds = row_simds <= 4 ? 2 : 1;
-    int keys = key_simds * simd_keys;
     scores.library = op;
     scores.kernel = std::string(op) + "_scores_" + name;
     scores.constants = {{0, has_start}};
     scores.grid = {spans * attention_span / keys, B * K, tiles};
-    scores.threadgroup = {32 * row_simds * key_simds, 1, 1};
+    scores.threadgroup = {
+        32 * std::max(row_simds * keys / simd_keys, loading_simds), 1, 1};
     scores.buffers = {
         q,
         k,
@@ -263,7 +266,6 @@ std::vector<Launch> block_attention_launches(
             16),
         params};
     int staged = row_simds * score_rows + keys;
-    int itemsize = int(mx::size_of(dtype));
     scores.threadgroup_memory = {{0, staged * tile_bytes / itemsize * 4}};
 
     Launch values;
@@ -273,7 +275,7 @@ std::vector<Launch> block_attention_launches(
     values.kernel = std::string(op) + "_values_" + name;
     values.constants = scores.constants;
     values.grid = {spans * slices, B * K, tiles};
-    values.threadgroup = {32 * simds, 1, 1};
+    values.threadgroup = {32 * std::max(simds, loading_simds), 1, 1};
     values.buffers = {
         v,
         offset,
@@ -285,7 +287,7 @@ std::vector<Launch> block_attention_launches(
     values.buffers[2].role = Role::in;
     values.threadgroup_memory = {
         {0, simds * attention_chunk * value_rows * 4},
-        {1, staged_positions * slice_columns * 4}};
+        {1, value_bytes / itemsize * 4}};
 
     Launch fold;
     fold.library = op;

@@ -45,10 +45,14 @@ constant constexpr ushort simd_keys = 8 * lane_keys;
 constant constexpr ushort tile_bytes = 128; // of a row, staged together
 constant constexpr ushort max_staged = 96; // rows and keys
 
-// Of values: rows and columns of a simdgroup; positions staged together.
+// Of values: rows and columns of a simdgroup.
 constant constexpr ushort simd_rows = 8;
 constant constexpr ushort slice_quads = 32;
-constant constexpr ushort staged_positions = 16;
+
+// Loads of 16 bytes of the next tile that a thread starts before it works on
+// the one at hand; each takes four registers.
+constant constexpr ushort ahead = 2;
+constant constexpr ushort fold_ahead = 4; // spans
 
 // Positions [begin, end).
 struct Range {
@@ -98,12 +102,30 @@ inline ulong row_at(constant Params& p, uint head, int row) {
   return (position * p.H + head % p.K * G + row % G) * p.D;
 }
 
-// Where a key or value begins.
-inline ulong key_at(constant Params& p, uint head, int position, int start) {
-  int slot = (position - start) % p.C;
-  slot = slot < 0 ? slot + p.C : slot;
-  return (ulong(head) * p.C + slot) * p.D;
-}
+// Where the keys or values of up to C positions from `from` on begin.
+struct Slots {
+  ulong head_at;
+  int from;
+  int first; // slot of `from`
+  int C;
+  int D;
+
+  Slots(constant Params& p, uint head, int from, int start)
+      : head_at(ulong(head) * p.C),
+        from(from),
+        C(p.C),
+        D(p.D) {
+    first = (from - start) % C;
+    first = first < 0 ? first + C : first;
+  }
+
+  ulong at(int position) const {
+    int slot = first + position - from;
+    slot = slot < C ? slot : slot - C;
+    // A cache too small for the block is still read within its bounds
+    return (head_at + min(slot, C - 1)) * D;
+  }
+};
 
 // a, or b where a is not greater: a NaN loses.
 inline float greater(float a, float b) {
@@ -112,15 +134,52 @@ inline float greater(float a, float b) {
 
 constant constexpr ulong nowhere = ~0ul;
 
-// Neighbouring rows keep their quads of a step in different banks.
-template <ushort quads>
-inline ushort staged_at(ushort row, ushort quad) {
-  return row * quads + (quad ^ (row & 1) * 4);
-}
+// Rows of q and keys in threadgroup memory, a tile of each at a time.
+template <typename T>
+struct ScoreTile {
+  static constant constexpr ushort width = tile_bytes / sizeof(T);
+  static constant constexpr ushort quads = width / 4;
+  static constant constexpr ushort loads = tile_bytes / 16; // of a row
+
+  const device T* q;
+  const device T* k;
+  const threadgroup ulong* begins; // of each row, then of each key
+  threadgroup float4* staged;
+  ushort rows;
+  int D;
+
+  // Sixteen bytes of the tile that begins at d.
+  uint4 load(ushort part, int d) const {
+    ulong begin = begins[part / loads];
+    d += part % loads * Loaded<T>::elements;
+    if (begin == nowhere || d >= D) {
+      return uint4(0);
+    }
+    const device T* from = part / loads < rows ? q : k;
+    return *(const device uint4*)(from + begin + d);
+  }
+
+  // Neighbouring rows keep their quads of a step in different banks.
+  static ushort at(ushort row, ushort quad) {
+    return row * quads + (quad ^ (row & 1) * 4);
+  }
+
+  void store(ushort part, uint4 raw) const {
+    ushort quad = part % loads * Loaded<T>::quads;
+    for (ushort j = 0; j < Loaded<T>::quads; ++j) {
+      staged[at(part / loads, quad + j)] = Loaded<T>::quad(raw, j);
+    }
+  }
+
+  float4 quad(ushort row, ushort quad) const {
+    return staged[at(row, quad)];
+  }
+};
 
 // 16 sums for each score, d = l, l + 16, ... in sum l; four lanes share them,
 // four each, and read 16 d of a staged row together. A simdgroup has 4 rows and
-// 32 keys, a lane all 4 of the rows and 4 of the keys.
+// 32 keys, a lane all 4 of the rows and 4 of the keys; simdgroups beyond those
+// only load.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(512)]] void block_attention_scores(
     const device T* q [[buffer(0)]], // [B, T, H, D]
@@ -135,83 +194,92 @@ template <typename T>
     ushort simd [[simdgroup_index_in_threadgroup]],
     ushort simds [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr ushort elements = Loaded<T>::elements; // of 16 bytes
-  constexpr ushort tile = tile_bytes / sizeof(T);
-  constexpr ushort loads = tile_bytes / 16;
-  constexpr ushort quads = tile / 4;
   threadgroup ulong begins[max_staged];
-
   int offset = *offset_of_block;
   uint head = group.y;
   int R = num_rows(p);
   int first_row = group.z * p.rows;
   ushort rows = min(p.rows, R - first_row);
   ushort row_groups = (p.rows + lane_rows - 1) / lane_rows;
-  ushort staged_rows = row_groups * lane_rows;
-  ushort keys = simds / row_groups * simd_keys;
   int from = first_span(p, offset) * span;
-  int base = from + group.x * keys;
+  int base = from + group.x * p.keys;
   Range seen = visible(p, offset, first_row, first_row + rows - 1)
-                   .within(base, base + keys);
+                   .within(base, base + p.keys);
   if (seen.empty()) {
     return;
   }
 
+  // Look up where rows and keys begin
   int start = 0;
   if (has_start) {
     start = *first_slot;
   }
+  Slots slots(p, head, seen.begin, start);
+  ScoreTile<T> tile = {
+      q, k, begins, staged, ushort(row_groups * lane_rows), p.D};
   ushort threads = simds * 32;
-  for (ushort i = thread_index; i < staged_rows + keys; i += threads) {
+  ushort all = tile.rows + p.keys;
+  for (ushort i = thread_index; i < all; i += threads) {
     ulong begin = nowhere;
+    int position = base + i - tile.rows;
     if (i < rows) {
       begin = row_at(p, head, first_row + i);
-    } else if (i >= staged_rows && seen.has(base + i - staged_rows)) {
-      begin = key_at(p, head, base + i - staged_rows, start);
+    } else if (i >= tile.rows && seen.has(position)) {
+      begin = slots.at(position);
     }
     begins[i] = begin;
   }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
 
+  // Multiply, tile by tile
   ushort quarter = lane % 4;
   ushort own_row = simd % row_groups * lane_rows;
   ushort own_key = simd / row_groups * simd_keys;
+  bool works = own_key < p.keys;
+  ushort parts = all * tile.loads;
   float4 sums[lane_rows][lane_keys] = {};
-  for (int d = 0; d < p.D; d += tile) {
+  uint4 next[ahead];
+#pragma unroll
+  for (ushort i = 0; i < ahead; ++i) {
+    ushort part = thread_index + i * threads;
+    next[i] = part < parts ? tile.load(part, 0) : uint4(0);
+  }
+  for (int d = 0; d < p.D; d += tile.width) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (ushort i = thread_index; i < (staged_rows + keys) * loads;
-         i += threads) {
-      ushort row = i / loads;
-      ushort at = i % loads;
-      uint4 raw = uint4(0);
-      if (begins[row] != nowhere && d + at * elements < p.D) {
-        const device T* of = row < staged_rows ? q : k;
-        raw = *(const device uint4*)(of + begins[row] + d + at * elements);
+#pragma unroll
+    for (ushort i = 0; i < ahead; ++i) {
+      ushort part = thread_index + i * threads;
+      if (part < parts) {
+        tile.store(part, next[i]);
+        next[i] = tile.load(part, d + tile.width);
       }
-      for (ushort j = 0; j < Loaded<T>::quads; ++j) {
-        staged[staged_at<quads>(row, at * Loaded<T>::quads + j)] =
-            Loaded<T>::quad(raw, j);
-      }
+    }
+    for (ushort part = thread_index + ahead * threads; part < parts;
+         part += threads) {
+      tile.store(part, tile.load(part, d));
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    ushort steps = min(int(tile), p.D - d) / 16;
+    ushort steps = works ? min(int(tile.width), p.D - d) / 16 : 0;
     for (ushort step = 0; step < steps; ++step) {
       ushort quad = 4 * step + quarter;
       float4 key[lane_keys];
 #pragma unroll
       for (ushort i = 0; i < lane_keys; ++i) {
-        ushort row = staged_rows + own_key + 8 * i + lane / 4;
-        key[i] = staged[staged_at<quads>(row, quad)];
+        key[i] = tile.quad(tile.rows + own_key + 8 * i + lane / 4, quad);
       }
 #pragma unroll
       for (ushort r = 0; r < lane_rows; ++r) {
-        float4 x = staged[staged_at<quads>(own_row + r, quad)];
+        float4 x = tile.quad(own_row + r, quad);
 #pragma unroll
         for (ushort i = 0; i < lane_keys; ++i) {
           sums[r][i] = fma(x, key[i], sums[r][i]);
         }
       }
     }
+  }
+  if (!works) {
+    return;
   }
 
   // Add sums l and l + 8, then l + 4, l + 2, l + 1. In the first two steps a
@@ -264,24 +332,59 @@ struct State {
   }
 };
 
-// values[r] += weights[position, r] * v[position] for the staged positions of
-// `range`, one after the other. Where not every row sees all of them, `every`
-// is false, and a row passes over what it does not see: that may be anything,
-// NaN included, so it is not multiplied by 0.
-template <bool every>
+// Values of a head in threadgroup memory, 128 columns of a few positions at a
+// time: 256 loads.
+template <typename T>
+struct ValueTile {
+  static constant constexpr ushort positions = 32 / sizeof(T);
+  static constant constexpr ushort loads = slice_quads / Loaded<T>::quads;
+  static constant constexpr ushort parts = positions * loads;
+
+  const device T* v;
+  threadgroup float4* staged;
+  Slots slots;
+  Range seen;
+  int column;
+
+  // Sixteen bytes of the tile that begins at a position.
+  uint4 load(ushort part, int begin) const {
+    int position = begin + part / loads;
+    int d = column + part % loads * Loaded<T>::elements;
+    if (!seen.has(position) || d >= slots.D) {
+      return uint4(0);
+    }
+    return *(const device uint4*)(v + slots.at(position) + d);
+  }
+
+  void store(ushort part, uint4 raw) const {
+    for (ushort j = 0; j < Loaded<T>::quads; ++j) {
+      staged[part * Loaded<T>::quads + j] = Loaded<T>::quad(raw, j);
+    }
+  }
+
+  float4 quad(int position, ushort lane) const {
+    return staged[position % positions * slice_quads + lane];
+  }
+};
+
+// values[r] += weights[position, r] * v[position] for the positions of `range`,
+// one after the other. Where not every row sees all of them, `every` is false,
+// and a row passes over what it does not see: that may be anything, NaN
+// included, so it is not multiplied by 0.
+template <bool every, typename Tile>
 inline void weigh(
     thread float4 (&values)[simd_rows],
     const threadgroup float4* weights,
-    const threadgroup float4* staged,
+    thread const Tile& tile,
     Range range,
-    thread const Range (&seen)[simd_rows],
+    thread const Range (&seen_by)[simd_rows],
     ushort lane) {
   for (int j = range.begin; j < range.end; ++j) {
-    float4 v = staged[j % staged_positions * slice_quads + lane];
+    float4 v = tile.quad(j, lane);
     float4 low = weights[j % chunk * 2], high = weights[j % chunk * 2 + 1];
 #pragma unroll
     for (ushort r = 0; r < simd_rows; ++r) {
-      if (every || seen[r].has(j)) {
+      if (every || seen_by[r].has(j)) {
         float weight = r < 4 ? low[r % 4] : high[r % 4];
         values[r] = fma(float4(weight), v, values[r]);
       }
@@ -290,7 +393,8 @@ inline void weigh(
 }
 
 // A simdgroup owns 8 rows, and a lane four columns of each; chunks follow each
-// other. Weights stay within the simdgroup, v is staged for all of them.
+// other. Weights stay within the simdgroup, v is staged for all of them;
+// simdgroups without rows only load.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(256)]] void block_attention_values(
     const device T* v [[buffer(0)]], // [B, K, C, D]
@@ -300,15 +404,13 @@ template <typename T>
     device float2* states_out [[buffer(4)]], // [B * K, spans, R]
     constant Params& p [[buffer(5)]],
     const device int* first_slot [[buffer(6), function_constant(has_start)]],
-    threadgroup float* all_weights [[threadgroup(0)]], // [simds, 64, 8]
-    threadgroup float4* staged [[threadgroup(1)]], // [16, 32]
+    threadgroup float* all_weights [[threadgroup(0)]], // [rows / 8, 64, 8]
+    threadgroup float4* staged [[threadgroup(1)]], // [positions, 32]
     uint3 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simd [[simdgroup_index_in_threadgroup]],
     ushort simds [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr ushort elements = Loaded<T>::elements;
-  constexpr ushort loads = slice_quads / Loaded<T>::quads; // of a value
   int offset = *offset_of_block;
   uint head = group.y;
   int R = num_rows(p);
@@ -317,43 +419,51 @@ template <typename T>
   int column = group.x % slices * slice_quads * 4;
   int first_row = group.z * p.rows;
   int last_row = min(first_row + p.rows, R) - 1;
-  int from = first_span(p, offset) * span;
-  int base = from + index * span;
+  int base = (first_span(p, offset) + index) * span;
   Range seen =
       visible(p, offset, first_row, last_row).within(base, base + span);
   if (seen.empty()) {
     return;
   }
+
+  // What the rows of this simdgroup see: any of them, and all of them
+  int own_row = first_row + simd * simd_rows;
+  ushort rows = clamp(last_row + 1 - own_row, 0, int(simd_rows));
+  Range seen_by[simd_rows];
+  Range any = {base, base}, all = {base, base + span};
+#pragma unroll
+  for (ushort r = 0; r < simd_rows; ++r) {
+    seen_by[r] = {base, base};
+    if (r < rows) {
+      int position = position_of(p, offset, own_row + r);
+      seen_by[r] = visible(p, position).within(base, base + span);
+      any.begin = r == 0 ? seen_by[r].begin : any.begin;
+      any.end = seen_by[r].end;
+      all = seen_by[r].within(all.begin, all.end);
+    }
+  }
+  threadgroup float* weights = all_weights + simd * (chunk * simd_rows);
+  const device float* own_scores =
+      scores + (ulong(head) * R + own_row) * (p.spans * span) + index * span;
+
   int start = 0;
   if (has_start) {
     start = *first_slot;
   }
-
-  // Rows of this simdgroup
-  int own_row = first_row + simd * simd_rows;
-  ushort rows = clamp(last_row + 1 - own_row, 0, int(simd_rows));
-  threadgroup float* weights = all_weights + simd * (chunk * simd_rows);
-  const device float* own_scores =
-      scores + (ulong(head) * R + own_row) * (p.spans * span) + (index * span);
-  Range seen_by[simd_rows];
-  Range any = {base, base}, all = {base, base};
-  for (ushort r = 0; r < simd_rows; ++r) {
-    seen_by[r] = {base, base};
-    if (r < rows) {
-      seen_by[r] = visible(p, position_of(p, offset, own_row + r))
-                       .within(base, base + span);
-    }
-  }
-  if (rows > 0) {
-    Range newest = visible(p, position_of(p, offset, own_row + rows - 1));
-    any = Range{seen_by[0].begin, newest.end}.within(base, base + span);
-    all = Range{newest.begin, seen_by[0].end}.within(base, base + span);
-  }
-
+  ushort threads = simds * 32;
+  ValueTile<T> tile = {
+      v, staged, Slots(p, head, seen.begin, start), seen, column};
   State states[simd_rows] = {};
   float4 values[simd_rows] = {};
+  int part_begin = seen.begin / tile.positions * tile.positions;
+  uint4 next[ahead];
+#pragma unroll
+  for (ushort i = 0; i < ahead; ++i) {
+    ushort part = thread_index + i * threads;
+    next[i] = part < tile.parts ? tile.load(part, part_begin) : uint4(0);
+  }
   for (int at = seen.begin / chunk * chunk; at < seen.end; at += chunk) {
-    // Weights of the chunk
+    // Turn scores into weights
     simdgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
     for (ushort r = 0; r < simd_rows; ++r) {
@@ -368,39 +478,33 @@ template <typename T>
         }
         values[r] *= states[r].add(own, p.minus_zero);
       }
-      weights[lane * simd_rows + r] = own[0];
-      weights[(32 + lane) * simd_rows + r] = own[1];
+      if (rows > 0) {
+        weights[lane * simd_rows + r] = own[0];
+        weights[(32 + lane) * simd_rows + r] = own[1];
+      }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
 
-    int end = min(at + chunk, seen.end);
-    for (int part = at; part < end; part += staged_positions) {
-      Range needed = seen.within(part, part + staged_positions);
-      if (needed.empty()) {
-        continue;
-      }
+    // Add values
+    for (; part_begin < min(at + chunk, seen.end);
+         part_begin += tile.positions) {
+      int part_end = part_begin + tile.positions;
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      for (ushort i = thread_index; i < staged_positions * loads;
-           i += simds * 32) {
-        int position = part + i / loads;
-        int d = column + i % loads * elements;
-        uint4 raw = uint4(0);
-        if (needed.has(position) && d < p.D) {
-          raw =
-              *(const device uint4*)(v + key_at(p, head, position, start) + d);
-        }
-        for (ushort j = 0; j < Loaded<T>::quads; ++j) {
-          staged[i * Loaded<T>::quads + j] = Loaded<T>::quad(raw, j);
+#pragma unroll
+      for (ushort i = 0; i < ahead; ++i) {
+        ushort part = thread_index + i * threads;
+        if (part < tile.parts) {
+          tile.store(part, next[i]);
+          next[i] = tile.load(part, part_end);
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
-
-      Range own = any.within(part, part + staged_positions);
+      Range own = any.within(part_begin, part_end);
       auto quads = (const threadgroup float4*)weights;
       if (all.begin <= own.begin && own.end <= all.end) {
-        weigh<true>(values, quads, staged, own, seen_by, lane);
+        weigh<true>(values, quads, tile, own, seen_by, lane);
       } else {
-        weigh<false>(values, quads, staged, own, seen_by, lane);
+        weigh<false>(values, quads, tile, own, seen_by, lane);
       }
     }
   }
@@ -443,28 +547,34 @@ template <typename T>
   int last = min((seen.end + span - 1) / span - base, p.spans);
 
   float4 total = 0.0f;
-  float largest = 0.0f, sum = 0.0f;
-  for (int i = first; i < last; ++i) {
-    ulong state = (ulong(head) * p.spans + i) * R + row;
-    float4 value = values[state * (p.D / 4) + thread_index];
-    float next = states[state].x;
-    float next_sum = states[state].y;
-    if (i == first) {
-      total = value;
-      largest = next;
-      sum = next_sum;
-      continue;
+  float largest = -INFINITY, sum = 0.0f;
+  for (int begin = first; begin < last; begin += fold_ahead) {
+    // Loads of a few spans start together: folding must wait for each
+    float4 value[fold_ahead];
+    float2 state[fold_ahead];
+#pragma unroll
+    for (ushort j = 0; j < fold_ahead; ++j) {
+      if (begin + j < last) {
+        ulong at = (ulong(head) * p.spans + begin + j) * R + row;
+        value[j] = values[at * (p.D / 4) + thread_index];
+        state[j] = states[at];
+      }
     }
-    // The side with the lower peak fades
-    bool grows = next > largest;
-    float fade = pyengine::exp(grows ? largest - next : next - largest);
-    float keep = grows ? fade : 1.0f;
-    float take = grows ? 1.0f : fade;
-    total =
-        product(total, keep, p.minus_zero) + product(value, take, p.minus_zero);
-    sum = product(sum, keep, p.minus_zero) +
-        product(next_sum, take, p.minus_zero);
-    largest = grows ? next : largest;
+#pragma unroll
+    for (ushort j = 0; j < fold_ahead; ++j) {
+      if (begin + j < last) {
+        // The side with the lower peak fades
+        bool grows = state[j].x > largest;
+        float fade =
+            pyengine::exp(grows ? largest - state[j].x : state[j].x - largest);
+        float keep = grows ? fade : 1.0f, take = grows ? 1.0f : fade;
+        total = product(total, keep, p.minus_zero) +
+            product(value[j], take, p.minus_zero);
+        sum = product(sum, keep, p.minus_zero) +
+            product(state[j].y, take, p.minus_zero);
+        largest = grows ? state[j].x : largest;
+      }
+    }
   }
   float4 mean = total / sum;
   device T* to = out + row_at(p, head, row) + 4 * thread_index;

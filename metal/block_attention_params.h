@@ -13,6 +13,7 @@ struct BlockAttentionParams {
   int first; // of the slice that this launch is for
   int positions; // of the slice, at most 16
   int rows; // of positions * H / K that one threadgroup takes
+  int keys; // that one threadgroup of scores takes
   int spans; // states of a head, at most
   int window; // 2^31 - 1 for none
   float scale;

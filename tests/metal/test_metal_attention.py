@@ -272,6 +272,9 @@ def test_launches_are_data():
     ring = launches(q[:, :6, :8], k[:, :, :1039], window=1024, start=0)
     assert tuple(ring[0].grid) == (4 * 8, 4, 1) and tuple(ring[0].threadgroup) == (192, 1, 1)
     assert launches(q[:, :6, :8], k[:, :, :1026], window=1020)[0].grid[0] == 3 * 8
+    assert tuple(ring[1].grid) == (4 * 4, 4, 1) and tuple(ring[1].threadgroup) == (128, 1, 1)
+    one = launches(q[:, :1, :8], k)  # 2 rows: most threads only load
+    assert [tuple(a.threadgroup) for a in one] == [(128, 1, 1)] * 3
     # What eval_gpu and the op hand over, in this order
     read, written = _ext.launch_arguments(ring)
     assert [b.name for b in read] == ["q", "k", "offset", "start", "v"]
