@@ -10,10 +10,10 @@
 //
 // So each visible key and value is read once for up to 64 rows (8 positions of
 // 8 heads), and once more for every 64 rows beyond; a hidden one never. What
-// lies between, 4 bytes a score and D + 2 floats a span and row, is written and
-// read once, the scores once for every 128 columns: beside the keys and values
-// R / 128 of their bytes for bfloat16 and D = 512, R the rows: 6 % at T = 1 and
-// eight heads, 38 % at T = 6.
+// lies between is 4 bytes a score, read once for every 128 columns, and D + 2
+// floats a span and row: for D = 512 and bfloat16 R / 73 of the bytes of keys
+// and values, R the rows, 11 % at T = 1 and eight heads, 66 % at T = 6. It is
+// used soon and small, R / 512 of the keys and values where it lies.
 //
 // Why three. Scores want 16 partial sums each, values an accumulator for each
 // row and column: registers hold one or the other. And a span's values can
@@ -469,6 +469,7 @@ template <typename T>
     for (ushort r = 0; r < simd_rows; ++r) {
       float own[2] = {};
       if (!seen_by[r].within(at, at + chunk).empty()) {
+#pragma unroll
         for (ushort i = 0; i < 2; ++i) {
           int position = at + 32 * i + lane;
           own[i] = -INFINITY;
@@ -483,7 +484,6 @@ template <typename T>
         weights[(32 + lane) * simd_rows + r] = own[1];
       }
     }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
 
     // Add values
     for (; part_begin < min(at + chunk, seen.end);

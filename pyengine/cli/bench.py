@@ -130,15 +130,17 @@ def kernels(
     with common.sentences():
         if not count:
             raise ValueError("[bench] --count must be given: nothing here times an Apple GPU.")
-        from pyengine import kernel_counts, rule_counts
+        from pyengine import attention_counts, kernel_counts, rule_counts
 
         counts = list(kernel_counts.count_kernels())
+        attention = list(attention_counts.count_attention())
         rules, round_ = list(rule_counts.count_rules()), rule_counts.count_round()
         if as_json:
-            rows = [c.to_dict() for c in counts] + [c.to_dict() for c in rules]
-            typer.echo(json.dumps(rows + [c.to_dict() for c in round_]))
+            rows = [*counts, *attention, *rules, *round_]
+            typer.echo(json.dumps([c.to_dict() for c in rows]))
         else:
             typer.echo(kernel_counts.markdown(counts))
+            typer.echo(attention_counts.markdown(attention))
             typer.echo(rule_counts.markdown(rules, round_))
 
 
