@@ -13,12 +13,23 @@
 // lies between is 4 bytes a score, read once for every 128 columns, and D + 2
 // floats a span and row: for D = 512 and bfloat16 R / 73 of the bytes of keys
 // and values, R the rows, 11 % at T = 1 and eight heads, 66 % at T = 6. It is
-// used soon and small, R / 512 of the keys and values where it lies.
+// used soon, and small where it lies: R / 256 of the keys and values.
 //
 // Why three. Scores want 16 partial sums each, values an accumulator for each
 // row and column: registers hold one or the other. And a span's values can
 // start only when its scores are there, so launches of their own fill the GPU
 // from a single key head: C / 64 threadgroups, then C / 512 * D / 128.
+//
+// Why these tiles. Figures of a core are those in q8_matmul.metal.
+// * Scores: 4 rows and 4 keys make 64 partial sums of a lane, in all some 104
+//   registers: 208 KiB are 16 simdgroups, 64 rows of 32 keys. A quad from
+//   threadgroup memory serves 8 fma of four.
+// * Such a threadgroup has the core to itself, so a thread asks for the next
+//   tile before it works on this one.
+// * Values: 32 sums of a lane; weights take 2 KiB a simdgroup, v 8 KiB: at 48
+//   rows a core has room for three threadgroups. A quad serves 11 fma of four.
+// * R rows make R / 2 fma of a byte of bfloat16: past 30 rows an M4 Max core,
+//   with 15 a byte, is bound by arithmetic, whatever is read.
 //
 // Chunks of 64 and spans of 512 are cut at absolute positions, and all sums run
 // in the order of csrc/block_attention_cpu.cpp. So the bits are those of the

@@ -136,8 +136,9 @@ def kernels(
         attention = list(attention_counts.count_attention())
         rules, round_ = list(rule_counts.count_rules()), rule_counts.count_round()
         if as_json:
-            rows = [*counts, *attention, *rules, *round_]
-            typer.echo(json.dumps([c.to_dict() for c in rows]))
+            rows = [c.to_dict() for c in counts] + [c.to_dict() for c in attention]
+            rows += [c.to_dict() for c in rules] + [c.to_dict() for c in round_]
+            typer.echo(json.dumps(rows))
         else:
             typer.echo(kernel_counts.markdown(counts))
             typer.echo(attention_counts.markdown(attention))

@@ -52,8 +52,10 @@ def block_attention(
     B, T, H, D = q.shape
     implementation = chosen("block_attention", _ext.block_attention_has_launch(T))
     if implementation == "workbench" and out.size > 0:
-        sizes = B, T, H, *k.shape[1:3], D
-        launches = _ext.block_attention_launches(*sizes, q.dtype, scale, window, start is not None)
+        K, C = k.shape[1:3]
+        launches = _ext.block_attention_launches(
+            B, T, H, K, C, D, q.dtype, scale, window, start is not None
+        )
         position = (offset,) if start is None else (offset, start)
         return workbench.run(launches, q, k, *position, v)[0]
     if implementation in ("native", "workbench"):
