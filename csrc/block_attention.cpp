@@ -366,11 +366,7 @@ mx::array block_attention(
       "be at least 1",
       window.value_or(1));
   auto stream = mx::to_stream({});
-  std::vector<mx::array> inputs = {
-      packed_on_gpu(q, stream),
-      packed_on_gpu(k, stream),
-      packed_on_gpu(v, stream),
-      offset};
+  std::vector<mx::array> inputs = {packed_on_gpu(q, stream), k, v, offset};
   if (start) {
     check_shape(op, "start", *start, {});
     check_dtype(op, "start", *start, mx::int32, "be int32");
@@ -444,6 +440,14 @@ void BlockAttention::eval_gpu(
   out.set_data(mx::allocator::malloc(out.nbytes()));
   if (out.size() == 0) {
     return;
+  }
+  // A copy of a whole cache for every block would go unnoticed
+  for (int i : {1, 2}) {
+    if (!inputs[i].flags().row_contiguous) {
+      throw std::runtime_error(
+          "[block_attention] k and v must be contiguous on a GPU but got a "
+          "strided view; pass mx.contiguous of it.");
+    }
   }
   auto launches = block_attention_launches(
       q.shape(0),

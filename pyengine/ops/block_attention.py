@@ -25,9 +25,9 @@ def block_attention(
     float32, rounded once.
 
     Sums run over absolute position in a fixed tree, so the bits of a row depend on that row and its
-    visible keys alone: not on T, C, ``start`` or threads. A GPU gives the same bits for up to 128
-    positions, and runs longer blocks, which are prefill, as plain MLX. There k and v are copied if
-    they are strided views, and a cache too small is not noticed: such rows hold anything.
+    visible keys alone: not on T, C, ``start`` or threads. The Metal kernels give the bits of
+    processors with fused multiply-adds, for up to 128 positions; a GPU runs longer blocks, which
+    are prefill, as plain MLX. There a cache too small is not noticed: its rows hold anything.
 
     Args:
         q: Queries ``[B, T, H, D]``, float32, float16 or bfloat16; D is a multiple of 16, at most
@@ -44,7 +44,8 @@ def block_attention(
 
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
-        RuntimeError: The cache is too small to still hold a visible position (when evaluated).
+        RuntimeError: The cache is too small to still hold a visible position (when evaluated); on
+            a GPU, k or v is a strided view.
 
     Source: online softmax, arXiv:1805.02867.
     """
