@@ -1,13 +1,16 @@
-// block_attention: checks, primitive and the sharing of work; the arithmetic is
-// in block_attention_cpu.cpp.
+// block_attention: checks, primitive, the sharing of work and the Metal
+// launches; the arithmetic is in block_attention_cpu.cpp.
 
 #include "block_attention.h"
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 
+#include "../metal/block_attention_params.h"
 #include "bindings.h"
 #include "block_attention_cpu.h"
 #include "check.h"
@@ -165,7 +168,151 @@ void run(const BlockAttentionArgs& args, const Plan& plan) {
   }
 }
 
+// The tiles of metal/block_attention.metal.
+constexpr int simd_keys = 32;
+constexpr int score_rows = 4; // of a simdgroup
+constexpr int value_rows = 8;
+constexpr int tile_rows = 64; // of a threadgroup
+constexpr int tile_bytes = 128; // of a row, staged together
+constexpr int slice_columns = 128;
+constexpr int value_bytes = 4096; // of v, staged together
+constexpr int loading_simds = 4; // at least, so that few rows load as fast
+// More positions than any block has.
+constexpr int max_launched = 128;
+
+int round_up(int n, int step) {
+  return (n + step - 1) / step * step;
+}
+
+// The spans that the visible positions of a slice may touch.
+int spans_needed(int C, int positions, std::optional<int> window) {
+  if (!window) {
+    return round_up(C, attention_span) / attention_span;
+  }
+  int64_t visible = std::min<int64_t>(C, int64_t(*window) - 1 + positions);
+  return int((visible + attention_span - 2) / attention_span + 1);
+}
+
+Buffer params_buffer(const BlockAttentionParams& params) {
+  std::string data(reinterpret_cast<const char*>(&params), sizeof(params));
+  return {"params", Buffer::Role::bytes, {}, mx::uint32, 4, std::move(data)};
+}
+
 } // namespace
+
+bool block_attention_has_launch(int T) {
+  return T <= max_launched;
+}
+
+std::vector<Launch> block_attention_launches(
+    int B,
+    int T,
+    int H,
+    int K,
+    int C,
+    int D,
+    mx::Dtype dtype,
+    float scale,
+    std::optional<int> window,
+    bool has_start) {
+  using Role = Buffer::Role;
+  auto name = dtype_name(dtype);
+  int itemsize = int(mx::size_of(dtype));
+  Buffer q = Buffer::array(Role::in, "q", {B, T, H, D}, dtype, 16);
+  Buffer k = Buffer::array(Role::in, "k", {B, K, C, D}, dtype, 16);
+  Buffer v = Buffer::array(Role::in, "v", {B, K, C, D}, dtype, 16);
+  Buffer offset = Buffer::array(Role::in, "offset", {}, mx::int32);
+  Buffer start = Buffer::array(Role::in, "start", {}, mx::int32);
+  std::vector<Launch> launches;
+  for (int first = 0; first < T; first += max_rows) {
+    int positions = std::min(T - first, max_rows);
+    int R = positions * (H / K);
+    int tiles = (R + tile_rows - 1) / tile_rows;
+    int rows = tiles == 1 ? R : round_up((R + tiles - 1) / tiles, value_rows);
+    int spans = spans_needed(C, positions, window);
+    int row_simds = (rows + score_rows - 1) / score_rows;
+    int keys = row_simds <= 4 ? 64 : 32;
+    Buffer params = params_buffer(
+        {T,
+         H,
+         K,
+         C,
+         D,
+         first,
+         positions,
+         rows,
+         keys,
+         spans,
+         window.value_or(std::numeric_limits<int>::max()),
+         scale,
+         -0.0f});
+
+    Launch scores;
+    scores.library = op;
+    scores.kernel = std::string(op) + "_scores_" + name;
+    scores.constants = {{0, has_start}};
+    scores.grid = {spans * attention_span / keys, B * K, tiles};
+    scores.threadgroup = {
+        32 * std::max(row_simds * keys / simd_keys, loading_simds), 1, 1};
+    scores.buffers = {
+        q,
+        k,
+        offset,
+        Buffer::array(
+            Role::out,
+            "scores",
+            {B * K, R, spans * attention_span},
+            mx::float32,
+            16),
+        params};
+    int staged = row_simds * score_rows + keys;
+    scores.threadgroup_memory = {{0, staged * tile_bytes / itemsize * 4}};
+
+    Launch values;
+    int slices = (D + slice_columns - 1) / slice_columns;
+    int simds = (rows + value_rows - 1) / value_rows;
+    values.library = op;
+    values.kernel = std::string(op) + "_values_" + name;
+    values.constants = scores.constants;
+    values.grid = {spans * slices, B * K, tiles};
+    values.threadgroup = {32 * std::max(simds, loading_simds), 1, 1};
+    values.buffers = {
+        v,
+        offset,
+        scores.buffers[3],
+        Buffer::array(
+            Role::out, "values", {B * K, spans, R, D}, mx::float32, 16),
+        Buffer::array(Role::out, "states", {B * K, spans, R, 2}, mx::float32),
+        params};
+    values.buffers[2].role = Role::in;
+    values.threadgroup_memory = {
+        {0, simds * attention_chunk * value_rows * 4},
+        {1, value_bytes / itemsize * 4}};
+
+    Launch fold;
+    fold.library = op;
+    fold.kernel = std::string(op) + "_fold_" + name;
+    fold.constants = {};
+    fold.grid = {R, B * K, 1};
+    fold.threadgroup = {round_up(D / 4, 32), 1, 1};
+    fold.buffers = {
+        offset,
+        values.buffers[3],
+        values.buffers[4],
+        // Each slice writes rows of its own
+        Buffer::array(
+            first == 0 ? Role::out : Role::inout, "out", {B, T, H, D}, dtype),
+        params};
+    fold.buffers[1].role = fold.buffers[2].role = Role::in;
+
+    if (has_start) {
+      scores.buffers.push_back(start);
+      values.buffers.push_back(start);
+    }
+    launches.insert(launches.end(), {scores, values, fold});
+  }
+  return launches;
+}
 
 Plan block_attention_plan(int B, int T, int H, int K, int C, int D) {
   int positions = std::min(T, max_rows);
@@ -218,7 +365,8 @@ mx::array block_attention(
       "window",
       "be at least 1",
       window.value_or(1));
-  std::vector<mx::array> inputs = {q, k, v, offset};
+  auto stream = mx::to_stream({});
+  std::vector<mx::array> inputs = {packed_on_gpu(q, stream), k, v, offset};
   if (start) {
     check_shape(op, "start", *start, {});
     check_dtype(op, "start", *start, mx::int32, "be int32");
@@ -227,7 +375,7 @@ mx::array block_attention(
   return mx::array(
       q.shape(),
       q.dtype(),
-      std::make_shared<BlockAttention>(mx::to_stream({}), scale, window),
+      std::make_shared<BlockAttention>(stream, scale, window),
       std::move(inputs));
 }
 
@@ -279,11 +427,43 @@ void BlockAttention::eval_cpu(
 }
 
 void BlockAttention::eval_gpu(
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[block_attention] has no Metal kernel yet; "
-      "pyengine.ops.block_attention runs plain MLX on a GPU.");
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& q = inputs[0];
+  const auto& k = inputs[1];
+  auto& out = outputs[0];
+  if (!block_attention_has_launch(q.shape(1))) {
+    throw std::runtime_error(
+        "[block_attention] has no Metal kernel for more than 128 positions; "
+        "pyengine.ops.block_attention runs plain MLX there.");
+  }
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) {
+    return;
+  }
+  // A copy of a whole cache for every block would go unnoticed
+  for (int i : {1, 2}) {
+    if (!inputs[i].flags().row_contiguous) {
+      throw std::runtime_error(
+          "[block_attention] k and v must be contiguous on a GPU but got a "
+          "strided view; pass mx.contiguous of it.");
+    }
+  }
+  auto launches = block_attention_launches(
+      q.shape(0),
+      q.shape(1),
+      q.shape(2),
+      k.shape(1),
+      k.shape(2),
+      q.shape(3),
+      q.dtype(),
+      scale_,
+      window_,
+      inputs.size() == 5);
+  // In the order in which the launches name them: v is the last
+  std::vector<mx::array> named = inputs;
+  std::rotate(named.begin() + 2, named.begin() + 3, named.end());
+  run_on_gpu(launches, stream(), named, outputs);
 }
 
 bool BlockAttention::is_equivalent(const mx::Primitive& other) const {
@@ -311,6 +491,21 @@ void bind_block_attention(nb::module_& m) {
       nb::arg("K"),
       nb::arg("C"),
       nb::arg("D"));
+  m.def(
+      "block_attention_has_launch", &block_attention_has_launch, nb::arg("T"));
+  m.def(
+      "block_attention_launches",
+      &block_attention_launches,
+      nb::arg("B"),
+      nb::arg("T"),
+      nb::arg("H"),
+      nb::arg("K"),
+      nb::arg("C"),
+      nb::arg("D"),
+      nb::arg("dtype"),
+      nb::arg("scale"),
+      nb::arg("window").none(),
+      nb::arg("has_start"));
 }
 
 } // namespace pyengine

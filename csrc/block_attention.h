@@ -3,7 +3,9 @@
 // block against a linear or ring cache.
 
 #include <optional>
+#include <vector>
 
+#include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
 #include "plan.h"
@@ -23,6 +25,23 @@ mx::array block_attention(
 
 // One group per batch and key head, slices of max_rows positions.
 Plan block_attention_plan(int B, int T, int H, int K, int C, int D);
+
+// What the Metal kernels serve: longer blocks are prefill, and MLX's.
+bool block_attention_has_launch(int T);
+
+// Scores, values and fold of each slice of max_rows positions, in order. Grids
+// follow from shapes alone: where a block stands is read on the device.
+std::vector<Launch> block_attention_launches(
+    int B,
+    int T,
+    int H,
+    int K,
+    int C,
+    int D,
+    mx::Dtype dtype,
+    float scale,
+    std::optional<int> window,
+    bool has_start);
 
 // Inputs: q, k, v, offset, then start where given.
 class BlockAttention : public mx::Primitive {

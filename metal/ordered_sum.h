@@ -25,4 +25,8 @@ inline float product(float a, float b, float minus_zero) {
   return fma(a, b, minus_zero);
 }
 
+inline float4 product(float4 a, float b, float minus_zero) {
+  return fma(a, float4(b), float4(minus_zero));
+}
+
 } // namespace pyengine

@@ -204,6 +204,9 @@ def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[
         elif name not in _VIEWS:
             calls["MLX"] += number
     several = {
+        "block_attention": len(
+            _ext.block_attention_launches(1, 1, 1, 1, 1, 16, mx.bfloat16, 1.0, None, False)
+        ),
         "filter_logits": len(
             _ext.filter_logits_launches(1, VOCAB, TOP_K, None, 1.0, 1.0, 0.0, True)
         ),

@@ -130,16 +130,18 @@ def kernels(
     with common.sentences():
         if not count:
             raise ValueError("[bench] --count must be given: nothing here times an Apple GPU.")
-        from pyengine import kernel_counts, layer_counts, rule_counts
+        from pyengine import attention_counts, kernel_counts, layer_counts, rule_counts
 
         counts = list(kernel_counts.count_kernels())
+        attention = list(attention_counts.count_attention())
         layers = list(layer_counts.count_layers())
         rules, round_ = list(rule_counts.count_rules()), rule_counts.count_round()
         if as_json:
-            rows = [c.to_dict() for part in (counts, layers, rules, round_) for c in part]
-            typer.echo(json.dumps(rows))
+            parts = (counts, attention, layers, rules, round_)
+            typer.echo(json.dumps([c.to_dict() for part in parts for c in part]))
         else:
             typer.echo(kernel_counts.markdown(counts))
+            typer.echo(attention_counts.markdown(attention))
             typer.echo(layer_counts.markdown(layers))
             typer.echo(rule_counts.markdown(rules, round_))
 

@@ -2,6 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
+from . import workbench
 from .switch import chosen
 
 
@@ -24,7 +25,9 @@ def block_attention(
     float32, rounded once.
 
     Sums run over absolute position in a fixed tree, so the bits of a row depend on that row and its
-    visible keys alone: not on T, C, ``start`` or threads.
+    visible keys alone: not on T, C, ``start`` or threads. The Metal kernels give the bits of
+    processors with fused multiply-adds, for up to 128 positions; a GPU runs longer blocks, which
+    are prefill, as plain MLX. There a cache too small is not noticed: its rows hold anything.
 
     Args:
         q: Queries ``[B, T, H, D]``, float32, float16 or bfloat16; D is a multiple of 16, at most
@@ -41,12 +44,22 @@ def block_attention(
 
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
-        RuntimeError: The cache is too small to still hold a visible position (when evaluated).
+        RuntimeError: The cache is too small to still hold a visible position (when evaluated); on
+            a GPU, k or v is a strided view.
 
     Source: online softmax, arXiv:1805.02867.
     """
     out = _ext.block_attention(q, k, v, offset, scale, window, start)  # checks in every case
-    if chosen() == "native":
+    B, T, H, D = q.shape
+    implementation = chosen("block_attention", _ext.block_attention_has_launch(T))
+    if implementation == "workbench" and out.size > 0:
+        K, C = k.shape[1:3]
+        launches = _ext.block_attention_launches(
+            B, T, H, K, C, D, q.dtype, scale, window, start is not None
+        )
+        position = (offset,) if start is None else (offset, start)
+        return workbench.run(launches, q, k, *position, v)[0]
+    if implementation in ("native", "workbench"):
         return out
     return block_attention_reference(q, k, v, offset, scale=scale, window=window, start=start)
 

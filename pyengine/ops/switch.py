@@ -16,6 +16,7 @@ _chosen: Implementation = "native"
 # Ops that have a Metal kernel
 METAL = (
     "accept_block",
+    "block_attention",
     "dense_matmul",
     "draw_token",
     "filter_logits",

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from pyengine import cli, kernel_counts, layer_counts, rule_counts
+from pyengine import attention_counts, cli, kernel_counts, layer_counts, rule_counts
 from pyengine.kernel_counts import COLUMNS, EVERY_ROW, ROWS, WIDTHS, count_kernels, markdown
 
 DENSE = ("q8_matmul", "q8_shared_matmul", "q8_gated_matmul", "dense_matmul")
@@ -80,6 +80,7 @@ def test_table_and_json(counts, monkeypatch):
     table = [line for line in markdown(counts).splitlines() if line.startswith("| ")]
     assert len(table) == 2 + sum(c.M in ROWS for c in counts) + 2 + 16
     monkeypatch.setattr(kernel_counts, "count_kernels", lambda: iter(counts))
+    monkeypatch.setattr(attention_counts, "count_attention", lambda: iter([]))
     monkeypatch.setattr(layer_counts, "count_layers", lambda: iter([]))
     monkeypatch.setattr(rule_counts, "count_rules", lambda: iter([]))
     monkeypatch.setattr(rule_counts, "count_round", list)

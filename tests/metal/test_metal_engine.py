@@ -10,9 +10,9 @@ from pyengine.pair import Pair
 from pyengine.sampling import Sampling
 from pyengine.speculate import Stats, decode
 
-# What every greedy text runs beside its matmuls: its norms and heads, and the rules; the first
-# token has all logits
-LAYERS = {"norm_rope", "prepare_qkv", "residual_norm", "rms_norm", "write_cache"}
+# What every greedy text runs beside its matmuls: its norms, heads and attention, and the
+# rules; the first token has all logits
+LAYERS = {"block_attention", "norm_rope", "prepare_qkv", "residual_norm", "rms_norm", "write_cache"}
 RULES = {"softcap", "filter_logits", "merge_candidates", "accept_block"}
 # What a quantised pair without experts runs
 Q8 = {"q8_matmul", "q8_shared_matmul", "q8_gated_matmul", "q8_filter_logits"}

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from pyengine import cli, kernel_counts, layer_counts, rule_counts
+from pyengine import attention_counts, cli, kernel_counts, layer_counts, rule_counts
 from pyengine.ops import switch
 from pyengine.rule_counts import count_round, count_rules, markdown
 from pyengine.sampling import Sampling
@@ -67,6 +67,7 @@ def test_table_and_json(rules, monkeypatch):
         4 + len(rules) + len(rounds)
     )
     monkeypatch.setattr(kernel_counts, "count_kernels", lambda: iter([]))
+    monkeypatch.setattr(attention_counts, "count_attention", lambda: iter([]))
     monkeypatch.setattr(layer_counts, "count_layers", lambda: iter([]))
     monkeypatch.setattr(rule_counts, "count_rules", lambda: iter(rules))
     monkeypatch.setattr(rule_counts, "count_round", lambda: rounds)
