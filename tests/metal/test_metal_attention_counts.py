@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from pyengine import attention_counts, cli, kernel_counts, rule_counts
+from pyengine import attention_counts, cli, kernel_counts, layer_counts, rule_counts
 from pyengine.attention_counts import GEOMETRIES, ROWS, Geometry, count_attention, markdown
 
 SMALL = (Geometry("sliding", 2, 256, 200), Geometry("full", 8, 512, None))
@@ -54,6 +54,7 @@ def test_table_and_json(counts, monkeypatch):
     assert len([line for line in text.splitlines() if line.startswith("| ")]) == 2 + len(counts)
     monkeypatch.setattr(kernel_counts, "count_kernels", lambda: iter([]))
     monkeypatch.setattr(attention_counts, "count_attention", lambda: iter(counts))
+    monkeypatch.setattr(layer_counts, "count_layers", lambda: iter([]))
     monkeypatch.setattr(rule_counts, "count_rules", lambda: iter([]))
     monkeypatch.setattr(rule_counts, "count_round", list)
     shown = CliRunner().invoke(cli.app, ["bench", "kernels", "--count", "--json"])

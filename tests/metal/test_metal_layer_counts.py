@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from pyengine import cli, kernel_counts, layer_counts, rule_counts
+from pyengine import attention_counts, cli, kernel_counts, layer_counts, rule_counts
 from pyengine.layer_counts import HEADS, ROWS, WIDTH, count_layers, markdown
 
 
@@ -42,6 +42,7 @@ def test_table_and_json(counts, monkeypatch):
     text = markdown(counts)
     assert len([line for line in text.splitlines() if line.startswith("| ")]) == 2 + len(counts)
     monkeypatch.setattr(kernel_counts, "count_kernels", lambda: iter([]))
+    monkeypatch.setattr(attention_counts, "count_attention", lambda: iter([]))
     monkeypatch.setattr(layer_counts, "count_layers", lambda: iter(counts))
     monkeypatch.setattr(rule_counts, "count_rules", lambda: iter([]))
     monkeypatch.setattr(rule_counts, "count_round", list)
