@@ -3,6 +3,7 @@
 #include "recorded.h"
 
 #include <nanobind/stl/function.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -156,6 +157,14 @@ std::vector<mx::array> Tape::play(const std::vector<mx::array>& inputs) const {
   return results;
 }
 
+std::vector<std::string> Tape::nodes() const {
+  std::vector<std::string> names;
+  for (const auto& node : nodes_) {
+    names.push_back(node.primitive->name());
+  }
+  return names;
+}
+
 std::vector<mx::array> Recorded::operator()(
     const std::vector<mx::array>& inputs) {
   auto found =
@@ -177,7 +186,8 @@ void bind_recorded(nb::module_& m) {
   nb::class_<Recorded>(m, "Recorded")
       .def(nb::init<ArrayFunction>(), nb::arg("function"))
       .def("__call__", &Recorded::operator(), nb::arg("inputs"))
-      .def_prop_ro("tapes", &Recorded::tapes);
+      .def_prop_ro("tapes", &Recorded::tapes)
+      .def_prop_ro("nodes", &Recorded::nodes);
 }
 
 } // namespace pyengine

@@ -10,6 +10,7 @@
 
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "mlx/mlx.h"
@@ -31,6 +32,7 @@ class Tape {
 
   bool fits(const std::vector<mx::array>& inputs) const;
   std::vector<mx::array> play(const std::vector<mx::array>& inputs) const;
+  std::vector<std::string> nodes() const; // names of their primitives
 
  private:
   // Values are numbered: inputs, then constants, then what nodes give in turn.
@@ -57,6 +59,10 @@ class Recorded {
   std::vector<mx::array> operator()(const std::vector<mx::array>& inputs);
   int tapes() const {
     return int(tapes_.size());
+  }
+  // Of the graph played last; none before the first.
+  std::vector<std::string> nodes() const {
+    return tapes_.empty() ? std::vector<std::string>() : tapes_.back().nodes();
   }
 
  private:

@@ -32,6 +32,13 @@ def test_it_runs_once_for_each_set_of_shapes_and_dtypes():
     assert len(runs) == 3
 
 
+def test_nodes_are_those_that_depend_on_an_argument():
+    play = recorded(lambda arrays: [mx.abs(arrays[0] * (mx.array(2.0) + 3)), arrays[1]])
+    assert play.nodes == []
+    play([mx.array(1.0), mx.array(1.0)])
+    assert play.nodes == ["Multiply", "Abs"]
+
+
 def test_graphs_of_shapes_that_do_not_come_back_are_dropped():
     play, runs = counting(lambda arrays: [arrays[0] + 1])
     for length in range(1, 50):
