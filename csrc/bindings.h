@@ -13,6 +13,7 @@ void bind_q8_matmul(nb::module_& m);
 void bind_q8_gated_matmul(nb::module_& m);
 void bind_q8_expert_matmul(nb::module_& m);
 void bind_q8_shared_matmul(nb::module_& m);
+void bind_embed(nb::module_& m);
 void bind_random_uniform(nb::module_& m);
 void bind_rms_norm(nb::module_& m);
 void bind_norm_rope(nb::module_& m);

@@ -6,6 +6,7 @@ elementwise operations only. Values are kept in the checkpoint's dtype, rounded 
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 
@@ -112,7 +113,7 @@ class Target:
 
     def embed(self, ids: mx.array) -> mx.array:
         """Scaled embeddings of ids [T]: [T, E]."""
-        return _lookup(self.table, ids, self.embedding_scale).astype(self.dtype)
+        return self.table.rows(ids, self.embedding_scale)
 
     def new_cache(self, max_block: int) -> Cache:
         """An empty cache for verify calls of up to max_block tokens."""
@@ -239,7 +240,7 @@ class Target:
     def _per_layer_inputs(self, ids: mx.array, h: mx.array) -> mx.array:
         """The second embedding of E2B and E4B, [T, L, P]; float32 until its one rounding."""
         L, P = len(self.layers), self.config.per_layer_width
-        table = _lookup(self.per_layer_table, ids, self.per_layer_scale).reshape(-1, L, P)
+        table = self.per_layer_table.rows(ids, self.per_layer_scale, mx.float32).reshape(-1, L, P)
         context = self.per_layer_projection(h, mx.float32) * self.config.hidden_size**-0.5
         context = ops.rms_norm(context.reshape(-1, L, P), self.per_layer_norm, self.config.eps)
         return ((context + table) * 2**-0.5).astype(self.dtype)
@@ -254,13 +255,9 @@ def check_ids(what: str, ids: list[int], vocab_size: int) -> None:
         raise ValueError(f"[{what}] ids must be from 0 to {vocab_size - 1} but got {bad}.")
 
 
-def _rounded(value: float, dtype: mx.Dtype) -> mx.array:
-    return mx.array(value, dtype=dtype).astype(mx.float32)
-
-
-def _lookup(table: Linear, ids: mx.array, scale: mx.array) -> mx.array:
-    """Rows of a table times scale, in float32."""
-    return table.take(ids).values() * scale
+def _rounded(value: float, dtype: mx.Dtype) -> float:
+    """value as a number of that dtype. Evaluates."""
+    return cast(float, mx.array(value, dtype=dtype).astype(mx.float32).item())
 
 
 def _residual(

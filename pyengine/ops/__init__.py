@@ -4,6 +4,7 @@ from .accept_block import accept_block, accept_block_reference
 from .block_attention import block_attention, block_attention_reference
 from .dense_matmul import dense_matmul, dense_matmul_reference
 from .draw_token import draw_token, draw_token_reference
+from .embed import embed, embed_reference
 from .filter_logits import filter_logits, filter_logits_reference
 from .geglu import geglu, geglu_reference
 from .norm_rope import norm_rope, norm_rope_reference
@@ -29,6 +30,8 @@ __all__ = [
     "dense_matmul_reference",
     "draw_token",
     "draw_token_reference",
+    "embed",
+    "embed_reference",
     "filter_logits",
     "filter_logits_reference",
     "geglu",

@@ -18,6 +18,7 @@ METAL = (
     "accept_block",
     "dense_matmul",
     "draw_token",
+    "embed",
     "filter_logits",
     "q8_expert_matmul",
     "q8_filter_logits",
@@ -79,7 +80,7 @@ def too_wide(out: mx.array) -> bool:
 
 
 # Ops whose plain form has no reduction: MLX cannot choose an order for them by the number of rows.
-_ELEMENTWISE = ("geglu", "random_uniform", "softcap", "write_cache")
+_ELEMENTWISE = ("embed", "geglu", "random_uniform", "softcap", "write_cache")
 _REDUCING = (
     "accept_block",
     "block_attention",
