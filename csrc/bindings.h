@@ -13,6 +13,8 @@ void bind_q8_matmul(nb::module_& m);
 void bind_q8_gated_matmul(nb::module_& m);
 void bind_q8_expert_matmul(nb::module_& m);
 void bind_q8_shared_matmul(nb::module_& m);
+void bind_route_experts(nb::module_& m);
+void bind_weigh_experts(nb::module_& m);
 void bind_embed(nb::module_& m);
 void bind_random_uniform(nb::module_& m);
 void bind_rms_norm(nb::module_& m);

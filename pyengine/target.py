@@ -289,39 +289,20 @@ def _with_experts(
 
 
 def _route(experts: Experts, h: mx.array, num_used: int, eps: float) -> tuple[mx.array, mx.array]:
-    """The chosen experts [T, num_used] in ascending order, and their float32 weights.
-
-    All in float32. Ties go to the lower expert. Sums are spelled out, so that no reduction may
-    choose its order by the number of rows.
-    """
+    """The chosen experts [T, num_used] in ascending order, and their weights; all in float32."""
     x = ops.rms_norm(h.astype(mx.float32), experts.router_norm, eps)
-    logits = experts.router(x)  # [T, X]
-    X = logits.shape[-1]
-    order = mx.arange(X, dtype=mx.int32)
-    mine, others = logits[:, :, None], logits[:, None, :]
-    ahead = (others > mine) | ((others == mine) & (order[None, :] < order[:, None]))
-    chosen = ahead.sum(axis=-1) < num_used
-    ids = mx.sort(mx.where(chosen, order, X), axis=-1)[:, :num_used]
-    logits = mx.take_along_axis(logits, ids, axis=-1)
-    weights = mx.exp(logits - mx.max(logits, axis=-1, keepdims=True))
-    total = weights[:, :1]
-    for slot in range(1, num_used):
-        total = total + weights[:, slot : slot + 1]
-    return ids, weights / total * mx.take(experts.scales, ids)
+    return ops.route_experts(experts.router(x), experts.scales, num_used)
 
 
 def _experts_packed(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
-    """Weighted sum [T, E], float32, over each row's own experts, slot by slot; quantised stacks."""
+    """Weighted sum [T, E] over each row's own experts, slot by slot; quantised stacks."""
     gate, up, down = experts.gate.packed, experts.up.packed, experts.down.packed
     assert gate is not None and up is not None and down is not None
     packing = (experts.gate.group_size, experts.gate.bits)
     y = ops.q8_expert_matmul(x, gate, ids, *packing, up=up)  # [T, num_used, F]
     packing = (experts.down.group_size, experts.down.bits)
     parts = ops.q8_expert_matmul(y, down, ids, *packing, out_dtype=mx.float32)
-    total = parts[:, 0] * weights[:, :1]
-    for slot in range(1, ids.shape[1]):
-        total = total + parts[:, slot] * weights[:, slot : slot + 1]
-    return total
+    return ops.weigh_experts(parts, weights, x.dtype)
 
 
 def _experts_by_slot(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:

@@ -17,8 +17,10 @@ from .q8_shared_matmul import q8_shared_matmul, q8_shared_matmul_reference
 from .random_uniform import random_uniform, random_uniform_reference
 from .residual_norm import residual_norm, residual_norm_reference
 from .rms_norm import rms_norm, rms_norm_reference
+from .route_experts import route_experts, route_experts_reference
 from .softcap import softcap, softcap_reference
 from .switch import status, use
+from .weigh_experts import weigh_experts, weigh_experts_reference
 from .write_cache import write_cache, write_cache_reference
 
 __all__ = [
@@ -56,10 +58,14 @@ __all__ = [
     "residual_norm_reference",
     "rms_norm",
     "rms_norm_reference",
+    "route_experts",
+    "route_experts_reference",
     "softcap",
     "softcap_reference",
     "status",
     "use",
+    "weigh_experts",
+    "weigh_experts_reference",
     "write_cache",
     "write_cache_reference",
 ]

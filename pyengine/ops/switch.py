@@ -26,7 +26,9 @@ METAL = (
     "q8_matmul",
     "q8_shared_matmul",
     "random_uniform",
+    "route_experts",
     "softcap",
+    "weigh_experts",
 )
 
 
@@ -80,7 +82,7 @@ def too_wide(out: mx.array) -> bool:
 
 
 # Ops whose plain form has no reduction: MLX cannot choose an order for them by the number of rows.
-_ELEMENTWISE = ("embed", "geglu", "random_uniform", "softcap", "write_cache")
+_ELEMENTWISE = ("embed", "geglu", "random_uniform", "softcap", "weigh_experts", "write_cache")
 _REDUCING = (
     "accept_block",
     "block_attention",
@@ -96,6 +98,7 @@ _REDUCING = (
     "q8_shared_matmul",
     "residual_norm",
     "rms_norm",
+    "route_experts",
 )
 
 

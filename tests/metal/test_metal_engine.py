@@ -36,7 +36,7 @@ def text(pair: Pair, flavour: str, block_size: int) -> tuple[list[int], Stats]:
     "flavour, form, expected",
     [
         ("dense31", "bfloat16-q8", Q8),
-        ("moe26", "float32-q8", {*Q8, "q8_expert_matmul"}),
+        ("moe26", "float32-q8", {*Q8, "q8_expert_matmul", "route_experts", "weigh_experts"}),
         ("uni12", "bfloat16", {"dense_matmul"}),
     ],
 )
