@@ -64,8 +64,10 @@ class Cache:
         return copy
 
     def adopt(self, arrays: Sequence[mx.array], bound: int) -> None:
-        """Go on with what a recorded round gave; ``bound`` limits its length."""
-        self.__dict__.update(self.over(arrays).__dict__, bound=bound)
+        """Go on with what a recorded round gave: all arrays, or the length alone where it wrote to
+        those that are here. ``bound`` limits its length."""
+        stored = self.arrays[: -len(arrays)]
+        self.__dict__.update(self.over([*stored, *arrays]).__dict__, bound=bound)
 
     def reserve(self, count: int) -> None:
         """Make room in linear layers for ``count`` positions more."""

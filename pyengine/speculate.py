@@ -19,6 +19,7 @@ import mlx.core as mx
 from pyengine import sampling as rules
 from pyengine.cache import Cache
 from pyengine.logits import Logits
+from pyengine.ops import switch
 from pyengine.ops.filter_logits import Filtered
 from pyengine.prefix import Prefix
 from pyengine.recorded import ArrayFunction, recorded
@@ -228,7 +229,7 @@ def _rounds(
     """Rounds of one generation, as a function of arrays alone: the state's two, the seed, what
     :class:`Listed` holds if anything, the cache's. It gives what the host reads, the next state's
     two and the cache's."""
-    size = len(cache.arrays)
+    size, in_place = len(cache.arrays), switch.in_place()
 
     def build(arrays: Sequence[mx.array]) -> list[mx.array]:
         primary, hidden, seed, *rest = arrays[:-size]
@@ -238,7 +239,8 @@ def _rounds(
             packed, state = _round(target, assistant, own, state, listed, sampling, seed, k)
         else:
             packed, state = _plain_step(target, own, state, listed, sampling, seed)
-        return [packed, *state, *own.arrays]
+        # What was written in place the caller has; MLX's work grows with the square of the results
+        return [packed, *state, *([own.length] if in_place else own.arrays)]
 
     return recorded(build)
 

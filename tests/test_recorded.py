@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import weakref
 
@@ -37,6 +38,62 @@ def test_nodes_are_those_that_depend_on_an_argument():
     assert play.nodes == []
     play([mx.array(1.0), mx.array(1.0)])
     assert play.nodes == ["Multiply", "Abs"]
+
+
+def test_a_graph_is_one_node_on_a_processor(tmp_path):
+    """Results that are arguments or constants are handed on."""
+    x, constant = mx.arange(3), mx.arange(3) + 1
+    mx.eval(x, constant)
+
+    def function(arrays):
+        x = arrays[0]
+        return [x, x * x + x, constant, x * x]
+
+    play = recorded(function)
+    for _ in range(2):
+        same, both, still, square = play([x])
+        mx.export_to_dot(str(tmp_path / "graph"), both, square)
+        assert re.findall(r'label ="(\w+)', (tmp_path / "graph").read_text()) == ["Played"]
+        out = [a.tolist() for a in (same, both, still, square)]
+        assert out == [[0, 1, 2], [0, 2, 6], [1, 2, 3], [0, 1, 4]]
+    assert play.nodes == ["Multiply", "Add", "Multiply"]
+
+
+def test_what_is_not_read_any_more_is_freed_on_the_way():
+    def function(arrays):
+        x = arrays[0]
+        for _ in range(1000):
+            x = ops.rms_norm(x, None)
+        return [x]
+
+    play, x = recorded(function), mx.ones((256, 1024))
+    mx.eval(play([x]))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(play([x]))
+    # A hundred tasks of ten ahead of the thread, 32 arrays that wait to be freed: not a thousand
+    assert mx.get_peak_memory() - before < 300 * x.nbytes
+
+
+def test_a_node_that_fails_leaves_those_before_it_whole():
+    """Its message comes through, and what is queued still has its memory."""
+
+    def function(arrays):
+        x, cache, new = arrays
+        for _ in range(50):
+            x = ops.rms_norm(x, None)
+        return [x, ops.write_cache(cache, new, mx.array(0, mx.int32))]
+
+    play, new = recorded(function), mx.ones((1, 1, 1, 2))
+    x, cache = mx.ones((512, 512)), mx.zeros((1, 1, 4, 4))
+    for strided in (True, False, True):
+        given = cache[..., ::2] if strided else mx.contiguous(cache[..., ::2])
+        mx.eval(given)
+        if strided:
+            with pytest.raises(RuntimeError, match="contiguous"):
+                mx.eval(play([x, given, new]))
+        else:
+            assert play([x, given, new])[1].sum().item() == 2
 
 
 def test_graphs_of_shapes_that_do_not_come_back_are_dropped():

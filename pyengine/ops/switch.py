@@ -76,6 +76,12 @@ def lazy() -> bool:
     return _chosen != "workbench"
 
 
+def in_place() -> bool:
+    """Whether an evaluated write to the cache is seen through every handle of it, as on a processor:
+    there calls run one after the other, and a write is never a copy."""
+    return chosen("prepare_qkv") == "native" and mx.default_device() == mx.cpu
+
+
 def too_wide(out: mx.array) -> bool:
     """Whether a GPU should give this matmul's result to MLX: more rows than any block has."""
     return mx.default_device() == mx.gpu and out.size > 128 * out.shape[-1]
