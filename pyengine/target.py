@@ -197,7 +197,7 @@ class Target:
                 h, x = _residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
             else:
                 h, _ = ops.residual_norm(h, y, layer.post_mlp_norm, eps=eps)
-                y = ops.geglu(layer.per_layer.gate(h), per_layer[:, i])
+                y = ops.geglu(layer.per_layer.gate(h), per_layer[i])
                 y = layer.per_layer.projection(y)
                 h, x = _residual(h, y, layer.per_layer.norm, next_norm, eps, layer.scalar)
         cache.read_by(x)
@@ -237,13 +237,14 @@ class Target:
         out = ops.block_attention(q, keys, values, cache.length, window=window, start=start)
         return attention.o(out.reshape(T, -1))
 
-    def _per_layer_inputs(self, ids: mx.array, h: mx.array) -> mx.array:
-        """The second embedding of E2B and E4B, [T, L, P]; float32 until its one rounding."""
+    def _per_layer_inputs(self, ids: mx.array, h: mx.array) -> list[mx.array]:
+        """The second embedding of E2B and E4B, [T, P] a layer; float32 until its one rounding."""
         L, P = len(self.layers), self.config.per_layer_width
-        table = self.per_layer_table.rows(ids, self.per_layer_scale, mx.float32).reshape(-1, L, P)
+        table = self.per_layer_table.rows(ids, self.per_layer_scale, mx.float32)  # [T, L * P]
         context = self.per_layer_projection(h, mx.float32) * self.config.hidden_size**-0.5
         context = ops.rms_norm(context.reshape(-1, L, P), self.per_layer_norm, self.config.eps)
-        return ((context + table) * 2**-0.5).astype(self.dtype)
+        both = (context.reshape(table.shape) + table) * 2**-0.5
+        return list(mx.split(both.astype(self.dtype), L, axis=-1))
 
 
 def check_ids(what: str, ids: list[int], vocab_size: int) -> None:

@@ -77,8 +77,8 @@ def lazy() -> bool:
 
 
 def in_place() -> bool:
-    """Whether an evaluated write to the cache is seen through every handle of it, as on a processor:
-    there calls run one after the other, and a write is never a copy."""
+    """Whether an evaluated write to the cache is seen through every handle of it. On a processor
+    it is: calls run one after the other, and a write is never a copy."""
     return chosen("prepare_qkv") == "native" and mx.default_device() == mx.cpu
 
 
