@@ -6,6 +6,7 @@ import gc
 import re
 import threading
 import weakref
+from collections import Counter
 
 import mlx.core as mx
 import pytest
@@ -197,6 +198,27 @@ def test_rounds_are_the_same_recorded_or_not(flavour, block_size, sampling, monk
     pair = tiny_pair(flavour, "bfloat16-q8")
     a, b = texts(pair, flavour, monkeypatch, sampling=sampling, block_size=block_size)
     assert a == b and len(a) == 24
+
+
+@pytest.mark.native("counts nodes of the native ops")
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_plain_step_is_made_of_our_ops(flavour, monkeypatch):
+    """What else it has costs as much a node: at most this, whatever the number of experts."""
+    pair, played = tiny_pair(flavour, "bfloat16-q8"), []
+    monkeypatch.setattr(
+        speculate, "recorded", lambda function: played.append(recorded(function)) or played[-1]
+    )
+    list(decode(pair.target, None, [5, 6], sampling=Sampling(), block_size=1, max_tokens=2))
+    ours = {row["op"].replace("_", "") for row in ops.status()}
+    others = Counter(name for name in played[0].nodes if name.lower() not in ours)
+    layers = pair.target.config.layers
+    allowed = Counter(Reshape=len(layers), Add=1, Concatenate=1)  # heads joined; length; for the host
+    allowed["Reshape"] += sum(layer.kv_source != i for i, layer in enumerate(layers))
+    if pair.target.config.num_experts:
+        allowed += Counter(AsType=len(layers), Add=len(layers))
+    if pair.target.config.per_layer_width:
+        allowed += Counter(Multiply=2, Add=1, AsType=1, Reshape=2, Split=1)
+    assert others <= allowed, others - allowed
 
 
 @pytest.mark.parametrize("block_size", [1, 5])
