@@ -135,13 +135,15 @@ class Played : public mx::Primitive {
 
 Tape::Tape(const ArrayFunction& function, const std::vector<mx::array>& inputs)
     : stream_(mx::default_stream(mx::default_device())) {
-  auto& [placeholders, constants, nodes, outputs, count] = *graph_;
+  Graph& graph = *graph_;
+  auto& placeholders = graph.inputs;
+  auto& nodes = graph.nodes;
   std::unordered_map<std::uintptr_t, int> number; // of an array
   std::unordered_set<std::uintptr_t> forbidden;
   for (const auto& input : inputs) {
     placeholders.emplace_back(
         input.shape(), input.dtype(), nullptr, std::vector<mx::array>{});
-    number[placeholders.back().id()] = count++;
+    number[placeholders.back().id()] = graph.count++;
     forbidden.insert(input.id());
   }
   auto results = function(placeholders);
@@ -171,9 +173,9 @@ Tape::Tape(const ArrayFunction& function, const std::vector<mx::array>& inputs)
     }
   }
   auto keep = [&](const mx::array& a) {
-    if (!varies.count(a.id()) && number.emplace(a.id(), count).second) {
-      constants.push_back(a);
-      ++count;
+    if (!varies.count(a.id()) && number.emplace(a.id(), graph.count).second) {
+      graph.constants.push_back(a);
+      ++graph.count;
     }
   };
   for (const auto& a : made) {
@@ -181,7 +183,7 @@ Tape::Tape(const ArrayFunction& function, const std::vector<mx::array>& inputs)
   }
   std::for_each(results.begin(), results.end(), keep);
 
-  int given = count; // values that no node makes
+  int given = graph.count; // values that no node makes
   as_one_ = stream_.device == mx::Device::cpu;
   for (const auto& a : made) {
     Graph::Node node = {a.primitive_ptr(), {}, {}, {}, {}};
@@ -191,14 +193,14 @@ Tape::Tape(const ArrayFunction& function, const std::vector<mx::array>& inputs)
     for (const auto& output : a.outputs()) {
       node.shapes.push_back(output.shape());
       node.dtypes.push_back(output.dtype());
-      number[output.id()] = count++;
+      number[output.id()] = graph.count++;
     }
     as_one_ &= a.primitive().stream() == stream_;
     nodes.push_back(std::move(node));
   }
   for (const auto& result : results) {
-    outputs.push_back(number.at(result.id()));
-    if (outputs.back() >= given) {
+    graph.outputs.push_back(number.at(result.id()));
+    if (graph.outputs.back() >= given) {
       shapes_.push_back(result.shape());
       dtypes_.push_back(result.dtype());
     }
@@ -206,11 +208,11 @@ Tape::Tape(const ArrayFunction& function, const std::vector<mx::array>& inputs)
 
   // Backwards, the first reader met is the last. What none reads ends where it
   // is made; outputs do not end.
-  std::vector<bool> read(count);
-  for (int output : outputs) {
+  std::vector<bool> read(graph.count);
+  for (int output : graph.outputs) {
     read[output] = true;
   }
-  int next = count;
+  int next = graph.count;
   for (auto node = nodes.rbegin(); node != nodes.rend(); ++node) {
     next -= int(node->shapes.size());
     std::vector<int> touched = node->inputs;

@@ -76,9 +76,7 @@ def test_what_is_not_read_any_more_is_freed_on_the_way():
     assert mx.get_peak_memory() - before < 300 * x.nbytes
 
 
-def test_a_node_that_fails_leaves_those_before_it_whole():
-    """Its message comes through, and what is queued still has its memory."""
-
+def test_the_error_of_a_node_comes_through_and_leaves_the_function_usable():
     def function(arrays):
         x, cache, new = arrays
         for _ in range(50):
