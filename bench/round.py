@@ -10,6 +10,7 @@ import contextlib
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from unittest import mock
 
@@ -17,6 +18,7 @@ import mlx.core as mx
 
 from pyengine import ops, speculate
 from pyengine.pair import Pair, load
+from pyengine.recorded import ArrayFunction, recorded
 from pyengine.sampling import Sampling
 
 PROMPT = "Create a single-file HTML5 canvas Flappy Bird game."
@@ -56,6 +58,19 @@ def rounds(pair: Pair, block_size: int, tokens: int) -> tuple[list[int], list[fl
     return text, times[2:]  # neither the prefill nor the round that is recorded
 
 
+def nodes(pair: Pair, block_size: int) -> Counter[str]:
+    """Of the recorded graph of a round, by name."""
+    played = []
+
+    def record(function: ArrayFunction) -> ArrayFunction:
+        played.append(recorded(function))
+        return played[-1]
+
+    with mock.patch.object(speculate, "recorded", record):
+        rounds(pair, block_size, 2)
+    return Counter(played[0].nodes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=150)
@@ -73,14 +88,15 @@ def main() -> None:
                     texts[name], new = rounds(pair, block_size, options.tokens)
                 times[name] += new
         assert texts["recorded"] == texts["rules as ops"]
-        rows.append({"block_size": block_size} | {n: statistics.median(times[n]) for n in VARIANTS})
+        row = {"block_size": block_size, "nodes": nodes(pair, block_size).total()}
+        rows.append(row | {n: statistics.median(times[n]) for n in VARIANTS})
     if options.json:
         print(json.dumps({"mlx": mx.__version__, "unit": "ms a round, median", "rows": rows}))
         return
-    print("block size", *VARIANTS, "(ms a round, median; ratio to the first)", sep="  ")
+    print("block size", "nodes", *VARIANTS, "(ms a round, median; ratio to the first)", sep="  ")
     for row in rows:
         first, *_ = values = [row[name] for name in VARIANTS]
-        print(row["block_size"], *(f"{v:.2f} ({v / first:.2f})" for v in values), sep="  ")
+        print(row["block_size"], row["nodes"], *(f"{v:.2f} ({v / first:.2f})" for v in values), sep="  ")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ NB_MODULE(_ext, m) {
   pyengine::bind_q8_gated_matmul(m);
   pyengine::bind_q8_expert_matmul(m);
   pyengine::bind_q8_shared_matmul(m);
+  pyengine::bind_route_experts(m);
+  pyengine::bind_weigh_experts(m);
+  pyengine::bind_embed(m);
   pyengine::bind_random_uniform(m);
   pyengine::bind_rms_norm(m);
   pyengine::bind_norm_rope(m);

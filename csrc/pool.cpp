@@ -132,6 +132,9 @@ void Pool::work_forever(int index) {
     for (int spin = 0; spin < spins_before_sleep; ++spin) {
       if (join()) {
         take_pieces();
+        // None is left. Were the job still open, this worker would join it
+        // again and again, and take the line of `state_` from the others.
+        state_.fetch_and(~open, std::memory_order_relaxed);
         state_.fetch_sub(1, std::memory_order_acq_rel);
         spin = 0;
       }

@@ -15,6 +15,7 @@
 #include "matmul.h"
 #include "matmul_launch.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "packed.h"
 #include "quantized.h"
 
 namespace pyengine {
@@ -190,7 +191,7 @@ mx::array q8_expert_matmul(
       inputs.push_back(whole(a, stream));
     }
   }
-  inputs.push_back(mx::contiguous(ids, false, stream));
+  inputs.push_back(packed_on_gpu(ids, stream));
   return mx::array(
       {T, U, N},
       dtype,
@@ -208,7 +209,7 @@ void Q8ExpertMatmul::eval_cpu(
   }
 
   Rows rows(inputs[0]);
-  Args args;
+  Args args = {};
   args.gated = inputs.size() == 8;
   args.matrix = packed_args(&inputs[1], inputs[0], group_size_, bits_);
   args.matrix.out_storage = storage_of(out.dtype());
@@ -216,7 +217,6 @@ void Q8ExpertMatmul::eval_cpu(
   if (args.gated) {
     args.up = packed_args(&inputs[4], inputs[0], group_size_, bits_);
   }
-  args.ids = inputs.back().data<int32_t>();
   args.pairs = int(inputs.back().size());
   args.per_row = inputs[0].ndim() == 2 ? out.shape(1) : 1;
   args.experts = inputs[1].shape(0);
@@ -229,16 +229,18 @@ void Q8ExpertMatmul::eval_cpu(
     encoder.set_input_array(input);
   }
   encoder.set_output_array(out);
-  encoder.dispatch([rows = std::move(rows), args] {
-    auto groups = group_pairs(args);
-    for (int expert = 0; expert < args.experts; ++expert) {
-      const auto& pairs = groups[expert];
-      for (int first = 0; first < int(pairs.size()); first += max_rows) {
-        int count = std::min(int(pairs.size()) - first, max_rows);
-        run_expert(args, rows, expert, pairs.data() + first, count);
-      }
-    }
-  });
+  encoder.dispatch(
+      [rows = std::move(rows), ids = Packed(inputs.back()), args]() mutable {
+        args.ids = static_cast<const int32_t*>(ids.get());
+        auto groups = group_pairs(args);
+        for (int expert = 0; expert < args.experts; ++expert) {
+          const auto& pairs = groups[expert];
+          for (int first = 0; first < int(pairs.size()); first += max_rows) {
+            int count = std::min(int(pairs.size()) - first, max_rows);
+            run_expert(args, rows, expert, pairs.data() + first, count);
+          }
+        }
+      });
 }
 
 void Q8ExpertMatmul::eval_gpu(

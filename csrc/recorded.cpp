@@ -3,14 +3,17 @@
 #include "recorded.h"
 
 #include <nanobind/stl/function.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <stdexcept>
 #include <unordered_map>
 #include <unordered_set>
+#include <utility>
 
 #include "bindings.h"
+#include "mlx/backend/cpu/encoder.h"
 
 namespace pyengine {
 
@@ -49,24 +52,106 @@ class Order {
   std::unordered_set<std::uintptr_t> seen_;
 };
 
+// A graph as one node. Each primitive does what it would do by itself; its
+// task stands in the stream's queue behind those before it.
+class Played : public mx::Primitive {
+ public:
+  Played(mx::Stream stream, std::shared_ptr<const Graph> graph)
+      : mx::Primitive(stream),
+        graph_(std::move(graph)) {}
+
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override {
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    std::vector<mx::array> values = inputs, unused;
+    values.reserve(graph_->count);
+    try {
+      for (const auto& node : graph_->nodes) {
+        run(node, values, unused);
+        if (unused.size() >= release) {
+          // Freed when the tasks before this one have run
+          encoder.dispatch([unused = std::move(unused)] {});
+          unused.clear();
+        }
+        // As MLX between its nodes, so that memory stays level
+        if (mx::scheduler::n_active_tasks() > most_active_tasks) {
+          mx::scheduler::wait_for_one();
+        }
+      }
+    } catch (...) {
+      // Tasks under way still read these
+      encoder.add_temporaries(std::move(unused));
+      encoder.dispatch([values = std::move(values)] {});
+      throw;
+    }
+    encoder.add_temporaries(std::move(unused));
+    size_t next = 0;
+    for (int output : graph_->outputs) {
+      if (output >= int(inputs.size())) {
+        outputs[next++].copy_shared_buffer(values[output]);
+      }
+    }
+  }
+
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&)
+      override {
+    throw std::logic_error("[recorded] a GPU plays nodes one by one.");
+  }
+
+  const char* name() const override {
+    return "Played";
+  }
+
+ private:
+  static constexpr size_t release = 32; // arrays freed together
+  static constexpr int most_active_tasks = 10; // of ten dispatches each
+
+  static void run(
+      const Graph::Node& node,
+      std::vector<mx::array>& values,
+      std::vector<mx::array>& unused) {
+    static const mx::array nothing({}, mx::bool_, nullptr, {});
+    std::vector<mx::array> from, made;
+    from.reserve(node.inputs.size());
+    for (int input : node.inputs) {
+      from.push_back(values[input]);
+    }
+    for (size_t i = 0; i < node.shapes.size(); ++i) {
+      made.emplace_back(
+          node.shapes[i], node.dtypes[i], nullptr, std::vector<mx::array>{});
+    }
+    node.primitive->eval_cpu(from, made);
+    values.insert(values.end(), made.begin(), made.end());
+    for (int value : node.ending) {
+      unused.push_back(std::exchange(values[value], nothing));
+    }
+  }
+
+  std::shared_ptr<const Graph> graph_;
+};
+
 } // namespace
 
 Tape::Tape(const ArrayFunction& function, const std::vector<mx::array>& inputs)
     : stream_(mx::default_stream(mx::default_device())) {
+  Graph& graph = *graph_;
+  auto& placeholders = graph.inputs;
+  auto& nodes = graph.nodes;
   std::unordered_map<std::uintptr_t, int> number; // of an array
   std::unordered_set<std::uintptr_t> forbidden;
   for (const auto& input : inputs) {
-    inputs_.emplace_back(
+    placeholders.emplace_back(
         input.shape(), input.dtype(), nullptr, std::vector<mx::array>{});
-    number[inputs_.back().id()] = count_++;
+    number[placeholders.back().id()] = graph.count++;
     forbidden.insert(input.id());
   }
-  auto results = function(inputs_);
+  auto results = function(placeholders);
   Order order(results);
 
   // What depends on no input stays as it is, and is computed once
   std::unordered_set<std::uintptr_t> varies;
-  for (const auto& input : inputs_) {
+  for (const auto& input : placeholders) {
     varies.insert(input.id());
   }
   std::vector<mx::array> made;
@@ -88,9 +173,9 @@ Tape::Tape(const ArrayFunction& function, const std::vector<mx::array>& inputs)
     }
   }
   auto keep = [&](const mx::array& a) {
-    if (!varies.count(a.id()) && number.emplace(a.id(), count_).second) {
-      constants_.push_back(a);
-      ++count_;
+    if (!varies.count(a.id()) && number.emplace(a.id(), graph.count).second) {
+      graph.constants.push_back(a);
+      ++graph.count;
     }
   };
   for (const auto& a : made) {
@@ -98,20 +183,48 @@ Tape::Tape(const ArrayFunction& function, const std::vector<mx::array>& inputs)
   }
   std::for_each(results.begin(), results.end(), keep);
 
+  int given = graph.count; // values that no node makes
+  as_one_ = stream_.device == mx::Device::cpu;
   for (const auto& a : made) {
-    Node node = {a.primitive_ptr(), {}, {}, {}};
+    Graph::Node node = {a.primitive_ptr(), {}, {}, {}, {}};
     for (const auto& input : a.inputs()) {
       node.inputs.push_back(number.at(input.id()));
     }
     for (const auto& output : a.outputs()) {
       node.shapes.push_back(output.shape());
       node.dtypes.push_back(output.dtype());
-      number[output.id()] = count_++;
+      number[output.id()] = graph.count++;
     }
-    nodes_.push_back(std::move(node));
+    as_one_ &= a.primitive().stream() == stream_;
+    nodes.push_back(std::move(node));
   }
   for (const auto& result : results) {
-    outputs_.push_back(number.at(result.id()));
+    graph.outputs.push_back(number.at(result.id()));
+    if (graph.outputs.back() >= given) {
+      shapes_.push_back(result.shape());
+      dtypes_.push_back(result.dtype());
+    }
+  }
+
+  // Backwards, the first reader met is the last. What none reads ends where it
+  // is made; outputs do not end.
+  std::vector<bool> read(graph.count);
+  for (int output : graph.outputs) {
+    read[output] = true;
+  }
+  int next = graph.count;
+  for (auto node = nodes.rbegin(); node != nodes.rend(); ++node) {
+    next -= int(node->shapes.size());
+    std::vector<int> touched = node->inputs;
+    for (size_t i = 0; i < node->shapes.size(); ++i) {
+      touched.push_back(next + int(i));
+    }
+    for (int value : touched) {
+      if (value >= given && !read[value]) {
+        read[value] = true;
+        node->ending.push_back(value);
+      }
+    }
   }
 }
 
@@ -123,17 +236,22 @@ bool Tape::fits(const std::vector<mx::array>& inputs) const {
       std::equal(
              inputs.begin(),
              inputs.end(),
-             inputs_.begin(),
-             inputs_.end(),
+             graph_->inputs.begin(),
+             graph_->inputs.end(),
              alike);
 }
 
 std::vector<mx::array> Tape::play(const std::vector<mx::array>& inputs) const {
-  std::vector<mx::array> values;
-  values.reserve(count_);
-  values.insert(values.end(), inputs.begin(), inputs.end());
-  values.insert(values.end(), constants_.begin(), constants_.end());
-  for (const auto& node : nodes_) {
+  std::vector<mx::array> values = inputs;
+  values.insert(
+      values.end(), graph_->constants.begin(), graph_->constants.end());
+  return as_one_ ? play_as_one(std::move(values))
+                 : play_nodes(std::move(values));
+}
+
+std::vector<mx::array> Tape::play_nodes(std::vector<mx::array> values) const {
+  values.reserve(graph_->count);
+  for (const auto& node : graph_->nodes) {
     std::vector<mx::array> from;
     from.reserve(node.inputs.size());
     for (int input : node.inputs) {
@@ -149,11 +267,34 @@ std::vector<mx::array> Tape::play(const std::vector<mx::array>& inputs) const {
     }
   }
   std::vector<mx::array> results;
-  results.reserve(outputs_.size());
-  for (int output : outputs_) {
+  results.reserve(graph_->outputs.size());
+  for (int output : graph_->outputs) {
     results.push_back(values[output]);
   }
   return results;
+}
+
+std::vector<mx::array> Tape::play_as_one(std::vector<mx::array> values) const {
+  std::vector<mx::array> made;
+  if (!shapes_.empty()) {
+    auto played = std::make_shared<Played>(stream_, graph_);
+    made = mx::array::make_arrays(shapes_, dtypes_, played, values);
+  }
+  std::vector<mx::array> results;
+  size_t next = 0;
+  for (int output : graph_->outputs) {
+    bool given = output < int(values.size());
+    results.push_back(given ? values[output] : made[next++]);
+  }
+  return results;
+}
+
+std::vector<std::string> Tape::nodes() const {
+  std::vector<std::string> names;
+  for (const auto& node : graph_->nodes) {
+    names.push_back(node.primitive->name());
+  }
+  return names;
 }
 
 std::vector<mx::array> Recorded::operator()(
@@ -177,7 +318,8 @@ void bind_recorded(nb::module_& m) {
   nb::class_<Recorded>(m, "Recorded")
       .def(nb::init<ArrayFunction>(), nb::arg("function"))
       .def("__call__", &Recorded::operator(), nb::arg("inputs"))
-      .def_prop_ro("tapes", &Recorded::tapes);
+      .def_prop_ro("tapes", &Recorded::tapes)
+      .def_prop_ro("nodes", &Recorded::nodes);
 }
 
 } // namespace pyengine

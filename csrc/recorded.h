@@ -7,9 +7,15 @@
 // nodes over other arrays. The graph is the one the function would have built:
 // nothing is fused or reordered, so no bit can differ (mx.compile fuses, on
 // Linux with a C++ compiler at run time).
+//
+// On a processor the whole graph is one node to MLX, which would hand a second
+// task per node to the stream's thread and walk the graph several times. The
+// thread then always has the next kernel in its queue, and does not fall
+// asleep between two.
 
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "mlx/mlx.h"
@@ -22,6 +28,24 @@ namespace mx = mlx::core;
 using ArrayFunction =
     std::function<std::vector<mx::array>(const std::vector<mx::array>&)>;
 
+// Nodes and what they read. Values are numbered: inputs, then constants, then
+// what nodes give in turn.
+struct Graph {
+  struct Node {
+    std::shared_ptr<mx::Primitive> primitive;
+    std::vector<int> inputs;
+    std::vector<mx::Shape> shapes; // of its outputs
+    std::vector<mx::Dtype> dtypes;
+    std::vector<int> ending; // what nodes made that none reads after this one
+  };
+
+  std::vector<mx::array> inputs; // placeholders
+  std::vector<mx::array> constants; // all that depends on no input
+  std::vector<Node> nodes;
+  std::vector<int> outputs;
+  int count = 0; // of values
+};
+
 // The graph of one call, for inputs of its shapes and dtypes, on its stream:
 // nodes belong to the thread that records them.
 class Tape {
@@ -31,22 +55,18 @@ class Tape {
 
   bool fits(const std::vector<mx::array>& inputs) const;
   std::vector<mx::array> play(const std::vector<mx::array>& inputs) const;
+  std::vector<std::string> nodes() const; // names of their primitives
 
  private:
-  // Values are numbered: inputs, then constants, then what nodes give in turn.
-  struct Node {
-    std::shared_ptr<mx::Primitive> primitive;
-    std::vector<int> inputs;
-    std::vector<mx::Shape> shapes; // of its outputs
-    std::vector<mx::Dtype> dtypes;
-  };
+  std::vector<mx::array> play_nodes(std::vector<mx::array> values) const;
+  std::vector<mx::array> play_as_one(std::vector<mx::array> values) const;
 
   mx::Stream stream_;
-  std::vector<mx::array> inputs_; // placeholders
-  std::vector<mx::array> constants_; // all that depends on no input
-  std::vector<Node> nodes_;
-  std::vector<int> outputs_;
-  int count_ = 0; // of values
+  std::shared_ptr<Graph> graph_ = std::make_shared<Graph>();
+  // Of the results that nodes make
+  std::vector<mx::Shape> shapes_;
+  std::vector<mx::Dtype> dtypes_;
+  bool as_one_; // one node to MLX
 };
 
 // A function with tapes for the streams and shapes it was called with lately.
@@ -57,6 +77,10 @@ class Recorded {
   std::vector<mx::array> operator()(const std::vector<mx::array>& inputs);
   int tapes() const {
     return int(tapes_.size());
+  }
+  // Of the graph played last; none before the first.
+  std::vector<std::string> nodes() const {
+    return tapes_.empty() ? std::vector<std::string>() : tapes_.back().nodes();
   }
 
  private:

@@ -90,8 +90,7 @@ class Assistant:
     ) -> tuple[mx.array | Logits, mx.array]:
         """The same for those who may not want all logits."""
         eps = self.config.eps
-        newest = cache.length - 1
-        position = cache.length if self.position == "n-1" else newest
+        position = cache.length if self.position == "n-1" else cache.newest
         h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
         x = ops.rms_norm(h, self.layers[0].input_norm, eps)
         for i, layer in enumerate(self.layers):
@@ -99,7 +98,7 @@ class Assistant:
             next_norm = self.norm if is_last else self.layers[i + 1].input_norm
             q = layer.q(x).reshape(1, 1, -1, layer.config.head_dim)
             q = ops.norm_rope(q, layer.q_norm, position, layer.inv_freq, eps)
-            y = self._attend(layer, q, cache, newest)
+            y = self._attend(layer, q, cache)
             h, x = _residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)
             y = layer.down(gated(layer.gate, layer.up, x))
             h, x = _residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
@@ -107,12 +106,12 @@ class Assistant:
         cache.read_by(hidden)
         return logits, hidden
 
-    def _attend(self, layer: Layer, q: mx.array, cache: Cache, newest: mx.array) -> mx.array:
+    def _attend(self, layer: Layer, q: mx.array, cache: Cache) -> mx.array:
         keys, values = cache.keys[layer.kv_source], cache.values[layer.kv_source]
         assert keys is not None and values is not None
         # The query stands behind the newest key, so one position of its window is its own
         window = self.config.window - 1 if layer.config.sliding else None
-        out = ops.block_attention(q, keys, values, newest, window=window)
+        out = ops.block_attention(q, keys, values, cache.newest, window=window)
         return layer.o(out.reshape(1, -1))
 
     def _head(self, x: mx.array) -> mx.array | Logits:

@@ -39,6 +39,7 @@ class Cache:
         self.keys: list[mx.array | None] = []
         self.values: list[mx.array | None] = []
         self._reads: list[mx.array] = []
+        self._newest: tuple[mx.array, mx.array] | None = None
         for i, layer in enumerate(config.layers):
             slots = config.window - 1 + max_block if layer.sliding else CAPACITY_STEP
             shape = (1, layer.num_kv_heads, slots, layer.head_dim)
@@ -65,8 +66,10 @@ class Cache:
         return copy
 
     def adopt(self, arrays: Sequence[mx.array], bound: int) -> None:
-        """Go on with what a recorded round gave; ``bound`` limits its length."""
-        self.__dict__.update(self.over(arrays).__dict__, bound=bound)
+        """Go on with what a recorded round gave: all arrays, or the length alone where it wrote to
+        those that are here. ``bound`` limits its length."""
+        stored = self.arrays[: -len(arrays)]
+        self.__dict__.update(self.over([*stored, *arrays]).__dict__, bound=bound)
 
     def reserve(self, count: int) -> None:
         """Make room in linear layers for ``count`` positions more."""
@@ -75,6 +78,13 @@ class Cache:
             for i, a in enumerate(arrays):
                 if a is not None and not self.config.layers[i].sliding and a.shape[2] < slots:
                     arrays[i] = _grown(a, slots - a.shape[2])
+
+    @property
+    def newest(self) -> mx.array:
+        """Position of the newest committed key, int32 []; made once for a length."""
+        if self._newest is None or self._newest[0] is not self.length:
+            self._newest = self.length, self.length - 1
+        return self._newest[1]
 
     @property
     def nbytes(self) -> int:

@@ -83,11 +83,12 @@ class Linear:
         if self.scales is None or self.biases is None:
             return self.weight.astype(mx.float32)
         scales, biases = self.scales.astype(mx.float32), self.biases.astype(mx.float32)
-        if self.bits != 8:
-            return mx.dequantize(self.weight, scales, biases, self.group_size, self.bits)
-        # Bytes need no shifts; a draft step looks one row up, and feels each operation
-        bytes_ = self.weight.view(mx.uint8).reshape(*scales.shape, self.group_size)
-        return (bytes_ * scales[..., None] + biases[..., None]).flatten(-2)
+        return mx.dequantize(self.weight, scales, biases, self.group_size, self.bits)
+
+    def rows(self, ids: mx.array, scale: float, out_dtype: mx.Dtype | None = None) -> mx.array:
+        """Rows of a table times scale, ``[..., K]``; NaN for ids that it does not have."""
+        packing = self.packing or ()
+        return ops.embed(ids, self.arrays, *packing, scale=scale, out_dtype=out_dtype)
 
     def _map(self, f: Callable[[mx.array], mx.array]) -> Linear:
         if self.scales is None or self.biases is None:

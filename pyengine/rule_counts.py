@@ -1,12 +1,11 @@
 """What the Metal kernels of the sampling rules move, and the launches of one round: no timing.
 
 Bytes are counted as in ``kernel_counts``. Launches are those of a real round of the embedded pair,
-read off its graph before it runs.
+read off its recorded graph.
 """
 
 from __future__ import annotations
 
-import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from pyengine import _ext, speculate
 from pyengine.generate import embedded_pair
 from pyengine.ops import switch, workbench
+from pyengine.recorded import ArrayFunction
 from pyengine.sampling import Sampling
 
 VOCAB, TOP_K = 262144, 64
@@ -173,16 +173,13 @@ def _count(
 
 def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[RoundCount]:
     """Count the launches of one round of the embedded pair, sampled by the rule ``block``."""
-    pair, graphs = embedded_pair(), []
-    read = speculate._read
+    pair, played = embedded_pair(), []
 
-    def record(packed: mx.array, state: list[mx.array]) -> list[int]:
-        graph = io.StringIO()
-        mx.export_to_dot(graph, packed, *state)
-        graphs.append(graph.getvalue())
-        return read(packed, state)
+    def record(function: ArrayFunction) -> ArrayFunction:
+        played.append(_ext.Recorded(function))
+        return played[-1]
 
-    with mock.patch.object(speculate, "_read", record):
+    with mock.patch.object(speculate, "recorded", record):
         rounds = speculate.decode(
             pair.target,
             pair.assistant,
@@ -194,7 +191,7 @@ def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[
         next(rounds)  # the prefill
         next(rounds)
         rounds.close()
-    names = Counter(re.findall(r'label ="(\w+)', graphs[1]))
+    names = Counter(name.split()[0] for name in played[0].nodes)
     ours = {row["op"] for row in switch.status()}
     calls: Counter[str] = Counter()
     for name, number in names.items():

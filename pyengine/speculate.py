@@ -19,6 +19,7 @@ import mlx.core as mx
 from pyengine import sampling as rules
 from pyengine.cache import Cache
 from pyengine.logits import Logits
+from pyengine.ops import switch
 from pyengine.ops.filter_logits import Filtered
 from pyengine.prefix import Prefix
 from pyengine.recorded import ArrayFunction, recorded
@@ -228,7 +229,7 @@ def _rounds(
     """Rounds of one generation, as a function of arrays alone: the state's two, the seed, what
     :class:`Listed` holds if anything, the cache's. It gives what the host reads, the next state's
     two and the cache's."""
-    size = len(cache.arrays)
+    size, in_place = len(cache.arrays), switch.in_place()
 
     def build(arrays: Sequence[mx.array]) -> list[mx.array]:
         primary, hidden, seed, *rest = arrays[:-size]
@@ -238,7 +239,8 @@ def _rounds(
             packed, state = _round(target, assistant, own, state, listed, sampling, seed, k)
         else:
             packed, state = _plain_step(target, own, state, listed, sampling, seed)
-        return [packed, *state, *own.arrays]
+        # What was written in place the caller has; MLX's work grows with the square of the results
+        return [packed, *state, *([own.length] if in_place else own.arrays)]
 
     return recorded(build)
 
@@ -256,28 +258,29 @@ def _round(
     """Draft k, verify, accept, commit: what the host reads, and the next state."""
     position = cache.length  # of the block's first token
     # Draft
-    token, hidden, rows = state.primary, state.hidden, []
-    drafts = state.primary[:0]
+    token, hidden, block, rows = state.primary, state.hidden, [state.primary], []
     for i in range(k):
         logits, hidden = assistant.forward(target.embed(token), hidden, cache)
-        rows.append(filter_logits(logits, sampling, rules.edits(listed, sampling, drafts, i)))
+        before = mx.concatenate(block)[1:]
+        rows.append(filter_logits(logits, sampling, rules.edits(listed, sampling, before, i)))
         token = rules.draw_draft(rows[i], sampling, position, seed, i)
-        drafts = mx.concatenate([drafts, token])
+        block.append(token)
     q = Filtered(*(mx.concatenate(list(part)) for part in zip(*rows, strict=True)))
     # Verify
-    logits, hidden = target.forward(mx.concatenate([state.primary, drafts]), cache)  # [k + 1, ...]
+    ids = mx.concatenate(block)
+    logits, hidden = target.forward(ids, cache)  # [k + 1, ...]
+    drafts = ids[1:]
     p = filter_logits(logits, sampling, rules.edits(listed, sampling, drafts, 0))
     # Accept
     accepted, token = rules.accept(p, q, drafts, sampling, position, seed, logits.shape[-1])
     # Commit
     cache.commit(accepted + 1, cache.bound + k + 1)
-    # An assistant may leave tokens out (-inf, flag 1); a target may not
-    broken = mx.max(mx.concatenate([p.flags, q.flags >> 1]))
-    packed = [drafts, accepted[None], token, broken[None]]
+    row = accepted[None]
+    packed = [drafts, row, token, p.flags, q.flags]
     if sampling.logprobs is not None:
         chosen = mx.where(mx.arange(k + 1) == accepted, token, mx.concatenate([drafts, token]))
         packed.append(rules.logprobs(logits, chosen, sampling.logprobs).flatten())
-    return mx.concatenate(packed), _State(token, hidden[accepted][None])
+    return mx.concatenate(packed), _State(token, mx.take(hidden, row, axis=0))
 
 
 def _plain_step(
@@ -326,8 +329,11 @@ def _read(packed: mx.array, state: list[mx.array]) -> list[int]:
 
 
 def _unpack(row: list[int], k: int, sampling: Sampling) -> _Kept:
-    """Take apart what was read: k drafts, how many were kept, the next token, flag, logprobs."""
-    if row[k + 2]:
+    """Take apart what was read: k drafts, how many were kept, the next token, flags of the target's
+    k + 1 rows and of the assistant's k, logprobs."""
+    ours, guesses = row[k + 2 : 2 * k + 3], row[2 * k + 3 : 3 * k + 3]
+    # An assistant may leave tokens out (-inf, flag 1); a target may not
+    if any(ours) or any(flags >> 1 for flags in guesses):
         raise NonFinite(
             "[decode] logits must be finite but got NaN or infinity; are the weights damaged?"
         )
@@ -335,7 +341,7 @@ def _unpack(row: list[int], k: int, sampling: Sampling) -> _Kept:
     tokens = [*row[:accepted], row[k + 1]]
     if sampling.logprobs is None:
         return _Kept(tokens, accepted, None)
-    n, rest = sampling.logprobs, row[k + 3 :]
+    n, rest = sampling.logprobs, row[3 * k + 3 :]
     width = 1 + 2 * n
     found = []
     for i, token in enumerate(tokens):

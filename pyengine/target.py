@@ -6,6 +6,7 @@ elementwise operations only. Values are kept in the checkpoint's dtype, rounded 
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 
@@ -112,7 +113,7 @@ class Target:
 
     def embed(self, ids: mx.array) -> mx.array:
         """Scaled embeddings of ids [T]: [T, E]."""
-        return _lookup(self.table, ids, self.embedding_scale).astype(self.dtype)
+        return self.table.rows(ids, self.embedding_scale)
 
     def new_cache(self, max_block: int) -> Cache:
         """An empty cache for verify calls of up to max_block tokens."""
@@ -196,7 +197,7 @@ class Target:
                 h, x = _residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
             else:
                 h, _ = ops.residual_norm(h, y, layer.post_mlp_norm, eps=eps)
-                y = ops.geglu(layer.per_layer.gate(h), per_layer[:, i])
+                y = ops.geglu(layer.per_layer.gate(h), per_layer[i])
                 y = layer.per_layer.projection(y)
                 h, x = _residual(h, y, layer.per_layer.norm, next_norm, eps, layer.scalar)
         cache.read_by(x)
@@ -236,13 +237,14 @@ class Target:
         out = ops.block_attention(q, keys, values, cache.length, window=window, start=start)
         return attention.o(out.reshape(T, -1))
 
-    def _per_layer_inputs(self, ids: mx.array, h: mx.array) -> mx.array:
-        """The second embedding of E2B and E4B, [T, L, P]; float32 until its one rounding."""
+    def _per_layer_inputs(self, ids: mx.array, h: mx.array) -> list[mx.array]:
+        """The second embedding of E2B and E4B, [T, P] a layer; float32 until its one rounding."""
         L, P = len(self.layers), self.config.per_layer_width
-        table = _lookup(self.per_layer_table, ids, self.per_layer_scale).reshape(-1, L, P)
+        table = self.per_layer_table.rows(ids, self.per_layer_scale, mx.float32)  # [T, L * P]
         context = self.per_layer_projection(h, mx.float32) * self.config.hidden_size**-0.5
         context = ops.rms_norm(context.reshape(-1, L, P), self.per_layer_norm, self.config.eps)
-        return ((context + table) * 2**-0.5).astype(self.dtype)
+        both = (context.reshape(table.shape) + table) * 2**-0.5
+        return list(mx.split(both.astype(self.dtype), L, axis=-1))
 
 
 def check_ids(what: str, ids: list[int], vocab_size: int) -> None:
@@ -254,13 +256,9 @@ def check_ids(what: str, ids: list[int], vocab_size: int) -> None:
         raise ValueError(f"[{what}] ids must be from 0 to {vocab_size - 1} but got {bad}.")
 
 
-def _rounded(value: float, dtype: mx.Dtype) -> mx.array:
-    return mx.array(value, dtype=dtype).astype(mx.float32)
-
-
-def _lookup(table: Linear, ids: mx.array, scale: mx.array) -> mx.array:
-    """Rows of a table times scale, in float32."""
-    return table.take(ids).values() * scale
+def _rounded(value: float, dtype: mx.Dtype) -> float:
+    """value as a number of that dtype. Evaluates."""
+    return cast(float, mx.array(value, dtype=dtype).astype(mx.float32).item())
 
 
 def _residual(
@@ -292,39 +290,20 @@ def _with_experts(
 
 
 def _route(experts: Experts, h: mx.array, num_used: int, eps: float) -> tuple[mx.array, mx.array]:
-    """The chosen experts [T, num_used] in ascending order, and their float32 weights.
-
-    All in float32. Ties go to the lower expert. Sums are spelled out, so that no reduction may
-    choose its order by the number of rows.
-    """
+    """The chosen experts [T, num_used] in ascending order, and their weights; all in float32."""
     x = ops.rms_norm(h.astype(mx.float32), experts.router_norm, eps)
-    logits = experts.router(x)  # [T, X]
-    X = logits.shape[-1]
-    order = mx.arange(X, dtype=mx.int32)
-    mine, others = logits[:, :, None], logits[:, None, :]
-    ahead = (others > mine) | ((others == mine) & (order[None, :] < order[:, None]))
-    chosen = ahead.sum(axis=-1) < num_used
-    ids = mx.sort(mx.where(chosen, order, X), axis=-1)[:, :num_used]
-    logits = mx.take_along_axis(logits, ids, axis=-1)
-    weights = mx.exp(logits - mx.max(logits, axis=-1, keepdims=True))
-    total = weights[:, :1]
-    for slot in range(1, num_used):
-        total = total + weights[:, slot : slot + 1]
-    return ids, weights / total * mx.take(experts.scales, ids)
+    return ops.route_experts(experts.router(x), experts.scales, num_used)
 
 
 def _experts_packed(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
-    """Weighted sum [T, E], float32, over each row's own experts, slot by slot; quantised stacks."""
+    """Weighted sum [T, E] over each row's own experts, slot by slot; quantised stacks."""
     gate, up, down = experts.gate.packed, experts.up.packed, experts.down.packed
     assert gate is not None and up is not None and down is not None
     packing = (experts.gate.group_size, experts.gate.bits)
     y = ops.q8_expert_matmul(x, gate, ids, *packing, up=up)  # [T, num_used, F]
     packing = (experts.down.group_size, experts.down.bits)
     parts = ops.q8_expert_matmul(y, down, ids, *packing, out_dtype=mx.float32)
-    total = parts[:, 0] * weights[:, :1]
-    for slot in range(1, ids.shape[1]):
-        total = total + parts[:, slot] * weights[:, slot : slot + 1]
-    return total
+    return ops.weigh_experts(parts, weights, x.dtype)
 
 
 def _experts_by_slot(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import weakref
+from collections import Counter
 
 import mlx.core as mx
 import pytest
@@ -30,6 +32,67 @@ def test_it_runs_once_for_each_set_of_shapes_and_dtypes():
     assert len(runs) == 2
     assert play([mx.arange(3), mx.array(1)])[0].tolist() == [1, 3, 5]
     assert len(runs) == 3
+
+
+def test_nodes_are_those_that_depend_on_an_argument():
+    play = recorded(lambda arrays: [mx.abs(arrays[0] * (mx.array(2.0) + 3)), arrays[1]])
+    assert play.nodes == []
+    play([mx.array(1.0), mx.array(1.0)])
+    assert play.nodes == ["Multiply", "Abs"]
+
+
+def test_a_graph_is_one_node_on_a_processor(tmp_path):
+    """Results that are arguments or constants are handed on."""
+    x, constant = mx.arange(3), mx.arange(3) + 1
+    mx.eval(x, constant)
+
+    def function(arrays):
+        x = arrays[0]
+        return [x, x * x + x, constant, x * x]
+
+    play = recorded(function)
+    for _ in range(2):
+        same, both, still, square = play([x])
+        mx.export_to_dot(str(tmp_path / "graph"), both, square)
+        assert re.findall(r'label ="(\w+)', (tmp_path / "graph").read_text()) == ["Played"]
+        out = [a.tolist() for a in (same, both, still, square)]
+        assert out == [[0, 1, 2], [0, 2, 6], [1, 2, 3], [0, 1, 4]]
+    assert play.nodes == ["Multiply", "Add", "Multiply"]
+
+
+def test_what_is_not_read_any_more_is_freed_on_the_way():
+    def function(arrays):
+        x = arrays[0]
+        for _ in range(1000):
+            x = ops.rms_norm(x, None)
+        return [x]
+
+    play, x = recorded(function), mx.ones((256, 1024))
+    mx.eval(play([x]))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(play([x]))
+    # A hundred tasks of ten ahead of the thread, 32 arrays that wait to be freed: not a thousand
+    assert mx.get_peak_memory() - before < 300 * x.nbytes
+
+
+def test_the_error_of_a_node_comes_through_and_leaves_the_function_usable():
+    def function(arrays):
+        x, cache, new = arrays
+        for _ in range(50):
+            x = ops.rms_norm(x, None)
+        return [x, ops.write_cache(cache, new, mx.array(0, mx.int32))]
+
+    play, new = recorded(function), mx.ones((1, 1, 1, 2))
+    x, cache = mx.ones((512, 512)), mx.zeros((1, 1, 4, 4))
+    for strided in (True, False, True):
+        given = cache[..., ::2] if strided else mx.contiguous(cache[..., ::2])
+        mx.eval(given)
+        if strided:
+            with pytest.raises(RuntimeError, match="contiguous"):
+                mx.eval(play([x, given, new]))
+        else:
+            assert play([x, given, new])[1].sum().item() == 2
 
 
 def test_graphs_of_shapes_that_do_not_come_back_are_dropped():
@@ -133,6 +196,27 @@ def test_rounds_are_the_same_recorded_or_not(flavour, block_size, sampling, monk
     pair = tiny_pair(flavour, "bfloat16-q8")
     a, b = texts(pair, flavour, monkeypatch, sampling=sampling, block_size=block_size)
     assert a == b and len(a) == 24
+
+
+@pytest.mark.native("counts nodes of the native ops")
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_plain_step_is_made_of_our_ops(flavour, monkeypatch):
+    """What else it has costs as much a node: at most this, whatever the number of experts."""
+    pair, played = tiny_pair(flavour, "bfloat16-q8"), []
+    monkeypatch.setattr(
+        speculate, "recorded", lambda function: played.append(recorded(function)) or played[-1]
+    )
+    list(decode(pair.target, None, [5, 6], sampling=Sampling(), block_size=1, max_tokens=2))
+    ours = {row["op"].replace("_", "") for row in ops.status()}
+    others = Counter(name for name in played[0].nodes if name.lower() not in ours)
+    layers = pair.target.config.layers
+    allowed = Counter(Reshape=len(layers), Add=1, Concatenate=1)  # heads joined; length; for the host
+    allowed["Reshape"] += sum(layer.kv_source != i for i, layer in enumerate(layers))
+    if pair.target.config.num_experts:
+        allowed += Counter(AsType=len(layers), Add=len(layers))
+    if pair.target.config.per_layer_width:
+        allowed += Counter(Multiply=2, Add=1, AsType=1, Reshape=2, Split=1)
+    assert others <= allowed, others - allowed
 
 
 @pytest.mark.parametrize("block_size", [1, 5])

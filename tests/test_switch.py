@@ -9,7 +9,7 @@ import pytest
 from pyengine import _ext, ops
 from pyengine.ops import switch
 
-ELEMENTWISE = {"geglu", "random_uniform", "softcap", "write_cache"}
+ELEMENTWISE = {"embed", "geglu", "random_uniform", "softcap", "weigh_experts", "write_cache"}
 NAMES = [name for name in ops.__all__ if name + "_reference" in ops.__all__]
 
 

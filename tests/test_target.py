@@ -194,16 +194,16 @@ def _dense(model: Target) -> Target:
 def test_embedding_scale_is_rounded_to_the_storage_dtype():
     table = mx.ones((4, 5376), dtype=mx.bfloat16)
     scale = target._rounded(5376**0.5, mx.bfloat16)
-    assert scale.item() == 73.5
-    out = target._lookup(Linear(table), mx.array([1]), scale).astype(mx.bfloat16)
-    assert out[0, 0].item() == 73.5
-    assert target._rounded(2816**0.5, mx.bfloat16).item() == 53.0
+    assert scale == 73.5
+    out = Linear(table).rows(mx.array([1]), scale)
+    assert out.dtype == mx.bfloat16 and out[0, 0].item() == 73.5
+    assert target._rounded(2816**0.5, mx.bfloat16) == 53.0
 
 
 def test_a_quantised_row_is_looked_up_unrounded():
     table = mx.random.normal((8, 64), key=mx.random.key(1)).astype(mx.bfloat16)
     linear = Linear(*mx.quantize(table, 64, 8), 8, 64)
-    rows = target._lookup(linear, mx.array([3, 5]), mx.array(8.0))
+    rows = linear.rows(mx.array([3, 5]), 8.0, mx.float32)
     q = (linear.weight[3][:, None] >> mx.array([0, 8, 16, 24], dtype=mx.uint32)) & 255
     exact = np.array(q.reshape(-1)).astype(np.float64) * linear.scales[3].item()
     exact = (exact + linear.biases[3].item()) * 8.0

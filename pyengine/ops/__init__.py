@@ -4,6 +4,7 @@ from .accept_block import accept_block, accept_block_reference
 from .block_attention import block_attention, block_attention_reference
 from .dense_matmul import dense_matmul, dense_matmul_reference
 from .draw_token import draw_token, draw_token_reference
+from .embed import embed, embed_reference
 from .filter_logits import filter_logits, filter_logits_reference
 from .geglu import geglu, geglu_reference
 from .norm_rope import norm_rope, norm_rope_reference
@@ -16,8 +17,10 @@ from .q8_shared_matmul import q8_shared_matmul, q8_shared_matmul_reference
 from .random_uniform import random_uniform, random_uniform_reference
 from .residual_norm import residual_norm, residual_norm_reference
 from .rms_norm import rms_norm, rms_norm_reference
+from .route_experts import route_experts, route_experts_reference
 from .softcap import softcap, softcap_reference
 from .switch import status, use
+from .weigh_experts import weigh_experts, weigh_experts_reference
 from .write_cache import write_cache, write_cache_reference
 
 __all__ = [
@@ -29,6 +32,8 @@ __all__ = [
     "dense_matmul_reference",
     "draw_token",
     "draw_token_reference",
+    "embed",
+    "embed_reference",
     "filter_logits",
     "filter_logits_reference",
     "geglu",
@@ -53,10 +58,14 @@ __all__ = [
     "residual_norm_reference",
     "rms_norm",
     "rms_norm_reference",
+    "route_experts",
+    "route_experts_reference",
     "softcap",
     "softcap_reference",
     "status",
     "use",
+    "weigh_experts",
+    "weigh_experts_reference",
     "write_cache",
     "write_cache_reference",
 ]

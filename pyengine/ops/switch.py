@@ -19,6 +19,7 @@ METAL = (
     "block_attention",
     "dense_matmul",
     "draw_token",
+    "embed",
     "filter_logits",
     "geglu",
     "norm_rope",
@@ -31,7 +32,9 @@ METAL = (
     "random_uniform",
     "residual_norm",
     "rms_norm",
+    "route_experts",
     "softcap",
+    "weigh_experts",
     "write_cache",
 )
 
@@ -80,13 +83,19 @@ def lazy() -> bool:
     return _chosen != "workbench"
 
 
+def in_place() -> bool:
+    """Whether an evaluated write to the cache is seen through every handle of it. On a processor
+    it is: calls run one after the other, and a write is never a copy."""
+    return chosen("prepare_qkv") == "native" and mx.default_device() == mx.cpu
+
+
 def too_wide(out: mx.array) -> bool:
     """Whether a GPU should give this matmul's result to MLX: more rows than any block has."""
     return mx.default_device() == mx.gpu and out.size > 128 * out.shape[-1]
 
 
 # Ops whose plain form has no reduction: MLX cannot choose an order for them by the number of rows.
-_ELEMENTWISE = ("geglu", "random_uniform", "softcap", "write_cache")
+_ELEMENTWISE = ("embed", "geglu", "random_uniform", "softcap", "weigh_experts", "write_cache")
 _REDUCING = (
     "accept_block",
     "block_attention",
@@ -102,6 +111,7 @@ _REDUCING = (
     "q8_shared_matmul",
     "residual_norm",
     "rms_norm",
+    "route_experts",
 )
 
 

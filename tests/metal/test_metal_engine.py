@@ -10,9 +10,12 @@ from pyengine.pair import Pair
 from pyengine.sampling import Sampling
 from pyengine.speculate import Stats, decode
 
-# What every greedy text runs beside its matmuls: its norms, heads and attention, and the
+# What every greedy text runs beside its matmuls: embeddings, norms, heads and attention, and the
 # rules; the first token has all logits
-LAYERS = {"block_attention", "norm_rope", "prepare_qkv", "residual_norm", "rms_norm", "write_cache"}
+LAYERS = {
+    *("block_attention", "embed", "norm_rope", "prepare_qkv"),
+    *("residual_norm", "rms_norm", "write_cache"),
+}
 RULES = {"softcap", "filter_logits", "merge_candidates", "accept_block"}
 # What a quantised pair without experts runs
 Q8 = {"q8_matmul", "q8_shared_matmul", "q8_gated_matmul", "q8_filter_logits"}
@@ -38,7 +41,7 @@ def text(pair: Pair, flavour: str, block_size: int) -> tuple[list[int], Stats]:
     "flavour, form, expected",
     [
         ("dense31", "bfloat16-q8", Q8),
-        ("moe26", "float32-q8", {*Q8, "q8_expert_matmul"}),
+        ("moe26", "float32-q8", {*Q8, "q8_expert_matmul", "route_experts", "weigh_experts"}),
         ("uni12", "bfloat16", {"dense_matmul", "geglu"}),
     ],
 )

@@ -1,0 +1,33 @@
+// weigh_experts: the weighted sum of what a row's experts gave, one number a
+// thread, slot after slot, products and sums each rounded.
+#include "ordered_sum.h"
+
+using namespace pyengine;
+
+template <typename T>
+[[kernel]] void weigh_experts(
+    const device float* parts [[buffer(0)]], // [T, used, E]
+    const device float* weights [[buffer(1)]], // [T, used]
+    device T* out [[buffer(2)]], // [T, E]
+    constant uint& used [[buffer(3)]],
+    constant uint& E [[buffer(4)]],
+    constant float& minus_zero [[buffer(5)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint3 threads [[threads_per_threadgroup]],
+    ushort index [[thread_index_in_threadgroup]]) {
+  uint k = group.x * threads.x + index;
+  if (k >= E) {
+    return;
+  }
+  const device float* own = weights + ulong(group.y) * used;
+  const device float* from = parts + ulong(group.y) * used * E + k;
+  float total = product(from[0], own[0], minus_zero);
+  for (uint slot = 1; slot < used; ++slot) {
+    total += product(from[ulong(slot) * E], own[slot], minus_zero);
+  }
+  out[ulong(group.y) * E + k] = T(total);
+}
+
+INSTANTIATE("weigh_experts_float32", weigh_experts, float)
+INSTANTIATE("weigh_experts_float16", weigh_experts, half)
+INSTANTIATE("weigh_experts_bfloat16", weigh_experts, bfloat)

@@ -1,0 +1,74 @@
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from pyengine import _ext
+
+from . import workbench
+from .switch import chosen
+
+
+def embed(
+    ids: mx.array,
+    table: Sequence[mx.array],
+    group_size: int = 64,
+    bits: int = 8,
+    *,
+    scale: float = 1.0,
+    out_dtype: mx.Dtype | None = None,
+) -> mx.array:
+    """Look rows of a table up by token id, dequantise and scale them.
+
+    ``out[t] = (q[ids[t]] * scales[ids[t]] + biases[ids[t]]) * scale``, or ``w[ids[t]] * scale`` of
+    a table of floats: each step in float32 and rounded, the result rounded once more to its dtype.
+    A row of an id outside 0 to V - 1 is NaN, which no logits made of it can hide; nothing is read
+    outside of the table.
+
+    Args:
+        ids: int32, any shape and strides.
+        table: ``(w,)``, float32, float16 or bfloat16 ``[V, E]``; or ``(w, scales, biases)`` as
+            ``mx.quantize`` packs them: uint32 ``[V, E * bits / 32]`` and twice
+            ``[V, E / group_size]`` in one of those dtypes.
+        group_size: 32, 64 or 128 weights share a scale and a bias; of a quantised table.
+        bits: 8, 6 or 4 per weight; of a quantised table.
+        scale: Multiplies the rows.
+        out_dtype: float32 or the dtype of the table's floats, which is the default.
+
+    Returns:
+        ``[..., E]``, with the leading dimensions of ``ids``.
+
+    Raises:
+        ValueError: A shape, dtype or limit above does not hold.
+    """
+    out = _ext.embed(ids, table, group_size, bits, scale, out_dtype)  # checks in every case
+    implementation = chosen("embed")
+    if implementation == "native":
+        return out
+    if implementation == "workbench" and out.size > 0:
+        V, E, dtype = table[0].shape[0], out.shape[-1], table[-1].dtype
+        dense = len(table) == 1
+        packing = (1, 0) if dense else (group_size, bits)
+        launch = _ext.embed_launch(ids.size, V, E, dtype, out.dtype, *packing, scale)
+        arrays = [table[0]] * 3 if dense else table
+        return workbench.run(launch, ids, *arrays)[0].reshape(out.shape)
+    return embed_reference(ids, table, group_size, bits, scale=scale, out_dtype=out_dtype)
+
+
+def embed_reference(
+    ids: mx.array,
+    table: Sequence[mx.array],
+    group_size: int = 64,
+    bits: int = 8,
+    *,
+    scale: float = 1.0,
+    out_dtype: mx.Dtype | None = None,
+) -> mx.array:
+    """The same in plain MLX, equal bit for bit."""
+    V, dtype = table[0].shape[0], table[-1].dtype
+    known = (ids >= 0) & (ids < V)
+    w, *factors = (mx.take(a, mx.where(known, ids, 0), axis=0) for a in table)
+    if factors:
+        scales, biases = (a.astype(mx.float32) for a in factors)
+        w = mx.dequantize(w, scales, biases, group_size, bits)
+    rows = w.astype(mx.float32) * scale
+    return mx.where(known[..., None], rows, mx.nan).astype(out_dtype or dtype)

@@ -1,0 +1,54 @@
+import mlx.core as mx
+
+from pyengine import _ext
+
+from . import workbench
+from .switch import chosen
+
+
+def route_experts(logits: mx.array, scales: mx.array, used: int) -> tuple[mx.array, mx.array]:
+    """Choose the ``used`` experts of each row with the highest logits, and weigh them.
+
+    Ties go to the lower id. A weight is the softmax over the chosen logits, added in the order of
+    the ids, times the expert's scale. All in float32. Where logits are NaN so are weights. On a GPU
+    plain MLX serves more than 32 experts a row.
+
+    Args:
+        logits: The router's, float32 ``[T, X]``, any strides.
+        scales: float32 ``[X]``.
+        used: 1 to X.
+
+    Returns:
+        Ids, int32 ``[T, used]``, rising; weights, float32 ``[T, used]``.
+
+    Raises:
+        ValueError: A shape, dtype or limit above does not hold.
+    """
+    out = _ext.route_experts(logits, scales, used)  # checks in every case
+    implementation = chosen("route_experts", fits=used <= 32)
+    if implementation == "native":
+        return out
+    T, X = logits.shape
+    if implementation == "workbench" and T > 0:
+        ids, weights = workbench.run(_ext.route_experts_launch(T, X, used), logits, scales)
+        return ids, weights
+    return route_experts_reference(logits, scales, used)
+
+
+def route_experts_reference(
+    logits: mx.array, scales: mx.array, used: int
+) -> tuple[mx.array, mx.array]:
+    """The same in plain MLX, the ids equal bit for bit. Sums are spelled out, so that no reduction
+    may choose its order by the number of rows."""
+    X = logits.shape[-1]
+    order = mx.arange(X, dtype=mx.int32)
+    mine, others = logits[:, :, None], logits[:, None, :]
+    ahead = (others > mine) | ((others == mine) & (order[None, :] < order[:, None]))
+    chosen = ahead.sum(axis=-1) < used
+    ids = mx.sort(mx.where(chosen, order, X), axis=-1)[:, :used]
+    logits = mx.take_along_axis(logits, ids, axis=-1)
+    weights = mx.exp(logits - mx.max(logits, axis=-1, keepdims=True))
+    total = weights[:, :1]
+    for slot in range(1, used):
+        total = total + weights[:, slot : slot + 1]
+    return ids, weights / total * mx.take(scales, ids)

@@ -1,0 +1,41 @@
+import mlx.core as mx
+
+from pyengine import _ext
+
+from . import workbench
+from .switch import chosen
+
+
+def weigh_experts(parts: mx.array, weights: mx.array, out_dtype: mx.Dtype) -> mx.array:
+    """Add what a row's experts gave, each times its weight.
+
+    ``out[t] = sum over u of parts[t, u] * weights[t, u]``, u rising, products and sums each rounded
+    to float32, the result once more to its dtype.
+
+    Args:
+        parts: float32 ``[T, U, E]``, any strides; U is at least 1.
+        weights: float32 ``[T, U]``.
+        out_dtype: float32, float16 or bfloat16.
+
+    Returns:
+        ``[T, E]``.
+
+    Raises:
+        ValueError: A shape, dtype or limit above does not hold.
+    """
+    out = _ext.weigh_experts(parts, weights, out_dtype)  # checks in every case
+    implementation = chosen("weigh_experts")
+    if implementation == "native":
+        return out
+    if implementation == "workbench" and out.size > 0:
+        T, U, E = parts.shape
+        return workbench.run(_ext.weigh_experts_launch(T, U, E, out_dtype), parts, weights)[0]
+    return weigh_experts_reference(parts, weights, out_dtype)
+
+
+def weigh_experts_reference(parts: mx.array, weights: mx.array, out_dtype: mx.Dtype) -> mx.array:
+    """The same in plain MLX, equal bit for bit."""
+    total = parts[:, 0] * weights[:, :1]
+    for slot in range(1, weights.shape[1]):
+        total = total + parts[:, slot] * weights[:, slot : slot + 1]
+    return total.astype(out_dtype)
