@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.requests import HTTPConnection
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pyengine.files import kind, parse, shown
@@ -155,6 +155,8 @@ def make_app(pair: Pair, *, limits: Limits | None = None, any_host: bool = False
             # In a thread: a long prompt takes its time, and others' answers must not wait for it
             ask = await asyncio.to_thread(read_request, pair, body, limits, chat)
             worker.add(job := Job(ask))
+        except ClientDisconnect:
+            return Response(status_code=499)
         except Refused as error:
             return _error(error.status, str(error))
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -556,6 +557,21 @@ def test_the_command_serves_until_ctrl_c() -> None:
         assert "Traceback" not in err and err.endswith("Interrupted.\n"), err
     finally:
         process.kill()
+
+
+def test_a_client_that_leaves_while_it_asks(pair: Pair) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    asyncio.run(make_app(pair)({**scope, "query_string": b""}, receive, send))
+    assert sent[0]["status"] == 499
 
 
 def test_impatience_ends_the_command_too() -> None:
