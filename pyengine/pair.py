@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -26,15 +26,13 @@ from pyengine.config import (
 from pyengine.files import read_object, shown, within
 from pyengine.hub import locate
 from pyengine.target import Target, check_ids
+from pyengine.tokenizer import Tokenizer, load_tokenizer
 from pyengine.weights import (
     assistant_layout,
     load_assistant_weights,
     load_target_weights,
     target_layout,
 )
-
-if TYPE_CHECKING:
-    from pyengine.tokenizer import Tokenizer
 
 MANIFEST = "mtplx_pair.json"
 SAMPLING = {"temperature": 1.0, "top_p": 0.95, "top_k": 64}
@@ -74,8 +72,6 @@ class Pair:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The target's tokenizer, read when first asked for."""
-        from pyengine.tokenizer import load_tokenizer
-
         return load_tokenizer(self.target_path)
 
     def logits(self, ids: Sequence[int]) -> mx.array:
@@ -141,6 +137,7 @@ def load(
     *,
     dtype: mx.Dtype | None = None,
     position: Position = "n-1",
+    text: bool = False,
 ) -> Pair:
     """Load a pair: two checkpoint folders, a bundle, or (nothing given) the embedded pair.
 
@@ -152,9 +149,10 @@ def load(
         dtype: Convert to float32, float16 or bfloat16; None keeps the checkpoint's.
         position: Where the assistant's query sits, ``"n-1"`` or ``"n-2"``. Changes acceptance at
             most, never the output's distribution.
+        text: Read the tokenizer too, before the weights: a wrong one is told at once.
 
     Returns:
-        The pair; its tokenizer is read when first used.
+        The pair; its tokenizer is read when first used, if not already.
 
     Raises:
         ValueError: A folder is not what it should be, or the two are no pair.
@@ -194,6 +192,7 @@ def load(
         needed += memory.weight_bytes(assistant_path, assistant_layout(assistant_config), dtype)
     needed += memory.cache_bytes(target_config, 1, 1, 2)
     memory.check(needed, "the weights and the smallest cache")
+    tokenizer = load_tokenizer(target_path) if text else None
     weights = load_target_weights(target_path, target_config, dtype)
     if assistant_path is not None:
         own = load_assistant_weights(assistant_path, assistant_config, dtype)
@@ -206,7 +205,7 @@ def load(
     model = Target(target_config, weights)
     # A lazy array belongs to the thread that made it, an evaluated one to all
     mx.eval([*_arrays(model), *_arrays(loaded)])
-    return Pair(
+    pair = Pair(
         target=model,
         assistant=loaded,
         generation=generation,
@@ -217,6 +216,9 @@ def load(
         embedded=embedded,
         manifest=manifest,
     )
+    if tokenizer is not None:
+        vars(pair)["tokenizer"] = tokenizer  # where its cached_property looks
+    return pair
 
 
 def _arrays(value: object) -> Iterator[mx.array]:

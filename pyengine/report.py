@@ -207,6 +207,8 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
             file.write("\n")
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(name)
+        if isinstance(error, OSError) and error.filename is None:  # a write does not say to what
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
