@@ -37,6 +37,7 @@ from pyengine.weights import (
 MANIFEST = "mtplx_pair.json"
 SAMPLING = {"temperature": 1.0, "top_p": 0.95, "top_k": 64}
 MAX_DEFAULT = 1e6
+MAX_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def load(
         generation=generation,
         path=path,
         target_path=target_path,
-        name=str(manifest.get("name", name)),
+        name=manifest.get("name", name),
         verified=verified,
         embedded=embedded,
         manifest=manifest,
@@ -266,14 +267,21 @@ def bundle_parts(path: Path) -> tuple[Path, Path]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The object in a bundle's manifest, as it is."""
+    """The object in a bundle's manifest; of its values, only the name is checked here."""
     file = within(path, MANIFEST, "load")
     if not file.is_file():
         raise ValueError(
             f"[load] {path} has no {MANIFEST}; is it a bundle? A checkpoint folder goes to "
             "target= or assistant=."
         )
-    return read_object(file, "load")
+    manifest = read_object(file, "load")
+    name = manifest.get("name", "-")
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+        raise ValueError(
+            f"[load] `name` of {MANIFEST} must be a line of at most {MAX_NAME} characters but got "
+            f"{shown(name)}."
+        )
+    return manifest
 
 
 def _inside(bundle: Path, manifest: dict[str, Any], part: str) -> Path:

@@ -189,6 +189,8 @@ def check_output(path: Path) -> None:
     """
     if path.is_dir():
         raise ValueError(f"[bench] output must be a file but {path} is a folder.")
+    if path.exists() and not path.is_file():  # the report's file would take a device's place
+        raise ValueError(f"[bench] output must be a file but {path} is a device or a pipe.")
     if not path.parent.is_dir():
         raise ValueError(f"[bench] output must lie in a folder that exists but got {path}.")
     try:

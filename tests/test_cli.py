@@ -180,6 +180,7 @@ def test_stats_go_to_standard_error(pair: Any) -> None:
         ),
         (["bench", "gemma-mtp", "--draft-block-sizes", "1"], "[bench] block sizes must be 2 to"),
         (["bench", "gemma-mtp", "--prompt-suite", "absent"], "[suite] absent cannot be read"),
+        (["bench", "gemma-mtp", "--seed", str(2**32 - 1)], "[bench] seed must be at most 429496"),
         (["bench", "gemma-mtp", "--output", "no/where"], "[bench] output must lie in a folder"),
     ],
 )
