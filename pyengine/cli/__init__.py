@@ -9,6 +9,7 @@ Ctrl-C.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -78,3 +79,6 @@ def main() -> None:
         sys.exit(end.exit_code)
     except KeyboardInterrupt:  # before a command had begun
         sys.exit(common.INTERRUPTED)
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # one more Ctrl-C ends it without a word

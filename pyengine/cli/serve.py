@@ -8,6 +8,8 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Annotated
 
@@ -75,15 +77,28 @@ def run(
             ended: list[int] = []
 
             class Server(uvicorn.Server):
-                def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-                    app.state.worker.end()
-                    self.force_exit = bool(ended)  # asked again
-                    self.should_exit = True
-                    ended.append(sig)
+                @contextmanager
+                def capture_signals(self) -> Iterator[None]:
+                    yield  # they are ours: its own are not in place until its end
 
-            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S)
-            Server(config).run(sockets=[sock])
-            if ended:  # only now, when no loop's handler is in its way
+            # Nothing is to be done when it starts and ends
+            config = uvicorn.Config(
+                app, log_level="warning", timeout_graceful_shutdown=GRACE_S, lifespan="off"
+            )
+            server = Server(config)
+
+            def end(sig: int, _: FrameType | None) -> None:
+                app.state.worker.end()
+                server.should_exit = True
+                ended.append(sig)
+
+            before = {sig: signal.signal(sig, end) for sig in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                server.run(sockets=[sock])
+            finally:
+                for sig, handler in before.items():
+                    signal.signal(sig, handler)
+            if ended:
                 signal.raise_signal(ended[0])
 
 
