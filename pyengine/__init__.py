@@ -1,9 +1,16 @@
 """Exact speculative decoding for Gemma 4 and its assistant, on MLX."""
 
+from pyengine.start import as_command as _as_command
+
+_as_command()
+
 from importlib import metadata as _metadata
 
 _BUILT_FOR = "0.32.4"
-_found = _metadata.version("mlx")
+try:
+    _found = _metadata.version("mlx")
+except _metadata.PackageNotFoundError:
+    _found = "none"
 
 # libmlx has no stable ABI: another version would fail later, on an undefined symbol or worse.
 if _found != _BUILT_FOR:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
+from pyengine.files import shown
 from pyengine.messages import Prompt, prompt_ids
 from pyengine.prefix import Prefix
 from pyengine.reader import Reader, stop_strings
@@ -152,13 +153,25 @@ def check_settings(pair: Pair, max_tokens: int, block_size: int | None) -> int:
         ValueError: It or ``max_tokens`` is impossible with this pair.
     """
     block = default_block_size(pair) if block_size is None else block_size
-    if not 1 <= block <= MAX_BLOCK:
-        raise ValueError(f"[generate] block_size must be 1 to {MAX_BLOCK} but got {block}.")
+    check_numbers(max_tokens, block)
     if block > 1 and pair.assistant is None:
         raise ValueError(f"[generate] block_size must be 1 without an assistant but got {block}.")
+    return block
+
+
+def check_numbers(max_tokens: int, block_size: int) -> None:
+    """What can be said of the two before a pair is there.
+
+    Raises:
+        ValueError: One is impossible with any pair.
+    """
+    for name, value in (("block_size", block_size), ("max_tokens", max_tokens)):
+        if not isinstance(value, SupportsIndex):
+            raise ValueError(f"[generate] {name} must be a whole number but got {shown(value)}.")
+    if not 1 <= block_size <= MAX_BLOCK:
+        raise ValueError(f"[generate] block_size must be 1 to {MAX_BLOCK} but got {block_size}.")
     if max_tokens < 1:
         raise ValueError(f"[generate] max_tokens must be at least 1 but got {max_tokens}.")
-    return block
 
 
 class Step(NamedTuple):

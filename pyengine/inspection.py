@@ -26,15 +26,15 @@ from pyengine.pair import bundle_parts, read_generation, read_manifest
 from pyengine.tokenizer import load_tokenizer
 from pyengine.weights import Layout, assistant_layout, check_tensors, target_layout
 
-BLOCK = 8  # of the cache whose size is told
+CONTEXT, BLOCK = 8192, 8  # of the cache whose size is told
 
 
-def inspect(path: str | Path, context: int = 8192) -> dict[str, Any]:
+def inspect(path: str | Path, context: int | None = None) -> dict[str, Any]:
     """Read configs, headers, tokenizer and settings of a checkpoint folder or bundle.
 
     Args:
         path: The folder.
-        context: Tokens that the told cache shall hold.
+        context: Tokens that the told cache shall hold; None is 8192, or all a smaller model has.
 
     Returns:
         A report ready for JSON; ``refused`` lists every sentence with which loading would end.
@@ -45,7 +45,7 @@ def inspect(path: str | Path, context: int = 8192) -> dict[str, Any]:
     path = locate(path)
     if not path.is_dir():
         raise ValueError(f"[inspect] path must be a folder but got {path}.")
-    if context < 1:
+    if context is not None and context < 1:
         raise ValueError(f"[inspect] context must be at least 1 but got {context}.")
     report: dict[str, Any] = {"path": str(path), "kind": None, "name": None, "refused": []}
     with _refusals(report):
@@ -68,7 +68,15 @@ def inspect(path: str | Path, context: int = 8192) -> dict[str, Any]:
         if isinstance(target, TargetConfig):
             with _refusals(report):
                 report["text"] = _text(path, parts, target)
-            report["memory"] = _memory(report, target, context)
+            report["memory"] = memory_of = _memory(report, target, context)
+            with _refusals(report):
+                least = memory_of["weights"] + memory.cache_bytes(target, 1, 1, 2)
+                memory.check(least, "the weights and the smallest cache")
+            if context is not None and context > target.context_limit:
+                report["refused"].append(
+                    f"[inspect] context must be at most the model's {target.context_limit} tokens "
+                    f"but got {context}."
+                )
     return report
 
 
@@ -144,11 +152,11 @@ def _text(path: Path, parts: dict[str, Path], target: TargetConfig) -> dict[str,
     }
 
 
-def _memory(report: dict[str, Any], target: TargetConfig, context: int) -> dict[str, Any]:
+def _memory(report: dict[str, Any], target: TargetConfig, context: int | None) -> dict[str, Any]:
     known = [report.get(part, {}).get("tensors") for part in ("target", "assistant")]
     weights = sum(tensors["bytes"] for tensors in known if tensors)
     size = 4 if (known[0] or {}).get("dtype") == "float32" else 2
-    context = min(context, target.context_limit)
+    context = min(CONTEXT if context is None else context, target.context_limit)
     cache = memory.cache_bytes(target, context, BLOCK, size)
     free = memory.available_bytes()
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyengine.chat_template import Message
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
+MAX_DEPTH = 64  # of objects and lists inside a message
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 
 
@@ -28,6 +29,14 @@ def prompt_ids(
     Raises:
         ValueError: The prompt is empty, longer than the context, or of no known form.
     """
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray, memoryview)):
+        raise ValueError(
+            "[generate] prompt must be a string, messages or token ids but got "
+            f"{type(prompt).__name__}."
+        )
+    taken = {"messages", "self"}.intersection(variables or {})
+    if taken:
+        raise ValueError(f"[generate] variables must not be named {min(taken)} but one is.")
     ids = _encode(pair, prompt, raw, dict(variables or {}))
     context = pair.target.context
     if not ids:
@@ -62,11 +71,16 @@ def _encode(pair: Pair, prompt: Prompt, raw: bool, variables: dict[str, Any]) ->
         raise ValueError("[generate] raw must go with a string prompt but got messages.")
     for number, message in enumerate(messages, 1):
         check_message(message, f"[generate] message {number}")
-    return pair.tokenizer.encode_chat([_plain_system(message) for message in messages], **variables)
+    return pair.tokenizer.encode_chat([_with_text(message) for message in messages], **variables)
 
 
-def _plain_system(message: Message) -> Message:
-    """Gemma's templates print a system message as it is, so its parts must be one string."""
+def _with_text(message: Message) -> Message:
+    """A message a template can print: no content, beside tool calls, is none of its words.
+
+    Gemma's templates print a system message as it is, so its parts must be one string.
+    """
+    if message.get("content") is None:
+        return {**message, "content": ""}
     if message["role"] in ("system", "developer") and isinstance(message["content"], list):
         return {**message, "content": "".join(part["text"] for part in message["content"])}
     return message
@@ -90,3 +104,12 @@ def check_message(message: Message, where: str) -> None:
                 )
     elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise ValueError(f"{where} must have text as its content but got {shown(content)}.")
+    inside: list[Any] = [message]
+    for _ in range(MAX_DEPTH):
+        inside = [x for v in inside if isinstance(v, (dict, list)) for x in _parts(v)]
+    if inside:
+        raise ValueError(f"{where} must be nested at most {MAX_DEPTH} deep but is deeper.")
+
+
+def _parts(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value

@@ -6,6 +6,7 @@ Nothing a request asks for is silently ignored: what this engine has not is refu
 from __future__ import annotations
 
 import secrets
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("auto", "none"),
     "response_format": ({"type": "text"},),
+    "parallel_tool_calls": (True, False),
+    "modalities": (["text"],),
 }
 # Of no consequence to the text.
 IGNORED = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}
@@ -46,6 +49,8 @@ NUMBERS = {
 }
 OTHERS = {"model", "stream", "stream_options", "stop", "max_tokens", "block_size", "logit_bias"}
 OTHERS |= {"logprobs"}
+WHOLE = "a whole number"
+KINDS = {bool: "true or false", dict: "an object", list: "a list", int: WHOLE}
 CHAT = {"messages", "tools", "max_completion_tokens", "chat_template_kwargs", "top_logprobs"}
 TEXT = {"prompt", "echo"}
 
@@ -162,9 +167,10 @@ def _check_fields(body: Mapping[str, Any], chat: bool) -> None:
             if value not in NEUTRAL[key]:
                 raise Refused(400, f"[serve] {key} is not offered here but got {shown(value)}.")
         elif key in NUMBERS:
-            fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not fits or (NUMBERS[key] is int and not isinstance(value, int)):
-                raise Refused(400, f"[serve] {key} must be a number but got {shown(value)}.")
+            whole = NUMBERS[key] is int
+            if not (type(value) is int if whole else _is_number(value)):
+                rule = WHOLE if whole else "a number"
+                raise Refused(400, f"[serve] {key} must be {rule} but got {shown(value)}.")
         elif key not in OTHERS | IGNORED | (CHAT if chat else TEXT):
             raise Refused(400, f"[serve] {shown(key)} is not known here.")
     for key, wanted in (
@@ -181,7 +187,8 @@ def _check_fields(body: Mapping[str, Any], chat: bool) -> None:
         ("max_completion_tokens", int),
     ):
         if key in body and type(body[key]) is not wanted:
-            raise Refused(400, f"[serve] {key} must not be {kind(body[key])}.")
+            said = shown(body[key]) if kind(body[key]) == "a number" else kind(body[key])
+            raise Refused(400, f"[serve] {key} must be {KINDS[wanted]} but got {said}.")
     unknown = {*body.get("stream_options", {})} - {"include_usage", "include_obfuscation"}
     if unknown:
         raise Refused(400, f"[serve] stream_options holds {shown(min(unknown))}, not known here.")
@@ -212,8 +219,13 @@ def _stop(body: Mapping[str, Any]) -> str | Sequence[str]:
 def _bias(values: Mapping[str, Any]) -> dict[int, float]:
     try:
         return {int(token): float(value) for token, value in values.items()}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Refused(400, "[serve] logit_bias must map token ids to numbers.") from None
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is one that a float can hold; JSON's may be longer."""
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
 
 
 def _is_ids(prompt: object) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -26,6 +26,7 @@ from pyengine.config import (
 from pyengine.files import read_object, shown, within
 from pyengine.hub import locate
 from pyengine.target import Target, check_ids
+from pyengine.tokenizer import Tokenizer, load_tokenizer
 from pyengine.weights import (
     assistant_layout,
     load_assistant_weights,
@@ -33,12 +34,10 @@ from pyengine.weights import (
     target_layout,
 )
 
-if TYPE_CHECKING:
-    from pyengine.tokenizer import Tokenizer
-
 MANIFEST = "mtplx_pair.json"
 SAMPLING = {"temperature": 1.0, "top_p": 0.95, "top_k": 64}
 MAX_DEFAULT = 1e6
+MAX_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,6 @@ class Pair:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The target's tokenizer, read when first asked for."""
-        from pyengine.tokenizer import load_tokenizer
-
         return load_tokenizer(self.target_path)
 
     def logits(self, ids: Sequence[int]) -> mx.array:
@@ -141,6 +138,7 @@ def load(
     *,
     dtype: mx.Dtype | None = None,
     position: Position = "n-1",
+    text: bool = False,
 ) -> Pair:
     """Load a pair: two checkpoint folders, a bundle, or (nothing given) the embedded pair.
 
@@ -152,9 +150,10 @@ def load(
         dtype: Convert to float32, float16 or bfloat16; None keeps the checkpoint's.
         position: Where the assistant's query sits, ``"n-1"`` or ``"n-2"``. Changes acceptance at
             most, never the output's distribution.
+        text: Read the tokenizer too, before the weights: a wrong one is told at once.
 
     Returns:
-        The pair; its tokenizer is read when first used.
+        The pair; its tokenizer is read when first used, if not already.
 
     Raises:
         ValueError: A folder is not what it should be, or the two are no pair.
@@ -194,6 +193,7 @@ def load(
         needed += memory.weight_bytes(assistant_path, assistant_layout(assistant_config), dtype)
     needed += memory.cache_bytes(target_config, 1, 1, 2)
     memory.check(needed, "the weights and the smallest cache")
+    tokenizer = load_tokenizer(target_path) if text else None
     weights = load_target_weights(target_path, target_config, dtype)
     if assistant_path is not None:
         own = load_assistant_weights(assistant_path, assistant_config, dtype)
@@ -206,17 +206,20 @@ def load(
     model = Target(target_config, weights)
     # A lazy array belongs to the thread that made it, an evaluated one to all
     mx.eval([*_arrays(model), *_arrays(loaded)])
-    return Pair(
+    pair = Pair(
         target=model,
         assistant=loaded,
         generation=generation,
         path=path,
         target_path=target_path,
-        name=str(manifest.get("name", name)),
+        name=manifest.get("name", name),
         verified=verified,
         embedded=embedded,
         manifest=manifest,
     )
+    if tokenizer is not None:
+        vars(pair)["tokenizer"] = tokenizer  # where its cached_property looks
+    return pair
 
 
 def _arrays(value: object) -> Iterator[mx.array]:
@@ -264,14 +267,21 @@ def bundle_parts(path: Path) -> tuple[Path, Path]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The object in a bundle's manifest, as it is."""
+    """The object in a bundle's manifest; of its values, only the name is checked here."""
     file = within(path, MANIFEST, "load")
     if not file.is_file():
         raise ValueError(
             f"[load] {path} has no {MANIFEST}; is it a bundle? A checkpoint folder goes to "
             "target= or assistant=."
         )
-    return read_object(file, "load")
+    manifest = read_object(file, "load")
+    name = manifest.get("name", "-")
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+        raise ValueError(
+            f"[load] `name` of {MANIFEST} must be a line of at most {MAX_NAME} characters but got "
+            f"{shown(name)}."
+        )
+    return manifest
 
 
 def _inside(bundle: Path, manifest: dict[str, Any], part: str) -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from types import NoneType
 
 from pyengine.tokenizer import Tokenizer
 
@@ -94,6 +95,8 @@ def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     Raises:
         ValueError: One is empty, or no string.
     """
+    if not isinstance(stop, (str, Iterable, NoneType)):
+        raise ValueError(f"[generate] stop must be a string or several but got {stop!r}.")
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     for text in stops:
         if not isinstance(text, str) or not text:

@@ -189,6 +189,8 @@ def check_output(path: Path) -> None:
     """
     if path.is_dir():
         raise ValueError(f"[bench] output must be a file but {path} is a folder.")
+    if path.exists() and not path.is_file():  # the report's file would take a device's place
+        raise ValueError(f"[bench] output must be a file but {path} is a device or a pipe.")
     if not path.parent.is_dir():
         raise ValueError(f"[bench] output must lie in a folder that exists but got {path}.")
     try:
@@ -207,6 +209,8 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
             file.write("\n")
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(name)
+        if isinstance(error, OSError) and error.filename is None:  # a write does not say to what
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise

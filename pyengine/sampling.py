@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import mlx.core as mx
 
@@ -21,6 +21,9 @@ from pyengine.ops.accept_block import RULES, Rule
 from pyengine.ops.filter_logits import MAX_TOP_K, Edits, Filtered
 
 MAX_SEED = 2**32 - 1
+# With these, edited logits divided by the temperature are still float32's
+MAX_EDIT = 1e9
+MIN_TEMPERATURE = 1e-20
 # Lists of edited logits grow in steps, so that few rounds differ in their shapes
 LIST_STEP = 64
 
@@ -72,12 +75,25 @@ class Sampling:
             if not ok:
                 raise ValueError(f"[sampling] {name} must {text} but got {value}.")
 
+        def edit(name: str, value: float) -> None:
+            rule(math.isfinite(value), name, "be finite", value)
+            rule(abs(value) <= MAX_EDIT, name, f"be within {MAX_EDIT:g} of 0", value)
+
         rule(
             math.isfinite(self.temperature) and self.temperature >= 0,
             "temperature",
             "be 0 or more",
             self.temperature,
         )
+        rule(
+            self.temperature == 0 or self.temperature >= MIN_TEMPERATURE,
+            "temperature",
+            f"be 0, which is greedy, or at least {MIN_TEMPERATURE:g}",
+            self.temperature,
+        )
+        for name in ("top_k", "seed"):
+            value = getattr(self, name)
+            rule(isinstance(value, SupportsIndex), name, "be a whole number", value)
         rule(0 < self.top_p <= 1, "top_p", "be above 0 and at most 1", self.top_p)
         rule(
             0 <= self.top_k <= MAX_TOP_K,
@@ -96,12 +112,17 @@ class Sampling:
             "be positive",
             repetition,
         )
+        rule(
+            1 / MAX_EDIT <= repetition <= MAX_EDIT,
+            "repetition_penalty",
+            f"be {1 / MAX_EDIT:g} to {MAX_EDIT:g}",
+            repetition,
+        )
         for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            rule(math.isfinite(value), name, "be finite", value)
+            edit(name, getattr(self, name))
         for token, bias in self.logit_bias.items():
             rule(token >= 0, "logit_bias", "name token ids", token)
-            rule(math.isfinite(bias), "logit_bias", "be finite", bias)
+            edit("logit_bias", bias)
         rule(self.verify in RULES, "verify", f"be one of {', '.join(RULES)}", self.verify)
         n = self.logprobs
         rule(n is None or 0 <= n <= MAX_TOP_K, "logprobs", f"be 0 to {MAX_TOP_K}, or None", n)

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pyengine.files import kind, parse
+from pyengine.files import kind, parse, shown
 from pyengine.generate import Result, Step
 from pyengine.openai_protocol import Ask, Limits, Refused, Reply, read_request
 from pyengine.prefix import Prefix
@@ -116,6 +117,23 @@ class Worker:
             job.say(running.result)
 
 
+class LoopbackOnly:
+    """Refuses requests that name another host than this machine's loopback."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            host = HTTPConnection(scope).headers.get("host", "")
+            name = host if host.endswith("]") else host.rpartition(":")[0] or host
+            if name.lower() not in LOOPBACK:
+                message = f"[serve] the host must be this machine's loopback but got {shown(host)}."
+                await _error(400, message)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 def make_app(pair: Pair, *, limits: Limits | None = None, any_host: bool = False) -> FastAPI:
     """The server for a loaded pair.
 
@@ -128,13 +146,17 @@ def make_app(pair: Pair, *, limits: Limits | None = None, any_host: bool = False
     limits = limits or Limits()
     app = FastAPI(title="pyengine", docs_url=None, redoc_url=None, openapi_url=None)
     if not any_host:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+        app.add_middleware(LoopbackOnly)
     worker = app.state.worker = Worker(limits)
 
     async def complete(request: Request, chat: bool) -> Response:
         try:
-            ask = read_request(pair, await _body(request, limits), limits, chat)
+            body = await _body(request, limits)
+            # In a thread: a long prompt takes its time, and others' answers must not wait for it
+            ask = await asyncio.to_thread(read_request, pair, body, limits, chat)
             worker.add(job := Job(ask))
+        except ClientDisconnect:
+            return Response(status_code=499)
         except Refused as error:
             return _error(error.status, str(error))
         except ValueError as error:
@@ -148,9 +170,15 @@ def make_app(pair: Pair, *, limits: Limits | None = None, any_host: bool = False
     async def completions(request: Request) -> Response:
         return await complete(request, chat=False)
 
+    row = {"id": pair.name, "object": "model", "created": 0, "owned_by": "pyengine"}
+
     async def models() -> dict[str, Any]:
-        row = {"id": pair.name, "object": "model", "created": 0, "owned_by": "pyengine"}
         return {"object": "list", "data": [row]}
+
+    async def model(name: str) -> Response:
+        if name != pair.name:
+            return _error(404, f"[serve] the model must be {pair.name} but got {shown(name)}.")
+        return JSONResponse(row)
 
     async def health() -> dict[str, Any]:
         return {"status": "ok", "waiting": worker.waiting}
@@ -158,11 +186,16 @@ def make_app(pair: Pair, *, limits: Limits | None = None, any_host: bool = False
     async def nowhere(request: Request, error: Any) -> Response:
         return _error(error.status_code, f"[serve] {request.url.path}: {error.detail}.")
 
+    async def broken(request: Request, error: Any) -> Response:
+        return _error(500, "[serve] the request failed; the server's log has the reason.")
+
     for status in (404, 405):
         app.add_exception_handler(status, nowhere)
+    app.add_exception_handler(Exception, broken)
     app.add_api_route("/v1/chat/completions", chat_completions, methods=["POST"])
     app.add_api_route("/v1/completions", completions, methods=["POST"])
     app.add_api_route("/v1/models", models)
+    app.add_api_route("/v1/models/{name:path}", model)
     app.add_api_route("/health", health)
     return app
 

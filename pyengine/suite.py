@@ -103,6 +103,8 @@ def _check_values(row: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {key} must not be empty.")
         if SURROGATE.search(row[key]):
             raise ValueError(f"{where}: {key} must be Unicode but holds a lone surrogate.")
+        if key != "prompt" and not row[key].isprintable():  # a terminal obeys what it is sent
+            raise ValueError(f"{where}: {key} must be printable but got {shown(row[key])}.")
     if row["max_tokens"] < 1:
         raise ValueError(
             f"{where}: max_tokens must be at least 1 but got {shown(row['max_tokens'])}."

@@ -259,7 +259,11 @@ class Tokenizer:
         encoded as ordinary text. Arguments and errors: :meth:`apply_chat_template`.
         """
         spelled = "".join(chain.from_iterable(map(_strings, messages)))
-        gap = next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in spelled)
+        gap = next((c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in spelled), None)
+        if gap is None:
+            raise ValueError(
+                "[tokenizer] messages must leave one of U+FDD0 to U+FDEF unused but hold them all."
+            )
         trusted = ("system", "developer", "assistant", "model")
         guarded = [
             m if m.get("role") in trusted else _map_strings(m, lambda s: self._guard(s, gap))
@@ -364,7 +368,7 @@ def _strings(value: Any) -> list[str]:
     """Every string inside nested messages."""
     if isinstance(value, str):
         return [value]
-    inner = value.values() if isinstance(value, dict) else value
+    inner = [*value, *value.values()] if isinstance(value, dict) else value
     return [s for v in inner for s in _strings(v)] if isinstance(value, (dict, list)) else []
 
 
@@ -372,7 +376,8 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {key: _map_strings(inner, change) for key, inner in value.items()}
+        # A template may print names too
+        return {_map_strings(k, change): _map_strings(v, change) for k, v in value.items()}
     if isinstance(value, list):
         return [_map_strings(inner, change) for inner in value]
     return value

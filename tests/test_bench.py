@@ -172,6 +172,10 @@ def test_an_interrupted_write_leaves_the_old_report(tmp_path: Path) -> None:
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"output must be a file but .* is a folder"):
         report.check_output(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):  # else root would put a file in its place
+        with pytest.raises(ValueError, match=r"output must be a file but .* is a device or a pipe"):
+            report.check_output(path)
     with pytest.raises(ValueError, match="output must lie in a folder that exists but got"):
         report.check_output(tmp_path / "absent" / "report.json")
     if Path("/proc/self").exists():  # not even root may write there

@@ -22,6 +22,7 @@ from pyengine.tokenizer import Tokenizer, load_tokenizer
 
 STORY = "the quick brown fox jumps over a lazy dog; caf\u00e9 \U0001f642 done"
 HERE = Path(__file__).parent
+FULL = Path("/dev/full")
 
 
 @pytest.fixture(scope="session")
@@ -179,6 +180,7 @@ def test_stats_go_to_standard_error(pair: Any) -> None:
         ),
         (["bench", "gemma-mtp", "--draft-block-sizes", "1"], "[bench] block sizes must be 2 to"),
         (["bench", "gemma-mtp", "--prompt-suite", "absent"], "[suite] absent cannot be read"),
+        (["bench", "gemma-mtp", "--seed", str(2**32 - 1)], "[bench] seed must be at most 429496"),
         (["bench", "gemma-mtp", "--output", "no/where"], "[bench] output must lie in a folder"),
     ],
 )
@@ -282,7 +284,9 @@ def test_help_has_examples(command: list[str]) -> None:
     done = run(*command, "--help")
     assert done.exit_code == 0
     _, _, examples = plain(done.stdout).partition("Examples:")
-    assert " ".join(["pyengine", *command]) in " ".join(examples.split())
+    words_of_it = " ".join(examples.split())
+    assert " ".join(["pyengine", *command]) in words_of_it
+    assert "Exit codes: 0 done, 1 the machine or a run failed, 2 an argument" in words_of_it
 
 
 def test_the_published_flags_are_there() -> None:
@@ -303,6 +307,86 @@ def test_the_installed_command_answers_at_once() -> None:
     probe = "import sys, pyengine.cli; print({'tokenizers', 'sentencepiece'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", probe], **kw)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("--temperature -1", "--top-k 300", "--seed -1", "--max-tokens 0", "--block-size 129"),
+        *("--stop=", "--logit-bias x", "--logprobs 2", "--frequency-penalty 1e10"),
+    ],
+)
+def test_what_no_pair_can_do_is_told_before_the_weights_are_read(pair: Any, wrong: str) -> None:
+    for command in ("generate fox", "chat"):
+        done = run(*words(f"{command} {wrong}"), stdin="fox\n")
+        assert done.exit_code == 2 and done.stderr.startswith("pyengine: ["), done.stderr
+    assert run("generate", "").exit_code == 2
+    assert pair.asked == []
+
+
+# As the installed script begins; SIGINT comes, or MLX is another, while the package is imported
+BEGIN = """
+import importlib.metadata, os, signal, sys
+class Late:
+    def find_spec(name, *_):
+        if name == "jinja2" and "{what}" == "interrupted":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Late)
+if "{what}" == "mismatched":
+    importlib.metadata.version = lambda name: "0.1"
+from pyengine.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [
+        ("interrupted", -signal.SIGINT, ""),
+        ("mismatched", 1, "pyengine: [pyengine] mlx must be 0.32.4 but got 0.1. Run: pip install "),
+    ],
+)
+def test_an_end_while_starting_is_no_trace(tmp_path: Path, what: str, code: int, said: str) -> None:
+    script = tmp_path / "pyengine"
+    script.write_text(BEGIN.format(what=what))
+    done = subprocess.run(
+        [sys.executable, script, "--version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert done.returncode == code and done.stderr.startswith(said), done.stderr
+    assert done.stderr.count("\n") == bool(said)
+
+
+def test_closed_and_foreign_streams() -> None:
+    kw: Any = {"capture_output": True, "timeout": 60, "cwd": HERE}
+    closed = ["sh", "-c", 'exec "$@" <&- >&-', "sh", *command("chat")]
+    done = subprocess.run(closed, **kw)
+    assert (done.returncode, done.stderr) == (0, b"")
+    # In this locale Python would read bytes that are no text as if they were
+    env = {**os.environ, "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}
+    done = subprocess.run(command("generate"), input=b"fox \xff", env=env, **kw)
+    assert done.returncode == 2 and b"standard input must be UTF-8 text but" in done.stderr
+    nano = str(Path(pyengine.__file__).parent / "nano")
+    for words_of_it in (["inspect", nano, "--json"], ["--help"]) if FULL.exists() else ():
+        with FULL.open("w") as full:
+            kw = {"stdout": full, "stderr": subprocess.PIPE, "timeout": 60, "cwd": HERE}
+            done = subprocess.run(command(*words_of_it), **kw)
+        said = b"pyengine: [file] standard output must be usable but is not: No space left on"
+        assert done.returncode == 2 and done.stderr.startswith(said), done.stderr
+
+
+def test_terminals_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns, width in (("0", 80), ("1", 80), ("40", 40), ("200", 200)):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert cli.common.console(sys.stdout).width == width
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for term, moves in (("xterm", True), ("dumb", False)):
+        monkeypatch.setenv("TERM", term)
+        assert cli.common.moves() is moves
 
 
 SLOW = """

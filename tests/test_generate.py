@@ -24,6 +24,7 @@ from pyengine.reader import StopScanner
 from pyengine.sampling import Sampling
 from pyengine.tokenizer import Tokenizer, load_tokenizer
 
+DEEP = json.loads("[" * 900 + "]" * 900)
 STORY = "the quick brown fox jumps over a lazy dog; caf\u00e9 \U0001f642 done"
 
 
@@ -279,6 +280,8 @@ def test_defaults_come_from_the_pair(tok: Tokenizer) -> None:
         ("fox " * 50, {}, "prompt must be shorter than the context of 64 tokens but got"),
         ([1, 2, 400], {}, "token ids must be 0 to 399 but got 400."),
         ([-1], {}, "token ids must be 0 to 399 but got -1."),
+        (None, {}, "prompt must be a string, messages or token ids but got NoneType."),
+        (b"fox", {}, "prompt must be a string, messages or token ids but got bytes."),
         ([1, "a"], {}, "prompt must be a string, messages or token ids but is mixed."),
         ([1, {}], {}, "prompt must be a string, messages or token ids but is mixed."),
         ([{"role": "user", "content": "a"}], {"raw": True}, "raw must go with a string prompt"),
@@ -295,6 +298,15 @@ def test_defaults_come_from_the_pair(tok: Tokenizer) -> None:
             "message 1 must hold text only but got a part of type 'text'.",
         ),
         ("a", {"max_tokens": 0}, "max_tokens must be at least 1 but got 0."),
+        ("a", {"max_tokens": 2.5}, "max_tokens must be a whole number but got 2.5."),
+        ("a", {"block_size": 2.0}, "block_size must be a whole number but got 2.0."),
+        ("a", {"stop": 5}, "stop must be a string or several but got 5."),
+        ("a", {"variables": {"messages": []}}, "variables must not be named messages but one is."),
+        (
+            [{"role": "assistant", "content": "a", "tool_calls": DEEP}],
+            {},
+            "message 1 must be nested at most 64 deep but is deeper.",
+        ),
         ("a", {"block_size": 0}, "block_size must be 1 to 128 but got 0."),
         ("a", {"block_size": 129}, "block_size must be 1 to 128 but got 129."),
         ("a", {"stop": ""}, "stop must hold strings of text but got ''."),

@@ -83,6 +83,19 @@ def test_whether_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         there = None if free is None else total - 1 + free
         monkeypatch.setattr(memory, "available_bytes", lambda there=there: there)
         assert inspect(NANO)["memory"]["fits"] is fits
+    # What loading refuses is refused here, in the same words
+    monkeypatch.setattr(memory, "available_bytes", lambda: 5_000_000)
+    with pytest.raises(ValueError) as error:
+        load()
+    assert inspect(NANO)["refused"] == [str(error.value)]
+    assert "must fit the free memory of 0.0 GB" in str(error.value)
+
+
+def test_a_context_the_model_has_not() -> None:
+    done = run(NANO, "--context", "8193")
+    assert done.exit_code == 2
+    assert "[inspect] context must be at most the model's 8192 tokens but got 8193." in done.stdout
+    assert run(NANO, "--context", "8192").exit_code == 0
 
 
 def test_what_is_free_is_the_least_that_anybody_says(

@@ -178,3 +178,13 @@ def test_errors():
         pair.draft([1, 2], 0)
     with pytest.raises(ValueError, match=r"\[draft\] ids must be from 0 to 255 but got -1"):
         pair.draft([1, -1], 2)
+
+
+def test_a_missing_tokenizer_is_told_before_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = FIXTURES / "dense31" / "target"
+    assert "tokenizer" not in vars(load(target))
+    monkeypatch.setattr("pyengine.pair.load_target_weights", None)
+    with pytest.raises(ValueError, match=r"must hold tokenizer\.json or tokenizer\.model"):
+        load(target, text=True)
+    monkeypatch.undo()
+    assert "tokenizer" in vars(load(text=True))

@@ -116,6 +116,20 @@ def test_filter_rows_do_not_see_each_other() -> None:
     [
         ({"temperature": -1.0}, "[sampling] temperature must be 0 or more but got -1.0."),
         ({"temperature": math.nan}, "[sampling] temperature must be 0 or more but got nan."),
+        (
+            {"temperature": 1e-38},  # logits of 30 divided by it are infinite
+            "[sampling] temperature must be 0, which is greedy, or at least 1e-20 but got 1e-38.",
+        ),
+        ({"top_k": 2.5}, "[sampling] top_k must be a whole number but got 2.5."),
+        ({"seed": 1.5}, "[sampling] seed must be a whole number but got 1.5."),
+        (
+            {"logit_bias": {1: -1e39}},
+            "[sampling] logit_bias must be within 1e+09 of 0 but got -1e+39.",
+        ),
+        (
+            {"repetition_penalty": 1e-300},
+            "[sampling] repetition_penalty must be 1e-09 to 1e+09 but got 1e-300.",
+        ),
         ({"top_p": 0.0}, "[sampling] top_p must be above 0 and at most 1 but got 0.0."),
         ({"top_k": 257}, "[sampling] top_k must be 0 (off) to 256 but got 257."),
         ({"min_p": 1.0}, "[sampling] min_p must be 0 or more and below 1 but got 1.0."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -36,6 +37,7 @@ from pyengine.serve import make_app
 from pyengine.tokenizer import load_tokenizer
 
 GAME = [{"role": "user", "content": "Create a single-file HTML5 canvas Snake game."}]
+DEEP = json.loads("[" * 100 + "]" * 100)
 EMPTY = SimpleNamespace(token_logprobs=[])
 LIMITS = Limits(waiting=2, body_bytes=20_000, max_tokens=400, default_tokens=30)
 
@@ -290,10 +292,10 @@ def test_how_tokens_are_told(tmp_path: Path) -> None:
 
 def test_seeds(server: Server) -> None:
     """A seed gives its text; without one, another text each time, whose seed the usage tells."""
-    ask: dict[str, Any] = {"model": "any", "messages": GAME, "max_tokens": 40, "temperature": 1.5}
+    ask: dict[str, Any] = {"model": "any", "messages": GAME, "max_tokens": 40, "temperature": 5}
 
     def text(**kw: Any) -> tuple[str, int]:
-        said = server.client.chat.completions.create(**ask, extra_body={"top_k": 0}, **kw)
+        said = server.client.chat.completions.create(**ask, top_p=1, extra_body={"top_k": 0}, **kw)
         return said.choices[0].message.content, said.usage.model_extra["seed"]
 
     assert text(seed=3) == text(seed=3) == (text(seed=3)[0], 3)
@@ -305,6 +307,9 @@ def test_seeds(server: Server) -> None:
 def test_models_and_health(server: Server, pair: Pair) -> None:
     assert [model.id for model in server.client.models.list()] == [pair.name]
     assert httpx.get(server.url + "/health").json() == {"status": "ok", "waiting": 0}
+    assert server.client.models.retrieve(pair.name).id == pair.name
+    with pytest.raises(openai.NotFoundError, match=r"the model must be .* but got 'gpt'"):
+        server.client.models.retrieve("gpt")
     for path, status in (("/docs", 404), ("/v1/chat/completions", 405)):
         answer = httpx.get(server.url + path)
         assert answer.status_code == status
@@ -320,14 +325,14 @@ def test_models_and_health(server: Server, pair: Pair) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "hold text only"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"max_tokens": 401}, "max_tokens must be at most 400 here"),
-        ({"max_tokens": "9"}, "max_tokens must not be a string"),
+        ({"max_tokens": "9"}, "max_tokens must be a whole number but got a string"),
         ({"temperature": -1}, "temperature must be 0 or more"),
         ({"temperature": "hot"}, "temperature must be a number but got 'hot'"),
         ({"seed": -1}, "seed must be 0"),
-        ({"seed": 1.5}, "seed must be a number"),
-        ({"top_k": True}, "top_k must be a number"),
+        ({"seed": 1.5}, "seed must be a whole number but got 1.5"),
+        ({"top_k": True}, "top_k must be a whole number but got True"),
         ({"logit_bias": {"x": 1}}, "logit_bias must map token ids to numbers"),
-        ({"logprobs": 3}, "logprobs must not be a number"),
+        ({"logprobs": 3}, "logprobs must be true or false but got 3"),
         ({"n": 2}, "n is not offered here but got 2"),
         ({"stop": 5}, "stop must be a string or a list of strings"),
         ({"stop": [""]}, "stop must hold strings of text"),
@@ -335,9 +340,16 @@ def test_models_and_health(server: Server, pair: Pair) -> None:
         ({"top_logprobs": 2}, "top_logprobs must go with logprobs"),
         ({"stream_options": {"include": 1}}, "stream_options holds 'include', not known here"),
         ({"block_size": 999}, "block_size must be 1 to 128"),
-        ({"stream": "yes"}, "stream must not be a string"),
+        ({"stream": "yes"}, "stream must be true or false but got a string"),
         ({"functions": []}, "'functions' is not known here"),
-        ({"chat_template_kwargs": []}, "chat_template_kwargs must not be a list"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs must be an object but got a list"),
+        ({"chat_template_kwargs": {"messages": []}}, "variables must not be named messages"),
+        ({"chat_template_kwargs": {"self": 1}}, "variables must not be named self"),
+        ({"temperature": 10**400}, "temperature must be a number but got 1000"),
+        ({"logit_bias": {"3": 10**400}}, "logit_bias must map token ids to numbers"),
+        ({"logit_bias": {"3": 1e39}}, "logit_bias must be within 1e+09 of 0 but got 1e+39"),
+        ({"max_tokens": 3.0}, "max_tokens must be a whole number but got 3.0"),
+        ({"messages": [{**GAME[0], "x": DEEP}]}, "message 1 must be nested at most 64 deep"),
     ],
 )
 def test_what_is_wrong_is_said(server: Server, change: dict, message: str) -> None:
@@ -365,7 +377,9 @@ def test_bodies_that_are_no_request(server: Server) -> None:
     answer = server.post(content=b"{}", headers={"content-type": "text/plain"})
     assert answer.status_code == 415
     for host, status in (("evil.example", 400), ("localhost:80", 200), ("[::1]:80", 200)):
-        assert httpx.get(server.url + "/health", headers={"host": host}).status_code == status
+        answer = httpx.get(server.url + "/health", headers={"host": host})
+        assert answer.status_code == status
+        assert status == 200 or "must be this machine's loopback but got 'evil" in answer.text
     with pytest.raises(openai.BadRequestError, match="prompt must not be empty"):
         server.client.completions.create(model="any", prompt="")
 
@@ -506,6 +520,7 @@ def command(*arguments: str) -> subprocess.Popen[str]:
     source = "from pyengine.cli import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", source, "serve", *arguments],
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parent,
@@ -540,6 +555,39 @@ def test_the_command_serves_until_ctrl_c() -> None:
             assert said["error"]["message"] == "[serve] the server was ended."
         err = process.stderr.read()
         assert "Traceback" not in err and err.endswith("Interrupted.\n"), err
+    finally:
+        process.kill()
+
+
+def test_a_client_that_leaves_while_it_asks(pair: Pair) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    asyncio.run(make_app(pair)({**scope, "query_string": b""}, receive, send))
+    assert sent[0]["status"] == 499
+
+
+def test_impatience_ends_the_command_too() -> None:
+    """Ctrl-C twice and more: no trace, and what scripts read comes on standard output."""
+    process = command("--port", "0", "--json")
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        said = json.loads(process.stdout.readline())
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/v1", said["url"])
+        row = httpx.get(f"{said['url']}/models/{said['model']}", timeout=60).json()
+        assert row["id"] == said["model"] == load().name
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+        process.wait(timeout=20)
+        err = process.stderr.read()
+        assert "Traceback" not in err and process.returncode in (130, -signal.SIGINT), err
     finally:
         process.kill()
 

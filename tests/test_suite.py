@@ -42,6 +42,7 @@ def test_reads_cases_in_order(tmp_path: Path) -> None:
         ({**GOOD, "max_tokens": True}, "max_tokens must be a whole number but got True."),
         ({**GOOD, "max_tokens": 0}, "max_tokens must be at least 1 but got 0."),
         ({**GOOD, "id": 3}, "id must be a string but got 3."),
+        ({**GOOD, "id": "a\x1b[31m"}, "id must be printable but got 'a\\x1b[31m'."),
         ({**GOOD, "prompt": " "}, "prompt must not be empty."),
         ({**GOOD, "messages": "hi"}, "messages must be a list but got 'hi'."),
         ({**GOOD, "messages": ["hi"]}, "message 1 must be an object but got a string."),

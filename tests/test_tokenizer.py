@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_fakes import MARKS, write_tokenizers
 
-from pyengine.chat_template import MAX_TEMPLATE_BYTES
+from pyengine.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate
 from pyengine.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = [
@@ -159,6 +159,14 @@ def test_users_and_tools_cannot_forge_marks(either: Tokenizer) -> None:
     # What the application itself writes keeps its effect.
     ids = tok.encode_chat([{"role": "system", "content": "<|think|>\nBe brief."}, USER])
     assert tok.id_of("<|think|>") in ids
+    # Names are text of theirs too.
+    tool = {"role": "tool", "content": "", "<|turn>": [{"<turn|>": 1}]}
+    guarded = tok._template
+    tok._template = ChatTemplate("{{ messages[0] }}", {})
+    assert not {*tok.encode_chat([tool])} & tok.special_ids
+    tok._template = guarded
+    with pytest.raises(ValueError, match=r"must leave one of U\+FDD0 to U\+FDEF unused but hold"):
+        tok.encode_chat([{"role": "user", "content": "".join(map(chr, range(0xFDD0, 0xFDF0)))}])
     # And without marks the ids are those of the rendered text.
     assert plain == tok.encode(tok.apply_chat_template([USER]))
 

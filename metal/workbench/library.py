@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from . import native
 from .entry import SYMBOL, entry_point
 from .lines import LineTable
 from .rewrite import rewrite
-from .toolchain import CACHE, INCLUDE, OVERLAY, CompileError, compiler, own_digest
+from .toolchain import CACHE, INCLUDE, OVERLAY, SHARED, CompileError, compiler, own_digest
 
 METAL = Path(__file__).resolve().parent.parent
 
@@ -155,16 +156,17 @@ def _compile(
     options: Sequence[str],
 ) -> Path:
     """The shared object of a kernel, compiled if it is not cached."""
-    digest = hashlib.sha256()
-    request = [own_digest(), kernel, sorted(constants.items()), *options]
-    digest.update(repr([*request, [str(f) for f in folders]]).encode())
+    read = hashlib.sha256()
     for path, content in _closure(source, folders).items():
-        digest.update(f"{path}\0{len(content)}\0".encode() + content)
+        read.update(f"{path}\0{len(content)}\0".encode() + content)
+    digest_of_source = read.hexdigest()
+    request = [own_digest(), kernel, sorted(constants.items()), *options, digest_of_source]
+    digest = hashlib.sha256(repr([*request, [str(f) for f in folders]]).encode())
     target = CACHE / f"{digest.hexdigest()[:32]}.so"
     if target.exists():
         return target
     CACHE.mkdir(parents=True, exist_ok=True)
-    unit = rewrite(preprocess(source, folders), constants)
+    unit = rewrite(_preprocessed(source, tuple(folders), digest_of_source), constants)
     if unit.mistakes:
         raise CompileError("\n".join(unit.mistakes))
     entry = entry_point(unit, kernel)
@@ -183,10 +185,37 @@ def _compile(
     written = target.with_suffix(f".{os.getpid()}.cpp")
     written.write_text(f"#include <metal_stdlib>\n{unit.text}{entry.code}")
     try:
-        compiler().build([written], target, flags)
+        compiler().build([written], target, ["-include-pch", str(_standard(tuple(flags))), *flags])
     finally:
         written.unlink()
     return target
+
+
+@functools.cache
+def _standard(flags: tuple[str, ...]) -> Path:
+    """<metal_stdlib> as the compiler holds it with these flags: read once, not in every kernel."""
+    key = hashlib.sha256(repr([own_digest(), flags]).encode()).hexdigest()
+    target = CACHE / f"standard-{key[:20]}.pch"
+    if not target.exists():
+        unfinished = target.with_suffix(f".{os.getpid()}.pch")
+        # Known by content: without the time of a file that a new checkout has touched
+        header = [
+            "-x",
+            "c++-header",
+            "-Xclang",
+            "-fno-pch-timestamp",
+            str(INCLUDE / "metal_stdlib"),
+        ]
+        call = [*compiler().options, *SHARED, *flags, *header, "-o", str(unfinished)]
+        compiler().call(call)
+        os.replace(unfinished, target)
+    return target
+
+
+@functools.lru_cache(maxsize=16)
+def _preprocessed(source: Path, folders: tuple[Path, ...], digest: str) -> str:
+    """A kernel's file for all of its variants; `digest` is that of what it includes."""
+    return preprocess(source, folders)
 
 
 def syntax_flags() -> list[str]:

@@ -84,10 +84,14 @@ class _Reader:
         self.at += struct.calcsize(code)
         return value
 
+    def byte(self) -> int:
+        self.at += 1
+        return self.content[self.at - 1]
+
     def unsigned(self) -> int:
         value = shift = 0
         while True:
-            byte = self.fixed("<B")
+            byte = self.byte()
             value |= (byte & 0x7F) << shift
             shift += 7
             if byte < 0x80:
@@ -132,7 +136,7 @@ def _unit(content: bytes) -> Iterator[tuple[int, str]]:
     address, file, line = 0, 1, 1
     special = len(lengths)
     while reader.at < len(content):
-        operation = reader.fixed("<B")
+        operation = reader.byte()
         if operation >= special:
             advance, ahead = divmod(operation - special, line_range)
             address += advance * step

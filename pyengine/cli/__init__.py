@@ -9,24 +9,19 @@ Ctrl-C.
 
 from __future__ import annotations
 
+import signal
 import sys
-from io import TextIOWrapper
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from pyengine.cli import bench, chat, common, convert, doctor, generate, inspect, serve
 
-HELP = (
-    "Exact speculative decoding for Gemma 4 and its assistant, on MLX.\n\n"
-    "Exit codes: 0 done, 1 the machine or a run failed, 2 an argument or a file cannot be used, "
-    "130 interrupted."
-)
-
 app = typer.Typer(
     name="pyengine",
-    help=HELP,
-    epilog=common.examples(
+    help="Exact speculative decoding for Gemma 4 and its assistant, on MLX.",
+    epilog=common.ending(
         'pyengine generate "Write a Snake game in one HTML file."',
         "pyengine doctor",
         "pyengine generate --help",
@@ -38,22 +33,22 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(
     help="Time a pair against plain decoding; count what the Metal kernels move.",
-    epilog=common.examples("pyengine bench gemma-mtp"),
+    epilog=common.ending("pyengine bench gemma-mtp", "pyengine bench kernels --count"),
     no_args_is_help=True,
 )
 app.add_typer(bench_app, name="bench")
-bench_app.command("gemma-mtp", epilog=common.examples(*bench.EXAMPLES))(bench.gemma_mtp)
-bench_app.command("kernels", epilog=common.examples(*bench.KERNELS_EXAMPLES))(bench.kernels)
-COMMANDS = {
-    "generate": generate,
-    "chat": chat,
-    "convert": convert,
-    "inspect": inspect,
-    "doctor": doctor,
-    "serve": serve,
-}
-for name, command in COMMANDS.items():
-    app.command(name, epilog=common.examples(*command.EXAMPLES))(command.run)
+RUNS: list[tuple[typer.Typer, str, Callable[..., None], tuple[str, ...]]] = [
+    (bench_app, "gemma-mtp", bench.gemma_mtp, bench.EXAMPLES),
+    (bench_app, "kernels", bench.kernels, bench.KERNELS_EXAMPLES),
+    (app, "generate", generate.run, generate.EXAMPLES),
+    (app, "chat", chat.run, chat.EXAMPLES),
+    (app, "convert", convert.run, convert.EXAMPLES),
+    (app, "inspect", inspect.run, inspect.EXAMPLES),
+    (app, "doctor", doctor.run, doctor.EXAMPLES),
+    (app, "serve", serve.run, serve.EXAMPLES),
+]
+for group, name, run, commands in RUNS:
+    group.command(name, help=common.help_of(run), epilog=common.ending(*commands))(run)
 
 
 def show_version(wanted: bool) -> None:
@@ -76,10 +71,14 @@ def pyengine(
 
 def main() -> None:
     """Entry point of the ``pyengine`` command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a terminal that lacks a character shows another
-            stream.reconfigure(errors="replace")
+    common.open_streams()
     try:
-        app()
+        with common.sentences():  # also for what is said before and after a command
+            app()
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
     except KeyboardInterrupt:  # before a command had begun
         sys.exit(common.INTERRUPTED)
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # one more Ctrl-C ends it without a word

@@ -67,12 +67,17 @@ def gemma_mtp(
     with common.sentences():
         blocks = read_block_sizes(draft_block_sizes)
         from pyengine import bench, report, suite
-        from pyengine.sampling import Sampling
+        from pyengine.sampling import MAX_SEED, Sampling
 
         rules = verify.split(",")
         bench.check_settings(blocks, repeats, max_tokens, rules)
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         cases = suite.load_suite(prompt_suite or suite.EMBEDDED)
+        if seed + len(cases) - 1 > MAX_SEED:
+            raise ValueError(
+                f"[bench] seed must be at most {MAX_SEED} in the last of {len(cases)} cases but "
+                f"got {seed} for the first."
+            )
         if output:
             report.check_output(output)
         pair = common.load_pair(target_model, assistant_model, None, None, Position.last)

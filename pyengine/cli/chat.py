@@ -30,6 +30,8 @@ from pyengine.cli.options import (
     TopP,
     Verify,
     VerifyRule,
+    check_limits,
+    sampling_given,
     sampling_of,
     template_variables,
 )
@@ -80,26 +82,27 @@ def run(
     with common.sentences():
         from pyengine.chat import Chat
 
+        given = sampling_given(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            seed=seed,
+            verify=verify,
+            logprobs=logprobs,
+            as_json=as_json,
+        )
+        check_limits(max_tokens, block_size, stop)
         pair = common.load_pair(target, assistant, bundle, dtype, Position.last)
         chat = Chat(
             pair,
             system=system,
             max_tokens=max_tokens,
-            sampling=sampling_of(
-                pair,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                presence_penalty=presence_penalty,
-                frequency_penalty=frequency_penalty,
-                logit_bias=logit_bias,
-                seed=seed,
-                verify=verify,
-                logprobs=logprobs,
-                as_json=as_json,
-            ),
+            sampling=sampling_of(pair, given),
             block_size=block_size,
             stop=stop,
             variables=template_variables(pair, think),

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,44 @@ if TYPE_CHECKING:
 
 USER_ERROR, BROKEN, INTERRUPTED = 2, 1, 130
 LONGEST_MESSAGE = 600
+NARROWEST, WIDTH = 20, 80
 _OURS = re.compile(r"\[[\w. -]+\] ")
 
 
-def examples(*commands: str) -> str:
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 the machine or a run failed, 2 an argument or a file cannot be used, "
+    "130 interrupted."
+)
+
+
+def ending(*commands: str) -> str:
     """The end of a help text, a paragraph a command."""
-    return "\n\n".join(("Examples:", *commands))
+    return "\n\n".join(("Examples:", *commands, EXIT_CODES))
+
+
+def help_of(command: Callable[..., None]) -> str:
+    """A command's docstring, its paragraphs without line ends: terminals differ in width."""
+    paragraphs = (command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(text.split()) for text in paragraphs)
+
+
+def open_streams() -> None:
+    """Standard streams for the whole run.
+
+    A closed one leads nowhere: else its number goes to the next file that is opened. Input that
+    is not text is an error, and a terminal that lacks a character shows another.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            nowhere = open(os.devnull, "w" if number else "r", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, nowhere)
+        stream = getattr(sys, name)
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace" if number else "strict")
 
 
 @contextmanager
@@ -65,7 +98,8 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, MemoryError):
         text = f"[memory] the machine must have more free memory: {text or 'none is left'}."
     elif isinstance(error, OSError) and (error.errno is not None or not _OURS.match(text)):
-        what = error.filename if error.filename is not None else "a file"
+        # The command's own files are named
+        what = error.filename if error.filename is not None else "standard output"
         text = f"[file] {what} must be usable but is not: {error.strerror or text}."
     elif not _OURS.match(text):
         return None
@@ -103,13 +137,14 @@ def load_pair(
             bundle,
             dtype=getattr(mx, dtype.value) if dtype else None,
             position="n-1" if position is Position.last else "n-2",
+            text=True,
         )
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Say on a terminal why nothing comes yet; a spinner's thread would disturb the clock."""
-    if not sys.stderr.isatty():
+    if not moves():
         yield
         return
     typer.echo(f"{what} ...", nl=False, err=True)
@@ -121,7 +156,8 @@ def waiting(what: str) -> Iterator[None]:
 
 def printer(thoughts: bool) -> Callable[[Step], None]:
     """Prints text as it comes, and thoughts, where they are wanted, to standard error."""
-    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    colours = moves() and not os.environ.get("NO_COLOR")
+    dim, plain = ("\x1b[2m", "\x1b[0m") if colours else ("", "")
     open_line = False
 
     def show(step: Step) -> None:
@@ -158,8 +194,9 @@ def result_dict(pair: Pair, result: Result) -> dict[str, Any]:
 def progress(what: str = "warm-up", parts: int | None = None) -> Iterator[Any]:
     """A bar on standard error; on a pipe, a line a step, or where given, ``parts`` lines in all."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.table import Column
 
-    if not sys.stderr.isatty():
+    if not moves():
         told = -1
 
         def line(done: int, total: int, label: str) -> None:
@@ -172,7 +209,11 @@ def progress(what: str = "warm-up", parts: int | None = None) -> Iterator[Any]:
 
         yield line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    # In a narrow terminal the text is cut, not the figure
+    text = Column(no_wrap=True, overflow="ellipsis")
+    bar_column = BarColumn(20, table_column=Column(min_width=8))
+    percent = TaskProgressColumn(table_column=Column(min_width=4, no_wrap=True))
+    columns = (percent, bar_column, TextColumn("{task.description}", table_column=text))
     # Drawn between steps only, so that no thread of the bar's disturbs a timed run.
     with Progress(*columns, console=console(sys.stderr), transient=True, auto_refresh=False) as bar:
         task = bar.add_task(what)
@@ -181,10 +222,22 @@ def progress(what: str = "warm-up", parts: int | None = None) -> Iterator[Any]:
         )
 
 
+def moves() -> bool:
+    """Whether standard error is a terminal that can do more than print lines."""
+    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
 def console(file: Any) -> Console:
     from rich.console import Console
 
-    return Console(file=file)
+    out = Console(file=file, highlight=False)
+    # Nothing would fit, and some terminals and CI machines say 0
+    return out if out.width >= NARROWEST else Console(file=file, highlight=False, width=WIDTH)
+
+
+def size(count: float) -> str:
+    """Bytes for a reader."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def two_columns(title: str, rows: dict[str, Any]) -> Table:

@@ -53,5 +53,5 @@ def run(
             said = {**done.__dict__, "path": str(done.path), "bits": bits, "group_size": group_size}
             typer.echo(json.dumps(said))
         else:
-            size = done.weight_bytes / 1e9
-            typer.echo(f"{done.path}: {done.kind} {done.name}, {size:.2f} GB of weights")
+            size = common.size(done.weight_bytes)
+            typer.echo(f"{done.path}: {done.kind} {done.name}, {size} of weights")

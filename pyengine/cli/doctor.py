@@ -36,7 +36,7 @@ def run(
             out.print(common.two_columns("versions", report["versions"]))
             machine = dict(report["machine"])
             free = machine.pop("available_bytes")
-            machine["free memory"] = "unknown" if free is None else f"{free / 1e9:.1f} GB"
+            machine["free memory"] = "unknown" if free is None else common.size(free)
             out.print(common.two_columns("machine", machine))
             table = Table(box=None, title="ops", title_justify="left")
             for head in ("op", "kernel", "device", "row-stable"):

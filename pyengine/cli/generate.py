@@ -31,6 +31,8 @@ from pyengine.cli.options import (
     TopP,
     Verify,
     VerifyRule,
+    check_limits,
+    sampling_given,
     sampling_of,
     template_variables,
 )
@@ -97,33 +99,36 @@ def run(
     """
     with common.sentences():
         text = read_prompt(prompt)
-        for option, given in (("--system", system is not None), ("--think", think)):
-            if raw and given:
+        if not text:
+            raise ValueError("[generate] prompt must not be empty.")
+        for option, there in (("--system", system is not None), ("--think", think)):
+            if raw and there:
                 raise ValueError(
                     f"[generate] {option} must go with the template but got --raw too."
                 )
         from pyengine.generate import stream
 
+        given = sampling_given(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            seed=seed,
+            verify=verify,
+            logprobs=logprobs,
+            as_json=as_json,
+        )
+        check_limits(max_tokens, block_size, stop)
         pair = common.load_pair(target, assistant, bundle, dtype, position)
         running = stream(
             text if system is None else [_turn("system", system), _turn("user", text)],
             pair=pair,
             max_tokens=max_tokens,
-            sampling=sampling_of(
-                pair,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                presence_penalty=presence_penalty,
-                frequency_penalty=frequency_penalty,
-                logit_bias=logit_bias,
-                seed=seed,
-                verify=verify,
-                logprobs=logprobs,
-                as_json=as_json,
-            ),
+            sampling=sampling_of(pair, given),
             block_size=block_size,
             stop=stop,
             raw=raw,

@@ -19,7 +19,13 @@ EXAMPLES = (
 
 def run(
     path: Annotated[Path, typer.Argument(help="Checkpoint folder or bundle.")],
-    context: Annotated[int, typer.Option(help="Tokens that the told cache shall hold.")] = 8192,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that the told cache shall hold.",
+            show_default="8192, or the model's context",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON in place of the tables.")
     ] = False,
@@ -50,17 +56,18 @@ def _print(report: dict[str, Any]) -> None:
             rows = {k: v for k, v in report[part].items() if k not in ("path", "tensors")}
             rows |= {k: v for k, v in tensors.items() if k != "bytes"}
             if tensors:
-                rows["weights"] = f"{tensors['bytes'] / 1e9:.3f} GB"
+                rows["weights"] = common.size(tensors["bytes"])
             out.print(common.two_columns(part, rows))
     if "text" in report:
         out.print(common.two_columns("text", report["text"]))
     if "memory" in report:
         m = report["memory"]
-        free = "unknown" if m["available"] is None else f"{m['available'] / 1e9:.1f} GB"
+        free = "unknown" if m["available"] is None else common.size(m["available"])
         rows = {
-            "weights": f"{m['weights'] / 1e9:.3f} GB",
-            f"cache of {m['context']} tokens": f"{m['cache'] / 1e9:.3f} GB",
+            "weights": common.size(m["weights"]),
+            f"cache of {m['context']} tokens": common.size(m["cache"]),
             "free here": free,
+            "both fit": "unknown" if m["fits"] is None else m["fits"],
         }
         out.print(common.two_columns("memory", rows))
     for sentence in report["refused"]:

@@ -150,21 +150,29 @@ Logprobs = Annotated[
 ]
 
 
-def sampling_of(
-    pair: Pair,
+def check_limits(max_tokens: int, block_size: int | None, stop: list[str] | None) -> None:
+    """Refuse before the weights are read what no pair can do."""
+    from pyengine.generate import check_numbers
+    from pyengine.reader import stop_strings
+
+    check_numbers(max_tokens, 1 if block_size is None else block_size)
+    stop_strings(stop)
+
+
+def sampling_given(
     *,
     verify: Verify,
     logit_bias: list[str] | None,
     logprobs: int | None,
     as_json: bool,
     **settings: float | None,
-) -> Sampling:
-    """The pair's own settings with those that were given; the rest are fields of Sampling.
+) -> dict[str, Any]:
+    """Fields of Sampling that were given.
 
     Raises:
         ValueError: A value is outside its range.
     """
-    from pyengine.generate import resolve_sampling
+    from pyengine.sampling import Sampling
 
     if logprobs is not None and not as_json:
         raise ValueError("[generate] --logprobs must go with --json but is alone.")
@@ -172,6 +180,14 @@ def sampling_of(
     given |= {"verify": verify.value, "logprobs": logprobs}
     if logit_bias:
         given["logit_bias"] = dict(map(_bias, logit_bias))
+    Sampling(**given)
+    return given
+
+
+def sampling_of(pair: Pair, given: dict[str, Any]) -> Sampling:
+    """The pair's own settings with those that were given."""
+    from pyengine.generate import resolve_sampling
+
     return replace(resolve_sampling(pair, None), **given)
 
 

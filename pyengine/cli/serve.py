@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Annotated
 
@@ -15,6 +20,7 @@ from pyengine.cli.options import AssistantDir, BundleDir, Position, Storage, Tar
 
 EXAMPLES = (
     "pyengine serve --bundle ./pair",
+    "pyengine serve --port 0 --json",
     "curl -H 'content-type: application/json' http://127.0.0.1:8080/v1/chat/completions "
     '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'',
 )
@@ -33,6 +39,9 @@ def run(
     ] = 8080,
     max_tokens: Annotated[int, typer.Option(help="Most new tokens a request may ask for.")] = 8192,
     waiting: Annotated[int, typer.Option(help="Most requests that may wait.", min=1)] = 16,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print model and URL as one line of JSON when ready.")
+    ] = False,
     dtype: Storage = None,
 ) -> None:
     """Serve a pair to OpenAI clients: chat and text completions, streamed or whole.
@@ -61,15 +70,36 @@ def run(
         name = f"[{host}]" if ":" in host else host
         with sock:
             at = f"http://{name}:{sock.getsockname()[1]}/v1"
+            if as_json:
+                typer.echo(json.dumps({"model": pair.name, "url": at}))
             typer.echo(f"{pair.name} at {at}; Ctrl-C ends it.", err=True)
 
-            class Server(uvicorn.Server):
-                def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-                    app.state.worker.end()
-                    super().handle_exit(sig, frame)
+            ended: list[int] = []
 
-            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S)
-            Server(config).run(sockets=[sock])
+            class Server(uvicorn.Server):
+                @contextmanager
+                def capture_signals(self) -> Iterator[None]:
+                    yield  # they are ours: its own are not in place until its end
+
+            # Nothing is to be done when it starts and ends
+            config = uvicorn.Config(
+                app, log_level="warning", timeout_graceful_shutdown=GRACE_S, lifespan="off"
+            )
+            server = Server(config)
+
+            def end(sig: int, _: FrameType | None) -> None:
+                app.state.worker.end()
+                server.should_exit = True
+                ended.append(sig)
+
+            before = {sig: signal.signal(sig, end) for sig in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                server.run(sockets=[sock])
+            finally:
+                for sig, handler in before.items():
+                    signal.signal(sig, handler)
+            if ended:
+                signal.raise_signal(ended[0])
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -83,5 +113,11 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family)
     except OSError as error:
         raise ValueError(
-            f"[serve] {host} port {port} must be free to listen at but is not: {error.strerror}."
+            f"[serve] {host} port {port} must be free to listen at but is not: {_reason(error)}."
         ) from error
+
+
+def _reason(error: OSError) -> str:
+    """Python's own word for it; asyncio's and socket's add the address again."""
+    number = error.errno or 0
+    return os.strerror(number) if number > 0 else str(error.strerror or error)

@@ -1,0 +1,5 @@
+"""``python -m pyengine``: the ``pyengine`` command."""
+
+from pyengine.cli import main
+
+main()
