@@ -21,11 +21,18 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from tqdm import tqdm
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    missing = f'[evaluate] lm-eval must be installed (pip install ".[eval]") but misses {error.name}.'
+    if __name__ != "__main__":
+        raise ModuleNotFoundError(missing) from None
+    print(f"pyengine: {missing}", file=sys.stderr)
+    sys.exit(2)
 
 from pyengine.generate import generate, resolve_sampling
 from pyengine.pair import load
