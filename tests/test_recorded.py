@@ -236,7 +236,8 @@ def test_a_plain_step_is_made_of_our_ops(flavour, monkeypatch):
     ours = {row["op"].replace("_", "") for row in ops.status()}
     others = Counter(name for name in played[0].nodes if name.lower() not in ours)
     layers = pair.target.config.layers
-    allowed = Counter(Reshape=len(layers), Add=1, Concatenate=1)  # heads joined; length; for the host
+    # Heads joined; the length; what the host reads
+    allowed = Counter(Reshape=len(layers), Add=1, Concatenate=1)
     allowed["Reshape"] += sum(layer.kv_source != i for i, layer in enumerate(layers))
     if pair.target.config.num_experts:
         allowed += Counter(AsType=len(layers), Add=len(layers))
