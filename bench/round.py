@@ -96,7 +96,8 @@ def main() -> None:
     print("block size", "nodes", *VARIANTS, "(ms a round, median; ratio to the first)", sep="  ")
     for row in rows:
         first, *_ = values = [row[name] for name in VARIANTS]
-        print(row["block_size"], row["nodes"], *(f"{v:.2f} ({v / first:.2f})" for v in values), sep="  ")
+        cells = [f"{v:.2f} ({v / first:.2f})" for v in values]
+        print(row["block_size"], row["nodes"], *cells, sep="  ")
 
 
 if __name__ == "__main__":

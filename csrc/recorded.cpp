@@ -117,9 +117,13 @@ class Played : public mx::Primitive {
     for (int input : node.inputs) {
       from.push_back(values[input]);
     }
+    // With a primitive, which some of MLX's ask of their result
     for (size_t i = 0; i < node.shapes.size(); ++i) {
       made.emplace_back(
-          node.shapes[i], node.dtypes[i], nullptr, std::vector<mx::array>{});
+          node.shapes[i],
+          node.dtypes[i],
+          node.primitive,
+          std::vector<mx::array>{});
     }
     node.primitive->eval_cpu(from, made);
     values.insert(values.end(), made.begin(), made.end());

@@ -28,7 +28,7 @@ try:
     from lm_eval.api.registry import register_model
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    missing = f'[evaluate] lm-eval must be installed (pip install ".[eval]") but misses {error.name}.'
+    missing = f'[evaluate] lm-eval must be installed (".[eval]") but misses {error.name}.'
     if __name__ != "__main__":
         raise ModuleNotFoundError(missing) from None
     print(f"pyengine: {missing}", file=sys.stderr)

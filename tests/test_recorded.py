@@ -60,6 +60,32 @@ def test_a_graph_is_one_node_on_a_processor(tmp_path):
     assert play.nodes == ["Multiply", "Add", "Multiply"]
 
 
+def test_operations_of_mlx_run_within_it():
+    """Copies, reductions, sorts, scatters, gathers, products: what the definitions are made of."""
+
+    def function(arrays):
+        x, ids = arrays
+        turned = mx.swapaxes(x, 0, 1).reshape(-1)
+        best = mx.argpartition(-turned, 5)[:5]
+        put = mx.put_along_axis(mx.zeros(48), ids, turned[:4], axis=0)
+        whole, rest = mx.divmod(x, mx.array(0.25))
+        return [
+            mx.sort(turned)[::2] + 1,
+            mx.softmax(x @ x.T, axis=-1).astype(mx.bfloat16),
+            mx.concatenate([turned, put, mx.take(turned, mx.sort(best))]),
+            mx.logsumexp(x, axis=0) * mx.cumsum(x, axis=1)[:6],
+            mx.where(x > 0, whole, rest).view(mx.uint32),
+            mx.dequantize(*mx.quantize(mx.concatenate([turned, put[:16]])[None], 64, 8), 64, 8),
+        ]
+
+    play = recorded(function)
+    for seed in range(3):
+        x = mx.random.normal((6, 8), key=mx.random.key(seed))
+        given = [x, mx.array([3, 1, 40, 7])]
+        for got, want in zip(play(given), function(given), strict=True):
+            assert got.dtype == want.dtype and mx.array_equal(got, want)
+
+
 def test_what_is_not_read_any_more_is_freed_on_the_way():
     def function(arrays):
         x = arrays[0]
@@ -210,7 +236,8 @@ def test_a_plain_step_is_made_of_our_ops(flavour, monkeypatch):
     ours = {row["op"].replace("_", "") for row in ops.status()}
     others = Counter(name for name in played[0].nodes if name.lower() not in ours)
     layers = pair.target.config.layers
-    allowed = Counter(Reshape=len(layers), Add=1, Concatenate=1)  # heads joined; length; for the host
+    # Heads joined; the length; what the host reads
+    allowed = Counter(Reshape=len(layers), Add=1, Concatenate=1)
     allowed["Reshape"] += sum(layer.kv_source != i for i, layer in enumerate(layers))
     if pair.target.config.num_experts:
         allowed += Counter(AsType=len(layers), Add=len(layers))
