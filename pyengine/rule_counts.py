@@ -210,7 +210,7 @@ def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[
         "q8_filter_logits": len(_head_launches(1, VOCAB)),
     }
     return [
-        RoundCount(op, number, number * several.get(op, 1) if op in switch.METAL else None)
+        RoundCount(op, number, number * several.get(op, 1) if op in switch.OPS else None)
         for op, number in sorted(calls.items(), key=lambda item: (item[0] == "MLX", item[0]))
     ]
 

@@ -13,8 +13,8 @@ Implementation = Literal["native", "reference", "workbench", "mlx"]
 _IMPLEMENTATIONS = ("native", "reference", "workbench", "mlx")
 _chosen: Implementation = "native"
 
-# Ops that have a Metal kernel
-METAL = (
+# Every op; each has a Metal kernel
+OPS = (
     "accept_block",
     "block_attention",
     "dense_matmul",
@@ -43,10 +43,10 @@ def use(implementation: Implementation) -> None:
     """Switch every op of the engine to one implementation.
 
     Args:
-        implementation: "native" for our kernels, where a GPU has one; "reference" for the plain
-            MLX definitions they are tested against; "workbench" for our Metal kernels run on the
-            processor, slowly, the other ops native, from a checkout only; "mlx" for MLX's own
-            operations where "native" has a Metal kernel that has never met an Apple GPU.
+        implementation: "native" for our kernels; "reference" for the plain MLX definitions they are
+            tested against; "workbench" for our Metal kernels run on the processor, slowly, from a
+            checkout only; "mlx" for MLX's own operations, should a kernel fail on a GPU: none has
+            met an Apple one.
 
     Raises:
         ValueError: The implementation is not one of those.
@@ -64,13 +64,13 @@ def use(implementation: Implementation) -> None:
 
 
 def chosen(op: str = "", fits: bool = True) -> Implementation:
-    """What an op called now runs: never "native" on a GPU where it has no Metal kernel.
+    """What an op called now runs: never "native" on a GPU past the limits of its Metal kernel.
 
     Args:
         op: Its name.
-        fits: Whether what it is called with is within the limits of its Metal kernel.
+        fits: Whether what it is called with is within those limits.
     """
-    metal = op in METAL and fits
+    metal = op in OPS and fits
     if _chosen == "workbench":
         return "workbench" if metal else "native"
     if _chosen == "native" and mx.default_device() == mx.gpu and not metal:
@@ -96,23 +96,6 @@ def too_wide(out: mx.array) -> bool:
 
 # Ops whose plain form has no reduction: MLX cannot choose an order for them by the number of rows.
 _ELEMENTWISE = ("embed", "geglu", "random_uniform", "softcap", "weigh_experts", "write_cache")
-_REDUCING = (
-    "accept_block",
-    "block_attention",
-    "dense_matmul",
-    "draw_token",
-    "filter_logits",
-    "norm_rope",
-    "prepare_qkv",
-    "q8_expert_matmul",
-    "q8_filter_logits",
-    "q8_gated_matmul",
-    "q8_matmul",
-    "q8_shared_matmul",
-    "residual_norm",
-    "rms_norm",
-    "route_experts",
-)
 
 
 def status() -> list[dict[str, Any]]:
@@ -137,5 +120,5 @@ def status() -> list[dict[str, Any]]:
             "device": device,
             "row_stable": chosen(op) in ("native", "workbench") or op in _ELEMENTWISE,
         }
-        for op in sorted(_ELEMENTWISE + _REDUCING)
+        for op in OPS
     ]

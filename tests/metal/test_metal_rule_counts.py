@@ -54,7 +54,7 @@ def test_launches_of_a_round():
     assert (rows["draw_token"].calls, rows["draw_token"].launches) == (5, 5)
     assert (rows["accept_block"].calls, rows["accept_block"].launches) == (1, 1)
     for op, row in rows.items():
-        assert (row.launches is None) == (op not in switch.METAL)
+        assert (row.launches is None) == (op not in switch.OPS)
     assert rows["MLX"].calls > 0
     fewer = {row.op: row for row in count_round(drafts=2, sampling=Sampling(temperature=0.0))}
     assert fewer["q8_filter_logits"].calls == 3 and "draw_token" not in fewer

@@ -31,7 +31,7 @@ def text(sampling: Sampling, block_size: int) -> list[int]:
 @pytest.mark.parametrize("penalties", [{}, {"repetition_penalty": 1.2, "suppress_tokens": (3, 9)}])
 def test_sampled_text_is_the_processors(rule, penalties, monkeypatch):
     """The matmuls stay the processor's, so every bit before the rules is the same."""
-    monkeypatch.setattr(switch, "METAL", KERNELS)
+    monkeypatch.setattr(switch, "OPS", KERNELS)
     ran = set()
     run = workbench.run
 
