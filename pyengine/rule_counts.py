@@ -80,8 +80,7 @@ class RoundCount:
     Attributes:
         op: One of ours, or "MLX" for all operations of MLX's own that do work.
         calls: How often the round has it.
-        launches: Launches of Metal kernels; None where a GPU runs plain MLX, of which one
-            operation is mostly one launch, and one of our ops several.
+        launches: Launches of our Metal kernels; None for MLX's own.
     """
 
     op: str
@@ -226,8 +225,7 @@ _ROUND_HEADING = f"""
 ## Launches of a round
 
 A round of the embedded pair with {DRAFTS} drafts, sampled, rule `block`: how often each op is
-called, and the launches of those that have a Metal kernel. The others run as plain MLX on a GPU,
-several launches each; operations of MLX's own are mostly one launch each.
+called, and how many launches that is; operations of MLX's own are mostly one launch each.
 """
 
 
