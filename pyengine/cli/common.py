@@ -78,15 +78,22 @@ def sentences() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         # The reader has gone, as in `pyengine generate ... | head`; nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         raise typer.Exit(BROKEN) from None
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         text = _sentence(error)
         if text is None:
             raise
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            _drop_output()
         typer.echo(f"pyengine: {text}", err=True)
         broken = isinstance(error, (RuntimeError, MemoryError)) and not _by_input(error)
         raise typer.Exit(BROKEN if broken else USER_ERROR) from None
+
+
+def _drop_output() -> None:
+    """What standard output still holds goes nowhere: Python would try once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _sentence(error: Exception) -> str | None:
