@@ -28,7 +28,8 @@ try:
     from lm_eval.api.registry import register_model
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    missing = f'[evaluate] lm-eval must be installed (".[eval]") but misses {error.name}.'
+    line = f'{sys.executable} -m pip install "pyengine[eval]"'
+    missing = f"[evaluate] {error.name} must be installed but is not; run: {line}."
     if __name__ != "__main__":
         raise ModuleNotFoundError(missing) from None
     print(f"pyengine: {missing}", file=sys.stderr)

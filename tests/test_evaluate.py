@@ -67,6 +67,20 @@ def test_score_errors() -> None:
     assert prefix.tokens == []
 
 
+def test_without_lm_eval_one_line_says_so(tmp_path: Path) -> None:
+    (tmp_path / "lm_eval.py").write_text("raise ModuleNotFoundError(name='lm_eval')")
+    done = subprocess.run(
+        [sys.executable, "-m", "pyengine.evaluate", "register"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    line = f'{sys.executable} -m pip install "pyengine[eval]"'
+    said = f"pyengine: [evaluate] lm_eval must be installed but is not; run: {line}.\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 # lm-eval
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")

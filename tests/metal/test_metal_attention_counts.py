@@ -3,9 +3,7 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from pyengine import attention_counts, cli, kernel_counts, layer_counts, rule_counts
 from pyengine.attention_counts import GEOMETRIES, ROWS, Geometry, count_attention, markdown
 
 SMALL = (Geometry("sliding", 2, 256, 200), Geometry("full", 8, 512, None))
@@ -49,16 +47,8 @@ def test_what_a_mac_user_is_told_covers_the_models():
     assert ROWS == (1, 6, 16)
 
 
-def test_table_and_json(counts, monkeypatch):
-    text = markdown(counts)
-    assert len([line for line in text.splitlines() if line.startswith("| ")]) == 2 + len(counts)
-    monkeypatch.setattr(kernel_counts, "count_kernels", lambda: iter([]))
-    monkeypatch.setattr(attention_counts, "count_attention", lambda: iter(counts))
-    monkeypatch.setattr(layer_counts, "count_layers", lambda: iter([]))
-    monkeypatch.setattr(rule_counts, "count_rules", lambda: iter([]))
-    monkeypatch.setattr(rule_counts, "count_round", list)
-    shown = CliRunner().invoke(cli.app, ["bench", "kernels", "--count", "--json"])
-    assert shown.exit_code == 0, shown.output
-    assert json.loads(shown.stdout) == [c.to_dict() for c in counts]
-    shown = CliRunner().invoke(cli.app, ["bench", "kernels", "--count"])
-    assert shown.exit_code == 0 and text in shown.stdout
+def test_table_and_json(counts, count_command):
+    table = markdown(counts)
+    assert len([line for line in table.splitlines() if line.startswith("| ")]) == 2 + len(counts)
+    text, rows = count_command(attention=counts)
+    assert table in text and json.loads(rows) == [c.to_dict() for c in counts]

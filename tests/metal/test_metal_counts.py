@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from pyengine import attention_counts, cli, kernel_counts, layer_counts, rule_counts
+from pyengine import cli, kernel_counts
 from pyengine.kernel_counts import COLUMNS, EVERY_ROW, ROWS, WIDTHS, count_kernels, markdown
 
 DENSE = ("q8_matmul", "q8_shared_matmul", "q8_gated_matmul", "dense_matmul")
@@ -73,20 +73,13 @@ def test_one_launch_moves_what_three_do(counts):
         assert shared.launches == 1
 
 
-def test_table_and_json(counts, monkeypatch):
+def test_table_and_json(counts, monkeypatch, count_command):
     table = [line for line in markdown(counts).splitlines() if line.startswith("| ")]
     assert len(table) == 2 + sum(c.M in ROWS for c in counts)
     monkeypatch.setattr(kernel_counts, "EVERY_ROW_WIDTH", 1024)
     table = [line for line in markdown(counts).splitlines() if line.startswith("| ")]
     assert len(table) == 2 + sum(c.M in ROWS for c in counts) + 2 + 16
-    monkeypatch.setattr(kernel_counts, "count_kernels", lambda: iter(counts))
-    monkeypatch.setattr(attention_counts, "count_attention", lambda: iter([]))
-    monkeypatch.setattr(layer_counts, "count_layers", lambda: iter([]))
-    monkeypatch.setattr(rule_counts, "count_rules", lambda: iter([]))
-    monkeypatch.setattr(rule_counts, "count_round", list)
-    shown = CliRunner().invoke(cli.app, ["bench", "kernels", "--count", "--json"])
-    assert shown.exit_code == 0, shown.output
-    rows = json.loads(shown.stdout)
+    rows = json.loads(count_command(kernels=counts)[1])
     assert rows == [c.to_dict() for c in counts]
     fields = "op kernel source M N K dtype launches read_bytes written_bytes compulsory_bytes"
     ratios = "weight_ratio matrix_ratio ratio weight_load_ratio matrix_load_ratio load_ratio"

@@ -3,9 +3,7 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from pyengine import attention_counts, cli, kernel_counts, layer_counts, rule_counts
 from pyengine.layer_counts import HEADS, ROWS, WIDTH, count_layers, markdown
 
 
@@ -38,16 +36,8 @@ def test_bytes_that_are_needed_and_weights_once_a_threadgroup(counts):
             assert c.ratio < 1.35, c
 
 
-def test_table_and_json(counts, monkeypatch):
-    text = markdown(counts)
-    assert len([line for line in text.splitlines() if line.startswith("| ")]) == 2 + len(counts)
-    monkeypatch.setattr(kernel_counts, "count_kernels", lambda: iter([]))
-    monkeypatch.setattr(attention_counts, "count_attention", lambda: iter([]))
-    monkeypatch.setattr(layer_counts, "count_layers", lambda: iter(counts))
-    monkeypatch.setattr(rule_counts, "count_rules", lambda: iter([]))
-    monkeypatch.setattr(rule_counts, "count_round", list)
-    shown = CliRunner().invoke(cli.app, ["bench", "kernels", "--count", "--json"])
-    assert shown.exit_code == 0, shown.output
-    assert json.loads(shown.stdout) == [c.to_dict() for c in counts]
-    shown = CliRunner().invoke(cli.app, ["bench", "kernels", "--count"])
-    assert shown.exit_code == 0 and text in shown.stdout
+def test_table_and_json(counts, count_command):
+    table = markdown(counts)
+    assert len([line for line in table.splitlines() if line.startswith("| ")]) == 2 + len(counts)
+    text, rows = count_command(layers=counts)
+    assert table in text and json.loads(rows) == [c.to_dict() for c in counts]

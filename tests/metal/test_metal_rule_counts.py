@@ -3,9 +3,7 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
 
-from pyengine import attention_counts, cli, kernel_counts, layer_counts, rule_counts
 from pyengine.ops import switch
 from pyengine.rule_counts import count_round, count_rules, markdown
 from pyengine.sampling import Sampling
@@ -60,21 +58,13 @@ def test_launches_of_a_round():
     assert fewer["q8_filter_logits"].calls == 3 and "draw_token" not in fewer
 
 
-def test_table_and_json(rules, monkeypatch):
+def test_table_and_json(rules, count_command):
     rounds = count_round(drafts=1)
     text = markdown(rules, rounds)
     assert len([line for line in text.splitlines() if line.startswith("| ")]) == (
         4 + len(rules) + len(rounds)
     )
-    monkeypatch.setattr(kernel_counts, "count_kernels", lambda: iter([]))
-    monkeypatch.setattr(attention_counts, "count_attention", lambda: iter([]))
-    monkeypatch.setattr(layer_counts, "count_layers", lambda: iter([]))
-    monkeypatch.setattr(rule_counts, "count_rules", lambda: iter(rules))
-    monkeypatch.setattr(rule_counts, "count_round", lambda: rounds)
-    shown = CliRunner().invoke(cli.app, ["bench", "kernels", "--count", "--json"])
-    assert shown.exit_code == 0, shown.output
-    rows = json.loads(shown.stdout)
-    assert rows == [row.to_dict() for row in (*rules, *rounds)]
+    shown, listed = count_command(rules=rules, round_=rounds)
+    rows = json.loads(listed)
+    assert text in shown and rows == [row.to_dict() for row in (*rules, *rounds)]
     assert [row["source"] for row in rows] == ["ours"] * len(rules) + ["round"] * len(rounds)
-    shown = CliRunner().invoke(cli.app, ["bench", "kernels", "--count"])
-    assert shown.exit_code == 0 and text in shown.stdout
