@@ -213,7 +213,7 @@ class Stream(Iterator[str]):
             sampling=sampling,
             block_size=block_size,
             max_tokens=max_tokens,
-            stop_ids=frozenset(pair.generation.stop_ids),
+            stop_ids=frozenset((*pair.generation.stop_ids, *pair.tokenizer.answer_ends())),
             stats=self._stats,
             prefix=prefix,
         )

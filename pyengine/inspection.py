@@ -141,11 +141,13 @@ def _text(path: Path, parts: dict[str, Path], target: TargetConfig) -> dict[str,
     manifest = read_manifest(path) if len(parts) == 2 else {}
     settings = read_generation(parts["target"], parts.get("assistant"), target, manifest)
     tokenizer = load_tokenizer(parts["target"])
+    stop_ids = list(dict.fromkeys((*settings.stop_ids, *tokenizer.answer_ends())))
     return {
         "tokens": tokenizer.vocab_size,
         "chat_template": tokenizer.has_chat_template,
         "thinking": bool(tokenizer.channel_ids()),
-        "stop_ids": list(settings.stop_ids),
+        "stop_ids": stop_ids,
+        "answer_ends": [f"{tokenizer.spelling(token)} ({token})" for token in stop_ids],
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "top_k": settings.top_k,

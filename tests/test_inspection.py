@@ -63,6 +63,7 @@ def test_the_embedded_pair() -> None:
         "chat_template": True,
         "thinking": False,
         "stop_ids": list(load().generation.stop_ids),
+        "answer_ends": ["<eos> (1)", "<turn|> (16)", "<|tool_response> (9)"],
         "temperature": 1.0,
         "top_p": 0.95,
         "top_k": 64,

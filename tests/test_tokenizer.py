@@ -165,8 +165,6 @@ def test_users_and_tools_cannot_forge_marks(either: Tokenizer) -> None:
     tok._template = ChatTemplate("{{ messages[0] }}", {})
     assert not {*tok.encode_chat([tool])} & tok.special_ids
     tok._template = guarded
-    with pytest.raises(ValueError, match=r"must leave one of U\+FDD0 to U\+FDEF unused but hold"):
-        tok.encode_chat([{"role": "user", "content": "".join(map(chr, range(0xFDD0, 0xFDF0)))}])
     # And without marks the ids are those of the rendered text.
     assert plain == tok.encode(tok.apply_chat_template([USER]))
 
