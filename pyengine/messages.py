@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Message] | Sequence[int]
 
 MAX_DEPTH = 64  # of objects and lists inside a message
-REASONING = ("reasoning_content", "thinking", "reasoning")
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 
 
@@ -98,9 +97,6 @@ def _for_template(tokenizer: Tokenizer, message: Message, number: int) -> Messag
     if in_parts and not (content and tokenizer.takes_parts(role, first=number == 0)):
         # The first published templates print a list here as Python writes it
         changed["content"] = "\n".join(part["text"] for part in content or [])
-    thoughts = [message[key] for key in REASONING if message.get(key) is not None]
-    if thoughts:  # as transformers: each edition reads one of the names
-        changed = {"thinking": thoughts[0], **changed, "reasoning_content": thoughts[0]}
     if message.get("tool_calls") is not None:
         changed["tool_calls"] = _tool_calls(message["tool_calls"], f"messages[{number}].tool_calls")
     return changed
@@ -152,10 +148,10 @@ def check_message(message: Message, where: str) -> None:
         raise ValueError(f"{where} must have a role of {', '.join(ROLES)} but got {shown(role)}.")
     if isinstance(content, list):
         for part in content:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind != "text" or not isinstance(part.get("text"), str):
+            named = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if named != "text" or not isinstance(part.get("text"), str):
                 raise ValueError(
-                    f"{where} must hold text only but got a part of type {shown(kind)}."
+                    f"{where} must hold text only but got a part of type {shown(named)}."
                 )
     elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise ValueError(f"{where} must have text as its content but got {shown(content)}.")
