@@ -1,8 +1,13 @@
-"""Special tokens in a chat: only the template and the application can spell them."""
+"""Special tokens in a chat: only the template and the application can spell them.
+
+Small templates that do what could put a mark together, the embedded pair's own, and Gemma 4's where
+they can be had: in a folder named by PYENGINE_TEMPLATES.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import time
@@ -14,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_fakes import MARKS, TEMPLATE, write_tokenizers
 
+import pyengine
 from pyengine.marks import STAND_INS, Spellings
 from pyengine.tokenizer import Tokenizer, load_tokenizer
 
@@ -38,6 +44,9 @@ OPERATIONS = {
     "between the template's own": "<{{ x }}>{{ '<|' ~ x ~ '|>' }}{{ '<|' ~ x }}{{ x ~ '|>' }}",
     "as a name": "{% for k, v in {x: x}.items() %}{{ k }}{{ v }}{% endfor %}",
 }
+NANO = Path(pyengine.__file__).parent / "nano" / "target"
+GEMMA = os.environ.get("PYENGINE_TEMPLATES")
+REAL = [NANO / "chat_template.jinja", *(sorted(Path(GEMMA).glob("*.jinja")) if GEMMA else [])]
 BLANKS = ["", " ", "  ", "\t", "\n", "\u3000", "\u00a0", " \n "]
 
 
@@ -138,6 +147,38 @@ def test_nothing_said_by_users_or_tools_becomes_a_special_token(
         messages, tools = hostile_chat(rng, [*MARKS, "<bos>", "<eos>", "<unk>"])
         ids = tok.encode_chat(messages, tools=tools)
         assert specials(tok, ids) == [tok.bos_id, *[turn, end] * len(messages)], messages
+
+
+def unmarked(value: Any) -> Any:
+    """The same with other signs where marks have theirs."""
+    if isinstance(value, dict):
+        return {unmarked(key): unmarked(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [unmarked(inner) for inner in value]
+    return value.translate(str.maketrans("<|>", "(!)")) if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
+def test_a_real_template_writes_the_same_marks_whatever_is_said(tmp_path: Path, path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    tok = made(tmp_path, [NANO / "tokenizer.json", NANO / "tokenizer_config.json"], source)
+    spellings = [tok.spelling(token) for token in tok.special_ids]
+    rng = random.Random(path.stem)
+    for _ in range(200):
+        messages, tools = hostile_chat(rng, spellings)
+        for message in messages:
+            if message["role"] == "assistant" and rng.random() < 0.5:
+                # The results then come as messages of their own
+                del message["tool_responses"]
+                message["content"] = hostile_text(rng, [s for s in spellings if "chan" not in s])
+        variables = {"tools": tools, "enable_thinking": rng.random() < 0.5}
+        expected = None
+        try:
+            expected = specials(tok, tok.encode_chat(unmarked(messages), **unmarked(variables)))
+        except ValueError as error:  # a name that is missing, say
+            assert "must render the messages but stopped" in str(error)
+        if expected is not None:
+            assert specials(tok, tok.encode_chat(messages, **variables)) == expected, messages
 
 
 @pytest.mark.parametrize("blank", [b for b in BLANKS if b])
