@@ -1,7 +1,7 @@
 """A target and its assistant on disk: find, check, load.
 
-A bundle is a folder with ``mtplx_pair.json`` and two checkpoint folders (``target`` and
-``assistant`` unless the manifest names others); two checkpoint folders do as well.
+A bundle is a folder that holds two checkpoint folders, ``target`` and ``assistant`` unless its
+``mtplx_pair.json`` names others; two checkpoint folders from anywhere do as well.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def load(
         target: Folder of a Gemma 4 checkpoint, Hugging Face or MLX form; or, as for the two
             below, its name on the hub (``owner/name``, extra ``hub``).
         assistant: Folder of its assistant; without one the pair can only decode plainly.
-        bundle: Folder with ``mtplx_pair.json``; instead of the two above.
+        bundle: Folder with both, ``mtplx_pair.json`` beside them or not; instead of the two above.
         dtype: Convert to float32, float16 or bfloat16; None keeps the checkpoint's.
         position: Where the assistant's query sits, ``"n-1"`` or ``"n-2"``. Changes acceptance at
             most, never the output's distribution.
@@ -171,9 +171,9 @@ def load(
     manifest: dict[str, Any] = {}
     if target is None:
         path = _folder(_embedded_path() if bundle is None else locate(bundle), "bundle")
+        assistant_path: Path | None
+        target_path, assistant_path = bundle_parts(path)
         manifest = read_manifest(path)
-        target_path = _folder(_inside(path, manifest, "target"), "target")
-        assistant_path: Path | None = _folder(_inside(path, manifest, "assistant"), "assistant")
     else:
         path = target_path = _folder(locate(target), "target")
         assistant_path = None if assistant is None else _folder(locate(assistant), "assistant")
@@ -261,19 +261,19 @@ def bundle_parts(path: Path) -> tuple[Path, Path]:
             f"[load] {path} must be a bundle with the folders target and assistant, or a "
             "checkpoint with config.json, but is neither."
         )
-    manifest = read_manifest(path) if (path / MANIFEST).exists() else {}
+    manifest = read_manifest(path)
     target, assistant = (_inside(path, manifest, part) for part in ("target", "assistant"))
     return _folder(target, "target"), _folder(assistant, "assistant")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The object in a bundle's manifest; of its values, only the name is checked here."""
+    """The object in a bundle's manifest; of its values, only the name is checked here.
+
+    Empty where there is none: the folders are then called ``target`` and ``assistant``.
+    """
     file = within(path, MANIFEST, "load")
-    if not file.is_file():
-        raise ValueError(
-            f"[load] {path} has no {MANIFEST}; is it a bundle? A checkpoint folder goes to "
-            "target= or assistant=."
-        )
+    if not file.exists():
+        return {}
     manifest = read_object(file, "load")
     name = manifest.get("name", "-")
     if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= MAX_NAME:

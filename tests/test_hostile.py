@@ -314,7 +314,6 @@ FILES: dict[str, tuple[Change, str]] = {
     "manifest with a null": (manifest(layout={"target": "a\0"}), "must name a folder"),
     "manifest names nothing": (manifest(layout={"target": "no"}), "target must be a folder"),
     # manifest and generation settings
-    "manifest missing": (gone(MANIFEST), "has no mtplx_pair.json; is it a bundle?"),
     "manifest no json": (text(MANIFEST, "{"), "must be JSON but is not"),
     "manifest a number": (text(MANIFEST, "3"), "must hold a JSON object but got a number"),
     "manifest binary": (text(MANIFEST, b"\xff\xfe"), "must be UTF-8 text"),

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -17,7 +16,6 @@ from pyengine.cli.options import Dtype, Position
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from pyengine.generate import Result, Step
     from pyengine.pair import Pair
@@ -127,9 +125,9 @@ def _by_input(error: Exception) -> bool:
 
 
 def load_pair(
-    target: Path | None,
-    assistant: Path | None,
-    bundle: Path | None,
+    target: str | None,
+    assistant: str | None,
+    bundle: str | None,
     dtype: Dtype | None,
     position: Position,
 ) -> Pair:
@@ -245,19 +243,3 @@ def console(file: Any) -> Console:
 def size(count: float) -> str:
     """Bytes for a reader."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def two_columns(title: str, rows: dict[str, Any]) -> Table:
-    """Names and values under a title."""
-    from rich.table import Table
-    from rich.text import Text
-
-    out = Table(show_header=False, box=None, title=title, title_justify="left")
-    for name, value in rows.items():
-        said = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        if isinstance(value, bool):
-            said = "yes" if value else "no"
-        if isinstance(value, dict):
-            said = ", ".join(f"{count} x {what}" for what, count in value.items())
-        out.add_row(name.replace("_", " "), Text(printable(said)))
-    return out

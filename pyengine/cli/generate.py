@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyengine.cli import common
+from pyengine.cli import common, tables
 from pyengine.cli.options import (
     AssistantDir,
     BlockSize,
@@ -174,25 +174,19 @@ def finish(pair: Pair, result: Result, as_json: bool, stats: bool) -> None:
 
 def print_stats(result: Result) -> None:
     """Counts and speed of one generation, on standard error."""
-    from rich.table import Table
-
     s = result.stats
-    out = Table(show_header=False, box=None)
-    rows = [
-        ("finish", result.finish_reason or "unfinished"),
-        ("prompt", f"{s.prompt_tokens} tokens in {s.prefill_s:.2f} s"),
-        ("generated", f"{s.generated_tokens} tokens in {s.decode_s:.2f} s, {s.tok_s:.1f} tok/s"),
-        ("block size", str(s.block_size)),
-        ("rounds", f"{s.rounds}, {s.tokens_per_round:.2f} tokens each"),
-        ("peak memory", f"{s.peak_memory_bytes / 1e6:.0f} MB"),
-    ]
+    rows = {
+        "finish": result.finish_reason or "unfinished",
+        "prompt": f"{s.prompt_tokens} tokens in {s.prefill_s:.2f} s",
+        "generated": f"{s.generated_tokens} tokens in {s.decode_s:.2f} s, {s.tok_s:.1f} tok/s",
+        "block size": s.block_size,
+        "rounds": f"{s.rounds}, {s.tokens_per_round:.2f} tokens each",
+    }
     if s.drafted:
-        depths = " ".join(f"{a:.2f}" for a in s.acceptance_by_depth)
-        rows.insert(5, ("acceptance", f"{s.acceptance:.3f} of {s.drafted} drafts"))
-        rows.insert(6, ("by depth", depths))
-    for row in rows:
-        out.add_row(*row)
-    common.console(sys.stderr).print(out)
+        rows["acceptance"] = f"{s.acceptance:.3f} of {s.drafted} drafts"
+        rows["by depth"] = " ".join(f"{a:.2f}" for a in s.acceptance_by_depth)
+    rows["peak memory"] = f"{s.peak_memory_bytes / 1e6:.0f} MB"
+    tables.two_columns(common.console(sys.stderr), "", rows)
 
 
 def _turn(role: str, content: str) -> dict[str, str]:

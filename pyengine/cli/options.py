@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -40,22 +39,30 @@ class Position(str, Enum):
 
 PAIR, SAMPLING = "Pair", "Sampling"
 
+# Strings and not paths: owner/name of the hub is none
 TargetDir = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="Folder or hub name of the target.", show_default=False, rich_help_panel=PAIR
+        metavar="FOLDER",
+        help="Target: a folder, or owner/name on the hub.",
+        show_default=False,
+        rich_help_panel=PAIR,
     ),
 ]
 AssistantDir = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="Folder or hub name of the assistant.", show_default=False, rich_help_panel=PAIR
+        metavar="FOLDER",
+        help="Assistant: a folder, or owner/name on the hub.",
+        show_default=False,
+        rich_help_panel=PAIR,
     ),
 ]
 BundleDir = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="Folder or hub name of a bundle: target/ and assistant/.",
+        metavar="FOLDER",
+        help="Both in one folder, as target/ and assistant/, or owner/name on the hub.",
         show_default=False,
         rich_help_panel=PAIR,
     ),
@@ -64,7 +71,7 @@ Storage = Annotated[
     Dtype | None,
     typer.Option(
         "--dtype",
-        help="Storage type of the activations.",
+        help="Storage type of weights that are not quantised, and of activations.",
         show_default="the checkpoint's",
         rich_help_panel=PAIR,
     ),
@@ -72,17 +79,21 @@ Storage = Annotated[
 BlockSize = Annotated[
     int | None,
     typer.Option(
-        help="Primary token and its drafts, 2 to 128; 1 is plain decoding.",
+        help="Tokens per block, the primary one and its drafts: 2 to 128; 1 is plain decoding.",
         show_default="the pair's",
     ),
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(help="End before this text; may be given again.", show_default=False),
+    typer.Option(
+        metavar="TEXT",
+        help="End the answer before this text; may be given several times.",
+        show_default=False,
+    ),
 ]
 Think = Annotated[
     bool,
-    typer.Option("--think", help="Let the model think first; its thoughts go to standard error."),
+    typer.Option("--think", help="Let the model think first; thoughts go to standard error."),
 ]
 Temperature = Annotated[
     float | None,
@@ -100,28 +111,28 @@ MinP = Annotated[float, typer.Option(help="0.0 is off.", rich_help_panel=SAMPLIN
 RepetitionPenalty = Annotated[
     float,
     typer.Option(
-        help="Above 1.0, tokens of the prompt and the text become less likely; 1.0 is off.",
+        help="Above 1.0, tokens already in the prompt or answer become less likely; 1.0 is off.",
         rich_help_panel=SAMPLING,
     ),
 ]
 PresencePenalty = Annotated[
     float,
     typer.Option(
-        help="Taken from the logits of tokens that are in the text; 0.0 is off.",
+        help="Subtracted from the logit of each token already in the answer; 0.0 is off.",
         rich_help_panel=SAMPLING,
     ),
 ]
 FrequencyPenalty = Annotated[
     float,
     typer.Option(
-        help="The same, times how often the token is there; 0.0 is off.", rich_help_panel=SAMPLING
+        help="The same, times the number of occurrences; 0.0 is off.", rich_help_panel=SAMPLING
     ),
 ]
 LogitBias = Annotated[
     list[str] | None,
     typer.Option(
         metavar="ID=BIAS",
-        help="Add BIAS to the logit of the token ID; may be given again.",
+        help="Add BIAS to the logit of token ID; may be given several times.",
         show_default=False,
         rich_help_panel=SAMPLING,
     ),
@@ -135,8 +146,8 @@ Seed = Annotated[
 VerifyRule = Annotated[
     Verify,
     typer.Option(
-        help="Rule that accepts drafts: block keeps more of them, coupled gives the very text of "
-        "plain decoding with that seed.",
+        help="Rule that accepts drafts: block keeps more of them, coupled gives the same text as "
+        "plain decoding with the same seed.",
         rich_help_panel=SAMPLING,
     ),
 ]
@@ -144,7 +155,7 @@ Logprobs = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="With --json: the log-probability of every token, and of the N best in its place.",
+        help="With --json: log-probabilities of every token and of the N likeliest at its place.",
         show_default=False,
     ),
 ]
