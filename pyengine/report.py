@@ -1,12 +1,10 @@
-"""The report of a bench run: machine and versions, and JSON for the record."""
+"""The report of a bench run, and what every figure in it depends on."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -145,38 +143,3 @@ def _ask(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def check_output(path: Path) -> None:
-    """Make sure a report can be written before an hour is spent on it.
-
-    Raises:
-        ValueError: The folder is missing or not writable, or the path is a folder.
-    """
-    if path.is_dir():
-        raise ValueError(f"[bench] output must be a file but {path} is a folder.")
-    if path.exists() and not path.is_file():  # the report's file would take a device's place
-        raise ValueError(f"[bench] output must be a file but {path} is a device or a pipe.")
-    if not path.parent.is_dir():
-        raise ValueError(f"[bench] output must lie in a folder that exists but got {path}.")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"[bench] output must be writable but {path} is not.") from error
-
-
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write to a temporary name, then rename: a report is whole or absent."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException as error:
-        os.unlink(name)
-        if isinstance(error, OSError) and error.filename is None:  # a write does not say to what
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise

@@ -13,6 +13,7 @@ from text_fakes import script_pair, write_tokenizers
 
 from pyengine import bench, report
 from pyengine.cli.bench import _show
+from pyengine.cli.output import check_output, write_json
 from pyengine.sampling import Sampling
 from pyengine.suite import Case
 from pyengine.tokenizer import Tokenizer, load_tokenizer
@@ -143,9 +144,9 @@ def test_report_is_whole(run: Any, tmp_path: Path) -> None:
     run_on = report.environment()
     whole = report.make_report(run_on, pair, CASES, rows, summary, {"repeats": 3}, Sampling(seed=5))
     path = tmp_path / "report.json"
-    report.check_output(path)
+    check_output("bench", path)
     assert not path.exists()
-    report.write_report(path, whole)
+    write_json(path, whole, 0o644)
     back = json.loads(path.read_text())
     assert back == json.loads(json.dumps(whole))
     assert os.listdir(tmp_path) == ["report.json"]
@@ -163,22 +164,22 @@ def test_an_interrupted_write_leaves_the_old_report(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text("old")
     with pytest.raises(TypeError):
-        report.write_report(path, {"not": object()})
+        write_json(path, {"not": object()}, 0o644)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["report.json"]
 
 
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"output must be a file but .* is a folder"):
-        report.check_output(tmp_path)
+        check_output("bench", tmp_path)
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/null")):  # else root would put a file in its place
         with pytest.raises(ValueError, match=r"output must be a file but .* is a device or a pipe"):
-            report.check_output(path)
+            check_output("bench", path)
     with pytest.raises(ValueError, match="output must lie in a folder that exists but got"):
-        report.check_output(tmp_path / "absent" / "report.json")
+        check_output("bench", tmp_path / "absent" / "report.json")
     if Path("/proc/self").exists():  # not even root may write there
         with pytest.raises(ValueError, match="output must be writable but /proc/self/x is not"):
-            report.check_output(Path("/proc/self/x"))
+            check_output("bench", Path("/proc/self/x"))
 
 
 def test_table_has_the_columns(run: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 
 from pyengine.cli import common, tables
 from pyengine.cli.options import AssistantDir, BundleDir, Position, TargetDir
+from pyengine.cli.output import check_output, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,7 +123,7 @@ def gemma_mtp(
                 f"got {seed} for the first."
             )
         if output:
-            report.check_output(output)
+            check_output("bench", output)
         pair = common.load_pair(target, assistant, bundle, None, Position.last)
         if not (pair.verified or pair.embedded or allow_unverified_gemma):
             raise ValueError(
@@ -176,7 +177,7 @@ def gemma_mtp(
             left = "all" if finished == len(cases) else f"{finished} of"
             _show(out, f"{left} {len(cases)} prompts", summary)
         if output:
-            report.write_report(output, whole)
+            write_json(output, whole, 0o644)
             typer.echo(f"Report: {output}", err=True)
         if as_json:
             typer.echo(json.dumps({k: v for k, v in whole.items() if k != "rows"}))

@@ -79,7 +79,7 @@ def sentences() -> Iterator[None]:
         _drop_output()
         raise typer.Exit(BROKEN) from None
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        text = _sentence(error)
+        text = sentence(error)
         if text is None:
             raise
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
@@ -94,7 +94,7 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _sentence(error: Exception) -> str | None:
+def sentence(error: Exception) -> str | None:
     """The error as one line without control characters; None where it is a bug's.
 
     A file name or a tensor's may hold anything, and a terminal obeys what it is sent.
@@ -146,23 +146,80 @@ def load_pair(
         )
 
 
+def introduce(pair: Pair) -> None:
+    """Say on a terminal that a demonstration answers, whose answers are often beside the point."""
+    if pair.embedded and sys.stderr.isatty():
+        typer.echo(
+            "The embedded demo pair (9 MB) answers. It knows single-file canvas games and a little "
+            "Python; --bundle takes real weights.",
+            err=True,
+        )
+
+
 @contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """Say on a terminal why nothing comes yet; a spinner's thread would disturb the clock."""
+def waiting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Say on a terminal why nothing comes yet, and how far it is, where that is told.
+
+    A spinner's thread would disturb the clock.
+    """
     if not moves():
-        yield
+        yield lambda done, total: None
         return
-    typer.echo(f"{what} ...", nl=False, err=True)
+
+    def tell(done: int, total: int) -> None:
+        share = f" {100 * done // max(total, 1)} %" if done else ""
+        typer.echo(f"\r{what} ...{share}", nl=False, err=True)
+
+    tell(0, 0)
     try:
-        yield
+        yield tell
     finally:
         typer.echo("\r\x1b[K", nl=False, err=True)
 
 
+def after_prompt(steps: Iterator[Step], total: Callable[[], int]) -> Iterator[Step]:
+    """The steps of an answer; until the first, a terminal shows how much of the prompt is read."""
+    with waiting("Reading the prompt") as tell:
+        for first in steps:
+            if first.prompt_done is None:
+                break
+            tell(first.prompt_done, total())
+        else:
+            return
+    yield first
+    yield from steps
+
+
+def tell_cut(result: Result, pair: Pair, max_tokens: int | None) -> None:
+    """Say when a limit ended an answer, and what lifts it."""
+    if result.finish_reason != "length":
+        return
+    if max_tokens is not None and len(result.tokens) >= max_tokens:
+        typer.echo(
+            f"The answer was cut at {max_tokens} tokens; a larger --max-tokens lifts that.",
+            err=True,
+        )
+    else:
+        typer.echo(
+            f"The answer was cut: the context of {pair.target.context} tokens is full.", err=True
+        )
+
+
+def read_input(command: str, one_line: bool = False) -> str:
+    """All of standard input, or its next line with its end.
+
+    Raises:
+        ValueError: It is not text.
+    """
+    try:
+        return sys.stdin.readline() if one_line else sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"[{command}] standard input must be UTF-8 text but is not.") from error
+
+
 def printer(thoughts: bool) -> Callable[[Step], None]:
     """Prints text as it comes, and thoughts, where they are wanted, to standard error."""
-    colours = moves() and not os.environ.get("NO_COLOR")
-    dim, plain = ("\x1b[2m", "\x1b[0m") if colours else ("", "")
+    dim, plain = dimmed()
     open_line = False
 
     def show(step: Step) -> None:
@@ -178,6 +235,12 @@ def printer(thoughts: bool) -> Callable[[Step], None]:
             sys.stdout.flush()
 
     return show
+
+
+def dimmed() -> tuple[str, str]:
+    """What makes text on standard error dim, and what ends that; nothing without colours."""
+    colours = moves() and not os.environ.get("NO_COLOR")
+    return ("\x1b[2m", "\x1b[0m") if colours else ("", "")
 
 
 def result_dict(pair: Pair, result: Result) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import chain
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +16,7 @@ from pyengine.cli.options import (
     FrequencyPenalty,
     LogitBias,
     Logprobs,
+    MaxTokens,
     MinP,
     Position,
     PresencePenalty,
@@ -46,30 +46,30 @@ EXAMPLES = (
     'pyengine generate "Write a Pong game in one HTML file." --stats',
     "cat prompt.txt | pyengine generate --bundle ./pair --temperature 0",
     "pyengine generate --raw --block-size 1 --max-tokens 64 'import json'",
-    'pyengine generate "Hello" --max-tokens 8 --json --logprobs 3',
+    'pyengine generate "Write a Snake game." --max-tokens 8 --json --logprobs 3',
 )
 
 
 def run(
     prompt: Annotated[
         str | None,
-        typer.Argument(help="What to say to the model; standard input when left out or '-'."),
+        typer.Argument(help="The prompt; standard input if left out or '-'."),
     ] = None,
     system: Annotated[
         str | None, typer.Option(help="System message before the prompt.", show_default=False)
     ] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as plain text, without the template.")
+        bool, typer.Option("--raw", help="Continue the prompt as plain text, without a template.")
     ] = False,
     think: Think = False,
-    max_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 512,
+    max_tokens: MaxTokens = None,
     block_size: BlockSize = None,
     stop: Stop = None,
     stats: Annotated[
-        bool, typer.Option("--stats", help="Print counts and speed to standard error.")
+        bool, typer.Option("--stats", help="Print counts, speed and seed to standard error.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one line of JSON in place of the text.")
+        bool, typer.Option("--json", help="Print the result as one line of JSON.")
     ] = False,
     logprobs: Logprobs = None,
     temperature: Temperature = None,
@@ -80,7 +80,7 @@ def run(
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
     logit_bias: LogitBias = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     verify: VerifyRule = Verify.residual,
     target: TargetDir = None,
     assistant: AssistantDir = None,
@@ -89,13 +89,14 @@ def run(
     position: Annotated[
         Position,
         typer.Option(
-            help="Position of the assistant's query; n-2 is rarely wanted.", rich_help_panel="Pair"
+            help="Position of the assistant's query, for experiments.", rich_help_panel="Pair"
         ),
     ] = Position.last,
 ) -> None:
-    """Generate text after a prompt and stream it to standard output.
+    """Answer a prompt, as text streamed to standard output.
 
-    Without --target, --assistant or --bundle the small pair inside the package answers.
+    Without --target or --bundle, the embedded demo pair answers: it knows single-file canvas games
+    and a little Python. An answer ends where the model ends it, or when the context is full.
     """
     with common.sentences():
         text = read_prompt(prompt)
@@ -124,6 +125,7 @@ def run(
         )
         check_limits(max_tokens, block_size, stop)
         pair = common.load_pair(target, assistant, bundle, dtype, position)
+        common.introduce(pair)
         running = stream(
             text if system is None else [_turn("system", system), _turn("user", text)],
             pair=pair,
@@ -137,15 +139,13 @@ def run(
         show = common.printer(think)
         try:
             steps = running.steps()
-            with common.waiting("Reading the prompt"):
-                first = next(steps, None)
-            for step in chain(() if first is None else (first,), steps):
+            for step in common.after_prompt(steps, lambda: running.result.stats.prompt_tokens):
                 if not as_json:
                     show(step)
         finally:
             # After Ctrl-C or a failure too: what was generated so far is kept.
             if running.result.tokens:
-                finish(pair, running.result, as_json, stats)
+                finish(pair, running.result, as_json, stats, max_tokens)
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -156,18 +156,17 @@ def read_prompt(prompt: str | None) -> str:
         raise ValueError(
             "[generate] prompt must be an argument or come on standard input but got neither."
         )
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise ValueError("[generate] standard input must be UTF-8 text but is not.") from error
+    return common.read_input("generate").removeprefix("\ufeff")
 
 
-def finish(pair: Pair, result: Result, as_json: bool, stats: bool) -> None:
+def finish(pair: Pair, result: Result, as_json: bool, stats: bool, max_tokens: int | None) -> None:
     """End the streamed text, or print the result in its place."""
     if as_json:
         typer.echo(json.dumps(common.result_dict(pair, result)))
-    elif not result.text.endswith("\n"):
-        typer.echo()
+    else:
+        if not result.text.endswith("\n"):
+            typer.echo()
+        common.tell_cut(result, pair, max_tokens)
     if stats:
         print_stats(result)
 
@@ -179,6 +178,7 @@ def print_stats(result: Result) -> None:
         "finish": result.finish_reason or "unfinished",
         "prompt": f"{s.prompt_tokens} tokens in {s.prefill_s:.2f} s",
         "generated": f"{s.generated_tokens} tokens in {s.decode_s:.2f} s, {s.tok_s:.1f} tok/s",
+        "seed": s.seed,
         "block size": s.block_size,
         "rounds": f"{s.rounds}, {s.tokens_per_round:.2f} tokens each",
     }

@@ -76,6 +76,10 @@ Storage = Annotated[
         rich_help_panel=PAIR,
     ),
 ]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(help="Most new tokens in an answer.", show_default="what the context holds"),
+]
 BlockSize = Annotated[
     int | None,
     typer.Option(
@@ -138,9 +142,11 @@ LogitBias = Annotated[
     ),
 ]
 Seed = Annotated[
-    int,
+    int | None,
     typer.Option(
-        help="Seed of the random numbers; one seed gives one text.", rich_help_panel=SAMPLING
+        help="Seed of the random numbers: the same seed gives the same text.",
+        show_default="drawn; --stats and --json tell it",
+        rich_help_panel=SAMPLING,
     ),
 ]
 VerifyRule = Annotated[
@@ -161,7 +167,7 @@ Logprobs = Annotated[
 ]
 
 
-def check_limits(max_tokens: int, block_size: int | None, stop: list[str] | None) -> None:
+def check_limits(max_tokens: int | None, block_size: int | None, stop: list[str] | None) -> None:
     """Refuse before the weights are read what no pair can do."""
     from pyengine.generate import check_numbers
     from pyengine.reader import stop_strings
