@@ -44,7 +44,6 @@ def test_defaults_of_generate_and_chat_are_the_same() -> None:
     assert {"--max-tokens", "--seed", "--verify", "--block-size", "--temperature"} <= shared
     for name in shared:
         assert own[name].default == other[name].default, name
-        assert own[name].help == other[name].help, name
     assert own["--max-tokens"].default is None and own["--seed"].default is None
 
 

@@ -84,8 +84,8 @@ def run(
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
     logit_bias: LogitBias = None,
@@ -257,18 +257,19 @@ class Talk:
         typer.echo(f"Loaded: {len(self.chat.turns)} turns from {path}", err=True)
 
     def _answer(self, text: str) -> None:
-        chat, show = self.chat, common.printer(self.think)
+        chat, printer = self.chat, common.Printer(self.think)
         forgotten, begun = chat.forgotten, False
         try:
             with closing(chat.steps(text)) as steps:
                 for step in common.after_prompt(steps, lambda: chat.result.stats.prompt_tokens):
                     begun = True
                     if not self.as_json:
-                        show(step)
+                        printer.show(step)
         except KeyboardInterrupt:
             if not self.terminal:
                 raise
             typer.echo(" ...", err=True)
+        printer.end_thought()
         if not begun:
             return
         if self.as_json:

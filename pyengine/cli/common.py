@@ -217,24 +217,29 @@ def read_input(command: str, one_line: bool = False) -> str:
         raise ValueError(f"[{command}] standard input must be UTF-8 text but is not.") from error
 
 
-def printer(thoughts: bool) -> Callable[[Step], None]:
+class Printer:
     """Prints text as it comes, and thoughts, where they are wanted, to standard error."""
-    dim, plain = dimmed()
-    open_line = False
 
-    def show(step: Step) -> None:
-        nonlocal open_line
-        if thoughts and step.thinking:
-            typer.echo(f"{dim}{step.thinking}{plain}", nl=False, err=True, color=True)
-            open_line = not step.thinking.endswith("\n")
+    def __init__(self, thoughts: bool) -> None:
+        self.thoughts = thoughts
+        self.dim, self.plain = dimmed()
+        self.open_line = False
+
+    def show(self, step: Step) -> None:
+        """What a step added."""
+        if self.thoughts and step.thinking:
+            typer.echo(f"{self.dim}{step.thinking}{self.plain}", nl=False, err=True, color=True)
+            self.open_line = not step.thinking.endswith("\n")
         if step.text:
-            if open_line:
-                typer.echo(err=True)
-                open_line = False
+            self.end_thought()
             sys.stdout.write(step.text)
             sys.stdout.flush()
 
-    return show
+    def end_thought(self) -> None:
+        """Begin a new line on standard error if a thought left one open."""
+        if self.open_line:
+            typer.echo(err=True)
+            self.open_line = False
 
 
 def dimmed() -> tuple[str, str]:

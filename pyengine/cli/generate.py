@@ -75,8 +75,8 @@ def run(
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
     logit_bias: LogitBias = None,
@@ -136,13 +136,14 @@ def run(
             raw=raw,
             variables=template_variables(pair, think),
         )
-        show = common.printer(think)
+        printer = common.Printer(think)
         try:
             steps = running.steps()
             for step in common.after_prompt(steps, lambda: running.result.stats.prompt_tokens):
                 if not as_json:
-                    show(step)
+                    printer.show(step)
         finally:
+            printer.end_thought()
             # After Ctrl-C or a failure too: what was generated so far is kept.
             if running.result.tokens:
                 finish(pair, running.result, as_json, stats, max_tokens)

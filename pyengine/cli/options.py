@@ -111,11 +111,15 @@ TopK = Annotated[
     int | None,
     typer.Option(help="0 is off.", show_default="the pair's", rich_help_panel=SAMPLING),
 ]
-MinP = Annotated[float, typer.Option(help="0.0 is off.", rich_help_panel=SAMPLING)]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="0.0 is off.", show_default="the pair's", rich_help_panel=SAMPLING),
+]
 RepetitionPenalty = Annotated[
-    float,
+    float | None,
     typer.Option(
         help="Above 1.0, tokens already in the prompt or answer become less likely; 1.0 is off.",
+        show_default="the pair's",
         rich_help_panel=SAMPLING,
     ),
 ]
@@ -145,7 +149,7 @@ Seed = Annotated[
     int | None,
     typer.Option(
         help="Seed of the random numbers: the same seed gives the same text.",
-        show_default="drawn; --stats and --json tell it",
+        show_default="drawn at random",
         rich_help_panel=SAMPLING,
     ),
 ]
