@@ -6,7 +6,7 @@ A bundle is a folder that holds two checkpoint folders, ``target`` and ``assista
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -139,6 +139,7 @@ def load(
     dtype: mx.Dtype | None = None,
     position: Position = "n-1",
     text: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Pair:
     """Load a pair: two checkpoint folders, a bundle, or (nothing given) the embedded pair.
 
@@ -151,6 +152,7 @@ def load(
         position: Where the assistant's query sits, ``"n-1"`` or ``"n-2"``. Changes acceptance at
             most, never the output's distribution.
         text: Read the tokenizer too, before the weights: a wrong one is told at once.
+        on_progress: Called after each tensor with bytes read and bytes in all.
 
     Returns:
         The pair; its tokenizer is read when first used, if not already.
@@ -191,12 +193,19 @@ def load(
     needed = memory.weight_bytes(target_path, target_layout(target_config), dtype)
     if assistant_path is not None:
         needed += memory.weight_bytes(assistant_path, assistant_layout(assistant_config), dtype)
-    needed += memory.cache_bytes(target_config, 1, 1, 2)
-    memory.check(needed, "the weights and the smallest cache")
+    smallest = memory.cache_bytes(target_config, 1, 1, 2)
+    memory.check(needed + smallest, "the weights and the smallest cache")
     tokenizer = load_tokenizer(target_path) if text else None
-    weights = load_target_weights(target_path, target_config, dtype)
+    read = 0
+
+    def on_read(count: int) -> None:
+        nonlocal read
+        read += count
+        on_progress(read, needed)
+
+    weights = load_target_weights(target_path, target_config, dtype, on_read)
     if assistant_path is not None:
-        own = load_assistant_weights(assistant_path, assistant_config, dtype)
+        own = load_assistant_weights(assistant_path, assistant_config, dtype, on_read)
         if own.dtype != weights.dtype:
             raise ValueError(
                 f"[load] the assistant's dtype must equal the target's {weights.dtype} but got "

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -24,7 +25,7 @@ import pytest
 from text_fakes import write_tokenizers
 
 HERE = Path(__file__).parent
-LIMIT_S = 15.0
+LIMIT_S = 60.0
 CHAT = """
 import json, sys
 sys.path.insert(0, {here!r})
@@ -117,10 +118,17 @@ def _own_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizers(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_tokenizers(tmp_path)
-    return tmp_path
+def folder(tokenizer: Path, tmp_path: Path) -> Path:
+    """The process's own folder."""
+    return Path(shutil.copytree(tokenizer, tmp_path, dirs_exist_ok=True))
 
 
 @contextmanager

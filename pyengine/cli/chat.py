@@ -86,8 +86,8 @@ def run(
     top_k: TopK = None,
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = None,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
     logit_bias: LogitBias = None,
     seed: Seed = None,
     verify: VerifyRule = Verify.residual,
@@ -200,7 +200,8 @@ class Talk:
             hint = f"did you mean {near[0]}?" if near else "/help lists the commands."
             raise ValueError(f"[chat] {name} is no command; {hint} {SLASH}")
         if bool(rest) != (" " in forms[name]):
-            raise ValueError(f"[chat] the command must be {forms[name]} but got {name} {rest}.")
+            got = f"{name} {rest}".rstrip()
+            raise ValueError(f"[chat] the command must be {forms[name]} but got {got}.")
         if name == "/bye":
             return False
         if name == "/help":

@@ -135,7 +135,7 @@ def load_pair(
 
     from pyengine.pair import load
 
-    with waiting("Reading the weights"):
+    with waiting("Reading the weights") as tell:
         return load(
             target,
             assistant,
@@ -143,6 +143,7 @@ def load_pair(
             dtype=getattr(mx, dtype.value) if dtype else None,
             position="n-1" if position is Position.last else "n-2",
             text=True,
+            on_progress=tell,
         )
 
 

@@ -124,16 +124,19 @@ RepetitionPenalty = Annotated[
     ),
 ]
 PresencePenalty = Annotated[
-    float,
+    float | None,
     typer.Option(
         help="Subtracted from the logit of each token already in the answer; 0.0 is off.",
+        show_default="the pair's",
         rich_help_panel=SAMPLING,
     ),
 ]
 FrequencyPenalty = Annotated[
-    float,
+    float | None,
     typer.Option(
-        help="The same, times the number of occurrences; 0.0 is off.", rich_help_panel=SAMPLING
+        help="The same, times the number of occurrences; 0.0 is off.",
+        show_default="the pair's",
+        rich_help_panel=SAMPLING,
     ),
 ]
 LogitBias = Annotated[
