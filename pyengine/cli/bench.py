@@ -91,7 +91,8 @@ def gemma_mtp(
     allow_unverified_gemma: Annotated[
         bool,
         typer.Option(
-            "--allow-unverified-gemma", help="Also run a pair that is not one of the published."
+            "--allow-unverified-gemma",
+            help="Also run a pair that is not one of the published ones.",
         ),
     ] = False,
     output: Annotated[

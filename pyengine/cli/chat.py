@@ -55,9 +55,9 @@ COMMANDS = {
     "/help": "list the commands",
     "/new": "begin a new conversation; the system message stays",
     "/stats": "show counts and speed of the last answer",
-    "/save FILE": "write the conversation as JSON; never over another file",
-    "/load FILE": "go on with a saved conversation, its system message included",
-    "/bye": "end",
+    "/save FILE": "write the conversation as JSON; FILE must be new, or this conversation's",
+    "/load FILE": "continue a saved conversation, its system message included",
+    "/bye": "end the chat",
 }
 COMMAND = re.compile(r"/[A-Za-z][^\s/]*(?=\s|$)")  # a path or a comment is text
 SLASH = "To send text that begins like a command, put a space before it."
@@ -96,10 +96,10 @@ def run(
     bundle: BundleDir = None,
     dtype: Storage = None,
 ) -> None:
-    """Talk with a pair.
+    """Hold a conversation with a pair.
 
-    In a terminal, /help lists the commands and the keys. Otherwise every line of standard input is
-    a turn; the same commands work there. The cache is kept between turns, so only new tokens are
+    In a terminal, /help lists the commands and keys. Otherwise every line of standard input is a
+    turn or one of the same commands. The cache is kept between turns, so only new tokens are
     processed. When the context is full, the oldest turns are forgotten.
     """
     with common.sentences():
@@ -220,17 +220,16 @@ class Talk:
     def _help(self) -> None:
         tables.two_columns(common.console(sys.stderr), "", COMMANDS)
         for line in (SLASH, KEYS) if self.terminal else (SLASH,):
-            tables.say(common.console(sys.stderr), line)
+            tables.say(common.console(sys.stderr), line, indent="")
 
     def _stats(self) -> None:
         result = self.chat.result
-        generate.print_stats(result)
         used = result.stats.prompt_tokens + result.stats.generated_tokens
         rows = {
             "context": f"{used} of {self.chat.pair.target.context} tokens",
             "turns": f"{len(self.chat.turns)}, {self.chat.forgotten} forgotten",
         }
-        tables.two_columns(common.console(sys.stderr), "", rows)
+        generate.print_stats(result, rows)
 
     def _save(self, path: Path) -> None:
         if path.exists() and path != self.file:

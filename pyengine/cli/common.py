@@ -150,10 +150,9 @@ def load_pair(
 def introduce(pair: Pair) -> None:
     """Say on a terminal that a demonstration answers, whose answers are often beside the point."""
     if pair.embedded and sys.stderr.isatty():
-        typer.echo(
+        console(sys.stderr).print(
             "The embedded demo pair (9 MB) answers. It knows single-file canvas games and a little "
-            "Python; --bundle takes real weights.",
-            err=True,
+            "Python; --bundle takes real weights."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -93,7 +94,7 @@ def run(
         ),
     ] = Position.last,
 ) -> None:
-    """Answer a prompt, as text streamed to standard output.
+    """Answer a prompt; the text is streamed to standard output.
 
     Without --target or --bundle, the embedded demo pair answers: it knows single-file canvas games
     and a little Python. An answer ends where the model ends it, or when the context is full.
@@ -172,8 +173,8 @@ def finish(pair: Pair, result: Result, as_json: bool, stats: bool, max_tokens: i
         print_stats(result)
 
 
-def print_stats(result: Result) -> None:
-    """Counts and speed of one generation, on standard error."""
+def print_stats(result: Result, more: Mapping[str, str] | None = None) -> None:
+    """Counts and speed of one generation, on standard error; ``more`` rows come last."""
     s = result.stats
     rows = {
         "finish": result.finish_reason or "unfinished",
@@ -187,7 +188,7 @@ def print_stats(result: Result) -> None:
         rows["acceptance"] = f"{s.acceptance:.3f} of {s.drafted} drafts"
         rows["by depth"] = " ".join(f"{a:.2f}" for a in s.acceptance_by_depth)
     rows["peak memory"] = f"{s.peak_memory_bytes / 1e6:.0f} MB"
-    tables.two_columns(common.console(sys.stderr), "", rows)
+    tables.two_columns(common.console(sys.stderr), "", {**rows, **(more or {})})
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
