@@ -1,12 +1,12 @@
 """A target and its assistant on disk: find, check, load.
 
-A bundle is a folder with ``mtplx_pair.json`` and two checkpoint folders (``target`` and
-``assistant`` unless the manifest names others); two checkpoint folders do as well.
+A bundle is a folder that holds two checkpoint folders, ``target`` and ``assistant`` unless its
+``mtplx_pair.json`` names others; two checkpoint folders from anywhere do as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -139,6 +139,7 @@ def load(
     dtype: mx.Dtype | None = None,
     position: Position = "n-1",
     text: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Pair:
     """Load a pair: two checkpoint folders, a bundle, or (nothing given) the embedded pair.
 
@@ -146,11 +147,12 @@ def load(
         target: Folder of a Gemma 4 checkpoint, Hugging Face or MLX form; or, as for the two
             below, its name on the hub (``owner/name``, extra ``hub``).
         assistant: Folder of its assistant; without one the pair can only decode plainly.
-        bundle: Folder with ``mtplx_pair.json``; instead of the two above.
+        bundle: Folder with both, ``mtplx_pair.json`` beside them or not; instead of the two above.
         dtype: Convert to float32, float16 or bfloat16; None keeps the checkpoint's.
         position: Where the assistant's query sits, ``"n-1"`` or ``"n-2"``. Changes acceptance at
             most, never the output's distribution.
         text: Read the tokenizer too, before the weights: a wrong one is told at once.
+        on_progress: Called after each tensor with bytes read and bytes in all.
 
     Returns:
         The pair; its tokenizer is read when first used, if not already.
@@ -171,9 +173,9 @@ def load(
     manifest: dict[str, Any] = {}
     if target is None:
         path = _folder(_embedded_path() if bundle is None else locate(bundle), "bundle")
+        assistant_path: Path | None
+        target_path, assistant_path = bundle_parts(path)
         manifest = read_manifest(path)
-        target_path = _folder(_inside(path, manifest, "target"), "target")
-        assistant_path: Path | None = _folder(_inside(path, manifest, "assistant"), "assistant")
     else:
         path = target_path = _folder(locate(target), "target")
         assistant_path = None if assistant is None else _folder(locate(assistant), "assistant")
@@ -191,12 +193,19 @@ def load(
     needed = memory.weight_bytes(target_path, target_layout(target_config), dtype)
     if assistant_path is not None:
         needed += memory.weight_bytes(assistant_path, assistant_layout(assistant_config), dtype)
-    needed += memory.cache_bytes(target_config, 1, 1, 2)
-    memory.check(needed, "the weights and the smallest cache")
+    smallest = memory.cache_bytes(target_config, 1, 1, 2)
+    memory.check(needed + smallest, "the weights and the smallest cache")
     tokenizer = load_tokenizer(target_path) if text else None
-    weights = load_target_weights(target_path, target_config, dtype)
+    read = 0
+
+    def on_read(count: int) -> None:
+        nonlocal read
+        read += count
+        on_progress(read, needed)
+
+    weights = load_target_weights(target_path, target_config, dtype, on_read)
     if assistant_path is not None:
-        own = load_assistant_weights(assistant_path, assistant_config, dtype)
+        own = load_assistant_weights(assistant_path, assistant_config, dtype, on_read)
         if own.dtype != weights.dtype:
             raise ValueError(
                 f"[load] the assistant's dtype must equal the target's {weights.dtype} but got "
@@ -261,19 +270,19 @@ def bundle_parts(path: Path) -> tuple[Path, Path]:
             f"[load] {path} must be a bundle with the folders target and assistant, or a "
             "checkpoint with config.json, but is neither."
         )
-    manifest = read_manifest(path) if (path / MANIFEST).exists() else {}
+    manifest = read_manifest(path)
     target, assistant = (_inside(path, manifest, part) for part in ("target", "assistant"))
     return _folder(target, "target"), _folder(assistant, "assistant")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The object in a bundle's manifest; of its values, only the name is checked here."""
+    """The object in a bundle's manifest; of its values, only the name is checked here.
+
+    Empty where there is none: the folders are then called ``target`` and ``assistant``.
+    """
     file = within(path, MANIFEST, "load")
-    if not file.is_file():
-        raise ValueError(
-            f"[load] {path} has no {MANIFEST}; is it a bundle? A checkpoint folder goes to "
-            "target= or assistant=."
-        )
+    if not file.exists():
+        return {}
     manifest = read_object(file, "load")
     name = manifest.get("name", "-")
     if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= MAX_NAME:

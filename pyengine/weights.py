@@ -6,7 +6,7 @@ read one at a time, so that memory stays near the size of the result.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,9 @@ SKIPPED = re.compile(
 FLOATS = (mx.bfloat16, mx.float16, mx.float32)
 
 
+OnRead = Callable[[int], None]
+
+
 @dataclass(frozen=True)
 class Weights:
     """The arrays of one model, by module path (matrices) or full name (everything else)."""
@@ -57,21 +60,29 @@ class Layout:
 
 
 def load_target_weights(
-    folder: Path, config: TargetConfig, dtype: mx.Dtype | None = None
+    folder: Path,
+    config: TargetConfig,
+    dtype: mx.Dtype | None = None,
+    on_read: OnRead = lambda count: None,
 ) -> Weights:
     """Read a target's tensors; `dtype` None keeps the checkpoint's. Evaluates.
+
+    `on_read` is called after each tensor with its bytes.
 
     Raises:
         ValueError: A file is damaged, or a tensor unknown, missing, or of wrong shape or dtype.
     """
-    return _load(folder, target_layout(config), config.quantization, dtype)
+    return _load(folder, target_layout(config), config.quantization, dtype, on_read)
 
 
 def load_assistant_weights(
-    folder: Path, config: AssistantConfig, dtype: mx.Dtype | None = None
+    folder: Path,
+    config: AssistantConfig,
+    dtype: mx.Dtype | None = None,
+    on_read: OnRead = lambda count: None,
 ) -> Weights:
     """Read an assistant's tensors; as :func:`load_target_weights`."""
-    weights = _load(folder, assistant_layout(config), config.quantization, dtype)
+    weights = _load(folder, assistant_layout(config), config.quantization, dtype, on_read)
     if config.num_centroids:
         # A table of row numbers that reached past V would read foreign memory.
         order = weights.vectors["masked_embedding.token_ordering"]
@@ -219,7 +230,11 @@ def _open_all(
 
 
 def _load(
-    folder: Path, layout: Layout, quantization: Quantization | None, dtype: mx.Dtype | None
+    folder: Path,
+    layout: Layout,
+    quantization: Quantization | None,
+    dtype: mx.Dtype | None,
+    on_read: OnRead,
 ) -> Weights:
     matrices, vectors = _open_all(folder, layout, quantization)
     # One storage dtype for the whole model: the checkpoint's, or the one asked for
@@ -234,6 +249,7 @@ def _load(
         if matrix.scales is not None and matrix.biases is not None:
             check_finite(f"{path}.scales", matrix.scales)
             check_finite(f"{path}.biases", matrix.biases)
+        on_read(sum(array.nbytes for array in matrix.arrays))
     for name, vector in vectors.items():
         integer = name in layout.integers
         if dtype is None and not integer and vector.dtype != storage:
@@ -242,6 +258,7 @@ def _load(
         mx.eval(vector)
         if not integer:
             check_finite(name, vector)
+        on_read(vector.nbytes)
     return Weights(matrices, vectors, storage)
 
 
