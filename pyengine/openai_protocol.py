@@ -148,7 +148,7 @@ class Ask:
         count = self.sampling.logprobs
         rows = []
         if count is not None:
-            rows = prompt_logprobs(self.pair, self.ids, count)
+            rows = prompt_logprobs(self.pair, self.ids, count, progress=progress)
         return Step(echo, "", self.ids[self.echo_from :], rows)
 
 

@@ -172,7 +172,7 @@ class Worker:
         with ask.start(self._prefix) as running:
             for step in running.steps():
                 job.check()
-                if getattr(step, "prompt_done", None) is None:
+                if step.prompt_done is None:
                     job.say(step)
             job.say(running.result)
 
