@@ -55,8 +55,8 @@ def make_app(
         hosts: Names of other hosts that may be named nevertheless.
 
     Returns:
-        The app; ``app.state.end()`` refuses what waits and all that comes, and has the thread of
-        ``app.state.worker`` end.
+        The app; ``app.state.worker.end()`` refuses what waits and all that comes, and ends its
+        thread.
 
     Raises:
         ValueError: One of ``hosts`` is none.
@@ -105,12 +105,7 @@ def make_app(
         exception_handlers={404: nowhere, 405: nowhere},
     )
     app.add_middleware(Front, any_host=any_host, hosts=names)
-
-    def end() -> None:
-        worker.end()
-        readers.shutdown(wait=False, cancel_futures=True)
-
-    app.state.worker, app.state.end = worker, end
+    app.state.worker = worker
     return app
 
 

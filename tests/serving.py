@@ -47,7 +47,7 @@ class Server:
         self.http = Http(
             self.app,
             sock,
-            on_end=self.app.state.end,
+            on_end=self.app.state.worker.end,
             patience=patience,
             max_connections=max_connections,
         )

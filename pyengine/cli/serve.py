@@ -125,7 +125,7 @@ def run(
                     "encryption.",
                     err=True,
                 )
-            server = Server(app, sock, on_end=app.state.end)
+            server = Server(app, sock, on_end=app.state.worker.end)
             server.run()
             leave(server.ended_by, app.state.worker)
 
