@@ -97,7 +97,7 @@ class Limits:
     waiting: int = 16
     body_bytes: int = 4 << 20
     max_tokens: int = 8192
-    messages: int = 20_000
+    messages: int = 10_000
     tools: int = 1_000
     any_model: bool = False
     cached_tokens: bool = True
