@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from pyengine import ops
 from pyengine.bench import PLAIN, Row, now
+from pyengine.files import write_whole
 from pyengine.generate import resolve_sampling
 from pyengine.sampling import Sampling
 from pyengine.suite import Case
@@ -201,16 +202,5 @@ def check_output(path: Path) -> None:
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write to a temporary name, then rename: a report is whole or absent."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException as error:
-        os.unlink(name)
-        if isinstance(error, OSError) and error.filename is None:  # a write does not say to what
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+    """Write a report as JSON; it is whole or absent."""
+    write_whole(path, json.dumps(report, indent=2) + "\n")
