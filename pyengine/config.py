@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyengine.files import read_object, shown, within
+from pyengine.files import optional, read_object, shown
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -346,9 +346,11 @@ def published_name(target: TargetConfig, assistant: AssistantConfig) -> str | No
 
 def read_json(folder: Path) -> dict[str, Any]:
     """The object in ``folder/config.json``, as it is."""
-    path = within(Path(folder), "config.json", "config")
-    if not path.is_file():
-        raise ValueError(f"[config] {path} does not exist; is this a checkpoint folder?")
+    path = optional(Path(folder), "config.json", "config")
+    if path is None:
+        raise ValueError(
+            f"[config] {Path(folder) / 'config.json'} does not exist; is this a checkpoint folder?"
+        )
     return read_object(path, "config")
 
 

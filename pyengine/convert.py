@@ -16,6 +16,7 @@ from pyengine.config import (
     read_json,
     read_target_config,
 )
+from pyengine.files import optional
 from pyengine.hub import locate
 from pyengine.pair import MANIFEST, bundle_parts
 from pyengine.quantize import Plan, new_folder, plan_checkpoint, write_checkpoint
@@ -88,7 +89,7 @@ def _parts(src: Path, assistant: Path | None) -> dict[str, Path]:
     """The folders to convert; a checkpoint alone is called target, whichever it is."""
     if assistant is not None:
         return {"target": src, "assistant": assistant}
-    if (src / "config.json").is_file() or not src.is_dir():
+    if optional(src, "config.json", "convert") or not src.is_dir():
         return {"target": src}
     return dict(zip(("target", "assistant"), bundle_parts(src), strict=True))
 

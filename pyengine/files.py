@@ -63,7 +63,7 @@ def optional(folder: Path, name: str, doing: str) -> Path | None:
     path = within(folder, name, doing)
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

@@ -6,6 +6,7 @@ A bundle is a folder with ``mtplx_pair.json`` and two checkpoint folders (``targ
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from pyengine.config import (
     read_assistant_config,
     read_target_config,
 )
-from pyengine.files import read_object, shown, within
+from pyengine.files import optional, read_object, shown, within
 from pyengine.hub import locate
 from pyengine.target import Target, check_ids
 from pyengine.tokenizer import Tokenizer, load_tokenizer
@@ -239,6 +240,8 @@ def _embedded_path() -> Path:
 
 
 def _folder(path: Path, what: str) -> Path:
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"[load] {what} must be a folder but {path} is a link that leads nowhere.")
     if not path.is_dir():
         raise ValueError(f"[load] {what} must be a folder but got {path}.")
     return path
@@ -251,8 +254,8 @@ def bundle_parts(path: Path) -> tuple[Path, Path]:
         ValueError: The manifest is damaged, or a folder is missing or outside the bundle.
     """
     names = (MANIFEST, "target", "assistant")
-    if path.is_dir() and not any((path / name).exists() for name in names):
-        if (path / "config.json").exists():
+    if path.is_dir() and not any(os.path.lexists(path / name) for name in names):
+        if optional(path, "config.json", "load"):
             raise ValueError(
                 f"[load] {path} must be a bundle but is a checkpoint; it goes to target= or "
                 "assistant=."
@@ -261,15 +264,15 @@ def bundle_parts(path: Path) -> tuple[Path, Path]:
             f"[load] {path} must be a bundle with the folders target and assistant, or a "
             "checkpoint with config.json, but is neither."
         )
-    manifest = read_manifest(path) if (path / MANIFEST).exists() else {}
+    manifest = read_manifest(path) if optional(path, MANIFEST, "load") else {}
     target, assistant = (_inside(path, manifest, part) for part in ("target", "assistant"))
     return _folder(target, "target"), _folder(assistant, "assistant")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The object in a bundle's manifest; of its values, only the name is checked here."""
-    file = within(path, MANIFEST, "load")
-    if not file.is_file():
+    file = optional(path, MANIFEST, "load")
+    if file is None:
         raise ValueError(
             f"[load] {path} has no {MANIFEST}; is it a bundle? A checkpoint folder goes to "
             "target= or assistant=."
@@ -342,5 +345,5 @@ def _token_ids(key: str, value: Any, config: TargetConfig) -> tuple[int, ...]:
 
 
 def _read_optional(folder: Path) -> dict[str, Any]:
-    file = within(folder, "generation_config.json", "load")
-    return read_object(file, "load") if file.is_file() else {}
+    file = optional(folder, "generation_config.json", "load")
+    return read_object(file, "load") if file else {}

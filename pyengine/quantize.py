@@ -29,7 +29,7 @@ from pyengine.config import (
     read_json,
     read_target_config,
 )
-from pyengine.files import within
+from pyengine.files import optional
 from pyengine.shards import BYTES, SINGLE, Entry, Shape, read_headers
 from pyengine.weights import (
     Layout,
@@ -91,7 +91,7 @@ class Job:
 class Plan:
     """All of a conversion, before a byte is read."""
 
-    src: Path
+    copied: list[Path]
     config: dict[str, Any]
     jobs: list[Job]
 
@@ -139,14 +139,23 @@ def plan_checkpoint(src: Path, bits: int, group_size: int) -> Plan:
     jobs, overrides = _jobs(src, layout, prefix, bits, group_size)
     block = {"group_size": group_size, "bits": bits, "mode": "affine", **overrides}
     config = read_json(src) | {"quantization": block, "quantization_config": block}
-    return Plan(src, config, jobs)
+    return Plan(_copied(src), config, jobs)
+
+
+def _copied(src: Path) -> list[Path]:
+    """The files to carry along; a link to nothing is an error, not an absent file."""
+    found = [
+        optional(src, name, "quantize")
+        for name in sorted(os.listdir(src))
+        if Path(name).suffix in COPIED and name not in NOT_COPIED
+    ]
+    return [path for path in found if path is not None]
 
 
 def write_checkpoint(plan: Plan, folder: Path, on_progress: OnProgress) -> None:
     """Carry a plan out in a folder that exists. Evaluates."""
-    for file in sorted(plan.src.iterdir()):
-        if file.suffix in COPIED and file.name not in NOT_COPIED and file.is_file():
-            shutil.copyfile(within(plan.src, file.name, "quantize"), folder / file.name)
+    for file in plan.copied:
+        shutil.copyfile(file, folder / file.name)
     text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     _write_safetensors(plan, folder / SINGLE, on_progress)

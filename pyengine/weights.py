@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from pyengine.config import AssistantConfig, LayerConfig, Quantization, TargetConfig
 from pyengine.linear import Linear
-from pyengine.shards import read_headers
+from pyengine.shards import read_headers, stale_index
 
 Shape = tuple[int, ...]
 
@@ -339,6 +339,7 @@ class Tensors:
         self.arrays: dict[str, mx.array] = {}
         self.raw_names: dict[str, str] = {}
         self.used: set[str] = set()
+        self.folder = folder
         for shard, headers in read_headers(folder):
             loaded = _open(shard)
             for raw in headers:
@@ -361,7 +362,8 @@ class Tensors:
         """One tensor, lazy; its shape and dtype checked, experts split or stacked as needed."""
         array = self._assemble(name, shape)
         if array is None:
-            raise ValueError(f"[load] weights miss `{name}`; is this a Gemma 4 checkpoint?")
+            why = stale_index(self.folder) or "is this a Gemma 4 checkpoint?"
+            raise ValueError(f"[load] weights miss `{name}`; {why}")
         if array.shape != shape:
             raise ValueError(
                 f"[load] `{name}` must have shape {list(shape)} but got {list(array.shape)}."

@@ -95,9 +95,6 @@ def test_an_incomplete_set_is_refused(tmp_path):
     index(tmp_path, {"a": "one.safetensors", "b": "one.safetensors"})
     with pytest.raises(ValueError, match=r"misses the shard one\.safetensors; is it all"):
         list(read_headers(tmp_path))
-    write(tmp_path / "one.safetensors", {"a": F32})
-    with pytest.raises(ValueError, match=r"one\.safetensors misses `b`, which the index puts"):
-        list(read_headers(tmp_path))
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
     with pytest.raises(ValueError, match="must map tensor names to files"):
         list(read_headers(tmp_path))
