@@ -69,7 +69,11 @@ def convert(
             "layout": {part: part for part in parts},
             **{part: {"quantization": mode, "source": parts[part].name} for part in parts},
         }
-    plans = {part: plan_checkpoint(folder, bits, group_size) for part, folder in parts.items()}
+    plans: dict[str, Plan] = {}
+    for part, folder in parts.items():
+        # A pair loads if its two have one dtype: the target's
+        dtype = plans["target"].dtype if plans else None
+        plans[part] = plan_checkpoint(folder, bits, group_size, dtype)
     total = sum(plan.nbytes for plan in plans.values())
     with new_folder(dst, total) as partial:
         done = 0

@@ -6,8 +6,9 @@ import re
 import sys
 from pathlib import Path
 
-# owner/name, with @revision where one is wanted; a path that begins otherwise is only a path.
-_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w.-]+))?")
+# owner/name, with @revision where one is wanted: a branch, a tag, a commit, or a pull request as
+# the hub spells it, refs/pr/1. A path that begins otherwise is only a path.
+_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w.-]*(/\w[\w.-]*)*))?")
 PATTERNS = ["*.json", "*.jinja", "*.model", "*.safetensors"]
 
 

@@ -73,12 +73,8 @@ def load_assistant_weights(
     """Read an assistant's tensors; as :func:`load_target_weights`."""
     weights = _load(folder, assistant_layout(config), config.quantization, dtype)
     if config.num_centroids:
-        # A table of row numbers that reached past V would read foreign memory.
-        order = weights.vectors["masked_embedding.token_ordering"]
-        if not mx.array_equal(mx.sort(order), mx.arange(config.vocab_size, dtype=mx.int32)):
-            raise ValueError(
-                "[load] `masked_embedding.token_ordering` must hold every token id once."
-            )
+        name = "masked_embedding.token_ordering"
+        check_ordering(name, weights.vectors[name])
     return weights
 
 
@@ -330,6 +326,16 @@ def check_finite(name: str, array: mx.array) -> None:
     """
     if not mx.isfinite(array).all():
         raise ValueError(f"[load] `{name}` must be finite but holds NaN or infinity.")
+
+
+def check_ordering(name: str, order: mx.array) -> None:
+    """A table of row numbers that reached past V would read foreign memory. Evaluates.
+
+    Raises:
+        ValueError: It is no permutation.
+    """
+    if not mx.array_equal(mx.sort(order), mx.arange(order.size, dtype=order.dtype)):
+        raise ValueError(f"[load] `{name}` must hold every token id once.")
 
 
 class Tensors:

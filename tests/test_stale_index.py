@@ -97,9 +97,7 @@ WHOLE = [
 
 
 @pytest.mark.parametrize("lay", WHOLE)
-def test_whole_weights_load_beside_a_stale_index(
-    lay: Callable[[Path], None], folder: Path
-) -> None:
+def test_whole_weights_load_beside_a_stale_index(lay: Callable[[Path], None], folder: Path) -> None:
     lay(folder)
     assert mx.array_equal(load(folder).logits([2, 7, 1]), load(SRC).logits([2, 7, 1]))
 
@@ -132,7 +130,10 @@ def two_sets(folder: Path) -> None:
 
 LACKING = [
     (one_shard_gone, rf"misses the shard model-00002-of-00003\.safetensors; .* is {INDEX} stale\?"),
-    (a_tensor_gone, rf"weights miss `.*`; {INDEX} is stale: it puts `.*up_proj.weight` into model-"),
+    (
+        a_tensor_gone,
+        rf"weights miss `.*`; {INDEX} is stale: it puts `.*up_proj.weight` into",
+    ),
     (shards_without_index_nor_end, "no index of shards, nor all shards of one set"),
     (two_sets, "must hold one set of shards but holds model-\\*-of-00002 and model-\\*-of-00003"),
 ]
