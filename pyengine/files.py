@@ -18,7 +18,7 @@ from typing import Any
 # together keep what is read within 100 MB of memory and a second.
 MAX_BYTES = 8 << 20
 MAX_VALUES = 500_000
-MAX_DEPTH = 100
+MAX_DEPTH = 128
 SHOWN = 80
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's hash of a file, or SHA-256
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell and UTF-8 not

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
+from pyengine.defaults import OURS
 from pyengine.files import shown
 from pyengine.messages import Prompt, prompt_ids
 from pyengine.prefix import Prefix
@@ -335,6 +336,6 @@ def resolve_sampling(pair: Pair, sampling: Sampling | None) -> Sampling:
     """Settings to use: the given ones or the pair's, always with the pair's suppressed tokens."""
     own = pair.generation
     if sampling is None:
-        sampling = Sampling(temperature=own.temperature, top_p=own.top_p, top_k=own.top_k)
+        sampling = Sampling(**{key: getattr(own, key) for key in OURS})
     suppressed = {*sampling.suppress_tokens, *own.suppress_tokens}
     return replace(sampling, suppress_tokens=tuple(sorted(suppressed)))

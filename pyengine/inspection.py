@@ -21,6 +21,7 @@ from pyengine.config import (
     read_json,
     read_target_config,
 )
+from pyengine.defaults import OURS
 from pyengine.files import optional
 from pyengine.hub import locate
 from pyengine.pair import bundle_parts, read_generation, read_manifest
@@ -147,9 +148,8 @@ def _text(path: Path, parts: dict[str, Path], target: TargetConfig) -> dict[str,
         "chat_template": tokenizer.has_chat_template,
         "thinking": bool(tokenizer.channel_ids()),
         "stop_ids": list(settings.stop_ids),
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "top_k": settings.top_k,
+        **{key: getattr(settings, key) for key in OURS},
+        "notes": list(settings.notes),
     }
 
 

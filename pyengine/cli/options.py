@@ -96,25 +96,32 @@ TopK = Annotated[
     int | None,
     typer.Option(help="0 is off.", show_default="the pair's", rich_help_panel=SAMPLING),
 ]
-MinP = Annotated[float, typer.Option(help="0.0 is off.", rich_help_panel=SAMPLING)]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="0.0 is off.", show_default="the pair's", rich_help_panel=SAMPLING),
+]
 RepetitionPenalty = Annotated[
-    float,
+    float | None,
     typer.Option(
         help="Above 1.0, tokens of the prompt and the text become less likely; 1.0 is off.",
+        show_default="the pair's",
         rich_help_panel=SAMPLING,
     ),
 ]
 PresencePenalty = Annotated[
-    float,
+    float | None,
     typer.Option(
         help="Taken from the logits of tokens that are in the text; 0.0 is off.",
+        show_default="the pair's",
         rich_help_panel=SAMPLING,
     ),
 ]
 FrequencyPenalty = Annotated[
-    float,
+    float | None,
     typer.Option(
-        help="The same, times how often the token is there; 0.0 is off.", rich_help_panel=SAMPLING
+        help="The same, times how often the token is there; 0.0 is off.",
+        show_default="the pair's",
+        rich_help_panel=SAMPLING,
     ),
 ]
 LogitBias = Annotated[
