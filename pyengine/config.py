@@ -141,15 +141,15 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class Quantization:
-    """MLX affine quantisation: defaults, and overrides by module path (None: not quantised)."""
+    """MLX affine quantisation: defaults, and overrides by module path (None: not quantised).
+
+    An override that is not offered is the sentence that refuses it. It is for whoever reads the
+    module: towers for images and sound may be stored as they like.
+    """
 
     bits: int
     group_size: int
-    overrides: Mapping[str, tuple[int, int] | None]
-
-    def of(self, path: str) -> tuple[int, int] | None:
-        """(bits, group_size) of a module path, or None where the file says ``false``."""
-        return self.overrides.get(path, (self.bits, self.group_size))
+    overrides: Mapping[str, tuple[int, int] | str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -482,15 +482,18 @@ def _eos_ids(top: _Section, text: _Section) -> tuple[int, ...]:
 
 
 def _quantization(top: _Section) -> Quantization | None:
-    key = "quantization" if "quantization" in top else "quantization_config"
+    key = "quantization" if top.values.get("quantization") is not None else "quantization_config"
     if top.values.get(key) is None:
         return None
     block = top.section(key)
     defaults = _bits_and_group(block, None)
-    overrides: dict[str, tuple[int, int] | None] = {}
+    overrides: dict[str, tuple[int, int] | str | None] = {}
     for path, value in block.values.items():
         if isinstance(value, dict):
-            overrides[path] = _bits_and_group(block.section(path), defaults)
+            try:
+                overrides[path] = _bits_and_group(block.section(path), defaults)
+            except ValueError as error:
+                overrides[path] = str(error)
         elif value is False:
             overrides[path] = None
     return Quantization(*defaults, overrides)

@@ -16,9 +16,9 @@ from pyengine.config import (
     read_json,
     read_target_config,
 )
-from pyengine.files import optional
+from pyengine.files import optional, shown
 from pyengine.hub import locate
-from pyengine.pair import MANIFEST, bundle_parts
+from pyengine.pair import MANIFEST, MAX_NAME, bundle_parts, is_name, read_generation
 from pyengine.quantize import Plan, new_folder, plan_checkpoint, write_checkpoint
 
 
@@ -63,12 +63,22 @@ def convert(
         assistant_config = read_assistant_config(parts["assistant"])
         check_pair(target_config, assistant_config)
         kind, name = "pair", published_name(target_config, assistant_config) or dst.name
+        if not is_name(name):
+            raise ValueError(
+                f"[convert] dst must have a printable name of at most {MAX_NAME} characters, which "
+                f"becomes the pair's, but got {shown(name)}."
+            )
         mode = {"group_size": group_size, "bits": bits, "mode": "affine"}
         manifest = {
             "name": name,
             "layout": {part: part for part in parts},
             **{part: {"quantization": mode, "source": parts[part].name} for part in parts},
         }
+    if kind != "assistant":
+        # Copied as it is, so refused here if loading would refuse it
+        read_generation(
+            parts["target"], parts.get("assistant"), read_target_config(parts["target"]), {}
+        )
     plans: dict[str, Plan] = {}
     for part, folder in parts.items():
         # A pair loads if its two have one dtype: the target's

@@ -294,12 +294,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     manifest = read_object(file, "load")
     name = manifest.get("name", "-")
-    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+    if not is_name(name):
         raise ValueError(
             f"[load] `name` of {MANIFEST} must be a line of at most {MAX_NAME} characters but got "
             f"{shown(name)}."
         )
     return manifest
+
+
+def is_name(value: object) -> bool:
+    """Whether a pair may be called so: the name goes to terminals and into tables."""
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= MAX_NAME
 
 
 def _inside(bundle: Path, manifest: dict[str, Any], part: str) -> Path:

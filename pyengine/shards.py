@@ -24,10 +24,10 @@ MAX_DIMENSION = (1 << 31) - 1  # MLX counts in int32
 _NUMBERED = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors")
 
 BYTES = {
-    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1},
+    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
     **{"U16": 2, "I16": 2, "F16": 2, "BF16": 2},
     **{"U32": 4, "I32": 4, "F32": 4},
-    **{"U64": 8, "I64": 8, "F64": 8},
+    **{"U64": 8, "I64": 8, "F64": 8, "C64": 8},
 }
 
 
@@ -164,12 +164,9 @@ def read_header(path: Path) -> dict[str, Entry]:
             start = 8 + length
             entries[name] = Entry(entry["dtype"], shape, start + begin, start + end)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = (
-            str(error).rstrip(".") if isinstance(error, ValueError) else "an entry has a wrong form"
-        )
-        raise ValueError(
-            f"[load] the header of {path} is damaged: {str(why).rstrip('.')}."
-        ) from None
+        known = isinstance(error, ValueError)
+        why = str(error).rstrip(".") if known else "an entry has a wrong form"
+        raise ValueError(f"[load] the header of {path} is damaged: {why}.") from None
     spans = sorted((entry.begin, entry.end, name) for name, entry in entries.items())
     for (_, end, _), (begin, _, name) in itertools.pairwise(spans):
         if begin < end:

@@ -277,6 +277,8 @@ class _QuantizationModes:
         # Gate and up of the experts may share one entry, named after the tensor they came from
         joint = re.sub(r"\.experts\.(gate|up)_proj$", ".experts.gate_up_proj", path)
         mode = self.overrides.get(path, self.overrides.get(joint, default))
+        if isinstance(mode, str):
+            raise ValueError(mode)
         if mode is None:
             raise ValueError(
                 f"[load] `{path}.scales` is there, but config.json says `{path}` is not quantised."
