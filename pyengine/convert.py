@@ -18,8 +18,9 @@ from pyengine.config import (
 )
 from pyengine.files import optional, shown
 from pyengine.hub import locate
+from pyengine.new_folder import new_folder
 from pyengine.pair import MANIFEST, MAX_NAME, bundle_parts, is_name, read_generation
-from pyengine.quantize import Plan, new_folder, plan_checkpoint, write_checkpoint
+from pyengine.quantize import Plan, plan_checkpoint, write_checkpoint
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,16 @@ def convert(
             "layout": {part: part for part in parts},
             **{part: {"quantization": mode, "source": parts[part].name} for part in parts},
         }
-    if kind != "assistant":
-        # Copied as it is, so refused here if loading would refuse it
-        read_generation(
-            parts["target"], parts.get("assistant"), read_target_config(parts["target"]), {}
-        )
     plans: dict[str, Plan] = {}
     for part, folder in parts.items():
         # A pair loads if its two have one dtype: the target's
         dtype = plans["target"].dtype if plans else None
         plans[part] = plan_checkpoint(folder, bits, group_size, dtype)
+    if kind != "assistant":
+        # Copied as it is, so refused here if loading would refuse it
+        read_generation(
+            parts["target"], parts.get("assistant"), read_target_config(parts["target"]), {}
+        )
     total = sum(plan.nbytes for plan in plans.values())
     with new_folder(dst, total) as partial:
         done = 0

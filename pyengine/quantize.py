@@ -8,14 +8,12 @@ loading wants it: that of the token embedding, whatever the rest of the source h
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from pyengine.config import (
     read_target_config,
 )
 from pyengine.files import optional
+from pyengine.new_folder import new_folder
 from pyengine.shards import BYTES, SINGLE, Entry, Shape, read_headers
 from pyengine.weights import (
     Layout,
@@ -172,45 +171,6 @@ def write_checkpoint(plan: Plan, folder: Path, on_progress: OnProgress) -> None:
     text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     _write_safetensors(plan, folder / SINGLE, on_progress)
-
-
-@contextmanager
-def new_folder(dst: Path, nbytes: int) -> Iterator[Path]:
-    """A folder to fill, which gets its name when all went well and is removed when not.
-
-    What a killed run left behind is removed; a run that still goes on is not disturbed.
-
-    Raises:
-        ValueError: dst exists, cannot be made, is being made, or would not fit the disk.
-    """
-    if dst.exists() or dst.is_symlink():
-        raise ValueError(f"[quantize] dst must not exist yet but {dst} does.")
-    home = dst.absolute().parent
-    if not home.is_dir():
-        raise ValueError(f"[quantize] dst must lie in a folder that exists but got {dst}.")
-    free = shutil.disk_usage(home).free
-    if nbytes > free:
-        raise ValueError(
-            f"[quantize] dst must fit the free {free / 1e9:.1f} GB of its disk but needs "
-            f"{nbytes / 1e9:.1f} GB."
-        )
-    partial = home / f".{dst.name}.partial"
-    lock = home / f".{dst.name}.lock"
-    with lock.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"[quantize] dst must not be in the making but {dst} is.") from None
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            yield partial
-            partial.rename(dst)
-        except OSError as error:  # a write does not say to which file
-            raise OSError(error.errno, error.strerror, str(error.filename or dst)) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            lock.unlink(missing_ok=True)
 
 
 def _layout(src: Path) -> tuple[Layout, str]:
