@@ -4,13 +4,14 @@ Every value comes from the file. A missing key is an error that names it, never 
 of one variant (shared layers, per-layer embeddings, window) make nonsense of another.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyengine.files import optional, read_object, shown
+
+MAX_DIGITS = 8  # of a layer's index, with leading zeros
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -434,6 +435,11 @@ def _layers(text: _Section) -> tuple[LayerConfig, ...]:
     return tuple(layers)
 
 
+def _spellings(i: int) -> list[str]:
+    """How a file may write the index of a layer."""
+    return [str(i).zfill(width) for width in range(len(str(i)), MAX_DIGITS + 1)]
+
+
 def _head_geometry(text: _Section, i: int, sliding: bool, key_is_value: bool) -> tuple[int, int]:
     """(head width, key/value heads) of layer i, from either published form."""
     head_dim = text.integer("head_dim")
@@ -441,7 +447,7 @@ def _head_geometry(text: _Section, i: int, sliding: bool, key_is_value: bool) ->
     if "per_layer_config" in text:
         # Indices are written with leading zeros where there are ten layers or more
         layers = text.section("per_layer_config").values
-        key = next((key for key in layers if re.fullmatch(f"0*{i}", key)), None)
+        key = next((key for key in _spellings(i) if key in layers), None)
         layer = {} if key is None else layers[key]
         if not isinstance(layer, dict):
             raise text.fail("per_layer_config", "map a layer index to an object")

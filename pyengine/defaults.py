@@ -14,6 +14,7 @@ from pyengine.ops.filter_logits import MAX_TOP_K
 from pyengine.sampling import MAX_EDIT, Sampling
 
 FILE = "generation_config.json"
+MAX_NOTES = 20
 
 # Taken over, with our own values where nobody says anything
 OURS: dict[str, float] = {
@@ -118,9 +119,16 @@ def sampling_defaults(
 def _unused(own: Mapping[str, Any]) -> list[str]:
     """A sentence for every key that may change the text elsewhere and does not here."""
     known = {*OURS, *READ_ELSEWHERE, *WITHOUT_EFFECT}
-    return [
-        f"`{shown(key)[1:-1]}` {shown(value)} of {FILE} is not used"
-        + (f": {INSTEAD[key]}." if key in INSTEAD else ".")
+    keys = [
+        key
         for key, value in own.items()
         if key not in known and value not in (None, [], {}) and OFF.get(key) != value
     ]
+    notes = [
+        f"`{shown(key)[1:-1]}` {shown(own[key])} of {FILE} is not used"
+        + (f": {INSTEAD[key]}." if key in INSTEAD else ".")
+        for key in keys[:MAX_NOTES]
+    ]
+    if len(keys) > MAX_NOTES:
+        notes.append(f"{len(keys) - MAX_NOTES} more keys of {FILE} are not used.")
+    return notes

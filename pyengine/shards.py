@@ -20,6 +20,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # A header of 35,000 tensors, a mixture's experts one by one and quantised, has about 5 MB
 MAX_HEADER = 8 << 20
 MAX_RANK = 8
+MAX_METADATA = 1000
 MAX_DIMENSION = (1 << 31) - 1  # MLX counts in int32
 _NUMBERED = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors")
 
@@ -57,12 +58,13 @@ def read_headers(folder: Path) -> Iterator[tuple[Path, dict[str, Entry]]]:
     """
     index = optional(folder, INDEX, "load")
     listed = {} if index is None else _listed(index)
-    absent = [shard for shard in sorted(listed) if optional(folder, shard, "load") is None]
-    shards = sorted(listed) if listed and not absent else _unlisted(folder)
+    shards = sorted(set(listed.values()))
+    absent = next((shard for shard in shards if optional(folder, shard, "load") is None), None)
+    if absent or not listed:
+        shards = _unlisted(folder)
     if not shards and absent:
         raise ValueError(
-            f"[load] {folder} misses the shard {absent[0]}; is it all downloaded, or is {INDEX} "
-            "stale?"
+            f"[load] {folder} misses the shard {absent}; is it all downloaded, or is {INDEX} stale?"
         )
     if not shards:
         raise ValueError(
@@ -77,27 +79,26 @@ def read_headers(folder: Path) -> Iterator[tuple[Path, dict[str, Entry]]]:
 def stale_index(folder: Path) -> str:
     """For a message on a tensor that is missing: where the index is wrong; empty if nowhere."""
     index = optional(folder, INDEX, "load")
+    if index is None:
+        return ""
     headers = {path.name: header for path, header in read_headers(folder)}
-    for shard, names in sorted(({} if index is None else _listed(index)).items()):
-        for name in names:
-            if name not in headers.get(shard, {}):
-                return f"{INDEX} is stale: it puts `{name}` into {shard}, where it is not."
+    for name, shard in _listed(index).items():
+        if name not in headers.get(shard, {}):
+            return f"{INDEX} is stale: it puts `{name}` into {shard}, where it is not."
     return ""
 
 
-def _listed(index: Path) -> dict[str, list[str]]:
-    """Shards of an index, each with the tensors that the index puts there."""
+def _listed(index: Path) -> dict[str, str]:
+    """What an index says: the shard of every tensor."""
     weight_map = read_object(index, "load").get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"[load] {index} must map tensor names to files.")
-    by_shard: dict[str, list[str]] = {}
-    for name, shard in weight_map.items():
+    for shard in weight_map.values():
         if not isinstance(shard, str) or not _is_file_name(shard):
             raise ValueError(
                 f"[load] a shard must be a file in {index.parent} but got {shown(shard)}."
             )
-        by_shard.setdefault(shard, []).append(name)
-    return by_shard
+    return weight_map
 
 
 def _unlisted(folder: Path) -> list[str]:
@@ -120,7 +121,7 @@ def _unlisted(folder: Path) -> list[str]:
 
 
 def _is_file_name(name: str) -> bool:
-    return Path(name).name == name and name not in ("", "..") and not set(name) & {"\\", "\0"}
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -145,6 +146,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise ValueError(f"[load] {path} cannot be read: {error.strerror}.") from error
     try:
         header = parse(raw.decode("utf-8"), "it")
+        metadata = header.get("__metadata__", {})
+        if not isinstance(metadata, dict) or len(metadata) > MAX_METADATA:
+            raise ValueError(f"`__metadata__` must be at most {MAX_METADATA} notes")
         promised = {name: entry for name, entry in header.items() if name != "__metadata__"}
         entries = {}
         for name, entry in promised.items():
