@@ -146,8 +146,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise ValueError(f"[load] {path} cannot be read: {error.strerror}.") from error
     try:
         header = parse(raw.decode("utf-8"), "it")
-        metadata = header.get("__metadata__", {})
-        if not isinstance(metadata, dict) or len(metadata) > MAX_METADATA:
+        metadata = header.get("__metadata__")  # not read here; MLX writes null where it has none
+        if isinstance(metadata, (dict, list)) and len(metadata) > MAX_METADATA:
             raise ValueError(f"`__metadata__` must be at most {MAX_METADATA} notes")
         promised = {name: entry for name, entry in header.items() if name != "__metadata__"}
         entries = {}
