@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
+from pyengine.defaults import OURS
 from pyengine.files import shown
 from pyengine.messages import Prompt, prompt_ids
 from pyengine.prefix import Prefix
@@ -353,8 +354,7 @@ def resolve_sampling(pair: Pair, sampling: Sampling | Mapping[str, Any] | None) 
             raise ValueError(
                 f"[generate] sampling must hold fields of Sampling but got {shown(unknown[0])}."
             )
-        defaults = Sampling(temperature=own.temperature, top_p=own.top_p, top_k=own.top_k)
-        sampling = replace(defaults, **given)
+        sampling = Sampling(**{**{key: getattr(own, key) for key in OURS}, **given})
     if not isinstance(sampling, Sampling):
         raise ValueError(
             "[generate] sampling must be a Sampling or a dict of its fields but got "
