@@ -46,18 +46,18 @@ def flag(op: str, name: str, value: Any) -> bool:
     return value
 
 
-def token_ids(op: str, name: str, value: Any) -> list[int]:
+def token_ids(op: str, name: str, value: Any, rule: str = "be token ids") -> list[int]:
     """Whole numbers of 0 or more.
 
     Raises:
         ValueError: It is no list of them.
     """
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
-        raise ValueError(f"[{op}] {name} must be token ids but got {shown(value)}.")
+        raise ValueError(f"[{op}] {name} must {rule} but got {shown(value)}.")
     ids = list(value)
     wrong = [i for i in ids if not is_whole(i) or operator.index(i) < 0]
     if wrong:
-        raise ValueError(f"[{op}] {name} must be token ids but got {shown(wrong[0])}.")
+        raise ValueError(f"[{op}] {name} must {rule} but got {shown(wrong[0])}.")
     return [operator.index(i) for i in ids]
 
 

@@ -17,9 +17,8 @@ def check(op: str) -> None:
     """
     if _lost:
         raise RuntimeError(
-            f"[{op}] a process must not be forked from one that has used MLX but this one was, and "
-            "lacks its threads; start it by spawn, as multiprocessing.get_context('spawn') does, or "
-            "load the pair in it alone."
+            f"[{op}] a process must not be forked from one that has used MLX but this one was and "
+            "lacks its threads; start it with multiprocessing's spawn, or load the pair only in it."
         )
 
 

@@ -245,11 +245,11 @@ def load(
 
 def _dtype(given: object) -> mx.Dtype | None:
     """A storage type, from itself or its name."""
-    for name, dtype in DTYPES.items():
-        if given == name or (isinstance(given, mx.Dtype) and given == dtype):
-            return dtype
     if given is None:
         return None
+    found = DTYPES.get(given) if isinstance(given, str) else given
+    if isinstance(found, mx.Dtype) and found in DTYPES.values():
+        return found
     raise ValueError(f"[load] dtype must be {', '.join(DTYPES)} or None but got {shown(given)}.")
 
 

@@ -117,7 +117,7 @@ class Sampling:
                 "[sampling] logit_bias must be a dict of token ids and numbers but got "
                 f"{shown(self.logit_bias)}."
             )
-        ids = token_ids("sampling", "keys of logit_bias", self.logit_bias)
+        ids = token_ids("sampling", "logit_bias", self.logit_bias, "name token ids")
         biases = (_edit("logit_bias", bias) for bias in self.logit_bias.values())
         return {**found, "logit_bias": dict(zip(ids, biases, strict=True))}
 
