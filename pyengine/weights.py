@@ -329,7 +329,10 @@ def check_finite(name: str, array: mx.array) -> None:
         ValueError: The array holds one.
     """
     if not mx.isfinite(array).all():
-        raise ValueError(f"[load] `{name}` must be finite but holds NaN or infinity.")
+        why = "; float16 ends at 65504: load with dtype bfloat16 or float32" * (
+            array.dtype == mx.float16
+        )
+        raise ValueError(f"[load] `{name}` must be finite but holds NaN or infinity{why}.")
 
 
 class Tensors:
