@@ -109,15 +109,14 @@ class Sampling:
             value = getattr(self, name)
             if name == "top_k" or value is not None:
                 found[name] = whole_number("sampling", name, value)
-        found["suppress_tokens"] = tuple(
-            token_ids("sampling", "suppress_tokens", self.suppress_tokens)
-        )
+        suppressed = _ids("suppress_tokens", self.suppress_tokens, "be token ids")
+        found["suppress_tokens"] = tuple(suppressed)
         if not isinstance(self.logit_bias, Mapping):
             raise ValueError(
                 "[sampling] logit_bias must be a dict of token ids and numbers but got "
                 f"{shown(self.logit_bias)}."
             )
-        ids = token_ids("sampling", "logit_bias", self.logit_bias, "name token ids")
+        ids = _ids("logit_bias", self.logit_bias, "name token ids")
         biases = (_edit("logit_bias", bias) for bias in self.logit_bias.values())
         return {**found, "logit_bias": dict(zip(ids, biases, strict=True))}
 
@@ -138,6 +137,14 @@ class Sampling:
             "suppress_tokens": list(self.suppress_tokens),
             "logit_bias": {str(token): bias for token, bias in self.logit_bias.items()},
         }
+
+
+def _ids(name: str, value: Any, rule: str) -> list[int]:
+    """Token ids of a vocabulary that is not known yet."""
+    ids = token_ids("sampling", name, value, rule)
+    if ids and min(ids) < 0:
+        raise ValueError(f"[sampling] {name} must {rule} but got {min(ids)}.")
+    return ids
 
 
 def _edit(name: str, value: Any) -> float:

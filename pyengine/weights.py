@@ -329,9 +329,8 @@ def check_finite(name: str, array: mx.array) -> None:
         ValueError: The array holds one.
     """
     if not mx.isfinite(array).all():
-        why = "; float16 ends at 65504: load with dtype bfloat16 or float32" * (
-            array.dtype == mx.float16
-        )
+        out = "; float16 ends at 65504: load with dtype bfloat16 or float32"
+        why = out if array.dtype == mx.float16 else ""
         raise ValueError(f"[load] `{name}` must be finite but holds NaN or infinity{why}.")
 
 
