@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import NoneType
 from typing import Any, cast
 
 import mlx.core as mx
 
-from pyengine import memory
+from pyengine import forked, memory
+from pyengine.arguments import flag, token_ids, whole
 from pyengine.assistant import POSITIONS, Assistant, Position
 from pyengine.config import (
     TargetConfig,
@@ -39,6 +41,7 @@ from pyengine.weights import (
 )
 
 MANIFEST = "mtplx_pair.json"
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 MAX_NAME = 200
 
 _log = logging.getLogger("pyengine")
@@ -64,7 +67,7 @@ class GenerationDefaults:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pair:
     """A loaded target with its assistant (None: plain decoding only) and what belongs to them.
 
@@ -81,6 +84,14 @@ class Pair:
     verified: bool
     embedded: bool
     manifest: dict[str, Any]
+
+    def __repr__(self) -> str:
+        config, dtype = self.target.config, str(self.target.dtype).rpartition(".")[2]
+        with_ = "with" if self.assistant else "without"
+        return (
+            f"<Pair {self.name}: {len(config.layers)} layers, {dtype}, {with_} assistant, from "
+            f"{self.path}>"
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -99,8 +110,10 @@ class Pair:
         Raises:
             ValueError: No ids, too many, or one outside the vocabulary.
         """
-        self._check_room("logits", len(ids))
-        return self.target.logits(list(ids))
+        forked.check("logits")
+        tokens = token_ids("logits", "ids", ids)
+        self._check_room("logits", len(tokens))
+        return self.target.logits(tokens)
 
     def draft(self, ids: Sequence[int], k: int) -> list[int]:
         """What the assistant proposes, greedily, to follow these tokens.
@@ -119,17 +132,19 @@ class Pair:
         """
         if self.assistant is None:
             raise ValueError("[draft] the pair must have an assistant; load one with assistant=.")
-        if len(ids) < 2:
-            raise ValueError(f"[draft] ids must hold at least 2 tokens but got {len(ids)}.")
-        if k < 1:
-            raise ValueError(f"[draft] k must be at least 1 but got {k}.")
-        self._check_room("draft", len(ids))
-        check_ids("draft", list(ids), self.target.config.vocab_size)
+        forked.check("draft")
+        tokens, count = token_ids("draft", "ids", ids), whole("draft", "k", k)
+        if len(tokens) < 2:
+            raise ValueError(f"[draft] ids must hold at least 2 tokens but got {len(tokens)}.")
+        if count < 1:
+            raise ValueError(f"[draft] k must be at least 1 but got {count}.")
+        self._check_room("draft", len(tokens))
+        check_ids("draft", tokens, self.target.config.vocab_size)
         cache = self.target.new_cache(1)
-        _, hidden = self.target.prefill(list(ids[:-1]), cache)
-        token = mx.array([ids[-1]], dtype=mx.int32)
+        _, hidden = self.target.prefill(tokens[:-1], cache)
+        token = mx.array(tokens[-1:], dtype=mx.int32)
         drafts = []
-        for _ in range(k):
+        for _ in range(count):
             logits, hidden = self.assistant.step(self.target.embed(token), hidden, cache)
             token = mx.argmax(logits, axis=-1).astype(mx.int32)
             drafts.append(token)
@@ -148,7 +163,7 @@ def load(
     assistant: str | Path | None = None,
     bundle: str | Path | None = None,
     *,
-    dtype: mx.Dtype | None = None,
+    dtype: mx.Dtype | str | None = None,
     position: Position = "n-1",
     text: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -160,7 +175,8 @@ def load(
             below, its name on the hub (``owner/name``, extra ``hub``).
         assistant: Folder of its assistant; without one the pair can only decode plainly.
         bundle: Folder with both, ``mtplx_pair.json`` beside them or not; instead of the two above.
-        dtype: Convert to float32, float16 or bfloat16; None keeps the checkpoint's.
+        dtype: Convert to float32, float16 or bfloat16 (MLX's type or its name); None keeps the
+            checkpoint's.
         position: Where the assistant's query sits, ``"n-1"`` or ``"n-2"``. Changes acceptance at
             most, never the output's distribution.
         text: Read the tokenizer too, before the weights: a wrong one is told at once.
@@ -173,11 +189,16 @@ def load(
 
     Raises:
         ValueError: A folder is not what it should be, or the two are no pair.
+        RuntimeError: The process was forked from one that had used MLX.
     """
-    if dtype is not None and dtype not in (mx.float32, mx.float16, mx.bfloat16):
-        raise ValueError(f"[load] dtype must be float32, float16 or bfloat16 but got {dtype}.")
-    if position not in POSITIONS:
-        raise ValueError(f"[load] position must be n-1 or n-2 but got {position!r}.")
+    forked.check("load")
+    for what, place in (("target", target), ("assistant", assistant), ("bundle", bundle)):
+        if not isinstance(place, (str, Path, NoneType)):
+            raise ValueError(f"[load] {what} must be a folder or a name but got {shown(place)}.")
+    dtype = _dtype(dtype)
+    if not isinstance(position, str) or position not in POSITIONS:
+        raise ValueError(f"[load] position must be n-1 or n-2 but got {shown(position)}.")
+    flag("load", "text", text)
     if bundle is not None and (target is not None or assistant is not None):
         raise ValueError("[load] bundle must stand alone but target or assistant is given too.")
     if assistant is not None and target is None:
@@ -245,6 +266,16 @@ def load(
     if tokenizer is not None:
         vars(pair)["tokenizer"] = tokenizer  # where its cached_property looks
     return pair
+
+
+def _dtype(given: object) -> mx.Dtype | None:
+    """A storage type, from itself or its name."""
+    if given is None:
+        return None
+    found = DTYPES.get(given) if isinstance(given, str) else given
+    if isinstance(found, mx.Dtype) and found in DTYPES.values():
+        return found
+    raise ValueError(f"[load] dtype must be {', '.join(DTYPES)} or None but got {shown(given)}.")
 
 
 def _arrays(value: object) -> Iterator[mx.array]:

@@ -344,7 +344,9 @@ def check_finite(name: str, array: mx.array) -> None:
         ValueError: The array holds one.
     """
     if not mx.isfinite(array).all():
-        raise ValueError(f"[load] `{name}` must be finite but holds NaN or infinity.")
+        out = "; float16 ends at 65504: load with dtype bfloat16 or float32"
+        why = out if array.dtype == mx.float16 else ""
+        raise ValueError(f"[load] `{name}` must be finite but holds NaN or infinity{why}.")
 
 
 def check_ordering(name: str, order: mx.array) -> None:
