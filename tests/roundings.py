@@ -145,6 +145,7 @@ class Target(Layers):
     """All positions of a prompt at once; each layer from a given stream."""
 
     keys: dict[str, tuple[Array, Array]]  # of the newest layer of a kind that has its own
+    router_logits: Array  # of the newest layer
 
     def embed(self, ids: list[int]) -> Array:
         scale = self.at("embedding_scale", self.config["hidden_size"] ** 0.5)
@@ -194,7 +195,8 @@ class Target(Layers):
         x = self.at("router_norm", rms(h))
         x = self.at("router_scaled", x * self.w[f"{at}.router.scale"])
         x = self.at("router_root", x * h.shape[-1] ** -0.5)
-        shares = softmax(self.times(x, f"{at}.router.proj", "router_logit"))
+        self.router_logits = self.times(x, f"{at}.router.proj", "router_logit")
+        shares = softmax(self.router_logits)
         z = self.norm(h, f"{at}.pre_feedforward_layernorm_2")
         routed = np.zeros_like(h)
         for t, row in enumerate(shares):

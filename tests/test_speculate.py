@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +14,7 @@ from scipy import stats as scipy_stats
 from text_fakes import LengthCache
 
 from pyengine import sampling as rules
+from pyengine import speculate
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.ops.filter_logits import Filtered
 from pyengine.sampling import Sampling
@@ -150,14 +151,19 @@ def test_stats_count_what_happened() -> None:
     assert stats.prefill_s > 0 and stats.decode_s > 0 and stats.tok_s > 0
 
 
-def test_decode_clock_stops_while_the_caller_works() -> None:
-    stats = Stats()
+def test_decode_clock_stops_while_the_caller_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that is a second later each time it is read; the caller takes a thousand."""
+    now, stats, rounds = iter(range(10**9)), Stats(), 0
+    monkeypatch.setattr(speculate, "time", SimpleNamespace(perf_counter=lambda: next(now)))
     target, assistant = MarkovTarget(random_table(1)), MarkovAssistant(random_table(1))
     for _ in decode(
         target, assistant, [1], sampling=GREEDY, block_size=2, max_tokens=7, stats=stats
     ):
-        time.sleep(0.25)
-    assert stats.decode_s < 0.75  # the caller slept at least 1 s between rounds
+        rounds += 1
+        for _ in range(1000):
+            next(now)
+    # The first token is the prefill's
+    assert stats.prefill_s == 1 and stats.decode_s == stats.rounds == rounds - 1 > 1
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 9])
