@@ -136,7 +136,7 @@ def test_the_logprobs_of_a_prompt_can_be_left(pair: Pair, long: list[int]) -> No
 
     def leave(done: int, total: int) -> None:
         if done > 40:
-            raise InterruptedError
+            raise InterruptedError(f"left at {done} of {total}")
 
-    with pytest.raises(InterruptedError):
+    with pytest.raises(InterruptedError, match="left at 49 of 100"):
         prompt_logprobs(pair, ids, 2, leave)

@@ -215,10 +215,13 @@ def test_context_is_kept_to(block_size: int) -> None:
 
 def test_cache_bound_follows_the_device_length() -> None:
     target, assistant = MarkovTarget(random_table(1)), MarkovAssistant(random_table(2))
+    lengths = []
     for r in decode(
         target, assistant, [1, 2], sampling=Sampling(seed=1), block_size=4, max_tokens=30
     ):
         assert target.cache.bound == target.cache.length.item() >= 2, r
+        lengths.append(target.cache.bound)
+    assert len(lengths) > 5 and lengths == sorted(set(lengths))
 
 
 class Reads:
@@ -353,6 +356,7 @@ def test_logprobs_of_returned_tokens(block_size: int) -> None:
         target, assistant, [4], sampling=sampling, block_size=block_size, max_tokens=40
     )
     last = 4
+    assert sum(len(r.tokens) for r in rounds) == 40
     for r in rounds:
         assert r.logprobs is not None and [x.token for x in r.logprobs] == r.tokens
         for token, found in zip(r.tokens, r.logprobs, strict=True):
