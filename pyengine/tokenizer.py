@@ -168,6 +168,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    @property
+    def chat_template_error(self) -> str | None:
+        """Why no chat can be rendered with the template, None where one can or there is none."""
+        return None if self._template is None else self._template.error
+
     def channel_ids(self) -> tuple[int, ...]:
         """Ids of the marks around a thought; empty where the template knows no such channel."""
         marks = [self._special.get(mark) for mark in ("<|channel>", "<channel|>")]
