@@ -89,7 +89,7 @@ def contains(m: Meter, part: Any, whole: Any) -> None:
         m.key(part)
         m.work(1)
     else:
-        m.work(size(whole))
+        m.members(whole)
         m.walk(whole)
 
 
@@ -178,6 +178,13 @@ def texts(times: int) -> Price:
         m.build(OBJECT + chars)
 
     return price
+
+
+def quote(m: Meter, value: Any) -> None:
+    """A text, or pairs of them, with each byte as %XX."""
+    if not isinstance(value, str):
+        m.listed(value)
+    texts(ESCAPED)(m, value)
 
 
 def search(m: Meter, text: str, part: Any, *bounds: Any) -> None:
@@ -413,7 +420,7 @@ def to_round(m: Meter, value: Any, precision: Any = 0, method: str = "common") -
 
 
 def look_up(m: Meter, owner: Any, key: Any, *default: Any) -> None:
-    m.work(1)
+    m.work(4)
     m.key(key)
 
 
@@ -466,7 +473,7 @@ FILTERS = _table(
         "string": texts(1),
         "capitalize lower safe upper": texts(3),
         "e escape forceescape xmlattr": texts(6),
-        "urlencode": texts(ESCAPED),
+        "urlencode": quote,
         "title wordcount": texts(ITEM),
         "center": pad,
         "format": format_,

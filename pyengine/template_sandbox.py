@@ -35,7 +35,7 @@ from pyengine.template_costs import (
     contains,
     cut,
 )
-from pyengine.template_meter import Meter
+from pyengine.template_meter import ITEM, Meter
 
 MAX_CALLS = 100  # of macros and recursive loops inside each other; a call takes seven Python frames
 
@@ -70,7 +70,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.tests = {
             name: self._paid(cast(Any, self.tests[name]), price) for name, price in TESTS.items()
         }
-        # What _Metered calls: under names that no template can spell as a filter
+        # What _Metered calls, under names that are no identifiers; see call_filter
         self.filters |= {
             "#step": self._step,
             "#print": self._print,
@@ -111,11 +111,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def _dict(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        pairs = (
-            args[0].items() if args and isinstance(args[0], Mapping) else [*args[:1]] and args[0]
-        )
-        made = {self.meter.key(key): value for key, value in pairs or ()}
-        return {**made, **kwargs}
+        """``dict``, whose keys are looked at first."""
+        pairs = args[0] if args else ()
+        pairs = pairs.items() if isinstance(pairs, Mapping) else pairs
+        return {**{self.meter.key(key): value for key, value in pairs}, **kwargs}
 
     def _namespace(self, *args: Any, **kwargs: Any) -> Namespace:
         return _Namespace(self._dict(*args, **kwargs))
@@ -129,7 +128,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return metered.set_environment(self)  # type: ignore[return-value]
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        __self.meter.work(4)
+        __self.meter.work(4 + len(args) + len(kwargs))
+        __self.meter.build(ITEM * len(args))
         if not isinstance(__obj, (Macro, LoopContext)):
             # Jinja adds the loop's own variables to the keywords; they are not arguments
             given = {k: v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars")}
@@ -160,6 +160,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise jinja2.TemplateRuntimeError("it calls something unsafe")
         return price(self.meter, *args, **kwargs)
 
+    def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        # map('#step', -1) would pay work back
+        if name.startswith("#"):
+            raise jinja2.TemplateRuntimeError(f"No filter named {name[:80]!r}")
+        return super().call_filter(name, *args, **kwargs)
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         OPERATORS[operator](self.meter, left, right)
         return super().call_binop(context, operator, left, right)
@@ -168,7 +174,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
         # Jinja's way is twenty calls, and the loops over all messages ask for little else
         if type(obj) is _Namespace and attribute in (known := obj._Namespace__attrs):
             return known[attribute]
+        self.meter.work(4)
         return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        try:
+            return obj[argument]
+        except (TypeError, LookupError):
+            self.meter.work(4)
+            return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
@@ -307,7 +321,8 @@ def _weight(body: list[nodes.Node]) -> tuple[nodes.Const, nodes.Const]:
     left = list(body)
     while left:
         node = left.pop()
-        number += 1
+        # A macro or block is an object of its own, made in each pass
+        number += 33 if isinstance(node, (nodes.Macro, nodes.Block)) else 1
         if isinstance(node, nodes.Output):
             texts = (getattr(n, "data", getattr(n, "value", "")) for n in node.nodes)
             chars += sum(len(text) for text in texts if isinstance(text, str))

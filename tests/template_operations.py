@@ -733,6 +733,24 @@ OPERATIONS: dict[str, tuple[str, str, str]] = {
         "{% for i in 'abc' %}{{ loop.cycle(1, 2) }}{% endfor %}",
         "121",
     ),
+    "loop as a list": (
+        LONG + MANY + "{% for j in [a] * 9999 %}{{ loop | join | length }}" + END + END,
+        "{% for i in [1, 2] %}{{ loop is defined }}{{ loop.length }}{% endfor %}",
+        "True2True2",
+    ),
+    "arguments without end": (
+        "{% macro f() %}{{ varargs | length }}{% endmacro %}"
+        + MANY
+        + "{% set b = f(*range(99999)) %}"
+        + END,
+        "{% macro f() %}{{ varargs | length }}{{ kwargs }}{% endmacro %}{{ f(*[1, 2], a=3) }}",
+        "2{'a': 3}",
+    ),
+    "attributes that are not there": (
+        MANY + "{% set b = i.a %}{% set c = messages['b'] %}" * 900 + END,
+        "{{ messages[0].role }}{{ messages.a }}",
+        "user",
+    ),
     "loop.changed": (
         LISTS + "{% for i in [1, 2] %}{{ loop.changed([ns.a, ns.b][i - 1]) }}" + END,
         "{% for i in [1, 1, 2] %}{{ loop.changed(i) }}{% endfor %}",

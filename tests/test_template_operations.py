@@ -23,7 +23,7 @@ STOPS = re.compile(
     r"(it (does too much work|builds too much|makes too large a number|nests values too deep"
     r"|looks up (a tuple|too large a number)|pads a date to a width"
     r"|calculates with what is no number|formats to a width that comes from elsewhere"
-    r"|calls macros or loops in each other too deep)|Range too big.*)\."
+    r"|calls macros or loops in each other too deep|reads a loop as a list)|Range too big.*)\."
 )
 
 # Source, and why it is refused although transformers has it, or why it stops as it does there.
@@ -64,6 +64,9 @@ REFUSED = {
     ),
     "a huge complaint": ("{{ raise_exception('word ' * 900000) }}", "word word"),
     "a complaint of nothing": ("{{ raise_exception('') }}", "TemplateRuntimeError"),
+    "work paid back": ("{{ [1] | map('#step', -1, 0) | list }}", "No filter named '#step'"),
+    "work paid back, safely": ("{{ [1] | map('#step' | safe, -1, 0) | list }}", "No filter"),
+    "a filter without a name": ("{{ [1] | map([]) | list }}", "has no attribute"),
     "no argument": ("{{ 'a' | indent(nonsense=3) }}", "nonsense"),
 }
 
