@@ -82,6 +82,15 @@ def test_the_embedded_pair() -> None:
     assert json.loads(run(NANO, "--json").stdout) | {"memory": 0} == report | {"memory": 0}
 
 
+def test_a_template_that_stops_every_chat_is_told(tmp_path: Path) -> None:
+    shutil.copytree(NANO, tmp_path / "pair")
+    (tmp_path / "pair/target/chat_template.jinja").write_text("{% if %}")
+    report = inspect(tmp_path / "pair")
+    assert report["refused"] == []  # raw prompts work
+    [note] = report["text"]["notes"]
+    assert note.startswith("[tokenizer] chat template must be valid jinja but line 1 is not")
+
+
 def test_whether_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = inspect(NANO)["memory"]
     for free, fits in ((0, False), (1, True), (None, None)):
