@@ -24,6 +24,7 @@ Price = Callable[..., None]
 TOO_LARGE = "it makes too large a number"
 # A width or precision, or a star for one: digits that end in a conversion.
 _WIDTH = re.compile(r"(?<![0-9])([0-9]+|\*)(?:\.([0-9]+|\*)?)?[hlL]?[diouxXeEfFgGcrsa%]")
+_CHARACTER = re.compile(r"%(\(.*?\))?[^a-zA-Z%]*[hlL]?c", re.DOTALL)
 _LINE_ENDS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 
 
@@ -104,7 +105,7 @@ def compare(m: Meter, value: Any, *others: Any) -> None:
 def printf(m: Meter, form: str, args: Any) -> None:
     """``form % args``."""
     specs = form.count("%")
-    if re.search(r"%[^a-zA-Z%]*[hlL]?c", form):
+    if _CHARACTER.search(form):
         refuse_surrogates(args)
     printed = m.walk(args) * swell(form) * (ESCAPED if "r" in form or "a" in form else 1)
     if not isinstance(args, tuple):  # each of them may print the whole

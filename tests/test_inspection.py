@@ -137,11 +137,11 @@ def test_every_reason_is_told(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5_000_000])
     config = bundle / "assistant" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"backbone_hidden_size": 64}))
-    (bundle / "target" / "chat_template.jinja").write_text("{% if %}")
+    (bundle / "target" / "tokenizer.json").write_text("{")
     done = run(bundle)
     assert done.exit_code == 2 and done.stderr == ""
-    for reason in ("ends past the end of the file", "are these two a pair?", "valid jinja"):
-        assert f"refused: [{'tokenizer' if 'jinja' in reason else 'load'}]" in done.stdout
+    for reason in ("ends past the end of the file", "are these two a pair?", "tokenizer.json"):
+        assert f"refused: [{'tokenizer' if 'token' in reason else 'load'}]" in done.stdout
         assert reason in done.stdout
     report = json.loads(run(bundle, "--json").stdout)
     assert len(report["refused"]) >= 3 and report["kind"] == "pair"

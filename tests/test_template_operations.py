@@ -70,6 +70,7 @@ REFUSED = {
     "half a character of a number": ("{{ '%c' % 55296 }}", "half a character"),
     "the same by format": ("{{ '%5c' | format(57343) }}", "half a character"),
     "the same by name": ("{{ '%(n)c' % {'n': 55297} }}", "half a character"),
+    "the same by a bracketed name": ("{{ '%(a(b)x)c' % {'a(b)x': 55297} }}", "half a character"),
     "the same by braces": ("{{ '{0:>3c}'.format(55296) }}", "half a character"),
     "no argument": ("{{ 'a' | indent(nonsense=3) }}", "nonsense"),
 }
