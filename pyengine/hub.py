@@ -27,7 +27,7 @@ def locate(place: str | Path) -> Path:
     except ImportError:
         raise ValueError(
             f"[hub] {place} must be a folder, or a name for which huggingface_hub must be "
-            f'installed; run: {sys.executable} -m pip install "pyengine[hub]".'
+            f'installed; run: {sys.executable} -m pip install "pyengine-mlx[hub]".'
         ) from None
     try:
         folder = snapshot_download(name["repo"], revision=name["revision"], allow_patterns=PATTERNS)
