@@ -3,24 +3,24 @@
     python .ci/docs_blocks.py                  every block, in this folder, with this environment
     python .ci/docs_blocks.py --first-screen   print the shell lines of README's first screen
 
-Blocks are the indented shell lines and the ```python blocks of the two files, in their order. Run it
-in the root of a fresh clone, in an environment with the extra `test`. What cannot run as it stands:
+Blocks are the indented shell lines and the ```python blocks of the two files, in their order. Run
+it in the root of a fresh clone, in an environment with the extra `test`; CONTRIBUTING's lines leave
+an editable installation in it. What cannot run as it stands:
 
 * a line that also stands in .ci/run is run there;
 * a folder in a command that does not exist is the reader's own: a copy of the embedded pair, or the
   part of it that fits, stands in for it;
 * a pytest line has its tests collected, and must select some: their running takes minutes or hours;
-* <this repository> is this clone, and `cd pyengine` its root.
+* what gets the reader a machine and a clone, `apt` and `git clone`, is done by then.
 """
 
 from __future__ import annotations
 
-import re
+import itertools
 import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +35,7 @@ FOLDERS = {  # options that take a folder with weights, and the part of the pair
 
 
 def blocks(file: Path) -> Iterator[tuple[int, str, str]]:
-    """Line number, language and text of each block; shell lines one by one, continuations joined."""
+    """Line number, language and text of each block; of shell blocks, of each whole line."""
     python: list[str] | None = None
     held, start = "", 0
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -66,21 +66,22 @@ def first_screen() -> list[str]:
 
 def stand_ins(words: list[str]) -> None:
     """Make the folders that a command names and that do not exist."""
-    for option, name in zip(words, words[1:], strict=False):
+    for option, name in itertools.pairwise(words):
         if option in FOLDERS and not Path(name).exists():
             shutil.copytree(ROOT / "pyengine" / "nano" / FOLDERS[option], name)
 
 
 def shell(line: str, run_elsewhere: set[str]) -> list[str] | str:
     """What is run in place of a line, or why nothing is."""
-    if line in run_elsewhere or line.split("  #")[0].strip() in run_elsewhere:
-        return "run by .ci/run itself"
-    words = shlex.split(line, comments=True)
-    if not words or words[0] in ("apt", "cd") or "&&" in words and words[0] == "git":
-        return "the reader's machine"
+    line = line.split("  #")[0].rstrip()
+    if line in run_elsewhere:
+        return "run by .ci/run"
+    words = shlex.split(line)
+    if words[0] in ("apt", "git"):
+        return "done by then"
     stand_ins(words)
     if "pytest" in words:
-        line = line.split("  #")[0] + " --collect-only -q"
+        line += " --collect-only -q"
     return ["bash", "-euo", "pipefail", "-c", line]
 
 
@@ -93,7 +94,9 @@ def main() -> None:
     for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
         for number, kind, text in blocks(file):
             where = f"{file.name}:{number}"
-            command = [sys.executable, "-c", text] if kind == "python" else shell(text, run_elsewhere)
+            command: list[str] | str = [sys.executable, "-c", text]
+            if kind == "shell":
+                command = shell(text, run_elsewhere)
             if isinstance(command, str):
                 print(f"{where}: {command}: {text}")
                 continue
@@ -108,4 +111,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    print("\n".join(first_screen())) if sys.argv[1:] == ["--first-screen"] else main()
+    if sys.argv[1:] == ["--first-screen"]:
+        print("\n".join(first_screen()))
+    else:
+        main()
