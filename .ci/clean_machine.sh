@@ -13,6 +13,7 @@ mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
 command -v debootstrap >/dev/null || { echo "debootstrap is missing: apt install debootstrap" >&2; exit 2; }
 
 root=$(mktemp -d)
+chmod 755 "$root"
 mounted=()
 clean_up() {
   for place in "${mounted[@]}"; do umount -l "$root/$place"; done
@@ -44,10 +45,10 @@ mkdir -p "$root/etc/ssl/certs"
 cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
 [ -e /etc/pip.conf ] && cp /etc/pip.conf "$root/etc/"
 [ -e "$HOME/.config/pip/pip.conf" ] && install -D "$HOME/.config/pip/pip.conf" "$root/root/.config/pip/pip.conf"
-# Folders of wheels that pip's settings name
-for place in $(grep -ohE '(file://)?/[^ ]+' /etc/pip.conf "$HOME/.config/pip/pip.conf" 2>/dev/null |
-  sed 's|^file://||') ${PIP_FIND_LINKS:-}; do
-  [ -d "$place" ] && share "${place#/}"
+# Folders that pip's settings name, whole: an index links across
+for place in $(cat /etc/pip.conf "$HOME/.config/pip/pip.conf" 2>/dev/null |
+  grep -oE '(file:/)?/[^ ]+' | sed 's|^file://||' | grep -v '^/etc/' | cut -d/ -f2 | sort -u); do
+  share "$place"
 done
 clone() {
   rm -rf "$root/root/pyengine"
@@ -63,7 +64,7 @@ for line in "${lines[@]}"; do
   case $line in apt*) inside "apt-get update -qq" ;; esac
   clone
   start=$SECONDS
-  if TIMEFORMAT='%R s, %U s of processor time'; time inside "${line/apt install/apt-get install -qq -y}" >"$root/out" 2>&1; then
+  if TIMEFORMAT='%R s; processor time %U s, of the system %S s'; time inside "${line/apt install/apt-get install -qq -y}" >"$root/out" 2>&1; then
     tail -3 "$root/out"
   else
     status=1
