@@ -66,7 +66,8 @@ def gemma_mtp(
 
     A repeat runs plain decoding and each block size once; the next repeat starts one further in
     that list, so that no setting always follows the same one. A short untimed run of each comes
-    first. Case i uses seed ``sampling.seed + i`` in every repeat, so repeats differ in time only.
+    first. Case i uses seed ``sampling.seed + i`` in every repeat (0 + i where none is given), so
+    repeats differ in time only.
 
     Args:
         pair: Target and assistant.
@@ -85,6 +86,7 @@ def gemma_mtp(
         ValueError: A block size, a rule, the repeats or a prompt is impossible.
     """
     check_settings(block_sizes, repeats, max_tokens, rules)
+    first_seed = sampling.seed or 0  # drawn ones would not give the same text tomorrow
     plain = Setting(PLAIN, sampling.verify)
     settings = [plain, *(Setting(b, cast(Rule, r)) for r in rules for b in block_sizes)]
     total = len(settings) * (1 + repeats * len(cases))
@@ -94,7 +96,7 @@ def gemma_mtp(
         nonlocal done
         on_run(done, total, f"{case.id}, {setting}, {label}")
         done += 1
-        seeded = replace(sampling, seed=sampling.seed + index, verify=setting.verify)
+        seeded = replace(sampling, seed=first_seed + index, verify=setting.verify)
         return _time(pair, case, setting.block_size, budget, seeded)
 
     for setting in settings:
@@ -108,7 +110,7 @@ def gemma_mtp(
             for setting in settings[turn:] + settings[:turn]:
                 label = f"repeat {repeat + 1} of {repeats}"
                 samples[setting].append(run(case, index, setting, budget, label))
-        seed = sampling.seed + index
+        seed = first_seed + index
         for setting in settings:
             both = samples[setting], samples[plain]
             rows.append(_row(case, seed, budget, setting, *both, sampling.greedy))

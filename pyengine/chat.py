@@ -32,8 +32,8 @@ class Chat:
         pair: Pair,
         *,
         system: str | None = None,
-        max_tokens: int = 512,
-        sampling: Sampling | None = None,
+        max_tokens: int | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
         block_size: int | None = None,
         stop: str | Sequence[str] | None = None,
         variables: Mapping[str, Any] | None = None,
@@ -106,7 +106,8 @@ class Chat:
     def _fitting(self, turns: list[Message]) -> list[Message]:
         """The newest turns that leave room for an answer."""
         context = self.pair.target.context
-        room = context - min(self.max_tokens, context // 4)
+        wanted = context if self.max_tokens is None else self.max_tokens
+        room = context - min(wanted, context // 4)
         while len(turns) > 1:
             try:
                 ids = prompt_ids(self.pair, [*self.system, *turns], variables=self.variables)

@@ -183,7 +183,7 @@ def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[
             pair.target,
             pair.assistant,
             [5, 6, 7, 8],
-            sampling=sampling or Sampling(verify="block"),
+            sampling=sampling or Sampling(verify="block", seed=0),
             block_size=drafts + 1,
             max_tokens=drafts + 3,
         )

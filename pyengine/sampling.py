@@ -8,9 +8,10 @@ probability 1, so no rule needs a second form for it. Nothing here evaluates an 
 from __future__ import annotations
 
 import math
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, SupportsIndex
 
 import mlx.core as mx
@@ -40,7 +41,8 @@ class Sampling:
         top_p: Keeps the smallest prefix whose preceding mass is below it; 1.0 is off.
         top_k: Keeps that many candidates, at most 256; 0 is off.
         min_p: Drops candidates below this share of the best one's probability; 0.0 is off.
-        seed: Key of the random numbers, 0 to 2**32 - 1. One seed always gives one text.
+        seed: Key of the random numbers, 0 to 2**32 - 1. One seed always gives one text; None draws
+            one for each generation, which its ``stats.seed`` tells.
         suppress_tokens: Ids that are never chosen.
         repetition_penalty: Divides positive logits, and multiplies others, of tokens in the prompt
             or the text; 1.0 is off.
@@ -61,7 +63,7 @@ class Sampling:
     top_p: float = 0.95
     top_k: int = 64
     min_p: float = 0.0
-    seed: int = 0
+    seed: int | None = None
     suppress_tokens: tuple[int, ...] = ()
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
@@ -93,6 +95,8 @@ class Sampling:
         )
         for name in ("top_k", "seed"):
             value = getattr(self, name)
+            if name == "seed" and value is None:
+                continue
             rule(isinstance(value, SupportsIndex), name, "be a whole number", value)
         rule(0 < self.top_p <= 1, "top_p", "be above 0 and at most 1", self.top_p)
         rule(
@@ -102,7 +106,8 @@ class Sampling:
             self.top_k,
         )
         rule(0 <= self.min_p < 1, "min_p", "be 0 or more and below 1", self.min_p)
-        rule(0 <= self.seed <= MAX_SEED, "seed", f"be 0 to {MAX_SEED}", self.seed)
+        seed = self.seed
+        rule(seed is None or 0 <= seed <= MAX_SEED, "seed", f"be 0 to {MAX_SEED}", seed)
         bad = [t for t in self.suppress_tokens if t < 0]
         rule(not bad, "suppress_tokens", "be token ids", bad)
         repetition = self.repetition_penalty
@@ -251,8 +256,16 @@ def filter_logits(
     return ops.filter_logits(whole(logits), **settings)
 
 
+def seeded(sampling: Sampling) -> Sampling:
+    """The same settings; with a seed drawn now where none was given."""
+    if sampling.seed is not None:
+        return sampling
+    return replace(sampling, seed=secrets.randbelow(MAX_SEED + 1))
+
+
 def seed_of(sampling: Sampling) -> mx.array:
     """The seed as the ops take it."""
+    assert sampling.seed is not None
     return mx.array(sampling.seed, dtype=mx.uint32)
 
 

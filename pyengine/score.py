@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
@@ -11,12 +11,14 @@ from pyengine import ops
 from pyengine.messages import prompt_ids
 from pyengine.prefix import Prefix
 from pyengine.sampling import Logprob
-from pyengine.speculate import NonFinite
+from pyengine.speculate import NonFinite, prefill
 
 if TYPE_CHECKING:
     from pyengine.pair import Pair
 
 SCORE_BLOCK = 16  # rows of one call, each row [V] of logits
+
+Progress = Callable[[int, int], None]
 
 
 def score(
@@ -55,15 +57,25 @@ def score(
     return logprobs, all_best
 
 
-def prompt_logprobs(pair: Pair, ids: Sequence[int], count: int) -> list[Logprob]:
+def prompt_logprobs(
+    pair: Pair, ids: Sequence[int], count: int, progress: Progress | None = None
+) -> list[Logprob]:
     """Log-probabilities of a prompt's tokens but the first, and of the ``count`` best ones there.
+
+    Args:
+        pair: From :func:`pyengine.load`.
+        ids: Token ids, at least one.
+        count: How many of the best, 0 to 256.
+        progress: Called after each block of rows with the tokens that are done and how many there
+            are; may raise to end it.
 
     Raises:
         ValueError: The prompt is empty, or does not fit the context.
         RuntimeError: The weights gave logits that are not finite.
     """
-    found = []
-    for rows, following in _rows(pair, prompt_ids(pair, ids), 1, Prefix()):
+    found: list[Logprob] = []
+    whole = prompt_ids(pair, ids)
+    for rows, following in _rows(pair, whole, 1, Prefix()):
         parts = [following[:, None]]
         if count:
             parts.append(ops.filter_logits(rows, top_k=count).ids)
@@ -72,6 +84,8 @@ def prompt_logprobs(pair: Pair, ids: Sequence[int], count: int) -> list[Logprob]
         ids_of, logprobs_of = cast(Any, named.tolist()), cast(Any, values.tolist())
         for (token, *best), (own, *theirs) in zip(ids_of, logprobs_of, strict=True):
             found.append(Logprob(token, own, list(zip(best, theirs, strict=True))))
+        if progress is not None:
+            progress(len(found) + 1, len(whole))
     return found
 
 
@@ -83,9 +97,8 @@ def _rows(
     cache, known = prefix.open(target, whole[:first], SCORE_BLOCK)
     # The newest token of the context goes with the block: its logits are the first scored
     begin = first - 1
-    if known < begin:
-        target.prefill(whole[known:begin], cache)
-    prefix.mark(begin)
+    for _ in prefill(target, whole[:begin], cache, known, prefix):
+        pass
     for at in range(begin, len(whole) - 1, SCORE_BLOCK):
         block = mx.array(whole[at : at + SCORE_BLOCK][: len(whole) - 1 - at], dtype=mx.int32)
         following = mx.array(whole[at + 1 : at + 1 + block.size], dtype=mx.int32)

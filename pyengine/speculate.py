@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -24,6 +24,7 @@ from pyengine.ops.filter_logits import Filtered
 from pyengine.prefix import Prefix
 from pyengine.recorded import ArrayFunction, recorded
 from pyengine.sampling import History, Listed, Logprob, Sampling, filter_logits
+from pyengine.target import CHUNK
 
 MAX_BLOCK = 128
 
@@ -55,10 +56,12 @@ class AssistantLike(Protocol):
 class Stats:
     """Counts and seconds of one generation, filled while it runs.
 
-    ``decode_s`` and ``tok_s`` are decode only: the first token belongs to the prefill.
+    ``decode_s`` and ``tok_s`` are decode only: the first token belongs to the prefill. ``seed`` is
+    the one that was used, given or drawn.
     """
 
     block_size: int = 1
+    seed: int | None = None
     prompt_tokens: int = 0
     reused_tokens: int = 0
     generated_tokens: int = 0
@@ -123,13 +126,18 @@ class NonFinite(RuntimeError):
 
 
 class Round(NamedTuple):
-    """Tokens committed by one round; a stop id comes last and ends the generation."""
+    """Tokens committed by one round; a stop id comes last and ends the generation.
+
+    Between two chunks of the prefill there is one with no tokens, whose ``prompt_done`` counts the
+    prompt's tokens processed so far.
+    """
 
     tokens: list[int]
     finish_reason: str | None  # "stop", "length", or None while it goes on
     num_drafted: int
     num_accepted: int
     logprobs: list[Logprob] | None = None  # one a token, where the settings ask for it
+    prompt_done: int | None = None
 
 
 class _State(NamedTuple):
@@ -146,7 +154,7 @@ def decode(
     *,
     sampling: Sampling,
     block_size: int,
-    max_tokens: int,
+    max_tokens: int | None = None,
     stop_ids: frozenset[int] = frozenset(),
     stats: Stats | None = None,
     prefix: Prefix | None = None,
@@ -159,13 +167,14 @@ def decode(
         prompt: Token ids, at least one.
         sampling: How tokens are chosen.
         block_size: Primary token and its drafts, 2 to 128; 1 is plain decoding.
-        max_tokens: At most this many new tokens.
+        max_tokens: At most this many new tokens; None: as many as the context holds.
         stop_ids: Ids that end the text.
         stats: Filled as rounds end.
-        prefix: What earlier generations left; the caller tells it what this one committed.
+        prefix: What earlier generations left; what this one leaves. After an error forget it.
 
     Yields:
-        The first token after the prefill, then what each round committed.
+        How far the prefill is, between its chunks; the first token after it; then what each round
+        committed. Closed between two chunks, what is processed is in the prefix.
 
     Raises:
         ValueError: A setting is impossible or the prompt does not fit the context.
@@ -173,25 +182,32 @@ def decode(
     """
     _check(target, assistant, prompt, block_size, max_tokens)
     stats = Stats() if stats is None else stats
+    sampling = rules.seeded(sampling)
     stats.block_size, stats.prompt_tokens = block_size, len(prompt)
+    stats.seed = sampling.seed
     mx.reset_peak_memory()
-    room = min(max_tokens, target.context - len(prompt))
+    room = target.context - len(prompt)
+    room = room if max_tokens is None else min(max_tokens, room)
 
     start = time.perf_counter()
     if prefix is None:
-        cache = target.new_cache(block_size)
-        logits, hidden = target.prefill(prompt, cache)
+        cache, known = target.new_cache(block_size), 0
     else:
         cache, known = prefix.open(target, prompt, block_size)
-        logits, hidden = target.prefill(prompt[known:], cache)
-        prefix.mark(len(prompt))
-        stats.reused_tokens = prefix.reused
+        stats.reused_tokens = known
+    for chunk in prefill(target, prompt, cache, known, prefix):
+        if chunk.done < len(prompt):
+            stats.prefill_s += time.perf_counter() - start
+            yield Round([], None, 0, 0, None, chunk.done)
+            start = time.perf_counter()
+    _, logits, hidden = chunk
     history = History(sampling, prompt, logits.shape[-1])
     seed = rules.seed_of(sampling)
     packed, state = _first(logits[None], hidden, history.listed(), cache, sampling, seed)
     row = _read(packed, [hidden])
-    stats.prefill_s = time.perf_counter() - start
+    stats.prefill_s += time.perf_counter() - start
     drafted, play = 0, _rounds(target, assistant, cache, sampling, block_size - 1)
+    text = list(prompt)
 
     while True:
         kept = _unpack(row, drafted, sampling)
@@ -199,6 +215,9 @@ def decode(
         stats.generated_tokens += len(tokens)
         stats.peak_memory_bytes = mx.get_peak_memory()
         logprobs = None if kept.logprobs is None else kept.logprobs[: len(tokens)]
+        text += tokens
+        if prefix is not None:
+            prefix.keep(text[:-1])  # the newest token is not processed yet
         yield Round(tokens, reason, drafted, kept.accepted, logprobs)
         if reason:
             return
@@ -217,6 +236,35 @@ def decode(
         cache.bound = len(prompt) + stats.generated_tokens + accepted
         stats.count_round(drafted, accepted)
         stats.decode_s += time.perf_counter() - start
+
+
+class Prefilled(NamedTuple):
+    """What a chunk of the prefill gave, and how much of the prompt is done."""
+
+    done: int
+    logits: mx.array  # [V]
+    hidden: mx.array  # [1, E]
+
+
+def prefill(
+    target: TargetLike, prompt: list[int], cache: Cache, known: int, prefix: Prefix | None
+) -> Iterator[Prefilled]:
+    """Process a prompt from place ``known`` on, a chunk at a time. Evaluates once per chunk.
+
+    A prefix gets its marks: where prompts part, and at both ends of the last chunk.
+    """
+    parting, done = 0 if prefix is None else prefix.parting, known
+    while done < len(prompt):
+        end = min(done + CHUNK, len(prompt))
+        if done < parting < end:
+            end = parting
+        if prefix is not None and (done == parting or end == len(prompt)):
+            prefix.mark(done)
+        logits, hidden = target.prefill(prompt[done:end], cache)
+        done = end
+        if prefix is not None and done == len(prompt):
+            prefix.mark(done)
+        yield Prefilled(done, logits, hidden)
 
 
 def _rounds(
@@ -364,7 +412,7 @@ def _check(
     assistant: AssistantLike | None,
     prompt: list[int],
     block_size: int,
-    max_tokens: int,
+    max_tokens: int | None,
 ) -> None:
     if not 1 <= block_size <= MAX_BLOCK:
         raise ValueError(f"[decode] block_size must be 1 to {MAX_BLOCK} but got {block_size}.")
@@ -372,7 +420,7 @@ def _check(
         raise ValueError(
             f"[decode] block_size must be 1 without an assistant but got {block_size}."
         )
-    if max_tokens < 1:
+    if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"[decode] max_tokens must be at least 1 but got {max_tokens}.")
     if not prompt:
         raise ValueError("[decode] prompt must hold at least one token but got none.")

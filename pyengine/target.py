@@ -20,6 +20,7 @@ from pyengine.weights import Weights
 # Up to this many rows, routed experts that are not quantised are fetched row by row; beyond, every
 # expert sees every row.
 ROWS_BY_SLOT = 16
+CHUNK = 512  # positions a prefill processes at a time
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,14 @@ class Target:
         """An empty cache for verify calls of up to max_block tokens."""
         return Cache(self.config, max_block, self.dtype)
 
-    def prefill(self, ids: list[int], cache: Cache, chunk: int = 512) -> tuple[mx.array, mx.array]:
+    def prefill(
+        self, ids: list[int], cache: Cache, chunk: int = CHUNK
+    ) -> tuple[mx.array, mx.array]:
         """Process and commit a prompt. Evaluates after each chunk, so that memory stays level.
 
         Returns:
-            Logits of the last position [V], float32, and its hidden vector [1, E], as verify.
+            Logits of the last position [V], float32, not evaluated: most callers that hand over a
+            prompt in parts want only the last; and its hidden vector [1, E], as verify.
 
         Raises:
             ValueError: No ids, or an id outside the vocabulary.
@@ -137,9 +141,7 @@ class Target:
             cache.commit(mx.array(part.size, dtype=mx.int32), cache.bound + part.size)
             mx.eval(hidden, cache.arrays)
         hidden = hidden[-1:]
-        logits = self._head(hidden).array[0]
-        mx.eval(logits, hidden)
-        return logits, hidden
+        return self._head(hidden).array[0], hidden
 
     def verify(self, ids: mx.array, cache: Cache) -> tuple[mx.array, mx.array]:
         """Run ids [T] behind the committed positions; writes keys and values, commits nothing.
