@@ -61,6 +61,7 @@ def gemma_mtp(
     repeats: int,
     rules: Sequence[str] = ("residual",),
     on_run: Callable[[int, int, str], None] = lambda done, total, label: None,
+    on_rows: Callable[[list[Row]], None] = lambda rows: None,
 ) -> tuple[list[Row], list[Row]]:
     """Time plain decoding and every block size on every case, alternating in this process.
 
@@ -78,6 +79,8 @@ def gemma_mtp(
         repeats: Timed runs of each setting; figures are medians over them.
         rules: Rules that accept drafts; every block size runs with each.
         on_run: Called before each run with runs done, runs in all, and what comes next.
+        on_rows: Called with the rows of each case once they are there. When a run fails or is
+            interrupted, its case has rows too, of the repeats that every setting has finished.
 
     Returns:
         One row a case and setting, and one summary row a setting over all cases.
@@ -105,17 +108,31 @@ def gemma_mtp(
     for index, case in enumerate(cases):
         budget = min(max_tokens, case.max_tokens)
         samples: dict[Setting, list[Sample]] = {setting: [] for setting in settings}
-        for repeat in range(repeats):
-            turn = repeat % len(settings)
-            for setting in settings[turn:] + settings[:turn]:
-                label = f"repeat {repeat + 1} of {repeats}"
-                samples[setting].append(run(case, index, setting, budget, label))
-        seed = first_seed + index
-        for setting in settings:
-            both = samples[setting], samples[plain]
-            rows.append(_row(case, seed, budget, setting, *both, sampling.greedy))
+        try:
+            for repeat in range(repeats):
+                turn = repeat % len(settings)
+                for setting in settings[turn:] + settings[:turn]:
+                    label = f"repeat {repeat + 1} of {repeats}"
+                    samples[setting].append(run(case, index, setting, budget, label))
+        finally:
+            whole = min(map(len, samples.values()))
+            if whole:
+                done_of = {setting: own[:whole] for setting, own in samples.items()}
+                seed = first_seed + index
+                own_rows = [
+                    _row(case, seed, budget, setting, own, done_of[plain], sampling.greedy)
+                    for setting, own in done_of.items()
+                ]
+                rows += own_rows
+                on_rows(own_rows)
     on_run(total, total, "done")
-    return rows, [_summary(setting, rows) for setting in settings]
+    return rows, summarise(rows)
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """One row per setting over all cases."""
+    settings = dict.fromkeys(Setting(row["block_size"], row["verify"]) for row in rows)
+    return [_summary(setting, rows) for setting in settings]
 
 
 def check_settings(
@@ -235,7 +252,7 @@ def _row(
     }
 
 
-def _summary(setting: Setting, rows: list[Row]) -> Row:
+def _summary(setting: Setting, rows: Sequence[Row]) -> Row:
     """One setting over all cases, pooled: every token and every second weighs the same."""
     own = [row for row in rows if (row["block_size"], row["verify"]) == setting]
     plain = [row for row in rows if row["block_size"] == PLAIN]

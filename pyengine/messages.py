@@ -18,6 +18,10 @@ MAX_DEPTH = 64  # of objects and lists inside a message
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 
 
+class TooLong(ValueError):
+    """A prompt that does not fit the context."""
+
+
 def prompt_ids(
     pair: Pair,
     prompt: Prompt,
@@ -45,7 +49,7 @@ def prompt_ids(
     if not ids:
         raise ValueError("[generate] prompt must not be empty.")
     if len(ids) >= context:
-        raise ValueError(
+        raise TooLong(
             f"[generate] prompt must be shorter than the context of {context} tokens "
             f"but got {len(ids)}."
         )
@@ -60,7 +64,7 @@ def _encode(pair: Pair, prompt: Prompt, raw: bool, variables: dict[str, Any]) ->
         if raw or not tokenizer.has_chat_template:
             return tokenizer.encode(prompt, bos=True)
         return _encode_chat(tokenizer, [{"role": "user", "content": prompt}], variables)
-    ids = [item for item in prompt if isinstance(item, int)]
+    ids = [item for item in prompt if isinstance(item, int) and not isinstance(item, bool)]
     messages = [item for item in prompt if isinstance(item, dict)]
     if len(ids) + len(messages) < len(prompt) or (ids and messages):
         raise ValueError("[generate] prompt must be a string, messages or token ids but is mixed.")

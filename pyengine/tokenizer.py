@@ -11,11 +11,13 @@ import codecs
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from pyengine.chat_template import ChatTemplate, Message, template_of
-from pyengine.files import SURROGATE, kind, read_bytes, read_object, read_text, within
+from pyengine.files import SURROGATE, kind, optional, read_bytes, read_object, read_text
 from pyengine.marks import Spellings, StandIns
 from pyengine.tokenizer_steps import check_steps
 
@@ -177,6 +179,22 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._source is not None
+
+    @cached_property
+    def longest_piece(self) -> int | None:
+        """The most characters of a text that one token covers; None if there is no bound.
+
+        That is so where single bytes are missing: the unknown token covers what no piece does.
+        """
+        if any(self._pieces.find(f"<0x{byte:02X}>") is None for byte in range(256)):
+            return None
+        pieces = map(self._pieces.piece, range(self._pieces.size))
+        return max(map(len, chain(pieces, self._special)))
+
+    @property
+    def chat_template_error(self) -> str | None:
+        """Why no chat can be rendered with the template, None where one can or there is none."""
+        return None if self._template is None else self._template.error
 
     def channel_ids(self) -> tuple[int, ...]:
         """Ids of the marks around a thought; empty where the template knows no such channel."""
@@ -397,7 +415,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         ("tokenizer.model", SentencePieces),
     ]
     for name, read in kinds:
-        if (path := within(directory, name, "tokenizer")).is_file():
+        if path := optional(directory, name, "tokenizer"):
             template = template_of(directory, config)
             with _library_errors(path):
                 return Tokenizer(read(path), config, template)
@@ -407,8 +425,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    path = within(directory, "tokenizer_config.json", "tokenizer")
-    return read_object(path, "tokenizer") if path.is_file() else {}
+    path = optional(directory, "tokenizer_config.json", "tokenizer")
+    return read_object(path, "tokenizer") if path else {}
 
 
 def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
