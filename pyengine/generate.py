@@ -209,7 +209,6 @@ class Stream(Iterator[str]):
         prefix: Prefix | None,
     ) -> None:
         self._stats = Stats(block_size, sampling.seed, len(ids))
-        self._prompt = ids
         self._prefix = prefix
         self._rounds = decode(
             pair.target,
@@ -277,9 +276,6 @@ class Stream(Iterator[str]):
                     yield Step("", "", [], [], prompt_done)
                     continue
                 step, found = self._read(tokens, logprobs or [], reason)
-                if prefix is not None:
-                    # The newest token is not processed yet
-                    prefix.keep([*self._prompt, *self._tokens[:-1]])
                 self._finish_reason = "stop" if found else reason
                 yield step
                 if self._finish_reason:

@@ -18,6 +18,10 @@ MAX_DEPTH = 64  # of objects and lists inside a message
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 
 
+class TooLong(ValueError):
+    """A prompt that does not fit the context."""
+
+
 def prompt_ids(
     pair: Pair,
     prompt: Prompt,
@@ -45,7 +49,7 @@ def prompt_ids(
     if not ids:
         raise ValueError("[generate] prompt must not be empty.")
     if len(ids) >= context:
-        raise ValueError(
+        raise TooLong(
             f"[generate] prompt must be shorter than the context of {context} tokens "
             f"but got {len(ids)}."
         )

@@ -72,7 +72,7 @@ class Prefix:
         """A cache that holds the first n tokens of a prompt, and n. Evaluates.
 
         At least one token is left to process, for its logits. The prompt counts as known as far as
-        it gets into the cache; after a failure call :meth:`forget`. ``parting`` is where this
+        it gets into the cache, until :meth:`keep` tells more. ``parting`` is where this
         prompt and the one before part if that is worth a mark, else 0.
         """
         # Room for twice the block: the last round's tail can be taken back without a mark

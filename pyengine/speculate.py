@@ -170,7 +170,7 @@ def decode(
         max_tokens: At most this many new tokens; None: as many as the context holds.
         stop_ids: Ids that end the text.
         stats: Filled as rounds end.
-        prefix: What earlier generations left; the caller tells it what this one committed.
+        prefix: What earlier generations left; what this one leaves. After an error forget it.
 
     Yields:
         How far the prefill is, between its chunks; the first token after it; then what each round
@@ -207,6 +207,7 @@ def decode(
     row = _read(packed, [hidden])
     stats.prefill_s += time.perf_counter() - start
     drafted, play = 0, _rounds(target, assistant, cache, sampling, block_size - 1)
+    text = list(prompt)
 
     while True:
         kept = _unpack(row, drafted, sampling)
@@ -214,6 +215,9 @@ def decode(
         stats.generated_tokens += len(tokens)
         stats.peak_memory_bytes = mx.get_peak_memory()
         logprobs = None if kept.logprobs is None else kept.logprobs[: len(tokens)]
+        text += tokens
+        if prefix is not None:
+            prefix.keep(text[:-1])  # the newest token is not processed yet
         yield Round(tokens, reason, drafted, kept.accepted, logprobs)
         if reason:
             return

@@ -11,6 +11,8 @@ import codecs
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -177,6 +179,17 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._source is not None
+
+    @cached_property
+    def longest_piece(self) -> int | None:
+        """The most characters of a text that one token covers; None if there is no bound.
+
+        That is so where single bytes are missing: the unknown token covers what no piece does.
+        """
+        if any(self._pieces.find(f"<0x{byte:02X}>") is None for byte in range(256)):
+            return None
+        pieces = map(self._pieces.piece, range(self._pieces.size))
+        return max(map(len, chain(pieces, self._special)))
 
     def channel_ids(self) -> tuple[int, ...]:
         """Ids of the marks around a thought; empty where the template knows no such channel."""

@@ -13,7 +13,8 @@ from text_fakes import script_pair, write_tokenizers
 
 from pyengine import bench, report
 from pyengine.cli.bench import _show
-from pyengine.cli.output import check_output, write_json
+from pyengine.cli.output import check_output
+from pyengine.files import write_whole
 from pyengine.sampling import Sampling
 from pyengine.suite import Case
 from pyengine.tokenizer import Tokenizer, load_tokenizer
@@ -146,7 +147,7 @@ def test_report_is_whole(run: Any, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     check_output("bench", path)
     assert not path.exists()
-    write_json(path, whole, 0o644)
+    write_whole(path, json.dumps(whole, indent=2))
     back = json.loads(path.read_text())
     assert back == json.loads(json.dumps(whole))
     assert os.listdir(tmp_path) == ["report.json"]
@@ -158,14 +159,6 @@ def test_report_is_whole(run: Any, tmp_path: Path) -> None:
     assert back["pair"]["quantization"]["target"]["bits"] == 8
     assert back["pair"]["quantization"]["assistant"] is None
     assert len(back["rows"]) == 6 and back["rows"][0]["tokens"]
-
-
-def test_an_interrupted_write_leaves_the_old_report(tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    path.write_text("old")
-    with pytest.raises(TypeError):
-        write_json(path, {"not": object()}, 0o644)
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["report.json"]
 
 
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:

@@ -344,7 +344,7 @@ FILES: dict[str, tuple[Change, str]] = {
     "config a list": (text("target/config.json", "[]"), "must hold a JSON object but got a list"),
     "config too deep": (text("target/config.json", DEEP), "nested too deeply"),
     "config a number too long": (text("target/config.json", f'{{"a": {LONG}}}'), "must be JSON"),
-    "config too large": (text("target/config.json", b" " * (65 << 20)), "must be at most 64 MB"),
+    "config too large": (text("target/config.json", b" " * (9 << 20)), "must be at most 8 MB"),
     "not gemma 4": (config(model_type="llama"), "`model_type` must be one of gemma4"),
     "model type a list": (config(model_type=["gemma4"]), "`model_type` must be one of gemma4"),
     "a key missing": (config(sliding_window=...), "config.json misses `sliding_window`"),

@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from pyengine.cli import common, tables
 from pyengine.cli.options import AssistantDir, BundleDir, Position, TargetDir
-from pyengine.cli.output import check_output, write_json
+from pyengine.cli.output import check_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -178,7 +178,9 @@ def gemma_mtp(
             left = "all" if finished == len(cases) else f"{finished} of"
             _show(out, f"{left} {len(cases)} prompts", summary)
         if output:
-            write_json(output, whole, 0o644)
+            from pyengine.files import write_whole
+
+            write_whole(output, json.dumps(whole, indent=2) + "\n")
             typer.echo(f"Report: {output}", err=True)
         if as_json:
             typer.echo(json.dumps({k: v for k, v in whole.items() if k != "rows"}))

@@ -41,7 +41,7 @@ from pyengine.cli.options import (
     sampling_of,
     template_variables,
 )
-from pyengine.cli.output import check_output, write_json
+from pyengine.cli.output import check_output
 
 if TYPE_CHECKING:
     from pyengine.chat import Chat
@@ -232,12 +232,14 @@ class Talk:
         generate.print_stats(result, rows)
 
     def _save(self, path: Path) -> None:
+        from pyengine.files import write_whole
+
         if path.exists() and path != self.file:
             raise ValueError(f"[chat] FILE of /save must not exist yet but {path} does.")
         check_output("chat", path)
         said = {"model": self.chat.pair.name, "messages": self.chat.messages}
         try:
-            write_json(path, said, 0o600)  # a conversation is private
+            write_whole(path, json.dumps(said, indent=2) + "\n", 0o600)  # a conversation is private
         except OSError as error:
             raise ValueError(f"[chat] {path} cannot be written: {error.strerror}.") from error
         self.file = path
