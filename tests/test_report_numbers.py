@@ -1,4 +1,4 @@
-"""Published numbers: the machine, versions, commit and pair that a report says its figures are of."""
+"""Published numbers: machine, versions, commit and pair that a report says its figures are of."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str | None]) -> li
     def run(command: Any, **_: Any) -> Any:
         calls.append(list(command))
         said = next((a for word, a in answers.items() if word in command), None)
-        return SimpleNamespace(returncode=0 if said is not None else 1, stdout=said or "noise")
+        return SimpleNamespace(
+            returncode=0 if said is not None else 1, stdout="noise" if said is None else said
+        )
 
     monkeypatch.setattr(subprocess, "run", run)
     return calls
