@@ -19,6 +19,7 @@ from pyengine import ops
 from pyengine.config import TargetConfig
 
 CAPACITY_STEP = 512
+CHUNK = 512  # positions a prefill processes at a time
 
 
 class Cache:
@@ -81,6 +82,16 @@ class Cache:
             for i, a in enumerate(arrays):
                 if a is not None and not self.config.layers[i].sliding and a.shape[2] < slots:
                     arrays[i] = _grown(a, slots - a.shape[2])
+
+    def growth(self, count: int) -> int:
+        """Bytes that :meth:`reserve` will add to the cache."""
+        slots = _round_up(self.bound + count, CAPACITY_STEP)
+        return sum(
+            a.nbytes // a.shape[2] * (slots - a.shape[2])
+            for arrays in (self.keys, self.values)
+            for a, layer in zip(arrays, self.config.layers, strict=True)
+            if a is not None and not layer.sliding and a.shape[2] < slots
+        )
 
     @property
     def newest(self) -> mx.array:

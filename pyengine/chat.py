@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from pyengine.chat_template import Message
 from pyengine.files import SURROGATE, shown
-from pyengine.generate import Result, Step, Stream, check_settings, stream
+from pyengine.generate import (
+    Result,
+    Step,
+    Stream,
+    check_settings,
+    check_variables,
+    resolve_sampling,
+    stream,
+)
 from pyengine.messages import prompt_ids
 from pyengine.prefix import Prefix
 from pyengine.reader import stop_strings
@@ -39,9 +48,13 @@ class Chat:
         stop: str | Sequence[str] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> None:
+        check_settings(pair, max_tokens, block_size)
         if not pair.tokenizer.has_chat_template:
             raise ValueError("[chat] the checkpoint must have a chat template but has none.")
-        check_settings(pair, max_tokens, block_size)
+        resolve_sampling(pair, sampling)
+        check_variables(variables)
+        if not isinstance(system, (str, NoneType)):
+            raise ValueError(f"[chat] system must be text or None but got {shown(system)}.")
         self.pair = pair
         self.max_tokens = max_tokens
         self.sampling = sampling

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from pyengine.files import kind, read_text, within
+from pyengine.files import kind, optional, read_text
 from pyengine.template_sandbox import MAX_CHARS, Sandbox
 
 Message = dict[str, Any]
@@ -29,8 +29,8 @@ def template_of(directory: Path, config: dict[str, Any]) -> str | None:
     Raises:
         ValueError: The file is no text, or tokenizer_config holds something else.
     """
-    file = within(directory, "chat_template.jinja", "tokenizer")
-    if file.is_file():
+    file = optional(directory, "chat_template.jinja", "tokenizer")
+    if file:
         return read_text(file, "tokenizer", MAX_TEMPLATE_BYTES)
     template = config.get("chat_template")
     if isinstance(template, list):

@@ -18,7 +18,8 @@ from typing import Any
 # together keep what is read within 100 MB of memory and a second.
 MAX_BYTES = 8 << 20
 MAX_VALUES = 500_000
-MAX_DEPTH = 100
+MAX_DEPTH = 128
+MAX_PATH = 4096
 SHOWN = 80
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's hash of a file, or SHA-256
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell and UTF-8 not
@@ -37,6 +38,8 @@ def within(folder: Path, name: str, doing: str) -> Path:
     """
     path = folder / name
     try:
+        if len(name) > MAX_PATH:  # following it would take long
+            raise OSError
         real, home = path.resolve(), folder.resolve()
         if path.is_symlink():
             path.stat()  # from Python 3.13 on resolving a circle of links is no error
@@ -63,7 +66,7 @@ def optional(folder: Path, name: str, doing: str) -> Path | None:
     path = within(folder, name, doing)
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

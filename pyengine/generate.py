@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pyengine import forked, memory
+from pyengine.arguments import flag, whole
+from pyengine.defaults import OURS
 from pyengine.files import shown
 from pyengine.messages import Prompt, prompt_ids
-from pyengine.prefix import Prefix
+from pyengine.prefix import Prefix, check_prefix
 from pyengine.reader import Reader, stop_strings
 from pyengine.sampling import Logprob, Sampling, seeded
 from pyengine.speculate import MAX_BLOCK, Stats, decode
@@ -93,9 +97,14 @@ def generate(
     Returns:
         Text, tokens, why it ended, and statistics.
 
+    Each thread of Python's that generates costs an operating system's thread and about 0.2 MB that
+    MLX keeps to the end of the process: take a pool of threads, or one, not a new one each time.
+
     Raises:
-        ValueError: The prompt or a setting is impossible; the message names it.
-        RuntimeError: The weights gave logits that are not finite.
+        ValueError: The prompt or a setting is impossible, or the memory too small for the prompt;
+            the message names it.
+        RuntimeError: The weights gave logits that are not finite, the answer has used up the
+            memory, or the process was forked from one that had used MLX.
     """
     running = stream(
         prompt,
@@ -132,9 +141,14 @@ def stream(
         are checked here; the prompt is read when the first piece is asked for. ``close()`` ends
         it early, as does leaving it as a context manager.
     """
+    forked.check("generate")
     pair = embedded_pair() if pair is None else pair
     stops = stop_strings(stop)
     block = check_settings(pair, max_tokens, block_size)
+    flag("generate", "raw", raw)
+    check_variables(variables)
+    check_prefix("generate", prefix)
+    limit = None if max_tokens is None else int(max_tokens)
     ids = prompt_ids(pair, prompt, raw=raw, variables=variables)
     settings = seeded(resolve_sampling(pair, sampling))
     vocab = pair.target.config.vocab_size
@@ -144,7 +158,7 @@ def stream(
             f"[generate] suppress_tokens and logit_bias must name ids up to {vocab - 1} but got "
             f"{outside[0]}."
         )
-    return Stream(pair, ids, max_tokens, settings, block, stops, prefix)
+    return Stream(pair, ids, limit, settings, block, stops, prefix)
 
 
 def check_settings(pair: Pair, max_tokens: int | None, block_size: int | None) -> int:
@@ -153,8 +167,11 @@ def check_settings(pair: Pair, max_tokens: int | None, block_size: int | None) -
     Raises:
         ValueError: It or ``max_tokens`` is impossible with this pair.
     """
+    if not hasattr(pair, "target"):
+        raise ValueError(f"[generate] pair must come from pyengine.load but got {shown(pair)}.")
     block = default_block_size(pair) if block_size is None else block_size
     check_numbers(max_tokens, block)
+    block = int(block)
     if block > 1 and pair.assistant is None:
         raise ValueError(f"[generate] block_size must be 1 without an assistant but got {block}.")
     return block
@@ -166,13 +183,26 @@ def check_numbers(max_tokens: int | None, block_size: int) -> None:
     Raises:
         ValueError: One is impossible with any pair.
     """
-    for name, value in (("block_size", block_size), ("max_tokens", max_tokens)):
-        if value is not None and not isinstance(value, SupportsIndex):
-            raise ValueError(f"[generate] {name} must be a whole number but got {shown(value)}.")
+    whole("generate", "block_size", block_size)
+    if max_tokens is not None:
+        whole("generate", "max_tokens", max_tokens)
     if not 1 <= block_size <= MAX_BLOCK:
         raise ValueError(f"[generate] block_size must be 1 to {MAX_BLOCK} but got {block_size}.")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"[generate] max_tokens must be at least 1 but got {max_tokens}.")
+
+
+def check_variables(variables: Any) -> None:
+    """Refuse what cannot be variables of a template.
+
+    Raises:
+        ValueError: It is no dict of names, nor None.
+    """
+    named = isinstance(variables, Mapping) and all(isinstance(key, str) for key in variables)
+    if variables is not None and not named:
+        raise ValueError(
+            f"[generate] variables must be a dict of names or None but got {shown(variables)}."
+        )
 
 
 class Step(NamedTuple):
@@ -209,6 +239,7 @@ class Stream(Iterator[str]):
         prefix: Prefix | None,
     ) -> None:
         self._stats = Stats(block_size, sampling.seed, len(ids))
+        self._wanted = pair.target, len(ids), max_tokens, block_size, prefix
         self._prefix = prefix
         self._rounds = decode(
             pair.target,
@@ -265,13 +296,10 @@ class Stream(Iterator[str]):
         )
 
     def _run(self) -> Generator[Step, None, None]:
-        prefix = self._prefix
-        if prefix is not None:
-            if prefix.busy:
-                raise ValueError("[generate] prefix must serve one generation at a time.")
-            prefix.busy = True
-        try:
-            for tokens, reason, _, _, logprobs, prompt_done in self._rounds:
+        memory.check_prompt(*self._wanted)  # what is refused here leaves the prefix as it is
+        in_use = nullcontext() if self._prefix is None else self._prefix.in_use()
+        with in_use, closing(self._rounds) as rounds:
+            for tokens, reason, _, _, logprobs, prompt_done in rounds:
                 if prompt_done is not None:
                     yield Step("", "", [], [], prompt_done)
                     continue
@@ -280,14 +308,6 @@ class Stream(Iterator[str]):
                 yield step
                 if self._finish_reason:
                     return
-        except Exception:
-            if prefix is not None:
-                prefix.forget()
-            raise
-        finally:
-            self._rounds.close()
-            if prefix is not None:
-                prefix.busy = False
 
     def _read(
         self, tokens: list[int], logprobs: list[Logprob], reason: str | None
@@ -353,8 +373,7 @@ def resolve_sampling(pair: Pair, sampling: Sampling | Mapping[str, Any] | None) 
             raise ValueError(
                 f"[generate] sampling must hold fields of Sampling but got {shown(unknown[0])}."
             )
-        defaults = Sampling(temperature=own.temperature, top_p=own.top_p, top_k=own.top_k)
-        sampling = replace(defaults, **given)
+        sampling = Sampling(**{**{key: getattr(own, key) for key in OURS}, **given})
     if not isinstance(sampling, Sampling):
         raise ValueError(
             "[generate] sampling must be a Sampling or a dict of its fields but got "

@@ -6,8 +6,11 @@ import re
 import sys
 from pathlib import Path
 
-# owner/name, with @revision where one is wanted; a path that begins otherwise is only a path.
-_NAME = re.compile(r"(?P<repo>(?P<owner>\w[\w.-]*)/\w[\w.-]*)(@(?P<revision>[\w.-]+))?")
+# owner/name, with @revision where one is wanted: a branch, a tag, a commit, or a pull request as
+# the hub spells it, refs/pr/1. A path that begins otherwise is only a path.
+_NAME = re.compile(
+    r"(?P<repo>(?P<owner>\w[\w.-]*)/\w[\w.-]*)(@(?P<revision>\w[\w.-]*(/\w[\w.-]*)*))?"
+)
 _PAGES = ("models", "datasets", "spaces")  # of the hub itself: no owner has these names
 PATTERNS = ["*.json", "*.jinja", "*.model", "*.safetensors"]
 

@@ -64,7 +64,7 @@ def _encode(pair: Pair, prompt: Prompt, raw: bool, variables: dict[str, Any]) ->
         if raw or not tokenizer.has_chat_template:
             return tokenizer.encode(prompt, bos=True)
         return _encode_chat(tokenizer, [{"role": "user", "content": prompt}], variables)
-    ids = [item for item in prompt if isinstance(item, int)]
+    ids = [item for item in prompt if isinstance(item, int) and not isinstance(item, bool)]
     messages = [item for item in prompt if isinstance(item, dict)]
     if len(ids) + len(messages) < len(prompt) or (ids and messages):
         raise ValueError("[generate] prompt must be a string, messages or token ids but is mixed.")

@@ -9,12 +9,15 @@ answer and for another last turn, and where two prompts were seen to part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import NoneType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
 from pyengine.cache import Cache
+from pyengine.files import shown
 
 if TYPE_CHECKING:
     from pyengine.speculate import TargetLike
@@ -51,7 +54,7 @@ class Prefix:
     def __init__(self) -> None:
         self.reused = 0
         self.parting = 0
-        self.busy = False
+        self._busy = False
         self._ids: list[int] = []
         self._target: TargetLike | None = None
         self._cache: Cache | None = None
@@ -68,6 +71,33 @@ class Prefix:
         arrays = [a for m in self._marks for a in [*m.keys, *m.values] if a is not None]
         return sum(a.nbytes for a in arrays) + (self._cache.nbytes if self._cache else 0)
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While a generation works on it. What a failed one leaves is forgotten.
+
+        Raises:
+            ValueError: Another one is under way.
+        """
+        if self._busy:
+            raise ValueError("[generate] prefix must serve one generation at a time.")
+        self._busy = True
+        try:
+            yield
+        except Exception:
+            self.forget()
+            raise
+        finally:
+            self._busy = False
+
+    @property
+    def marks(self) -> int:
+        """The most marks it keeps."""
+        return MAX_MARKS
+
+    def max_block(self, block_size: int) -> int:
+        """Twice the block: the last round's tail can be taken back without a mark."""
+        return 2 * block_size
+
     def open(self, target: TargetLike, prompt: Sequence[int], block_size: int) -> tuple[Cache, int]:
         """A cache that holds the first n tokens of a prompt, and n. Evaluates.
 
@@ -75,8 +105,7 @@ class Prefix:
         it gets into the cache, until :meth:`keep` tells more. ``parting`` is where this
         prompt and the one before part if that is worth a mark, else 0.
         """
-        # Room for twice the block: the last round's tail can be taken back without a mark
-        max_block = 2 * block_size
+        max_block = self.max_block(block_size)
         cache, shared = self._cache, self._shared(prompt)
         if target is not self._target or cache is None or cache.max_block < max_block:
             cache, shared = None, 0
@@ -142,6 +171,16 @@ class Prefix:
     def _least(cache: Cache) -> int:
         """The fewest positions that the rings can be taken back to."""
         return cache.kept_from + cache.window - 1 if cache.kept_from else 0
+
+
+def check_prefix(op: str, prefix: Any) -> None:
+    """Refuse what is no prefix.
+
+    Raises:
+        ValueError: It is neither a Prefix nor None.
+    """
+    if not isinstance(prefix, (Prefix, NoneType)):
+        raise ValueError(f"[{op}] prefix must be a Prefix or None but got {shown(prefix)}.")
 
 
 def _copy(a: mx.array | None) -> mx.array | None:

@@ -16,15 +16,15 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import mlx.core as mx
 
+from pyengine import forked, memory
 from pyengine import sampling as rules
-from pyengine.cache import Cache
+from pyengine.cache import CHUNK, Cache
 from pyengine.logits import Logits
 from pyengine.ops import switch
 from pyengine.ops.filter_logits import Filtered
 from pyengine.prefix import Prefix
 from pyengine.recorded import ArrayFunction, recorded
 from pyengine.sampling import History, Listed, Logprob, Sampling, filter_logits
-from pyengine.target import CHUNK
 
 MAX_BLOCK = 128
 
@@ -122,7 +122,13 @@ class Stats:
 
 
 class NonFinite(RuntimeError):
-    """The target gave logits that are NaN or infinite."""
+    """The target gave logits that are NaN or infinite; ``dtype`` is that of its activations."""
+
+    def __init__(self, what: str, dtype: mx.Dtype) -> None:
+        why = "are the weights damaged?"
+        if dtype == mx.float16:
+            why = "float16 ends at 65504: load the pair with dtype bfloat16 or float32."
+        super().__init__(f"[{what}] logits must be finite but got NaN or infinity; {why}")
 
 
 class Round(NamedTuple):
@@ -178,8 +184,10 @@ def decode(
 
     Raises:
         ValueError: A setting is impossible or the prompt does not fit the context.
-        RuntimeError: The target's logits are not finite.
+        RuntimeError: The target's logits are not finite, the cache outgrows the memory, or the
+            process was forked from one that had used MLX.
     """
+    forked.check("generate")
     _check(target, assistant, prompt, block_size, max_tokens)
     stats = Stats() if stats is None else stats
     sampling = rules.seeded(sampling)
@@ -210,7 +218,7 @@ def decode(
     text = list(prompt)
 
     while True:
-        kept = _unpack(row, drafted, sampling)
+        kept = _unpack(row, drafted, sampling, state.hidden.dtype)
         tokens, reason = _cut(kept.tokens, room - stats.generated_tokens, stop_ids)
         stats.generated_tokens += len(tokens)
         stats.peak_memory_bytes = mx.get_peak_memory()
@@ -221,10 +229,12 @@ def decode(
         yield Round(tokens, reason, drafted, kept.accepted, logprobs)
         if reason:
             return
+        forked.check("generate")
         start = time.perf_counter()
         history.add(tokens)
         # A round past the end of the room keeps its shape; what it commits there is not used
         drafted = block_size - 1
+        memory.check_growth(cache.growth(block_size))
         cache.reserve(block_size)
         packed, primary, hidden, *arrays = play(
             [*state, seed, *(history.listed() or ()), *cache.arrays]
@@ -255,6 +265,7 @@ def prefill(
     """
     parting, done = 0 if prefix is None else prefix.parting, known
     while done < len(prompt):
+        forked.check("generate")
         end = min(done + CHUNK, len(prompt))
         if done < parting < end:
             end = parting
@@ -376,15 +387,13 @@ def _read(packed: mx.array, state: list[mx.array]) -> list[int]:
     return cast(list[int], packed.tolist())
 
 
-def _unpack(row: list[int], k: int, sampling: Sampling) -> _Kept:
+def _unpack(row: list[int], k: int, sampling: Sampling, dtype: mx.Dtype) -> _Kept:
     """Take apart what was read: k drafts, how many were kept, the next token, flags of the target's
     k + 1 rows and of the assistant's k, logprobs."""
     ours, guesses = row[k + 2 : 2 * k + 3], row[2 * k + 3 : 3 * k + 3]
     # An assistant may leave tokens out (-inf, flag 1); a target may not
     if any(ours) or any(flags >> 1 for flags in guesses):
-        raise NonFinite(
-            "[decode] logits must be finite but got NaN or infinity; are the weights damaged?"
-        )
+        raise NonFinite("decode", dtype)
     accepted = row[k]
     tokens = [*row[:accepted], row[k + 1]]
     if sampling.logprobs is None:

@@ -10,8 +10,8 @@ from typing import cast
 
 import mlx.core as mx
 
-from pyengine import ops
-from pyengine.cache import Cache
+from pyengine import memory, ops
+from pyengine.cache import CHUNK, Cache
 from pyengine.config import LayerConfig, TargetConfig
 from pyengine.linear import Linear, gated, side_by_side
 from pyengine.logits import Logits
@@ -20,7 +20,6 @@ from pyengine.weights import Weights
 # Up to this many rows, routed experts that are not quantised are fetched row by row; beyond, every
 # expert sees every row.
 ROWS_BY_SLOT = 16
-CHUNK = 512  # positions a prefill processes at a time
 
 
 @dataclass(frozen=True)
@@ -119,6 +118,10 @@ class Target:
     def new_cache(self, max_block: int) -> Cache:
         """An empty cache for verify calls of up to max_block tokens."""
         return Cache(self.config, max_block, self.dtype)
+
+    def prompt_bytes(self, tokens: int, max_block: int, marks: int) -> int:
+        """Memory for a prompt, see :func:`pyengine.memory.prompt_bytes`."""
+        return memory.prompt_bytes(self.config, tokens, max_block, marks, self.dtype.size)
 
     def prefill(
         self, ids: list[int], cache: Cache, chunk: int = CHUNK

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pyengine.chat_template import ChatTemplate, Message, template_of
-from pyengine.files import SURROGATE, kind, read_bytes, read_object, read_text, within
+from pyengine.files import SURROGATE, kind, optional, read_bytes, read_object, read_text
 from pyengine.marks import Spellings, StandIns
 from pyengine.tokenizer_steps import check_steps
 
@@ -410,7 +410,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         ("tokenizer.model", SentencePieces),
     ]
     for name, read in kinds:
-        if (path := within(directory, name, "tokenizer")).is_file():
+        if path := optional(directory, name, "tokenizer"):
             template = template_of(directory, config)
             with _library_errors(path):
                 return Tokenizer(read(path), config, template)
@@ -420,8 +420,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    path = within(directory, "tokenizer_config.json", "tokenizer")
-    return read_object(path, "tokenizer") if path.is_file() else {}
+    path = optional(directory, "tokenizer_config.json", "tokenizer")
+    return read_object(path, "tokenizer") if path else {}
 
 
 def _named_tokens(config: dict[str, Any]) -> dict[str, str]:

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from pyengine.config import AssistantConfig, LayerConfig, Quantization, TargetConfig
 from pyengine.linear import Linear
-from pyengine.shards import read_headers
+from pyengine.shards import read_headers, stale_index
 
 Shape = tuple[int, ...]
 
@@ -84,12 +84,8 @@ def load_assistant_weights(
     """Read an assistant's tensors; as :func:`load_target_weights`."""
     weights = _load(folder, assistant_layout(config), config.quantization, dtype, on_read)
     if config.num_centroids:
-        # A table of row numbers that reached past V would read foreign memory.
-        order = weights.vectors["masked_embedding.token_ordering"]
-        if not mx.array_equal(mx.sort(order), mx.arange(config.vocab_size, dtype=mx.int32)):
-            raise ValueError(
-                "[load] `masked_embedding.token_ordering` must hold every token id once."
-            )
+        name = "masked_embedding.token_ordering"
+        check_ordering(name, weights.vectors[name])
     return weights
 
 
@@ -298,6 +294,8 @@ class _QuantizationModes:
         # Gate and up of the experts may share one entry, named after the tensor they came from
         joint = re.sub(r"\.experts\.(gate|up)_proj$", ".experts.gate_up_proj", path)
         mode = self.overrides.get(path, self.overrides.get(joint, default))
+        if isinstance(mode, str):
+            raise ValueError(mode)
         if mode is None:
             raise ValueError(
                 f"[load] `{path}.scales` is there, but config.json says `{path}` is not quantised."
@@ -346,7 +344,19 @@ def check_finite(name: str, array: mx.array) -> None:
         ValueError: The array holds one.
     """
     if not mx.isfinite(array).all():
-        raise ValueError(f"[load] `{name}` must be finite but holds NaN or infinity.")
+        out = "; float16 ends at 65504: load with dtype bfloat16 or float32"
+        why = out if array.dtype == mx.float16 else ""
+        raise ValueError(f"[load] `{name}` must be finite but holds NaN or infinity{why}.")
+
+
+def check_ordering(name: str, order: mx.array) -> None:
+    """A table of row numbers that reached past V would read foreign memory. Evaluates.
+
+    Raises:
+        ValueError: It is no permutation.
+    """
+    if not mx.array_equal(mx.sort(order), mx.arange(order.size, dtype=order.dtype)):
+        raise ValueError(f"[load] `{name}` must hold every token id once.")
 
 
 class Tensors:
@@ -356,6 +366,7 @@ class Tensors:
         self.arrays: dict[str, mx.array] = {}
         self.raw_names: dict[str, str] = {}
         self.used: set[str] = set()
+        self.folder = folder
         for shard, headers in read_headers(folder):
             loaded = _open(shard)
             for raw in headers:
@@ -378,7 +389,8 @@ class Tensors:
         """One tensor, lazy; its shape and dtype checked, experts split or stacked as needed."""
         array = self._assemble(name, shape)
         if array is None:
-            raise ValueError(f"[load] weights miss `{name}`; is this a Gemma 4 checkpoint?")
+            why = stale_index(self.folder) or "is this a Gemma 4 checkpoint?"
+            raise ValueError(f"[load] weights miss `{name}`; {why}")
         if array.shape != shape:
             raise ValueError(
                 f"[load] `{name}` must have shape {list(shape)} but got {list(array.shape)}."

@@ -67,6 +67,11 @@ def test_the_embedded_pair() -> None:
         "temperature": 1.0,
         "top_p": 0.95,
         "top_k": 64,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "notes": [],
     }
     assert report["target"]["tensors"]["parameters"] == 7_137_432
     parts = [report[part]["tensors"]["bytes"] for part in ("target", "assistant")]

@@ -130,7 +130,7 @@ def test_generation_defaults_come_in_order(bundle):
     [
         ({"eos_token_id": [256]}, "`eos_token_id` .* must hold ids from 0 to 255 but got"),
         ({"suppress_tokens": ["x"]}, "`suppress_tokens` .* must hold ids from 0 to 255"),
-        ({"temperature": -1}, "default temperature must be a number but got -1"),
+        ({"temperature": -1}, "default temperature must be 0 or more but got -1"),
         ({"top_p": "high"}, "default top_p must be a number but got 'high'"),
     ],
 )

@@ -60,7 +60,11 @@ def _print(report: dict[str, Any]) -> None:
                 rows["weights"] = common.size(tensors["bytes"])
             tables.two_columns(out, part, rows)
     if "text" in report:
-        tables.two_columns(out, "text", report["text"])
+        notes = report["text"]["notes"]
+        rows = {key: value for key, value in report["text"].items() if key != "notes"}
+        tables.two_columns(out, "text", rows)
+        for note in notes:
+            out.print(f"note: {common.printable(note)}", soft_wrap=True, markup=False)
     if "memory" in report:
         m = report["memory"]
         free = "unknown" if m["available"] is None else common.size(m["available"])
