@@ -313,6 +313,17 @@ def test_nothing_decoded_has_no_rate(stage: Stage) -> None:
         assert line["generated_tokens"] == 2 and line["decode_elapsed_s"] == 0
 
 
+def test_one_token_told_of_a_round_has_no_rate(stage: Stage) -> None:
+    """A stop string may cut a whole round: time has passed, and nothing decoded was told."""
+    for runs in stage.runs.values():
+        runs[:] = [run(5, 1, (1.0, 2.0, 4.0), 3, prompt=3, peak=1) for _ in range(4)]
+    rows, summary = bench.gemma_mtp(PAIR, CASES, **SETTINGS)
+    for line in (*rows, *summary):
+        assert line["tok_s"] == line["tokens_per_round"] == 0.0
+        assert line["round_cost_in_plain_steps"] == 0.0
+        assert line["speedup_vs_ar"] is None
+
+
 def test_times_are_utc_to_the_millisecond(monkeypatch: pytest.MonkeyPatch) -> None:
     before = datetime.now(timezone.utc)
     said = bench.now()
