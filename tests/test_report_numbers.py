@@ -188,9 +188,9 @@ def test_every_field_of_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [Case("a", "chat", "fox", 3), Case("b", "code", "the", 4)]
     run_on = {"started_at": "then", "machine": {"chip": "x"}, "versions": {}, "commit": None}
     rows, summary, settings = [{"row": 1}], [{"sum": 2}], {"repeats": 3}
-    for complete in (True, False):
+    for said, complete in (((), True), ((True,), True), ((False,), False)):
         made = report.make_report(
-            run_on, pair_of(), cases, rows, summary, settings, sampling, complete
+            run_on, pair_of(), cases, rows, summary, settings, sampling, *said
         )
         assert made == {
             "bench": "gemma-mtp",

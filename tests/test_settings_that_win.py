@@ -333,6 +333,20 @@ def test_other_fields_of_the_checkpoint(tmp_path: Path) -> None:
     assert got.temperature == 1.0  # the target chooses tokens, so its settings count
 
 
+def test_a_checkpoint_that_does_not_sample_loses_to_what_is_given(
+    tmp_path: Path, pair: Any, asked: Any
+) -> None:
+    """It is greedy, whatever temperature stands beside it, until a caller names one."""
+    said = {"do_sample": False, "temperature": 0.5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    pair.generation = read_generation(tmp_path, None, config(), {})
+    for door in DOORS:
+        door(pair)
+        assert asked[-1]["sampling"].temperature == 0.0
+        door(pair, temperature=0.25)
+        assert asked[-1]["sampling"].temperature == 0.25
+
+
 # The environment
 
 
