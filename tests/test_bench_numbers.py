@@ -324,6 +324,11 @@ def test_one_token_told_of_a_round_has_no_rate(stage: Stage) -> None:
         assert line["speedup_vs_ar"] is None
 
 
+def test_the_least_and_the_most_that_can_be_asked() -> None:
+    bench.check_settings([2, 128], 1, 2)
+    bench.check_settings([2], 1, 2, ["residual", "block", "coupled"])
+
+
 def test_times_are_utc_to_the_millisecond(monkeypatch: pytest.MonkeyPatch) -> None:
     before = datetime.now(timezone.utc)
     said = bench.now()
