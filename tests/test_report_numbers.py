@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +156,25 @@ def test_a_machine_without_git_has_no_commit(
         monkeypatch.setattr(report, "__file__", str(tmp_path / "pyengine" / "report.py"))
         (tmp_path / ".git").mkdir(exist_ok=True)
         assert report._commit() is None
+
+
+def test_what_other_programs_say(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Their words without the line's end; of one that fails, lasts or is not there, none."""
+    say = "import sys; print(' 1.2 '); print('noise', file=sys.stderr); sys.exit"
+    assert report._ask(sys.executable, "-c", f"{say}(0)") == "1.2"
+    assert report._ask(sys.executable, "-c", f"{say}(3)") == ""
+    assert report._ask("/no/such/program") == ""
+    assert capfd.readouterr() == ("", "")
+    given: dict[str, Any] = {}
+
+    def lasts(*_: Any, **kw: Any) -> Any:
+        given.update(kw)
+        raise subprocess.TimeoutExpired("git", kw["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", lasts)
+    assert report._ask("git") == "" and given["timeout"] == 10
 
 
 def test_every_field_of_a_pair() -> None:
