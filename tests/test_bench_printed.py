@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from scripted_runs import CASES, Stage
+from scripted_runs import CASES, Stage, scripted
 from test_bench_numbers import ROWS, SUMMARY, check
 from text_fakes import script_pair
 from typer.testing import CliRunner
@@ -134,6 +134,20 @@ def test_a_narrow_terminal_prints_the_same_figures(
             said = [f"  {head}: {cell}" for head, cell in zip(HEAD, row, strict=True)]
             assert lines[at : at + 8] == [*said, ""]
             at += 8
+
+
+def test_a_terminal_just_wide_enough_has_the_table(
+    stage: Stage, pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headings and cells are 5, 7, 5, 10, 12, 13 and 10 wide, two blanks lie between them and one
+    before: 75."""
+    monkeypatch.setenv("COLUMNS", "75")
+    lines = run(tmp_path).stdout.splitlines()
+    assert tables(lines) == TABLES
+    assert max(len(line) for line in lines if line.split()[:2] == ["block", "verify"]) == 75
+    stage.runs = scripted()
+    monkeypatch.setenv("COLUMNS", "74")
+    assert "  speedup_vs_ar: 3.20" in run(tmp_path).stdout.splitlines()
 
 
 def test_the_report_holds_what_was_measured(

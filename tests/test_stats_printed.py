@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from scripted_runs import Clock
 from test_stats_numbers import STATS, TOLD
 from text_fakes import script_pair, write_tokenizers
 from typer.testing import CliRunner
 
 from pyengine import cli
-from pyengine.cli import common
+from pyengine.cli import common, tables
 from pyengine.cli.chat import Talk
 from pyengine.cli.generate import print_stats
 from pyengine.generate import Result
@@ -102,6 +104,22 @@ def test_every_line_of_the_chats_stats(capsys: pytest.CaptureFixture[str]) -> No
         " context      151 of 4321 tokens",
         " turns        6, 14 forgotten",
     ]
+
+
+@pytest.mark.parametrize(
+    ("width", "lines"),
+    [
+        (80, ["title", " a b  12, 34, 56", " c    yes"]),
+        # A blank, the longest name, two blanks and the longest word: 9
+        (9, ["title", " a b  12,", "      34,", "      56", " c    yes"]),
+        (8, ["title", "  a b:", "    12,", "    34,", "    56", "  c: yes"]),
+    ],
+)
+def test_names_and_values_fold(width: int, lines: list[str]) -> None:
+    out = Console(file=StringIO(), width=width)
+    rows = {"a_b": [12, 34, 56], "c": True}
+    tables.two_columns(out, "title", rows)
+    assert out.file.getvalue().splitlines() == lines
 
 
 @pytest.mark.parametrize(
