@@ -210,6 +210,17 @@ def test_the_report_holds_what_was_measured(
     }
 
 
+def test_a_report_takes_the_place_of_the_last(stage: Stage, pair: Any, tmp_path: Path) -> None:
+    """Whole lines that others may read, and nothing left beside it."""
+    out = tmp_path / "out.json"
+    out.write_text("the last")
+    assert run(tmp_path).exit_code == 0
+    text = out.read_text()
+    assert text.startswith("{\n  ") and text.endswith("\n}\n")
+    assert out.stat().st_mode & 0o777 == 0o644
+    assert {path.name for path in tmp_path.iterdir()} == {"out.json", "suite.jsonl"}
+
+
 def test_an_interrupted_run_says_how_far_it_got(stage: Stage, pair: Any, tmp_path: Path) -> None:
     """Three warm-ups, nine runs of the first prompt, one repeat of the second, and a run more."""
     stage.fail_at = 16

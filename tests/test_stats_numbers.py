@@ -69,6 +69,14 @@ def test_every_field_and_ratio_is_told() -> None:
         assert getattr(STATS, name) == TOLD[name], name
 
 
+def test_a_generation_begins_with_nothing() -> None:
+    """Plain decoding, no seed yet, and every count and second 0; lists of its own."""
+    lists = ("drafted_by_depth", "accepted_by_depth", "acceptance_by_depth")
+    none: dict[str, Any] = {name: 0 for name in TOLD} | {name: [] for name in lists}
+    assert Stats().to_dict() == {**none, "block_size": 1, "seed": None}
+    assert Stats().drafted_by_depth is not Stats().drafted_by_depth
+
+
 def test_nothing_measured_divides_by_nothing() -> None:
     none = Stats(prompt_tokens=5, generated_tokens=1)
     ratios = ("tok_s", "prefill_tok_s", "acceptance", "tokens_per_round")

@@ -52,7 +52,9 @@ def test_a_server_that_does_not_tell_what_was_known(pair: Any) -> None:
 @pytest.mark.parametrize("chat", [False, True])
 def test_whole_and_streamed_answers_tell_the_same(pair: Any, chat: bool) -> None:
     made = replace(ask(pair), chat=chat)
-    assert Reply(made).whole(None, RESULT)["usage"] == USAGE
+    whole = Reply(made).whole(None, RESULT)
+    assert whole["usage"] == USAGE
+    assert [choice["index"] for choice in whole["choices"]] == [0]
     *_, last = Reply(replace(made, with_usage=True)).end(RESULT)
     assert last["usage"] == USAGE and last["choices"] == []
     assert [chunk.get("usage") for chunk in Reply(made).end(RESULT)] == [None]
