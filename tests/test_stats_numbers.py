@@ -72,7 +72,7 @@ def test_every_field_and_ratio_is_told() -> None:
 def test_a_generation_begins_with_nothing() -> None:
     """Plain decoding, no seed yet, and every count and second 0; lists of its own."""
     lists = ("drafted_by_depth", "accepted_by_depth", "acceptance_by_depth")
-    none: dict[str, Any] = {name: 0 for name in TOLD} | {name: [] for name in lists}
+    none: dict[str, Any] = dict.fromkeys(TOLD, 0) | {name: [] for name in lists}
     assert Stats().to_dict() == {**none, "block_size": 1, "seed": None}
     assert Stats().drafted_by_depth is not Stats().drafted_by_depth
 
