@@ -17,7 +17,7 @@ import rules_by_hand as hand
 from assistants import ColdLogits, Equal, Near, Scripted, script_accepts, wrong_places
 from rules_by_hand import Close
 from test_rounds_by_hand import by_hand
-from tiny_pairs import FLAVOURS, FORMS, reference, tiny_pair
+from tiny_pairs import FLAVOURS, FORMS, greedy_text, reference, tiny_pair
 
 from pyengine.ops import switch
 from pyengine.ops.accept_block import RULES
@@ -138,6 +138,16 @@ def test_first_scripted_tokens_are_plain_tokens(flavour: str) -> None:
 def test_scripted_text_at_every_block_size() -> None:
     pair, prompt = tiny_pair("dense31", "bfloat16-q8"), prompt_of("dense31", 21)
     assert_script_is_plain_text(pair, prompt, GREEDY, range(2, 41), 60).at_least(100)
+
+
+@pytest.mark.native("plain MLX takes minutes; the cache is one for all")
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_scripted_text_where_full_layers_grow(flavour: str) -> None:
+    """Inside a round, at any offset of its block: their slots run out at 512 positions."""
+    pair, ids = tiny_pair(flavour, "bfloat16-q8"), greedy_text(flavour)
+    for length in (470, 495):
+        prompt = [*itertools.islice(itertools.cycle(ids), length)]
+        assert_script_is_plain_text(pair, prompt, GREEDY, (2, 8, 17, 40), 60).at_least(3)
 
 
 @pytest.mark.native("plain MLX takes minutes; its rules are held to the same in other files")
