@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "built_from.h"
 #include "isa.h"
 #include "mlx/version.h"
 #include "plan.h"
@@ -15,6 +16,7 @@ NB_MODULE(_ext, m) {
   nb::module_::import_("mlx.core");
 
   m.attr("built_for_mlx") = PYENGINE_MLX_VERSION;
+  m.attr("built_from") = pyengine::built_from;
   m.def("running_mlx", [] { return std::string(mlx::core::version()); });
 
   m.def("instruction_sets", &pyengine::instruction_sets);

@@ -19,6 +19,10 @@ if _found != _BUILT_FOR:
         f"Run: pip install 'mlx=={_BUILT_FOR}'"
     )
 
+from pyengine.extension import load_installed as _load_installed
+
+_load_installed()
+
 from pyengine import ops
 from pyengine.generate import Result, Stream, generate, stream
 from pyengine.pair import Pair, load

@@ -53,7 +53,7 @@ def examine() -> dict[str, Any]:
         report["extras"][extra] = there
         if not there:
             report["hints"].append(
-                f'{purpose}: {sys.executable} -m pip install "pyengine[{extra}]"'
+                f'{purpose}: {sys.executable} -m pip install "pyengine-mlx[{extra}]"'
             )
     loose = [row["op"] for row in rows if not row["row_stable"]]
     if loose:

@@ -29,7 +29,7 @@ try:
     from lm_eval.api.registry import register_model
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    line = f'{sys.executable} -m pip install "pyengine[eval]"'
+    line = f'{sys.executable} -m pip install "pyengine-mlx[eval]"'
     missing = f"[evaluate] {error.name} must be installed but is not; run: {line}."
     if __name__ != "__main__":
         raise ModuleNotFoundError(missing) from None

@@ -42,7 +42,7 @@ def locate(place: str | Path) -> Path:
     except ImportError:
         raise ValueError(
             f"{missing} it is not here, and the hub needs huggingface_hub; run: {sys.executable} "
-            '-m pip install "pyengine[hub]".'
+            '-m pip install "pyengine-mlx[hub]".'
         ) from None
     try:
         folder = snapshot_download(name["repo"], revision=revision, allow_patterns=PATTERNS)

@@ -151,7 +151,7 @@ def _text(path: Path, parts: dict[str, Path], target: TargetConfig) -> dict[str,
         "stop_ids": stop_ids,
         "answer_ends": [f"{tokenizer.spelling(token)} ({token})" for token in stop_ids],
         **{key: getattr(settings, key) for key in OURS},
-        "notes": list(settings.notes),
+        "notes": [*settings.notes, *filter(None, [tokenizer.chat_template_error])],
     }
 
 

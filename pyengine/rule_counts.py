@@ -128,7 +128,7 @@ def count_rules(
     yield _count("draw_token", [launch], {"ids": ids[:1], "probs": probs[:1], **at}, 1, TOP_K)
     tables = {"p_ids": ids, "p_probs": probs, "q_ids": ids[:k], "q_probs": probs[:k]}
     block = {**tables, "drafts": ids[:k, 0].copy(), **at}
-    launch = _ext.accept_block_launch(k, TOP_K, TOP_K, "block")
+    launch = _ext.accept_block_launch(k, TOP_K, TOP_K, "block", VOCAB)
     yield _count("accept_block", [launch], block, k + 1, TOP_K)
 
 

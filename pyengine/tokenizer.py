@@ -191,6 +191,11 @@ class Tokenizer:
         pieces = map(self._pieces.piece, range(self._pieces.size))
         return max(map(len, chain(pieces, self._special)))
 
+    @property
+    def chat_template_error(self) -> str | None:
+        """Why no chat can be rendered with the template, None where one can or there is none."""
+        return None if self._template is None else self._template.error
+
     def channel_ids(self) -> tuple[int, ...]:
         """Ids of the marks around a thought; empty where the template knows no such channel."""
         marks = [self._special.get(mark) for mark in CHANNEL]

@@ -1,5 +1,6 @@
-"""What all tests need: the workbench, which is no part of the package, Ctrl-C, and `--ops`."""
+"""What all tests need: the workbench, which is no part of the package, Ctrl-C, what runs when."""
 
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -28,22 +29,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_report_header() -> str:
+    """The compiler that the Metal kernels are tested with."""
+    from metal.workbench import toolchain
+
+    try:
+        return f"workbench: {toolchain.compiler().identity.splitlines()[0]}"
+    except RuntimeError as error:
+        return f"workbench: {error}"
+
+
+# Run only if an expression given to -m names them; one in addopts would be replaced by any other.
+ON_REQUEST = {"parity", "long", "soak"}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On another implementation: the tests of the engine; skip those that need the native ops."""
+    """Leave out what runs on request; on another implementation, what is no test of the engine."""
     implementation = config.getoption("--ops")
-    if implementation == "native":
-        return
-    wanted = {"engine", "short"} if implementation == "workbench" else {"engine"}
+    unwanted = ON_REQUEST - set(re.findall(r"\w+", config.getoption("-m")))
+    wanted = set()
+    if implementation != "native":
+        wanted = {"engine", "short"} if implementation == "workbench" else {"engine"}
+        unwanted |= {"slow"}
     kept = []
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
-        if wanted <= marks and "slow" not in marks:
+        if wanted <= marks and not unwanted & marks:
             kept.append(item)
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    for item in kept:
-        if mark := item.get_closest_marker("native"):
-            item.add_marker(pytest.mark.skip(reason=f"native ops only: {mark.args[0]}"))
     items[:] = kept
+    if implementation != "native":
+        for item in kept:
+            if mark := item.get_closest_marker("native"):
+                item.add_marker(pytest.mark.skip(reason=f"native ops only: {mark.args[0]}"))
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,7 @@ def test_missing_extras_come_with_the_line_that_brings_them(
     report = examine()
     assert report["ok"] and not any(report["extras"].values())
     for extra in EXTRAS:
-        assert any(f'pip install "pyengine[{extra}]"' in hint for hint in report["hints"])
+        assert any(f'pip install "pyengine-mlx[{extra}]"' in hint for hint in report["hints"])
 
 
 def test_ops_that_are_not_row_stable_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

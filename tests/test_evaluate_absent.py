@@ -16,6 +16,6 @@ def test_without_lm_eval_one_line_says_so(tmp_path: Path) -> None:
         timeout=60,
         cwd=tmp_path,
     )
-    line = f'{sys.executable} -m pip install "pyengine[eval]"'
+    line = f'{sys.executable} -m pip install "pyengine-mlx[eval]"'
     said = f"pyengine: [evaluate] lm_eval must be installed but is not; run: {line}.\n"
     assert (done.returncode, done.stderr) == (2, said)

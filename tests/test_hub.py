@@ -87,4 +87,4 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         load("a/b")
     for command in (["inspect", "a/b"], ["convert", "a/b", "out"], ["chat", "--bundle", "a/b"]):
         done = CliRunner().invoke(cli.app, command)
-        assert done.exit_code == 2 and "pyengine[hub]" in done.stderr, command
+        assert done.exit_code == 2 and "pyengine-mlx[hub]" in done.stderr, command

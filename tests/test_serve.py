@@ -597,7 +597,7 @@ def test_the_command_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
         importlib.util, "find_spec", lambda name: None if name == "uvicorn" else whole(name)
     )
     done = CliRunner().invoke(cli.app, ["serve"])
-    assert done.exit_code == 1 and 'pip install "pyengine[serve]"' in done.stderr
+    assert done.exit_code == 1 and 'pip install "pyengine-mlx[serve]"' in done.stderr
     monkeypatch.undo()
     done = CliRunner().invoke(cli.app, ["serve", "--max-tokens", "0"])
     assert done.exit_code == 2 and "max_tokens must be at least 1" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from .library import METAL, preprocess, syntax_flags
@@ -9,7 +10,7 @@ from .rewrite import rewrite
 from .toolchain import CACHE, OVERLAY, CompileError, compiler
 
 # Metal's compiler and Xcode's default warnings know no unused functions in headers.
-_STRICT = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-fsyntax-only")
+_STRICT = ("-Wall", "-Wextra", "-Werror", "-Wno-unused-function")
 
 
 def problems(path: Path) -> str:
@@ -30,11 +31,15 @@ def problems(path: Path) -> str:
         return "\n".join(unit.mistakes)
     instances = "".join(f"template decltype({what}) {what};\n" for what in unit.hosts.values())
     CACHE.mkdir(parents=True, exist_ok=True)
-    written = CACHE / f"strict-{path.stem}.cpp"
+    written = CACHE / f"strict-{path.stem}.{os.getpid()}.cpp"
+    # Only for its warnings; not -fsyntax-only, with which zig looks for an object and finds none.
+    object_file = written.with_suffix(".o")
     written.write_text(f"#include <metal_stdlib>\n{unit.text}\n{instances}")
     try:
-        return compiler().call([*compiler().options, *syntax_flags(), *_STRICT, str(written)])
+        flags = [*compiler().options, *syntax_flags(), *_STRICT]
+        return compiler().call([*flags, "-c", str(written), "-o", str(object_file)])
     except CompileError as error:
         return str(error)
     finally:
         written.unlink(missing_ok=True)
+        object_file.unlink(missing_ok=True)

@@ -89,7 +89,7 @@ def run(
             if importlib.util.find_spec(module) is None:
                 raise RuntimeError(
                     f"[serve] {module} must be installed but is not; run: {sys.executable} -m pip "
-                    'install "pyengine[serve]"'
+                    'install "pyengine-mlx[serve]"'
                 )
         if max_tokens < 1:
             raise ValueError(f"[serve] max_tokens must be at least 1 but got {max_tokens}.")
