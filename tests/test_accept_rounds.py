@@ -3,6 +3,10 @@
 Tables stand for target and assistant, so a run is array arithmetic and the law of the text is known
 exactly. The rules and their counters are the ops' own references, which take leading dimensions;
 only the generator behind them is replaced by the kernel of the same numbers, for speed.
+
+The loop over rounds is a copy, so this proves that rules and counters together leave the law alone.
+That the engine's own round uses them so is shown by test_rounds_by_hand.py and, on real models,
+test_exactness_cells.py, which play decode() itself.
 """
 
 from __future__ import annotations

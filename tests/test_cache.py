@@ -27,7 +27,10 @@ def assert_same(a, b):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_any_accept_pattern_equals_plain_decoding(flavour, seed):
-    """Blocks of random length, refused from a random place on, past ten windows."""
+    """Blocks of random length, refused from a random place on, past ten windows.
+
+    The cache's part of a round alone: what a round keeps is drawn here, not decided.
+    """
     rng = np.random.default_rng(seed)
     form = ("float32", "bfloat16", "bfloat16-q8", "float32-q8")[seed]
     model = tiny_pair(flavour, form).target

@@ -384,6 +384,8 @@ def scripted(tmp_path: Path) -> Any:
 def held(scripted: Any) -> Iterator[Server]:
     made = Server(scripted)
     yield made
+    if isinstance(scripted.target.before_call, serving.Held):
+        scripted.target.before_call.open.set()  # also where the test has failed
     made.stop()
 
 
@@ -409,12 +411,22 @@ def test_a_client_that_leaves_ends_its_generation(
 
 
 def test_requests_wait_for_their_turn_and_too_many_are_refused(held: Server, scripted: Any) -> None:
-    """One is served and two may wait."""
-    rounds, answers = serving.hold_rounds(scripted), []
+    """One is served and two may wait; who came first is served first."""
+    rounds, answers, asked = serving.hold_rounds(scripted), [], []
+    prefill = scripted.target.prefill
+
+    def noted(ids: list[int], cache: Any) -> Any:
+        asked.append(scripted.tokenizer.decode(ids).split()[1])
+        return prefill(ids, cache)
+
+    scripted.target.prefill = noted
     ask = {"messages": GAME, "max_tokens": 60, "block_size": 1}
-    threads = [
-        threading.Thread(target=lambda: answers.append(held.post(json=ask))) for _ in range(3)
-    ]
+
+    def post(word: str) -> None:
+        said = [{"role": "user", "content": word}]
+        answers.append(held.post(json={**ask, "messages": said}))
+
+    threads = [threading.Thread(target=post, args=[word]) for word in ("fox", "dog", "lazy")]
     for number, thread in enumerate(threads):
         thread.start()
         held.counts(waiting=number)
@@ -427,6 +439,7 @@ def test_requests_wait_for_their_turn_and_too_many_are_refused(held: Server, scr
     for thread in threads:
         thread.join(60)
     assert [answer.status_code for answer in answers] == [200] * 3
+    assert asked == ["fox", "dog", "lazy"]
     texts = {answer.json()["choices"][0]["message"]["content"] for answer in answers}
     assert len(texts) == 1 and "jumps over" in texts.pop()
 

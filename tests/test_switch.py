@@ -2,9 +2,11 @@
 
 import re
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from fuzz_ops import CALLS, Draw, flat
 
 from pyengine import _ext, ops
 from pyengine.ops import switch
@@ -20,12 +22,39 @@ def test_status_names_every_op() -> None:
     assert all(row["kernel"] == kernel and row["row_stable"] is True for row in rows)
 
 
+def operations(op: str, path: Path) -> set[str]:
+    """Names in the graph of a random call of an op, the first that is not refused."""
+    for seed in range(50):
+        call = CALLS[op](Draw(seed))
+        try:
+            out = flat(getattr(ops, op)(*call.args, **call.options))
+        except ValueError:
+            continue
+        if call.alike is not None and all(a.size for a in out):
+            mx.export_to_dot(str(path), *out)
+            return set(re.findall(r'label ="(\w+)', path.read_text()))
+    raise AssertionError("every call was refused")
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_an_op_runs_what_is_chosen(op: str, tmp_path: Path) -> None:
+    """Its own node in the graph, or nodes of MLX alone."""
+    own = {"".join(word.capitalize() for word in name.split("_")) for name in NAMES}
+    native = operations(op, tmp_path / "native")
+    assert "".join(word.capitalize() for word in op.split("_")) in native
+    ops.use("reference")
+    try:
+        plain = operations(op, tmp_path / "plain")
+    finally:
+        ops.use("native")
+    # The reference of the head is the composition of three ops, of which each is chosen for itself
+    assert plain and not plain & own, plain & own
+
+
 def test_use_switches_every_op() -> None:
     ops.use("reference")
     try:
         rows = {row["op"]: row for row in ops.status()}
-        x = mx.ones((1, 64))
-        mx.eval(ops.rms_norm(x, None))  # runs in plain MLX
     finally:
         ops.use("native")
     assert {row["kernel"] for row in rows.values()} == {"reference"}

@@ -19,6 +19,8 @@ from tiny_pairs import (
 
 from pyengine import ops, target
 from pyengine.linear import Linear
+from pyengine.sampling import Sampling
+from pyengine.speculate import decode
 from pyengine.target import Target
 
 pytestmark = pytest.mark.engine
@@ -27,7 +29,8 @@ pytestmark = pytest.mark.engine
 FLOAT32 = 5e-4
 # bfloat16 keeps 8 bits, so each of a layer's dozen roundings moves a value by up to 0.4 %, and
 # random layers amplify that. Against the float32 reference the logits (within +-30) stay this near;
-# the 26B's jump where rounding changes an expert. tests/parity holds us to transformers' own error.
+# the 26B's jump where rounding changes an expert. Each rounding point is test_rounding.py's, and
+# tests/parity holds us to transformers' own error.
 BFLOAT16 = {"dense31": 0.5, "e2b": 0.8, "moe26": 2.0, "uni12": 0.6}
 LENGTHS = (5, 21, 40)
 # Every flavour in every form; two of them are enough for the workbench
@@ -108,6 +111,7 @@ def test_bfloat16_stays_near_float32(flavour, length):
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_greedy_text_matches_transformers(flavour):
+    """The target's own steps; the engine's rounds are the next test's."""
     text = greedy_text(flavour)
     model = tiny_pair(flavour).target
     cache = model.new_cache(1)
@@ -118,6 +122,21 @@ def test_greedy_text_matches_transformers(flavour):
         cache.commit(mx.array(1, dtype=mx.int32), cache.bound + 1)
         written.append(int(mx.argmax(row).item()))
     assert written == text[21:61]
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_rounds_write_transformers_greedy_text(flavour, block_size):
+    text, pair = greedy_text(flavour), tiny_pair(flavour)
+    rounds = decode(
+        pair.target,
+        pair.assistant,
+        text[:21],
+        sampling=Sampling(temperature=0.0),
+        block_size=block_size,
+        max_tokens=40,
+    )
+    assert [token for r in rounds for token in r.tokens] == text[21:61]
 
 
 @pytest.mark.parametrize("flavour, form", PAIRS)
