@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from pyengine.openai_protocol import Limits  # noqa: E402
 from pyengine.serve import make_app  # noqa: E402
 from pyengine.serve_http import Patience  # noqa: E402
 from pyengine.serve_http import Server as Http  # noqa: E402
+from pyengine.serve_queue import Job  # noqa: E402
 
 GAME = [{"role": "user", "content": "Create a single-file HTML5 canvas Snake game."}]
 CHAT = "/v1/chat/completions"
+LEFT_S = 60  # within which an event must come, on any machine
 
 
 class Server:
@@ -73,6 +75,63 @@ class Server:
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=30)
         sock.sendall(data)
         return sock
+
+    def health(self) -> dict[str, Any]:
+        return dict(httpx.get(self.url + "/health", timeout=60).json())
+
+    def counts(self, waiting: int, running: int = 1) -> None:
+        """Ask until so many requests wait and run; each answer is waited for, so this does not
+        spin."""
+        end = threading.Event()
+        timer = threading.Timer(LEFT_S, end.set)
+        timer.start()
+        want = {"status": "ok", "waiting": waiting, "running": running}
+        while (said := self.health()) != want:
+            assert not end.is_set(), (said, want)
+        timer.cancel()
+
+
+class Held:
+    """Holds the calls of a function until it is opened, or lets some of them pass before that."""
+
+    def __init__(self, function: Callable[..., Any], passing: int = 0) -> None:
+        self.function, self.passing = function, passing
+        self.calls, self.begun, self.open = 0, threading.Event(), threading.Event()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls > self.passing:
+            self.begun.set()
+            assert self.open.wait(LEFT_S)
+        return self.function(*args, **kwargs)
+
+    def wait(self) -> None:
+        """Until a call is held."""
+        assert self.begun.wait(LEFT_S)
+
+
+def hold_rounds(pair: Any, passing: int = 0) -> Held:
+    """Of a scripted pair."""
+    pair.target.before_call = held = Held(lambda rows: None, passing)
+    return held
+
+
+def hold(patch: pytest.MonkeyPatch, owner: type, name: str) -> Held:
+    held = Held(getattr(owner, name))
+    patch.setattr(owner, name, lambda *args, **kwargs: held(*args, **kwargs))
+    return held
+
+
+def cuts(patch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when a request has been cut, as it is when its client has left."""
+    event, cut = threading.Event(), Job.cut
+
+    def noted(job: Job, reason: Exception) -> None:
+        cut(job, reason)
+        event.set()
+
+    patch.setattr(Job, "cut", noted)
+    return event
 
 
 def request(body: bytes, *headers: str, path: str = CHAT, host: str = "localhost") -> bytes:

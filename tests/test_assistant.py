@@ -1,5 +1,7 @@
 """The assistant against transformers at both positions, and what it may and may not read."""
 
+import copy
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -83,6 +85,21 @@ def test_centroid_head_looks_at_the_best_clusters_only(form):
     assert sorted(ids) == sorted(np.flatnonzero(np.isfinite(np.array(logits[0]))))
     dense = np.array(assistant.table(x, mx.float32))[0]
     assert np.array_equal(np.array(logits[0])[ids], dense[ids])
+
+
+@pytest.mark.parametrize("turn", range(8))
+def test_centroids_are_ranked_by_scores_that_are_not_rounded(turn):
+    """1 and some thousandths, which bfloat16 cannot tell apart."""
+    assistant = copy.copy(tiny_pair("e2b", "bfloat16").assistant)
+    count, used = assistant.config.num_centroids, assistant.config.num_centroids_used
+    order = np.roll(np.arange(count), turn)
+    rows = np.zeros((count, 64), np.float32)
+    rows[:, 0], rows[:, 1] = 1, order * 2.0**-11
+    assistant.centroids = Linear(mx.array(rows).astype(mx.bfloat16))
+    logits = np.array(assistant._head(mx.ones((1, 64), mx.bfloat16))[0])
+    best = np.argsort(-order)[:used]
+    ids = np.array(assistant.token_ordering)[best].reshape(-1)
+    assert sorted(ids) == np.flatnonzero(np.isfinite(logits)).tolist()
 
 
 @pytest.mark.short

@@ -39,7 +39,7 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def run(tok: Tokenizer) -> Any:
     """One run of the bench: pair, rows, summary and the labels in the order they came."""
-    pair = script_pair(tok, STORY, pause=0.002)
+    pair = script_pair(tok, STORY)
     labels: list[tuple[int, int, str]] = []
     rows, summary = bench.gemma_mtp(pair, CASES, on_run=lambda *now: labels.append(now), **SETTINGS)
     return pair, rows, summary, labels

@@ -57,8 +57,9 @@ def test_rows_of_finished_repeats_are_kept(
     pair: Any, run: int, repeats_of: list[int], error: BaseException
 ) -> None:
     rows: list[bench.Row] = []
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as ended:
         bench.gemma_mtp(pair, CASES, on_run=end_at(run, error), on_rows=rows.extend, **SETTINGS)
+    assert ended.value is error
     assert [len(row["samples"]) for row in rows] == [n for n in repeats_of for _ in range(3)]
     names = [case.id for case in CASES[: len(repeats_of)] for _ in range(3)]
     assert [row["prompt_id"] for row in rows] == names

@@ -8,7 +8,6 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +169,7 @@ from text_fakes import script_pair, write_tokenizers
 from pyengine import cli
 from pyengine.tokenizer import load_tokenizer
 write_tokenizers(Path({folder!r}))
-pair = script_pair(load_tokenizer(Path({folder!r})), "jumps over " * 99, pause=0.03)
+pair = script_pair(load_tokenizer(Path({folder!r})), "jumps over " * 99, held_after=20)
 cli.common.load_pair = lambda *arguments: pair
 sys.argv = ["pyengine", "chat", "--max-tokens", "300", "--block-size", "1"]
 cli.main()
@@ -190,14 +189,14 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(tmp_path: Path) -> None
     os.close(theirs)
     assert process.stdout is not None
     os.write(mine, b"fox\n")
-    first = os.read(process.stdout.fileno(), 1)
-    time.sleep(0.2)
+    first = b""
+    while b"jumps" not in first:
+        first += os.read(process.stdout.fileno(), 1)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    os.write(mine, b"/bye\n")
+    os.write(mine, b"/bye\n")  # read after the answer, which only Ctrl-C ends
     out, err = process.communicate(timeout=60)
     os.close(mine)
     assert process.returncode == 0, err
     text = (first + out).decode()
-    assert text.startswith("jumps") and len(text) < 3000 and text.endswith("\n")
+    assert text.startswith("jumps") and text.endswith("\n")
     assert b"Traceback" not in err and b"/help lists" in err

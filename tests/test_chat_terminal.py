@@ -34,7 +34,7 @@ from text_fakes import script_pair
 from pyengine import cli
 from pyengine.tokenizer import load_tokenizer
 pair = script_pair(
-    load_tokenizer(Path({folder!r})), {script!r}, pause={pause!r}, embedded={embedded!r}
+    load_tokenizer(Path({folder!r})), {script!r}, held_after={held_after!r}, embedded={embedded!r}
 )
 whole = pair.target.prefill
 def prefill(ids, cache):
@@ -54,7 +54,7 @@ class Terminal:
     """A process that has a terminal as its standard streams, and what it has shown there."""
 
     def __init__(self, folder: Path, arguments: list[str], **pair: Any) -> None:
-        pair = {"script": "jumps over", "pause": 0.0, "embedded": False, **pair}
+        pair = {"script": "jumps over", "held_after": None, "embedded": False, **pair}
         source = CHAT.format(here=str(HERE), folder=str(folder), arguments=arguments, **pair)
         self.prompts = folder / "prompts"
         self.fd, theirs = pty.openpty()
@@ -187,12 +187,11 @@ def test_earlier_turns_come_back(folder: Path) -> None:
 
 
 def test_ctrl_c_during_an_answer_stops_it_alone(folder: Path) -> None:
-    with talk(folder, "--block-size", "1", script="jumps over " * 99, pause=0.03) as it:
+    with talk(folder, "--block-size", "1", script="jumps over " * 99, held_after=20) as it:
         it.send("fox\r")
         it.until("jumps over")
         it.send(CTRL_C)
-        answer = it.until(r" \.\.\.\r\n")
-        assert answer.count("jumps") < 90
+        it.until(r" \.\.\.\r\n")
         it.until(r"\d+ tokens, \d+\.\d tok/s\r\n")
         it.prompt()
         it.send("dog\r")

@@ -386,24 +386,28 @@ def test_terminals_differ(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cli.common.moves() is moves
 
 
-SLOW = """
-import sys
+HELD = """
+import sys, threading
 sys.path.insert(0, {here!r})
 from pathlib import Path
 from text_fakes import script_pair
 from pyengine import cli
 from pyengine.cli import options
 from pyengine.tokenizer import load_tokenizer
-pair = script_pair(load_tokenizer(Path({folder!r})), {story!r} * 99, pause=0.05)
+pair = script_pair(load_tokenizer(Path({folder!r})), {story!r} * 99, held_after=20)
 cli.common.load_pair = lambda *arguments: pair
+# What is said on standard input lets it go on
+go_on = lambda: sys.stdin.readline() and pair.target.go_on.set()
+threading.Thread(target=go_on, daemon=True).start()
 cli.main()
 """
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    source = SLOW.format(here=str(HERE), folder=str(folder), story=STORY)
+    source = HELD.format(here=str(HERE), folder=str(folder), story=STORY)
     return subprocess.Popen(
         [sys.executable, "-c", source, "generate", "fox", "--max-tokens", "3000", *arguments],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=HERE,
@@ -424,8 +428,11 @@ def test_ctrl_c_keeps_the_text_and_exits_130(folder: Path) -> None:
 
 def test_a_reader_that_leaves_is_no_error_message(folder: Path) -> None:
     process = start(folder)
+    assert process.stdin is not None
     assert process.stdout is not None and process.stderr is not None
     os.read(process.stdout.fileno(), 1)
     process.stdout.close()
+    process.stdin.write(b"go on\n")
+    process.stdin.close()
     err = process.stderr.read()
     assert process.wait(timeout=60) == 1 and err == b""

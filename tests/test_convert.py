@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -234,31 +233,36 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr and names(tmp_path) == []
 
 
-SLOWLY = """
-import sys, time
+HELD = """
+import sys
 from pyengine import cli, quantize
-whole = quantize._converted
-def slow(*arguments):
-    time.sleep(0.05)
+whole, calls = quantize._converted, 0
+def held(*arguments):
+    global calls
+    calls += 1
+    if calls == 3:  # something is written
+        print("held", flush=True)
+        sys.stdin.read()
     return whole(*arguments)
-quantize._converted = slow
+quantize._converted = held
 sys.argv = ["pyengine", "convert", *sys.argv[1:]]
 cli.main()
 """
 
 
 def start(dst: Path) -> subprocess.Popen[str]:
+    """A conversion that stands still midway."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, str(SRC), str(dst)],
+        [sys.executable, "-c", HELD, str(SRC), str(dst)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=FIXTURES,
     )
-    partial = dst.with_name(f".{dst.name}.partial")
-    end = time.monotonic() + 60
-    while not (partial / "target" / SINGLE).exists():
-        assert time.monotonic() < end and process.poll() is None
-        time.sleep(0.02)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    assert (dst.with_name(f".{dst.name}.partial") / "target" / SINGLE).exists()
     return process
 
 

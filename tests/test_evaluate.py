@@ -1,4 +1,4 @@
-"""lm-eval through its own registry, on a small task made here."""
+"""lm-eval through its own registry, on a small task made here. Needs the extra eval."""
 
 from __future__ import annotations
 
@@ -11,77 +11,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from tiny_pairs import greedy_text, tiny_pair
 
 from pyengine.generate import generate
-from pyengine.pair import Pair, load
-from pyengine.prefix import Prefix
+from pyengine.pair import load
 from pyengine.sampling import Sampling
-from pyengine.score import score
-from pyengine.speculate import NonFinite
-
-# Scores, which are generate.py's and need no extra
-
-
-def by_logits(pair: Pair, context: list[int], continuation: list[int]) -> tuple[list[float], bool]:
-    """The same from the logits of the whole, in float64."""
-    rows = np.array(pair.logits([*context, *continuation])[:-1]).astype(np.float64)
-    rows = rows[len(context) - 1 :]
-    total = np.log(np.exp(rows - rows.max(axis=-1, keepdims=True)).sum(axis=-1)) + rows.max(axis=-1)
-    chosen = rows[np.arange(len(continuation)), continuation]
-    return list(chosen - total), bool((rows.argmax(axis=-1) == continuation).all())
-
-
-@pytest.mark.parametrize("length", [1, 2, 16, 17, 33])
-def test_scores_are_those_of_the_logits(length: int) -> None:
-    pair, prefix, text = tiny_pair("dense31"), Prefix(), greedy_text("dense31")
-    context = text[:30]
-    for continuation, own in ((text[30 : 30 + length], True), ([7] * length, False)):
-        got, greedy = score(pair, context, continuation, prefix=prefix)
-        want, best = by_logits(pair, context, continuation)
-        assert np.allclose(got, want, atol=1e-4) and greedy == best == own
-    # The context was there already, but for its last token
-    assert prefix.reused == len(context) - 1
-    again, _ = score(pair, context, [7] * length)
-    assert again == got
-
-
-def test_score_errors() -> None:
-    pair = tiny_pair("uni12")
-    with pytest.raises(ValueError, match=r"\[score\] context must hold at least one token"):
-        score(pair, [], [5])
-    with pytest.raises(ValueError, match=r"token ids must be 0 to 255 but got 256"):
-        score(pair, [5], [256, 5])
-    with pytest.raises(ValueError, match=r"prompt must be shorter than the context of 512"):
-        score(pair, [5] * 300, [5] * 300)
-    assert score(pair, [5], []) == ([], True)
-    prefix, whole = Prefix(), pair.target.verify
-    pair.target.verify = lambda ids, cache: (whole(ids, cache)[0] * mx.nan, None)
-    try:
-        with pytest.raises(NonFinite, match=r"\[score\] logits must be finite"):
-            score(pair, [5, 6], [7], prefix=prefix)
-    finally:
-        del pair.target.verify
-    assert prefix.tokens == []
-
-
-def test_without_lm_eval_one_line_says_so(tmp_path: Path) -> None:
-    (tmp_path / "lm_eval.py").write_text("raise ModuleNotFoundError(name='lm_eval')")
-    done = subprocess.run(
-        [sys.executable, "-m", "pyengine.evaluate", "register"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=tmp_path,
-    )
-    line = f'{sys.executable} -m pip install "pyengine-mlx[eval]"'
-    said = f"pyengine: [evaluate] lm_eval must be installed but is not; run: {line}.\n"
-    assert (done.returncode, done.stderr) == (2, said)
-
-
-# lm-eval
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 

@@ -66,7 +66,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     write_whole(path, "one\n")
     write_whole(path, "two\n")
     assert path.read_text() == "two\n" and os.listdir(tmp_path) == ["report.json"]
-    with pytest.raises(UnicodeEncodeError):
+    with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
         write_whole(path, "half \ud800")
     assert path.read_text() == "two\n" and os.listdir(tmp_path) == ["report.json"]
 
@@ -79,7 +79,7 @@ def test_writing_opens_nothing_that_lies_there(
     foreign = tmp_path / "foreign"
     foreign.write_text("keep")
     (tmp_path / (".report.json." + "0" * 16)).symlink_to(foreign)
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match=r"\.report\.json\.0{16}"):
         write_whole(tmp_path / "report.json", "{}")
     assert foreign.read_text() == "keep"
     # A link of the wanted name is replaced, not followed

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -134,7 +135,7 @@ def test_a_wrong_error_is_a_finding() -> None:
         def read(_: bytes, error: ValueError = error) -> None:
             raise error
 
-        with pytest.raises(Finding):
+        with pytest.raises(Finding, match=re.escape(str(error))):
             house(read)(b"")
-    with pytest.raises(KeyError):
-        house(lambda data: {}[data])(b"")
+    with pytest.raises(KeyError, match="one of ours"):
+        house(lambda data: {}["one of ours"])(b"")

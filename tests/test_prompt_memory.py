@@ -159,6 +159,7 @@ def test_published_sizes_fit_what_is_written() -> None:
     from pyengine.config import PUBLISHED, LayerConfig
 
     written = {"31B": 0.84, "26B-A4B": 0.21, "12B": 0.34, "E4B": 0.021, "E2B": 0.006}
+    assert PUBLISHED.keys() == written.keys()
     for name, ((layers, _, _, kv, _, window, _, _, shared, _), _) in PUBLISHED.items():
         every = 5 if name == "E2B" else 6  # each such layer is full
         sliding = sum(i % every != every - 1 for i in range(layers - shared))

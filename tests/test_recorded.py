@@ -266,15 +266,18 @@ def test_a_generation_builds_one_round_until_its_cache_grows(block_size, monkeyp
         assert len(calls) == built
 
 
-def test_nothing_is_kept_after_a_generation():
+def test_nothing_is_kept_after_a_generation(monkeypatch):
     pair = tiny_pair("uni12")
     caches = []
     new_cache = pair.target.new_cache
-    pair.target.new_cache = lambda size: caches.append(new_cache(size)) or caches[-1]
+    monkeypatch.setattr(
+        pair.target, "new_cache", lambda size: caches.append(new_cache(size)) or caches[-1]
+    )
     for _ in decode(
         pair.target, pair.assistant, [5], sampling=Sampling(), block_size=3, max_tokens=9
     ):
         pass
+    assert len(caches) == 1
     kept = weakref.ref(caches.pop())
     gc.collect()
     assert kept() is None

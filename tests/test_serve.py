@@ -9,7 +9,6 @@ import re
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ openai = pytest.importorskip("openai", reason="needs the openai client")
 import httpx
 import numpy as np
 import serving
-from serving import command
+from serving import asking, command
 from text_fakes import script_pair, write_tokenizers
 from typer.testing import CliRunner
 
@@ -372,53 +371,64 @@ def test_bodies_that_are_no_request(server: Server) -> None:
         server.client.completions.create(model="any", prompt="")
 
 
-# On a scripted pair, whose pace and failures are known
+# On a scripted pair, whose rounds are held and whose failures are known
 
 
 @pytest.fixture
-def slow(tmp_path: Path) -> Iterator[Server]:
+def scripted(tmp_path: Path) -> Any:
     write_tokenizers(tmp_path)
-    made = Server(script_pair(load_tokenizer(tmp_path), "jumps over " * 200, pause=0.02))
+    return script_pair(load_tokenizer(tmp_path), "jumps over " * 200)
+
+
+@pytest.fixture
+def held(scripted: Any) -> Iterator[Server]:
+    made = Server(scripted)
     yield made
     made.stop()
 
 
-def waiting(server: Server) -> int:
-    return int(httpx.get(server.url + "/health").json()["waiting"])
+LONG_ASK = {"max_tokens": 300, "block_size": 1}
 
 
-def test_a_client_that_leaves_ends_its_generation(slow: Server) -> None:
-    """300 calls at 20 ms would take six seconds; the next request begins much earlier."""
-    ask = {"messages": GAME, "max_tokens": 300, "block_size": 1}
-    with httpx.stream("POST", f"{slow.url}/v1/chat/completions", json={**ask, "stream": True}) as r:
-        next(r.iter_lines())
-    start = time.monotonic()
-    assert slow.post(json={**ask, "max_tokens": 1}).status_code == 200
-    assert time.monotonic() - start < 4
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{slow.url}/v1/chat/completions", json=ask, timeout=0.5)
-    start = time.monotonic()
-    assert slow.post(json={**ask, "max_tokens": 1}).status_code == 200
-    assert time.monotonic() - start < 4
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_generation(
+    held: Server, scripted: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """After the round under way, of 300, and the next request is served."""
+    cut, rounds = serving.cuts(monkeypatch), serving.hold_rounds(scripted, passing=3)
+    sock = held.raw(asking(stream=stream, **LONG_ASK))
+    rounds.wait()
+    if stream:
+        serving.until(sock, b"data: ")
+    sock.close()
+    assert cut.wait(serving.LEFT_S)
+    calls_of_the_first = rounds.calls
+    rounds.open.set()
+    assert held.post(json={"messages": GAME, **LONG_ASK, "max_tokens": 2}).status_code == 200
+    assert calls_of_the_first == 4 and rounds.calls <= 4 + 2
 
 
-def test_requests_wait_for_their_turn_and_too_many_are_refused(slow: Server) -> None:
-    answers: list[httpx.Response] = []
+def test_requests_wait_for_their_turn_and_too_many_are_refused(held: Server, scripted: Any) -> None:
+    """One is served and two may wait."""
+    rounds, answers = serving.hold_rounds(scripted), []
     ask = {"messages": GAME, "max_tokens": 60, "block_size": 1}
     threads = [
-        threading.Thread(target=lambda: answers.append(slow.post(json=ask))) for _ in range(6)
+        threading.Thread(target=lambda: answers.append(held.post(json=ask))) for _ in range(3)
     ]
-    for thread in threads:
+    for number, thread in enumerate(threads):
         thread.start()
-        time.sleep(0.1)
+        held.counts(waiting=number)
+    for _ in range(3):
+        refused = held.post(json=ask)
+        assert refused.status_code == 429
+        assert "too many requests are waiting" in refused.json()["error"]["message"]
+    assert not answers
+    rounds.open.set()
     for thread in threads:
         thread.join(60)
-    codes = sorted(answer.status_code for answer in answers)
-    assert codes == [200, 200, 200, 429, 429, 429]
-    texts = {a.json()["choices"][0]["message"]["content"] for a in answers if a.status_code == 200}
+    assert [answer.status_code for answer in answers] == [200] * 3
+    texts = {answer.json()["choices"][0]["message"]["content"] for answer in answers}
     assert len(texts) == 1 and "jumps over" in texts.pop()
-    refused = next(a for a in answers if a.status_code == 429)
-    assert "too many requests are waiting" in refused.json()["error"]["message"]
 
 
 def test_failures_and_thoughts(tmp_path: Path) -> None:
@@ -463,43 +473,50 @@ def test_failures_and_thoughts(tmp_path: Path) -> None:
         server.stop()
 
 
-def test_a_client_that_leaves_the_queue_gives_up_its_place(slow: Server) -> None:
+def test_a_client_that_leaves_the_queue_gives_up_its_place(held: Server, scripted: Any) -> None:
     """Two may wait; two that wait and leave make room for two others."""
-    ask = {"messages": GAME, "max_tokens": 150, "block_size": 1}
-    busy = threading.Thread(target=lambda: slow.post(json=ask))
-    busy.start()
-    time.sleep(0.3)
-    for stream in (False, True):
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(
-                f"{slow.url}/v1/chat/completions", json={**ask, "stream": stream}, timeout=0.3
-            )
-    end = time.monotonic() + 3
-    while waiting(slow) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert waiting(slow) == 0 and busy.is_alive()
-    busy.join(30)
+    rounds = serving.hold_rounds(scripted)
+    busy = held.raw(asking(**LONG_ASK))
+    held.counts(waiting=0)
+    for _ in range(2):
+        waiting = []
+        for stream in (False, True):
+            waiting.append(held.raw(asking(stream=stream, **LONG_ASK)))
+            held.counts(waiting=len(waiting))
+        assert held.post(json={"messages": GAME}).status_code == 429
+        for left, sock in enumerate(waiting, 1):
+            sock.close()
+            held.counts(waiting=2 - left)
+    rounds.open.set()
+    assert serving.until(busy, b"usage").startswith(b"HTTP/1.1 200 ")
+    busy.close()
 
 
-def test_thoughts_come_while_the_model_thinks(tmp_path: Path) -> None:
-    """And a client that leaves then ends them: 300 rounds at 20 ms would take six seconds."""
+def test_thoughts_come_while_the_model_thinks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After five rounds of 300; and a client that leaves then ends them."""
     write_tokenizers(tmp_path)
     tok = load_tokenizer(tmp_path)
-    script = tok.encode("<|channel>thought\n" + "the fox " * 300)
-    server = Server(script_pair(tok, script, pause=0.02))
-    ask = {"messages": GAME, "max_tokens": 300, "block_size": 1, "stream": True}
+    pair = script_pair(tok, tok.encode("<|channel>thought\n" + "the fox " * 300))
+    cut, rounds = serving.cuts(monkeypatch), serving.hold_rounds(pair, passing=12)
+    server = Server(pair)
+    ask = {"messages": GAME, **LONG_ASK, "stream": True}
     try:
-        start = time.monotonic()
         url = f"{server.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json=ask) as answer:
+        with httpx.stream("POST", url, json=ask, timeout=serving.LEFT_S) as answer:
             lines = (line for line in answer.iter_lines() if line)
             first = json.loads(next(lines)[6:])["choices"][0]["delta"]
             second = json.loads(next(lines)[6:])["choices"][0]["delta"]
+            rounds.wait()
         assert first["role"] == "assistant" and "role" not in second
         assert "the fox".startswith(first["reasoning_content"].rstrip())
-        assert server.post(json={**ask, "max_tokens": 1}).status_code == 200
-        assert time.monotonic() - start < 4
+        assert cut.wait(serving.LEFT_S)
+        rounds.open.set()
+        assert server.post(json={"messages": GAME, "max_tokens": 1}).status_code == 200
+        assert rounds.calls <= 13 + 2
     finally:
+        rounds.open.set()
         server.stop()
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +14,7 @@ from scipy import stats as scipy_stats
 from text_fakes import LengthCache
 
 from pyengine import sampling as rules
+from pyengine import speculate
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.ops.filter_logits import Filtered
 from pyengine.sampling import Sampling
@@ -150,14 +151,19 @@ def test_stats_count_what_happened() -> None:
     assert stats.prefill_s > 0 and stats.decode_s > 0 and stats.tok_s > 0
 
 
-def test_decode_clock_stops_while_the_caller_works() -> None:
-    stats = Stats()
+def test_decode_clock_stops_while_the_caller_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that is a second later each time it is read; the caller takes a thousand."""
+    now, stats, rounds = iter(range(10**9)), Stats(), 0
+    monkeypatch.setattr(speculate, "time", SimpleNamespace(perf_counter=lambda: next(now)))
     target, assistant = MarkovTarget(random_table(1)), MarkovAssistant(random_table(1))
     for _ in decode(
         target, assistant, [1], sampling=GREEDY, block_size=2, max_tokens=7, stats=stats
     ):
-        time.sleep(0.25)
-    assert stats.decode_s < 0.75  # the caller slept at least 1 s between rounds
+        rounds += 1
+        for _ in range(1000):
+            next(now)
+    # The first token is the prefill's
+    assert stats.prefill_s == 1 and stats.decode_s == stats.rounds == rounds - 1 > 1
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 9])
@@ -209,10 +215,13 @@ def test_context_is_kept_to(block_size: int) -> None:
 
 def test_cache_bound_follows_the_device_length() -> None:
     target, assistant = MarkovTarget(random_table(1)), MarkovAssistant(random_table(2))
+    lengths = []
     for r in decode(
         target, assistant, [1, 2], sampling=Sampling(seed=1), block_size=4, max_tokens=30
     ):
         assert target.cache.bound == target.cache.length.item() >= 2, r
+        lengths.append(target.cache.bound)
+    assert len(lengths) > 5 and lengths == sorted(set(lengths))
 
 
 class Reads:
@@ -349,6 +358,7 @@ def test_logprobs_of_returned_tokens(block_size: int) -> None:
         target, assistant, [4], sampling=sampling, block_size=block_size, max_tokens=40
     )
     last = 4
+    assert sum(len(r.tokens) for r in rounds) == 40
     for r in rounds:
         assert r.logprobs is not None and [x.token for x in r.logprobs] == r.tokens
         for token, found in zip(r.tokens, r.logprobs, strict=True):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import time
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,13 +140,25 @@ class LengthCache:
         [self.length], self.bound = arrays, bound
 
 
+@functools.cache
+def logits_of(script: tuple[int, ...], vocab: int) -> mx.array:
+    """Of every place in a script. Made once: a Ctrl-C amid ``mx.array(...)`` would be lost."""
+    rows = mx.array(np.eye(vocab, dtype=np.float32)[list(script)] * 60)
+    mx.eval(rows)
+    return rows
+
+
 class ScriptTarget:
-    """Says ``script`` after any prompt, nearly certain of every token; ``pause`` slows a call."""
+    """Says ``script`` after any prompt, nearly certain of every token.
+
+    After ``held_after`` rounds of an answer each waits until ``go_on`` is set, or for Ctrl-C.
+    """
 
     dtype = mx.float32
 
-    def __init__(self, script: list[int], vocab: int, context: int, pause: float) -> None:
-        self.script, self.context, self.pause = script, context, pause
+    def __init__(self, script: list[int], vocab: int, context: int, held_after: int | None) -> None:
+        self.script, self.context, self.held_after = script, context, held_after
+        self.go_on = threading.Event()
         mode = SimpleNamespace(bits=8, group_size=64, overrides={"layers.0.mlp": None})
         self.config = SimpleNamespace(vocab_size=vocab, quantization=mode)
         self.before_call: Callable[[int], None] = lambda rows: None
@@ -153,16 +166,21 @@ class ScriptTarget:
 
     @property
     def rows(self) -> mx.array:
-        """Logits of every place in the script."""
-        return mx.array(np.eye(self.config.vocab_size, dtype=np.float32)[self.script] * 60)
+        return logits_of(tuple(self.script), self.config.vocab_size)
 
     def embed(self, ids: mx.array) -> mx.array:
         return ids.astype(mx.float32)[:, None]
 
     def new_cache(self, max_block: int) -> LengthCache:
+        rounds = 0
+
         def on_round(rows: int) -> None:
+            nonlocal rounds
+            rounds += 1
             self.before_call(rows)
-            time.sleep(self.pause)
+            if self.held_after is not None and rounds > self.held_after:
+                while not self.go_on.wait(0.1):  # so that a Ctrl-C just before it is noticed
+                    pass
 
         return LengthCache(on_round)
 
@@ -202,14 +220,14 @@ def script_pair(
     script: str | Sequence[int],
     *,
     context: int = 4096,
-    pause: float = 0.0,
+    held_after: int | None = None,
     **changes: Any,
 ) -> Any:
     """A pair that answers every prompt with ``script`` and then ``<turn|>``."""
     stop = tokenizer.id_of("<turn|>")
     assert stop is not None
     tokens = tokenizer.encode(script) if isinstance(script, str) else list(script)
-    target = ScriptTarget([*tokens, stop], tokenizer.vocab_size, context, pause)
+    target = ScriptTarget([*tokens, stop], tokenizer.vocab_size, context, held_after)
     fields = {
         "target": target,
         "assistant": ScriptAssistant(target),
