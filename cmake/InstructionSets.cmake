@@ -10,6 +10,9 @@ endif()
 
 if(processor MATCHES "^(x86_64|amd64)$")
   set(PYENGINE_INSTRUCTION_SETS portable avx2 avx512)
+  if(PYENGINE_SANITIZE) # avx512 has its tails from the same code as avx2
+    set(PYENGINE_INSTRUCTION_SETS portable avx2)
+  endif()
   set(PYENGINE_FLAGS_avx2 -mavx2 -mfma -mf16c)
   set(PYENGINE_FLAGS_avx512
     -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl)

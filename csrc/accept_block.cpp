@@ -54,7 +54,7 @@ bool accept_block_has_launch(int k, int n, int m) {
   return k <= 128 && std::max(n, m) <= max_scanned;
 }
 
-Launch accept_block_launch(int k, int n, int m, Rule rule) {
+Launch accept_block_launch(int k, int n, int m, Rule rule, int vocab) {
   using Role = Buffer::Role;
   Launch launch;
   launch.library = op;
@@ -74,6 +74,7 @@ Launch accept_block_launch(int k, int n, int m, Rule rule) {
       Buffer::scalar("k", uint32_t(k)),
       Buffer::scalar("n", uint32_t(n)),
       Buffer::scalar("m", uint32_t(m)),
+      Buffer::scalar("vocab", uint32_t(vocab)),
       Buffer::scalar("minus_zero", -0.0f)};
   return launch;
 }
@@ -87,7 +88,7 @@ std::pair<mx::array, mx::array> accept_block(
     const mx::array& position,
     const mx::array& seed,
     const std::string& rule,
-    int vocab) {
+    Integer vocab) {
   check_rows("q_ids", q_ids, "q_probs", q_probs, "have shape [k, m]");
   check_rows("p_ids", p_ids, "p_probs", p_probs, "have shape [k + 1, n]");
   int k = q_ids.shape(0);
@@ -98,7 +99,12 @@ std::pair<mx::array, mx::array> accept_block(
   check_shape(op, "position", position, {});
   check_dtype(op, "seed", seed, mx::uint32, "be uint32");
   check_shape(op, "seed", seed, {});
-  check(vocab > 0, op, "vocab", "be positive", vocab);
+  check(
+      vocab > 0 && vocab <= max_vocab,
+      op,
+      "vocab",
+      "be positive and at most 2097152",
+      vocab);
   auto stream = mx::to_stream({});
   auto outputs = mx::array::make_arrays(
       {{}, {1}},
@@ -170,7 +176,7 @@ void AcceptBlock::eval_gpu(
   for (auto& out : outputs) {
     out.set_data(mx::allocator::malloc(out.nbytes()));
   }
-  auto launch = accept_block_launch(k, n, m, rule_);
+  auto launch = accept_block_launch(k, n, m, rule_, vocab_);
   run_on_gpu(launch, stream(), inputs, outputs);
 }
 
@@ -200,13 +206,14 @@ void bind_accept_block(nb::module_& m) {
       nb::arg("m"));
   m.def(
       "accept_block_launch",
-      [](int k, int n, int m, const std::string& rule) {
-        return accept_block_launch(k, n, m, rule_of(rule));
+      [](int k, int n, int m, const std::string& rule, int vocab) {
+        return accept_block_launch(k, n, m, rule_of(rule), vocab);
       },
       nb::arg("k"),
       nb::arg("n"),
       nb::arg("m"),
-      nb::arg("rule"));
+      nb::arg("rule"),
+      nb::arg("vocab"));
 }
 
 } // namespace pyengine

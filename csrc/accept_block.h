@@ -4,6 +4,7 @@
 #include <string>
 #include <utility>
 
+#include "integer.h"
 #include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
@@ -22,13 +23,13 @@ std::pair<mx::array, mx::array> accept_block(
     const mx::array& position, // []
     const mx::array& seed, // []
     const std::string& rule,
-    int vocab);
+    Integer vocab);
 
 enum class Rule : int { residual, block, coupled };
 
 // The Metal kernel takes rows of up to 256 candidates and 128 drafts.
 bool accept_block_has_launch(int k, int n, int m);
-Launch accept_block_launch(int k, int n, int m, Rule rule);
+Launch accept_block_launch(int k, int n, int m, Rule rule, int vocab);
 
 class AcceptBlock : public mx::Primitive {
  public:

@@ -41,7 +41,8 @@ float q_of(const AcceptBlockArgs& args, int row, int32_t token) {
   return probability_of(args.q_ids + at, args.q_probs + at, args.m, token);
 }
 
-// args.weights = (scale * p - q)+ of a row; returns its mass.
+// args.weights = (scale * p - q)+ of a row; returns its mass. An id outside of
+// the vocabulary has no q.
 float fill_excess(const AcceptBlockArgs& args, int row, float scale) {
   const int32_t* p_ids = args.p_ids + int64_t(row) * args.n;
   const float* p = args.p_probs + int64_t(row) * args.n;
@@ -57,9 +58,9 @@ float fill_excess(const AcceptBlockArgs& args, int row, float scale) {
   }
   float mass = 0;
   for (int i = 0; i < args.n; ++i) {
-    float other = !args.by_id ? q_of(args, row, p_ids[i])
-        : known(p_ids[i])     ? args.by_id[p_ids[i]]
-                              : 0;
+    float other = !known(p_ids[i]) ? 0
+        : args.by_id               ? args.by_id[p_ids[i]]
+                                   : q_of(args, row, p_ids[i]);
     float excess = scale * p[i] - other;
     args.weights[i] = excess > 0 ? excess : 0;
     mass += args.weights[i];

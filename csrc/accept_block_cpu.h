@@ -5,6 +5,9 @@
 
 namespace pyengine {
 
+// A row's scratch, and a model's vocabulary, are no larger (config.py).
+constexpr int max_vocab = 1 << 21;
+
 // Longest row of q that is searched for every candidate of p.
 constexpr int max_scanned = 256;
 

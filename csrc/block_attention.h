@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "integer.h"
 #include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
@@ -20,7 +21,7 @@ mx::array block_attention(
     const mx::array& v,
     const mx::array& offset, // int32 []
     float scale,
-    std::optional<int> window,
+    std::optional<Integer> window,
     const std::optional<mx::array>& start); // int32 []
 
 // One group per batch and key head, slices of max_rows positions.

@@ -3,6 +3,7 @@
 
 #include "block_attention_cpu.h"
 
+#include "../metal/positions.h"
 #include "lanes.h"
 #include "mathfn.h"
 
@@ -250,7 +251,7 @@ int64_t position_of(
     const BlockAttentionArgs& args,
     const AttentionRows& rows,
     int row) {
-  return args.offset + rows.first + row / group_size(args);
+  return int64_t(args.offset) + rows.first + row / group_size(args);
 }
 
 // Positions that a row at `position` sees, cut to [from, to).
@@ -290,7 +291,7 @@ void attend_span(
     int begin = visible(args, position_of(args, rows, 0), at, at + chunk).begin;
     int end = visible(args, position_of(args, rows, R - 1), at, at + chunk).end;
     Chunk<T> from;
-    int64_t slot = ((at + begin - args.start) % args.C + args.C) % args.C;
+    int slot = slot_from(args.start, int(at + begin), args.C);
     for (int j = begin; j < end; ++j) {
       from.k[j] = k + slot * args.k_strides[2];
       from.v[j] = v + slot * args.v_strides[2];

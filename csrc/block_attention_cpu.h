@@ -25,9 +25,9 @@ struct BlockAttentionArgs {
   int K;
   int C;
   int D;
-  int64_t offset;
-  int64_t start;
-  int64_t window;
+  int offset;
+  int start;
+  int window;
   float scale;
 };
 

@@ -5,10 +5,12 @@
 // They leave as std::invalid_argument, which Python sees as ValueError, while
 // the op is being called: nothing is deferred to evaluation.
 
+#include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
+#include "../metal/positions.h"
 #include "mlx/array.h"
 #include "mlx/utils.h"
 
@@ -83,6 +85,31 @@ inline void check_shape(
     }
     rule << "]";
     fail(op, what, rule.str(), a.shape());
+  }
+}
+
+// Leading dimensions multiply to an int, though one of the others may be 0.
+inline void check_rows(const char* op, const char* what, const mx::array& a) {
+  int64_t rows = 1;
+  for (int axis = 0; axis + 1 < int(a.ndim()); ++axis) {
+    rows *= a.shape(axis);
+    check(rows <= INT32_MAX, op, what, "have fewer than 2**31 rows", a.shape());
+  }
+}
+
+inline void check_offset(const char* op, int32_t offset, int T) {
+  int last = max_positions - T;
+  if (offset < 0 || offset > last) [[unlikely]] {
+    fail(op, "offset", "be from 0 to " + std::to_string(last), offset);
+  }
+}
+
+// The position of row 0 of T. Its value is checked where the host has it.
+inline void check_offset(const char* op, const mx::array& offset, int T) {
+  check_shape(op, "offset", offset, {});
+  check_dtype(op, "offset", offset, mx::int32, "be int32");
+  if (offset.is_available()) {
+    check_offset(op, *offset.data<int32_t>(), T);
   }
 }
 

@@ -48,6 +48,7 @@ mx::array dense_matmul(
     std::optional<mx::Dtype> out_dtype) {
   check_storage_dtype(op, "x", x);
   check(x.ndim() >= 1, op, "x", "have at least 1 dimension", x.ndim());
+  check_rows(op, "x", x);
   check_dtype(op, "w", w, x.dtype(), "have the dtype of x");
   check(w.ndim() == 2, op, "w", "have shape [N, K]", w.shape());
   check_shape(op, "w", w, {w.shape(0), x.shape(-1)});

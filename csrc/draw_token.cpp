@@ -45,7 +45,7 @@ mx::array draw_token(
     const mx::array& probs,
     const mx::array& position,
     const mx::array& seed,
-    int index,
+    Integer index,
     bool shared) {
   check_dtype(op, "ids", ids, mx::int32, "be int32");
   check(
@@ -60,7 +60,12 @@ mx::array draw_token(
   check_shape(op, "position", position, {});
   check_dtype(op, "seed", seed, mx::uint32, "be uint32");
   check_shape(op, "seed", seed, {});
-  check(index >= 0, op, "index", "be 0 or more", index);
+  check(
+      index.wide() >= 0 && index.wide() < max_positions,
+      op,
+      "index",
+      "be 0 or more and below 2**30",
+      index);
   auto stream = mx::to_stream({});
   return mx::array(
       {ids.shape(0)},

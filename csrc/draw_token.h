@@ -1,6 +1,7 @@
 #pragma once
 // draw_token: one token from each row of candidates.
 
+#include "integer.h"
 #include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
@@ -15,7 +16,7 @@ mx::array draw_token(
     const mx::array& probs, // [T, n]
     const mx::array& position, // []
     const mx::array& seed, // []
-    int index,
+    Integer index,
     bool shared);
 
 Launch draw_token_launch(int T, int n, int index, bool shared);

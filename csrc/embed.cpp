@@ -27,8 +27,8 @@ constexpr const char* op = "embed";
 // Width of the rows of a table of three arrays.
 int check_packed_table(
     const std::vector<mx::array>& table,
-    int group_size,
-    int bits) {
+    Integer group_size,
+    Integer bits) {
   const auto &w = table[0], &scales = table[1], &biases = table[2];
   check(bits == 4 || bits == 6 || bits == 8, op, "bits", "be 4, 6 or 8", bits);
   check(
@@ -47,7 +47,9 @@ int check_packed_table(
   const char* same = "have the dtype of scales";
   check_dtype(op, "biases", biases, scales.dtype(), same);
   check_shape(op, "biases", biases, scales.shape());
-  int E = scales.shape(1) * group_size;
+  int64_t width = int64_t(scales.shape(1)) * group_size;
+  check(width <= INT32_MAX, op, "E", "be below 2**31", width);
+  int E = int(width);
   check_dtype(op, "w", w, mx::uint32, "be uint32");
   check_shape(op, "w", w, {scales.shape(0), packed_width(E, bits)});
   return E;
@@ -104,8 +106,8 @@ Launch embed_launch(
 mx::array embed(
     const mx::array& ids,
     const std::vector<mx::array>& table,
-    int group_size,
-    int bits,
+    Integer group_size,
+    Integer bits,
     float scale,
     std::optional<mx::Dtype> out_dtype) {
   check_dtype(op, "ids", ids, mx::int32, "be int32");
@@ -118,6 +120,12 @@ mx::array embed(
   bool packed = table.size() == 3;
   int E = packed ? check_packed_table(table, group_size, bits)
                  : check_dense_table(table[0]);
+  check(
+      table[0].shape(0) > 0,
+      op,
+      "table",
+      "have at least 1 row",
+      table[0].shape());
   mx::Dtype dtype = out_dtype.value_or(table.back().dtype());
   check(
       dtype == table.back().dtype() || dtype == mx::float32,
@@ -135,7 +143,8 @@ mx::array embed(
   return mx::array(
       std::move(shape),
       dtype,
-      std::make_shared<Embed>(stream, group_size, packed ? bits : 0, scale),
+      std::make_shared<Embed>(
+          stream, group_size, packed ? int(bits) : 0, scale),
       std::move(inputs));
 }
 

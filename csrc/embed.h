@@ -4,6 +4,7 @@
 #include <optional>
 #include <vector>
 
+#include "integer.h"
 #include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
@@ -16,8 +17,8 @@ namespace mx = mlx::core;
 mx::array embed(
     const mx::array& ids,
     const std::vector<mx::array>& table,
-    int group_size,
-    int bits,
+    Integer group_size,
+    Integer bits,
     float scale,
     std::optional<mx::Dtype> out_dtype);
 

@@ -6,6 +6,7 @@
 #include "embed_cpu.h"
 
 #include "lanes.h"
+#include "rows_cpu.h"
 
 namespace pyengine::PYENGINE_ISA {
 
@@ -54,13 +55,6 @@ void dense_row(const EmbedArgs& args, int64_t id, int64_t at) {
   });
 }
 
-void nan_row(const EmbedArgs& args, int64_t at) {
-  F32x16 nan = broadcast(__builtin_nanf(""));
-  for_lanes(args.E, [&](int64_t k, int some) {
-    store(args.out, args.out_storage, at + k, nan, some);
-  });
-}
-
 } // namespace
 
 void embed_rows(const EmbedArgs& args, int64_t begin, int64_t end) {
@@ -68,7 +62,7 @@ void embed_rows(const EmbedArgs& args, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       int64_t id = args.ids[row], at = row * args.E;
       if (id < 0 || args.V <= id) {
-        nan_row(args, at);
+        store_nan(args.out, args.out_storage, at, args.E);
       } else if (args.bits == 0) {
         dense_row<T>(args, id, at);
       } else {

@@ -53,7 +53,7 @@ class Reader {
       memcpy(padded, from, width * sizeof(float));
       int end = at + width;
       for (; next_edit_ < args_.edits && edit_at() < end; ++next_edit_) {
-        int lane = edit_at() - at;
+        int64_t lane = edit_at() - at;
         if (lane >= 0) {
           padded[lane] = edited_value(from[lane], args_.edit_order[next_edit_]);
         }
@@ -91,8 +91,9 @@ class Reader {
   }
 
  private:
-  int edit_at() const {
-    return args_.edit_ids[args_.edit_order[next_edit_]] - first_;
+  // May be any number: ids outside of the row edit nothing.
+  int64_t edit_at() const {
+    return int64_t(args_.edit_ids[args_.edit_order[next_edit_]]) - first_;
   }
 
   float edited_value(float logit, int edit) const {

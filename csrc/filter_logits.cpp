@@ -103,7 +103,7 @@ std::vector<Launch> filter_logits_launches(
 std::tuple<mx::array, mx::array, mx::array> filter_logits(
     const mx::array& logits,
     float temperature,
-    int top_k,
+    Integer top_k,
     float top_p,
     float min_p,
     const std::optional<mx::array>& edit_ids,
@@ -131,7 +131,7 @@ std::tuple<mx::array, mx::array, mx::array> filter_logits(
     temperature = 1;
     top_k = 1;
   }
-  mx::Shape shape = {rows, top_k ? std::min(top_k, vocab) : vocab};
+  mx::Shape shape = {rows, top_k == 0 ? vocab : std::min<int>(top_k, vocab)};
   auto stream = mx::to_stream({});
   for (auto& input : inputs) {
     input = packed_on_gpu(input, stream);

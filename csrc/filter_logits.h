@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "integer.h"
 #include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
@@ -17,7 +18,7 @@ namespace mx = mlx::core;
 std::tuple<mx::array, mx::array, mx::array> filter_logits(
     const mx::array& logits, // [T, V]
     float temperature,
-    int top_k,
+    Integer top_k,
     float top_p,
     float min_p,
     const std::optional<mx::array>& edit_ids, // [L]

@@ -84,6 +84,7 @@ void Geglu::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   auto& out = outputs[0];
+  check_launch_size(op, out.size());
   out.set_data(mx::allocator::malloc(out.nbytes()));
   if (out.size() > 0) {
     auto launch = geglu_launch(int64_t(out.size()), out.dtype());

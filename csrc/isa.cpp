@@ -9,16 +9,18 @@ namespace pyengine {
 namespace {
 
 std::vector<std::string> runnable_sets() {
-#if defined(PYENGINE_HAS_avx512)
+#if defined(PYENGINE_HAS_avx2)
   std::vector<std::string> names = {"portable"};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     names.push_back("avx2");
+#if defined(PYENGINE_HAS_avx512)
     if (__builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       names.push_back("avx512");
     }
+#endif
   }
   return names;
 #elif defined(PYENGINE_HAS_neon)

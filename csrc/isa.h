@@ -17,9 +17,10 @@ const std::vector<std::string>& instruction_sets();
 // For tests that compare sets; std::invalid_argument for an unknown name.
 void use_instruction_set(const std::string& name);
 
-template <typename Kernel>
-Kernel* pick(Kernel* portable, Kernel* avx2, Kernel* avx512) {
-  Kernel* const kernels[] = {portable, avx2, avx512};
+// One kernel of each of instruction_sets(), in their order.
+template <typename Kernel, typename... Others>
+Kernel* pick(Kernel* portable, Others*... others) {
+  Kernel* const kernels[] = {portable, others...};
   return kernels[instruction_set()];
 }
 

@@ -39,6 +39,15 @@ constexpr int max_rows = 16;
   }
 #define PYENGINE_PICK_KERNEL(name) \
   pyengine::pick(portable::name, avx2::name, avx512::name)
+#elif defined(PYENGINE_HAS_avx2)
+#define PYENGINE_DECLARE_KERNEL(name, ...) \
+  namespace portable {                     \
+  void name(__VA_ARGS__);                  \
+  }                                        \
+  namespace avx2 {                         \
+  void name(__VA_ARGS__);                  \
+  }
+#define PYENGINE_PICK_KERNEL(name) pyengine::pick(portable::name, avx2::name)
 #elif defined(PYENGINE_HAS_neon)
 #define PYENGINE_DECLARE_KERNEL(name, ...) \
   namespace neon {                         \

@@ -48,6 +48,14 @@ std::string dtype_name(mx::Dtype dtype) {
   return text.str();
 }
 
+void check_launch_size(const std::string& op, size_t size) {
+  if (size > INT32_MAX) {
+    throw std::runtime_error(
+        "[" + op + "] has no Metal kernel for 2**31 elements or more but got " +
+        std::to_string(size) + "; pass fewer rows.");
+  }
+}
+
 namespace {
 
 const char* role_name(Buffer::Role role) {

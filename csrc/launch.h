@@ -52,6 +52,10 @@ struct Launch {
 // "bfloat16": the dtype's part of a host name.
 std::string dtype_name(mx::Dtype dtype);
 
+// Kernels of a thread an element count them in 32 bits, and a grid's threads in
+// 31: std::runtime_error where an array has more.
+void check_launch_size(const std::string& op, size_t size);
+
 // Runs a launch on a GPU stream. `inputs` and `outputs` stand for the buffers
 // of those roles, in order; an inout buffer is an output. Outputs have memory.
 void run_on_gpu(

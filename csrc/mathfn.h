@@ -83,7 +83,8 @@ PYENGINE_INLINE F32x16 exp(F32x16 x) {
   PYENGINE_UNROLL
   for (int i = 0; i < parts; ++i) { // y * 2^n
     NativeInt exponent = detail::as_int(shifted.part[i]) << 23;
-    y.part[i] = detail::as_float(detail::as_int(y.part[i]) + exponent);
+    NativeInt bits = detail::as_int(y.part[i]);
+    y.part[i] = detail::as_float(detail::add_bits(bits, exponent));
   }
   y = fma(zero(), x, y); // NaN survives the integer step
   y = select_less(x, broadcast(smallest), zero(), y);

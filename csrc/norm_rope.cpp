@@ -59,8 +59,7 @@ mx::array norm_rope(
       D);
   check_shape(op, "weight", weight, {D});
   check_dtype(op, "weight", weight, x.dtype(), "have the dtype of x");
-  check_shape(op, "offset", offset, {});
-  check_dtype(op, "offset", offset, mx::int32, "be int32");
+  check_offset(op, offset, x.shape(1));
   check_shape(op, "inv_freq", inv_freq, {D / 2});
   check_dtype(op, "inv_freq", inv_freq, mx::float32, "be float32");
   check(eps > 0, op, "eps", "be positive", eps);
@@ -108,7 +107,7 @@ void NormRope::eval_cpu(
     args.weight = weight.get();
     args.inv_freq = static_cast<const float*>(inv_freq.get());
     args.offset = *offset;
-    split_rows(rows, args.H * args.D, [&](int64_t begin, int64_t end) {
+    split_rows(rows, int64_t(args.H) * args.D, [&](int64_t begin, int64_t end) {
       PYENGINE_PICK_KERNEL(norm_rope_rows)(args, begin, end);
     });
   });

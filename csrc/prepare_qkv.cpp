@@ -28,7 +28,7 @@ void share_caches(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   for (int i : {6, 7}) {
-    if (!inputs[i].flags().row_contiguous) {
+    if (inputs[i].size() > 0 && !inputs[i].flags().row_contiguous) {
       throw std::runtime_error(
           "[prepare_qkv] keys and values must be contiguous but got a strided "
           "view; allocate them with mx.zeros and keep only what prepare_qkv "
@@ -106,6 +106,12 @@ std::vector<mx::array> prepare_qkv(
       q.shape());
   int T = q.shape(0);
   check_shape(op, "values", values, keys.shape());
+  check(
+      int64_t(K) * D <= INT32_MAX,
+      op,
+      "K * D",
+      "be below 2**31",
+      int64_t(K) * D);
   check_shape(op, "k", k, {T, K * D});
   check_shape(op, "v", v, k.shape());
   check_shape(op, "q_norm", q_norm, {D});
@@ -124,8 +130,7 @@ std::vector<mx::array> prepare_qkv(
   if (T > C) {
     fail(op, "T", "be at most the capacity " + std::to_string(C), T);
   }
-  check_shape(op, "offset", offset, {});
-  check_dtype(op, "offset", offset, mx::int32, "be int32");
+  check_offset(op, offset, T);
   check(eps > 0, op, "eps", "be positive", eps);
   auto stream = mx::to_stream({});
   return mx::array::make_arrays(
@@ -189,7 +194,7 @@ void PrepareQkv::eval_cpu(
     args.offset = *offset;
     split_rows(
         args.T,
-        (args.H + 2 * args.K) * args.D,
+        (args.H + 2 * int64_t(args.K)) * args.D,
         [&](int64_t begin, int64_t end) {
           PYENGINE_PICK_KERNEL(prepare_qkv_rows)(args, begin, end);
         });
@@ -202,7 +207,7 @@ void PrepareQkv::eval_gpu(
   share_caches(inputs, outputs);
   auto& out = outputs[0];
   out.set_data(mx::allocator::malloc(out.nbytes()));
-  if (out.shape(1) == 0) {
+  if (out.size() == 0 && outputs[1].size() == 0) {
     return;
   }
   auto launch = prepare_qkv_launch(

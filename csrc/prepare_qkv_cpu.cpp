@@ -3,6 +3,7 @@
 
 #include "prepare_qkv_cpu.h"
 
+#include "../metal/positions.h"
 #include "rope.h"
 
 namespace pyengine::PYENGINE_ISA {
@@ -16,13 +17,14 @@ void prepare_rows(const PrepareQkvArgs& args, int64_t begin, int64_t end) {
   auto* k_weight = static_cast<const T*>(args.k_weight);
   Angles angles;
   for (int64_t t = begin; t < end; ++t) {
-    angles.set(args.offset + int(t), args.inv_freq, D);
+    int position = position_at(args.offset, int(t));
+    angles.set(position, args.inv_freq, D);
     for (int64_t head = t * H; head < (t + 1) * H; ++head) {
       auto* q = static_cast<const T*>(args.q) + head * D;
       auto* out = static_cast<T*>(args.out) + head * D;
       rotate_head(q, q_weight, angles, D, args.eps, out);
     }
-    int64_t slot = (args.offset + t) % C;
+    int slot = slot_of_row(args.offset, int(t), C);
     for (int head = 0; head < K; ++head) {
       int64_t from = (t * K + head) * D;
       int64_t to = (head * int64_t(C) + slot) * D;

@@ -37,20 +37,25 @@ struct Args {
   Order order;
 };
 
-// The (token, slot) pairs of every expert, in order.
+// The (token, slot) pairs of every expert, in order, and at the end those whose
+// id names none.
 std::vector<std::vector<int>> group_pairs(const Args& args) {
-  std::vector<std::vector<int>> groups(args.experts);
+  std::vector<std::vector<int>> groups(args.experts + 1);
   for (int pair = 0; pair < args.pairs; ++pair) {
     int id = args.ids[pair];
-    if (id < 0 || id >= args.experts) {
-      throw std::runtime_error(
-          "[q8_expert_matmul] ids must be from 0 to " +
-          std::to_string(args.experts - 1) + " but got " + std::to_string(id) +
-          ".");
-    }
-    groups[id].push_back(pair);
+    bool known = id >= 0 && id < args.experts;
+    groups[known ? id : args.experts].push_back(pair);
   }
   return groups;
+}
+
+// NaN in the rows of some pairs.
+void spoil(const Args& args, const std::vector<int>& pairs) {
+  Storage storage = args.matrix.out_storage;
+  for (int pair : pairs) {
+    PYENGINE_PICK_KERNEL(store_nan)
+    (args.out, storage, int64_t(pair) * args.N, args.N);
+  }
 }
 
 // Up to max_rows pairs of one expert.
@@ -107,6 +112,10 @@ void run_expert(
 
 } // namespace
 
+bool q8_expert_matmul_has_launch(int U) {
+  return U <= 32;
+}
+
 Launch q8_expert_matmul_launch(
     int T,
     int U,
@@ -146,8 +155,8 @@ mx::array q8_expert_matmul(
     const std::vector<mx::array>& stack,
     const std::vector<mx::array>& up,
     const mx::array& ids,
-    int group_size,
-    int bits,
+    Integer group_size,
+    Integer bits,
     std::optional<mx::Dtype> out_dtype) {
   check(
       x.ndim() == 2 || x.ndim() == 3,
@@ -157,6 +166,7 @@ mx::array q8_expert_matmul(
       x.shape());
   check_dtype(op, "ids", ids, mx::int32, "be int32");
   check(ids.ndim() == 2, op, "ids", "have shape [T, U]", ids.shape());
+  check(ids.size() <= INT32_MAX, op, "ids", "be fewer than 2**31", ids.shape());
   int T = x.shape(0), U = ids.shape(1);
   check_shape(op, "ids", ids, {T, U});
   if (x.ndim() == 3) {
@@ -233,6 +243,7 @@ void Q8ExpertMatmul::eval_cpu(
       [rows = std::move(rows), ids = Packed(inputs.back()), args]() mutable {
         args.ids = static_cast<const int32_t*>(ids.get());
         auto groups = group_pairs(args);
+        spoil(args, groups.back());
         for (int expert = 0; expert < args.experts; ++expert) {
           const auto& pairs = groups[expert];
           for (int first = 0; first < int(pairs.size()); first += max_rows) {
@@ -248,6 +259,11 @@ void Q8ExpertMatmul::eval_gpu(
     std::vector<mx::array>& outputs) {
   const auto& x = inputs[0];
   auto& out = outputs[0];
+  if (!q8_expert_matmul_has_launch(out.shape(1))) {
+    throw std::runtime_error(
+        "[q8_expert_matmul] has no Metal kernel for more than 32 experts a "
+        "token; pyengine.ops.q8_expert_matmul runs plain MLX there.");
+  }
   out.set_data(mx::allocator::malloc(out.nbytes()));
   if (out.size() == 0) {
     return;
@@ -289,6 +305,10 @@ void bind_q8_expert_matmul(nb::module_& m) {
       nb::arg("group_size"),
       nb::arg("bits"),
       nb::arg("out_dtype").none());
+  m.def(
+      "q8_expert_matmul_has_launch",
+      &q8_expert_matmul_has_launch,
+      nb::arg("U"));
   m.def(
       "q8_expert_matmul_launch",
       &q8_expert_matmul_launch,

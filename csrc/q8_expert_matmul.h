@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "integer.h"
 #include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
@@ -17,10 +18,12 @@ mx::array q8_expert_matmul(
     const std::vector<mx::array>& stack, // w, scales, biases [X, N, ...]
     const std::vector<mx::array>& up, // the same again, or empty
     const mx::array& ids, // int32 [T, U]
-    int group_size,
-    int bits,
+    Integer group_size,
+    Integer bits,
     std::optional<mx::Dtype> out_dtype);
 
+// The Metal kernel lists up to 32 experts of a token.
+bool q8_expert_matmul_has_launch(int U);
 Launch q8_expert_matmul_launch(
     int T,
     int U,

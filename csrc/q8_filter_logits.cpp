@@ -164,11 +164,11 @@ std::tuple<mx::array, mx::array, mx::array> q8_filter_logits(
     const mx::array& w,
     const mx::array& scales,
     const mx::array& biases,
-    int group_size,
-    int bits,
+    Integer group_size,
+    Integer bits,
     std::optional<float> softcap,
     float temperature,
-    int top_k,
+    Integer top_k,
     float top_p,
     float min_p,
     const std::optional<mx::array>& edit_ids,
@@ -185,12 +185,17 @@ std::tuple<mx::array, mx::array, mx::array> q8_filter_logits(
       "be above 0",
       softcap.value_or(0));
   check_filter(op, temperature, top_p, min_p);
-  if (temperature == 0) { // greedy: the one best candidate, as it stands
+  bool greedy = temperature == 0; // the one best candidate, as it stands
+  check(
+      top_k >= (greedy ? 0 : 1) && top_k <= max_candidates,
+      op,
+      "top_k",
+      greedy ? "be 0 to 256" : "be 1 to 256",
+      top_k);
+  if (greedy) {
     temperature = 1;
     top_k = 1;
   }
-  check(
-      top_k >= 1 && top_k <= max_candidates, op, "top_k", "be 1 to 256", top_k);
   auto stream = mx::to_stream({});
   std::vector<mx::array> inputs = {
       rows_of(x, stream),
@@ -201,7 +206,7 @@ std::tuple<mx::array, mx::array, mx::array> q8_filter_logits(
   for (size_t i = 4; i < inputs.size(); ++i) {
     inputs[i] = packed_on_gpu(inputs[i], stream);
   }
-  mx::Shape shape = {T, std::min(top_k, V)};
+  mx::Shape shape = {T, std::min<int>(top_k, V)};
   auto outputs = mx::array::make_arrays(
       {shape, shape, {T}},
       {mx::int32, mx::float32, mx::int32},

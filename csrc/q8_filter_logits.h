@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "integer.h"
 #include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
@@ -21,11 +22,11 @@ std::tuple<mx::array, mx::array, mx::array> q8_filter_logits(
     const mx::array& w, // [V, E * bits / 32]
     const mx::array& scales, // [V, E / group_size]
     const mx::array& biases,
-    int group_size,
-    int bits,
+    Integer group_size,
+    Integer bits,
     std::optional<float> softcap,
     float temperature,
-    int top_k,
+    Integer top_k,
     float top_p,
     float min_p,
     const std::optional<mx::array>& edit_ids, // [L]

@@ -82,8 +82,8 @@ mx::array q8_gated_matmul(
     const mx::array& up_w,
     const mx::array& up_scales,
     const mx::array& up_biases,
-    int group_size,
-    int bits) {
+    Integer group_size,
+    Integer bits) {
   check_packed(
       op,
       x,

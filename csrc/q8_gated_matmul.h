@@ -2,6 +2,7 @@
 // q8_gated_matmul: gelu_tanh(x @ gate.T) * (x @ up.T) for two matrices in MLX's
 // affine quantisation.
 
+#include "integer.h"
 #include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
@@ -19,8 +20,8 @@ mx::array q8_gated_matmul(
     const mx::array& up_w,
     const mx::array& up_scales,
     const mx::array& up_biases,
-    int group_size,
-    int bits);
+    Integer group_size,
+    Integer bits);
 
 Plan q8_gated_matmul_plan(int M, int N, int K, int group_size, int bits);
 

@@ -52,8 +52,8 @@ mx::array q8_matmul(
     const mx::array& w,
     const mx::array& scales,
     const mx::array& biases,
-    int group_size,
-    int bits,
+    Integer group_size,
+    Integer bits,
     std::optional<mx::Dtype> out_dtype) {
   check_packed(op, x, {{"", w, scales, biases}}, group_size, bits);
   mx::Dtype dtype = check_out_dtype(op, x, out_dtype);

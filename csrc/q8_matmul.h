@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "integer.h"
 #include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
@@ -17,8 +18,8 @@ mx::array q8_matmul(
     const mx::array& w, // [N, K * bits / 32]
     const mx::array& scales, // [N, K / group_size]
     const mx::array& biases,
-    int group_size,
-    int bits,
+    Integer group_size,
+    Integer bits,
     std::optional<mx::Dtype> out_dtype);
 
 Plan q8_matmul_plan(int M, int N, int K, int group_size, int bits);

@@ -74,8 +74,8 @@ Launch q8_shared_matmul_launch(
 std::vector<mx::array> q8_shared_matmul(
     const mx::array& x,
     const std::vector<std::vector<mx::array>>& matrices,
-    int group_size,
-    int bits) {
+    Integer group_size,
+    Integer bits) {
   check(
       matrices.size() == 2 || matrices.size() == 3,
       op,

@@ -2,6 +2,7 @@
 // q8_shared_matmul: x times two or three matrices in MLX's affine quantisation,
 // in one launch.
 
+#include "integer.h"
 #include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
@@ -14,8 +15,8 @@ namespace mx = mlx::core;
 std::vector<mx::array> q8_shared_matmul(
     const mx::array& x, // [..., K]
     const std::vector<std::vector<mx::array>>& matrices, // w, scales, biases
-    int group_size,
-    int bits);
+    Integer group_size,
+    Integer bits);
 
 Launch q8_shared_matmul_launch(
     int M,

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "integer.h"
 #include "q8_matmul_cpu.h"
 #include "rows_cpu.h"
 #include "storage.h"
@@ -31,8 +32,8 @@ inline void check_packed(
     const char* op,
     const mx::array& x,
     const std::vector<PackedMatrix>& matrices,
-    int group_size,
-    int bits,
+    Integer group_size,
+    Integer bits,
     int ndim = 2,
     bool own_rows = false) {
   check(bits == 4 || bits == 6 || bits == 8, op, "bits", "be 4, 6 or 8", bits);
@@ -44,6 +45,7 @@ inline void check_packed(
       group_size);
   check_storage_dtype(op, "x", x);
   check(x.ndim() >= 1, op, "x", "have at least 1 dimension", x.ndim());
+  check_rows(op, "x", x);
   for (const auto& [name, w, scales, biases] : matrices) {
     check_dtype(op, (name + "w").c_str(), w, mx::uint32, "be uint32");
   }

@@ -83,6 +83,7 @@ void RandomUniform::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   auto& out = outputs[0];
+  check_launch_size(op, out.size());
   out.set_data(mx::allocator::malloc(out.nbytes()));
   if (out.size() == 0) {
     return;
@@ -99,17 +100,17 @@ bool RandomUniform::is_equivalent(const mx::Primitive& other) const {
 void bind_random_uniform(nb::module_& m) {
   m.def(
       "random_uniform",
-      [](const mx::array& counters, std::pair<int64_t, int64_t> key) {
-        for (int64_t word : {key.first, key.second}) {
+      [](const mx::array& counters, std::pair<Integer, Integer> key) {
+        for (Integer word : {key.first, key.second}) {
           check(
-              word >= 0 && word <= int64_t(UINT32_MAX),
+              word.wide() >= 0 && word.wide() <= int64_t(UINT32_MAX),
               op,
               "key",
               "hold integers in 0..2**32 - 1",
               word);
         }
         return random_uniform(
-            counters, uint32_t(key.first), uint32_t(key.second));
+            counters, uint32_t(key.first.wide()), uint32_t(key.second.wide()));
       },
       nb::arg("counters"),
       nb::arg("key"));

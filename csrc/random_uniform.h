@@ -1,6 +1,7 @@
 #pragma once
 // random_uniform: one Philox number per counter.
 
+#include "integer.h"
 #include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"

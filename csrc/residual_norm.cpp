@@ -145,7 +145,7 @@ void ResidualNorm::eval_cpu(
     args.weight = weight.get();
     args.scalar = has_scalar ? scalar.get() : nullptr;
     args.next_weight = has_next ? next_weight.get() : nullptr;
-    split_rows(rows, 2 * args.E, [&](int64_t begin, int64_t end) {
+    split_rows(rows, 2 * int64_t(args.E), [&](int64_t begin, int64_t end) {
       PYENGINE_PICK_KERNEL(residual_norm_rows)(args, begin, end);
     });
   });

@@ -23,6 +23,10 @@ constexpr const char* op = "route_experts";
 
 } // namespace
 
+bool route_experts_has_launch(int used) {
+  return used <= 32;
+}
+
 Launch route_experts_launch(int T, int X, int used) {
   using Role = Buffer::Role;
   Launch launch;
@@ -41,7 +45,7 @@ Launch route_experts_launch(int T, int X, int used) {
 }
 
 std::pair<mx::array, mx::array>
-route_experts(const mx::array& logits, const mx::array& scales, int used) {
+route_experts(const mx::array& logits, const mx::array& scales, Integer used) {
   check_dtype(op, "logits", logits, mx::float32, "be float32");
   check(logits.ndim() == 2, op, "logits", "have shape [T, X]", logits.shape());
   int T = logits.shape(0), X = logits.shape(1);
@@ -82,7 +86,7 @@ void RouteExperts::eval_cpu(
                     args]() mutable {
     args.logits = static_cast<const float*>(logits.get());
     args.scales = static_cast<const float*>(scales.get());
-    split_rows(rows, 16 * args.X, [&](int64_t begin, int64_t end) {
+    split_rows(rows, 16 * int64_t(args.X), [&](int64_t begin, int64_t end) {
       PYENGINE_PICK_KERNEL(route_experts_rows)(args, begin, end);
     });
   });
@@ -91,6 +95,11 @@ void RouteExperts::eval_cpu(
 void RouteExperts::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
+  if (!route_experts_has_launch(used_)) {
+    throw std::runtime_error(
+        "[route_experts] has no Metal kernel for more than 32 experts a row; "
+        "pyengine.ops.route_experts runs plain MLX there.");
+  }
   for (auto& out : outputs) {
     out.set_data(mx::allocator::malloc(out.nbytes()));
   }
@@ -108,6 +117,7 @@ void bind_route_experts(nb::module_& m) {
       nb::arg("logits"),
       nb::arg("scales"),
       nb::arg("used"));
+  m.def("route_experts_has_launch", &route_experts_has_launch, nb::arg("used"));
   m.def(
       "route_experts_launch",
       &route_experts_launch,

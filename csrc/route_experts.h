@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "integer.h"
 #include "launch.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
@@ -12,9 +13,12 @@ namespace pyengine {
 namespace mx = mlx::core;
 
 std::pair<mx::array, mx::array>
-route_experts(const mx::array& logits, const mx::array& scales, int used);
+route_experts(const mx::array& logits, const mx::array& scales, Integer used);
 
 Launch route_experts_launch(int T, int X, int used);
+
+// The Metal kernel chooses up to 32 experts.
+bool route_experts_has_launch(int used);
 
 class RouteExperts : public mx::Primitive {
  public:

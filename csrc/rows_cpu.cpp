@@ -2,7 +2,7 @@
 
 #include "rows_cpu.h"
 
-#include "simd.h"
+#include "lanes.h"
 
 namespace pyengine::PYENGINE_ISA {
 
@@ -64,6 +64,13 @@ void load_row(
       return load_row(values, stride, width, step, rows, to);
     }
   }
+}
+
+void store_nan(void* to, Storage storage, int64_t at, int64_t count) {
+  F32x16 nan = broadcast(__builtin_nanf(""));
+  for_lanes(count, [&](int64_t k, int some) {
+    store(to, storage, at + k, nan, some);
+  });
 }
 
 } // namespace pyengine::PYENGINE_ISA

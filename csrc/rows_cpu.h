@@ -1,5 +1,6 @@
 #pragma once
-// rows_cpu.h: one row of a matmul's input, made ready for its kernel.
+// rows_cpu.h: one row of a matmul's input, made ready for its kernel; and rows
+// of NaN.
 
 #include "kernel.h"
 
@@ -27,5 +28,13 @@ PYENGINE_DECLARE_KERNEL(
     Order order,
     int rows,
     float* to)
+
+// NaN in elements [at, at + count): what rows without a meaning give.
+PYENGINE_DECLARE_KERNEL(
+    store_nan,
+    void* to,
+    Storage storage,
+    int64_t at,
+    int64_t count)
 
 } // namespace pyengine

@@ -130,6 +130,12 @@ PYENGINE_INLINE NativeFloat as_float(NativeInt a) {
   return r;
 }
 
+// a + b of the bits of any floats, NaN included: wraps around.
+PYENGINE_INLINE NativeInt add_bits(NativeInt a, NativeInt b) {
+  using Unsigned = uint32_t __attribute__((vector_size(4 * native)));
+  return NativeInt(Unsigned(a) + Unsigned(b));
+}
+
 // Where `mask` is all ones, a; elsewhere b.
 PYENGINE_INLINE NativeInt select(NativeInt mask, NativeInt a, NativeInt b) {
   return (mask & a) | (~mask & b);
@@ -194,7 +200,7 @@ PYENGINE_INLINE void narrow_half(uint16_t* to, NativeFloat a) {
   NativeInt magnitude = bits & 0x7fffffff;
   // Normal results: round the 13 dropped bits to nearest, ties to even.
   NativeInt odd = (magnitude >> 13) & 1;
-  NativeInt normal = ((magnitude + 0xfff + odd) >> 13) - (112 << 10);
+  NativeInt normal = (add_bits(magnitude, 0xfff + odd) >> 13) - (112 << 10);
   // Subnormal results: adding 0.5 leaves the rounded fraction in the low bits.
   NativeInt small = as_int(as_float(magnitude) + 0.5f) - 0x3f000000;
   NativeInt h = select(magnitude < (113 << 23), small, normal);
@@ -207,7 +213,7 @@ PYENGINE_INLINE void narrow_half(uint16_t* to, NativeFloat a) {
 PYENGINE_INLINE NativeInt round_bfloat(NativeFloat a) {
   NativeInt bits = as_int(a);
   // Nearest, ties to even; a NaN would otherwise round to infinity.
-  NativeInt rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  NativeInt rounded = add_bits(bits, 0x7fff + ((bits >> 16) & 1)) >> 16;
   NativeInt nan = (bits & 0x7fffffff) > 0x7f800000;
   return select(nan, NativeInt{} + 0x7fc0, rounded) & 0xffff;
 }

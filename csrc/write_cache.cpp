@@ -17,7 +17,7 @@ namespace {
 constexpr const char* op = "write_cache";
 
 void share_cache(const mx::array& cache, mx::array& out) {
-  if (!cache.flags().row_contiguous) {
+  if (cache.size() > 0 && !cache.flags().row_contiguous) {
     throw std::runtime_error(
         "[write_cache] cache must be contiguous but got a strided view; "
         "allocate it with mx.zeros and keep only what write_cache returns.");
@@ -70,8 +70,7 @@ mx::array write_cache(
   if (T > C) {
     fail(op, "T", "be at most the capacity " + std::to_string(C), T);
   }
-  check_shape(op, "offset", offset, {});
-  check_dtype(op, "offset", offset, mx::int32, "be int32");
+  check_offset(op, offset, T);
   auto stream = mx::to_stream({});
   return mx::array(
       cache.shape(),
@@ -102,12 +101,12 @@ void WriteCache::eval_cpu(
                     B = cache.shape(0),
                     T = new_rows.shape(1),
                     K = cache.shape(1),
-                    C = int64_t(cache.shape(2)),
+                    C = cache.shape(2),
                     row = size_t(cache.shape(3)) * cache.itemsize()] {
     auto* from = static_cast<const char*>(packed.get());
     for (int b = 0; b < B; ++b) {
       for (int t = 0; t < T; ++t) {
-        int64_t slot = ((int64_t(*offset) + t) % C + C) % C;
+        int slot = slot_of_row(*offset, t, C);
         for (int head = 0; head < K; ++head, from += row) {
           std::memcpy(
               to + ((int64_t(b) * K + head) * C + slot) * row, from, row);
@@ -126,6 +125,7 @@ void WriteCache::eval_gpu(
   if (new_rows.size() == 0) {
     return;
   }
+  check_launch_size(op, new_rows.size());
   auto launch = write_cache_launch(
       cache.shape(0),
       new_rows.shape(1),

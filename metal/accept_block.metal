@@ -61,13 +61,15 @@ inline float ratio(float p, float q) {
   return p > 0.0f ? r : 0.0f;
 }
 
-// (scale * p - q)+ of this lane's candidate, 0 past the last.
-inline float excess_of(Row p, Row q, uint i, float scale, float minus_zero) {
+// (scale * p - q)+ of this lane's candidate, 0 past the last. An id outside of
+// the vocabulary has no q.
+inline float
+excess_of(Row p, Row q, uint i, float scale, uint vocab, float minus_zero) {
   if (i >= p.count) {
     return 0.0f;
   }
-  float excess =
-      product(scale, p.probs[i], minus_zero) - q.probability(p.ids[i]);
+  float other = uint(p.ids[i]) < vocab ? q.probability(p.ids[i]) : 0.0f;
+  float excess = product(scale, p.probs[i], minus_zero) - other;
   return excess > 0.0f ? excess : 0.0f;
 }
 
@@ -85,7 +87,8 @@ template <ushort rule>
     constant uint& k [[buffer(9)]],
     constant uint& n [[buffer(10)]],
     constant uint& m [[buffer(11)]],
-    constant float& minus_zero [[buffer(12)]],
+    constant uint& vocab [[buffer(12)]],
+    constant float& minus_zero [[buffer(13)]],
     ushort simd [[simdgroup_index_in_threadgroup]],
     ushort simds [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
@@ -150,8 +153,8 @@ template <ushort rule>
       if (i < k) {
         float before, mass = 0.0f;
         for (uint base = 0; base < n; base += 32) {
-          float excess =
-              excess_of(p.row(i), q.row(i), base + lane, scales[i], minus_zero);
+          float excess = excess_of(
+              p.row(i), q.row(i), base + lane, scales[i], vocab, minus_zero);
           mass = add_in_order(mass, excess, before, lane);
         }
         float whole = mass + (1.0f - scales[i]);
@@ -186,7 +189,8 @@ template <ushort rule>
     float before, scale = rule == block ? scales[accepted] : 1.0f;
     for (uint base = 0; base < n; base += 32) {
       uint i = base + lane;
-      float excess = excess_of(row, q.row(accepted), i, scale, minus_zero);
+      float excess =
+          excess_of(row, q.row(accepted), i, scale, vocab, minus_zero);
       mass = add_in_order(mass, excess, before, lane);
       if (i < n) {
         weights[i] = excess;

@@ -35,11 +35,13 @@
 // in the order of csrc/block_attention_cpu.cpp. So the bits are those of the
 // processor, and depend on a row and its visible keys alone: not on T, C, the
 // ring or the grid, which follows from shapes while offset and start are read
-// here.
+// here. Where there are no such positions, or the cache is too small to hold
+// what they see, nothing is read and all is NaN.
 //
 // Limits: D a multiple of 16, at most 512; q, k and v on 16 bytes.
 #include "block_attention_params.h"
 #include "ordered_sum.h"
+#include "positions.h"
 
 using namespace pyengine;
 
@@ -97,6 +99,10 @@ inline Range visible(constant Params& p, int offset, int first, int last) {
       position_of(p, offset, last) + 1};
 }
 
+inline bool attends(constant Params& p, int offset) {
+  return attends(offset, p.T, p.C, p.window);
+}
+
 // The span that the first state of a slice is of.
 inline int first_span(constant Params& p, int offset) {
   return visible(p, offset + p.first).begin / span;
@@ -126,15 +132,12 @@ struct Slots {
         from(from),
         C(p.C),
         D(p.D) {
-    first = (from - start) % C;
-    first = first < 0 ? first + C : first;
+    first = slot_from(start, from, C);
   }
 
   ulong at(int position) const {
     int slot = first + position - from;
-    slot = slot < C ? slot : slot - C;
-    // A cache too small for the block is still read within its bounds
-    return (head_at + min(slot, C - 1)) * D;
+    return (head_at + (slot < C ? slot : slot - C)) * D;
   }
 };
 
@@ -207,6 +210,9 @@ template <typename T>
     ushort lane [[thread_index_in_simdgroup]]) {
   threadgroup ulong begins[max_staged];
   int offset = *offset_of_block;
+  if (!attends(p, offset)) {
+    return;
+  }
   uint head = group.y;
   int R = num_rows(p);
   int first_row = group.z * p.rows;
@@ -423,6 +429,9 @@ template <typename T>
     ushort simds [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   int offset = *offset_of_block;
+  if (!attends(p, offset)) {
+    return;
+  }
   uint head = group.y;
   int R = num_rows(p);
   int slices = (p.D / 4 + slice_quads - 1) / slice_quads;
@@ -552,10 +561,17 @@ template <typename T>
   if (thread_index >= p.D / 4) {
     return;
   }
+  device T* to = out + row_at(p, head, row) + 4 * thread_index;
+  if (!attends(p, offset)) {
+    for (ushort i = 0; i < 4; ++i) {
+      to[i] = T(NAN);
+    }
+    return;
+  }
   int base = first_span(p, offset);
   Range seen = visible(p, position_of(p, offset, row));
   int first = seen.begin / span - base;
-  int last = min((seen.end + span - 1) / span - base, p.spans);
+  int last = (seen.end + span - 1) / span - base;
 
   float4 total = 0.0f;
   float largest = -INFINITY, sum = 0.0f;
@@ -588,7 +604,6 @@ template <typename T>
     }
   }
   float4 mean = total / sum;
-  device T* to = out + row_at(p, head, row) + 4 * thread_index;
   for (ushort i = 0; i < 4; ++i) {
     to[i] = T(mean[i]);
   }

@@ -36,7 +36,7 @@ template <typename T>
       inv_freq,
       out + begin,
       normed + simd * D,
-      *offset + int(group.y),
+      position_at(*offset, group.y),
       D,
       eps,
       lane);

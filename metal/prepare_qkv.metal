@@ -37,7 +37,7 @@ template <typename T>
     ushort lane [[thread_index_in_simdgroup]]) {
   uint t = group.y;
   uint task = group.x * simds + simd;
-  int position = *offset + int(t);
+  int position = position_at(*offset, t);
   normed += simd * D;
 
   if (task < H) {
@@ -52,7 +52,7 @@ template <typename T>
     return;
   }
   ulong from = (ulong(t) * K + head) * D;
-  ulong slot = (ulong(head) * C + uint(position) % C) * D;
+  ulong slot = (ulong(head) * C + slot_of_row(*offset, t, C)) * D;
   if ((task - H) % 2 == 0) {
     device T* to = keys + slot;
     rotate_head(k + from, k_norm, inv_freq, to, normed, position, D, eps, lane);

@@ -8,7 +8,9 @@
 // none. So rows are grouped on the device and the host learns nothing. `gated`:
 // two matrices as in q8_gated_matmul.metal.
 //
-// Limits: those of q8_matmul; ids in range.
+// An id of no expert gives NaN, which the threadgroups of expert 0 write.
+//
+// Limits: those of q8_matmul; 32 slots.
 #include "quantized.h"
 
 using namespace pyengine;
@@ -79,6 +81,7 @@ template <typename T, ushort bits>
     threadgroup uint4* factors [[threadgroup(1)]],
     threadgroup ushort* list [[threadgroup(2)]], // 16 * slots + 1
     uint3 group [[threadgroup_position_in_grid]],
+    uint3 groups [[threadgroups_per_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simd [[simdgroup_index_in_threadgroup]],
     ushort simds [[simdgroups_per_threadgroup]],
@@ -100,6 +103,17 @@ template <typename T, ushort bits>
 
   // Four columns of one matrix, or two of each of two.
   ushort wide = gated ? lane_columns / 2 : lane_columns;
+  uint block = simds * (32 / lanes) * wide; // columns of a threadgroup
+  if (group.y == 0) {
+    uint begin = group.x * block, end = min(begin + block, N);
+    for (uint pair = token * slots; pair < token * slots + pairs; ++pair) {
+      if (uint(ids[pair]) >= groups.y) { // negative ids become large
+        for (uint c = begin + thread_index; c < end; c += simds * 32) {
+          write<T>(out, ulong(pair) * N + c, NAN, float_out);
+        }
+      }
+    }
+  }
   uint n = ((group.x * simds + simd) * (32 / lanes) + lane / lanes) * wide;
   uint row = group.y * N + n, next = gated ? row : row + 1;
   Columns<T> columns = {

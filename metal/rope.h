@@ -7,6 +7,7 @@
 // them a lane cost less than a barrier with the other heads.
 
 #include "norm.h"
+#include "positions.h"
 
 namespace pyengine {
 

@@ -3,6 +3,7 @@
 //
 // Only prefill has use for it: a block's rows are written by prepare_qkv.
 #include "common.h"
+#include "positions.h"
 
 using namespace pyengine;
 
@@ -24,9 +25,8 @@ template <typename T> // an unsigned integer as wide as an element
   uint head = row % K;
   uint t = row / K % positions;
   uint b = row / K / positions;
-  int slot = (*offset + int(t)) % int(C);
-  slot += slot < 0 ? int(C) : 0;
-  ulong to = ((ulong(b) * K + head) * C + uint(slot)) * D + index % D;
+  int slot = slot_of_row(*offset, t, C);
+  ulong to = ((ulong(b) * K + head) * C + slot) * D + index % D;
   cache[to] = rows[index];
 }
 

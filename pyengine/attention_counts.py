@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from pyengine import _ext
+from pyengine.kernel_counts import OnCount
 from pyengine.ops import workbench
 
 ROWS = (1, 6, 16)
@@ -85,15 +86,18 @@ def count_attention(
     geometries: Sequence[Geometry] = GEOMETRIES,
     rows: Sequence[int] = ROWS,
     offset: int = OFFSET,
+    *,
+    on_count: OnCount = lambda done, total, label: None,
 ) -> Iterator[AttentionCount]:
     """Count each geometry for blocks of each number of positions, the first of them at `offset`.
 
     Raises:
         RuntimeError: There is no checkout, or no compiler.
     """
-    for geometry in geometries:
-        for T in rows:
-            yield _count(geometry, T, offset)
+    steps = [(geometry, T) for geometry in geometries for T in rows]
+    for done, (geometry, T) in enumerate(steps):
+        on_count(done, len(steps), f"{geometry.name}, T = {T}")
+        yield _count(geometry, T, offset)
 
 
 def _count(geometry: Geometry, T: int, offset: int) -> AttentionCount:

@@ -61,12 +61,14 @@ def gemma_mtp(
     repeats: int,
     rules: Sequence[str] = ("residual",),
     on_run: Callable[[int, int, str], None] = lambda done, total, label: None,
+    on_rows: Callable[[list[Row]], None] = lambda rows: None,
 ) -> tuple[list[Row], list[Row]]:
     """Time plain decoding and every block size on every case, alternating in this process.
 
     A repeat runs plain decoding and each block size once; the next repeat starts one further in
     that list, so that no setting always follows the same one. A short untimed run of each comes
-    first. Case i uses seed ``sampling.seed + i`` in every repeat, so repeats differ in time only.
+    first. Case i uses seed ``sampling.seed + i`` in every repeat (0 + i where none is given), so
+    repeats differ in time only.
 
     Args:
         pair: Target and assistant.
@@ -77,6 +79,8 @@ def gemma_mtp(
         repeats: Timed runs of each setting; figures are medians over them.
         rules: Rules that accept drafts; every block size runs with each.
         on_run: Called before each run with runs done, runs in all, and what comes next.
+        on_rows: Called with the rows of each case once they are there. When a run fails or is
+            interrupted, its case has rows too, of the repeats that every setting has finished.
 
     Returns:
         One row a case and setting, and one summary row a setting over all cases.
@@ -85,6 +89,7 @@ def gemma_mtp(
         ValueError: A block size, a rule, the repeats or a prompt is impossible.
     """
     check_settings(block_sizes, repeats, max_tokens, rules)
+    first_seed = sampling.seed or 0  # drawn ones would not give the same text tomorrow
     plain = Setting(PLAIN, sampling.verify)
     settings = [plain, *(Setting(b, cast(Rule, r)) for r in rules for b in block_sizes)]
     total = len(settings) * (1 + repeats * len(cases))
@@ -94,7 +99,7 @@ def gemma_mtp(
         nonlocal done
         on_run(done, total, f"{case.id}, {setting}, {label}")
         done += 1
-        seeded = replace(sampling, seed=sampling.seed + index, verify=setting.verify)
+        seeded = replace(sampling, seed=first_seed + index, verify=setting.verify)
         return _time(pair, case, setting.block_size, budget, seeded)
 
     for setting in settings:
@@ -103,17 +108,31 @@ def gemma_mtp(
     for index, case in enumerate(cases):
         budget = min(max_tokens, case.max_tokens)
         samples: dict[Setting, list[Sample]] = {setting: [] for setting in settings}
-        for repeat in range(repeats):
-            turn = repeat % len(settings)
-            for setting in settings[turn:] + settings[:turn]:
-                label = f"repeat {repeat + 1} of {repeats}"
-                samples[setting].append(run(case, index, setting, budget, label))
-        seed = sampling.seed + index
-        for setting in settings:
-            both = samples[setting], samples[plain]
-            rows.append(_row(case, seed, budget, setting, *both, sampling.greedy))
+        try:
+            for repeat in range(repeats):
+                turn = repeat % len(settings)
+                for setting in settings[turn:] + settings[:turn]:
+                    label = f"repeat {repeat + 1} of {repeats}"
+                    samples[setting].append(run(case, index, setting, budget, label))
+        finally:
+            whole = min(map(len, samples.values()))
+            if whole:
+                done_of = {setting: own[:whole] for setting, own in samples.items()}
+                seed = first_seed + index
+                own_rows = [
+                    _row(case, seed, budget, setting, own, done_of[plain], sampling.greedy)
+                    for setting, own in done_of.items()
+                ]
+                rows += own_rows
+                on_rows(own_rows)
     on_run(total, total, "done")
-    return rows, [_summary(setting, rows) for setting in settings]
+    return rows, summarise(rows)
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """One row per setting over all cases."""
+    settings = dict.fromkeys(Setting(row["block_size"], row["verify"]) for row in rows)
+    return [_summary(setting, rows) for setting in settings]
 
 
 def check_settings(
@@ -233,7 +252,7 @@ def _row(
     }
 
 
-def _summary(setting: Setting, rows: list[Row]) -> Row:
+def _summary(setting: Setting, rows: Sequence[Row]) -> Row:
     """One setting over all cases, pooled: every token and every second weighs the same."""
     own = [row for row in rows if (row["block_size"], row["verify"]) == setting]
     plain = [row for row in rows if row["block_size"] == PLAIN]

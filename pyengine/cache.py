@@ -19,13 +19,15 @@ from pyengine import ops
 from pyengine.config import TargetConfig
 
 CAPACITY_STEP = 512
+CHUNK = 512  # positions a prefill processes at a time
 
 
 class Cache:
     """Keys and values ``[1, K, C, D]`` of the layers that have their own, for one generation.
 
     ``length`` is the number of committed positions, on the device; ``bound`` is a number the host
-    knows it not to exceed. Lists are indexed by layer and hold None where a layer shares.
+    knows it not to exceed. No position from ``written`` on was ever written to, so that the rings
+    hold all from ``kept_from`` on. Lists are indexed by layer and hold None where a layer shares.
     """
 
     def __init__(self, config: TargetConfig, max_block: int, dtype: mx.Dtype) -> None:
@@ -36,6 +38,7 @@ class Cache:
         self.window = config.window
         self.length = mx.array(0, dtype=mx.int32)
         self.bound = 0
+        self.written = 0
         self.keys: list[mx.array | None] = []
         self.values: list[mx.array | None] = []
         self._reads: list[mx.array] = []
@@ -72,12 +75,23 @@ class Cache:
         self.__dict__.update(self.over([*stored, *arrays]).__dict__, bound=bound)
 
     def reserve(self, count: int) -> None:
-        """Make room in linear layers for ``count`` positions more."""
+        """Make room in linear layers for ``count`` positions more; they are written next."""
+        self.written = max(self.written, self.bound + count)
         slots = _round_up(self.bound + count, CAPACITY_STEP)
         for arrays in (self.keys, self.values):
             for i, a in enumerate(arrays):
                 if a is not None and not self.config.layers[i].sliding and a.shape[2] < slots:
                     arrays[i] = _grown(a, slots - a.shape[2])
+
+    def growth(self, count: int) -> int:
+        """Bytes that :meth:`reserve` will add to the cache."""
+        slots = _round_up(self.bound + count, CAPACITY_STEP)
+        return sum(
+            a.nbytes // a.shape[2] * (slots - a.shape[2])
+            for arrays in (self.keys, self.values)
+            for a, layer in zip(arrays, self.config.layers, strict=True)
+            if a is not None and not layer.sliding and a.shape[2] < slots
+        )
 
     @property
     def newest(self) -> mx.array:
@@ -85,6 +99,11 @@ class Cache:
         if self._newest is None or self._newest[0] is not self.length:
             self._newest = self.length, self.length - 1
         return self._newest[1]
+
+    @property
+    def kept_from(self) -> int:
+        """The first position that no ring has overwritten."""
+        return max(0, self.written - (self.window - 1 + self.max_block))
 
     @property
     def nbytes(self) -> int:

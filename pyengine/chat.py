@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from pyengine.chat_template import Message
-from pyengine.generate import Result, Step, Stream, check_settings, stream
+from pyengine.files import SURROGATE, shown
+from pyengine.generate import (
+    Result,
+    Step,
+    Stream,
+    check_settings,
+    check_variables,
+    resolve_sampling,
+    stream,
+)
 from pyengine.messages import prompt_ids
 from pyengine.prefix import Prefix
 from pyengine.reader import stop_strings
@@ -32,15 +42,19 @@ class Chat:
         pair: Pair,
         *,
         system: str | None = None,
-        max_tokens: int = 512,
-        sampling: Sampling | None = None,
+        max_tokens: int | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
         block_size: int | None = None,
         stop: str | Sequence[str] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> None:
+        check_settings(pair, max_tokens, block_size)
         if not pair.tokenizer.has_chat_template:
             raise ValueError("[chat] the checkpoint must have a chat template but has none.")
-        check_settings(pair, max_tokens, block_size)
+        resolve_sampling(pair, sampling)
+        check_variables(variables)
+        if not isinstance(system, (str, NoneType)):
+            raise ValueError(f"[chat] system must be text or None but got {shown(system)}.")
         self.pair = pair
         self.max_tokens = max_tokens
         self.sampling = sampling
@@ -99,6 +113,39 @@ class Chat:
             raise ValueError("[chat] a question must be asked before there is a result.")
         return self._running.result
 
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation so far, its system message first."""
+        return [*self.system, *self.turns]
+
+    def resume(self, messages: Any) -> None:
+        """Go on with an earlier conversation in place of this one, its system message included.
+
+        Args:
+            messages: As :attr:`messages` gave them.
+
+        Raises:
+            ValueError: They are not: nothing changes.
+        """
+        if not isinstance(messages, list):
+            raise ValueError(f"[chat] messages must be a list but got {shown(messages)}.")
+        for number, message in enumerate(messages, 1):
+            where = f"[chat] message {number} must"
+            if not isinstance(message, dict) or set(message) != {"role", "content"}:
+                raise ValueError(f"{where} have a role and content alone but got {shown(message)}.")
+            content = message["content"]
+            if not isinstance(content, str) or SURROGATE.search(content):
+                raise ValueError(f"{where} have text as its content but got {shown(content)}.")
+        system = messages[:1] if messages and messages[0]["role"] == "system" else []
+        turns = messages[len(system) :]
+        roles = [message["role"] for message in turns]
+        if roles != ["user", "assistant"] * (len(turns) // 2):
+            raise ValueError(
+                "[chat] messages must be of user and assistant in turn, after a system message at "
+                f"most, but the roles are {shown(roles)}."
+            )
+        self.system, self.turns = list(system), list(turns)
+
     def clear(self) -> None:
         """Begin anew; the system message stays."""
         self.turns = []
@@ -106,7 +153,8 @@ class Chat:
     def _fitting(self, turns: list[Message]) -> list[Message]:
         """The newest turns that leave room for an answer."""
         context = self.pair.target.context
-        room = context - min(self.max_tokens, context // 4)
+        wanted = context if self.max_tokens is None else self.max_tokens
+        room = context - min(wanted, context // 4)
         while len(turns) > 1:
             try:
                 ids = prompt_ids(self.pair, [*self.system, *turns], variables=self.variables)

@@ -4,13 +4,14 @@ Every value comes from the file. A missing key is an error that names it, never 
 of one variant (shared layers, per-layer embeddings, window) make nonsense of another.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyengine.files import read_object, shown, within
+from pyengine.files import optional, read_object, shown
+
+MAX_DIGITS = 8  # of a layer's index, with leading zeros
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -141,15 +142,15 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class Quantization:
-    """MLX affine quantisation: defaults, and overrides by module path (None: not quantised)."""
+    """MLX affine quantisation: defaults, and overrides by module path (None: not quantised).
+
+    An override that is not offered is the sentence that refuses it. It is for whoever reads the
+    module: towers for images and sound may be stored as they like.
+    """
 
     bits: int
     group_size: int
-    overrides: Mapping[str, tuple[int, int] | None]
-
-    def of(self, path: str) -> tuple[int, int] | None:
-        """(bits, group_size) of a module path, or None where the file says ``false``."""
-        return self.overrides.get(path, (self.bits, self.group_size))
+    overrides: Mapping[str, tuple[int, int] | str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,9 +347,11 @@ def published_name(target: TargetConfig, assistant: AssistantConfig) -> str | No
 
 def read_json(folder: Path) -> dict[str, Any]:
     """The object in ``folder/config.json``, as it is."""
-    path = within(Path(folder), "config.json", "config")
-    if not path.is_file():
-        raise ValueError(f"[config] {path} does not exist; is this a checkpoint folder?")
+    path = optional(Path(folder), "config.json", "config")
+    if path is None:
+        raise ValueError(
+            f"[config] {Path(folder) / 'config.json'} does not exist; is this a checkpoint folder?"
+        )
     return read_object(path, "config")
 
 
@@ -432,6 +435,11 @@ def _layers(text: _Section) -> tuple[LayerConfig, ...]:
     return tuple(layers)
 
 
+def _spellings(i: int) -> list[str]:
+    """How a file may write the index of a layer."""
+    return [str(i).zfill(width) for width in range(len(str(i)), MAX_DIGITS + 1)]
+
+
 def _head_geometry(text: _Section, i: int, sliding: bool, key_is_value: bool) -> tuple[int, int]:
     """(head width, key/value heads) of layer i, from either published form."""
     head_dim = text.integer("head_dim")
@@ -439,7 +447,7 @@ def _head_geometry(text: _Section, i: int, sliding: bool, key_is_value: bool) ->
     if "per_layer_config" in text:
         # Indices are written with leading zeros where there are ten layers or more
         layers = text.section("per_layer_config").values
-        key = next((key for key in layers if re.fullmatch(f"0*{i}", key)), None)
+        key = next((key for key in _spellings(i) if key in layers), None)
         layer = {} if key is None else layers[key]
         if not isinstance(layer, dict):
             raise text.fail("per_layer_config", "map a layer index to an object")
@@ -480,15 +488,18 @@ def _eos_ids(top: _Section, text: _Section) -> tuple[int, ...]:
 
 
 def _quantization(top: _Section) -> Quantization | None:
-    key = "quantization" if "quantization" in top else "quantization_config"
+    key = "quantization" if top.values.get("quantization") is not None else "quantization_config"
     if top.values.get(key) is None:
         return None
     block = top.section(key)
     defaults = _bits_and_group(block, None)
-    overrides: dict[str, tuple[int, int] | None] = {}
+    overrides: dict[str, tuple[int, int] | str | None] = {}
     for path, value in block.values.items():
         if isinstance(value, dict):
-            overrides[path] = _bits_and_group(block.section(path), defaults)
+            try:
+                overrides[path] = _bits_and_group(block.section(path), defaults)
+            except ValueError as error:
+                overrides[path] = str(error)
         elif value is False:
             overrides[path] = None
     return Quantization(*defaults, overrides)

@@ -16,9 +16,11 @@ from pyengine.config import (
     read_json,
     read_target_config,
 )
+from pyengine.files import optional, shown
 from pyengine.hub import locate
-from pyengine.pair import MANIFEST, bundle_parts
-from pyengine.quantize import Plan, new_folder, plan_checkpoint, write_checkpoint
+from pyengine.new_folder import new_folder
+from pyengine.pair import MANIFEST, MAX_NAME, bundle_parts, is_name, read_generation
+from pyengine.quantize import Plan, plan_checkpoint, write_checkpoint
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,27 @@ def convert(
         assistant_config = read_assistant_config(parts["assistant"])
         check_pair(target_config, assistant_config)
         kind, name = "pair", published_name(target_config, assistant_config) or dst.name
+        if not is_name(name):
+            raise ValueError(
+                f"[convert] dst must have a printable name of at most {MAX_NAME} characters, which "
+                f"becomes the pair's, but got {shown(name)}."
+            )
         mode = {"group_size": group_size, "bits": bits, "mode": "affine"}
         manifest = {
             "name": name,
             "layout": {part: part for part in parts},
             **{part: {"quantization": mode, "source": parts[part].name} for part in parts},
         }
-    plans = {part: plan_checkpoint(folder, bits, group_size) for part, folder in parts.items()}
+    plans: dict[str, Plan] = {}
+    for part, folder in parts.items():
+        # A pair loads if its two have one dtype: the target's
+        dtype = plans["target"].dtype if plans else None
+        plans[part] = plan_checkpoint(folder, bits, group_size, dtype)
+    if kind != "assistant":
+        # Copied as it is, so refused here if loading would refuse it
+        read_generation(
+            parts["target"], parts.get("assistant"), read_target_config(parts["target"]), {}
+        )
     total = sum(plan.nbytes for plan in plans.values())
     with new_folder(dst, total) as partial:
         done = 0
@@ -88,7 +104,7 @@ def _parts(src: Path, assistant: Path | None) -> dict[str, Path]:
     """The folders to convert; a checkpoint alone is called target, whichever it is."""
     if assistant is not None:
         return {"target": src, "assistant": assistant}
-    if (src / "config.json").is_file() or not src.is_dir():
+    if optional(src, "config.json", "convert") or not src.is_dir():
         return {"target": src}
     return dict(zip(("target", "assistant"), bundle_parts(src), strict=True))
 

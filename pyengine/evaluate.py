@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ except ModuleNotFoundError as error:
     print(f"pyengine: {missing}", file=sys.stderr)
     sys.exit(2)
 
+from pyengine.files import write_whole
 from pyengine.generate import generate, resolve_sampling
 from pyengine.pair import load
 from pyengine.prefix import Prefix
@@ -151,10 +153,12 @@ def _sampling(settings: dict[str, Any], own: Sampling) -> Sampling:
     """Greedy unless the task samples."""
     if not settings.get("do_sample", False):
         return Sampling(temperature=0.0)
-    return Sampling(
+    return replace(
+        own,
         temperature=float(settings.get("temperature", own.temperature)),
         top_p=float(settings.get("top_p", own.top_p)),
         top_k=int(settings.get("top_k", own.top_k)),
+        seed=0,  # a task gives the same figures every time
     )
 
 
@@ -169,9 +173,7 @@ def register() -> None:
     Raises:
         OSError: The environment cannot be written.
     """
-    unfinished = startup_file().with_suffix(".unfinished")
-    unfinished.write_text(STARTUP_LINE, encoding="ascii")
-    unfinished.replace(startup_file())
+    write_whole(startup_file(), STARTUP_LINE)
 
 
 def main() -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pyengine import forked, memory
+from pyengine.arguments import flag, whole
+from pyengine.defaults import OURS
 from pyengine.files import shown
 from pyengine.messages import Prompt, prompt_ids
-from pyengine.prefix import Prefix
+from pyengine.prefix import Prefix, check_prefix
 from pyengine.reader import Reader, stop_strings
-from pyengine.sampling import Logprob, Sampling
+from pyengine.sampling import Logprob, Sampling, seeded
 from pyengine.speculate import MAX_BLOCK, Stats, decode
 
 if TYPE_CHECKING:
@@ -60,8 +64,8 @@ def generate(
     prompt: Prompt,
     *,
     pair: Pair | None = None,
-    max_tokens: int = 512,
-    sampling: Sampling | None = None,
+    max_tokens: int | None = None,
+    sampling: Sampling | Mapping[str, Any] | None = None,
     block_size: int | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
@@ -76,9 +80,10 @@ def generate(
             stands after ``<bos>``. Messages are dicts with ``role`` (system, user, assistant,
             tool) and ``content``. Token ids are used as they are.
         pair: From :func:`pyengine.load`; the embedded pair when None.
-        max_tokens: At most this many new tokens.
-        sampling: How tokens are chosen; None takes the pair's own defaults and seed 0. Tokens the
-            pair suppresses stay suppressed either way.
+        max_tokens: At most this many new tokens; None: as many as the context holds.
+        sampling: How tokens are chosen; None takes the pair's own defaults, and a dict of fields of
+            :class:`Sampling` changes these of them: ``{"temperature": 0}``. Tokens the pair
+            suppresses stay suppressed either way.
         block_size: Primary token and its drafts, 2 to 128; 1 is plain decoding. None takes the
             pair's: its measured best, else what its assistant asks for, else 4.
         stop: One string or several. The text ends before the first that comes up; no part of it is
@@ -92,9 +97,14 @@ def generate(
     Returns:
         Text, tokens, why it ended, and statistics.
 
+    Each thread of Python's that generates costs an operating system's thread and about 0.2 MB that
+    MLX keeps to the end of the process: take a pool of threads, or one, not a new one each time.
+
     Raises:
-        ValueError: The prompt or a setting is impossible; the message names it.
-        RuntimeError: The weights gave logits that are not finite.
+        ValueError: The prompt or a setting is impossible, or the memory too small for the prompt;
+            the message names it.
+        RuntimeError: The weights gave logits that are not finite, the answer has used up the
+            memory, or the process was forked from one that had used MLX.
     """
     running = stream(
         prompt,
@@ -116,8 +126,8 @@ def stream(
     prompt: Prompt,
     *,
     pair: Pair | None = None,
-    max_tokens: int = 512,
-    sampling: Sampling | None = None,
+    max_tokens: int | None = None,
+    sampling: Sampling | Mapping[str, Any] | None = None,
     block_size: int | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
@@ -131,11 +141,16 @@ def stream(
         are checked here; the prompt is read when the first piece is asked for. ``close()`` ends
         it early, as does leaving it as a context manager.
     """
+    forked.check("generate")
     pair = embedded_pair() if pair is None else pair
     stops = stop_strings(stop)
     block = check_settings(pair, max_tokens, block_size)
+    flag("generate", "raw", raw)
+    check_variables(variables)
+    check_prefix("generate", prefix)
+    limit = None if max_tokens is None else int(max_tokens)
     ids = prompt_ids(pair, prompt, raw=raw, variables=variables)
-    settings = resolve_sampling(pair, sampling)
+    settings = seeded(resolve_sampling(pair, sampling))
     vocab = pair.target.config.vocab_size
     outside = [i for i in (*settings.suppress_tokens, *settings.logit_bias) if i >= vocab]
     if outside:
@@ -143,51 +158,71 @@ def stream(
             f"[generate] suppress_tokens and logit_bias must name ids up to {vocab - 1} but got "
             f"{outside[0]}."
         )
-    return Stream(pair, ids, max_tokens, settings, block, stops, prefix)
+    return Stream(pair, ids, limit, settings, block, stops, prefix)
 
 
-def check_settings(pair: Pair, max_tokens: int, block_size: int | None) -> int:
+def check_settings(pair: Pair, max_tokens: int | None, block_size: int | None) -> int:
     """The block size to use.
 
     Raises:
         ValueError: It or ``max_tokens`` is impossible with this pair.
     """
+    if not hasattr(pair, "target"):
+        raise ValueError(f"[generate] pair must come from pyengine.load but got {shown(pair)}.")
     block = default_block_size(pair) if block_size is None else block_size
     check_numbers(max_tokens, block)
+    block = int(block)
     if block > 1 and pair.assistant is None:
         raise ValueError(f"[generate] block_size must be 1 without an assistant but got {block}.")
     return block
 
 
-def check_numbers(max_tokens: int, block_size: int) -> None:
+def check_numbers(max_tokens: int | None, block_size: int) -> None:
     """What can be said of the two before a pair is there.
 
     Raises:
         ValueError: One is impossible with any pair.
     """
-    for name, value in (("block_size", block_size), ("max_tokens", max_tokens)):
-        if not isinstance(value, SupportsIndex):
-            raise ValueError(f"[generate] {name} must be a whole number but got {shown(value)}.")
+    whole("generate", "block_size", block_size)
+    if max_tokens is not None:
+        whole("generate", "max_tokens", max_tokens)
     if not 1 <= block_size <= MAX_BLOCK:
         raise ValueError(f"[generate] block_size must be 1 to {MAX_BLOCK} but got {block_size}.")
-    if max_tokens < 1:
+    if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"[generate] max_tokens must be at least 1 but got {max_tokens}.")
+
+
+def check_variables(variables: Any) -> None:
+    """Refuse what cannot be variables of a template.
+
+    Raises:
+        ValueError: It is no dict of names, nor None.
+    """
+    named = isinstance(variables, Mapping) and all(isinstance(key, str) for key in variables)
+    if variables is not None and not named:
+        raise ValueError(
+            f"[generate] variables must be a dict of names or None but got {shown(variables)}."
+        )
 
 
 class Step(NamedTuple):
     """What one round added to a result; both texts may be empty.
+
+    Between two chunks of a long prompt there is one that adds nothing and has ``prompt_done``.
 
     Attributes:
         text: Text that is certain.
         thinking: Thoughts.
         tokens: Ids of its tokens.
         logprobs: One entry a token where the settings ask for them, else none.
+        prompt_done: How many of the prompt's tokens are processed so far; else None.
     """
 
     text: str
     thinking: str
     tokens: list[int]
     logprobs: list[Logprob]
+    prompt_done: int | None = None
 
 
 class Stream(Iterator[str]):
@@ -197,14 +232,14 @@ class Stream(Iterator[str]):
         self,
         pair: Pair,
         ids: list[int],
-        max_tokens: int,
+        max_tokens: int | None,
         sampling: Sampling,
         block_size: int,
         stops: tuple[str, ...],
         prefix: Prefix | None,
     ) -> None:
-        self._stats = Stats()
-        self._prompt = ids
+        self._stats = Stats(block_size, sampling.seed, len(ids))
+        self._wanted = pair.target, len(ids), max_tokens, block_size, prefix
         self._prefix = prefix
         self._rounds = decode(
             pair.target,
@@ -213,7 +248,7 @@ class Stream(Iterator[str]):
             sampling=sampling,
             block_size=block_size,
             max_tokens=max_tokens,
-            stop_ids=frozenset(pair.generation.stop_ids),
+            stop_ids=frozenset((*pair.generation.stop_ids, *pair.tokenizer.answer_ends())),
             stats=self._stats,
             prefix=prefix,
         )
@@ -238,7 +273,10 @@ class Stream(Iterator[str]):
         self.close()
 
     def steps(self) -> Iterator[Step]:
-        """The rest of the generation, a round at a time: text, thoughts, tokens."""
+        """The rest of the generation, a round at a time: text, thoughts, tokens.
+
+        In a long prompt also between two chunks, so that it can be shown and left there.
+        """
         return self._steps
 
     def close(self) -> None:
@@ -258,29 +296,18 @@ class Stream(Iterator[str]):
         )
 
     def _run(self) -> Generator[Step, None, None]:
-        prefix = self._prefix
-        if prefix is not None:
-            if prefix.busy:
-                raise ValueError("[generate] prefix must serve one generation at a time.")
-            prefix.busy = True
-        try:
-            for tokens, reason, _, _, logprobs in self._rounds:
+        memory.check_prompt(*self._wanted)  # what is refused here leaves the prefix as it is
+        in_use = nullcontext() if self._prefix is None else self._prefix.in_use()
+        with in_use, closing(self._rounds) as rounds:
+            for tokens, reason, _, _, logprobs, prompt_done in rounds:
+                if prompt_done is not None:
+                    yield Step("", "", [], [], prompt_done)
+                    continue
                 step, found = self._read(tokens, logprobs or [], reason)
-                if prefix is not None:
-                    # The newest token is not processed yet
-                    prefix.keep([*self._prompt, *self._tokens[:-1]])
                 self._finish_reason = "stop" if found else reason
                 yield step
                 if self._finish_reason:
                     return
-        except Exception:
-            if prefix is not None:
-                prefix.forget()
-            raise
-        finally:
-            self._rounds.close()
-            if prefix is not None:
-                prefix.busy = False
 
     def _read(
         self, tokens: list[int], logprobs: list[Logprob], reason: str | None
@@ -331,10 +358,26 @@ def default_block_size(pair: Pair) -> int:
     return DEFAULT_BLOCK if drafts is None else drafts + 1
 
 
-def resolve_sampling(pair: Pair, sampling: Sampling | None) -> Sampling:
-    """Settings to use: the given ones or the pair's, always with the pair's suppressed tokens."""
+def resolve_sampling(pair: Pair, sampling: Sampling | Mapping[str, Any] | None) -> Sampling:
+    """Settings to use: the given ones, or the pair's with the fields that were given; always with
+    the pair's suppressed tokens.
+
+    Raises:
+        ValueError: ``sampling`` is of another type, names no field, or sets one out of range.
+    """
     own = pair.generation
-    if sampling is None:
-        sampling = Sampling(temperature=own.temperature, top_p=own.top_p, top_k=own.top_k)
+    if sampling is None or isinstance(sampling, Mapping):
+        given = dict(sampling or {})
+        unknown = [key for key in given if key not in Sampling.__dataclass_fields__]
+        if unknown:
+            raise ValueError(
+                f"[generate] sampling must hold fields of Sampling but got {shown(unknown[0])}."
+            )
+        sampling = Sampling(**{**{key: getattr(own, key) for key in OURS}, **given})
+    if not isinstance(sampling, Sampling):
+        raise ValueError(
+            "[generate] sampling must be a Sampling or a dict of its fields but got "
+            f"{shown(sampling)}."
+        )
     suppressed = {*sampling.suppress_tokens, *own.suppress_tokens}
     return replace(sampling, suppress_tokens=tuple(sorted(suppressed)))

@@ -21,6 +21,8 @@ from pyengine.config import (
     read_json,
     read_target_config,
 )
+from pyengine.defaults import OURS
+from pyengine.files import optional
 from pyengine.hub import locate
 from pyengine.pair import bundle_parts, read_generation, read_manifest
 from pyengine.tokenizer import load_tokenizer
@@ -81,7 +83,7 @@ def inspect(path: str | Path, context: int | None = None) -> dict[str, Any]:
 
 
 def _parts(path: Path) -> dict[str, Path]:
-    if (path / "config.json").is_file():
+    if optional(path, "config.json", "inspect"):
         part = "assistant" if read_json(path).get("model_type") in [*ASSISTANT_TYPES] else "target"
         return {part: path}
     return dict(zip(("target", "assistant"), bundle_parts(path), strict=True))
@@ -141,14 +143,15 @@ def _text(path: Path, parts: dict[str, Path], target: TargetConfig) -> dict[str,
     manifest = read_manifest(path) if len(parts) == 2 else {}
     settings = read_generation(parts["target"], parts.get("assistant"), target, manifest)
     tokenizer = load_tokenizer(parts["target"])
+    stop_ids = list(dict.fromkeys((*settings.stop_ids, *tokenizer.answer_ends())))
     return {
         "tokens": tokenizer.vocab_size,
         "chat_template": tokenizer.has_chat_template,
         "thinking": bool(tokenizer.channel_ids()),
-        "stop_ids": list(settings.stop_ids),
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "top_k": settings.top_k,
+        "stop_ids": stop_ids,
+        "answer_ends": [f"{tokenizer.spelling(token)} ({token})" for token in stop_ids],
+        **{key: getattr(settings, key) for key in OURS},
+        "notes": [*settings.notes, *filter(None, [tokenizer.chat_template_error])],
     }
 
 

@@ -8,7 +8,7 @@ threadgroup needs, and no core helps another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ EVERY_ROW = tuple(range(1, 17))
 EXPERTS, EXPERTS_USED, EXPERT_WIDTH = 16, 8, 2816
 GROUP_SIZE, BITS = 64, 8
 _SECTOR = 32
+
+OnCount = Callable[[int, int, str], None]  # steps done, steps in all, and what comes next
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def count_kernels(
     *,
     every_row_width: int | None = EVERY_ROW_WIDTH,
     expert_width: int | None = EXPERT_WIDTH,
+    on_count: OnCount = lambda done, total, label: None,
 ) -> Iterator[Count]:
     """Count every kernel at every width and number of rows; ours at `every_row_width`, and the
     experts, for 1 to 16 rows.
@@ -90,14 +93,18 @@ def count_kernels(
     Raises:
         RuntimeError: There is no checkout, or no compiler.
     """
-    for K in widths:
-        for M in EVERY_ROW if every_row_width == K else rows:
-            # MLX's kernels load byte by byte: counting their longest rows would take minutes
-            mlx = M in rows and K // 4 not in MODEL_WIDTHS
-            yield from _matmuls(M, columns, K, mlx=mlx)
-    if expert_width is not None:
-        for M in EVERY_ROW:
-            yield _experts(M, columns // 2, expert_width)
+    steps = [(K, M) for K in widths for M in (EVERY_ROW if every_row_width == K else rows)]
+    expert_rows = EVERY_ROW if expert_width is not None else ()
+    total = len(steps) + len(expert_rows)
+    for done, (K, M) in enumerate(steps):
+        on_count(done, total, f"matrices, K = {K}, M = {M}")
+        # MLX's kernels load byte by byte: counting their longest rows would take minutes
+        mlx = M in rows and K // 4 not in MODEL_WIDTHS
+        yield from _matmuls(M, columns, K, mlx=mlx)
+    for done, M in enumerate(expert_rows, len(steps)):
+        assert expert_width is not None
+        on_count(done, total, f"experts, K = {expert_width}, M = {M}")
+        yield _experts(M, columns // 2, expert_width)
 
 
 def _matmuls(M: int, N: int, K: int, *, mlx: bool) -> Iterator[Count]:

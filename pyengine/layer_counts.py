@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from pyengine import _ext
+from pyengine.kernel_counts import OnCount
 from pyengine.ops import workbench
 
 # 31B: the stream's width; queries and keys, and their width, of sliding and of full layers
@@ -54,7 +55,9 @@ class LayerCount:
         return asdict(self)
 
 
-def count_layers(rows: Sequence[int] = ROWS) -> Iterator[LayerCount]:
+def count_layers(
+    rows: Sequence[int] = ROWS, *, on_count: OnCount = lambda done, total, label: None
+) -> Iterator[LayerCount]:
     """Count every op at each number of rows.
 
     Raises:
@@ -62,7 +65,8 @@ def count_layers(rows: Sequence[int] = ROWS) -> Iterator[LayerCount]:
     """
     dtype, E = mx.bfloat16, WIDTH
     shared = {name: _random(i, E) for i, name in enumerate(("weight", "next_weight"))}
-    for T in rows:
+    for done, T in enumerate(rows):
+        on_count(done, len(rows), f"T = {T}")
         streams = {name: _random(i, T, E) for i, name in enumerate(("x", "h", "y"))}
         arrays = {**streams, **shared, "scalar": _random(5, 1)}
         launch = _ext.rms_norm_launch(T, E, dtype, True, EPS)

@@ -1,20 +1,48 @@
-"""How much memory a pair needs, and how much there is: known before a gigabyte is read."""
+"""How much memory a pair and a prompt need, and how much there is: known before a gigabyte is
+read, and before a prompt is processed."""
 
 from __future__ import annotations
 
 import os
 import platform
+from bisect import bisect_right
 from pathlib import Path
+from typing import Protocol
 
 import mlx.core as mx
 
-from pyengine.cache import CAPACITY_STEP
+from pyengine import _ext
+from pyengine.cache import CAPACITY_STEP, CHUNK
 from pyengine.config import TargetConfig
+from pyengine.ops.switch import chosen
 from pyengine.shards import BYTES, read_headers
 from pyengine.weights import Layout, is_text
 
 FLOATS = ("F16", "BF16", "F32")
 GB = 1e9
+OURS = ("native", "workbench")  # implementations of attention that keep no scores
+IN_FLIGHT = 24  # arrays of a chunk that are alive at once, measured: MLX runs ahead of its results
+
+
+class TargetLike(Protocol):
+    """What the check of a prompt asks of a target (:class:`pyengine.target.Target`)."""
+
+    @property
+    def context(self) -> int: ...
+
+    def prompt_bytes(self, tokens: int, max_block: int, marks: int) -> int: ...
+
+
+class PrefixLike(Protocol):
+    """What it asks of a prefix (:class:`pyengine.prefix.Prefix`)."""
+
+    @property
+    def marks(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def max_block(self, block_size: int) -> int: ...
 
 
 def weight_bytes(folder: Path, layout: Layout, dtype: mx.Dtype | None = None) -> int:
@@ -43,6 +71,98 @@ def cache_bytes(config: TargetConfig, context: int, block_size: int, size: int) 
     slots = {True: config.window - 1 + block_size, False: steps}
     own = [layer for i, layer in enumerate(config.layers) if layer.kv_source == i]
     return sum(2 * n.num_kv_heads * n.head_dim * slots[n.sliding] * size for n in own)
+
+
+def prompt_bytes(config: TargetConfig, tokens: int, max_block: int, marks: int, size: int) -> int:
+    """Memory while ``tokens`` positions are processed and after: their keys and values, copies of
+    the sliding layers' (marks), and what the last chunk needs in between.
+
+    The last is an estimate from what was measured: a grown cache stands beside the old one, a layer
+    at a time, and attention that is plain MLX keeps its scores.
+    """
+    rings = cache_bytes(config, 0, max_block, size)
+    rows = min(tokens, CHUNK)
+    steps = -(-tokens // CAPACITY_STEP) * CAPACITY_STEP
+    full = [n for i, n in enumerate(config.layers) if not n.sliding and n.kv_source == i]
+    layer = max((n.num_kv_heads * n.head_dim for n in full), default=0) * steps
+    widest = max(
+        config.hidden_size,
+        len(config.layers) * config.per_layer_width,
+        2 * config.num_experts_used * config.hidden_size,
+        *(2 * n.ffn_width for n in config.layers),
+        *(config.num_heads * n.head_dim for n in config.layers),
+    )
+    ours = chosen("block_attention", _ext.block_attention_has_launch(rows)) in OURS
+    scores = 0 if ours else 3 * 4 * config.num_heads * rows * steps
+    chunk = (IN_FLIGHT * rows * widest + 2 * layer) * size + scores
+    return cache_bytes(config, tokens, max_block, size) + marks * rings + chunk
+
+
+def check_prompt(
+    target: TargetLike,
+    tokens: int,
+    max_tokens: int | None,
+    block_size: int,
+    prefix: PrefixLike | None = None,
+) -> None:
+    """Refuse a prompt whose keys and values would not fit, before it is processed.
+
+    Args:
+        target: The target.
+        tokens: Length of the prompt.
+        max_tokens: Room that was asked for behind it; None asks for none: the cache grows with the
+            answer, and :func:`check_growth` has the say.
+        block_size: Block size of the generation.
+        prefix: The prefix it uses: its memory counts as free, for this prompt takes it over.
+
+    Raises:
+        ValueError: The memory that is free holds fewer tokens; the message says how many.
+    """
+    there = free_bytes()
+    if there is None:
+        return
+    marks = 0
+    if prefix is not None:
+        marks, block_size = prefix.marks, prefix.max_block(block_size)
+        there += prefix.nbytes
+    wanted = min(tokens + (max_tokens or 0), target.context)
+
+    def needed(count: int) -> int:
+        return target.prompt_bytes(count, block_size, marks)
+
+    if needed(wanted) <= there:
+        return
+    fit = bisect_right(range(wanted), there, key=needed) - 1
+    what = "prompt" if max_tokens is None else "prompt and max_tokens"
+    raise ValueError(
+        f"[generate] {what} must fit the free memory of {max(there, 0) / GB:.2f} GB but got "
+        f"{wanted} tokens, which need {needed(wanted) / GB:.2f} GB; {max(fit, 0)} fit."
+    )
+
+
+def check_growth(more: int) -> None:
+    """Refuse to let a cache grow by bytes that are not there.
+
+    Raises:
+        RuntimeError: The machine has less memory free; the message names the ways out.
+    """
+    there = free_bytes() if more else None
+    if there is not None and more > there:
+        raise RuntimeError(
+            f"[generate] the answer must fit the free memory but {more / GB:.2f} GB more are "
+            f"needed and {max(there, 0) / GB:.2f} GB there; end other programs, shorten the prompt "
+            "or set max_tokens."
+        )
+
+
+def free_bytes() -> int | None:
+    """Memory this process can have beside what it has; None where nobody says."""
+    there = available_bytes()
+    if there is None:
+        return None
+    if platform.system() == "Linux" and not mx.metal.is_available():
+        return there + mx.get_cache_memory()  # which MLX keeps for itself to use again
+    return there - mx.get_active_memory()  # available_bytes counts as if this process had none
 
 
 def available_bytes() -> int | None:

@@ -5,17 +5,18 @@ Nothing a request asks for is silently ignored: what this engine has not is refu
 
 from __future__ import annotations
 
+import re
 import secrets
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pyengine.files import kind, shown
 from pyengine.generate import Result, Step, Stream, resolve_sampling, stream
-from pyengine.messages import Prompt, prompt_ids
+from pyengine.messages import Prompt, TooLong, prompt_ids
 from pyengine.prefix import Prefix
 from pyengine.sampling import MAX_SEED, Logprob, Sampling
 from pyengine.score import prompt_logprobs
@@ -25,18 +26,21 @@ if TYPE_CHECKING:
 
 MAX_STOPS = 16
 
-# What the protocol knows and this engine has not, with the values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "suffix": ("",),
+# What the protocol knows and this engine has not, with the values that ask for nothing beyond it.
+# Fields that are in no list here are refused by name.
+NEUTRAL: dict[str, tuple[Any, ...]] = {"n": (1,), "store": (False,)}
+NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("auto", "none"),
+    "parallel_tool_calls": (True,),
     "response_format": ({"type": "text"},),
-    "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "verbosity": ("medium",),
+    "prompt_cache_retention": ("in_memory",),
 }
-# Of no consequence to the text.
-IGNORED = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}
+NEUTRAL_TEXT: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
+# The caller's own labels: they ask for nothing.
+LABELS = {"user": str, "metadata": dict, "safety_identifier": str, "prompt_cache_key": str}
 NUMBERS = {
     "temperature": float,
     "top_p": float,
@@ -50,27 +54,54 @@ NUMBERS = {
 OTHERS = {"model", "stream", "stream_options", "stop", "max_tokens", "block_size", "logit_bias"}
 OTHERS |= {"logprobs"}
 WHOLE = "a whole number"
-KINDS = {bool: "true or false", dict: "an object", list: "a list", int: WHOLE}
+KINDS = {bool: "true or false", dict: "an object", list: "a list", int: WHOLE, str: "a string"}
 CHAT = {"messages", "tools", "max_completion_tokens", "chat_template_kwargs", "top_logprobs"}
 TEXT = {"prompt", "echo"}
+_ID = re.compile(r"0|[1-9][0-9]{0,18}")
 
 
 class Refused(Exception):
-    """A request that is answered with an error."""
+    """A request that is answered with an error: its status, and OpenAI's words for it if any.
 
-    def __init__(self, status: int, message: str) -> None:
+    ``retry`` says that the same request may be served a little later.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry: bool = False,
+    ) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.code, self.param, self.retry = status, code, param, retry
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on: waiting requests, bytes and new tokens of one."""
+    """What a server takes on, and what it tells.
+
+    Attributes:
+        waiting: Requests that may wait while one is served; more are refused.
+        body_bytes: Bytes of one request.
+        max_tokens: New tokens of one request, and what it gets if it names no number.
+        messages: Messages of one request, the parts of their contents and tool calls counted.
+        tools: Tools of one request.
+        any_model: Serve a request whatever model it names.
+        cached_tokens: Tell how many of a prompt's tokens were known from earlier requests.
+        keep_alive_s: A stream that has nothing to say for so long sends a comment.
+    """
 
     waiting: int = 16
     body_bytes: int = 4 << 20
     max_tokens: int = 8192
-    default_tokens: int = 512
+    messages: int = 10_000
+    tools: int = 1_000
+    any_model: bool = False
+    cached_tokens: bool = True
+    keep_alive_s: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +126,7 @@ class Ask:
     stop: str | Sequence[str]
     streamed: bool
     with_usage: bool
+    cached_tokens: bool = True
 
     def start(self, prefix: Prefix | None) -> Stream:
         return stream(
@@ -107,13 +139,16 @@ class Ask:
             prefix=prefix,
         )
 
-    def echoed(self, echo: str) -> Step:
-        """The prompt as if a round had written it. Evaluates if its log-probabilities are wanted.
+    def echoed(self, echo: str, progress: Callable[[int, int], None]) -> Step:
+        """The prompt as if a round had written it. Evaluates if its log-probabilities are wanted;
+        ``progress`` hears of every chunk and may raise.
 
         The first of all tokens has none: nothing stands before it.
         """
         count = self.sampling.logprobs
-        rows = [] if count is None else prompt_logprobs(self.pair, self.ids, count)
+        rows = []
+        if count is not None:
+            rows = prompt_logprobs(self.pair, self.ids, count, progress=progress)
         return Step(echo, "", self.ids[self.echo_from :], rows)
 
 
@@ -124,6 +159,7 @@ def read_request(pair: Pair, body: Mapping[str, Any], limits: Limits, chat: bool
         Refused, ValueError: The request cannot be served; the message says why.
     """
     _check_fields(body, chat)
+    _check_model(pair, body, limits)
     prompt: Prompt = body.get("messages" if chat else "prompt", "")
     if chat and not (isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)):
         raise Refused(400, "[serve] messages must be a list of objects.")
@@ -131,11 +167,17 @@ def read_request(pair: Pair, body: Mapping[str, Any], limits: Limits, chat: bool
         prompt = prompt[0]  # a list of one prompt
     if not chat and not isinstance(prompt, str) and not _is_ids(prompt):
         raise Refused(400, "[serve] prompt must be one string or one list of token ids.")
+    _check_size(pair, body, limits)
     variables = dict(body.get("chat_template_kwargs", {}))
     if "tools" in body:
-        variables["tools"] = body["tools"]
+        _check_tools(body["tools"])
+        if body.get("tool_choice") != "none":  # a model that sees no tools calls none
+            variables["tools"] = body["tools"]
     is_text = not chat and isinstance(prompt, str)
-    ids = prompt_ids(pair, prompt, raw=is_text, variables=variables)
+    try:
+        ids = prompt_ids(pair, prompt, raw=is_text, variables=variables)
+    except TooLong as error:
+        raise _too_long(str(error), chat) from None
     echo, echo_from = None, 0
     if body.get("echo"):
         echo = prompt if isinstance(prompt, str) else pair.tokenizer.decode(ids)
@@ -146,12 +188,13 @@ def read_request(pair: Pair, body: Mapping[str, Any], limits: Limits, chat: bool
         ids,
         echo,
         echo_from,
-        max_tokens=body.get("max_completion_tokens", body.get("max_tokens", limits.default_tokens)),
+        max_tokens=body.get("max_completion_tokens", body.get("max_tokens", limits.max_tokens)),
         sampling=_sampling(pair, body, chat),
         block_size=body.get("block_size"),
         stop=_stop(body),
         streamed=bool(body.get("stream")),
         with_usage=bool(body.get("stream_options", {}).get("include_usage")),
+        cached_tokens=limits.cached_tokens,
     )
     if ask.max_tokens > limits.max_tokens:
         raise Refused(400, f"[serve] max_tokens must be at most {limits.max_tokens} here.")
@@ -162,18 +205,22 @@ def read_request(pair: Pair, body: Mapping[str, Any], limits: Limits, chat: bool
 
 
 def _check_fields(body: Mapping[str, Any], chat: bool) -> None:
+    neutral = NEUTRAL | (NEUTRAL_CHAT if chat else NEUTRAL_TEXT)
     for key, value in body.items():
-        if key in NEUTRAL:
-            if value not in NEUTRAL[key]:
-                raise Refused(400, f"[serve] {key} is not offered here but got {shown(value)}.")
+        if key in neutral:
+            if not any(type(value) is type(v) and value == v for v in neutral[key]):
+                words = " or ".join(map(shown, neutral[key]))
+                raise Refused(400, f"[serve] {key} must be {words} here but got {shown(value)}.")
         elif key in NUMBERS:
             whole = NUMBERS[key] is int
             if not (type(value) is int if whole else _is_number(value)):
                 rule = WHOLE if whole else "a number"
                 raise Refused(400, f"[serve] {key} must be {rule} but got {shown(value)}.")
-        elif key not in OTHERS | IGNORED | (CHAT if chat else TEXT):
+        elif key not in OTHERS | LABELS.keys() | (CHAT if chat else TEXT):
             raise Refused(400, f"[serve] {shown(key)} is not known here.")
     for key, wanted in (
+        *LABELS.items(),
+        ("model", str),
         ("stream", bool),
         ("echo", bool),
         ("stream_options", dict),
@@ -189,11 +236,96 @@ def _check_fields(body: Mapping[str, Any], chat: bool) -> None:
         if key in body and type(body[key]) is not wanted:
             said = shown(body[key]) if kind(body[key]) == "a number" else kind(body[key])
             raise Refused(400, f"[serve] {key} must be {KINDS[wanted]} but got {said}.")
-    unknown = {*body.get("stream_options", {})} - {"include_usage", "include_obfuscation"}
+    for key, other in (("stream_options", "stream"), ("top_logprobs", "logprobs")):
+        if key in body and not body.get(other):
+            raise Refused(400, f"[serve] {key} must go with {other}.")
+    if "max_tokens" in body and "max_completion_tokens" in body:
+        raise Refused(400, "[serve] max_tokens must not go with max_completion_tokens.")
+    _check_stream_options(body.get("stream_options", {}))
+
+
+def _check_stream_options(options: Mapping[str, Any]) -> None:
+    unknown = {*options} - {"include_usage", "include_obfuscation"}
     if unknown:
         raise Refused(400, f"[serve] stream_options holds {shown(min(unknown))}, not known here.")
-    if "top_logprobs" in body and not body.get("logprobs"):
-        raise Refused(400, "[serve] top_logprobs must go with logprobs.")
+    if type(options.get("include_usage", False)) is not bool:
+        said = shown(options["include_usage"])
+        raise Refused(400, f"[serve] include_usage must be true or false but got {said}.")
+    if options.get("include_obfuscation", False) is not False:
+        said = shown(options["include_obfuscation"])
+        raise Refused(400, f"[serve] include_obfuscation must be False here but got {said}.")
+
+
+def _check_model(pair: Pair, body: Mapping[str, Any], limits: Limits) -> None:
+    name = body.get("model", pair.name)
+    if name != pair.name and not limits.any_model:
+        raise no_such_model(pair, name)
+
+
+def no_such_model(pair: Pair, name: str) -> Refused:
+    message = f"[serve] the model must be {pair.name} but got {shown(name)}."
+    return Refused(404, message, code="model_not_found", param="model")
+
+
+def _check_tools(tools: Sequence[Any]) -> None:
+    for number, tool in enumerate(tools, 1):
+        where = f"[serve] tool {number} must"
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            said = shown(tool.get("type")) if isinstance(tool, dict) else kind(tool)
+            raise Refused(400, f"{where} be of type 'function' but got {said}.")
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Refused(400, f"{where} hold a function with a name but has none.")
+        # None of the arguments the model writes are held to a schema
+        if function.get("strict") not in (None, False):
+            raise Refused(400, f"{where} have strict False here but got {shown(True)}.")
+
+
+def _check_size(pair: Pair, body: Mapping[str, Any], limits: Limits) -> None:
+    """Refuse before time is spent on it what is too much to read, or cannot fit the context.
+
+    No token covers more of a text than the longest piece, so characters bound the tokens from
+    below. The template may trim the blanks around a message's text, so they do not count.
+    """
+    messages = body.get("messages", [])
+    lists = [m[key] for m in messages for key in ("content", "tool_calls") if key in m]
+    count = len(messages) + sum(len(x) for x in lists if isinstance(x, list))
+    for what, number, most in (
+        ("messages and their parts", count, limits.messages),
+        ("tools", len(body.get("tools", [])), limits.tools),
+    ):
+        if number > most:
+            raise Refused(400, f"[serve] {what} must be at most {most} but got {number}.")
+    context, longest = pair.target.context, pair.tokenizer.longest_piece
+    prompt = body.get("prompt", "")
+    if isinstance(prompt, list) and len(prompt) >= context and _is_ids(prompt):
+        message = f"[serve] prompt must be shorter than the context of {context} tokens"
+        raise _too_long(f"{message} but got {len(prompt)}.", "messages" in body)
+    tools = body.get("tools", []) if body.get("tool_choice") != "none" else []
+    chars = _chars([messages, tools]) + (len(prompt) if isinstance(prompt, str) else 0)
+    if longest is not None and chars >= context * longest:
+        raise _too_long(
+            f"[serve] prompt must be shorter than the context of {context} tokens but got {chars} "
+            f"characters, of which a token holds at most {longest}.",
+            "messages" in body,
+        )
+
+
+def _too_long(message: str, chat: bool) -> Refused:
+    param = "messages" if chat else "prompt"
+    return Refused(400, message, code="context_length_exceeded", param=param)
+
+
+def _chars(value: Any) -> int:
+    """Characters of all strings inside but their blanks at both ends."""
+    count, inside = 0, [value]
+    while inside:
+        value = inside.pop()
+        if isinstance(value, str):
+            count += len(value.strip())
+        elif isinstance(value, (dict, list)):
+            inside += value.values() if isinstance(value, dict) else value
+    return count
 
 
 def _sampling(pair: Pair, body: Mapping[str, Any], chat: bool) -> Sampling:
@@ -217,10 +349,16 @@ def _stop(body: Mapping[str, Any]) -> str | Sequence[str]:
 
 
 def _bias(values: Mapping[str, Any]) -> dict[int, float]:
-    try:
-        return {int(token): float(value) for token, value in values.items()}
-    except (TypeError, ValueError, OverflowError):
-        raise Refused(400, "[serve] logit_bias must map token ids to numbers.") from None
+    for key, value in values.items():
+        if not _ID.fullmatch(key):
+            raise Refused(400, f"[serve] logit_bias must name token ids but got {shown(key)}.")
+        if not _is_number(value):
+            raise Refused(
+                400,
+                f"[serve] logit_bias must map token ids to numbers but {key} goes to "
+                f"{shown(value)}.",
+            )
+    return {int(key): float(value) for key, value in values.items()}
 
 
 def _is_number(value: object) -> bool:
@@ -335,11 +473,12 @@ class Reply:
 def usage_of(ask: Ask, result: Result) -> dict[str, Any]:
     """Token counts of the protocol, and this engine's own: seed, acceptance and speed."""
     stats, prompt = result.stats, len(ask.ids)
+    known = {"prompt_tokens_details": {"cached_tokens": stats.reused_tokens}}
     return {
         "prompt_tokens": prompt,
         "completion_tokens": len(result.tokens),
         "total_tokens": prompt + len(result.tokens),
-        "prompt_tokens_details": {"cached_tokens": stats.reused_tokens},
+        **(known if ask.cached_tokens else {}),
         "seed": ask.sampling.seed,
         "drafted_tokens": stats.drafted,
         "accepted_tokens": stats.accepted,

@@ -1,20 +1,24 @@
 """A target and its assistant on disk: find, check, load.
 
-A bundle is a folder with ``mtplx_pair.json`` and two checkpoint folders (``target`` and
-``assistant`` unless the manifest names others); two checkpoint folders do as well.
+A bundle is a folder that holds two checkpoint folders, ``target`` and ``assistant`` unless its
+``mtplx_pair.json`` names others; two checkpoint folders from anywhere do as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import NoneType
 from typing import Any, cast
 
 import mlx.core as mx
 
-from pyengine import memory
+from pyengine import forked, memory
+from pyengine.arguments import flag, token_ids, whole
 from pyengine.assistant import POSITIONS, Assistant, Position
 from pyengine.config import (
     TargetConfig,
@@ -23,8 +27,10 @@ from pyengine.config import (
     read_assistant_config,
     read_target_config,
 )
-from pyengine.files import read_object, shown, within
+from pyengine.defaults import FILE, sampling_defaults
+from pyengine.files import optional, read_object, shown, within
 from pyengine.hub import locate
+from pyengine.speculate import MAX_BLOCK
 from pyengine.target import Target, check_ids
 from pyengine.tokenizer import Tokenizer, load_tokenizer
 from pyengine.weights import (
@@ -35,14 +41,18 @@ from pyengine.weights import (
 )
 
 MANIFEST = "mtplx_pair.json"
-SAMPLING = {"temperature": 1.0, "top_p": 0.95, "top_k": 64}
-MAX_DEFAULT = 1e6
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 MAX_NAME = 200
+
+_log = logging.getLogger("pyengine")
 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What the checkpoint's authors recommend; ``num_draft`` is None where they say nothing."""
+    """What the checkpoint's authors recommend; ``num_draft`` is None where they say nothing.
+
+    ``notes`` has a sentence for each of their settings that is not followed.
+    """
 
     stop_ids: tuple[int, ...]
     temperature: float
@@ -50,9 +60,14 @@ class GenerationDefaults:
     top_k: int
     suppress_tokens: tuple[int, ...]
     num_draft: int | None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pair:
     """A loaded target with its assistant (None: plain decoding only) and what belongs to them.
 
@@ -69,6 +84,14 @@ class Pair:
     verified: bool
     embedded: bool
     manifest: dict[str, Any]
+
+    def __repr__(self) -> str:
+        config, dtype = self.target.config, str(self.target.dtype).rpartition(".")[2]
+        with_ = "with" if self.assistant else "without"
+        return (
+            f"<Pair {self.name}: {len(config.layers)} layers, {dtype}, {with_} assistant, from "
+            f"{self.path}>"
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -87,8 +110,10 @@ class Pair:
         Raises:
             ValueError: No ids, too many, or one outside the vocabulary.
         """
-        self._check_room("logits", len(ids))
-        return self.target.logits(list(ids))
+        forked.check("logits")
+        tokens = token_ids("logits", "ids", ids)
+        self._check_room("logits", len(tokens))
+        return self.target.logits(tokens)
 
     def draft(self, ids: Sequence[int], k: int) -> list[int]:
         """What the assistant proposes, greedily, to follow these tokens.
@@ -107,17 +132,19 @@ class Pair:
         """
         if self.assistant is None:
             raise ValueError("[draft] the pair must have an assistant; load one with assistant=.")
-        if len(ids) < 2:
-            raise ValueError(f"[draft] ids must hold at least 2 tokens but got {len(ids)}.")
-        if k < 1:
-            raise ValueError(f"[draft] k must be at least 1 but got {k}.")
-        self._check_room("draft", len(ids))
-        check_ids("draft", list(ids), self.target.config.vocab_size)
+        forked.check("draft")
+        tokens, count = token_ids("draft", "ids", ids), whole("draft", "k", k)
+        if len(tokens) < 2:
+            raise ValueError(f"[draft] ids must hold at least 2 tokens but got {len(tokens)}.")
+        if count < 1:
+            raise ValueError(f"[draft] k must be at least 1 but got {count}.")
+        self._check_room("draft", len(tokens))
+        check_ids("draft", tokens, self.target.config.vocab_size)
         cache = self.target.new_cache(1)
-        _, hidden = self.target.prefill(list(ids[:-1]), cache)
-        token = mx.array([ids[-1]], dtype=mx.int32)
+        _, hidden = self.target.prefill(tokens[:-1], cache)
+        token = mx.array(tokens[-1:], dtype=mx.int32)
         drafts = []
-        for _ in range(k):
+        for _ in range(count):
             logits, hidden = self.assistant.step(self.target.embed(token), hidden, cache)
             token = mx.argmax(logits, axis=-1).astype(mx.int32)
             drafts.append(token)
@@ -136,9 +163,10 @@ def load(
     assistant: str | Path | None = None,
     bundle: str | Path | None = None,
     *,
-    dtype: mx.Dtype | None = None,
+    dtype: mx.Dtype | str | None = None,
     position: Position = "n-1",
     text: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Pair:
     """Load a pair: two checkpoint folders, a bundle, or (nothing given) the embedded pair.
 
@@ -146,22 +174,31 @@ def load(
         target: Folder of a Gemma 4 checkpoint, Hugging Face or MLX form; or, as for the two
             below, its name on the hub (``owner/name``, extra ``hub``).
         assistant: Folder of its assistant; without one the pair can only decode plainly.
-        bundle: Folder with ``mtplx_pair.json``; instead of the two above.
-        dtype: Convert to float32, float16 or bfloat16; None keeps the checkpoint's.
+        bundle: Folder with both, ``mtplx_pair.json`` beside them or not; instead of the two above.
+        dtype: Convert to float32, float16 or bfloat16 (MLX's type or its name); None keeps the
+            checkpoint's.
         position: Where the assistant's query sits, ``"n-1"`` or ``"n-2"``. Changes acceptance at
             most, never the output's distribution.
         text: Read the tokenizer too, before the weights: a wrong one is told at once.
+        on_progress: Called after each tensor with bytes read and bytes in all.
 
     Returns:
-        The pair; its tokenizer is read when first used, if not already.
+        The pair; its tokenizer is read when first used, if not already. What its authors recommend
+        and pyengine does not follow is in ``generation.notes``, and a warning of the logger
+        ``pyengine``.
 
     Raises:
         ValueError: A folder is not what it should be, or the two are no pair.
+        RuntimeError: The process was forked from one that had used MLX.
     """
-    if dtype is not None and dtype not in (mx.float32, mx.float16, mx.bfloat16):
-        raise ValueError(f"[load] dtype must be float32, float16 or bfloat16 but got {dtype}.")
-    if position not in POSITIONS:
-        raise ValueError(f"[load] position must be n-1 or n-2 but got {position!r}.")
+    forked.check("load")
+    for what, place in (("target", target), ("assistant", assistant), ("bundle", bundle)):
+        if not isinstance(place, (str, Path, NoneType)):
+            raise ValueError(f"[load] {what} must be a folder or a name but got {shown(place)}.")
+    dtype = _dtype(dtype)
+    if not isinstance(position, str) or position not in POSITIONS:
+        raise ValueError(f"[load] position must be n-1 or n-2 but got {shown(position)}.")
+    flag("load", "text", text)
     if bundle is not None and (target is not None or assistant is not None):
         raise ValueError("[load] bundle must stand alone but target or assistant is given too.")
     if assistant is not None and target is None:
@@ -171,9 +208,9 @@ def load(
     manifest: dict[str, Any] = {}
     if target is None:
         path = _folder(_embedded_path() if bundle is None else locate(bundle), "bundle")
+        assistant_path: Path | None
+        target_path, assistant_path = bundle_parts(path)
         manifest = read_manifest(path)
-        target_path = _folder(_inside(path, manifest, "target"), "target")
-        assistant_path: Path | None = _folder(_inside(path, manifest, "assistant"), "assistant")
     else:
         path = target_path = _folder(locate(target), "target")
         assistant_path = None if assistant is None else _folder(locate(assistant), "assistant")
@@ -188,15 +225,24 @@ def load(
         published = published_name(target_config, assistant_config)
         name, verified = published or name, published is not None
     generation = read_generation(target_path, assistant_path, target_config, manifest)
+    for note in generation.notes:
+        _log.warning("[load] %s", note)
     needed = memory.weight_bytes(target_path, target_layout(target_config), dtype)
     if assistant_path is not None:
         needed += memory.weight_bytes(assistant_path, assistant_layout(assistant_config), dtype)
-    needed += memory.cache_bytes(target_config, 1, 1, 2)
-    memory.check(needed, "the weights and the smallest cache")
+    smallest = memory.cache_bytes(target_config, 1, 1, 2)
+    memory.check(needed + smallest, "the weights and the smallest cache")
     tokenizer = load_tokenizer(target_path) if text else None
-    weights = load_target_weights(target_path, target_config, dtype)
+    read = 0
+
+    def on_read(count: int) -> None:
+        nonlocal read
+        read += count
+        on_progress(read, needed)
+
+    weights = load_target_weights(target_path, target_config, dtype, on_read)
     if assistant_path is not None:
-        own = load_assistant_weights(assistant_path, assistant_config, dtype)
+        own = load_assistant_weights(assistant_path, assistant_config, dtype, on_read)
         if own.dtype != weights.dtype:
             raise ValueError(
                 f"[load] the assistant's dtype must equal the target's {weights.dtype} but got "
@@ -222,6 +268,16 @@ def load(
     return pair
 
 
+def _dtype(given: object) -> mx.Dtype | None:
+    """A storage type, from itself or its name."""
+    if given is None:
+        return None
+    found = DTYPES.get(given) if isinstance(given, str) else given
+    if isinstance(found, mx.Dtype) and found in DTYPES.values():
+        return found
+    raise ValueError(f"[load] dtype must be {', '.join(DTYPES)} or None but got {shown(given)}.")
+
+
 def _arrays(value: object) -> Iterator[mx.array]:
     """Every array inside a model."""
     if isinstance(value, mx.array):
@@ -239,6 +295,8 @@ def _embedded_path() -> Path:
 
 
 def _folder(path: Path, what: str) -> Path:
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"[load] {what} must be a folder but {path} is a link that leads nowhere.")
     if not path.is_dir():
         raise ValueError(f"[load] {what} must be a folder but got {path}.")
     return path
@@ -251,8 +309,8 @@ def bundle_parts(path: Path) -> tuple[Path, Path]:
         ValueError: The manifest is damaged, or a folder is missing or outside the bundle.
     """
     names = (MANIFEST, "target", "assistant")
-    if path.is_dir() and not any((path / name).exists() for name in names):
-        if (path / "config.json").exists():
+    if path.is_dir() and not any(os.path.lexists(path / name) for name in names):
+        if optional(path, "config.json", "load"):
             raise ValueError(
                 f"[load] {path} must be a bundle but is a checkpoint; it goes to target= or "
                 "assistant=."
@@ -261,27 +319,32 @@ def bundle_parts(path: Path) -> tuple[Path, Path]:
             f"[load] {path} must be a bundle with the folders target and assistant, or a "
             "checkpoint with config.json, but is neither."
         )
-    manifest = read_manifest(path) if (path / MANIFEST).exists() else {}
+    manifest = read_manifest(path)
     target, assistant = (_inside(path, manifest, part) for part in ("target", "assistant"))
     return _folder(target, "target"), _folder(assistant, "assistant")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The object in a bundle's manifest; of its values, only the name is checked here."""
-    file = within(path, MANIFEST, "load")
-    if not file.is_file():
-        raise ValueError(
-            f"[load] {path} has no {MANIFEST}; is it a bundle? A checkpoint folder goes to "
-            "target= or assistant=."
-        )
+    """The object in a bundle's manifest; of its values, only the name is checked here.
+
+    Empty where there is none: the folders are then called ``target`` and ``assistant``.
+    """
+    file = optional(path, MANIFEST, "load")
+    if file is None:
+        return {}
     manifest = read_object(file, "load")
     name = manifest.get("name", "-")
-    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+    if not is_name(name):
         raise ValueError(
             f"[load] `name` of {MANIFEST} must be a line of at most {MAX_NAME} characters but got "
             f"{shown(name)}."
         )
     return manifest
+
+
+def is_name(value: object) -> bool:
+    """Whether a pair may be called so: the name goes to terminals and into tables."""
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= MAX_NAME
 
 
 def _inside(bundle: Path, manifest: dict[str, Any], part: str) -> Path:
@@ -308,26 +371,29 @@ def read_generation(
     benchmark = manifest.get("benchmark", {})
     if not isinstance(benchmark, dict):
         raise ValueError(f"[load] `benchmark` of {MANIFEST} must be an object.")
-    found = {
-        key: next((s[key] for s in (own, benchmark) if s.get(key) is not None), default)
-        for key, default in SAMPLING.items()
-    }
-    for key, value in found.items():
-        if type(value) not in (int, float) or not 0 <= value <= MAX_DEFAULT:
-            raise ValueError(f"[load] the default {key} must be a number but got {shown(value)}.")
+    found, notes = sampling_defaults(own, benchmark, config.vocab_size)
+    best = benchmark.get("best_block_size")
+    if best is not None and (type(best) is not int or not 1 <= best <= MAX_BLOCK):
+        raise ValueError(
+            f"[load] `benchmark.best_block_size` of {MANIFEST} must be a whole number from 1 to "
+            f"{MAX_BLOCK} but got {shown(best)}."
+        )
     eos = own.get("eos_token_id")
     num_draft = theirs.get("num_assistant_tokens")
-    if num_draft is not None and (type(num_draft) is not int or num_draft < 1):
+    if num_draft is not None and (type(num_draft) is not int or not 1 <= num_draft < MAX_BLOCK):
         raise ValueError(
-            f"[load] num_assistant_tokens must be positive but got {shown(num_draft)}."
+            f"[load] num_assistant_tokens must be from 1 to {MAX_BLOCK - 1} but got "
+            f"{shown(num_draft)}."
         )
+    suppressed = _token_ids("suppress_tokens", own.get("suppress_tokens") or [], config)
+    if len(set(suppressed)) == config.vocab_size:
+        raise ValueError(f"[load] `suppress_tokens` of {FILE} must leave a token but names all.")
     return GenerationDefaults(
         stop_ids=config.eos_ids if eos is None else _token_ids("eos_token_id", eos, config),
-        temperature=float(found["temperature"]),
-        top_p=float(found["top_p"]),
-        top_k=int(found["top_k"]),
-        suppress_tokens=_token_ids("suppress_tokens", own.get("suppress_tokens") or [], config),
+        suppress_tokens=suppressed,
         num_draft=num_draft,
+        notes=notes,
+        **found,  # type: ignore[arg-type]
     )
 
 
@@ -335,12 +401,12 @@ def _token_ids(key: str, value: Any, config: TargetConfig) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [value]
     if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
         raise ValueError(
-            f"[load] `{key}` of generation_config.json must hold ids from 0 to "
+            f"[load] `{key}` of {FILE} must hold ids from 0 to "
             f"{config.vocab_size - 1} but got {shown(value)}."
         )
     return tuple(ids)
 
 
 def _read_optional(folder: Path) -> dict[str, Any]:
-    file = within(folder, "generation_config.json", "load")
-    return read_object(file, "load") if file.is_file() else {}
+    file = optional(folder, FILE, "load")
+    return read_object(file, "load") if file else {}

@@ -2,19 +2,18 @@
 
 The result has the names and config.json that mlx-lm writes: every matrix whose inputs are a
 multiple of the group size is quantised, embedding tables and routers included; norms and scalars
-are not. Groups lie within rows, so slices give the bits of the whole.
+are not. Groups lie within rows, so slices give the bits of the whole. Everything has one dtype, as
+loading wants it: that of the token embedding, whatever the rest of the source has.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ from pyengine.config import (
     read_json,
     read_target_config,
 )
-from pyengine.files import within
+from pyengine.files import optional
+from pyengine.new_folder import new_folder
 from pyengine.shards import BYTES, SINGLE, Entry, Shape, read_headers
 from pyengine.weights import (
     Layout,
@@ -37,6 +37,7 @@ from pyengine.weights import (
     assistant_layout,
     canonical,
     check_finite,
+    check_ordering,
     is_text,
     target_layout,
 )
@@ -46,6 +47,7 @@ COPIED = {".json", ".jinja", ".model", ".txt", ".md"}
 NOT_COPIED = {"config.json", "model.safetensors.index.json"}
 SLICE_BYTES = 32 << 20  # of source rows in memory at once
 DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 RAW = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 
 OnProgress = Callable[[int, int, str], None]
@@ -77,10 +79,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Job:
-    """A matrix to quantise (three parts) or a tensor to copy (one part)."""
+    """A matrix to quantise (three parts) or a tensor to keep (one part).
+
+    ``dtype`` is what its numbers are converted to; None keeps them, which are integers.
+    """
 
     name: str
     runs: list[Run]
+    dtype: str | None
     columns: int
     parts: list[Part]
     group_size: int = 0
@@ -91,9 +97,10 @@ class Job:
 class Plan:
     """All of a conversion, before a byte is read."""
 
-    src: Path
+    copied: list[Path]
     config: dict[str, Any]
     jobs: list[Job]
+    dtype: str
 
     @property
     def nbytes(self) -> int:
@@ -127,8 +134,11 @@ def quantize_checkpoint(
         write_checkpoint(plan, partial, on_progress)
 
 
-def plan_checkpoint(src: Path, bits: int, group_size: int) -> Plan:
-    """Check a checkpoint and the arguments of :func:`quantize_checkpoint`; reads headers only."""
+def plan_checkpoint(src: Path, bits: int, group_size: int, dtype: str | None = None) -> Plan:
+    """Check a checkpoint and the arguments of :func:`quantize_checkpoint`; reads headers only.
+
+    ``dtype`` is what all floats become, in the words of a header; None is the token embedding's.
+    """
     if bits not in (4, 6, 8):
         raise ValueError(f"[quantize] bits must be 4, 6 or 8 but got {bits}.")
     if group_size not in (32, 64, 128):
@@ -136,59 +146,31 @@ def plan_checkpoint(src: Path, bits: int, group_size: int) -> Plan:
     if not src.is_dir():
         raise ValueError(f"[quantize] src must be a folder but got {src}.")
     layout, prefix = _layout(src)
-    jobs, overrides = _jobs(src, layout, prefix, bits, group_size)
+    files = _files(src, layout)
+    dtype = dtype or files["embed_tokens.weight"][1].dtype
+    jobs, overrides = _jobs(files, layout, prefix, bits, group_size, dtype)
     block = {"group_size": group_size, "bits": bits, "mode": "affine", **overrides}
     config = read_json(src) | {"quantization": block, "quantization_config": block}
-    return Plan(src, config, jobs)
+    return Plan(_copied(src), config, jobs, dtype)
+
+
+def _copied(src: Path) -> list[Path]:
+    """The files to carry along; a link to nothing is an error, not an absent file."""
+    found = [
+        optional(src, name, "quantize")
+        for name in sorted(os.listdir(src))
+        if Path(name).suffix in COPIED and name not in NOT_COPIED
+    ]
+    return [path for path in found if path is not None]
 
 
 def write_checkpoint(plan: Plan, folder: Path, on_progress: OnProgress) -> None:
     """Carry a plan out in a folder that exists. Evaluates."""
-    for file in sorted(plan.src.iterdir()):
-        if file.suffix in COPIED and file.name not in NOT_COPIED and file.is_file():
-            shutil.copyfile(within(plan.src, file.name, "quantize"), folder / file.name)
+    for file in plan.copied:
+        shutil.copyfile(file, folder / file.name)
     text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     _write_safetensors(plan, folder / SINGLE, on_progress)
-
-
-@contextmanager
-def new_folder(dst: Path, nbytes: int) -> Iterator[Path]:
-    """A folder to fill, which gets its name when all went well and is removed when not.
-
-    What a killed run left behind is removed; a run that still goes on is not disturbed.
-
-    Raises:
-        ValueError: dst exists, cannot be made, is being made, or would not fit the disk.
-    """
-    if dst.exists() or dst.is_symlink():
-        raise ValueError(f"[quantize] dst must not exist yet but {dst} does.")
-    home = dst.absolute().parent
-    if not home.is_dir():
-        raise ValueError(f"[quantize] dst must lie in a folder that exists but got {dst}.")
-    free = shutil.disk_usage(home).free
-    if nbytes > free:
-        raise ValueError(
-            f"[quantize] dst must fit the free {free / 1e9:.1f} GB of its disk but needs "
-            f"{nbytes / 1e9:.1f} GB."
-        )
-    partial = home / f".{dst.name}.partial"
-    lock = home / f".{dst.name}.lock"
-    with lock.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"[quantize] dst must not be in the making but {dst} is.") from None
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            yield partial
-            partial.rename(dst)
-        except OSError as error:  # a write does not say to which file
-            raise OSError(error.errno, error.strerror, str(error.filename or dst)) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            lock.unlink(missing_ok=True)
 
 
 def _layout(src: Path) -> tuple[Layout, str]:
@@ -207,20 +189,29 @@ def _layout(src: Path) -> tuple[Layout, str]:
     return layout, prefix
 
 
-def _jobs(
-    src: Path, layout: Layout, prefix: str, bits: int, group_size: int
-) -> tuple[list[Job], dict[str, dict[str, int]]]:
-    """What to write, in the file's order, and the routers' entries in the quantisation block.
-
-    mlx-lm names routers there and keeps them at 8 bits in groups of 64, whatever the rest has.
-    """
+def _files(src: Path, layout: Layout) -> dict[str, tuple[Path, Entry]]:
+    """Where each text tensor of a checkpoint lies, by canonical name, after all are checked."""
     _check_tensors(src, layout)
-    files = {
+    return {
         canonical(raw): (path, entry)
         for path, header in read_headers(src)
         for raw, entry in header.items()
         if is_text(raw, layout)
     }
+
+
+def _jobs(
+    files: dict[str, tuple[Path, Entry]],
+    layout: Layout,
+    prefix: str,
+    bits: int,
+    group_size: int,
+    dtype: str,
+) -> tuple[list[Job], dict[str, dict[str, int]]]:
+    """What to write, in the file's order, and the routers' entries in the quantisation block.
+
+    mlx-lm names routers there and keeps them at 8 bits in groups of 64, whatever the rest has.
+    """
     jobs: list[Job] = []
     overrides: dict[str, dict[str, int]] = {}
     end = 0
@@ -228,11 +219,12 @@ def _jobs(
     def add(name: str, runs: list[Run], shape: Shape, parts: list[tuple[str, str, Shape]]) -> None:
         nonlocal end
         made = []
-        for suffix, dtype, part_shape in parts:
-            made.append(Part(f"{name}{suffix}", dtype, part_shape, end))
+        for suffix, stored, part_shape in parts:
+            made.append(Part(f"{name}{suffix}", stored, part_shape, end))
             end += made[-1].nbytes
         mode = (group, width) if len(parts) > 1 else (0, 0)
-        jobs.append(Job(name, runs, shape[-1] if shape else 1, made, *mode))
+        to = dtype if runs[0].dtype in DTYPES else None
+        jobs.append(Job(name, runs, to, shape[-1] if shape else 1, made, *mode))
 
     for path, shape in layout.matrices.items():
         name = _mlx_name(path, prefix)
@@ -242,23 +234,23 @@ def _jobs(
             group, width = 64, 8
         *rows, columns = shape
         if columns % group:
-            add(name, runs, shape, [(".weight", runs[0].dtype, shape)])
+            add(name, runs, shape, [(".weight", dtype, shape)])
             continue
         if path.endswith("router.proj"):
             overrides[name] = {"group_size": group, "bits": width}
         groups = (*rows, columns // group)
         packed = (*rows, columns * width // 32)
-        scales = runs[0].dtype
         add(
             name,
             runs,
             shape,
-            [(".weight", "U32", packed), (".scales", scales, groups), (".biases", scales, groups)],
+            [(".weight", "U32", packed), (".scales", dtype, groups), (".biases", dtype, groups)],
         )
     for name, shape in layout.vectors.items():
         source, entry = files[name]
         run = Run(source, entry.dtype, entry.begin, 1)
-        add(_mlx_name(name, prefix), [run], shape, [("", entry.dtype, shape)])
+        stored = dtype if entry.dtype in DTYPES else entry.dtype
+        add(_mlx_name(name, prefix), [run], shape, [("", stored, shape)])
     return jobs, overrides
 
 
@@ -267,9 +259,13 @@ def _check_tensors(src: Path, layout: Layout) -> None:
     tensors = Tensors(src, layout)
     for path, shape in layout.matrices.items():
         tensors.take(f"{path}.weight", shape)
-    for name, shape in layout.vectors.items():
-        tensors.take(name, shape, integer=name in layout.integers)
+    vectors = {
+        name: tensors.take(name, shape, integer=name in layout.integers)
+        for name, shape in layout.vectors.items()
+    }
     tensors.check_all_used()
+    for name in layout.integers:
+        check_ordering(name, vectors[name])
 
 
 def _runs(files: dict[str, tuple[Path, Entry]], name: str, shape: Shape) -> list[Run]:
@@ -339,14 +335,21 @@ def _blocks(job: Job) -> Iterator[tuple[np.ndarray[Any, Any], str]]:
 def _converted(job: Job, block: tuple[np.ndarray[Any, Any], str]) -> list[memoryview]:
     """A block's bytes for each part of its job."""
     data, dtype = block
-    if dtype not in DTYPES:
+    if job.dtype is None:
         return [data.data]
     rows = mx.array(data.view(RAW[dtype]).reshape(-1, job.columns)).view(DTYPES[dtype])
     check_finite(job.name, rows)
-    if not job.bits:
+    if not job.bits and dtype == job.dtype:
         return [data.data]
-    parts = mx.quantize(rows, job.group_size, job.bits)
+    rows = rows.astype(DTYPES[job.dtype])
+    parts = list(mx.quantize(rows, job.group_size, job.bits)) if job.bits else [rows]
     mx.eval(*parts)
+    # A value may be too large for the dtype, and so may be the range of a group
+    if not all(mx.isfinite(part).all() for part in (rows, *parts[1:])):
+        raise ValueError(
+            f"[quantize] `{job.name}` must fit {NAMES[job.dtype]}, the dtype of the token "
+            "embedding, but overflows it."
+        )
     return [np.asarray(mx.contiguous(p).reshape(-1).view(mx.uint8)).data for p in parts]
 
 

@@ -1,12 +1,10 @@
-"""The report of a bench run: machine and versions, tables for the reader, JSON for the record."""
+"""The report of a bench run, and what every figure in it depends on."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -15,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from pyengine import ops
-from pyengine.bench import PLAIN, Row, now
+from pyengine.bench import Row, now
 from pyengine.generate import resolve_sampling
 from pyengine.sampling import Sampling
 from pyengine.suite import Case
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from pyengine.assistant import Assistant
     from pyengine.pair import Pair
     from pyengine.target import Target
@@ -36,10 +32,12 @@ def make_report(
     summary: list[Row],
     settings: dict[str, Any],
     sampling: Sampling,
+    complete: bool = True,
 ) -> dict[str, Any]:
     """Everything needed to read and repeat a run, ready for JSON.
 
     ``run_on`` is the :func:`environment` from before the run, whose load is not the run's own.
+    ``complete`` says that the run was not interrupted.
     """
     used = resolve_sampling(pair, sampling)
     return {
@@ -50,6 +48,7 @@ def make_report(
         "ops": ops.status(),
         "sampler": used.to_dict(),
         "settings": settings,
+        "complete": complete,
         "prompts": [{"id": c.id, "category": c.category, "sha256": c.sha256} for c in cases],
         "summary": summary,
         "rows": rows,
@@ -144,73 +143,3 @@ def _ask(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def table(title: str, rows: Sequence[Row]) -> Table:
-    """A case's rows or the summary, one line a block size."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    # Narrow enough for the headings to stand whole in 80 columns
-    out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for head in (
-        "block",
-        "verify",
-        "tok/s",
-        "acceptance",
-        "tokens/round",
-        "speedup_vs_ar",
-        "round cost",
-    ):
-        out.add_column(head, justify="right")
-    for row in rows:
-        plain = row["block_size"] == PLAIN
-        out.add_row(
-            "plain" if plain else str(row["block_size"]),
-            "-" if plain else row["verify"],
-            _figure(row["tok_s"], ".1f"),
-            "-" if plain else _figure(row["acceptance_rate"], ".3f"),
-            _figure(row["tokens_per_round"], ".2f"),
-            _figure(row["speedup_vs_ar"], ".2f"),
-            _figure(row["round_cost_in_plain_steps"], ".2f"),
-        )
-    return out
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def check_output(path: Path) -> None:
-    """Make sure a report can be written before an hour is spent on it.
-
-    Raises:
-        ValueError: The folder is missing or not writable, or the path is a folder.
-    """
-    if path.is_dir():
-        raise ValueError(f"[bench] output must be a file but {path} is a folder.")
-    if path.exists() and not path.is_file():  # the report's file would take a device's place
-        raise ValueError(f"[bench] output must be a file but {path} is a device or a pipe.")
-    if not path.parent.is_dir():
-        raise ValueError(f"[bench] output must lie in a folder that exists but got {path}.")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"[bench] output must be writable but {path} is not.") from error
-
-
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write to a temporary name, then rename: a report is whole or absent."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException as error:
-        os.unlink(name)
-        if isinstance(error, OSError) and error.filename is None:  # a write does not say to what
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise

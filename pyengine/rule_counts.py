@@ -18,6 +18,7 @@ import numpy as np
 
 from pyengine import _ext, speculate
 from pyengine.generate import embedded_pair
+from pyengine.kernel_counts import OnCount
 from pyengine.ops import switch, workbench
 from pyengine.recorded import ArrayFunction
 from pyengine.sampling import Sampling
@@ -91,15 +92,21 @@ class RoundCount:
         return {"source": "round", **asdict(self)}
 
 
-def count_rules(vocab: int = VOCAB, rows: Sequence[int] = ROWS) -> Iterator[RuleCount]:
+def count_rules(
+    vocab: int = VOCAB,
+    rows: Sequence[int] = ROWS,
+    *,
+    on_count: OnCount = lambda done, total, label: None,
+) -> Iterator[RuleCount]:
     """Count filter_logits at each number of rows, then q8_filter_logits, of a vocabulary scaled
     down, then draw_token and accept_block.
 
     Raises:
         RuntimeError: There is no checkout, or no compiler.
     """
-    draw = np.random.default_rng(0)
-    for T in rows:
+    draw, total = np.random.default_rng(0), 2 * len(rows)
+    for done, T in enumerate(rows):
+        on_count(done, total, f"logits, T = {T}")
         logits = draw.normal(0, 4, (T, vocab)).astype(np.float32)
         launches = _ext.filter_logits_launches(T, vocab, TOP_K, None, 1.0, 0.95, 0.0, True)
         yield _count("filter_logits", launches, {"logits": logits}, T, vocab)
@@ -107,7 +114,8 @@ def count_rules(vocab: int = VOCAB, rows: Sequence[int] = ROWS) -> Iterator[Rule
     V = vocab // 32
     values = mx.array(draw.normal(size=(V, WIDTH)).astype(np.float32)).astype(mx.bfloat16)
     head = dict(zip(("w", "scales", "biases"), mx.quantize(values, 64, 8), strict=True))
-    for T in rows:
+    for done, T in enumerate(rows, len(rows)):
+        on_count(done, total, f"head, T = {T}")
         x = mx.array(draw.normal(size=(T, WIDTH)).astype(np.float32)).astype(mx.bfloat16)
         arrays = {name: workbench.to_numpy(a) for name, a in {"x": x, **head}.items()}
         yield _count("q8_filter_logits", _head_launches(T, V), arrays, T, V)
@@ -120,7 +128,7 @@ def count_rules(vocab: int = VOCAB, rows: Sequence[int] = ROWS) -> Iterator[Rule
     yield _count("draw_token", [launch], {"ids": ids[:1], "probs": probs[:1], **at}, 1, TOP_K)
     tables = {"p_ids": ids, "p_probs": probs, "q_ids": ids[:k], "q_probs": probs[:k]}
     block = {**tables, "drafts": ids[:k, 0].copy(), **at}
-    launch = _ext.accept_block_launch(k, TOP_K, TOP_K, "block")
+    launch = _ext.accept_block_launch(k, TOP_K, TOP_K, "block", VOCAB)
     yield _count("accept_block", [launch], block, k + 1, TOP_K)
 
 
@@ -183,7 +191,7 @@ def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[
             pair.target,
             pair.assistant,
             [5, 6, 7, 8],
-            sampling=sampling or Sampling(verify="block"),
+            sampling=sampling or Sampling(verify="block", seed=0),
             block_size=drafts + 1,
             max_tokens=drafts + 3,
         )

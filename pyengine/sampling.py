@@ -8,14 +8,18 @@ probability 1, so no rule needs a second form for it. Nothing here evaluates an 
 from __future__ import annotations
 
 import math
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, SupportsIndex
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from pyengine import ops
+from pyengine.arguments import number, token_ids
+from pyengine.arguments import whole as whole_number
+from pyengine.files import shown
 from pyengine.logits import Logits, whole
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.ops.filter_logits import MAX_TOP_K, Edits, Filtered
@@ -40,7 +44,8 @@ class Sampling:
         top_p: Keeps the smallest prefix whose preceding mass is below it; 1.0 is off.
         top_k: Keeps that many candidates, at most 256; 0 is off.
         min_p: Drops candidates below this share of the best one's probability; 0.0 is off.
-        seed: Key of the random numbers, 0 to 2**32 - 1. One seed always gives one text.
+        seed: Key of the random numbers, 0 to 2**32 - 1. One seed always gives one text; None draws
+            one for each generation, which its ``stats.seed`` tells.
         suppress_tokens: Ids that are never chosen.
         repetition_penalty: Divides positive logits, and multiplies others, of tokens in the prompt
             or the text; 1.0 is off.
@@ -61,7 +66,7 @@ class Sampling:
     top_p: float = 0.95
     top_k: int = 64
     min_p: float = 0.0
-    seed: int = 0
+    seed: int | None = None
     suppress_tokens: tuple[int, ...] = ()
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
@@ -71,61 +76,49 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        def rule(ok: bool, name: str, text: str, value: object) -> None:
+        def rule(ok: bool, name: str, text: str) -> None:
             if not ok:
-                raise ValueError(f"[sampling] {name} must {text} but got {value}.")
+                raise ValueError(f"[sampling] {name} must {text} but got {getattr(self, name)}.")
 
-        def edit(name: str, value: float) -> None:
-            rule(math.isfinite(value), name, "be finite", value)
-            rule(abs(value) <= MAX_EDIT, name, f"be within {MAX_EDIT:g} of 0", value)
+        for name, value in self._checked().items():
+            object.__setattr__(self, name, value)
+        temperature, repetition, n = self.temperature, self.repetition_penalty, self.logprobs
+        rule(math.isfinite(temperature) and temperature >= 0, "temperature", "be 0 or more")
+        least = f"be 0, which is greedy, or at least {MIN_TEMPERATURE:g}"
+        rule(temperature == 0 or temperature >= MIN_TEMPERATURE, "temperature", least)
+        rule(0 < self.top_p <= 1, "top_p", "be above 0 and at most 1")
+        rule(0 <= self.top_k <= MAX_TOP_K, "top_k", f"be 0 (off) to {MAX_TOP_K}")
+        rule(0 <= self.min_p < 1, "min_p", "be 0 or more and below 1")
+        rule(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", f"be 0 to {MAX_SEED}")
+        rule(math.isfinite(repetition) and repetition > 0, "repetition_penalty", "be positive")
+        bounds = f"be {1 / MAX_EDIT:g} to {MAX_EDIT:g}"
+        rule(1 / MAX_EDIT <= repetition <= MAX_EDIT, "repetition_penalty", bounds)
+        verify = isinstance(self.verify, str) and self.verify in RULES
+        rule(verify, "verify", f"be one of {', '.join(RULES)}")
+        rule(n is None or 0 <= n <= MAX_TOP_K, "logprobs", f"be 0 to {MAX_TOP_K}, or None")
 
-        rule(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            "temperature",
-            "be 0 or more",
-            self.temperature,
-        )
-        rule(
-            self.temperature == 0 or self.temperature >= MIN_TEMPERATURE,
-            "temperature",
-            f"be 0, which is greedy, or at least {MIN_TEMPERATURE:g}",
-            self.temperature,
-        )
-        for name in ("top_k", "seed"):
-            value = getattr(self, name)
-            rule(isinstance(value, SupportsIndex), name, "be a whole number", value)
-        rule(0 < self.top_p <= 1, "top_p", "be above 0 and at most 1", self.top_p)
-        rule(
-            0 <= self.top_k <= MAX_TOP_K,
-            "top_k",
-            f"be 0 (off) to {MAX_TOP_K}",
-            self.top_k,
-        )
-        rule(0 <= self.min_p < 1, "min_p", "be 0 or more and below 1", self.min_p)
-        rule(0 <= self.seed <= MAX_SEED, "seed", f"be 0 to {MAX_SEED}", self.seed)
-        bad = [t for t in self.suppress_tokens if t < 0]
-        rule(not bad, "suppress_tokens", "be token ids", bad)
-        repetition = self.repetition_penalty
-        rule(
-            math.isfinite(repetition) and repetition > 0,
-            "repetition_penalty",
-            "be positive",
-            repetition,
-        )
-        rule(
-            1 / MAX_EDIT <= repetition <= MAX_EDIT,
-            "repetition_penalty",
-            f"be {1 / MAX_EDIT:g} to {MAX_EDIT:g}",
-            repetition,
-        )
+    def _checked(self) -> dict[str, Any]:
+        """The fields as Python's own types, whatever numbers were given."""
+        found: dict[str, Any] = {
+            name: number("sampling", name, getattr(self, name))
+            for name in ("temperature", "top_p", "min_p", "repetition_penalty")
+        }
         for name in ("presence_penalty", "frequency_penalty"):
-            edit(name, getattr(self, name))
-        for token, bias in self.logit_bias.items():
-            rule(token >= 0, "logit_bias", "name token ids", token)
-            edit("logit_bias", bias)
-        rule(self.verify in RULES, "verify", f"be one of {', '.join(RULES)}", self.verify)
-        n = self.logprobs
-        rule(n is None or 0 <= n <= MAX_TOP_K, "logprobs", f"be 0 to {MAX_TOP_K}, or None", n)
+            found[name] = _edit(name, getattr(self, name))
+        for name in ("top_k", "seed", "logprobs"):
+            value = getattr(self, name)
+            if name == "top_k" or value is not None:
+                found[name] = whole_number("sampling", name, value)
+        suppressed = _ids("suppress_tokens", self.suppress_tokens, "be token ids")
+        found["suppress_tokens"] = tuple(suppressed)
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(
+                "[sampling] logit_bias must be a dict of token ids and numbers but got "
+                f"{shown(self.logit_bias)}."
+            )
+        ids = _ids("logit_bias", self.logit_bias, "name token ids")
+        biases = (_edit("logit_bias", bias) for bias in self.logit_bias.values())
+        return {**found, "logit_bias": dict(zip(ids, biases, strict=True))}
 
     @property
     def greedy(self) -> bool:
@@ -144,6 +137,26 @@ class Sampling:
             "suppress_tokens": list(self.suppress_tokens),
             "logit_bias": {str(token): bias for token, bias in self.logit_bias.items()},
         }
+
+
+def _ids(name: str, value: Any, rule: str) -> list[int]:
+    """Token ids of a vocabulary that is not known yet."""
+    ids = token_ids("sampling", name, value, rule)
+    if ids and min(ids) < 0:
+        raise ValueError(f"[sampling] {name} must {rule} but got {min(ids)}.")
+    return ids
+
+
+def _edit(name: str, value: Any) -> float:
+    """What is added to a logit."""
+    edit = number("sampling", name, value)
+    for ok, text in (
+        (math.isfinite(edit), "finite"),
+        (abs(edit) <= MAX_EDIT, f"within {MAX_EDIT:g} of 0"),
+    ):
+        if not ok:
+            raise ValueError(f"[sampling] {name} must be {text} but got {edit}.")
+    return edit
 
 
 class Listed(NamedTuple):
@@ -251,8 +264,16 @@ def filter_logits(
     return ops.filter_logits(whole(logits), **settings)
 
 
+def seeded(sampling: Sampling) -> Sampling:
+    """The same settings; with a seed drawn now where none was given."""
+    if sampling.seed is not None:
+        return sampling
+    return replace(sampling, seed=secrets.randbelow(MAX_SEED + 1))
+
+
 def seed_of(sampling: Sampling) -> mx.array:
     """The seed as the ops take it."""
+    assert sampling.seed is not None
     return mx.array(sampling.seed, dtype=mx.uint32)
 
 

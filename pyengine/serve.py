@@ -1,294 +1,250 @@
 """An OpenAI-compatible server: requests in, generate.py's work out. Needs the extra ``serve``.
 
-One generation at a time, in one thread, in the order of arrival; a client that leaves ends its
-own. What a request may ask is openai_protocol.py's.
+The routes and what they answer. What a request may ask is openai_protocol.py's, who is served when
+is serve_queue.py's, connections and their limits are serve_http.py's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import threading
-import time
-from collections import deque
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.requests import ClientDisconnect, HTTPConnection
-from starlette.types import ASGIApp, Receive, Scope, Send
+from fastapi.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-from pyengine.files import kind, parse, shown
+from pyengine.files import kind, parse
 from pyengine.generate import Result, Step
-from pyengine.openai_protocol import Ask, Limits, Refused, Reply, read_request
-from pyengine.prefix import Prefix
-from pyengine.speculate import Stats
+from pyengine.openai_protocol import Ask, Limits, Refused, Reply, no_such_model, read_request
+from pyengine.serve_front import Front, allowed_names, error_body, error_response, note
+from pyengine.serve_queue import Job, Worker
 
 if TYPE_CHECKING:
     from pyengine.pair import Pair
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
-POLL_S = 0.1
+# Reading a long prompt is work too; more threads would only hold more of them in memory
+READERS = 2
+STREAM_HEADERS = {
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # nginx would collect the stream
+}
 
-Said = Step | Result | Exception  # rounds, then one of the others
-
-
-@dataclass(eq=False)
-class Job:
-    """A generation in the queue; what it says comes out of ``said``."""
-
-    ask: Ask
-    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    said: asyncio.Queue[Said] = field(default_factory=asyncio.Queue)
-    cancelled: bool = False
-    seen: float = 0.0  # when the client was last looked for
-
-    def say(self, what: Said) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self.said.put_nowait, what)
-        except RuntimeError:  # the server has stopped meanwhile
-            self.cancelled = True
+log = logging.getLogger("pyengine.serve")
 
 
-class Worker:
-    """The thread that generates, one job after the other."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limit = limits.waiting
-        self._jobs: deque[Job] = deque()
-        self._changed = threading.Condition()
-        self._prefix = Prefix()
-        self._ended = False
-        threading.Thread(target=self._work, daemon=True, name="pyengine-serve").start()
-
-    @property
-    def waiting(self) -> int:
-        return len(self._jobs)
-
-    def add(self, job: Job) -> None:
-        with self._changed:
-            if len(self._jobs) >= self._limit:
-                raise Refused(429, "[serve] too many requests are waiting; try again later.")
-            self._jobs.append(job)
-            self._changed.notify()
-
-    def cancel(self, job: Job) -> None:
-        """End it after its round; give up its place if it still waits."""
-        job.cancelled = True
-        with self._changed:
-            if job in self._jobs:
-                self._jobs.remove(job)
-
-    def end(self) -> None:
-        """End the job under way after its round, and those that wait."""
-        self._ended = True
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not self._jobs:
-                    self._changed.wait()
-                job = self._jobs.popleft()
-            try:
-                self._run(job)
-            except Exception as error:  # the thread serves the next, whatever this one did
-                job.say(error)
-
-    def _check_open(self) -> None:
-        if self._ended:
-            raise RuntimeError("[serve] the server was ended.")
-
-    def _run(self, job: Job) -> None:
-        self._check_open()
-        ask = job.ask
-        if ask.echo is not None:
-            job.say(ask.echoed(ask.echo))
-        if not ask.max_tokens:
-            job.say(Result("", [], "length", Stats()))
-            return
-        with ask.start(self._prefix) as running:
-            for step in running.steps():
-                self._check_open()
-                if job.cancelled:
-                    break
-                job.say(step)
-            job.say(running.result)
-
-
-class LoopbackOnly:
-    """Refuses requests that name another host than this machine's loopback."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket"):
-            host = HTTPConnection(scope).headers.get("host", "")
-            name = host if host.endswith("]") else host.rpartition(":")[0] or host
-            if name.lower() not in LOOPBACK:
-                message = f"[serve] the host must be this machine's loopback but got {shown(host)}."
-                await _error(400, message)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def make_app(pair: Pair, *, limits: Limits | None = None, any_host: bool = False) -> FastAPI:
-    """The server for a loaded pair.
+def make_app(
+    pair: Pair,
+    *,
+    limits: Limits | None = None,
+    any_host: bool = False,
+    hosts: Sequence[str] = (),
+) -> FastAPI:
+    """The server for a loaded pair, to be run by serve_http.py: connections are watched there.
 
     Args:
         pair: From :func:`pyengine.load`.
         limits: What it takes on.
         any_host: Answer requests that name another host than this machine's loopback. Off, a web
             page cannot reach the server by a name of its own that leads here.
+        hosts: Names of other hosts that may be named nevertheless.
+
+    Returns:
+        The app; ``app.state.worker.end()`` refuses what waits and all that comes, and ends its
+        thread.
+
+    Raises:
+        ValueError: One of ``hosts`` is none.
     """
-    limits = limits or Limits()
-    app = FastAPI(title="pyengine", docs_url=None, redoc_url=None, openapi_url=None)
-    if not any_host:
-        app.add_middleware(LoopbackOnly)
-    worker = app.state.worker = Worker(limits)
-
-    async def complete(request: Request, chat: bool) -> Response:
-        try:
-            body = await _body(request, limits)
-            # In a thread: a long prompt takes its time, and others' answers must not wait for it
-            ask = await asyncio.to_thread(read_request, pair, body, limits, chat)
-            worker.add(job := Job(ask))
-        except ClientDisconnect:
-            return Response(status_code=499)
-        except Refused as error:
-            return _error(error.status, str(error))
-        except ValueError as error:
-            return _error(400, str(error))
-        answer = _streamed if ask.streamed else _whole
-        return await answer(request, worker, job)
-
-    async def chat_completions(request: Request) -> Response:
-        return await complete(request, chat=True)
-
-    async def completions(request: Request) -> Response:
-        return await complete(request, chat=False)
-
+    limits, names = limits or Limits(), allowed_names(hosts)
+    worker = Worker(limits.waiting)
     row = {"id": pair.name, "object": "model", "created": 0, "owned_by": "pyengine"}
 
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [row]}
+    async def models(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [row]})
 
-    async def model(name: str) -> Response:
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
         if name != pair.name:
-            return _error(404, f"[serve] the model must be {pair.name} but got {shown(name)}.")
+            return error_response(no_such_model(pair, name))
         return JSONResponse(row)
 
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "waiting": worker.waiting}
+    async def health(_: Request) -> Response:
+        counts = {"waiting": worker.waiting, "running": worker.running}
+        return JSONResponse({"status": "ok", **counts})
 
     async def nowhere(request: Request, error: Any) -> Response:
-        return _error(error.status_code, f"[serve] {request.url.path}: {error.detail}.")
+        headers = dict(error.headers or {})
+        if "Allow" in headers:
+            headers["Allow"] = ", ".join(sorted({*headers["Allow"].split(", "), "OPTIONS"}))
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
+        refused = Refused(error.status_code, f"[serve] {request.url.path}: {error.detail}.")
+        return error_response(refused, headers)
 
-    async def broken(request: Request, error: Any) -> Response:
-        return _error(500, "[serve] the request failed; the server's log has the reason.")
-
-    for status in (404, 405):
-        app.add_exception_handler(status, nowhere)
-    app.add_exception_handler(Exception, broken)
-    app.add_api_route("/v1/chat/completions", chat_completions, methods=["POST"])
-    app.add_api_route("/v1/completions", completions, methods=["POST"])
-    app.add_api_route("/v1/models", models)
-    app.add_api_route("/v1/models/{name:path}", model)
-    app.add_api_route("/health", health)
+    readers = ThreadPoolExecutor(READERS, thread_name_prefix="pyengine-read")
+    routes = [
+        Route(f"/v1/{path}", Completions(pair, limits, worker, readers, chat), methods=["POST"])
+        for path, chat in (("chat/completions", True), ("completions", False))
+    ]
+    app = FastAPI(
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        routes=[
+            *routes,
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            Route("/health", health),
+        ],
+        exception_handlers={404: nowhere, 405: nowhere},
+    )
+    app.add_middleware(Front, any_host=any_host, hosts=names)
+    app.state.worker = worker
     return app
 
 
-async def _body(request: Request, limits: Limits) -> dict[str, Any]:
-    # A web page can send plain text to any address without asking; JSON it cannot
-    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-        raise Refused(415, "[serve] the content type must be application/json.")
-    data = b""
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > limits.body_bytes:
-            raise Refused(413, f"[serve] a request must be at most {limits.body_bytes} bytes.")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise Refused(400, "[serve] the request must be UTF-8 text but is not.") from None
-    body = parse(text, "[serve] the request")
-    if not isinstance(body, dict):
-        raise Refused(400, f"[serve] the request must be a JSON object but got {kind(body)}.")
-    return {key: value for key, value in body.items() if value is not None}
+class Completions:
+    """One of the two routes that generate."""
 
+    def __init__(
+        self,
+        pair: Pair,
+        limits: Limits,
+        worker: Worker,
+        readers: ThreadPoolExecutor,
+        chat: bool,
+    ) -> None:
+        self._pair, self._limits, self._worker, self._chat = pair, limits, worker, chat
+        self._readers = readers
+        self._held = 0  # bytes of the bodies that are coming in
 
-async def _next(request: Request, worker: Worker, job: Job) -> Said | None:
-    """What the job says next; None when the client has left, which ends the job."""
-    while True:
-        if time.monotonic() - job.seen > POLL_S:
-            job.seen = time.monotonic()
-            if await request.is_disconnected():
-                worker.cancel(job)
-                return None
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            return await asyncio.wait_for(job.said.get(), POLL_S)
-        except asyncio.TimeoutError:
-            continue
+            body = await self._body(Request(scope, receive))
+            with self._worker.place():
+                loop = asyncio.get_running_loop()
+                ask = await loop.run_in_executor(self._readers, self._read, body)
+                await self._answer(ask, scope, receive, send)
+        except ClientDisconnect:
+            note(scope, left=True)
+        except Refused as error:
+            await error_response(error)(scope, receive, send)
+        except ValueError as error:
+            await error_response(Refused(400, str(error)))(scope, receive, send)
 
-
-async def _whole(request: Request, worker: Worker, job: Job) -> Response:
-    reply, echoed = Reply(job.ask), None
-    while (said := await _next(request, worker, job)) is not None:
-        if isinstance(said, Exception):
-            return _failure(said)
-        if isinstance(said, Result):
-            return JSONResponse(reply.whole(echoed, said))
-        if echoed is None and job.ask.echo is not None:
-            echoed = said
-    return Response(status_code=499)
-
-
-async def _streamed(request: Request, worker: Worker, job: Job) -> Response:
-    first = await _next(request, worker, job)  # so that an error still has a status
-    if first is None:
-        return Response(status_code=499)
-    if isinstance(first, Exception):
-        return _failure(first)
-    reply = Reply(job.ask)
-
-    async def events() -> AsyncIterator[str]:
-        said: Said = first
+    async def _body(self, request: Request) -> bytes:
+        # A web page can send plain text to any address without asking; JSON it cannot
+        media = request.headers.get("content-type", "").split(";")[0].strip()
+        if media.lower() != "application/json":
+            raise Refused(415, "[serve] the content type must be application/json.")
+        most, data = self._limits.body_bytes, bytearray()
         try:
-            while isinstance(said, Step):
-                for chunk in reply.chunks(said):
-                    yield _event(chunk)
-                said = await job.said.get()
-            if isinstance(said, Exception):
-                yield _event(_error_body(500, _failure_text(said)))
+            async for chunk in request.stream():
+                data += chunk
+                self._held += len(chunk)
+                if len(data) > most:
+                    raise Refused(413, f"[serve] a request must be at most {most} bytes.")
+                if self._held > most * (self._limits.waiting + 1):
+                    raise Refused(
+                        503, "[serve] too many requests are coming in; try again.", retry=True
+                    )
+        finally:
+            self._held -= len(data)
+        return bytes(data)
+
+    def _read(self, data: bytes) -> Ask:
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise Refused(400, "[serve] the request must be UTF-8 text but is not.") from None
+        body = parse(text, "[serve] the request")
+        if not isinstance(body, dict):
+            raise Refused(400, f"[serve] the request must be a JSON object but got {kind(body)}.")
+        given = {key: value for key, value in body.items() if value is not None}
+        return read_request(self._pair, given, self._limits, self._chat)
+
+    async def _answer(self, ask: Ask, scope: Scope, receive: Receive, send: Send) -> None:
+        self._worker.add(job := Job(ask))
+        watch = asyncio.create_task(self._watch(job, receive))
+        try:
+            if ask.streamed:
+                await self._streamed(job, scope, send)
             else:
-                for chunk in reply.end(said):
-                    yield _event(chunk)
-            yield "data: [DONE]\n\n"
-        finally:  # also when the client has left
-            worker.cancel(job)
+                response = await self._whole(job, scope)
+                await response(scope, receive, send)
+        finally:
+            watch.cancel()
+            self._worker.cut(job, ClientDisconnect())
 
-    return StreamingResponse(events(), media_type="text/event-stream")
+    async def _watch(self, job: Job, receive: Receive) -> None:
+        """Cut the job when its client leaves."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._worker.cut(job, ClientDisconnect())
+
+    async def _whole(self, job: Job, scope: Scope) -> Response:
+        reply, echoed = Reply(job.ask), None
+        while True:
+            said = await job.hear(None)
+            if isinstance(said, Exception):
+                return error_response(_failure(said, scope))
+            if isinstance(said, Result):
+                note(scope, tokens=(len(job.ask.ids), len(said.tokens)))
+                return JSONResponse(reply.whole(echoed, said))
+            if echoed is None and job.ask.echo is not None:
+                echoed = said
+
+    async def _streamed(self, job: Job, scope: Scope, send: Send) -> None:
+        """Server-sent events. The headers go out at once, so an error from here on is an event."""
+
+        async def write(text: str, more: bool = True) -> None:
+            body = {"type": "http.response.body", "body": text.encode(), "more_body": more}
+            await send(body)
+
+        # Nothing but the headers of a response without a body of its own
+        head = Response(headers=STREAM_HEADERS, media_type="text/event-stream")
+        headers = [(name, value) for name, value in head.raw_headers if name != b"content-length"]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        reply, count = Reply(job.ask), 0
+        said: Any = None
+        while not isinstance(said, (Result, Exception)):
+            said = await job.hear(self._limits.keep_alive_s)
+            if isinstance(said, Step):
+                count += len(said.tokens)
+                note(scope, tokens=(len(job.ask.ids), count))
+                await write("".join(map(_event, reply.chunks(said))))
+            elif said is None:
+                await write(": keep-alive\n\n")
+        if isinstance(said, Result):
+            note(scope, tokens=(len(job.ask.ids), len(said.tokens)))
+            events = list(reply.end(said))
+        else:
+            events = [error_body(_failure(said, scope))]
+        await write("".join(map(_event, events)) + "data: [DONE]\n\n", more=False)
 
 
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-def _failure(error: Exception) -> Response:
-    return _error(400 if isinstance(error, ValueError) else 500, _failure_text(error))
+def _failure(error: Exception, scope: Scope) -> Refused:
+    """Our own sentences go to the client; of anything else it learns nothing, the log all.
 
-
-def _failure_text(error: Exception) -> str:
-    """Our own sentences go to the client; of anything else it learns nothing."""
-    return str(error) if str(error).startswith("[") else "[serve] the generation failed."
-
-
-def _error(status: int, message: str) -> Response:
-    return JSONResponse(_error_body(status, message), status_code=status)
-
-
-def _error_body(status: int, message: str) -> dict[str, Any]:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    Raises:
+        ClientDisconnect: There is nobody to tell.
+    """
+    if isinstance(error, (Refused, ClientDisconnect)):
+        if isinstance(error, ClientDisconnect):
+            raise error
+        return error
+    ours = str(error).startswith("[")
+    if not ours:
+        log.error("%s the generation failed", note(scope)["id"], exc_info=error)
+    status = 400 if isinstance(error, ValueError) and ours else 500
+    return Refused(status, str(error) if ours else "[serve] the generation failed.")

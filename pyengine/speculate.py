@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
 import mlx.core as mx
 
+from pyengine import forked, memory
 from pyengine import sampling as rules
-from pyengine.cache import Cache
+from pyengine.cache import CHUNK, Cache
 from pyengine.logits import Logits
 from pyengine.ops import switch
 from pyengine.ops.filter_logits import Filtered
@@ -55,10 +56,12 @@ class AssistantLike(Protocol):
 class Stats:
     """Counts and seconds of one generation, filled while it runs.
 
-    ``decode_s`` and ``tok_s`` are decode only: the first token belongs to the prefill.
+    ``decode_s`` and ``tok_s`` are decode only: the first token belongs to the prefill. ``seed`` is
+    the one that was used, given or drawn.
     """
 
     block_size: int = 1
+    seed: int | None = None
     prompt_tokens: int = 0
     reused_tokens: int = 0
     generated_tokens: int = 0
@@ -119,17 +122,28 @@ class Stats:
 
 
 class NonFinite(RuntimeError):
-    """The target gave logits that are NaN or infinite."""
+    """The target gave logits that are NaN or infinite; ``dtype`` is that of its activations."""
+
+    def __init__(self, what: str, dtype: mx.Dtype) -> None:
+        why = "are the weights damaged?"
+        if dtype == mx.float16:
+            why = "float16 ends at 65504: load the pair with dtype bfloat16 or float32."
+        super().__init__(f"[{what}] logits must be finite but got NaN or infinity; {why}")
 
 
 class Round(NamedTuple):
-    """Tokens committed by one round; a stop id comes last and ends the generation."""
+    """Tokens committed by one round; a stop id comes last and ends the generation.
+
+    Between two chunks of the prefill there is one with no tokens, whose ``prompt_done`` counts the
+    prompt's tokens processed so far.
+    """
 
     tokens: list[int]
     finish_reason: str | None  # "stop", "length", or None while it goes on
     num_drafted: int
     num_accepted: int
     logprobs: list[Logprob] | None = None  # one a token, where the settings ask for it
+    prompt_done: int | None = None
 
 
 class _State(NamedTuple):
@@ -146,7 +160,7 @@ def decode(
     *,
     sampling: Sampling,
     block_size: int,
-    max_tokens: int,
+    max_tokens: int | None = None,
     stop_ids: frozenset[int] = frozenset(),
     stats: Stats | None = None,
     prefix: Prefix | None = None,
@@ -159,53 +173,68 @@ def decode(
         prompt: Token ids, at least one.
         sampling: How tokens are chosen.
         block_size: Primary token and its drafts, 2 to 128; 1 is plain decoding.
-        max_tokens: At most this many new tokens.
+        max_tokens: At most this many new tokens; None: as many as the context holds.
         stop_ids: Ids that end the text.
         stats: Filled as rounds end.
-        prefix: What earlier generations left; the caller tells it what this one committed.
+        prefix: What earlier generations left; what this one leaves. After an error forget it.
 
     Yields:
-        The first token after the prefill, then what each round committed.
+        How far the prefill is, between its chunks; the first token after it; then what each round
+        committed. Closed between two chunks, what is processed is in the prefix.
 
     Raises:
         ValueError: A setting is impossible or the prompt does not fit the context.
-        RuntimeError: The target's logits are not finite.
+        RuntimeError: The target's logits are not finite, the cache outgrows the memory, or the
+            process was forked from one that had used MLX.
     """
+    forked.check("generate")
     _check(target, assistant, prompt, block_size, max_tokens)
     stats = Stats() if stats is None else stats
+    sampling = rules.seeded(sampling)
     stats.block_size, stats.prompt_tokens = block_size, len(prompt)
+    stats.seed = sampling.seed
     mx.reset_peak_memory()
-    room = min(max_tokens, target.context - len(prompt))
+    room = target.context - len(prompt)
+    room = room if max_tokens is None else min(max_tokens, room)
 
     start = time.perf_counter()
     if prefix is None:
-        cache = target.new_cache(block_size)
-        logits, hidden = target.prefill(prompt, cache)
+        cache, known = target.new_cache(block_size), 0
     else:
         cache, known = prefix.open(target, prompt, block_size)
-        logits, hidden = target.prefill(prompt[known:], cache)
-        prefix.mark(len(prompt))
-        stats.reused_tokens = prefix.reused
+        stats.reused_tokens = known
+    for chunk in prefill(target, prompt, cache, known, prefix):
+        if chunk.done < len(prompt):
+            stats.prefill_s += time.perf_counter() - start
+            yield Round([], None, 0, 0, None, chunk.done)
+            start = time.perf_counter()
+    _, logits, hidden = chunk
     history = History(sampling, prompt, logits.shape[-1])
     seed = rules.seed_of(sampling)
     packed, state = _first(logits[None], hidden, history.listed(), cache, sampling, seed)
     row = _read(packed, [hidden])
-    stats.prefill_s = time.perf_counter() - start
+    stats.prefill_s += time.perf_counter() - start
     drafted, play = 0, _rounds(target, assistant, cache, sampling, block_size - 1)
+    text = list(prompt)
 
     while True:
-        kept = _unpack(row, drafted, sampling)
+        kept = _unpack(row, drafted, sampling, state.hidden.dtype)
         tokens, reason = _cut(kept.tokens, room - stats.generated_tokens, stop_ids)
         stats.generated_tokens += len(tokens)
         stats.peak_memory_bytes = mx.get_peak_memory()
         logprobs = None if kept.logprobs is None else kept.logprobs[: len(tokens)]
+        text += tokens
+        if prefix is not None:
+            prefix.keep(text[:-1])  # the newest token is not processed yet
         yield Round(tokens, reason, drafted, kept.accepted, logprobs)
         if reason:
             return
+        forked.check("generate")
         start = time.perf_counter()
         history.add(tokens)
         # A round past the end of the room keeps its shape; what it commits there is not used
         drafted = block_size - 1
+        memory.check_growth(cache.growth(block_size))
         cache.reserve(block_size)
         packed, primary, hidden, *arrays = play(
             [*state, seed, *(history.listed() or ()), *cache.arrays]
@@ -217,6 +246,36 @@ def decode(
         cache.bound = len(prompt) + stats.generated_tokens + accepted
         stats.count_round(drafted, accepted)
         stats.decode_s += time.perf_counter() - start
+
+
+class Prefilled(NamedTuple):
+    """What a chunk of the prefill gave, and how much of the prompt is done."""
+
+    done: int
+    logits: mx.array  # [V]
+    hidden: mx.array  # [1, E]
+
+
+def prefill(
+    target: TargetLike, prompt: list[int], cache: Cache, known: int, prefix: Prefix | None
+) -> Iterator[Prefilled]:
+    """Process a prompt from place ``known`` on, a chunk at a time. Evaluates once per chunk.
+
+    A prefix gets its marks: where prompts part, and at both ends of the last chunk.
+    """
+    parting, done = 0 if prefix is None else prefix.parting, known
+    while done < len(prompt):
+        forked.check("generate")
+        end = min(done + CHUNK, len(prompt))
+        if done < parting < end:
+            end = parting
+        if prefix is not None and (done == parting or end == len(prompt)):
+            prefix.mark(done)
+        logits, hidden = target.prefill(prompt[done:end], cache)
+        done = end
+        if prefix is not None and done == len(prompt):
+            prefix.mark(done)
+        yield Prefilled(done, logits, hidden)
 
 
 def _rounds(
@@ -328,15 +387,13 @@ def _read(packed: mx.array, state: list[mx.array]) -> list[int]:
     return cast(list[int], packed.tolist())
 
 
-def _unpack(row: list[int], k: int, sampling: Sampling) -> _Kept:
+def _unpack(row: list[int], k: int, sampling: Sampling, dtype: mx.Dtype) -> _Kept:
     """Take apart what was read: k drafts, how many were kept, the next token, flags of the target's
     k + 1 rows and of the assistant's k, logprobs."""
     ours, guesses = row[k + 2 : 2 * k + 3], row[2 * k + 3 : 3 * k + 3]
     # An assistant may leave tokens out (-inf, flag 1); a target may not
     if any(ours) or any(flags >> 1 for flags in guesses):
-        raise NonFinite(
-            "[decode] logits must be finite but got NaN or infinity; are the weights damaged?"
-        )
+        raise NonFinite("decode", dtype)
     accepted = row[k]
     tokens = [*row[:accepted], row[k + 1]]
     if sampling.logprobs is None:
@@ -364,7 +421,7 @@ def _check(
     assistant: AssistantLike | None,
     prompt: list[int],
     block_size: int,
-    max_tokens: int,
+    max_tokens: int | None,
 ) -> None:
     if not 1 <= block_size <= MAX_BLOCK:
         raise ValueError(f"[decode] block_size must be 1 to {MAX_BLOCK} but got {block_size}.")
@@ -372,7 +429,7 @@ def _check(
         raise ValueError(
             f"[decode] block_size must be 1 without an assistant but got {block_size}."
         )
-    if max_tokens < 1:
+    if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"[decode] max_tokens must be at least 1 but got {max_tokens}.")
     if not prompt:
         raise ValueError("[decode] prompt must hold at least one token but got none.")

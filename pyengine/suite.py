@@ -14,6 +14,7 @@ from pyengine.messages import Prompt, check_message
 
 EMBEDDED = Path(__file__).parent / "prompts" / "nano.jsonl"
 CONTINUATION = "continuation"
+MAX_SUITE = 64 << 20
 
 _REQUIRED = {"id": str, "category": str, "prompt": str, "max_tokens": int}
 _OPTIONAL = {"messages": list, "notes": str}
@@ -61,7 +62,7 @@ def load_suite(path: Path) -> list[Case]:
     Raises:
         ValueError: The file cannot be read or a line is not a case; the message names the line.
     """
-    lines = read_text(Path(path), "suite").split("\n")
+    lines = read_text(Path(path), "suite", MAX_SUITE).split("\n")
     cases: list[Case] = []
     seen: set[str] = set()
     for number, line in enumerate(lines, 1):

@@ -10,8 +10,8 @@ from typing import cast
 
 import mlx.core as mx
 
-from pyengine import ops
-from pyengine.cache import Cache
+from pyengine import memory, ops
+from pyengine.cache import CHUNK, Cache
 from pyengine.config import LayerConfig, TargetConfig
 from pyengine.linear import Linear, gated, side_by_side
 from pyengine.logits import Logits
@@ -119,11 +119,18 @@ class Target:
         """An empty cache for verify calls of up to max_block tokens."""
         return Cache(self.config, max_block, self.dtype)
 
-    def prefill(self, ids: list[int], cache: Cache, chunk: int = 512) -> tuple[mx.array, mx.array]:
+    def prompt_bytes(self, tokens: int, max_block: int, marks: int) -> int:
+        """Memory for a prompt, see :func:`pyengine.memory.prompt_bytes`."""
+        return memory.prompt_bytes(self.config, tokens, max_block, marks, self.dtype.size)
+
+    def prefill(
+        self, ids: list[int], cache: Cache, chunk: int = CHUNK
+    ) -> tuple[mx.array, mx.array]:
         """Process and commit a prompt. Evaluates after each chunk, so that memory stays level.
 
         Returns:
-            Logits of the last position [V], float32, and its hidden vector [1, E], as verify.
+            Logits of the last position [V], float32, not evaluated: most callers that hand over a
+            prompt in parts want only the last; and its hidden vector [1, E], as verify.
 
         Raises:
             ValueError: No ids, or an id outside the vocabulary.
@@ -137,9 +144,7 @@ class Target:
             cache.commit(mx.array(part.size, dtype=mx.int32), cache.bound + part.size)
             mx.eval(hidden, cache.arrays)
         hidden = hidden[-1:]
-        logits = self._head(hidden).array[0]
-        mx.eval(logits, hidden)
-        return logits, hidden
+        return self._head(hidden).array[0], hidden
 
     def verify(self, ids: mx.array, cache: Cache) -> tuple[mx.array, mx.array]:
         """Run ids [T] behind the committed positions; writes keys and values, commits nothing.

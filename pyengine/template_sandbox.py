@@ -1,126 +1,123 @@
-"""A sandbox for chat templates whose work and memory are bounded.
+"""A sandbox for chat templates whose time and memory are bounded.
 
 Jinja's own sandbox keeps a template away from Python's insides, not from running for ever: a few
-lines of literals, loops and ``~`` build a value of any size. Here everything that repeats, builds,
-compares or prints draws on one budget before it happens: a unit is one step, or 64 characters or
-members touched. Filters, methods and globals are those chat templates need; what they cannot pay
-for, or what could grow a text by a number (widths, padding), is refused.
+lines of literals, loops and ``~`` build a value of any size. Here each operation is paid for before
+it happens, by its own formula (``template_costs``) from one account (``template_meter``); what has
+no formula is refused. Nothing is computed while compiling.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import wraps
 from typing import Any, NoReturn, cast
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import loopcontrols
-from jinja2.runtime import LoopContext, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import LoopContext, Macro, Undefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+from jinja2.utils import Cycler, Joiner, Namespace, _PassArg, pass_context
 from jinja2.visitor import NodeTransformer
 
-MAX_WORK = 1_000_000
-MAX_CHARS = 1 << 24  # of one text that a template builds or prints
-MAX_INDENT = 64
-CHUNK = 64
-
-CHEAP_FILTERS = (
-    "abs capitalize count d default e escape first float int items last length list lower map "
-    "reject rejectattr reverse safe select selectattr title trim upper wordcount"
+from pyengine.template_costs import (
+    FILTERS,
+    GLOBALS,
+    METHODS,
+    OPERATORS,
+    TESTS,
+    braces,
+    compare,
+    concat,
+    contains,
+    cut,
 )
-DEEP_FILTERS = "dictsort groupby indent join max min replace sort string unique"
-COMPARISONS = "in == eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le"
-METHODS = {
-    str: "capitalize count endswith find index isalnum isalpha isdigit isnumeric isspace islower "
-    "isupper join lower lstrip removeprefix removesuffix replace rfind rsplit rstrip split "
-    "splitlines startswith strip title upper",
-    dict: "get items keys values",
-    list: "count index",
-    tuple: "count index",
-    LoopContext: "cycle",
-}
-METHOD_NAMES = {kind: frozenset(names.split()) for kind, names in METHODS.items()}
+from pyengine.template_meter import ITEM, Meter
+
+MAX_CALLS = 100  # of macros and recursive loops inside each other; a call takes seven Python frames
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja as transformers sets it up, on a budget; :meth:`begin` before each rendering."""
+    """Jinja as transformers sets it up, metered; ``meter.begin`` before each rendering."""
 
-    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
+    intercepted_binops = frozenset(OPERATORS)
 
     def __init__(self) -> None:
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=[loopcontrols],
+            extensions=[_Generation, loopcontrols],
             optimized=False,  # else constants would be computed while compiling
-            finalize=self.printed,
         )
-        self.work = 0
+        self.meter = Meter()
+        self._calls = 0
         own: dict[str, Callable[..., Any]] = {
+            "cycler": Cycler,
+            "dict": self._dict,
+            "joiner": Joiner,
+            "namespace": self._namespace,
             "raise_exception": _refuse,
+            "range": safe_range,
             "strftime_now": _now,
-            "range": self._range,
-            "dict": dict,
-            "namespace": Namespace,
         }
         self.globals = dict(own)
-        self._callable = {id(value) for value in own.values()}
-        self._callable |= {id(f) for f in (_refuse, _now)}
-        self.filters = {name: self._cheap(self.filters[name]) for name in CHEAP_FILTERS.split()} | {
-            name: self._deep(self.filters[name]) for name in DEEP_FILTERS.split()
+        self._prices = {own[name]: price for name, price in GLOBALS.items()}
+        known = {**self.filters, "tojson": _to_json}
+        self.filters = {name: self._paid(known[name], price) for name, price in FILTERS.items()}
+        self.tests = {
+            name: self._paid(cast(Any, self.tests[name]), price) for name, price in TESTS.items()
         }
-        self.filters["tojson"] = self._deep(_to_json)
-        self.tests |= {
-            name: self._deep(cast(Any, self.tests[name])) for name in COMPARISONS.split()
+        # What _Metered calls, under names that are no identifiers; see call_filter
+        self.filters |= {
+            "#step": self._step,
+            "#print": self._print,
+            "#literal": self.meter.literal,
+            "#key": self.meter.key,
+            "#concat": self._paid(lambda *parts: "".join(map(str, parts)), concat),
+            "#in": self._paid(lambda part, whole: part in whole, contains),
+            "#slice": self._paid(lambda value, *bounds: value[slice(*bounds)], cut),
+            "#read": self._paid(lambda value: value, compare),
         }
 
-    def begin(self) -> None:
-        self.work = 0
+    def _paid(self, function: Callable[..., Any], price: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter or test that pays first."""
+        meter, first = self.meter, 0 if _PassArg.from_obj(function) is None else 1
 
-    def spend(self, amount: int) -> None:
-        self.work += amount
-        if self.work > MAX_WORK:
-            raise jinja2.TemplateRuntimeError("it does too much work")
+        @wraps(function)
+        def paid(*args: Any, **kwargs: Any) -> Any:
+            price(meter, *args[first:], **kwargs)
+            result = function(*args, **kwargs)
+            # Lazy ones are made into lists at once, so that they work while their price is known
+            return list(result) if isinstance(result, Iterator) else result
 
-    # What the compiled template calls, put there by _Metered
+        return paid
 
-    def counted(self, values: Iterable[Any]) -> Iterator[Any]:
-        """The items of a loop, each paid for."""
-        for value in values:
-            self.spend(1)
-            yield value
-
-    def touched(self, value: Any) -> Any:
-        """A value that was copied, paid by its length."""
-        self.spend(1 + _length(value) // CHUNK)
+    def _step(self, value: Any, work: int, chars: int) -> Any:
+        """One pass through a body; spelt out, for most of a long rendering is such steps."""
+        meter = self.meter
+        meter.done += work
+        meter.built += chars
+        if meter.done > meter.most_work or meter.built > meter.most_built:
+            meter.work(0)
+            meter.build(0)
         return value
 
-    def walked(self, value: Any) -> Any:
-        """A value about to be read to its last leaf, paid as if nothing in it were shared."""
-        stack = [value]
-        while stack:
-            item = stack.pop()
-            if isinstance(item, Namespace):
-                item = item._Namespace__attrs
-            if isinstance(item, dict):
-                stack.extend(item.keys())
-                stack.extend(item.values())
-            elif isinstance(item, (list, tuple, set, frozenset)):
-                stack.extend(item)
-            self.spend(1 + _length(item) // CHUNK)
+    @pass_context  # jinja calls a filter that takes the context at run time only
+    def _print(self, context: Any, value: Any) -> Any:
+        self.meter.build(1 + self.meter.text(value))
         return value
 
-    def joined(self, *parts: Any) -> str:
-        """``a ~ b``."""
-        return str(self.touched("".join([str(self.walked(part)) for part in parts])))
+    def _dict(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        """``dict``, whose keys are looked at first."""
+        pairs = args[0] if args else ()
+        pairs = pairs.items() if isinstance(pairs, Mapping) else pairs
+        return {**{self.meter.key(key): value for key, value in pairs}, **kwargs}
 
-    def printed(self, value: Any) -> Any:
-        return self.walked(value)
+    def _namespace(self, *args: Any, **kwargs: Any) -> Namespace:
+        return _Namespace(self._dict(*args, **kwargs))
 
     # What jinja itself asks
 
@@ -131,170 +128,224 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return metered.set_environment(self)  # type: ignore[return-value]
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        owner = getattr(__obj, "__self__", None)
-        if owner is __self and __obj.__name__ in ("counted", "touched", "walked", "joined"):
-            return __obj(*args)
-        __self.spend(1)
-        if isinstance(__obj, Macro):
-            return __self.touched(super().call(__context, __obj, *args, **kwargs))
-        name = getattr(__obj, "__name__", "")
-        kind = next((kind for kind in METHOD_NAMES if isinstance(owner, kind)), None)
+        __self.meter.work(4 + len(args) + len(kwargs))
+        __self.meter.build(ITEM * len(args))
+        if not isinstance(__obj, (Macro, LoopContext)):
+            # Jinja adds the loop's own variables to the keywords; they are not arguments
+            given = {k: v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars")}
+            __self._pay_call(__obj, args, given)
+            return super().call(__context, __obj, *args, **kwargs)
+        if __self._calls == MAX_CALLS:
+            raise jinja2.TemplateRuntimeError("it calls macros or loops in each other too deep")
+        __self._calls += 1
+        try:
+            return super().call(__context, __obj, *args, **kwargs)
+        finally:
+            __self._calls -= 1
+
+    def _pay_call(self, obj: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if isinstance(obj, _Format):
+            return braces(self.meter, obj.text, *args, **kwargs)
+        if isinstance(obj, (Joiner, Undefined)):  # the latter says what is undefined
+            return self.meter.work(1)
+        owner = getattr(obj, "__self__", None)
+        name = getattr(obj, "__name__", "")
+        kind = next((kind for kind in METHODS if isinstance(owner, kind)), None)
         if kind is not None:
-            if name not in METHOD_NAMES[kind]:
+            if name not in METHODS[kind]:
                 raise jinja2.TemplateRuntimeError(f"it calls the unsafe {kind.__name__}.{name}")
-            __self.touched(owner)
-        elif id(__obj) not in __self._callable and __obj != __self._range:
+            return METHODS[kind][name](self.meter, owner, *args, **kwargs)
+        price = self._prices.get(obj) if callable(obj) else None
+        if price is None:
             raise jinja2.TemplateRuntimeError("it calls something unsafe")
-        # Jinja adds the loop's own variables to the keywords; they are not arguments
-        data = [*args, *(value for key, value in kwargs.items() if not key.startswith("_"))]
-        __self.walked(data)
-        if isinstance(owner, str) and name in ("replace", "join"):
-            _check_growth(owner, *data)
-        return __self.touched(super().call(__context, __obj, *args, **kwargs))
+        return price(self.meter, *args, **kwargs)
+
+    def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        # map('#step', -1) would pay work back
+        if name.startswith("#"):
+            raise jinja2.TemplateRuntimeError(f"No filter named {name[:80]!r}")
+        return super().call_filter(name, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            raise jinja2.TemplateRuntimeError("it uses **")
-        if operator == "%" and isinstance(left, str):
-            if re.search(r"%[^a-zA-Z%]*[\d*]", left):
-                raise jinja2.TemplateRuntimeError("it pads a text to a width")
-            self.walked(right)
-        for value, count in ((left, right), (right, left)):
-            if operator == "*" and isinstance(count, int):
-                self.spend(_length(value) * max(count, 0))
-        result = super().call_binop(context, operator, left, right)
-        if isinstance(result, int) and abs(result) >> 63:
-            raise jinja2.TemplateRuntimeError("it makes too large a number")
-        return self.touched(result)
+        OPERATORS[operator](self.meter, left, right)
+        return super().call_binop(context, operator, left, right)
 
-    def _cheap(self, filter_: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that reads its value once."""
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # Jinja's way is twenty calls, and the loops over all messages ask for little else
+        if type(obj) is _Namespace and attribute in (known := obj._Namespace__attrs):
+            return known[attribute]
+        self.meter.work(4)
+        return super().getattr(obj, attribute)
 
-        @wraps(filter_)
-        def metered(*args: Any, **kwargs: Any) -> Any:
-            for arg in (*args, *kwargs.values()):
-                self.touched(arg)
-            result = filter_(*args, **kwargs)
-            # Lazy ones are made into lists at once, so that each item is paid for here
-            return self.touched(list(self.counted(result)) if _lazy(result) else result)
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        try:
+            return obj[argument]
+        except (TypeError, LookupError):
+            self.meter.work(4)
+            return super().getitem(obj, argument)
 
-        return metered
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        return None if wrapped is None else _Format(value.__self__, wrapped)
 
-    def _deep(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter or test that reads its value to the last leaf."""
-        name = getattr(function, "__name__", "")
 
-        @wraps(function)
-        def metered(*args: Any, **kwargs: Any) -> Any:
-            data = [arg for arg in (*args, *kwargs.values()) if not _machinery(arg)]
-            self.walked(data)
-            if name == "do_indent":
-                _check_indent(*data[1:])
-            elif name in ("do_replace", "sync_do_join", "do_join"):
-                _check_growth(*data)
-            result = function(*args, **kwargs)
-            return self.touched(list(self.counted(result)) if _lazy(result) else result)
+class _Format:
+    """A text's ``format``, with the text at hand to predict its result from."""
 
-        return metered
+    def __init__(self, text: str, call: Callable[..., str]) -> None:
+        self.text, self._call = text, call
 
-    def _range(self, *bounds: int) -> range:
-        numbers = range(*bounds)
-        self.spend(len(numbers))
-        return numbers
+    def __call__(self, *args: Any, **kwargs: Any) -> str:
+        return self._call(*args, **kwargs)
+
+
+class _Namespace(Namespace):
+    """As transformers has it: names that begin with an underscore are refused."""
+
+    def __init__(self, attributes: Mapping[Any, Any]) -> None:
+        super().__init__()
+        for name, value in attributes.items():
+            type(self).__setitem__(self, name, value)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise jinja2.TemplateRuntimeError("it names a namespace's attribute with an underscore")
+        super().__setitem__(name, value)
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks the model's words for training; here it is its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
 
 
 class _Metered(NodeTransformer):
-    """Sends what repeats, builds or compares through the sandbox's counters."""
+    """Sends what repeats, builds, compares or prints through the sandbox's own filters."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
-        if node.recursive:
-            raise jinja2.TemplateSyntaxError("a loop must not be recursive", node.lineno)
+        step = _step(node.body)
+        if node.test is not None:
+            test = _filter("#step", nodes.Const(True), *_weight([node.test]))
+            node.test = nodes.And(test, node.test)
         self.generic_visit(node)
-        node.iter = _call("counted", node.iter)
+        node.body.insert(0, step)
+        return node
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
+        step = _step(node.body)
+        self.generic_visit(node)
+        node.body.insert(0, step)
+        return node
+
+    visit_CallBlock = visit_Macro
+
+    def visit_ScopedEvalContextModifier(self, node: nodes.Node) -> nodes.Node:
+        raise jinja2.TemplateSyntaxError("autoescape is not for prompts", node.lineno)
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+        self.generic_visit(node)
+        plain = (nodes.TemplateData, nodes.Const)
+        node.nodes = [n if isinstance(n, plain) else _filter("#print", n) for n in node.nodes]
         return node
 
     def visit_List(self, node: nodes.List) -> nodes.Node:
         self.generic_visit(node)
-        return _call("touched", node)
+        return _filter("#literal", node)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         self.generic_visit(node)
-        return _call("touched", node) if node.ctx == "load" else node
+        return _filter("#literal", node) if node.ctx == "load" else node
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
-        for pair in node.items:  # a key is hashed to its last leaf
-            pair.key = _call("walked", pair.key)
-        return _call("touched", node)
+        for pair in node.items:
+            pair.key = _filter("#key", pair.key)
+        return _filter("#literal", node)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _call("joined", *node.nodes)
+        return _filter("#concat", *node.nodes)
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        self.generic_visit(node)
-        node.expr = _call("walked", node.expr)
-        for operand in node.ops:
-            operand.expr = _call("walked", operand.expr)
+        first, name, second = node.expr, node.ops[0].op, node.ops[0].expr
+        membership = any(operand.op in ("in", "notin") for operand in node.ops)
+        if len(node.ops) > 1:
+            if membership:
+                raise jinja2.TemplateSyntaxError("`in` must not be in a chain", node.lineno)
+            self.generic_visit(node)
+            node.expr = _filter("#read", node.expr)
+            for operand in node.ops[:-1]:
+                operand.expr = _filter("#read", operand.expr)
+        elif not membership:
+            # Nothing is long that is equal to what stands in the source
+            constant = isinstance(first, nodes.Const) or isinstance(second, nodes.Const)
+            self.generic_visit(node)
+            if not constant:
+                node.expr = _filter("#read", node.expr)
+        elif isinstance(second, (nodes.List, nodes.Tuple)) and all(
+            isinstance(item, nodes.Const) for item in second.items
+        ):
+            node.expr = self.visit(first)
+        else:
+            within = _filter("#in", self.visit(first), self.visit(second))
+            return within if name == "in" else nodes.Not(within, lineno=node.lineno)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
         if isinstance(node.arg, nodes.Slice):
-            return _call("touched", node)
+            bounds = (node.arg.start, node.arg.stop, node.arg.step)
+            return _filter("#slice", node.node, *(bound or nodes.Const(None) for bound in bounds))
         if not isinstance(node.arg, nodes.Const):
-            node.arg = _call("walked", node.arg)
+            node.arg = _filter("#key", node.arg)
         return node
 
 
-def _call(name: str, *args: nodes.Node) -> nodes.Call:
-    function = nodes.EnvironmentAttribute(name)
-    return nodes.Call(function, list(args), [], None, None, lineno=args[0].lineno)
+def _filter(name: str, value: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(value, name, list(args), [], None, None, lineno=value.lineno)
 
 
-def _length(value: Any) -> int:
-    return len(value) if isinstance(value, (str, bytes, list, tuple, dict, set)) else 0
+def _step(body: list[nodes.Node]) -> nodes.Node:
+    """A statement that pays for one pass through ``body``."""
+    return nodes.ExprStmt(_filter("#step", nodes.Const(None), *_weight(body)))
 
 
-def _lazy(value: Any) -> bool:
-    return isinstance(value, Iterator)
+def _weight(body: list[nodes.Node]) -> tuple[nodes.Const, nodes.Const]:
+    """Work and characters of one pass; loops and macros inside it pay for their own bodies."""
+    number = chars = 0
+    left = list(body)
+    while left:
+        node = left.pop()
+        # A macro or block is an object of its own, made in each pass
+        number += 33 if isinstance(node, (nodes.Macro, nodes.Block)) else 1
+        if isinstance(node, nodes.Output):
+            texts = (getattr(n, "data", getattr(n, "value", "")) for n in node.nodes)
+            chars += sum(len(text) for text in texts if isinstance(text, str))
+        own = ("body",) if isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock)) else ()
+        left.extend(node.iter_child_nodes(exclude=own))
+    return nodes.Const(1 + number // 16 + chars // 64), nodes.Const(chars)
 
 
-def _machinery(value: Any) -> bool:
-    """The environment or context that jinja passes to some filters."""
-    return isinstance(value, (jinja2.Environment, jinja2.runtime.Context, nodes.EvalContext))
+def _refuse(message: Any) -> NoReturn:
+    raise jinja2.TemplateRuntimeError(str(message))
 
 
-def _chars(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    members = value if isinstance(value, (list, tuple, dict, set)) else ()
-    return sum(len(str(member)) + 1 for member in members)
+def _now(format: str) -> str:
+    return datetime.now().strftime(format)
 
 
-def _check_growth(value: Any, *args: Any) -> None:
-    """``replace`` and ``join`` may put each argument between any two characters or members."""
-    longest = max((_chars(arg) for arg in args), default=0)
-    if (_chars(value) + 1) * (longest + 1) > MAX_CHARS and min(_chars(value), longest) > CHUNK:
-        raise jinja2.TemplateRuntimeError("it does too much work")
-
-
-def _check_indent(width: Any = 4, *_: Any) -> None:
-    if (len(width) if isinstance(width, str) else width) > MAX_INDENT:
-        raise jinja2.TemplateRuntimeError("it indents too far")
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateRuntimeError(message)
-
-
-def _now(form: str) -> str:
-    if re.search(r"%[^a-zA-Z%]*\d", form):
-        raise jinja2.TemplateRuntimeError("it pads a date to a width")
-    return datetime.now().strftime(form)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    if indent is not None:
-        _check_indent(indent)
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from pyengine.chat_template import ChatTemplate, Message, template_of
-from pyengine.files import SURROGATE, kind, read_bytes, read_object, read_text, within
+from pyengine.files import SURROGATE, kind, optional, read_bytes, read_object, read_text
+from pyengine.marks import Spellings, StandIns
+from pyengine.tokenizer_steps import check_steps
 
 # Gemma 4's marks carry a bar inside an angle bracket: <|turn>, <turn|>, <|"|>. A tokenizer.model
 # does not say which of its user-defined pieces are marks and which are text such as <table>.
@@ -25,7 +28,9 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"
 _PROBE = "  a  b "
 _NOWHERE = "\U0010fffd"
-MAX_TOKENIZER = 256 << 20  # Gemma 4's tokenizer.json is about 33 MB
+CHANNEL = ("<|channel>", "<channel|>")
+TOOL_RESULT = "<|tool_response>"
+MAX_TOKENIZER = 64 << 20  # Gemma 4's tokenizer.json is about 33 MB
 
 
 @contextmanager
@@ -62,15 +67,8 @@ class JsonPieces:
         from tokenizers import Tokenizer as Library
 
         text = read_text(path, "tokenizer", MAX_TOKENIZER)
+        check_steps(text, path)
         self._path, self._library = path, Library.from_str(text)
-        steps = (self._library.normalizer, self._library.pre_tokenizer)
-        patterns = [step.__getstate__() for step in steps if step is not None]
-        # Gemma's cut at single characters; an expression of a stranger's could take for ever.
-        if any(b'"Regex"' in pattern for pattern in patterns):
-            raise ValueError(
-                f"[tokenizer] {path} must cut text without regular expressions but has one; "
-                "is this a Gemma 4 tokenizer?"
-            )
         self._library.no_truncation()
         self._library.no_padding()
         added = self._library.get_added_tokens_decoder()
@@ -80,7 +78,9 @@ class JsonPieces:
             for i, token in added.items()
             if token.special or _MARK.fullmatch(token.content)
         }
-        self.names: dict[str, int] = {}
+        unknown = getattr(self._library.model, "unk_token", None)
+        found = None if unknown is None else self.find(unknown)
+        self.names = {} if found is None else {"unk_token": found}
 
     def split(self, text: str) -> list[int]:
         with _library_errors(self._path):
@@ -132,9 +132,8 @@ class Tokenizer:
     """Encodes, decodes and renders the chat template of one checkpoint.
 
     Special tokens written in ``encode``'s text become their ids, as in every Gemma tool: whoever
-    writes the raw text may open turns. :meth:`encode_chat` differs where it matters: in the
-    messages of the roles ``user`` and ``tool`` such strings stay ordinary text, so a quoted
-    ``<turn|>`` cannot end the turn it is in.
+    writes the raw text may open turns. :meth:`encode_chat` differs where it matters: what users
+    and tools say stays ordinary text, so a quoted ``<turn|>`` cannot end the turn it is in.
     """
 
     def __init__(self, pieces: Pieces, config: dict[str, Any], template: str | None) -> None:
@@ -145,13 +144,26 @@ class Tokenizer:
         for name, token in pieces.names.items():
             self._roles.setdefault(name, pieces.piece(token))
         self.special_ids = frozenset(self._special.values())
-        ordered = sorted(self._special, key=len, reverse=True)
-        either = "|".join(map(re.escape, ordered)) or "(?!)"
-        self._split_special = re.compile(f"({either})")
+        unknown = self._special.get(self._roles.get("unk_token", "<unk>"))
+        # What no vocabulary has may become <unk>; it is no mark
+        self._marks = self.special_ids - {unknown}
+        self._spellings = Spellings(self._special)
         self._bytes: dict[int, bytes] = {}
-        bos = self._roles.get("bos_token", "<bos>")
-        self.bos_id = self._special.get(bos)
-        self._template = ChatTemplate(template, self._roles) if template is not None else None
+        if "<bos>" in self._special:
+            self._roles.setdefault("bos_token", "<bos>")
+        self.bos_id = self._special.get(self._roles.get("bos_token", ""))
+        self._source = template
+        self._stand_ins = StandIns(self._spellings)
+        self._template: ChatTemplate | None = None  # with stand-ins for its marks
+        self._whole = False
+        if template is not None:
+            # A template has the named tokens it speaks of as variables
+            named = {
+                name: self._stand_ins.of(text) if text in self._special else text
+                for name, text in self._roles.items()
+                if name in template
+            }
+            self._template = ChatTemplate(self._stand_ins.in_template(template), named)
         kept = self.decode(self.encode(_PROBE))
         if kept != _PROBE:
             raise ValueError(
@@ -166,14 +178,48 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        return self._source is not None
+
+    @cached_property
+    def longest_piece(self) -> int | None:
+        """The most characters of a text that one token covers; None if there is no bound.
+
+        That is so where single bytes are missing: the unknown token covers what no piece does.
+        """
+        if any(self._pieces.find(f"<0x{byte:02X}>") is None for byte in range(256)):
+            return None
+        pieces = map(self._pieces.piece, range(self._pieces.size))
+        return max(map(len, chain(pieces, self._special)))
+
+    @property
+    def chat_template_error(self) -> str | None:
+        """Why no chat can be rendered with the template, None where one can or there is none."""
+        return None if self._template is None else self._template.error
 
     def channel_ids(self) -> tuple[int, ...]:
         """Ids of the marks around a thought; empty where the template knows no such channel."""
-        marks = [self._special.get(mark) for mark in ("<|channel>", "<channel|>")]
-        if self._template is None or "channel" not in self._template.source or None in marks:
+        marks = [self._special.get(mark) for mark in CHANNEL]
+        if self._source is None or "channel" not in self._source or None in marks:
             return ()
         return tuple(mark for mark in marks if mark is not None)
+
+    def turn_ids(self) -> tuple[int, ...]:
+        """Ids of the marks that begin and end a turn, as far as the vocabulary has them."""
+        names = (("sot_token", "<|turn>"), ("eot_token", "<turn|>"))
+        marks = [self._special.get(self._roles.get(name, usual)) for name, usual in names]
+        return tuple(mark for mark in marks if mark is not None)
+
+    def answer_ends(self) -> tuple[int, ...]:
+        """Ids that end an answer in a conversation; none where there is no chat template.
+
+        They are the end of a turn and, where the template writes it, the mark after which the
+        result of a tool is due.
+        """
+        if self._source is None:
+            return ()
+        marks = [self._roles.get("eot_token", "<turn|>")]
+        marks += [TOOL_RESULT] if TOOL_RESULT in self._source else []
+        return tuple(self._special[mark] for mark in marks if mark in self._special)
 
     def id_of(self, piece: str) -> int | None:
         """Id of a special token or a piece, None when the vocabulary lacks it."""
@@ -190,10 +236,9 @@ class Tokenizer:
         Raises:
             ValueError: The text is no Unicode text.
         """
-        if SURROGATE.search(text):
-            raise ValueError("[tokenizer] text must be Unicode but holds a lone surrogate.")
+        _check_unicode([text])
         ids: list[int] = []
-        for i, part in enumerate(self._split_special.split(text)):
+        for i, part in enumerate(self._spellings.split(text)):
             if i % 2:
                 ids.append(self._special[part])
             elif part:
@@ -245,38 +290,95 @@ class Tokenizer:
         Raises:
             ValueError: There is no template, or it refuses the messages.
         """
-        if self._template is None:
-            raise ValueError(
-                "[tokenizer] the checkpoint must have a chat template for messages but has none."
-            )
-        return self._template.render(messages, **kwargs)
+        _check_unicode(_strings([*messages, kwargs]))
+        stand_ins = self._stand_ins.copy()
+        everything = [_map_strings(message, stand_ins.in_text) for message in messages]
+        return stand_ins.restored(self._render(stand_ins, everything, kwargs))
 
     def encode_chat(self, messages: Sequence[Message], **kwargs: Any) -> list[int]:
         """Token ids of a rendered conversation; text of users and tools cannot forge marks.
 
-        Everything the template writes, and system and assistant messages (``<|think|>`` is
-        switched on there), may hold special tokens. In other messages their spelling is
-        encoded as ordinary text. Arguments and errors: :meth:`apply_chat_template`.
+        Special tokens are what the template itself writes, and what the content of system and
+        developer messages spells (``<|think|>`` is switched on there). The content of assistant
+        messages may hold the marks around a thought, by which templates leave thoughts out; what
+        else the model is told to have said, a user may have made it say. Everywhere else, in what
+        users, tools, calls, results and declarations say, each spelling is ordinary text.
+        Arguments and errors: :meth:`apply_chat_template`.
         """
-        spelled = "".join(chain.from_iterable(map(_strings, messages)))
-        gap = next((c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in spelled), None)
-        if gap is None:
-            raise ValueError(
-                "[tokenizer] messages must leave one of U+FDD0 to U+FDEF unused but hold them all."
-            )
-        trusted = ("system", "developer", "assistant", "model")
-        guarded = [
-            m if m.get("role") in trusted else _map_strings(m, lambda s: self._guard(s, gap))
-            for m in messages
-        ]
-        rendered = self.apply_chat_template(guarded, **kwargs)
-        return [token for part in rendered.split(gap) for token in self.encode(part)]
+        _check_unicode(_strings([*messages, kwargs]))
+        stand_ins = self._stand_ins.copy()
+        ready = [_with_stand_ins(message, stand_ins) for message in messages]
+        rendered = self._render(stand_ins, ready, kwargs)
+        self._check_whole()
+        return self._encode_rendered(stand_ins, rendered)
 
-    def _guard(self, text: str, gap: str) -> str:
-        """Put ``gap`` inside every special token's spelling, also one a later part could finish."""
-        text = self._split_special.sub(lambda m: m[0][0] + gap + m[0][1:], text)
-        unfinished = any(text.endswith(s[:n]) for s in self._special for n in range(1, len(s)))
-        return text + gap if unfinished else text
+    def takes_parts(self, role: str, first: bool) -> bool:
+        """Whether the template prints text parts in such a message; else it wants one string."""
+        user = [{"role": "user", "content": "a"}]
+        texts = []
+        for content in ("words", [{"type": "text", "text": "words"}]):
+            message = {"role": role, "content": content}
+            try:
+                rendered = self._render(
+                    self._stand_ins, [message, *user] if first else [*user, message, *user], {}
+                )
+            except ValueError:
+                return False
+            texts.append("".join(rendered.split()))
+        return texts[0] == texts[1]
+
+    def _render(
+        self, stand_ins: StandIns, messages: Sequence[Message], variables: dict[str, Any]
+    ) -> str:
+        if self._template is None:
+            raise ValueError(
+                "[tokenizer] the checkpoint must have a chat template for messages but has none."
+            )
+        try:
+            return self._template.render(messages, **variables)
+        except ValueError as error:
+            raise ValueError(stand_ins.restored(str(error))) from error
+
+    def _encode_rendered(self, stand_ins: StandIns, rendered: str) -> list[int]:
+        ids: list[int] = []
+        for i, part in enumerate(stand_ins.split(rendered)):
+            ids += [self._special[part]] if i % 2 else self._ordinary(part)
+        return ids
+
+    def _ordinary(self, text: str) -> list[int]:
+        """Ids of text in which special tokens have no effect."""
+        ids = [i for part in self._spellings.broken(text) if part for i in self._pieces.split(part)]
+        if self._marks.isdisjoint(ids):
+            return ids
+        # A library may find one behind its normaliser, or have a single character as one
+        spelled = [self._as_bytes(token) if token in self._marks else [token] for token in ids]
+        return [token for part in spelled for token in part]
+
+    def _as_bytes(self, token: int) -> list[int]:
+        text = self._pieces.piece(token).replace(_SPACE, " ")
+        found = [self._pieces.find(f"<0x{byte:02X}>") for byte in text.encode()]
+        ids = [i for i in found if i is not None and i not in self._marks]
+        if len(ids) < len(found):
+            raise ValueError(
+                f"[tokenizer] messages must not hold {text!r}: this vocabulary has it as a special "
+                "token only."
+            )
+        return ids
+
+    def _check_whole(self) -> None:
+        """Refuse a template that puts a special token together: it would count as plain text."""
+        if self._whole:
+            return
+        try:
+            rendered = self._render(self._stand_ins, [{"role": "user", "content": "a"}], {})
+        except ValueError:  # it wants other messages
+            rendered = ""
+        if built := self._stand_ins.built(rendered):
+            raise ValueError(
+                "[tokenizer] chat template must spell each special token in one piece but builds "
+                f"{built}."
+            )
+        self._whole = True
 
 
 class StreamingDetokenizer:
@@ -313,7 +415,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         ("tokenizer.model", SentencePieces),
     ]
     for name, read in kinds:
-        if (path := within(directory, name, "tokenizer")).is_file():
+        if path := optional(directory, name, "tokenizer"):
             template = template_of(directory, config)
             with _library_errors(path):
                 return Tokenizer(read(path), config, template)
@@ -323,8 +425,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    path = within(directory, "tokenizer_config.json", "tokenizer")
-    return read_object(path, "tokenizer") if path.is_file() else {}
+    path = optional(directory, "tokenizer_config.json", "tokenizer")
+    return read_object(path, "tokenizer") if path else {}
 
 
 def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -364,20 +466,38 @@ def _look_up(pieces: Pieces, names: dict[str, str]) -> dict[str, int]:
     return found
 
 
-def _strings(value: Any) -> list[str]:
+def _with_stand_ins(message: Message, stand_ins: StandIns) -> Message:
+    """The message with stand-ins for the special tokens that its role may spell."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "developer", "assistant", "model") or content is None:
+        return message
+    only = CHANNEL if role in ("assistant", "model") else None
+    return {**message, "content": _map_strings(content, lambda s: stand_ins.in_text(s, only))}
+
+
+def _strings(value: Any) -> Iterator[str]:
     """Every string inside nested messages."""
-    if isinstance(value, str):
-        return [value]
-    inner = [*value, *value.values()] if isinstance(value, dict) else value
-    return [s for v in inner for s in _strings(v)] if isinstance(value, (dict, list)) else []
+    inside = [value]
+    while inside:
+        item = inside.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            inside += [*item, *item.values()]
+        elif isinstance(item, (list, tuple)):
+            inside += item
+
+
+def _check_unicode(texts: Iterable[str]) -> None:
+    if any(map(SURROGATE.search, texts)):
+        raise ValueError("[tokenizer] text must be Unicode but holds a lone surrogate.")
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        # A template may print names too
-        return {_map_strings(k, change): _map_strings(v, change) for k, v in value.items()}
+        return {key: _map_strings(inner, change) for key, inner in value.items()}
     if isinstance(value, list):
         return [_map_strings(inner, change) for inner in value]
     return value

@@ -6,7 +6,7 @@ read one at a time, so that memory stays near the size of the result.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from pyengine.config import AssistantConfig, LayerConfig, Quantization, TargetConfig
 from pyengine.linear import Linear
-from pyengine.shards import read_headers
+from pyengine.shards import read_headers, stale_index
 
 Shape = tuple[int, ...]
 
@@ -37,6 +37,9 @@ SKIPPED = re.compile(
 FLOATS = (mx.bfloat16, mx.float16, mx.float32)
 
 
+OnRead = Callable[[int], None]
+
+
 @dataclass(frozen=True)
 class Weights:
     """The arrays of one model, by module path (matrices) or full name (everything else)."""
@@ -57,28 +60,32 @@ class Layout:
 
 
 def load_target_weights(
-    folder: Path, config: TargetConfig, dtype: mx.Dtype | None = None
+    folder: Path,
+    config: TargetConfig,
+    dtype: mx.Dtype | None = None,
+    on_read: OnRead = lambda count: None,
 ) -> Weights:
     """Read a target's tensors; `dtype` None keeps the checkpoint's. Evaluates.
+
+    `on_read` is called after each tensor with its bytes.
 
     Raises:
         ValueError: A file is damaged, or a tensor unknown, missing, or of wrong shape or dtype.
     """
-    return _load(folder, target_layout(config), config.quantization, dtype)
+    return _load(folder, target_layout(config), config.quantization, dtype, on_read)
 
 
 def load_assistant_weights(
-    folder: Path, config: AssistantConfig, dtype: mx.Dtype | None = None
+    folder: Path,
+    config: AssistantConfig,
+    dtype: mx.Dtype | None = None,
+    on_read: OnRead = lambda count: None,
 ) -> Weights:
     """Read an assistant's tensors; as :func:`load_target_weights`."""
-    weights = _load(folder, assistant_layout(config), config.quantization, dtype)
+    weights = _load(folder, assistant_layout(config), config.quantization, dtype, on_read)
     if config.num_centroids:
-        # A table of row numbers that reached past V would read foreign memory.
-        order = weights.vectors["masked_embedding.token_ordering"]
-        if not mx.array_equal(mx.sort(order), mx.arange(config.vocab_size, dtype=mx.int32)):
-            raise ValueError(
-                "[load] `masked_embedding.token_ordering` must hold every token id once."
-            )
+        name = "masked_embedding.token_ordering"
+        check_ordering(name, weights.vectors[name])
     return weights
 
 
@@ -219,7 +226,11 @@ def _open_all(
 
 
 def _load(
-    folder: Path, layout: Layout, quantization: Quantization | None, dtype: mx.Dtype | None
+    folder: Path,
+    layout: Layout,
+    quantization: Quantization | None,
+    dtype: mx.Dtype | None,
+    on_read: OnRead,
 ) -> Weights:
     matrices, vectors = _open_all(folder, layout, quantization)
     # One storage dtype for the whole model: the checkpoint's, or the one asked for
@@ -234,6 +245,7 @@ def _load(
         if matrix.scales is not None and matrix.biases is not None:
             check_finite(f"{path}.scales", matrix.scales)
             check_finite(f"{path}.biases", matrix.biases)
+        on_read(sum(array.nbytes for array in matrix.arrays))
     for name, vector in vectors.items():
         integer = name in layout.integers
         if dtype is None and not integer and vector.dtype != storage:
@@ -242,6 +254,7 @@ def _load(
         mx.eval(vector)
         if not integer:
             check_finite(name, vector)
+        on_read(vector.nbytes)
     return Weights(matrices, vectors, storage)
 
 
@@ -281,6 +294,8 @@ class _QuantizationModes:
         # Gate and up of the experts may share one entry, named after the tensor they came from
         joint = re.sub(r"\.experts\.(gate|up)_proj$", ".experts.gate_up_proj", path)
         mode = self.overrides.get(path, self.overrides.get(joint, default))
+        if isinstance(mode, str):
+            raise ValueError(mode)
         if mode is None:
             raise ValueError(
                 f"[load] `{path}.scales` is there, but config.json says `{path}` is not quantised."
@@ -329,7 +344,19 @@ def check_finite(name: str, array: mx.array) -> None:
         ValueError: The array holds one.
     """
     if not mx.isfinite(array).all():
-        raise ValueError(f"[load] `{name}` must be finite but holds NaN or infinity.")
+        out = "; float16 ends at 65504: load with dtype bfloat16 or float32"
+        why = out if array.dtype == mx.float16 else ""
+        raise ValueError(f"[load] `{name}` must be finite but holds NaN or infinity{why}.")
+
+
+def check_ordering(name: str, order: mx.array) -> None:
+    """A table of row numbers that reached past V would read foreign memory. Evaluates.
+
+    Raises:
+        ValueError: It is no permutation.
+    """
+    if not mx.array_equal(mx.sort(order), mx.arange(order.size, dtype=order.dtype)):
+        raise ValueError(f"[load] `{name}` must hold every token id once.")
 
 
 class Tensors:
@@ -339,6 +366,7 @@ class Tensors:
         self.arrays: dict[str, mx.array] = {}
         self.raw_names: dict[str, str] = {}
         self.used: set[str] = set()
+        self.folder = folder
         for shard, headers in read_headers(folder):
             loaded = _open(shard)
             for raw in headers:
@@ -361,7 +389,8 @@ class Tensors:
         """One tensor, lazy; its shape and dtype checked, experts split or stacked as needed."""
         array = self._assemble(name, shape)
         if array is None:
-            raise ValueError(f"[load] weights miss `{name}`; is this a Gemma 4 checkpoint?")
+            why = stale_index(self.folder) or "is this a Gemma 4 checkpoint?"
+            raise ValueError(f"[load] weights miss `{name}`; {why}")
         if array.shape != shape:
             raise ValueError(
                 f"[load] `{name}` must have shape {list(shape)} but got {list(array.shape)}."

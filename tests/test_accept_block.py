@@ -395,7 +395,7 @@ def good_args() -> dict[str, Any]:
         ({"position": mx.array(0.0)}, "position must be int32 but got float32."),
         ({"seed": mx.array(0)}, "seed must be uint32 but got int32."),
         ({"rule": "best"}, "rule must be residual, block or coupled but got best."),
-        ({"vocab": 0}, "vocab must be positive but got 0."),
+        ({"vocab": 0}, "vocab must be positive and at most 2097152 but got 0."),
     ],
 )
 def test_errors(change: dict[str, Any], text: str) -> None:

@@ -276,9 +276,11 @@ def test_quantization_block(tmp_path):
     }
     config = read_target_config(write(tmp_path / "a", {**TARGET_31B, "quantization": block}))
     assert config.quantization is not None
-    assert config.quantization.of("anything") == (4, 32)
-    assert config.quantization.of("language_model.model.layers.0.router.proj") == (8, 32)
-    assert config.quantization.of("language_model.model.embed_tokens_per_layer") is None
+    assert (config.quantization.bits, config.quantization.group_size) == (4, 32)
+    assert config.quantization.overrides == {
+        "language_model.model.layers.0.router.proj": (8, 32),
+        "language_model.model.embed_tokens_per_layer": None,
+    }
     for change, message in [
         ({"bits": 5}, "`quantization.bits` must be 4, 6 or 8 but got 5"),
         ({"group_size": 16}, "`quantization.group_size` must be 32, 64 or 128 but got 16"),

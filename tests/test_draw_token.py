@@ -117,7 +117,7 @@ def test_strided() -> None:
         ({"position": mx.array(1.0)}, "position must be int32 but got float32."),
         ({"position": mx.zeros(2, mx.int32)}, "position must have shape [] but got [2]."),
         ({"seed": mx.array(1)}, "seed must be uint32 but got int32."),
-        ({"index": -1}, "index must be 0 or more but got -1."),
+        ({"index": -1}, "index must be 0 or more and below 2**30 but got -1."),
     ],
 )
 def test_errors(change: dict[str, Any], text: str) -> None:

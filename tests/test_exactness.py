@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from assistants import Near
 from scipy import stats as scipy_stats
 
 from pyengine import ops
@@ -57,12 +58,19 @@ def prompt_of(flavour: str, length: int) -> list[int]:
 
 
 def text(
-    pair: Pair, prompt: list[int], block_size: int, count: int, sampling: Sampling = GREEDY
+    pair: Pair,
+    prompt: list[int],
+    block_size: int,
+    count: int,
+    sampling: Sampling = GREEDY,
+    near: float | None = None,
 ) -> tuple[list[int], Stats]:
+    """With the pair's own assistant, or one near the target, of that weight."""
     stats = Stats()
+    real = near is None or block_size == 1
     rounds = decode(
         pair.target,
-        pair.assistant,
+        pair.assistant if real else Near(pair, block_size - 1, near),  # type: ignore[arg-type]
         prompt,
         sampling=sampling,
         block_size=block_size,
@@ -74,24 +82,21 @@ def text(
 
 @pytest.mark.engine
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_greedy_speculative_text_is_greedy_plain_text(
-    pairs: object, flavour: str, stored: str, dtype: str, implementation: str
+def test_text_of_a_fitted_assistant_is_plain_text(
+    pairs: object, flavour: str, dtype: str, implementation: str
 ) -> None:
-    """Past eight windows of 8 positions (two in plain MLX), from all drafts refused to all kept."""
-    pair = pairs(flavour, stored, dtype)
+    """Greedy, past eight windows of 8 positions (two in plain MLX). The assistants were fitted to
+    this very text; other forms of the targets have their own in test_exactness_cells.py."""
+    pair, prompt = pairs(flavour, "dense", dtype), prompt_of(flavour, 21)
     count = 60 if implementation == "native" else 12
-    for length, block_sizes in ((5, (3, 17)), (21, (2, 4, 7, 16, 40))):
-        prompt = prompt_of(flavour, length)
-        plain, _ = text(pair, prompt, 1, count)
-        seen: set[int] = set()
-        for block_size in block_sizes:
-            got, stats = text(pair, prompt, block_size, count)
-            assert got == plain, f"block size {block_size}"
-            seen |= {d for d, count in enumerate(stats.accepted_by_depth) if count}
-        if length == 21 and stored == "dense":  # rounding leads away from the text it was fitted to
-            assert seen, "the assistant was never right, so nothing was tested"
+    plain, _ = text(pair, prompt, 1, count)
+    kept: set[int] = set()
+    for block_size in (2, 4, 7, 16, 40):
+        got, stats = text(pair, prompt, block_size, count)
+        assert got == plain, f"block size {block_size}"
+        kept |= {d for d, count in enumerate(stats.accepted_by_depth) if count}
+    assert {0, 1, 2, 3} <= kept if (flavour, dtype) != ("dense31", "bfloat16") else kept
 
 
 @pytest.mark.engine
@@ -103,15 +108,6 @@ def test_first_tokens_at_a_few_block_sizes(pairs: object, flavour: str) -> None:
     plain, _ = text(pair, prompt, 1, 7)
     for block_size in (2, 4, 17):
         assert text(pair, prompt, block_size, 7)[0] == plain, f"block size {block_size}"
-
-
-@pytest.mark.slow  # every block size; the one above samples them
-def test_greedy_text_at_every_block_size(pairs: object) -> None:
-    """To 40 tokens: the largest block whole, five windows."""
-    pair, prompt = pairs("dense31", "8-bit", "bfloat16"), prompt_of("dense31", 21)
-    plain, _ = text(pair, prompt, 1, 40)
-    for block_size in range(2, 41):
-        assert text(pair, prompt, block_size, 40)[0] == plain, f"block size {block_size}"
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 21, 500])
@@ -158,13 +154,17 @@ def law(pair: Pair, prompt: list[int]) -> dict[tuple, float]:
 
 
 def sampled_p_value(pair: Pair, prompt: list[int], runs: int) -> float:
-    """Chi-square of texts sampled at block 4 against their law; rare texts are pooled."""
+    """Chi-square of texts sampled at block 4 against their law; rare texts are pooled. Of the
+    drafts about half are kept."""
     want = law(pair, prompt)
     seen: dict[tuple, int] = {}
+    drafted = accepted = 0
     for seed in range(runs):
         s = Sampling(NARROW.temperature, NARROW.top_p, NARROW.top_k, seed=seed)
-        got = tuple(text(pair, prompt, 4, LENGTH, s)[0])
-        seen[got] = seen.get(got, 0) + 1
+        got, stats = text(pair, prompt, 4, LENGTH, s, near=0.2)
+        seen[tuple(got)] = seen.get(tuple(got), 0) + 1
+        drafted, accepted = drafted + stats.drafted, accepted + stats.accepted
+    assert accepted > 0.2 * drafted
     big = [t for t, p in want.items() if runs * p >= 5]
     assert len(big) >= 5
     expected = [runs * want[t] for t in big]
@@ -193,25 +193,31 @@ def test_accepting_every_draft_is_seen(pairs: object, monkeypatch: pytest.Monkey
 # Coupled text is plain text.
 
 
-def assert_coupled_is_plain(pair: Pair, prompts: list[list[int]], seeds: range, count: int) -> int:
-    """Compare texts over seeds, prompts, temperatures and block sizes; returns the cases."""
-    cases, accepted = 0, 0
+def assert_coupled_is_plain(
+    pair: Pair, prompts: list[list[int]], seeds: range, count: int, near: float | None = None
+) -> int:
+    """Compare texts over seeds, prompts, temperatures and block sizes; returns the cases. At block
+    size 2 at least a tenth of the drafts is kept."""
+    cases, drafted, accepted = 0, 0, 0
     for prompt, seed, temperature in itertools.product(prompts, seeds, (0.6, 1.0, 1.3)):
         top_k = 0 if seed % 2 else 64
         s = Sampling(temperature, top_k=top_k, seed=seed, verify="coupled")
         plain, _ = text(pair, prompt, 1, count, s)
         for block_size in (2, 5, 17):
-            got, stats = text(pair, prompt, block_size, count, s)
+            got, stats = text(pair, prompt, block_size, count, s, near)
             assert got == plain, (seed, temperature, block_size)
-            cases, accepted = cases + 1, accepted + stats.accepted
-    assert accepted > 0
+            cases += 1
+            if block_size == 2:
+                drafted, accepted = drafted + stats.drafted, accepted + stats.accepted
+    print(accepted, drafted)
+    assert accepted > 0.1 * drafted
     return cases
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_coupled_text_is_plain_text(pairs: object, flavour: str) -> None:
     pair = pairs(flavour, "dense", "bfloat16")
-    assert_coupled_is_plain(pair, [prompt_of(flavour, 21)], range(1), 24)
+    assert_coupled_is_plain(pair, [prompt_of(flavour, 21)], range(1), 24, near=0.2)
 
 
 @pytest.mark.long
@@ -222,7 +228,7 @@ def test_coupled_text_is_plain_text_two_hundred_times(
 ) -> None:
     pair = pairs(flavour, stored, "bfloat16")
     prompts = [prompt_of(flavour, 5), prompt_of(flavour, 21)]
-    assert assert_coupled_is_plain(pair, prompts, range(12), 30) >= 200
+    assert assert_coupled_is_plain(pair, prompts, range(12), 30, near=0.2) >= 200
 
 
 STARTS = ("import os\nimport sys\n\n\nclass ", "<!DOCTYPE html>\n<html>\n")

@@ -239,7 +239,7 @@ FILES: dict[str, tuple[Change, str]] = {
     "header a number too long": (header(lambda v: f'{{"a": {LONG}}}'.encode()), "is damaged"),
     "a name twice": (
         header(lambda v: json.dumps(v).encode()[:-1] + b', "%s": {}}' % NORM.encode()),
-        "a name comes twice",
+        "must name each key once but",
     ),
     "entry a number": (header(lambda v: v.update({NORM: 3})), "an entry has a wrong form"),
     "entry without offsets": (header(lambda v: v[NORM].pop("data_offsets")), "a wrong form"),
@@ -277,14 +277,20 @@ FILES: dict[str, tuple[Change, str]] = {
     "NaN in the assistant": (word("model.norm.weight", NAN, "assistant"), "must be finite"),
     # shards and paths
     "no weights": (gone(DIR), "has no model.safetensors and no index"),
-    "weights a folder": (lambda b: ((b / DIR).unlink(), (b / DIR).mkdir()), "no model.safeten"),
-    "shard missing": (shards({NORM: "a.safetensors"}), "misses the shard a.safetensors"),
+    "weights a folder": (lambda b: ((b / DIR).unlink(), (b / DIR).mkdir()), "but is a folder"),
+    "shard missing": (
+        shards({NORM: "a.safetensors"}, gone(DIR)),
+        "misses the shard a.safetensors; is it all downloaded, or is model.safetensors.index.json",
+    ),
     "shard outside": (shards({NORM: "../a.safetensors"}), "a shard must be a file in"),
     "shard absolute": (shards({NORM: "/etc/passwd"}), "a shard must be a file in"),
     "shard with a null": (shards({NORM: "a\0b"}), "a shard must be a file in"),
     "shard a number": (shards({NORM: 7}), "a shard must be a file in"),
     "shard a list": (shards({NORM: [SINGLE]}), "a shard must be a file in"),
-    "shard without its tensor": (shards({"model.absent": SINGLE}), "misses `model.absent`"),
+    "shard without its tensor": (
+        header(lambda v: v.pop(NORM)),
+        "[load] weights miss `layers.3.input_layernorm.weight`; is this a Gemma 4",
+    ),
     "shard of another format": (
         shards({NORM: "a.gguf"}, text("target/a.gguf", b"GGUF" + bytes(64))),
         "is cut off or not a safetensors file",
@@ -314,7 +320,6 @@ FILES: dict[str, tuple[Change, str]] = {
     "manifest with a null": (manifest(layout={"target": "a\0"}), "must name a folder"),
     "manifest names nothing": (manifest(layout={"target": "no"}), "target must be a folder"),
     # manifest and generation settings
-    "manifest missing": (gone(MANIFEST), "has no mtplx_pair.json; is it a bundle?"),
     "manifest no json": (text(MANIFEST, "{"), "must be JSON but is not"),
     "manifest a number": (text(MANIFEST, "3"), "must hold a JSON object but got a number"),
     "manifest binary": (text(MANIFEST, b"\xff\xfe"), "must be UTF-8 text"),
@@ -325,7 +330,7 @@ FILES: dict[str, tuple[Change, str]] = {
     "name a book": (manifest(name="a" * 201), "`name` of mtplx_pair.json must be a line"),
     "benchmark a list": (manifest(benchmark=[1]), "`benchmark` of mtplx_pair.json must be"),
     "block size a word": (manifest(benchmark={"best_block_size": "6"}), "must be a whole number"),
-    "block size absurd": (manifest(benchmark={"best_block_size": 10**9}), "block_size must be 1"),
+    "block size absurd": (manifest(benchmark={"best_block_size": 10**9}), "number from 1 to 128"),
     "temperature endless": (
         text("target/generation_config.json", '{"temperature": Infinity}'),
         "default temperature must be a number",
@@ -334,7 +339,7 @@ FILES: dict[str, tuple[Change, str]] = {
         text("target/generation_config.json", '{"temperature": 1' + "0" * 400 + "}"),
         "default temperature must be a number",
     ),
-    "top k absurd": (text("target/generation_config.json", '{"top_k": 9999}'), "top_k must be 0"),
+    "top k a part": (text("target/generation_config.json", '{"top_k": 9.5}'), "must be a count"),
     "stop ids outside": (
         text("target/generation_config.json", '{"eos_token_id": [1, 99999]}'),
         "must hold ids from 0 to 1279",
@@ -345,7 +350,7 @@ FILES: dict[str, tuple[Change, str]] = {
     "config a list": (text("target/config.json", "[]"), "must hold a JSON object but got a list"),
     "config too deep": (text("target/config.json", DEEP), "nested too deeply"),
     "config a number too long": (text("target/config.json", f'{{"a": {LONG}}}'), "must be JSON"),
-    "config too large": (text("target/config.json", b" " * (65 << 20)), "must be at most 64 MB"),
+    "config too large": (text("target/config.json", b" " * (9 << 20)), "must be at most 8 MB"),
     "not gemma 4": (config(model_type="llama"), "`model_type` must be one of gemma4"),
     "model type a list": (config(model_type=["gemma4"]), "`model_type` must be one of gemma4"),
     "a key missing": (config(sliding_window=...), "config.json misses `sliding_window`"),
@@ -450,7 +455,7 @@ def test_a_bundle_with_one_thing_wrong(bundle: Path, name: str) -> None:
 
 def test_the_bundle_itself_is_right(bundle: Path) -> None:
     done = run("generate", "--bundle", str(bundle), "--max-tokens", "2", "fox")
-    assert (done.exit_code, done.stderr) == (0, "") and done.stdout
+    assert done.exit_code == 0 and done.stdout and "pyengine:" not in done.stderr
 
 
 ARGUMENTS: dict[str, tuple[list[str], str]] = {

@@ -63,9 +63,15 @@ def test_the_embedded_pair() -> None:
         "chat_template": True,
         "thinking": False,
         "stop_ids": list(load().generation.stop_ids),
+        "answer_ends": ["<eos> (1)", "<turn|> (16)", "<|tool_response> (9)"],
         "temperature": 1.0,
         "top_p": 0.95,
         "top_k": 64,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "notes": [],
     }
     assert report["target"]["tensors"]["parameters"] == 7_137_432
     parts = [report[part]["tensors"]["bytes"] for part in ("target", "assistant")]
@@ -74,6 +80,15 @@ def test_the_embedded_pair() -> None:
     done = run(NANO)
     assert done.exit_code == 0 and "165 x 8 bit, group 64" in done.stdout
     assert json.loads(run(NANO, "--json").stdout) | {"memory": 0} == report | {"memory": 0}
+
+
+def test_a_template_that_stops_every_chat_is_told(tmp_path: Path) -> None:
+    shutil.copytree(NANO, tmp_path / "pair")
+    (tmp_path / "pair/target/chat_template.jinja").write_text("{% if %}")
+    report = inspect(tmp_path / "pair")
+    assert report["refused"] == []  # raw prompts work
+    [note] = report["text"]["notes"]
+    assert note.startswith("[tokenizer] chat template must be valid jinja but line 1 is not")
 
 
 def test_whether_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,11 +137,11 @@ def test_every_reason_is_told(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5_000_000])
     config = bundle / "assistant" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"backbone_hidden_size": 64}))
-    (bundle / "target" / "chat_template.jinja").write_text("{% if %}")
+    (bundle / "target" / "tokenizer.json").write_text("{")
     done = run(bundle)
     assert done.exit_code == 2 and done.stderr == ""
-    for reason in ("ends past the end of the file", "are these two a pair?", "valid jinja"):
-        assert f"refused: [{'tokenizer' if 'jinja' in reason else 'load'}]" in done.stdout
+    for reason in ("ends past the end of the file", "are these two a pair?", "tokenizer.json"):
+        assert f"refused: [{'tokenizer' if 'token' in reason else 'load'}]" in done.stdout
         assert reason in done.stdout
     report = json.loads(run(bundle, "--json").stdout)
     assert len(report["refused"]) >= 3 and report["kind"] == "pair"

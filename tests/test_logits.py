@@ -20,9 +20,9 @@ SETTINGS = {
     "greedy": Sampling(temperature=0.0),
     "sampled": Sampling(temperature=0.4, seed=3),
     "penalties": Sampling(
-        temperature=0.4, repetition_penalty=1.2, presence_penalty=0.3, logit_bias={7: 2.0}
+        temperature=0.4, repetition_penalty=1.2, presence_penalty=0.3, logit_bias={7: 2.0}, seed=0
     ),
-    "coupled": Sampling(verify="coupled", min_p=0.01, suppress_tokens=(3, 200)),
+    "coupled": Sampling(verify="coupled", seed=0, min_p=0.01, suppress_tokens=(3, 200)),
 }
 
 

@@ -60,8 +60,8 @@ def test_a_bundle_does_not_reach_outside(bundle, name):
 
 
 def test_what_is_no_bundle(tmp_path):
-    with pytest.raises(ValueError, match=r"has no mtplx_pair\.json; is it a bundle\?"):
-        load(bundle=FIXTURES / "uni12")
+    with pytest.raises(ValueError, match=r"must be a bundle but is a checkpoint; it goes to targ"):
+        load(bundle=FIXTURES / "uni12" / "target")
     with pytest.raises(ValueError, match=r"\[load\] bundle must be a folder but got"):
         load(bundle=tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"\[load\] target must be a folder but got"):
@@ -130,7 +130,7 @@ def test_generation_defaults_come_in_order(bundle):
     [
         ({"eos_token_id": [256]}, "`eos_token_id` .* must hold ids from 0 to 255 but got"),
         ({"suppress_tokens": ["x"]}, "`suppress_tokens` .* must hold ids from 0 to 255"),
-        ({"temperature": -1}, "default temperature must be a number but got -1"),
+        ({"temperature": -1}, "default temperature must be 0 or more but got -1"),
         ({"top_p": "high"}, "default top_p must be a number but got 'high'"),
     ],
 )

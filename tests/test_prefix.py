@@ -22,7 +22,7 @@ BLOCK = 4
 def run(
     pair: Pair, prompt: list[int], prefix: Prefix | None, seed: int | None, count: int
 ) -> tuple[list[int], Stats]:
-    """Tokens after a prompt; the prefix is told what was committed, as generate does."""
+    """Tokens after a prompt, and counts."""
     sampling = Sampling(temperature=0.0) if seed is None else Sampling(seed=seed, top_k=8)
     stats, out = Stats(), []
     for r in decode(
@@ -36,8 +36,6 @@ def run(
         prefix=prefix,
     ):
         out += r.tokens
-        if prefix is not None:
-            prefix.keep([*prompt, *out[:-1]])
     return out, stats
 
 
@@ -161,7 +159,9 @@ def test_generate_keeps_what_was_processed_and_no_more() -> None:
         following = [*prompt, *said.tokens, *pair.tokenizer.encode("\nprint(")]
         warm = generate(following, prefix=prefix, **ask)
         assert warm.tokens == generate(following, **ask).tokens
-        assert warm.stats.reused_tokens == len(prompt) + len(said.tokens) - 1
+        # Behind a stop string more may have been committed
+        known = len(prompt) + len(said.tokens) - 1
+        assert known <= warm.stats.reused_tokens <= known + (stop is not None)
 
 
 def test_one_generation_at_a_time() -> None:

@@ -134,7 +134,7 @@ def test_filter_rows_do_not_see_each_other() -> None:
         ({"top_k": 257}, "[sampling] top_k must be 0 (off) to 256 but got 257."),
         ({"min_p": 1.0}, "[sampling] min_p must be 0 or more and below 1 but got 1.0."),
         ({"seed": 2**32}, "[sampling] seed must be 0 to 4294967295 but got 4294967296."),
-        ({"suppress_tokens": (-1,)}, "[sampling] suppress_tokens must be token ids but got [-1]."),
+        ({"suppress_tokens": (-1,)}, "[sampling] suppress_tokens must be token ids but got -1."),
         (
             {"repetition_penalty": 0.0},
             "[sampling] repetition_penalty must be positive but got 0.0.",

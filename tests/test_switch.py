@@ -65,5 +65,5 @@ def test_unknown_implementation_is_refused() -> None:
     with pytest.raises(ValueError) as error:
         ops.use("fast")  # type: ignore[arg-type]
     names = "native, reference, workbench, mlx"
-    assert str(error.value) == f"[use] implementation must be one of {names} but got fast."
+    assert str(error.value) == f"[use] implementation must be one of {names} but got 'fast'."
     assert ops.status()[0]["kernel"].startswith("SIMD")

@@ -1,156 +1,18 @@
-"""Chat templates are programs of strangers: what Gemma's need works, and nothing runs away."""
+"""Chat templates written like Gemma's render whole, however long: the budget grows."""
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pyengine.chat_template import ChatTemplate
+from pyengine.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate, template_of
+from pyengine.template_meter import BASE_BUILT, BASE_WORK, MOST_WORK
 
-MESSAGES = [{"role": "user", "content": "x" * 1000}]
-GROW = "{% set ns = namespace(a='x', b='x') %}{% for i in range(60) %}"
-LONG = "{% set a = 'x' * 1000000 %}"
-WORK = "it does too much work"
-
-# Source, and why it stops.
-HOSTILE = {
-    "nested loops": (
-        "{% for a in 'x' * 3000 %}{% for b in 'x' * 3000 %}{% endfor %}{% endfor %}",
-        WORK,
-    ),
-    "text doubled by ~": (GROW + "{% set ns.a = ns.a ~ ns.a %}{% endfor %}", WORK),
-    "text doubled by +": (GROW + "{% set ns.a = ns.a + ns.a %}{% endfor %}", WORK),
-    "text doubled by a block": (
-        GROW + "{% set b %}{{ ns.a }}{{ ns.a }}{% endset %}{% set ns.a = b %}{% endfor %}",
-        WORK,
-    ),
-    "list of lists printed": (GROW + "{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a }}", WORK),
-    "dict of dicts printed": (
-        GROW + "{% set ns.a = {'a': ns.a, 'b': ns.a} %}{% endfor %}{{ ns.a }}",
-        WORK,
-    ),
-    "namespaces printed": (
-        GROW + "{% set ns.a = namespace(a=ns.a, b=ns.a) %}{% endfor %}{{ ns.a }}",
-        WORK,
-    ),
-    "a namespace in itself": ("{% set ns = namespace() %}{% set ns.a = ns %}{{ ns }}", WORK),
-    "lists joined by ~": (
-        GROW + "{% set ns.a = [ns.a, ns.a] %}{% endfor %}{% set b = ns.a ~ '' %}",
-        WORK,
-    ),
-    "lists as json": (GROW + "{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a | tojson }}", WORK),
-    "lists compared": (
-        GROW + "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}"
-        "{{ ns.a == ns.b }}",
-        WORK,
-    ),
-    "lists compared by a test": (
-        GROW + "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}"
-        "{{ ns.a is eq(ns.b) }}",
-        WORK,
-    ),
-    "tuples hashed": (GROW + "{% set ns.a = (ns.a, ns.a) %}{% endfor %}{{ {ns.a: 1} }}", WORK),
-    "tuples looked up": (
-        GROW + "{% set ns.a = (ns.a, ns.a) %}{% endfor %}{{ messages[0][ns.a] }}",
-        WORK,
-    ),
-    "replace, method": (LONG + "{{ a.replace('x', a) | length }}", WORK),
-    "replace, filter": (LONG + "{{ a | replace('x', a) | length }}", WORK),
-    "replace, mapped": (LONG + "{{ [a] | map('replace', 'x', a) | list }}", WORK),
-    "join, method": (LONG + "{{ a.join(a) | length }}", WORK),
-    "join, filter": (LONG + "{{ a | join(a) | length }}", WORK),
-    "slices": (LONG + "{% for i in range(99999) %}{% set b = a[1:] %}{% endfor %}", WORK),
-    "searches": (LONG + "{% for i in range(99999) %}{{ 'y' in a }}{% endfor %}", WORK),
-    "counts": (LONG + "{% for i in range(99999) %}{{ a.count('y') }}{% endfor %}", WORK),
-    "splits": (LONG + "{% for i in range(99999) %}{% set b = a.split('x') %}{% endfor %}", WORK),
-    "macros that fork": (
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
-        "{{ f(60) }}",
-        WORK,
-    ),
-    "a macro in itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion depth"),
-    "a repeated text": ("{{ 'x' * 999999999 }}", WORK),
-    "a large number": (
-        "{% set ns = namespace(a=9) %}{% for i in range(60) %}{% set ns.a = ns.a * ns.a %}"
-        "{% endfor %}",
-        "too large a number",
-    ),
-    "padding, method": ("{{ 'x'.ljust(999999999) }}", "unsafe str.ljust"),
-    "padding, format": ("{{ '{:999999999}'.format(1) }}", "unsafe"),
-    "padding, %": ("{{ '%999999999d' % 1 }}", "pads a text"),
-    "padding, %*": ("{{ '%*d' % (999999999, 1) }}", "pads a text"),
-    "padding, filter": ("{{ 'x' | center(999999999) }}", "No filter named 'center'"),
-    "padding, date": ("{{ strftime_now('%999999999Y') }}", "pads a date"),
-    "indentation": ("{{ 'a\n' | indent(999999999) }}", "indents too far"),
-    "indentation, text": ("{{ 'a\n' | indent('y' * 99999) }}", "indents too far"),
-    "indentation, json": ("{{ [1] | tojson(indent=999999999) }}", "indents too far"),
-    "a power": ("{{ 9 ** 99999999 }}", r"\*\*"),
-    "filler text": ("{{ lipsum(n=99999) }}", "unsafe"),
-    "an attribute by filter": ("{{ messages | attr('__class__') }}", "No filter named 'attr'"),
-    "the same, mapped": ("{{ messages | map('attr', '__class__') | list }}", "attr"),
-    "a class": ("{{ ''.__class__.__mro__ }}", "unsafe"),
-    "a changed message": ("{{ messages[0].clear() }}", "unsafe"),
-    "a recursive loop": (
-        "{% for a in messages recursive %}{{ loop(messages) }}{% endfor %}",
-        "must not be recursive",
-    ),
-    "another file": ("{% include '/etc/passwd' %}", "no loader"),
-    "too much output": (
-        "{% for a in range(99999) %}{{ messages[0].content }}{% endfor %}",
-        "too long",
-    ),
-    "deep brackets": ("{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}", "recursion depth"),
-    "deep loops": ("{% for a in 'x' %}" * 40 + "{% endfor %}" * 40, "nested"),
-    "a number without end": ("{{ " + "9" * 99999 + " }}", "4300"),
-}
-
-
-PROBE = """
-import json, resource, sys, time
-from pyengine.chat_template import ChatTemplate
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-out = {}
-for name, source in json.load(sys.stdin).items():
-    start, said = time.process_time(), ""
-    try:
-        ChatTemplate(source, {}).render([{"role": "user", "content": "x" * 1000}])
-    except ValueError as error:
-        said = str(error)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    out[name] = [said, time.process_time() - start, grown]
-print(json.dumps(out))
-"""
-
-
-@pytest.fixture(scope="module")
-def rendered() -> dict[str, list]:
-    """What each said, its seconds, and the growth of memory; a process whose peak is theirs."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE],
-        input=json.dumps({name: source for name, (source, _) in HOSTILE.items()}),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=Path(__file__).parent,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_stop(rendered: dict[str, list], name: str) -> None:
-    """Alone each would want an hour or a terabyte."""
-    said, seconds, grown = rendered[name]
-    assert re.match(rf"\[tokenizer\] chat template must .*{HOSTILE[name][1]}", said), said
-    assert "\n" not in said and len(said) < 300
-    assert seconds < 30
-    assert grown * (1 if sys.platform == "darwin" else 1024) < 600 << 20
-
+USER = {"role": "user", "content": "hello"}
 
 # Everything the published Gemma templates use, in one: macros, namespaces, sorted tool
 # declarations, thoughts cut from history, trim marks. Written for this test.
@@ -220,7 +82,62 @@ def test_what_gemma_templates_need_works() -> None:
     )
 
 
-def test_long_conversations_stay_within_the_budget() -> None:
+# As Google's: for each message a look back over all, and after a call a look ahead for its results.
+SCANS = """
+{%- for message in messages -%}
+{%- if message['role'] != 'tool' -%}
+{%- set last = namespace(role=None, found=false) -%}
+{%- for j in range(loop.index0 - 1, -1, -1) -%}
+{%- if not last.found and messages[j]['role'] != 'tool' -%}
+{%- set last.role = messages[j]['role'] -%}{%- set last.found = true -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if last.role != message['role'] -%}{{ '<|turn>' + message['role'] + '\n' }}{%- endif -%}
+{%- set scan = namespace(stopped=false) -%}
+{%- if message['tool_calls'] -%}
+{%- for k in range(loop.index0 + 1, messages | length) -%}
+{%- if scan.stopped -%}
+{%- elif messages[k]['role'] != 'tool' -%}{%- set scan.stopped = true -%}
+{%- else -%}
+{%- for call in message['tool_calls'] if call.id == messages[k]['tool_call_id'] -%}
+{{ call.function.name }}:{{ messages[k]['content'] }};
+{%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ message['content'] | trim }}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def turns(count: int) -> list[dict[str, Any]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": f" {i}"} for i in range(count)]
+
+
+def steps(count: int) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = [USER]
+    for i in range(count):
+        call = {"id": str(i), "function": {"name": "f", "arguments": {}}}
+        made.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        made.append({"role": "tool", "content": f"of {i}", "tool_call_id": str(i)})
+    return made
+
+
+@pytest.mark.parametrize("count", [1, 1101, pytest.param(5000, marks=pytest.mark.slow)])
+def test_budget_grows_with_the_messages(count: int) -> None:
+    text = ChatTemplate(SCANS, {}).render(turns(count))
+    assert text.startswith("<|turn>user\n0") and text.endswith(f"{count - 1}")
+    assert text.count("<|turn>") == count
+
+
+def test_budget_grows_with_the_tool_steps() -> None:
+    text = ChatTemplate(SCANS, {}).render(steps(500))
+    assert text.startswith("<|turn>user\nhello<|turn>assistant\nf:of 0;f:of 1;")
+    assert text.count("f:of") == 500 and text.count("<|turn>") == 2
+
+
+def test_budget_grows_with_the_text() -> None:
     messages = [
         {"role": role, "content": f"{i} " + "word " * 400}
         for i in range(500)
@@ -228,3 +145,120 @@ def test_long_conversations_stay_within_the_budget() -> None:
     ]
     text = ChatTemplate(WHOLE, {"bos_token": "<bos>"}).render(messages)
     assert len(text) > 1_900_000 and "499 word" in text
+    long = "x" * 4_000_000
+    assert len(ChatTemplate(WHOLE, {}).render([{"role": "user", "content": long}])) > 4_000_000
+
+
+def test_budget_grows_with_the_tools() -> None:
+    properties = {f"p{i}": {"type": "string", "description": "d" * 100} for i in range(3000)}
+    tool = {"function": {"name": "g", "parameters": {"type": "object", "properties": properties}}}
+    assert 'p2999:{description:<|"|>' in ChatTemplate(WHOLE, {}).render([USER], tools=[tool])
+
+
+@pytest.mark.parametrize("count", [1, 100, 1000])
+def test_budget_still_stops_a_hostile_template(count: int) -> None:
+    """A loop of three depths is cubic, which no conversation deserves."""
+    loops = "{% for a in messages %}" * 3 + "{% for b in range(999) %}" + "{% endfor %}" * 4
+    template = ChatTemplate("{% for a in range(999) %}" + loops + "{% endfor %}", {})
+    with pytest.raises(ValueError, match="stopped: it does too much work"):
+        template.render(turns(count))
+    done = template._sandbox.meter.done
+    assert BASE_WORK < done < min(2 * BASE_WORK + 1000 * count + 4 * count**2, MOST_WORK + 100_000)
+
+
+def test_budget_has_a_ceiling() -> None:
+    """Were it not for it, a client's 100,000 messages would pay for hours."""
+    template = ChatTemplate("", {})
+    template.render(turns(20_000))
+    assert template._sandbox.meter.most_work == MOST_WORK
+
+
+def test_budget_is_one_renderings() -> None:
+    template = ChatTemplate("{% for i in range(99999) %}{% endfor %}", {})
+    for _ in range(10):
+        assert template.render([USER]) == ""
+    hungry = ChatTemplate("{% set a = 'x' * n %}{{ a | length }}", {})
+    with pytest.raises(ValueError, match="builds too much"):
+        hungry.render([USER], n=BASE_BUILT + 100_000)
+    assert hungry.render([USER], n=5) == "5"
+
+
+def test_threads_share_a_template() -> None:
+    template, texts = ChatTemplate(WHOLE, {"bos_token": "<bos>"}), []
+    wanted = template.render(turns(50))
+    threads = [
+        threading.Thread(target=lambda: texts.append(template.render(turns(50)))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == [wanted] * 4
+
+
+def test_values_without_end_are_refused() -> None:
+    circle: list[Any] = []
+    circle.append(circle)
+    with pytest.raises(ValueError, match="stopped: it nests values too deep"):
+        ChatTemplate("", {}).render([USER], tools=circle)
+
+
+def test_generation_tags_are_their_body() -> None:
+    source = (
+        "{%- for m in messages -%}\n{%- if m.role == 'assistant' -%}{%- generation %}\n"
+        "{{- m.content -}}{% set n = 1 %}{%- endgeneration -%}{{ n }}{%- else -%}"
+        "[{{ m.content }}]{%- endif -%}{%- endfor -%}"
+    )
+    # What is set inside stays inside, as in transformers
+    assert ChatTemplate(source, {}).render([USER, {"role": "assistant", "content": "hi"}]) == (
+        "[hello]hi"
+    )
+
+
+def test_thoughts_have_the_name_that_templates_read() -> None:
+    source = "{{ messages[0].reasoning_content }},{{ messages[0].thinking }}"
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        assert ChatTemplate(source, {}).render([{**USER, name: "hm"}]) == "hm,hm"
+    both = {**USER, "thinking": "a", "reasoning_content": "b"}
+    assert ChatTemplate(source, {}).render([both]) == "b,a"
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_byte_order_mark_is_no_text(tmp_path: Path, place: str) -> None:
+    config = {}
+    if place == "chat_template.jinja":
+        (tmp_path / place).write_bytes(b"\xef\xbb\xbf{{ bos_token }}a\xef\xbb\xbf")
+    else:
+        config["chat_template"] = "\ufeff{{ bos_token }}a\ufeff"
+    source = template_of(tmp_path, config)
+    assert source is not None
+    assert ChatTemplate(source, {"bos_token": "<bos>"}).render([USER]) == "<bos>a\ufeff"
+
+
+# Source, and what is said of it when a chat is asked for.
+UNCOMPILED = {
+    "no jinja": ("{% if %}", "be valid jinja but line 1 is not: Expected"),
+    "an unknown tag": ("{% trans %}a{% endtrans %}", "unknown tag 'trans'"),
+    "an unknown filter": ("{{ 'a' | nonsense }}", "No filter named 'nonsense'"),
+    "an unknown test": ("{{ 'a' is nonsense }}", "No test named 'nonsense'"),
+    "too long": ("x" * (MAX_TEMPLATE_BYTES + 1), "be at most 65536 bytes but got 65537"),
+    "too deep": ("{{ " + "(" * 20000 + " }}", "be valid jinja but is not: maximum recursion"),
+    "too many loops": (
+        "{% for a in 'x' %}" * 40 + "{% endfor %}" * 40,
+        "be valid jinja but is not: too many statically nested blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNCOMPILED)
+def test_templates_that_cannot_compile_stop_chats_only(name: str) -> None:
+    source, reason = UNCOMPILED[name]
+    template = ChatTemplate(source, {})
+    assert template.error is not None
+    assert re.match(r"\[tokenizer\] chat template must .*" + re.escape(reason), template.error)
+    with pytest.raises(ValueError, match=re.escape(template.error)):
+        template.render([USER])
+
+
+def test_templates_that_compile_have_no_error() -> None:
+    assert ChatTemplate(WHOLE, {}).error is None

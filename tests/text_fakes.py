@@ -120,6 +120,13 @@ class LengthCache:
     def arrays(self) -> list[mx.array]:
         return [self.length]
 
+    @property
+    def nbytes(self) -> int:
+        return self.length.nbytes
+
+    def growth(self, count: int) -> int:
+        return 0
+
     def commit(self, count: mx.array, bound: int) -> None:
         self.length, self.bound = self.length + count, bound
 
@@ -158,6 +165,9 @@ class ScriptTarget:
             time.sleep(self.pause)
 
         return LengthCache(on_round)
+
+    def prompt_bytes(self, tokens: int, max_block: int, marks: int) -> int:
+        return 0
 
     def prefill(self, ids: list[int], cache: LengthCache) -> tuple[mx.array, mx.array]:
         self.prompt = list(ids)
@@ -209,6 +219,10 @@ def script_pair(
             temperature=1.0,
             top_p=0.95,
             top_k=64,
+            min_p=0.0,
+            repetition_penalty=1.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
             suppress_tokens=(),
             num_draft=None,
         ),

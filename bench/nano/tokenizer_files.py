@@ -20,12 +20,16 @@ from games import make_game
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 SPACE = "\u2581"
-# Gemma 4's turns: <bos>, then <|turn>ROLE\n text <turn|>\n, the assistant's role being "model".
+# Gemma 4's turns: <bos>, then <|turn>ROLE\n text <turn|>\n, the assistant's role being "model". As
+# in the template of July 2026, parts of a system message are words apart, those of others are not.
 CHAT_TEMPLATE = """\
-{%- macro text(content) -%}
+{%- macro text(content, between) -%}
 {%- if content is string -%}{{ content | trim }}
 {%- else -%}
-{%- for part in content if part.type == 'text' -%}{{ part.text | trim }}{%- endfor -%}
+{%- for part in content if part.type == 'text' -%}
+{{- '' if loop.first else between -}}
+{{- part.text | trim -}}
+{%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
 {{- '<bos>' -}}
@@ -36,7 +40,7 @@ CHAT_TEMPLATE = """\
 {{- '<turn|>\\n' if seen.role else '' -}}
 {{- '<|turn>' + role + '\\n' -}}
 {%- endif -%}
-{{- text(message.content) -}}
+{{- text(message.content, ' ' if role == 'system' else '') -}}
 {%- set seen.role = role -%}
 {%- endfor -%}
 {{- '<turn|>\\n' if seen.role else '' -}}

@@ -1,6 +1,6 @@
 """The ``pyengine`` command: options in, text out; the work is done by the modules beside it.
 
-Generated text and results go to standard output, everything else to standard error. One file a
+Generated text and results go to standard output, everything else to standard error. One file per
 command; the heavy imports sit inside them, so that ``--help`` and ``--version`` answer at once.
 
 Exit codes: 0 done; 1 the machine or a run failed; 2 an argument or a file cannot be used; 130
@@ -48,7 +48,12 @@ RUNS: list[tuple[typer.Typer, str, Callable[..., None], tuple[str, ...]]] = [
     (app, "serve", serve.run, serve.EXAMPLES),
 ]
 for group, name, run, commands in RUNS:
-    group.command(name, help=common.help_of(run), epilog=common.ending(*commands))(run)
+    group.command(
+        name,
+        cls=bench.PublishedNames if run is bench.gemma_mtp else None,
+        help=common.help_of(run),
+        epilog=common.ending(*commands),
+    )(run)
 
 
 def show_version(wanted: bool) -> None:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from pyengine.cli import common
-from pyengine.cli.options import AssistantDir, Position, TargetDir
+from pyengine.cli import common, tables
+from pyengine.cli.options import AssistantDir, BundleDir, Position, TargetDir
+from pyengine.cli.output import check_output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pyengine.bench import Row
 
 KERNELS_EXAMPLES = (
     "pyengine bench kernels --count",
@@ -18,54 +26,91 @@ KERNELS_EXAMPLES = (
 )
 EXAMPLES = (
     "pyengine bench gemma-mtp",
-    "pyengine bench gemma-mtp --target-model ./target --assistant-model ./assistant "
-    "--prompt-suite flappy.jsonl --max-tokens 1000 --draft-block-sizes 6 --output report.json",
+    "pyengine bench gemma-mtp --target ./target --assistant ./assistant "
+    "--prompt-suite prompts.jsonl --max-tokens 1000 --block-sizes 6 --output report.json",
+)
+# As the published card's command line spells them
+PUBLISHED = {
+    "--target-model": "--target",
+    "--assistant-model": "--assistant",
+    "--draft-block-sizes": "--block-sizes",
+}
+HEADS = (
+    "block",
+    "verify",
+    "tok/s",
+    "acceptance",
+    "tokens/round",
+    "speedup_vs_ar",
+    "round cost",
 )
 
 
+class PublishedNames(TyperCommand):
+    """A command that also takes options by their published names; its help shows ours."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [_our_name(arg) for arg in args])
+
+
+def _our_name(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    return PUBLISHED.get(name, name) + equals + value
+
+
 def gemma_mtp(
-    target_model: TargetDir = None,
-    assistant_model: AssistantDir = None,
+    target: TargetDir = None,
+    assistant: AssistantDir = None,
+    bundle: BundleDir = None,
     prompt_suite: Annotated[
         Path | None,
         typer.Option(
-            help="JSONL of id, category, prompt, max_tokens.", show_default="the embedded suite"
+            metavar="FILE",
+            help="Prompts as JSONL: id, category, prompt, max_tokens.",
+            show_default="the embedded suite",
         ),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(help="Token budget of a case, if its own is not lower.")
+        int, typer.Option(help="Most new tokens per prompt; a prompt may ask for fewer.")
     ] = 256,
-    draft_block_sizes: Annotated[
+    block_sizes: Annotated[
         str, typer.Option(help="Block sizes to compare with plain decoding.")
     ] = "2,4,6",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="1.0 is off.")] = 0.95,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 64,
-    seed: Annotated[int, typer.Option(help="Case i of the suite uses this seed + i.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first prompt; each further prompt adds 1.")
+    ] = 0,
     verify: Annotated[
-        str, typer.Option(help="Rules that accept drafts, compared side by side: residual,block.")
+        str, typer.Option(help="Rules that accept drafts, to compare: residual,block,coupled.")
     ] = "residual",
-    repeats: Annotated[int, typer.Option(help="Timed runs of each setting; medians count.")] = 3,
+    repeats: Annotated[
+        int, typer.Option(help="Timed runs per prompt and setting; figures are their medians.")
+    ] = 3,
     allow_unverified_gemma: Annotated[
         bool,
         typer.Option(
-            "--allow-unverified-gemma", help="Run pairs that are none of the published ones."
+            "--allow-unverified-gemma",
+            help="Also run a pair that is not one of the published ones.",
         ),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Write the JSON report here.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the report as JSON.", show_default=False),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="End with the report, without its rows, on one line.")
+        bool, typer.Option("--json", help="Also print the report, without its rows, as one line.")
     ] = False,
 ) -> None:
     """Time exact speculative decoding against plain decoding, alternating in one process.
 
-    Without model options the small pair inside the package runs the embedded suite. tok/s is
-    decode only; speedup_vs_ar is over plain decoding; round cost is in plain steps.
+    Without --target or --bundle, the embedded pair runs the embedded suite. tok/s is decode only;
+    speedup_vs_ar is over plain decoding; round cost is in plain steps. Ctrl-C keeps the rows that
+    are finished.
     """
     with common.sentences():
-        blocks = read_block_sizes(draft_block_sizes)
+        blocks = read_block_sizes(block_sizes)
         from pyengine import bench, report, suite
         from pyengine.sampling import MAX_SEED, Sampling
 
@@ -79,27 +124,35 @@ def gemma_mtp(
                 f"got {seed} for the first."
             )
         if output:
-            report.check_output(output)
-        pair = common.load_pair(target_model, assistant_model, None, None, Position.last)
+            check_output("bench", output)
+        pair = common.load_pair(target, assistant, bundle, None, Position.last)
         if not (pair.verified or pair.embedded or allow_unverified_gemma):
             raise ValueError(
                 "[bench] the pair must be one of the five published geometries, or "
                 "--allow-unverified-gemma must be given."
             )
-        out, run_on = common.console(sys.stdout), report.environment()
+        run_on = report.environment()
         for line in report.heading(run_on, pair):
             typer.echo(line)
-        with common.progress() as on_run:
-            rows, summary = bench.gemma_mtp(
-                pair,
-                cases,
-                max_tokens=max_tokens,
-                block_sizes=blocks,
-                sampling=sampling,
-                repeats=repeats,
-                rules=rules,
-                on_run=on_run,
-            )
+        rows: list[Row] = []
+        ended: BaseException | None = None
+        try:
+            with common.progress() as on_run:
+                bench.gemma_mtp(
+                    pair,
+                    cases,
+                    max_tokens=max_tokens,
+                    block_sizes=blocks,
+                    sampling=sampling,
+                    repeats=repeats,
+                    rules=rules,
+                    on_run=on_run,
+                    on_rows=rows.extend,
+                )
+        except (KeyboardInterrupt, ValueError, RuntimeError, MemoryError) as error:
+            if not rows:
+                raise
+            ended = error
         settings = {
             "command": sys.argv[1:],
             "prompt_suite": str(prompt_suite or suite.EMBEDDED.name),
@@ -108,39 +161,92 @@ def gemma_mtp(
             "verify": rules,
             "repeats": repeats,
         }
-        whole = report.make_report(run_on, pair, cases, rows, summary, settings, sampling)
-        for case in cases:
-            own = [row for row in rows if row["prompt_id"] == case.id]
-            out.print(report.table(f"{case.id}, {own[0]['prompt_tokens']} prompt tokens", own))
+        summary = bench.summarise(rows)
+        whole = report.make_report(
+            run_on, pair, cases, rows, summary, settings, sampling, complete=ended is None
+        )
+        out = common.console(sys.stdout)
+        finished = _show_cases(out, rows)
+        if ended is not None:
+            last = len(rows[-1]["samples"])
+            typer.echo(
+                f"Not complete: {finished} of {len(cases)} prompts, the last with {last} of "
+                f"{repeats} repeats.",
+                err=True,
+            )
         if len(cases) > 1:
-            out.print(report.table(f"all {len(cases)} prompts", summary))
+            left = "all" if finished == len(cases) else f"{finished} of"
+            _show(out, f"{left} {len(cases)} prompts", summary)
         if output:
-            report.write_report(output, whole)
+            from pyengine.files import write_whole
+
+            write_whole(output, json.dumps(whole, indent=2) + "\n")
             typer.echo(f"Report: {output}", err=True)
         if as_json:
             typer.echo(json.dumps({k: v for k, v in whole.items() if k != "rows"}))
+        if ended is not None:
+            raise ended
+
+
+def _show_cases(out: Console, rows: Sequence[Row]) -> int:
+    """A table for each prompt that has rows; how many there are."""
+    names = dict.fromkeys(row["prompt_id"] for row in rows)
+    for name in names:
+        own = [row for row in rows if row["prompt_id"] == name]
+        _show(out, f"{name}, {own[0]['prompt_tokens']} prompt tokens", own)
+    return len(names)
+
+
+def _show(out: Console, title: str, rows: Sequence[Row]) -> None:
+    """One prompt's rows or the summary, one line per setting."""
+    from pyengine.bench import PLAIN
+
+    cells = []
+    for row in rows:
+        plain = row["block_size"] == PLAIN
+        cells.append(
+            (
+                "plain" if plain else str(row["block_size"]),
+                "-" if plain else row["verify"],
+                _figure(row["tok_s"], ".1f"),
+                "-" if plain else _figure(row["acceptance_rate"], ".3f"),
+                _figure(row["tokens_per_round"], ".2f"),
+                _figure(row["speedup_vs_ar"], ".2f"),
+                _figure(row["round_cost_in_plain_steps"], ".2f"),
+            )
+        )
+    tables.show(out, title, HEADS, cells, right=True)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def kernels(
     count: Annotated[
         bool, typer.Option("--count", help="Count device bytes in the workbench; times nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a list of rows as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as a JSON list.")] = False,
 ) -> None:
-    """Count what every Metal kernel reads and writes, beside MLX's own, without a GPU.
+    """Count the bytes that each Metal kernel reads and writes, beside MLX's own, without a GPU.
 
-    From a checkout only: the kernels are compiled for the processor, run and watched there. Last
-    come the launches of one round; with --json they are the rows whose source is "round".
+    Needs a checkout: the kernels are compiled for the processor, run and watched there, which
+    takes a few minutes. The launches of one round come last; with --json, their source is "round".
     """
     with common.sentences():
         if not count:
             raise ValueError("[bench] --count must be given: nothing here times an Apple GPU.")
         from pyengine import attention_counts, kernel_counts, layer_counts, rule_counts
 
-        counts = list(kernel_counts.count_kernels())
-        attention = list(attention_counts.count_attention())
-        layers = list(layer_counts.count_layers())
-        rules, round_ = list(rule_counts.count_rules()), rule_counts.count_round()
+        with common.progress("matrices", parts=10) as on_count:
+            counts = list(kernel_counts.count_kernels(on_count=on_count))
+        with common.progress("attention", parts=4) as on_count:
+            attention = list(attention_counts.count_attention(on_count=on_count))
+        with common.progress("layers", parts=2) as on_count:
+            layers = list(layer_counts.count_layers(on_count=on_count))
+        with common.progress("rules", parts=2) as on_count:
+            rules = list(rule_counts.count_rules(on_count=on_count))
+        round_ = rule_counts.count_round()
         if as_json:
             parts = (counts, attention, layers, rules, round_)
             typer.echo(json.dumps([c.to_dict() for part in parts for c in part]))
@@ -152,9 +258,14 @@ def kernels(
 
 
 def read_block_sizes(text: str) -> list[int]:
+    """Numbers between commas.
+
+    Raises:
+        ValueError: A part is none.
+    """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"[bench] --draft-block-sizes must be whole numbers like 2,4,6 but got {text!r}."
+            f"[bench] --block-sizes must be whole numbers like 2,4,6 but got {text!r}."
         ) from None

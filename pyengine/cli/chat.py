@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyengine.cli import common
+from pyengine.cli import common, generate, tables
 from pyengine.cli.options import (
     AssistantDir,
     BlockSize,
@@ -16,6 +21,7 @@ from pyengine.cli.options import (
     FrequencyPenalty,
     LogitBias,
     Logprobs,
+    MaxTokens,
     MinP,
     Position,
     PresencePenalty,
@@ -35,6 +41,7 @@ from pyengine.cli.options import (
     sampling_of,
     template_variables,
 )
+from pyengine.cli.output import check_output
 
 if TYPE_CHECKING:
     from pyengine.chat import Chat
@@ -42,9 +49,24 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "pyengine chat",
     'pyengine chat --bundle ./pair --system "Answer in one sentence." --temperature 0',
-    "printf 'Hello\\nAnd again?\\n' | pyengine chat --json",
+    "printf 'Write Pong.\\nNow Snake.\\n' | pyengine chat --json",
 )
-WORDS = "/new begins anew, /bye or Ctrl-D ends, Ctrl-C stops an answer."
+COMMANDS = {
+    "/help": "list the commands",
+    "/new": "begin a new conversation; the system message stays",
+    "/stats": "show counts and speed of the last answer",
+    "/save FILE": "write the conversation as JSON; FILE must be new, or this conversation's",
+    "/load FILE": "continue a saved conversation, its system message included",
+    "/bye": "end the chat",
+}
+COMMAND = re.compile(r"/[A-Za-z][^\s/]*(?=\s|$)")  # a path or a comment is text
+SLASH = "To send text that begins like a command, put a space before it."
+KEYS = (
+    "Enter sends. Alt-Enter, or Enter after a backslash, begins a new line; pasted lines stay one "
+    "turn. Up brings back earlier turns, Ctrl-R searches them; they are kept in memory only. "
+    "Ctrl-C stops an answer or drops the line; at an empty line Ctrl-C or Ctrl-D ends."
+)
+SAVED = ("model", "messages")
 
 
 def run(
@@ -52,32 +74,33 @@ def run(
         str | None, typer.Option(help="System message of the conversation.", show_default=False)
     ] = None,
     think: Think = False,
-    max_tokens: Annotated[int, typer.Option(help="At most this many new tokens an answer.")] = 1024,
+    max_tokens: MaxTokens = None,
     block_size: BlockSize = None,
     stop: Stop = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one line of JSON an answer.")
+        bool, typer.Option("--json", help="Print each answer as one line of JSON.")
     ] = False,
     logprobs: Logprobs = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
     logit_bias: LogitBias = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     verify: VerifyRule = Verify.residual,
     target: TargetDir = None,
     assistant: AssistantDir = None,
     bundle: BundleDir = None,
     dtype: Storage = None,
 ) -> None:
-    """Talk with a pair; every line of standard input is a turn.
+    """Hold a conversation with a pair.
 
-    The cache is kept between turns, so only what is new is processed. When the context is full the
-    oldest turns are forgotten. /new begins anew, /bye or Ctrl-D ends, Ctrl-C stops an answer.
+    In a terminal, /help lists the commands and keys. Otherwise every line of standard input is a
+    turn or one of the same commands. The cache is kept between turns, so only new tokens are
+    processed. When the context is full, the oldest turns are forgotten.
     """
     with common.sentences():
         from pyengine.chat import Chat
@@ -98,6 +121,7 @@ def run(
         )
         check_limits(max_tokens, block_size, stop)
         pair = common.load_pair(target, assistant, bundle, dtype, Position.last)
+        common.introduce(pair)
         chat = Chat(
             pair,
             system=system,
@@ -109,50 +133,165 @@ def run(
         )
         terminal = sys.stdin.isatty()
         if terminal:
-            typer.echo(f"{pair.name}. {WORDS}", err=True)
-        while (line := _next_line(terminal)) is not None:
-            if line.strip() == "/bye":
+            typer.echo(f"{pair.name}. /help lists commands and keys, /bye ends.", err=True)
+        talk = Talk(chat, as_json, think, terminal)
+        read = _reader(terminal)
+        while (text := read()) is not None:
+            if text.strip() and not talk.take(text):
                 break
-            if line.strip() == "/new":
-                chat.clear()
-            elif line.strip():
-                _answer(chat, line, as_json, think, terminal)
 
 
-def _next_line(terminal: bool) -> str | None:
-    """The next turn, None at the end of the input."""
-    if terminal:
-        typer.echo("> ", nl=False, err=True)
-    try:
-        line = sys.stdin.readline()
-    except UnicodeDecodeError as error:
-        raise ValueError("[chat] standard input must be UTF-8 text but is not.") from error
-    return line.rstrip("\n") if line else None
+def _reader(terminal: bool) -> Callable[[], str | None]:
+    """What gives the next turn, and None at the end of the input."""
+    if terminal and common.moves():
+        from pyengine.cli.terminal import Editor
+
+        return Editor().read
+    begun = False
+
+    def read() -> str | None:
+        nonlocal begun
+        if terminal:
+            typer.echo("> ", nl=False, err=True)
+        line = common.read_input("chat", one_line=True)
+        if not begun:
+            line, begun = line.removeprefix("\ufeff"), True
+            if not line:  # the mark was all there is
+                return None
+        return line.rstrip("\n") if line else None
+
+    return read
 
 
-def _answer(chat: Chat, line: str, as_json: bool, think: bool, terminal: bool) -> None:
-    forgotten, show = chat.forgotten, common.printer(think)
-    try:
-        for step in chat.steps(line):
-            if not as_json:
-                show(step)
-    except KeyboardInterrupt:
-        if not terminal:
-            raise
-        typer.echo(" ...", err=True)
-    except ValueError as error:
-        if not terminal:
-            raise
-        # At a terminal a wrong line is no reason to lose the conversation
-        typer.echo(f"pyengine: {common.printable(str(error))}", err=True)
-        return
-    if as_json:
-        typer.echo(
-            json.dumps(
-                {**common.result_dict(chat.pair, chat.result), "forgotten_turns": chat.forgotten}
+class Talk:
+    """A conversation and its commands."""
+
+    def __init__(self, chat: Chat, as_json: bool, think: bool, terminal: bool) -> None:
+        self.chat = chat
+        self.as_json = as_json
+        self.think = think
+        self.terminal = terminal
+        self.file: Path | None = None  # where it was last saved or loaded
+
+    def take(self, text: str) -> bool:
+        """Answer a turn or obey a command; False ends the conversation.
+
+        Raises:
+            ValueError: It cannot be answered or obeyed. In a terminal that is only told: a wrong
+                line is no reason to lose the conversation.
+        """
+        try:
+            command = COMMAND.match(text)
+            if not command:
+                self._answer(text)
+                return True
+            return self._obey(command[0], text[command.end() :].strip())
+        except ValueError as error:
+            said = common.sentence(error)
+            if not self.terminal or said is None:
+                raise
+            typer.echo(f"pyengine: {said}", err=True)
+            return True
+
+    def _obey(self, name: str, rest: str) -> bool:
+        forms = {form.split()[0]: form for form in COMMANDS}
+        if name not in forms:
+            near = difflib.get_close_matches(name, forms, 1)
+            hint = f"did you mean {near[0]}?" if near else "/help lists the commands."
+            raise ValueError(f"[chat] {name} is no command; {hint} {SLASH}")
+        if bool(rest) != (" " in forms[name]):
+            got = f"{name} {rest}".rstrip()
+            raise ValueError(f"[chat] the command must be {forms[name]} but got {got}.")
+        if name == "/bye":
+            return False
+        if name == "/help":
+            self._help()
+        elif name == "/new":
+            self.chat.clear()
+            self.file = None
+        elif name == "/stats":
+            self._stats()
+        elif name == "/save":
+            self._save(Path(rest).expanduser())
+        else:
+            self._load(Path(rest).expanduser())
+        return True
+
+    def _help(self) -> None:
+        tables.two_columns(common.console(sys.stderr), "", COMMANDS)
+        for line in (SLASH, KEYS) if self.terminal else (SLASH,):
+            tables.say(common.console(sys.stderr), line, indent="")
+
+    def _stats(self) -> None:
+        result = self.chat.result
+        used = result.stats.prompt_tokens + result.stats.generated_tokens
+        rows = {
+            "context": f"{used} of {self.chat.pair.target.context} tokens",
+            "turns": f"{len(self.chat.turns)}, {self.chat.forgotten} forgotten",
+        }
+        generate.print_stats(result, rows)
+
+    def _save(self, path: Path) -> None:
+        from pyengine.files import write_whole
+
+        if path.exists() and path != self.file:
+            raise ValueError(f"[chat] FILE of /save must not exist yet but {path} does.")
+        check_output("chat", path)
+        said = {"model": self.chat.pair.name, "messages": self.chat.messages}
+        try:
+            write_whole(path, json.dumps(said, indent=2) + "\n", 0o600)  # a conversation is private
+        except OSError as error:
+            raise ValueError(f"[chat] {path} cannot be written: {error.strerror}.") from error
+        self.file = path
+        typer.echo(f"Saved: {len(self.chat.turns)} turns to {path}", err=True)
+
+    def _load(self, path: Path) -> None:
+        from pyengine.files import read_object
+
+        saved = read_object(path, "chat")
+        if set(saved) != set(SAVED):
+            raise ValueError(
+                f"[chat] {path} must be a saved conversation, with {' and '.join(SAVED)}, but is "
+                "not."
             )
-        )
-    elif not chat.result.text.endswith("\n"):
-        typer.echo()
-    if chat.forgotten > forgotten:
-        typer.echo("The context is full: the oldest turns were forgotten.", err=True)
+        self.chat.resume(saved["messages"])
+        self.file = path
+        typer.echo(f"Loaded: {len(self.chat.turns)} turns from {path}", err=True)
+
+    def _answer(self, text: str) -> None:
+        chat, printer = self.chat, common.Printer(self.think)
+        forgotten, begun = chat.forgotten, False
+        try:
+            with closing(chat.steps(text)) as steps:
+                for step in common.after_prompt(steps, lambda: chat.result.stats.prompt_tokens):
+                    begun = True
+                    if not self.as_json:
+                        printer.show(step)
+        except KeyboardInterrupt:
+            if not self.terminal:
+                raise
+            typer.echo(" ...", err=True)
+        printer.end_thought()
+        if not begun:
+            return
+        if self.as_json:
+            said = common.result_dict(chat.pair, chat.result)
+            typer.echo(json.dumps({**said, "forgotten_turns": chat.forgotten}))
+        else:
+            if not chat.result.text.endswith("\n"):
+                typer.echo()
+            common.tell_cut(chat.result, chat.pair, chat.max_tokens)
+            if self.terminal and common.moves():
+                self._tell_speed()
+        if chat.forgotten > forgotten:
+            typer.echo("The context is full: the oldest turns were forgotten.", err=True)
+
+    def _tell_speed(self) -> None:
+        s = self.chat.result.stats
+        said = [f"{s.generated_tokens} tokens"]
+        if s.tok_s:
+            said.append(f"{s.tok_s:.1f} tok/s")
+        if s.drafted:
+            said.append(f"acceptance {s.acceptance:.2f}")
+        dim, plain = common.dimmed()
+        typer.echo(f"{dim}{', '.join(said)}{plain}", err=True, color=True)

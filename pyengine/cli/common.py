@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -17,7 +16,6 @@ from pyengine.cli.options import Dtype, Position
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from pyengine.generate import Result, Step
     from pyengine.pair import Pair
@@ -81,7 +79,7 @@ def sentences() -> Iterator[None]:
         _drop_output()
         raise typer.Exit(BROKEN) from None
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        text = _sentence(error)
+        text = sentence(error)
         if text is None:
             raise
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
@@ -96,7 +94,7 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _sentence(error: Exception) -> str | None:
+def sentence(error: Exception) -> str | None:
     """The error as one line without control characters; None where it is a bug's.
 
     A file name or a tensor's may hold anything, and a terminal obeys what it is sent.
@@ -127,9 +125,9 @@ def _by_input(error: Exception) -> bool:
 
 
 def load_pair(
-    target: Path | None,
-    assistant: Path | None,
-    bundle: Path | None,
+    target: str | None,
+    assistant: str | None,
+    bundle: str | None,
     dtype: Dtype | None,
     position: Position,
 ) -> Pair:
@@ -137,7 +135,7 @@ def load_pair(
 
     from pyengine.pair import load
 
-    with waiting("Reading the weights"):
+    with waiting("Reading the weights") as tell:
         return load(
             target,
             assistant,
@@ -145,41 +143,109 @@ def load_pair(
             dtype=getattr(mx, dtype.value) if dtype else None,
             position="n-1" if position is Position.last else "n-2",
             text=True,
+            on_progress=tell,
+        )
+
+
+def introduce(pair: Pair) -> None:
+    """Say on a terminal that a demonstration answers, whose answers are often beside the point."""
+    if pair.embedded and sys.stderr.isatty():
+        console(sys.stderr).print(
+            "The embedded demo pair (9 MB) answers. It knows single-file canvas games and a little "
+            "Python; --bundle takes real weights."
         )
 
 
 @contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """Say on a terminal why nothing comes yet; a spinner's thread would disturb the clock."""
+def waiting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Say on a terminal why nothing comes yet, and how far it is, where that is told.
+
+    A spinner's thread would disturb the clock.
+    """
     if not moves():
-        yield
+        yield lambda done, total: None
         return
-    typer.echo(f"{what} ...", nl=False, err=True)
+
+    def tell(done: int, total: int) -> None:
+        share = f" {100 * done // max(total, 1)} %" if done else ""
+        typer.echo(f"\r{what} ...{share}", nl=False, err=True)
+
+    tell(0, 0)
     try:
-        yield
+        yield tell
     finally:
         typer.echo("\r\x1b[K", nl=False, err=True)
 
 
-def printer(thoughts: bool) -> Callable[[Step], None]:
-    """Prints text as it comes, and thoughts, where they are wanted, to standard error."""
-    colours = moves() and not os.environ.get("NO_COLOR")
-    dim, plain = ("\x1b[2m", "\x1b[0m") if colours else ("", "")
-    open_line = False
+def after_prompt(steps: Iterator[Step], total: Callable[[], int]) -> Iterator[Step]:
+    """The steps of an answer; until the first, a terminal shows how much of the prompt is read."""
+    with waiting("Reading the prompt") as tell:
+        for first in steps:
+            if first.prompt_done is None:
+                break
+            tell(first.prompt_done, total())
+        else:
+            return
+    yield first
+    yield from steps
 
-    def show(step: Step) -> None:
-        nonlocal open_line
-        if thoughts and step.thinking:
-            typer.echo(f"{dim}{step.thinking}{plain}", nl=False, err=True, color=True)
-            open_line = not step.thinking.endswith("\n")
+
+def tell_cut(result: Result, pair: Pair, max_tokens: int | None) -> None:
+    """Say when a limit ended an answer, and what lifts it."""
+    if result.finish_reason != "length":
+        return
+    if max_tokens is not None and len(result.tokens) >= max_tokens:
+        typer.echo(
+            f"The answer was cut at {max_tokens} tokens; a larger --max-tokens lifts that.",
+            err=True,
+        )
+    else:
+        typer.echo(
+            f"The answer was cut: the context of {pair.target.context} tokens is full.", err=True
+        )
+
+
+def read_input(command: str, one_line: bool = False) -> str:
+    """All of standard input, or its next line with its end.
+
+    Raises:
+        ValueError: It is not text.
+    """
+    try:
+        return sys.stdin.readline() if one_line else sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"[{command}] standard input must be UTF-8 text but is not.") from error
+
+
+class Printer:
+    """Prints text as it comes, and thoughts, where they are wanted, to standard error."""
+
+    def __init__(self, thoughts: bool) -> None:
+        self.thoughts = thoughts
+        self.dim, self.plain = dimmed()
+        self.open_line = False
+
+    def show(self, step: Step) -> None:
+        """What a step added."""
+        if self.thoughts and step.thinking:
+            typer.echo(f"{self.dim}{step.thinking}{self.plain}", nl=False, err=True, color=True)
+            self.open_line = not step.thinking.endswith("\n")
         if step.text:
-            if open_line:
-                typer.echo(err=True)
-                open_line = False
+            self.end_thought()
             sys.stdout.write(step.text)
             sys.stdout.flush()
 
-    return show
+    def end_thought(self) -> None:
+        """Begin a new line on standard error if a thought left one open."""
+        if self.open_line:
+            typer.echo(err=True)
+            self.open_line = False
+
+
+def dimmed() -> tuple[str, str]:
+    """What makes text on standard error dim, and what ends that; nothing without colours."""
+    colours = moves() and not os.environ.get("NO_COLOR")
+    return ("\x1b[2m", "\x1b[0m") if colours else ("", "")
 
 
 def result_dict(pair: Pair, result: Result) -> dict[str, Any]:
@@ -245,19 +311,3 @@ def console(file: Any) -> Console:
 def size(count: float) -> str:
     """Bytes for a reader."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def two_columns(title: str, rows: dict[str, Any]) -> Table:
-    """Names and values under a title."""
-    from rich.table import Table
-    from rich.text import Text
-
-    out = Table(show_header=False, box=None, title=title, title_justify="left")
-    for name, value in rows.items():
-        said = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        if isinstance(value, bool):
-            said = "yes" if value else "no"
-        if isinstance(value, dict):
-            said = ", ".join(f"{count} x {what}" for what, count in value.items())
-        out.add_row(name.replace("_", " "), Text(printable(said)))
-    return out

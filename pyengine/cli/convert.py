@@ -18,15 +18,21 @@ EXAMPLES = (
 
 
 def run(
-    src: Annotated[Path, typer.Argument(help="Checkpoint folder, or a folder that holds a pair.")],
-    dst: Annotated[Path, typer.Argument(help="Folder to make; must not exist.")],
+    src: Annotated[
+        str, typer.Argument(help="Checkpoint or bundle: a folder, or owner/name on the hub.")
+    ],
+    dst: Annotated[Path, typer.Argument(help="Folder to create; must not exist.")],
     assistant: Annotated[
-        Path | None,
-        typer.Option(help="The assistant of SRC: both make one bundle.", show_default=False),
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Assistant of SRC; both go into one bundle.",
+            show_default=False,
+        ),
     ] = None,
-    bits: Annotated[int, typer.Option(help="4, 6 or 8.")] = 8,
+    bits: Annotated[int, typer.Option(help="Bits per weight: 4, 6 or 8.")] = 8,
     group_size: Annotated[
-        int, typer.Option(help="32, 64 or 128 inputs share a scale and a bias.")
+        int, typer.Option(help="Weights that share a scale and a bias: 32, 64 or 128.")
     ] = 64,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON in place of the text.")
@@ -34,8 +40,8 @@ def run(
 ) -> None:
     """Quantise a bfloat16 checkpoint, or a pair of them, for pyengine, mlx-lm and mlx-vlm.
 
-    Memory stays at some slices of the largest tensor. DST appears when it is whole; after Ctrl-C
-    or a failure nothing is left, and the same command starts again.
+    Needs memory for a few slices of the largest tensor only. DST appears once it is complete;
+    Ctrl-C or a failure leaves nothing behind, and the same command starts over.
     """
     with common.sentences():
         from pyengine.convert import convert

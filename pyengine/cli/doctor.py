@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pyengine.cli import common
+from pyengine.cli import common, tables
 
 EXAMPLES = ("pyengine doctor", "pyengine doctor --json")
 
@@ -18,14 +18,12 @@ def run(
         bool, typer.Option("--json", help="Print one line of JSON in place of the tables.")
     ] = False,
 ) -> None:
-    """Tell versions, device, which op runs which kernel, and what is missing.
+    """Show versions, the device, which kernel each op runs, and what is missing.
 
-    Runs the embedded pair for a moment, plainly and speculatively. Exit code 1 when the engine
-    does not work here.
+    Runs the embedded pair briefly, with plain and with speculative decoding. Exit code 1 if the
+    engine does not work here.
     """
     with common.sentences():
-        from rich.table import Table
-
         from pyengine.doctor import examine
 
         report = examine()
@@ -33,21 +31,24 @@ def run(
             typer.echo(json.dumps(report))
         else:
             out = common.console(sys.stdout)
-            out.print(common.two_columns("versions", report["versions"]))
+            tables.two_columns(out, "versions", report["versions"])
             machine = dict(report["machine"])
             free = machine.pop("available_bytes")
             machine["free memory"] = "unknown" if free is None else common.size(free)
-            out.print(common.two_columns("machine", machine))
-            table = Table(box=None, title="ops", title_justify="left")
-            for head in ("op", "kernel", "device", "row-stable"):
-                table.add_column(head)
-            for row in report["ops"]:
-                stable = "yes" if row["row_stable"] else "not row-stable"
-                table.add_row(row["op"], row["kernel"], row["device"], stable)
-            out.print(table)
-            out.print(common.two_columns("extras", report["extras"]))
+            tables.two_columns(out, "machine", machine)
+            rows = [
+                (
+                    row["op"],
+                    row["kernel"],
+                    row["device"],
+                    "yes" if row["row_stable"] else "not row-stable",
+                )
+                for row in report["ops"]
+            ]
+            tables.show(out, "ops", ("op", "kernel", "device", "row-stable"), rows, right=False)
+            tables.two_columns(out, "extras", report["extras"])
             if "check" in report:
-                out.print(common.two_columns("embedded pair", report["check"]))
+                tables.two_columns(out, "embedded pair", report["check"])
             for word in ("hints", "problems"):
                 for line in report[word]:
                     out.print(f"{word[:-1]}: {line}", soft_wrap=True, markup=False)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import chain
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyengine.cli import common
+from pyengine.cli import common, tables
 from pyengine.cli.options import (
     AssistantDir,
     BlockSize,
@@ -17,6 +17,7 @@ from pyengine.cli.options import (
     FrequencyPenalty,
     LogitBias,
     Logprobs,
+    MaxTokens,
     MinP,
     Position,
     PresencePenalty,
@@ -46,41 +47,41 @@ EXAMPLES = (
     'pyengine generate "Write a Pong game in one HTML file." --stats',
     "cat prompt.txt | pyengine generate --bundle ./pair --temperature 0",
     "pyengine generate --raw --block-size 1 --max-tokens 64 'import json'",
-    'pyengine generate "Hello" --max-tokens 8 --json --logprobs 3',
+    'pyengine generate "Write a Snake game." --max-tokens 8 --json --logprobs 3',
 )
 
 
 def run(
     prompt: Annotated[
         str | None,
-        typer.Argument(help="What to say to the model; standard input when left out or '-'."),
+        typer.Argument(help="The prompt; standard input if left out or '-'."),
     ] = None,
     system: Annotated[
         str | None, typer.Option(help="System message before the prompt.", show_default=False)
     ] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as plain text, without the template.")
+        bool, typer.Option("--raw", help="Continue the prompt as plain text, without a template.")
     ] = False,
     think: Think = False,
-    max_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 512,
+    max_tokens: MaxTokens = None,
     block_size: BlockSize = None,
     stop: Stop = None,
     stats: Annotated[
-        bool, typer.Option("--stats", help="Print counts and speed to standard error.")
+        bool, typer.Option("--stats", help="Print counts, speed and seed to standard error.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one line of JSON in place of the text.")
+        bool, typer.Option("--json", help="Print the result as one line of JSON.")
     ] = False,
     logprobs: Logprobs = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
     logit_bias: LogitBias = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     verify: VerifyRule = Verify.residual,
     target: TargetDir = None,
     assistant: AssistantDir = None,
@@ -89,13 +90,14 @@ def run(
     position: Annotated[
         Position,
         typer.Option(
-            help="Position of the assistant's query; n-2 is rarely wanted.", rich_help_panel="Pair"
+            help="Position of the assistant's query, for experiments.", rich_help_panel="Pair"
         ),
     ] = Position.last,
 ) -> None:
-    """Generate text after a prompt and stream it to standard output.
+    """Answer a prompt; the text is streamed to standard output.
 
-    Without --target, --assistant or --bundle the small pair inside the package answers.
+    Without --target or --bundle, the embedded demo pair answers: it knows single-file canvas games
+    and a little Python. An answer ends where the model ends it, or when the context is full.
     """
     with common.sentences():
         text = read_prompt(prompt)
@@ -124,6 +126,7 @@ def run(
         )
         check_limits(max_tokens, block_size, stop)
         pair = common.load_pair(target, assistant, bundle, dtype, position)
+        common.introduce(pair)
         running = stream(
             text if system is None else [_turn("system", system), _turn("user", text)],
             pair=pair,
@@ -134,18 +137,17 @@ def run(
             raw=raw,
             variables=template_variables(pair, think),
         )
-        show = common.printer(think)
+        printer = common.Printer(think)
         try:
             steps = running.steps()
-            with common.waiting("Reading the prompt"):
-                first = next(steps, None)
-            for step in chain(() if first is None else (first,), steps):
+            for step in common.after_prompt(steps, lambda: running.result.stats.prompt_tokens):
                 if not as_json:
-                    show(step)
+                    printer.show(step)
         finally:
+            printer.end_thought()
             # After Ctrl-C or a failure too: what was generated so far is kept.
             if running.result.tokens:
-                finish(pair, running.result, as_json, stats)
+                finish(pair, running.result, as_json, stats, max_tokens)
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -156,43 +158,37 @@ def read_prompt(prompt: str | None) -> str:
         raise ValueError(
             "[generate] prompt must be an argument or come on standard input but got neither."
         )
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise ValueError("[generate] standard input must be UTF-8 text but is not.") from error
+    return common.read_input("generate").removeprefix("\ufeff")
 
 
-def finish(pair: Pair, result: Result, as_json: bool, stats: bool) -> None:
+def finish(pair: Pair, result: Result, as_json: bool, stats: bool, max_tokens: int | None) -> None:
     """End the streamed text, or print the result in its place."""
     if as_json:
         typer.echo(json.dumps(common.result_dict(pair, result)))
-    elif not result.text.endswith("\n"):
-        typer.echo()
+    else:
+        if not result.text.endswith("\n"):
+            typer.echo()
+        common.tell_cut(result, pair, max_tokens)
     if stats:
         print_stats(result)
 
 
-def print_stats(result: Result) -> None:
-    """Counts and speed of one generation, on standard error."""
-    from rich.table import Table
-
+def print_stats(result: Result, more: Mapping[str, str] | None = None) -> None:
+    """Counts and speed of one generation, on standard error; ``more`` rows come last."""
     s = result.stats
-    out = Table(show_header=False, box=None)
-    rows = [
-        ("finish", result.finish_reason or "unfinished"),
-        ("prompt", f"{s.prompt_tokens} tokens in {s.prefill_s:.2f} s"),
-        ("generated", f"{s.generated_tokens} tokens in {s.decode_s:.2f} s, {s.tok_s:.1f} tok/s"),
-        ("block size", str(s.block_size)),
-        ("rounds", f"{s.rounds}, {s.tokens_per_round:.2f} tokens each"),
-        ("peak memory", f"{s.peak_memory_bytes / 1e6:.0f} MB"),
-    ]
+    rows = {
+        "finish": result.finish_reason or "unfinished",
+        "prompt": f"{s.prompt_tokens} tokens in {s.prefill_s:.2f} s",
+        "generated": f"{s.generated_tokens} tokens in {s.decode_s:.2f} s, {s.tok_s:.1f} tok/s",
+        "seed": s.seed,
+        "block size": s.block_size,
+        "rounds": f"{s.rounds}, {s.tokens_per_round:.2f} tokens each",
+    }
     if s.drafted:
-        depths = " ".join(f"{a:.2f}" for a in s.acceptance_by_depth)
-        rows.insert(5, ("acceptance", f"{s.acceptance:.3f} of {s.drafted} drafts"))
-        rows.insert(6, ("by depth", depths))
-    for row in rows:
-        out.add_row(*row)
-    common.console(sys.stderr).print(out)
+        rows["acceptance"] = f"{s.acceptance:.3f} of {s.drafted} drafts"
+        rows["by depth"] = " ".join(f"{a:.2f}" for a in s.acceptance_by_depth)
+    rows["peak memory"] = f"{s.peak_memory_bytes / 1e6:.0f} MB"
+    tables.two_columns(common.console(sys.stderr), "", {**rows, **(more or {})})
 
 
 def _turn(role: str, content: str) -> dict[str, str]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pyengine.cli import common
+from pyengine.cli import common, tables
 
 EXAMPLES = (
     "pyengine inspect ./gemma-4-31B-pair",
@@ -18,11 +17,13 @@ EXAMPLES = (
 
 
 def run(
-    path: Annotated[Path, typer.Argument(help="Checkpoint folder or bundle.")],
+    path: Annotated[
+        str, typer.Argument(help="Checkpoint folder or bundle, or owner/name on the hub.")
+    ],
     context: Annotated[
         int | None,
         typer.Option(
-            help="Tokens that the told cache shall hold.",
+            help="Context length for the cache estimate.",
             show_default="8192, or the model's context",
         ),
     ] = None,
@@ -30,9 +31,9 @@ def run(
         bool, typer.Option("--json", help="Print one line of JSON in place of the tables.")
     ] = False,
 ) -> None:
-    """Tell variant, sizes, quantisation and memory of a checkpoint without loading it.
+    """Show a checkpoint's variant, sizes, quantisation and memory without loading it.
 
-    Exit code 2 when it would be refused; the reasons are in the output.
+    Exit code 2 if it would be refused; the reasons are in the output.
     """
     with common.sentences():
         from pyengine.inspection import inspect
@@ -57,9 +58,13 @@ def _print(report: dict[str, Any]) -> None:
             rows |= {k: v for k, v in tensors.items() if k != "bytes"}
             if tensors:
                 rows["weights"] = common.size(tensors["bytes"])
-            out.print(common.two_columns(part, rows))
+            tables.two_columns(out, part, rows)
     if "text" in report:
-        out.print(common.two_columns("text", report["text"]))
+        notes = report["text"]["notes"]
+        rows = {key: value for key, value in report["text"].items() if key != "notes"}
+        tables.two_columns(out, "text", rows)
+        for note in notes:
+            out.print(f"note: {common.printable(note)}", soft_wrap=True, markup=False)
     if "memory" in report:
         m = report["memory"]
         free = "unknown" if m["available"] is None else common.size(m["available"])
@@ -69,6 +74,6 @@ def _print(report: dict[str, Any]) -> None:
             "free here": free,
             "both fit": "unknown" if m["fits"] is None else m["fits"],
         }
-        out.print(common.two_columns("memory", rows))
+        tables.two_columns(out, "memory", rows)
     for sentence in report["refused"]:
         out.print(f"refused: {common.printable(sentence)}", soft_wrap=True, markup=False)

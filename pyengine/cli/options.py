@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -40,22 +39,30 @@ class Position(str, Enum):
 
 PAIR, SAMPLING = "Pair", "Sampling"
 
+# Strings and not paths: owner/name of the hub is none
 TargetDir = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="Folder or hub name of the target.", show_default=False, rich_help_panel=PAIR
+        metavar="FOLDER",
+        help="Target: a folder, or owner/name on the hub.",
+        show_default=False,
+        rich_help_panel=PAIR,
     ),
 ]
 AssistantDir = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="Folder or hub name of the assistant.", show_default=False, rich_help_panel=PAIR
+        metavar="FOLDER",
+        help="Assistant: a folder, or owner/name on the hub.",
+        show_default=False,
+        rich_help_panel=PAIR,
     ),
 ]
 BundleDir = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="Folder or hub name of a bundle: target/ and assistant/.",
+        metavar="FOLDER",
+        help="Both in one folder, as target/ and assistant/, or owner/name on the hub.",
         show_default=False,
         rich_help_panel=PAIR,
     ),
@@ -64,25 +71,33 @@ Storage = Annotated[
     Dtype | None,
     typer.Option(
         "--dtype",
-        help="Storage type of the activations.",
+        help="Storage type of weights that are not quantised, and of activations.",
         show_default="the checkpoint's",
         rich_help_panel=PAIR,
     ),
 ]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(help="Most new tokens in an answer.", show_default="what the context holds"),
+]
 BlockSize = Annotated[
     int | None,
     typer.Option(
-        help="Primary token and its drafts, 2 to 128; 1 is plain decoding.",
+        help="Tokens per block, the primary one and its drafts: 2 to 128; 1 is plain decoding.",
         show_default="the pair's",
     ),
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(help="End before this text; may be given again.", show_default=False),
+    typer.Option(
+        metavar="TEXT",
+        help="End the answer before this text; may be given several times.",
+        show_default=False,
+    ),
 ]
 Think = Annotated[
     bool,
-    typer.Option("--think", help="Let the model think first; its thoughts go to standard error."),
+    typer.Option("--think", help="Let the model think first; thoughts go to standard error."),
 ]
 Temperature = Annotated[
     float | None,
@@ -96,47 +111,56 @@ TopK = Annotated[
     int | None,
     typer.Option(help="0 is off.", show_default="the pair's", rich_help_panel=SAMPLING),
 ]
-MinP = Annotated[float, typer.Option(help="0.0 is off.", rich_help_panel=SAMPLING)]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="0.0 is off.", show_default="the pair's", rich_help_panel=SAMPLING),
+]
 RepetitionPenalty = Annotated[
-    float,
+    float | None,
     typer.Option(
-        help="Above 1.0, tokens of the prompt and the text become less likely; 1.0 is off.",
+        help="Above 1.0, tokens already in the prompt or answer become less likely; 1.0 is off.",
+        show_default="the pair's",
         rich_help_panel=SAMPLING,
     ),
 ]
 PresencePenalty = Annotated[
-    float,
+    float | None,
     typer.Option(
-        help="Taken from the logits of tokens that are in the text; 0.0 is off.",
+        help="Subtracted from the logit of each token already in the answer; 0.0 is off.",
+        show_default="the pair's",
         rich_help_panel=SAMPLING,
     ),
 ]
 FrequencyPenalty = Annotated[
-    float,
+    float | None,
     typer.Option(
-        help="The same, times how often the token is there; 0.0 is off.", rich_help_panel=SAMPLING
+        help="The same, times the number of occurrences; 0.0 is off.",
+        show_default="the pair's",
+        rich_help_panel=SAMPLING,
     ),
 ]
 LogitBias = Annotated[
     list[str] | None,
     typer.Option(
         metavar="ID=BIAS",
-        help="Add BIAS to the logit of the token ID; may be given again.",
+        help="Add BIAS to the logit of token ID; may be given several times.",
         show_default=False,
         rich_help_panel=SAMPLING,
     ),
 ]
 Seed = Annotated[
-    int,
+    int | None,
     typer.Option(
-        help="Seed of the random numbers; one seed gives one text.", rich_help_panel=SAMPLING
+        help="Seed of the random numbers: the same seed gives the same text.",
+        show_default="drawn at random",
+        rich_help_panel=SAMPLING,
     ),
 ]
 VerifyRule = Annotated[
     Verify,
     typer.Option(
-        help="Rule that accepts drafts: block keeps more of them, coupled gives the very text of "
-        "plain decoding with that seed.",
+        help="Rule that accepts drafts: block keeps more of them, coupled gives the same text as "
+        "plain decoding with the same seed.",
         rich_help_panel=SAMPLING,
     ),
 ]
@@ -144,13 +168,13 @@ Logprobs = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="With --json: the log-probability of every token, and of the N best in its place.",
+        help="With --json: log-probabilities of every token and of the N likeliest at its place.",
         show_default=False,
     ),
 ]
 
 
-def check_limits(max_tokens: int, block_size: int | None, stop: list[str] | None) -> None:
+def check_limits(max_tokens: int | None, block_size: int | None, stop: list[str] | None) -> None:
     """Refuse before the weights are read what no pair can do."""
     from pyengine.generate import check_numbers
     from pyengine.reader import stop_strings

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pyengine.cli import common
 from pyengine.cli.options import AssistantDir, BundleDir, Position, Storage, TargetDir
+
+if TYPE_CHECKING:
+    from pyengine.serve_queue import Worker
 
 EXAMPLES = (
     "pyengine serve --bundle ./pair",
@@ -24,7 +25,7 @@ EXAMPLES = (
     "curl -H 'content-type: application/json' http://127.0.0.1:8080/v1/chat/completions "
     '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'',
 )
-GRACE_S = 2  # for answers under way when the server is ended
+CHUNK_S = 5  # for the work under way when the server has ended
 
 
 def run(
@@ -37,8 +38,34 @@ def run(
     port: Annotated[
         int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)
     ] = 8080,
-    max_tokens: Annotated[int, typer.Option(help="Most new tokens a request may ask for.")] = 8192,
-    waiting: Annotated[int, typer.Option(help="Most requests that may wait.", min=1)] = 16,
+    max_tokens: Annotated[
+        int,
+        typer.Option(help="Most new tokens of a request, and what one gets that names no number."),
+    ] = 8192,
+    waiting: Annotated[
+        int, typer.Option(help="Most requests that may wait; more get 429.", min=1)
+    ] = 16,
+    any_model: Annotated[
+        bool,
+        typer.Option(
+            "--any-model", help="Serve requests whatever model they name; else others get 404."
+        ),
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A host that requests may name beside loopback, as behind a proxy; again for more."
+        ),
+    ] = None,
+    no_cached_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--no-cached-tokens", help="Do not tell how much of a prompt earlier ones began with."
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No line per request on standard error; errors stay.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print model and URL as one line of JSON when ready.")
     ] = False,
@@ -48,6 +75,14 @@ def run(
 
     One generation at a time; a client that leaves ends its own. There is no password: keep to
     loopback, or put a proxy before it.
+
+    Streams send their headers at once and a comment every five seconds of silence; a whole answer
+    sends nothing before its end, so ask for streams where a proxy gives up on silence. Requests
+    must be in within 10 s (their head) and 60 s (their body), and an answer that is not read for
+    20 s is dropped.
+
+    All clients share what is kept of earlier prompts: `cached_tokens`, and the time to the first
+    token, tell one client whether another's prompt began as its own.
     """
     with common.sentences():
         for module in ("fastapi", "uvicorn"):
@@ -58,48 +93,69 @@ def run(
                 )
         if max_tokens < 1:
             raise ValueError(f"[serve] max_tokens must be at least 1 but got {max_tokens}.")
-        import uvicorn
-
         from pyengine.openai_protocol import Limits
-        from pyengine.serve import LOOPBACK, make_app
+        from pyengine.serve import make_app
+        from pyengine.serve_front import allowed_names, is_loopback
+        from pyengine.serve_http import Server, open_files
 
-        sock = listen(host, port)  # before the weights are read, so that a wrong one is told early
+        # Before the weights are read, so that a wrong argument is told early
+        open_files()
+        allowed_names(allow_host or [])
+        sock = listen(host, port)
         pair = common.load_pair(target, assistant, bundle, dtype, Position.last)
-        limits = Limits(waiting=waiting, max_tokens=max_tokens)
-        app = make_app(pair, limits=limits, any_host=host not in LOOPBACK)
-        name = f"[{host}]" if ":" in host else host
+        limits = Limits(
+            waiting=waiting,
+            max_tokens=max_tokens,
+            any_model=any_model,
+            cached_tokens=not no_cached_tokens,
+        )
+        address, number = sock.getsockname()[:2]
+        alone = is_loopback(address)
+        any_host = not alone and not allow_host
+        app = make_app(pair, limits=limits, any_host=any_host, hosts=allow_host or [])
+        log_to_stderr(quiet)
         with sock:
-            at = f"http://{name}:{sock.getsockname()[1]}/v1"
+            at = f"http://{f'[{host}]' if ':' in host else host}:{number}/v1"
             if as_json:
                 typer.echo(json.dumps({"model": pair.name, "url": at}))
             typer.echo(f"{pair.name} at {at}; Ctrl-C ends it.", err=True)
+            if not alone:
+                typer.echo(
+                    f"Warning: whoever reaches {host} can use it: there is no key and no "
+                    "encryption.",
+                    err=True,
+                )
+            server = Server(app, sock, on_end=app.state.worker.end)
+            server.run()
+            leave(server.ended_by, app.state.worker)
 
-            ended: list[int] = []
 
-            class Server(uvicorn.Server):
-                @contextmanager
-                def capture_signals(self) -> Iterator[None]:
-                    yield  # they are ours: its own are not in place until its end
+def log_to_stderr(quiet: bool) -> None:
+    """One line per request, and traces of what fails."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log = logging.getLogger("pyengine.serve")
+    log.addHandler(handler)
+    log.setLevel(logging.ERROR if quiet else logging.INFO)
+    log.propagate = False
 
-            # Nothing is to be done when it starts and ends
-            config = uvicorn.Config(
-                app, log_level="warning", timeout_graceful_shutdown=GRACE_S, lifespan="off"
-            )
-            server = Server(config)
 
-            def end(sig: int, _: FrameType | None) -> None:
-                app.state.worker.end()
-                server.should_exit = True
-                ended.append(sig)
+def leave(sig: int | None, worker: Worker) -> None:
+    """End as the signal would have.
 
-            before = {sig: signal.signal(sig, end) for sig in (signal.SIGINT, signal.SIGTERM)}
-            try:
-                server.run(sockets=[sock])
-            finally:
-                for sig, handler in before.items():
-                    signal.signal(sig, handler)
-            if ended:
-                signal.raise_signal(ended[0])
+    MLX's evaluations cannot be broken off, and Python's own end under one of them aborts. So the
+    chunk under way is waited for, and if that takes too long the process ends without Python's.
+    """
+    try:
+        ended = worker.join(CHUNK_S)
+    except KeyboardInterrupt:
+        ended = False
+    if not ended and sig == signal.SIGINT:
+        typer.echo("Interrupted.", err=True)
+        sys.stdout.flush()
+        os._exit(common.INTERRUPTED)
+    if sig is not None:
+        signal.raise_signal(sig)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -51,7 +51,8 @@ def accept_block(
         position: Absolute position of the block's first token, int32 ``[]``.
         seed: uint32 ``[]``.
         rule: One of the three above.
-        vocab: V; ids lie below it.
+        vocab: V, at most 2097152. Ids lie below it; a correction is drawn as if q had none of those
+            that do not.
 
     Returns:
         The number of drafts kept, int32 ``[]``, which is also the row whose hidden vector the next
@@ -71,7 +72,7 @@ def accept_block(
     if implementation == "native":
         return out
     if implementation == "workbench":
-        launch = _ext.accept_block_launch(k, n, m, rule)
+        launch = _ext.accept_block_launch(k, n, m, rule, vocab)
         arrays = (p_ids, p_probs, q_ids, q_probs, drafts, position, seed)
         accepted, token = workbench.run(launch, *arrays)
         return accepted, token
@@ -155,9 +156,12 @@ def acceptance(
         for i in range(k):
             running.append(_ratio(running[i] * target[..., i : i + 1], assistant[..., i : i + 1]))
         scale = mx.concatenate(running[:k], axis=-1)
-    by_id = mx.zeros((*q.ids.shape[:-1], vocab), dtype=q.probs.dtype)
-    by_id = mx.put_along_axis(by_id, q.ids, q.probs, axis=-1)
-    excess = scale[..., None] * own.probs - mx.take_along_axis(by_id, own.ids, axis=-1)
+    # One place more takes the ids outside of the vocabulary, which have no q
+    at, known = _places(q.ids, vocab)
+    by_id = mx.zeros((*q.ids.shape[:-1], vocab + 1), dtype=q.probs.dtype)
+    by_id = mx.put_along_axis(by_id, at, mx.where(known, q.probs, 0), axis=-1)
+    at, _ = _places(own.ids, vocab)
+    excess = scale[..., None] * own.probs - mx.take_along_axis(by_id, at, axis=-1)
     excess = mx.maximum(excess, 0)
     mass = mx.cumsum(excess, axis=-1)[..., -1:]
     weights = mx.where(mass > 0, excess, own.probs)
@@ -181,6 +185,12 @@ def count_accepted(rule: Rule, passed: mx.array) -> mx.array:
 def probability_of(rows: Rows, tokens: mx.array) -> mx.array:
     """Probability of one token a row, ``[..., T]``; 0 for a token that is no candidate."""
     return mx.where(rows.ids == tokens[..., None], rows.probs, 0).sum(axis=-1)
+
+
+def _places(ids: mx.array, vocab: int) -> tuple[mx.array, mx.array]:
+    """Where ids stand among V + 1 places, the last for all that are outside; which are inside."""
+    known = (ids >= 0) & (ids < vocab)
+    return mx.where(known, ids, vocab), known
 
 
 def _ratio(target: mx.array, assistant: mx.array) -> mx.array:

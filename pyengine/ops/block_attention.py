@@ -5,6 +5,8 @@ from pyengine import _ext
 from . import workbench
 from .switch import chosen
 
+MAX_POSITIONS = 1 << 30  # positions are below it; metal/positions.h has the same
+
 
 def block_attention(
     q: mx.array,
@@ -27,7 +29,11 @@ def block_attention(
     Sums run over absolute position in a fixed tree, so the bits of a row depend on that row and its
     visible keys alone: not on T, C, ``start`` or threads. The Metal kernels give the bits of
     processors with fused multiply-adds, for up to 128 positions; a GPU runs longer blocks, which
-    are prefill, as plain MLX. There a cache too small is not noticed: its rows hold anything.
+    are prefill, as plain MLX.
+
+    ``offset`` is from 0 to 2**30 - T, and C is at least ``T + min(offset, window - 1)``, so that
+    every visible position is still held. Where that turns out wrong only on the device, all of the
+    result is NaN.
 
     Args:
         q: Queries ``[B, T, H, D]``, float32, float16 or bfloat16; D is a multiple of 16, at most
@@ -36,16 +42,15 @@ def block_attention(
         v: Values, shape and dtype of ``k``.
         offset: int32 ``[]``, the position of row 0, on the device.
         scale: Multiplies the scores. Gemma 4 uses 1.0: its queries are normalised.
-        window: Sliding window length, or None for full attention; at least 1.
-        start: int32 ``[]``, a position that lies in slot 0, or None for 0.
+        window: Sliding window length, or None for full attention; at least 1, below 2**31.
+        start: int32 ``[]``, a position that lies in slot 0, or None for 0; may be negative.
 
     Returns:
         ``[B, T, H, D]``, dtype of ``q``.
 
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
-        RuntimeError: The cache is too small to still hold a visible position (when evaluated); on
-            a GPU, k or v is a strided view.
+        RuntimeError: On a GPU, k or v turns out to be a strided view when evaluated.
 
     Source: online softmax, arXiv:1805.02867.
     """
@@ -77,8 +82,10 @@ def block_attention_reference(
     """The same in plain MLX."""
     B, T, H, D = q.shape
     K, C = k.shape[1], k.shape[2]
+    before = offset if window is None else mx.minimum(offset, window - 1)
+    whole = (offset >= 0) & (offset <= MAX_POSITIONS - T) & (before <= C - T)
     last = offset + (T - 1)
-    base = last if start is None else last - start
+    base = last % C if start is None else last % C - start % C
     held = last - (base - mx.arange(C)) % C  # [C], the newest position a slot can hold
     rows = (offset + mx.arange(T))[:, None]  # [T, 1]
     visible = (held >= 0) & (held <= rows)
@@ -90,5 +97,5 @@ def block_attention_reference(
     v32 = v.astype(mx.float32)[:, :, None]
     scores = scale * (q32 @ k32.swapaxes(-1, -2))  # [B, K, H / K, T, C]
     weights = mx.softmax(mx.where(visible, scores, -mx.inf), axis=-1)
-    out = weights @ v32  # [B, K, H / K, T, D]
+    out = mx.where(whole, weights @ v32, mx.nan)  # [B, K, H / K, T, D]
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D).astype(q.dtype)

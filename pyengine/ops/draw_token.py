@@ -28,9 +28,9 @@ def draw_token(
         ids: Candidates, int32 ``[T, n]``.
         probs: Their probabilities, float32 ``[T, n]``; rows need not be normalised, and what has
             probability 0 is not drawn.
-        position: int32 ``[]``, not negative.
+        position: int32 ``[]``; its 32 bits are what counts, so any will do.
         seed: uint32 ``[]``.
-        index: Added to the position (shared) or counted within it.
+        index: Added to the position (shared) or counted within it; 0 or more and below 2**30.
         shared: Which of the two draws.
 
     Returns:
@@ -44,7 +44,7 @@ def draw_token(
     if implementation == "workbench" and out.size > 0:
         launch = _ext.draw_token_launch(ids.shape[0], ids.shape[1], index, shared)
         return workbench.run(launch, ids, probs, position, seed)[0]
-    if implementation in ("native", "workbench"):
+    if implementation in ("native", "workbench") or out.size == 0:
         return out
     return draw_token_reference(ids, probs, position, seed, index=index, shared=shared)
 

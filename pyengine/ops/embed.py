@@ -5,6 +5,7 @@ import mlx.core as mx
 from pyengine import _ext
 
 from . import workbench
+from .q8_matmul import dequantized
 from .switch import chosen
 
 
@@ -66,9 +67,10 @@ def embed_reference(
     """The same in plain MLX, equal bit for bit."""
     V, dtype = table[0].shape[0], table[-1].dtype
     known = (ids >= 0) & (ids < V)
-    w, *factors = (mx.take(a, mx.where(known, ids, 0), axis=0) for a in table)
+    places = mx.where(known, ids, 0).reshape(-1)  # a scalar too: dequantize wants rows
+    w, *factors = (mx.take(a, places, axis=0) for a in table)
     if factors:
-        scales, biases = (a.astype(mx.float32) for a in factors)
-        w = mx.dequantize(w, scales, biases, group_size, bits)
-    rows = w.astype(mx.float32) * scale
+        scales, biases = factors
+        w = dequantized(w, scales, biases, group_size, bits)
+    rows = (w.astype(mx.float32) * scale).reshape(*ids.shape, w.shape[-1])
     return mx.where(known[..., None], rows, mx.nan).astype(out_dtype or dtype)

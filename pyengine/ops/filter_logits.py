@@ -52,7 +52,7 @@ def filter_logits(
         top_k: 1 to 256 candidates a row, or 0 for all V, which sorts the row.
         top_p: Above 0; 1.0 is off.
         min_p: 0 or more and below 1; 0.0 is off.
-        edits: Sparse changes of the logits, ids 0 to V - 1.
+        edits: Sparse changes of the logits; an id outside of 0 to V - 1 changes nothing.
 
     Returns:
         ids int32 ``[T, n]`` and probabilities float32 ``[T, n]``, n the smaller of ``top_k`` and V;
@@ -102,10 +102,13 @@ def filter_logits_reference(
     finite = mx.isfinite(logits).all(axis=-1)
     broken = (mx.isnan(logits) | (logits == mx.inf)).any(axis=-1)
     if edits is not None:
-        ids = mx.broadcast_to(edits.ids, edits.factors.shape)
-        z = mx.take_along_axis(logits, ids, axis=-1)
+        # A column more takes the edits of ids outside of the vocabulary
+        known = (edits.ids >= 0) & (edits.ids < vocab)
+        ids = mx.broadcast_to(mx.where(known, edits.ids, vocab), edits.factors.shape)
+        padded = mx.pad(logits, [(0, 0), (0, 1)])
+        z = mx.take_along_axis(padded, ids, axis=-1)
         z = mx.where(z > 0, z / edits.factors, z * edits.factors) + edits.deltas
-        logits = mx.put_along_axis(logits, ids, z, axis=-1)
+        logits = mx.put_along_axis(padded, ids, z, axis=-1)[:, :vocab]
     if temperature == 0:
         temperature, top_k = 1.0, 1
     logits = logits / temperature

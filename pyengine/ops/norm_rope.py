@@ -27,7 +27,8 @@ def norm_rope(
     Args:
         x: ``[B, T, H, D]``, float32, float16 or bfloat16; D is even, at most 1024.
         weight: ``[D]``, dtype of ``x``.
-        offset: int32 ``[]``, the position of row 0, on the device.
+        offset: int32 ``[]``, the position of row 0, on the device; from 0 to 2**30 - T. Where it is
+            known to the device alone, another turns as far as it says, wrapped around at 32 bits.
         inv_freq: float32 ``[D / 2]``, radians per position.
         eps: Added to the mean of squares; positive.
 

@@ -37,7 +37,8 @@ def prepare_qkv(
         keys: The cache's, ``[1, K, C, D]``, dtype of ``q``, evaluated to a contiguous array; T is
             at most C.
         values: The same.
-        offset: int32 ``[]``, the position of row 0, on the device; position p goes to slot p % C.
+        offset: int32 ``[]``, the position of row 0, on the device; position p goes to slot p % C,
+            by the rule of :func:`write_cache` for those there should not be.
         eps: Added to the means of squares; positive.
 
     Returns:

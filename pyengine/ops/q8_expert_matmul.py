@@ -25,14 +25,15 @@ def q8_expert_matmul(
     stack[id].T) * (x[t] @ up[id].T)``; products as in ``q8_matmul``, the gate as in
     ``q8_gated_matmul``, bit for bit. Rows are grouped by expert where they are: for 16 tokens an
     expert's weights are read once however many chose it, and those of the others not at all. On a
-    GPU MLX's ``gather_qmm``, which is not row-stable, serves more than 128 tokens.
+    GPU MLX's ``gather_qmm``, which is not row-stable, serves more than 128 tokens or 32 experts of
+    a token. The row of an id outside of 0 to X - 1 is NaN; nothing is read for it.
 
     Args:
         x: ``[T, K]``, or ``[T, U, K]`` with one row for each expert of a token; float32, float16 or
             bfloat16; K is a multiple of the group size.
         stack: Weights uint32 ``[X, N, K * bits / 32]``, scales and biases ``[X, N, K / g]``
             of the dtype of ``x``, g the group size.
-        ids: int32 ``[T, U]``, from 0 to X - 1.
+        ids: int32 ``[T, U]``.
         group_size: 32, 64 or 128 weights share a scale and a bias.
         bits: 8, 6 or 4 per weight.
         up: A second stack of the same shape.
@@ -44,11 +45,10 @@ def q8_expert_matmul(
 
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
-        RuntimeError: An id is out of range (when evaluated, on the processor).
     """
     second = [] if up is None else list(up)
     out = _ext.q8_expert_matmul(x, list(stack), second, ids, group_size, bits, out_dtype)  # checks
-    implementation = chosen("q8_expert_matmul")
+    implementation = chosen("q8_expert_matmul", _ext.q8_expert_matmul_has_launch(ids.shape[1]))
     if implementation == "reference":
         return q8_expert_matmul_reference(
             x, stack, ids, group_size, bits, up=up, out_dtype=out_dtype
@@ -60,9 +60,10 @@ def q8_expert_matmul(
             T, U, X, N, K, up is not None, alone, x.dtype, out.dtype, group_size, bits
         )
         return workbench.run(launch, x, *stack, *(up or stack), ids)[0]
-    if implementation != "mlx" and not too_wide(out[:, 0]):
+    if implementation != "mlx" and not too_wide(out[:, :1]):
         return out
-    rows = x.reshape(T, -1, 1, x.shape[-1]).astype(out.dtype)
+    known = (ids >= 0) & (ids < stack[0].shape[0])
+    rows = (x[:, None, None] if x.ndim == 2 else x[:, :, None]).astype(out.dtype)
 
     def served(matrix: Matrix) -> mx.array:
         w, scales, biases = matrix
@@ -71,12 +72,12 @@ def q8_expert_matmul(
             w,
             scales.astype(out.dtype),
             biases.astype(out.dtype),
-            rhs_indices=ids,
+            rhs_indices=mx.where(known, ids, 0),
             transpose=True,
             group_size=group_size,
             bits=bits,
         )
-        return y.squeeze(2)
+        return mx.where(known[..., None], y.squeeze(2), mx.nan)
 
     return served(stack) if up is None else geglu(served(stack), served(up))
 
@@ -94,8 +95,8 @@ def q8_expert_matmul_reference(
     """The same in plain MLX: every expert sees every row."""
     T, U = ids.shape
     X, N = stack[0].shape[:2]
-    rows = mx.broadcast_to(x.reshape(T, -1, x.shape[-1]), (T, U, x.shape[-1]))
-    out = mx.zeros((T, U, N), out_dtype or x.dtype)
+    rows = mx.broadcast_to(x[:, None] if x.ndim == 2 else x, (T, U, x.shape[-1]))
+    out = mx.full((T, U, N), mx.nan, out_dtype or x.dtype)
     for expert in range(X):
         w, scales, biases = (a[expert] for a in stack)
         if up is None:

@@ -47,7 +47,7 @@ def q8_filter_logits(
         top_k: 1 to 256 candidates a row; also 0 where the temperature is 0.
         top_p: As :func:`filter_logits`.
         min_p: As :func:`filter_logits`.
-        edits: Sparse changes of the capped logits, ids 0 to V - 1.
+        edits: Sparse changes of the capped logits; an id outside of 0 to V - 1 changes nothing.
 
     Returns:
         As :func:`filter_logits`.

@@ -66,6 +66,15 @@ def q8_matmul_reference(
     out_dtype: mx.Dtype | None = None,
 ) -> mx.array:
     """The same in plain MLX."""
-    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    weights = mx.dequantize(w, scales, biases, group_size, bits)  # [N, K]
+    weights = dequantized(w, scales, biases, group_size, bits)  # [N, K]
     return (x.astype(mx.float32) @ weights.T).astype(out_dtype or x.dtype)
+
+
+def dequantized(
+    w: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """Packed rows as float32; MLX refuses empty ones."""
+    if w.size == 0:
+        return mx.zeros((*w.shape[:-1], scales.shape[-1] * group_size))
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(w, scales, biases, group_size, bits)

@@ -25,7 +25,7 @@ def route_experts(logits: mx.array, scales: mx.array, used: int) -> tuple[mx.arr
         ValueError: A shape, dtype or limit above does not hold.
     """
     out = _ext.route_experts(logits, scales, used)  # checks in every case
-    implementation = chosen("route_experts", fits=used <= 32)
+    implementation = chosen("route_experts", _ext.route_experts_has_launch(used))
     if implementation == "native":
         return out
     T, X = logits.shape

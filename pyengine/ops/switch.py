@@ -5,6 +5,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from pyengine import _ext
+from pyengine.files import shown
 
 from . import workbench
 
@@ -53,10 +54,10 @@ def use(implementation: Implementation) -> None:
         RuntimeError: "workbench" outside a checkout, or without what it needs.
     """
     global _chosen
-    if implementation not in _IMPLEMENTATIONS:
+    if not isinstance(implementation, str) or implementation not in _IMPLEMENTATIONS:
         raise ValueError(
             f"[use] implementation must be one of {', '.join(_IMPLEMENTATIONS)} "
-            f"but got {implementation}."
+            f"but got {shown(implementation)}."
         )
     if implementation == "workbench":
         workbench.load()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -26,7 +25,8 @@ def count_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, s
 
     def run(**given: list[Any]) -> tuple[str, str]:
         for table, (module, counter) in COUNTERS.items():
-            monkeypatch.setattr(module, counter, partial(list, given.get(table, [])))
+            rows = given.get(table, [])
+            monkeypatch.setattr(module, counter, lambda on_count=None, rows=rows: list(rows))
         command = ["bench", "kernels", "--count"]
         text = CliRunner().invoke(cli.app, command)
         as_json = CliRunner().invoke(cli.app, [*command, "--json"])

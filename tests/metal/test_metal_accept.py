@@ -20,7 +20,7 @@ NAMES = ("p_ids", "p_probs", "q_ids", "q_probs", "drafts", "position", "seed")
 def metal(args: list[mx.array], rule: str, **options: Any) -> tuple[int, int]:
     (k, m), n = args[2].shape, args[0].shape[1]
     given = {name: to_numpy(a) for name, a in zip(NAMES, args, strict=True)}
-    outputs, _ = workbench.run(_ext.accept_block_launch(k, n, m, rule), given, **options)
+    outputs, _ = workbench.run(_ext.accept_block_launch(k, n, m, rule, 1 << 21), given, **options)
     return int(outputs["accepted"]), int(outputs["next"][0])
 
 

@@ -212,12 +212,37 @@ def test_no_fault(name):
         assert report.threadgroup_bytes <= 32768
 
 
-@pytest.mark.parametrize("offset, window", [(100, None), (2000, 700), (-9, None), (3, 2**31 - 1)])
-def test_wrong_positions_stay_in_bounds(offset, window):
-    """Nobody checks them on a GPU: what comes out is nothing, but no other memory is touched."""
-    call = *inputs(22, 1, 3, 2, 1, 20, 16, dtype=mx.bfloat16), offset
-    _, report = metal(*call, window=window, mode="check", raising=False)
+@pytest.mark.parametrize(
+    "offset, window",
+    [
+        (18, None),
+        (2000, 700),
+        (-9, None),
+        (-(2**31), 3),
+        (2**30, 3),
+        (2**31 - 1, 3),
+        (-1, 2**31 - 1),
+    ],
+)
+def test_wrong_positions_read_nothing(offset, window):
+    q, k, v = inputs(22, 1, 3, 2, 1, 20, 16, dtype=mx.bfloat16)
+    for start in (None, -(2**31), 2**31 - 1):
+        options = {"window": window, "start": start}
+        how = {"mode": "count", "raising": False}
+        out, report = metal(q, k, v, offset, **options, **how)
+        faults = {(f.kind, f.buffer in BETWEEN) for f in report.findings}
+        assert faults <= {("unwritten-output", True)}
+        assert np.isnan(np.array(out.astype(mx.float32))).all()
+        assert not any(report.traffic[n].read_bytes for n in ("k", "v") if n in report.traffic)
+
+
+@pytest.mark.parametrize("start", [-(2**31), -1, 2**31 - 1])
+def test_any_start_stays_in_bounds(start):
+    call = *inputs(22, 1, 3, 2, 1, 20, 16, dtype=mx.bfloat16), 2**30 - 3
+    options = {"window": 18, "start": start}
+    out, report = metal(*call, **options, mode="check", raising=False)
     assert {(f.kind, f.buffer in BETWEEN) for f in report.findings} <= {("unwritten-output", True)}
+    assert_right(out, *call, **options)
 
 
 def test_contraction_changes_nothing():

@@ -1,0 +1,400 @@
+"""Plant small faults in the engine and see whether the nearest tests notice.
+
+    python -m tests.mutate --count 300 --seed 0 --json mutants.json
+    python -m tests.mutate --again mutants.json        # only those that survived there
+    python -m tests.mutate --modules sampling,cache --count 40
+
+Each mutant changes one expression or statement of one module, in a copy of the tree; the tests of
+that module run on it until one fails. A mutant that no test notices survives: either a test is
+missing, or the change means nothing. The latter stand in ``mutants.json`` beside this file with the
+reason, and are told apart.
+
+mutmut and cosmic-ray would do the planting; what they lack is a seeded sample over several modules,
+tests chosen by module, and verdicts kept by the text of a change, not by its line number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+VERDICTS = Path(__file__).with_suffix(".json").with_name("mutants.json")
+
+# Module -> its tests, nearest first. Quick ones come first: a mutant dies at the first failure.
+NEAREST = {
+    "speculate": "test_speculate test_ends test_stats_numbers test_recorded test_rounds_by_hand "
+    "test_prefill_left test_prefix test_exactness_cells test_exactness",
+    "sampling": "test_sampling test_settings_in_conflict test_arguments test_speculate "
+    "test_rounds_by_hand test_accept_rounds test_exactness_cells",
+    "cache": "test_cache test_prefix test_speculate test_target test_state_between_calls",
+    "prefix": "test_prefix test_prefix_window test_prefill_left test_state_between_calls test_chat",
+    "generate": "test_generate test_settings_that_win test_ends test_arguments test_chat test_pair",
+    "reader": "test_reader test_generate test_ends",
+    "score": "test_score test_state_between_calls",
+    "bench": "test_bench_numbers test_bench test_bench_printed test_bench_interrupted",
+    "report": "test_report_numbers test_bench_printed test_bench",
+    "serve": "test_serve test_serve_fields test_serve_admission test_serve_prefill",
+    "serve_queue": "test_serve test_serve_end test_serve_prefill test_serve_admission",
+    "serve_front": "test_serve_log test_serve_hosts test_serve",
+    "openai_protocol": "test_serve_fields test_usage_numbers test_serve test_settings_that_win",
+}
+
+COMPARED: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+COMPUTED: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Add,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Add,
+    ast.BitOr: ast.BitAnd,
+    ast.BitAnd: ast.BitOr,
+    ast.LShift: ast.RShift,
+    ast.RShift: ast.LShift,
+}
+CALLED = {"max": "min", "min": "max", "any": "all", "all": "any"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: what stood there, what stands there now, and where."""
+
+    module: str
+    function: str
+    before: str
+    after: str
+    line: int
+    start: int  # bytes of the source that are replaced
+    end: int
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What tells it from others though lines move."""
+        return self.module, self.function, self.before, self.after
+
+    def __str__(self) -> str:
+        return f"{self.module}.py:{self.line} {self.function}: {self.before}  ->  {self.after}"
+
+
+def mutants_of(module: str, source: str) -> Iterator[Mutant]:
+    """Every mutant of a module, in the order of its source."""
+    lines = [0]
+    for text in source.encode().splitlines(keepends=True):
+        lines.append(lines[-1] + len(text))
+
+    parameters: list[list[ast.arg]] = []
+
+    def found(node: Any, where: tuple[str, ...]) -> Iterator[Mutant]:
+        changes = _changes(node, parameters)
+        if isinstance(node, (ast.If, ast.While)):
+            node = node.test
+            changes = iter((ast.UnaryOp(ast.Not(), node), ast.Constant(False)))
+        for changed in changes:
+            before, after = ast.unparse(node), ast.unparse(changed)
+            if after == before:
+                continue
+            if isinstance(node, ast.expr) and not isinstance(node, ast.Slice):
+                after = f"({after})"
+            start = lines[node.lineno - 1] + node.col_offset
+            end = lines[node.end_lineno - 1] + node.end_col_offset
+            yield Mutant(module, ".".join(where), before, after, node.lineno, start, end)
+
+    def walk(node: Any, where: tuple[str, ...]) -> Iterator[Mutant]:
+        if isinstance(node, (ast.Raise, ast.Import, ast.ImportFrom, ast.JoinedStr, ast.Assert)):
+            return  # the words of a message are other tests' subject
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        inside = where
+        is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        if is_function or isinstance(node, ast.ClassDef):
+            inside = (*where, node.name)
+        if where:  # constants of a module are names for numbers, not decisions
+            yield from found(node, where)
+        if is_function:
+            parameters.append([*node.args.args, *node.args.kwonlyargs])
+        for name, value in ast.iter_fields(node):
+            if name in ("annotation", "returns", "decorator_list", "bases", "type_params"):
+                continue
+            children = value if isinstance(value, list) else [value]
+            for child in children:
+                docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
+                if isinstance(child, ast.AST) and not docstring:
+                    yield from walk(child, inside)
+        if is_function:
+            parameters.pop()
+
+    yield from walk(ast.parse(source), ())
+
+
+def _changes(node: ast.AST, parameters: list[list[ast.arg]]) -> Iterator[ast.AST]:
+    """The node with one thing changed, for each thing that can be."""
+
+    def other(**fields: object) -> ast.AST:
+        new = copy.deepcopy(node)
+        for name, value in fields.items():
+            setattr(new, name, value)
+        return new
+
+    match node:
+        case ast.Compare():
+            for i, op in enumerate(node.ops):
+                ops = [*node.ops]
+                ops[i] = COMPARED[type(op)]()
+                yield other(ops=ops)
+        case ast.BoolOp():
+            yield other(op=ast.Or() if isinstance(node.op, ast.And) else ast.And())
+            for i in range(len(node.values)):
+                rest = node.values[:i] + node.values[i + 1 :]
+                yield other(values=rest) if len(rest) > 1 else rest[0]
+        case ast.UnaryOp(op=ast.Not() | ast.USub()):
+            yield node.operand
+        case ast.BinOp() if type(node.op) in COMPUTED and not _text(node.left, node.right):
+            yield other(op=COMPUTED[type(node.op)]())
+        case ast.AugAssign() if type(node.op) in COMPUTED:
+            yield other(op=COMPUTED[type(node.op)]())
+            yield ast.Pass()
+        case ast.Constant(value=bool()):
+            yield ast.Constant(not node.value)
+        case ast.Constant(value=int() | float()):
+            yield ast.Constant(node.value + 1)
+        case ast.Constant(value=str()) if node.value.isidentifier() and len(node.value) > 1:
+            yield ast.Constant(f"{node.value}_")
+        case ast.IfExp():
+            yield other(body=node.orelse, orelse=node.body)
+        case ast.Continue():
+            yield ast.Break()
+        case ast.Break():
+            yield ast.Continue()
+        case ast.Expr(value=ast.Call() | ast.Yield()):
+            yield ast.Pass()
+        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
+            yield ast.Pass()
+        case ast.Return(value=ast.expr()):
+            yield other(value=None)
+        case ast.Slice():
+            if node.lower is not None:
+                yield other(lower=None)
+            if node.upper is not None:
+                yield other(upper=None)
+        case ast.Call():
+            if isinstance(node.func, ast.Name) and node.func.id in CALLED:
+                yield other(func=ast.Name(CALLED[node.func.id]))
+            for i in range(len(node.keywords)):
+                yield other(keywords=node.keywords[:i] + node.keywords[i + 1 :])
+        case ast.Name(ctx=ast.Load()) if parameters:
+            yield from (ast.Name(name) for name in _alike(node.id, parameters[-1]))
+        case _:
+            return
+
+
+def _text(*nodes: ast.expr) -> bool:
+    """Whether one is a string: joining and formatting are not arithmetic."""
+    strings = (ast.JoinedStr,)
+    return any(
+        isinstance(n, strings) or (isinstance(n, ast.Constant) and isinstance(n.value, str))
+        for n in nodes
+    )
+
+
+def _alike(name: str, parameters: list[ast.arg]) -> list[str]:
+    """Another parameter of the same type, which may stand there by mistake."""
+    types = {a.arg: ast.unparse(a.annotation) for a in parameters if a.annotation}
+    return [n for n, kind in types.items() if n != name and kind == types.get(name)][:1]
+
+
+class Copy:
+    """A copy of the tree in which one file at a time is changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder
+        listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True)
+        for name in files.stdout.splitlines():
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, folder / name)
+        from pyengine import _ext
+
+        shutil.copy(_ext.__file__, folder / "pyengine")
+        # An editable install would lead `import pyengine` back to the checkout
+        (folder / "sitecustomize.py").write_text(
+            "import sys\n"
+            "sys.meta_path[:] = "
+            "[f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]\n"
+        )
+        # A mutant may be as long and as old as the one before: no bytecode that could be mistaken
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": str(folder),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+
+    def tests(self, module: str, seconds: float | None = None) -> str:
+        """Run a module's tests: "passed", "failed" or "slow"."""
+        files = [f"tests/{name}.py" for name in NEAREST[module].split()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+        with open(self.root / "out.txt", "w+") as out:
+            run = subprocess.Popen(
+                command,
+                cwd=self.root,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,  # so that all it started can be ended
+            )
+            try:
+                code = run.wait(seconds)
+            except subprocess.TimeoutExpired:
+                return "slow"
+            finally:
+                if run.returncode is None:
+                    os.killpg(run.pid, signal.SIGKILL)
+                    run.wait()
+        return "passed" if code == 0 else "failed"
+
+    def judge(self, mutant: Mutant, seconds: float) -> str:
+        path = self.root / "pyengine" / f"{mutant.module}.py"
+        source = path.read_bytes()
+        changed = source[: mutant.start] + mutant.after.encode() + source[mutant.end :]
+        path.write_bytes(changed)
+        try:
+            ast.parse(changed)
+            verdict = self.tests(mutant.module, seconds)
+        except SyntaxError:
+            verdict = "failed"
+        finally:
+            path.write_bytes(source)
+        return "survived" if verdict == "passed" else verdict
+
+
+def sample(modules: list[str], count: int, seed: int) -> list[Mutant]:
+    """Mutants of all modules, as many of each as of the others while there are enough."""
+    numbers = random.Random(seed)
+    left = []
+    for module in modules:
+        source = (ROOT / "pyengine" / f"{module}.py").read_text()
+        own = sorted(set(mutants_of(module, source)), key=lambda m: (m.start, m.end, m.after))
+        left.append(numbers.sample(own, len(own)))
+    chosen: list[Mutant] = []
+    while len(chosen) < count and any(left):
+        for own in left:
+            if own and len(chosen) < count:
+                chosen.append(own.pop())
+    return chosen
+
+
+def verdicts() -> dict[tuple[str, str, str, str], str]:
+    """Why a surviving mutant means nothing, by its key."""
+    if not VERDICTS.exists():
+        return {}
+    rows = json.loads(VERDICTS.read_text())
+    return {(r["module"], r["function"], r["before"], r["after"]): r["why"] for r in rows}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutate",
+        description="Plant small faults in the engine; see whether the nearest tests notice.",
+    )
+    parser.add_argument("--modules", default=",".join(NEAREST), help="default: all of them")
+    parser.add_argument("--count", type=int, default=300, help="mutants in all")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", type=Path, help="write what became of each mutant")
+    parser.add_argument("--again", type=Path, help="only the survivors of an earlier --json")
+    asked = parser.parse_args()
+    modules = asked.modules.split(",")
+    unknown = [name for name in modules if name not in NEAREST]
+    if unknown:
+        parser.error(f"--modules must be of {', '.join(NEAREST)} but got {unknown[0]}")
+    if asked.again:
+        rows = json.loads(asked.again.read_text())
+        wanted = {tuple(r["key"]) for r in rows if r["outcome"] == "survived"}
+        everything = sample(list(NEAREST), 10**9, 0)
+        chosen = list({m.key: m for m in everything if m.key in wanted}.values())
+    else:
+        chosen = sample(modules, asked.count, asked.seed)
+
+    known = verdicts()
+    outcomes: dict[Mutant, str] = {}
+    with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
+        copies: SimpleQueue[Copy] = SimpleQueue()
+        for job in range(asked.jobs):
+            copies.put(Copy(Path(folder) / str(job)))
+
+        def baseline(module: str) -> float:
+            place = copies.get()
+            start = time.perf_counter()
+            found = place.tests(module)
+            if found != "passed":
+                print((place.root / "out.txt").read_text()[-2000:], file=sys.stderr)
+                raise SystemExit(f"{module}: its tests fail without a mutant")
+            copies.put(place)
+            return time.perf_counter() - start
+
+        def judged(mutant: Mutant) -> None:
+            place = copies.get()
+            outcome = place.judge(mutant, 60 + 3 * limits[mutant.module])
+            copies.put(place)
+            outcomes[mutant] = outcome
+            note = " (equivalent)" if outcome == "survived" and mutant.key in known else ""
+            print(f"[{len(outcomes)}/{len(chosen)}] {outcome}{note}: {mutant}", flush=True)
+            if asked.json:
+                asked.json.write_text(json.dumps(_rows(outcomes), indent=1))
+
+        with ThreadPoolExecutor(asked.jobs) as pool:
+            used = sorted({m.module for m in chosen})
+            limits = dict(zip(used, pool.map(baseline, used), strict=True))
+            list(pool.map(judged, chosen))
+
+    by_module: dict[str, Counter[str]] = {m: Counter() for m in used}
+    for mutant, outcome in outcomes.items():
+        if outcome == "survived" and mutant.key in known:
+            outcome = "equivalent"
+        by_module[mutant.module][outcome] += 1
+    print(f"\n{'module':16} mutants  failed  slow  equivalent  survived")
+    total: Counter[str] = Counter()
+    for module, row in [*by_module.items(), ("all", total)]:
+        told = [row[x] for x in ("failed", "slow", "equivalent", "survived")]
+        print("{:16} {:7} {:7} {:5} {:11} {:9}".format(module, sum(told), *told))
+        if row is not total:
+            total.update(row)
+    return 1 if total["survived"] else 0
+
+
+def _rows(outcomes: dict[Mutant, str]) -> list[dict[str, object]]:
+    return [{**asdict(m), "key": list(m.key), "outcome": o} for m, o in outcomes.items()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
