@@ -27,9 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {  # options that take a folder with weights, and the part of the pair that it is
     "--target": "target",
-    "--target-model": "target",
     "--assistant": "assistant",
-    "--assistant-model": "assistant",
     "--bundle": ".",
 }
 
