@@ -325,7 +325,7 @@ def test_one_token_told_of_a_round_has_no_rate(stage: Stage) -> None:
 
 
 def test_the_least_and_the_most_that_can_be_asked() -> None:
-    assert bench.check_settings([2, 128], 1, 2) is None  # it refuses by an error
+    assert bench.check_settings([2, 128], 1, 2) is None  # not refused
     assert bench.check_settings([2], 1, 2, ["residual", "block", "coupled"]) is None
 
 

@@ -161,7 +161,7 @@ def test_a_score_that_fails_or_is_interrupted_leaves_a_right_prefix(
 
                 with monkeypatch.context() as patch:
                     patch.setattr(mx, "eval", broken)
-                    with pytest.raises(type(error)):
+                    with pytest.raises(type(error), match=str(error)):
                         scores(pair, text[:100], 35, prefix)
                 assert prefix.tokens == text[: len(prefix.tokens)]
                 if isinstance(error, RuntimeError):
@@ -178,7 +178,7 @@ def test_a_score_of_broken_logits_is_not_remembered(monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         verify = pair.target.verify
         patch.setattr(pair.target, "verify", lambda ids, c: (verify(ids, c)[0] * mx.nan, None))
-        with pytest.raises(NonFinite):
+        with pytest.raises(NonFinite, match="logits must be finite"):
             scores(pair, text[:80], 60, prefix)
     assert prefix.tokens == [] and scores(pair, text[:60], 30, prefix) == cold
 
