@@ -57,15 +57,16 @@ def rounds_for(count: int, block_size: int) -> int:
 
 @pytest.mark.parametrize("block_size", BLOCKS)
 def test_a_stop_id_before_at_and_behind_the_limit(tok: Tokenizer, block_size: int) -> None:
-    """The limit is max_tokens, or what the context leaves, by turns."""
+    """The limit is max_tokens, or what the context leaves, with and without max_tokens."""
     script = letter(tok, LETTERS)
     pieces = dict(zip(script, LETTERS, strict=True))
     pair = speaking(tok, script)
     for place, limit in PLACES:
         pair.generation.stop_ids = (script[place],)
         want = by_rule(script, pieces, limit, {script[place]})
-        given = limit if (place + limit) % 2 else None
-        pair.target.context = 4096 if given else len(PROMPT) + limit
+        # Which of both is less
+        given, room = [(limit, 4096), (None, limit), (limit + 3, limit)][(place + limit) % 3]
+        pair.target.context = len(PROMPT) + room
         stats = check(pair, want, block_size, max_tokens=given, sampling=GREEDY)
         assert stats.generated_tokens == len(want.tokens)
         assert stats.rounds == rounds_for(len(want.tokens), block_size)
@@ -218,3 +219,15 @@ def test_a_stop_string_that_only_the_end_completes(tok: Tokenizer, block_size: i
         running = stream(PROMPT, pair=pair, block_size=block_size, **ask)
         assert "".join(running) == running.result.text == text
         assert running.result.finish_reason == reason and len(running.result.tokens) == 4
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 5])
+def test_half_a_character_in_a_channels_name_is_no_thought(tok: Tokenizer, block_size: int) -> None:
+    """Whether the thought ends there or the answer."""
+    open_, close = tok.channel_ids()
+    script: Any = [open_, tok.id_of("<0xF0>"), close, *letter(tok, "abc")]
+    pair = speaking(tok, script)
+    for limit, text in ((1, ""), (2, ""), (3, ""), (4, "a")):
+        ask: dict[str, Any] = {"max_tokens": limit, "block_size": block_size, "sampling": GREEDY}
+        result = generate(PROMPT, pair=pair, **ask)
+        assert (result.text, result.thinking, len(result.tokens)) == (text, "", limit)

@@ -71,6 +71,8 @@ def test_a_score_may_extend_a_scored_prefix(flavour: str, form: str) -> None:
         assert np.allclose(got, want[first - 1 : end - 1], atol=1e-4 if form == "float32" else 0.1)
         # The last token of the text is scored, not processed
         assert prefix.tokens == text[: end - 1]
+        cache = prefix._cache
+        assert cache is not None and cache.bound == cache.length.item() == end - 1
         if end > known > first:
             assert prefix.reused == first - 1
     # Another continuation of the same context; then the first again
@@ -122,6 +124,17 @@ def test_scores_and_answers_share_a_prefix_in_any_order(flavour: str, form: str)
         kinds.append(kind)
         shared += prefix.reused
     assert len({*kinds}) == 4 and shared > 300
+
+
+def test_greedy_is_said_of_the_whole_continuation() -> None:
+    """One token in its first block is another; all later ones are what greedily follows it."""
+    pair, text = tiny("dense31"), greedy_text("dense31")
+    for place in (0, 3, 20):
+        wrong = [*text[: 30 + place], 255 - text[30 + place]]
+        more = generate(wrong, pair=pair, sampling=GREEDY, max_tokens=40, block_size=1)
+        assert score(pair, text[:30], [*wrong[30:], *more.tokens])[1] is False
+        assert score(pair, wrong, more.tokens)[1] is True
+        assert score(pair, wrong, [*more.tokens[:-1], 255 - more.tokens[-1]])[1] is False
 
 
 def test_a_score_after_an_answer_takes_it_over() -> None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import mlx.core as mx
@@ -129,6 +132,67 @@ def test_a_prefix_after_ctrl_c(
         goes_on(pair, text, BEGIN, prefix, **ask)
 
 
+class AtLine:
+    """Ctrl-C as the n-th line of the engine begins; ``lines`` counts them. Not where a prefix takes
+    note that it is in use: between two lines of cleaning up there is always a place for one."""
+
+    FILES = ("prefix.py", "cache.py", "speculate.py", "score.py")
+
+    def __init__(self, n: int) -> None:
+        self.n, self.lines = n, 0
+
+    def __enter__(self) -> AtLine:
+        self.before = sys.gettrace()
+        sys.settrace(self.enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
+
+    def enter(self, frame: FrameType, event: str, _: Any) -> Any:
+        code = frame.f_code
+        path = Path(code.co_filename)
+        ours = path.parent.name == "pyengine" and path.name in self.FILES
+        return self.line if ours and code.co_name != "in_use" else None
+
+    def line(self, frame: FrameType, event: str, _: Any) -> Any:
+        self.lines += event == "line"
+        if event == "line" and self.lines == self.n:
+            raise KeyboardInterrupt
+        return self.line
+
+
+@pytest.mark.parametrize("again", ["same", "longer", "score"])
+@pytest.mark.usefixtures("small_chunks")
+def test_a_prefix_after_ctrl_c_at_any_line(again: str) -> None:
+    """As a prefix is opened, its rings are taken back, marks are made, a chunk is processed, a
+    round is built, played, counted, kept."""
+    text, pair = greedy_text("dense31"), tiny("dense31", knows=(4, 3))
+    ask: dict[str, Any] = {"pair": pair, "sampling": GREEDY, "block_size": 4, "max_tokens": 9}
+
+    def interrupted(n: int) -> tuple[int, Prefix]:
+        """How many lines there are, if ``n`` is not one of them."""
+        prefix = Prefix()
+        if again == "score":
+            score(pair, text[:9], text[9:12], prefix=prefix)  # whose rings are wide enough
+        goes_on(pair, text, 60, prefix, max_tokens=20)
+        with AtLine(n) as lines, contextlib.suppress(KeyboardInterrupt):
+            if again == "score":
+                score(pair, text[:30], text[30:85], prefix=prefix)
+            else:
+                generate(text[: 60 if again == "same" else 105], prefix=prefix, **ask)
+        return lines.lines, prefix
+
+    count, _ = interrupted(0)
+    assert count > 200
+    rng = random.Random(0)
+    for n in sorted(rng.sample(range(1, count + 1), 120)):
+        _, prefix = interrupted(n)
+        assert prefix.tokens == text[: len(prefix.tokens)], n
+        goes_on(pair, text, 90, prefix, max_tokens=5)
+        goes_on(pair, text, 60, prefix, max_tokens=5)
+
+
 def test_a_prefix_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it comes, nothing of the cache is believed any more; its memory is given back."""
     text, pair = greedy_text("dense31"), tiny("dense31", knows=(4, 3))
@@ -231,6 +295,12 @@ def test_marks_cost_their_rings_and_are_given_back() -> None:
         # At the prompt's end, from the second on at what was known of it too; three are kept
         assert (marks, rest) == (1 if number == 1 else 3, 0)
     assert mx.get_active_memory() - before >= prefix.nbytes
+    # Of another text no mark is kept, also one of a prompt so short that its ring holds it all
+    for start, length in ((20, 10), (120, 40)):
+        other = list(range(start, start + length))
+        generate(other, pair=pair, max_tokens=3, sampling=GREEDY, block_size=4, prefix=prefix)
+        assert prefix._cache is not None
+        assert prefix.nbytes - prefix._cache.nbytes == ring
     prefix.forget()
     del cache
     gc.collect()
