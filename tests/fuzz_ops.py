@@ -539,10 +539,11 @@ def main() -> None:
     end = time.monotonic() + options.seconds
     number, failures = options.call or 0, 0
     while time.monotonic() < end:
+        if number % 10 == 0:  # where a sanitizer ends the process: its trace names the op
+            print(f"--seed {options.seed} --call {number}", file=sys.stderr, flush=True)
         for instructions in _ext.instruction_sets():
             _ext.use_instruction_set(instructions)
             for op in options.ops:
-                print(f"{op} {options.seed} {number} {instructions}", file=sys.stderr, flush=True)
                 try:
                     met[op, instructions, run(op, (options.seed, number))] += 1
                 except Exception as error:
