@@ -49,6 +49,7 @@ WHOLE_FILES = {
 TEXTLESS = {"KeyboardInterrupt"}
 # Errors that are caught and passed over
 PASSED_OVER = {
+    "test_accept_law.py": "what is too close to decide by hand is not compared",
     "mutate.py": "a library that is absent cannot be read beforehand",
     "test_state_between_calls.py": "the random history is interrupted where it may be",
     "test_exactness_cells.py": "by hand it cannot be told; how many can has a floor",
