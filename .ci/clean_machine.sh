@@ -33,7 +33,7 @@ inside() { # a shell line in the chroot's clone, with nothing of this machine's 
 }
 registries=()
 while IFS= read -r setting; do registries+=("$setting"); done \
-  < <(env | grep -E '^(PIP_|SSL_CERT|https?_proxy=|HTTPS?_PROXY=|no_proxy=|NO_PROXY=)' || true)
+  < <(env | grep -E '^(PIP_FIND_LINKS=|PIP_INDEX_URL=|PIP_EXTRA_INDEX_URL=|PIP_DEFAULT_TIMEOUT=|https?_proxy=|HTTPS?_PROXY=|no_proxy=|NO_PROXY=)' || true)
 
 debootstrap --variant=minbase "$suite" "$root" "$mirror" >"$root.log" 2>&1 ||
   { tail -5 "$root.log"; exit 1; }
@@ -41,8 +41,8 @@ rm -f "$root.log"
 share proc
 share dev
 cp -L /etc/resolv.conf /etc/hosts "$root/etc/"
-mkdir -p "$root/etc/ssl/certs"
-cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
+cp -L /etc/ssl/certs/ca-certificates.crt "$root/machine.crt" # Debian's package writes its own
+registries+=(PIP_CERT=/machine.crt SSL_CERT_FILE=/machine.crt)
 [ -e /etc/pip.conf ] && cp /etc/pip.conf "$root/etc/"
 [ -e "$HOME/.config/pip/pip.conf" ] && install -D "$HOME/.config/pip/pip.conf" "$root/root/.config/pip/pip.conf"
 # Folders that pip's settings name, whole: an index links across

@@ -219,7 +219,7 @@ def _row(
         "end_to_end_speedup_vs_ar": _ratio(whole, ar_whole),
         "verify_calls": stats.rounds,
         "tokens_per_round": _ratio(own[0].decode_tokens, stats.rounds),
-        "round_cost_in_plain_steps": _ratio(decode_s * ar_tok_s, stats.rounds),
+        "round_cost_in_plain_steps": _ratio(decode_s * ar_tok_s or None, stats.rounds),
         "drafted_tokens": stats.drafted,
         "accepted_drafts": stats.accepted,
         "rejected_drafts": stats.drafted - stats.accepted,
@@ -272,7 +272,9 @@ def _summary(setting: Setting, rows: Sequence[Row]) -> Row:
         "acceptance_rate": _ratio(total("accepted_drafts"), drafted),
         "tokens_per_round": _ratio(total("generated_tokens") - len(own), rounds),
         "speedup_vs_ar": _ratio(tok_s, ar_tok_s),
-        "round_cost_in_plain_steps": _ratio(total("decode_elapsed_s") * (ar_tok_s or 0), rounds),
+        "round_cost_in_plain_steps": _ratio(
+            total("decode_elapsed_s") * (ar_tok_s or 0) or None, rounds
+        ),
         "generated_tokens": int(total("generated_tokens")),
         "decode_elapsed_s": total("decode_elapsed_s"),
         "prompt_eval_time_s": total("prompt_eval_time_s"),

@@ -41,17 +41,22 @@ class Reader:
 
     def finish(self) -> tuple[str, str, bool]:
         """What was held back, once no more tokens come; the same three."""
-        thought = "" if self._naming else self._thought.finish()
+        thought = self._end_thought()
         text, found = self._scanner.add(self._text.finish())
         return text if found else text + self._scanner.finish(), thought, found
 
     def _turn(self, opens: bool) -> str:
         """Begin or end a thought; a line parts one from the next."""
-        rest = "" if self._naming else self._thought.finish()
+        rest = self._end_thought()
         parted = "\n" if opens and self.has_thought else ""
         self._thinks = self._naming = opens
         self.has_thought = self.has_thought or opens
         return rest + parted
+
+    def _end_thought(self) -> str:
+        """What was held back of a thought; half a character of the channel's name is dropped."""
+        held = self._thought.finish()
+        return "" if self._naming else held
 
 
 def _open_turn(prompt: Sequence[int], turn_ids: tuple[int, ...]) -> Sequence[int]:

@@ -57,7 +57,7 @@ class Stats:
     """Counts and seconds of one generation, filled while it runs.
 
     ``decode_s`` and ``tok_s`` are decode only: the first token belongs to the prefill. ``seed`` is
-    the one that was used, given or drawn.
+    the one that was used, given or drawn. What a round committed behind a stop string counts too.
     """
 
     block_size: int = 1
@@ -288,7 +288,7 @@ def _rounds(
     """Rounds of one generation, as a function of arrays alone: the state's two, the seed, what
     :class:`Listed` holds if anything, the cache's. It gives what the host reads, the next state's
     two and the cache's."""
-    size, in_place = len(cache.arrays), switch.in_place()
+    size = len(cache.arrays)
 
     def build(arrays: Sequence[mx.array]) -> list[mx.array]:
         primary, hidden, seed, *rest = arrays[:-size]
@@ -299,7 +299,7 @@ def _rounds(
         else:
             packed, state = _plain_step(target, own, state, listed, sampling, seed)
         # What was written in place the caller has; MLX's work grows with the square of the results
-        return [packed, *state, *([own.length] if in_place else own.arrays)]
+        return [packed, *state, *([own.length] if switch.in_place() else own.arrays)]
 
     return recorded(build)
 

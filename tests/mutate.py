@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
+import importlib
 import json
 import os
 import random
@@ -29,11 +31,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
+from typing import Any, NoReturn
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VERDICTS = Path(__file__).with_suffix(".json").with_name("mutants.json")
@@ -56,6 +60,12 @@ NEAREST = {
     "serve_front": "test_serve_log test_serve_hosts test_serve",
     "openai_protocol": "test_serve_fields test_usage_numbers test_serve test_settings_that_win",
 }
+
+# What the tests import that is not ours: read once, before the first fork
+LIBRARIES = (
+    *("mlx.core", "numpy", "scipy.stats", "tokenizers", "sentencepiece", "jinja2", "typer.testing"),
+    *("rich.console", "hypothesis", "fastapi", "uvicorn", "httpx", "openai", "asyncio"),
+)
 
 COMPARED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -232,55 +242,62 @@ def _alike(name: str, parameters: list[ast.arg]) -> list[str]:
 
 
 class Copy:
-    """A copy of the tree in which one file at a time is changed."""
+    """A copy of the tree in which one file at a time is changed; lives in a process of its own.
 
-    def __init__(self, folder: Path) -> None:
-        self.root = folder
+    That process has read the large libraries and nothing of pyengine, and forks once per run.
+    """
+
+    here: Copy  # the one of this process
+
+    def __init__(self, folder: Path, extension: Path) -> None:
+        self.root = folder / str(os.getpid())
         listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
         files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True)
         for name in files.stdout.splitlines():
             if (ROOT / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, folder / name)
-        from pyengine import _ext
-
-        shutil.copy(_ext.__file__, folder / "pyengine")
+                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, self.root / name)
+        shutil.copy(extension, self.root / "pyengine")
         # An editable install would lead `import pyengine` back to the checkout
-        (folder / "sitecustomize.py").write_text(
-            "import sys\n"
-            "sys.meta_path[:] = "
-            "[f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]\n"
+        unhook = (
+            "sys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in str(type(f))]"
         )
-        # A mutant may be as long and as old as the one before: no bytecode that could be mistaken
-        self.environment = {
-            **os.environ,
-            "PYTHONPATH": str(folder),
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
+        (self.root / "sitecustomize.py").write_text(f"import sys\n{unhook}\n")
+        exec(unhook)
+        for name in LIBRARIES:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
 
     def tests(self, module: str, seconds: float | None = None) -> str:
         """Run a module's tests: "passed", "failed" or "slow"."""
-        files = [f"tests/{name}.py" for name in NEAREST[module].split()]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
-        with open(self.root / "out.txt", "w+") as out:
-            run = subprocess.Popen(
-                command,
-                cwd=self.root,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,  # so that all it started can be ended
-            )
-            try:
-                code = run.wait(seconds)
-            except subprocess.TimeoutExpired:
+        child = os.fork()
+        if not child:
+            self._run([f"tests/{name}.py" for name in NEAREST[module].split()])
+        end = time.monotonic() + (seconds or 3600)
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > end:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
                 return "slow"
-            finally:
-                if run.returncode is None:
-                    os.killpg(run.pid, signal.SIGKILL)
-                    run.wait()
-        return "passed" if code == 0 else "failed"
+            time.sleep(0.02)
+        return "failed" if ended[1] else "passed"
+
+    def _run(self, files: list[str]) -> NoReturn:
+        os.setsid()  # so that all it starts can be ended
+        os.chdir(self.root)
+        out = os.open("out.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        for number, handle in enumerate((os.open(os.devnull, os.O_RDONLY), out, out)):
+            os.dup2(handle, number)
+        sys.path[:0] = [str(self.root), str(self.root / "tests")]
+        os.environ["PYTHONPATH"] = str(self.root)
+        # A mutant may be as long and as old as the one before: no bytecode to take for its own
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        sys.dont_write_bytecode = True
+        code = 1
+        try:
+            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *files]))
+        finally:
+            os._exit(code)
 
     def judge(self, mutant: Mutant, seconds: float) -> str:
         path = self.root / "pyengine" / f"{mutant.module}.py"
@@ -295,6 +312,23 @@ class Copy:
         finally:
             path.write_bytes(source)
         return "survived" if verdict == "passed" else verdict
+
+
+def begin(folder: Path, extension: Path) -> None:
+    Copy.here = Copy(folder, extension)
+
+
+def baseline(module: str) -> float:
+    """Seconds that a module's tests take as they are."""
+    start = time.monotonic()
+    if Copy.here.tests(module) != "passed":
+        said = (Copy.here.root / "out.txt").read_text()[-2000:]
+        raise RuntimeError(f"{module}: its tests fail without a mutant:\n{said}")
+    return time.monotonic() - start
+
+
+def judged(mutant: Mutant, seconds: float) -> tuple[Mutant, str]:
+    return mutant, Copy.here.judge(mutant, seconds)
 
 
 def sample(modules: list[str], count: int, seed: int) -> list[Mutant]:
@@ -347,35 +381,29 @@ def main() -> int:
 
     known = verdicts()
     outcomes: dict[Mutant, str] = {}
-    with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
-        copies: SimpleQueue[Copy] = SimpleQueue()
-        for job in range(asked.jobs):
-            copies.put(Copy(Path(folder) / str(job)))
-
-        def baseline(module: str) -> float:
-            place = copies.get()
-            start = time.perf_counter()
-            found = place.tests(module)
-            if found != "passed":
-                print((place.root / "out.txt").read_text()[-2000:], file=sys.stderr)
-                raise SystemExit(f"{module}: its tests fail without a mutant")
-            copies.put(place)
-            return time.perf_counter() - start
-
-        def judged(mutant: Mutant) -> None:
-            place = copies.get()
-            outcome = place.judge(mutant, 60 + 3 * limits[mutant.module])
-            copies.put(place)
+    ask = [
+        sys.executable,
+        "-c",
+        "import pyengine, sys; print(sys.modules['pyengine._ext'].__file__)",
+    ]
+    where = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True)
+    extension = Path(where.stdout.strip())
+    with (
+        tempfile.TemporaryDirectory(prefix="mutate-") as folder,
+        ProcessPoolExecutor(
+            asked.jobs, get_context("fork"), begin, (Path(folder), extension)
+        ) as pool,
+    ):
+        used = sorted({m.module for m in chosen})
+        limits = dict(zip(used, pool.map(baseline, used), strict=True))
+        runs = [pool.submit(judged, m, 30 + 3 * limits[m.module]) for m in chosen]
+        for run in as_completed(runs):
+            mutant, outcome = run.result()
             outcomes[mutant] = outcome
             note = " (equivalent)" if outcome == "survived" and mutant.key in known else ""
             print(f"[{len(outcomes)}/{len(chosen)}] {outcome}{note}: {mutant}", flush=True)
             if asked.json:
                 asked.json.write_text(json.dumps(_rows(outcomes), indent=1))
-
-        with ThreadPoolExecutor(asked.jobs) as pool:
-            used = sorted({m.module for m in chosen})
-            limits = dict(zip(used, pool.map(baseline, used), strict=True))
-            list(pool.map(judged, chosen))
 
     by_module: dict[str, Counter[str]] = {m: Counter() for m in used}
     for mutant, outcome in outcomes.items():

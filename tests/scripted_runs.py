@@ -242,5 +242,5 @@ class Running(Iterator[str]):
     @property
     def result(self) -> Result:
         assert self.read == 3, "the text must be read to its end"
-        text = f"text from {self.own.tokens[0]}"
+        text = f"text from {self.own.tokens[:1]}"
         return Result(text, self.own.tokens, self.own.finish_reason, self.own.stats)

@@ -460,6 +460,40 @@ def test_counts_would_show_a_fault(fault: Callable[..., Hand]) -> None:
     assert impossible or beside > 2 * scipy_stats.chi2.isf(LEAST, len(right) - 1), beside
 
 
+# Draws.
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_draws_are_those_by_hand(implementation: str, shared: bool) -> None:
+    """Rows of one call lie at places that follow each other, from the index on."""
+    rng = np.random.default_rng(8)
+    compared = 0
+    with running(implementation):
+        for n, T, index in itertools.product((1, 7, 33, 100), (1, 4), (0, 1, 5)):
+            position, seed = int(rng.integers(2**20)), int(rng.integers(2**32))
+            rows = [rounded(rng.permutation(150)[:n], rng.dirichlet(np.ones(n))) for _ in range(T)]
+            tokens = ops.draw_token(
+                mx.array(np.stack([r.ids for r in rows]).astype(np.int32)),
+                mx.array(np.stack([r.probs for r in rows]).astype(np.float32)),
+                mx.array(position),
+                mx.array(seed, dtype=mx.uint32),
+                index=index,
+                shared=shared,
+            ).tolist()
+            for t, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+                try:
+                    if shared:
+                        want = hand.race(row, position + index + t, seed)
+                    else:
+                        want = hand.invert(row, hand.uniform(position, index + t, seed, hand.DRAFT))
+                except Close:
+                    continue
+                assert token == want
+                compared += 1
+    assert compared >= 55  # of 60
+
+
 # Drafts drawn by the same seed, and the whole law of what follows.
 
 

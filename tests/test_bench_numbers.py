@@ -98,7 +98,7 @@ ROWS: dict[str, list[Any]] = {
         [600, 601, 602, 603, 604, 605, 606, 607, 608],
         [500, 501, 502, 503, 504],
     ],
-    "text": [f"text from {first}" for first in (100, 200, 400, 500, 600, 500)],
+    "text": [f"text from [{first}]" for first in (100, 200, 400, 500, 600, 500)],
 }
 SAMPLE = ("started_at", "tok_s", "prefill_s", "decode_s", "elapsed_s")
 
@@ -320,8 +320,22 @@ def test_one_token_told_of_a_round_has_no_rate(stage: Stage) -> None:
     rows, summary = bench.gemma_mtp(PAIR, CASES, **SETTINGS)
     for line in (*rows, *summary):
         assert line["tok_s"] == line["tokens_per_round"] == 0.0
-        assert line["round_cost_in_plain_steps"] == 0.0
-        assert line["speedup_vs_ar"] is None
+        assert line["speedup_vs_ar"] is line["round_cost_in_plain_steps"] is None
+
+
+def test_nothing_at_all_has_no_rate(stage: Stage) -> None:
+    """No token in no time, of drafts alone: the plain runs have their figures."""
+    for (_, block, _), runs in stage.runs.items():
+        if block == 3:
+            runs[:] = [run(5, 0, (0.0, 0.0, 0.0), 4, prompt=3, peak=1) for _ in range(4)]
+    rows, summary = bench.gemma_mtp(PAIR, CASES, **SETTINGS)
+    assert [row["ar_tok_s"] for row in rows[:3]] == [2.5] * 3
+    for row in (*rows[1:3], *rows[4:]):
+        names = ("tok_s", "speedup_vs_ar", "end_to_end_tok_s", "end_to_end_speedup_vs_ar")
+        assert [row[name] for name in names] == [0.0] * 4
+        assert row["tokens_per_round"] == 0.0 and row["round_cost_in_plain_steps"] is None
+    assert [line["tok_s"] for line in summary] == [pytest.approx(2.8), None, None]
+    assert [line["speedup_vs_ar"] for line in summary] == [1.0, None, None]
 
 
 def test_the_least_and_the_most_that_can_be_asked() -> None:

@@ -82,7 +82,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(
-        ValueError, match=r'\[hub\] a/b must be a folder that .* pip install "pyengine\[hub\]"'
+        ValueError, match=r'\[hub\] a/b must be a folder that .* pip install "pyengine-mlx\[hub\]"'
     ):
         load("a/b")
     for command in (["inspect", "a/b"], ["convert", "a/b", "out"], ["chat", "--bundle", "a/b"]):

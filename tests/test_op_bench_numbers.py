@@ -19,10 +19,6 @@ from scripted_runs import Clock
 
 BENCH = Path(__file__).parents[1] / "bench"
 
-pytestmark = pytest.mark.skipif(
-    not (BENCH / "timing.py").exists(), reason="needs the checkout's bench folder"
-)
-
 
 def module(name: str) -> ModuleType:
     """A file of the bench folder, which is no package."""

@@ -216,6 +216,16 @@ def test_other_fields_of_a_request_reach_the_engine(pair: Any, asked: Any, door:
     assert (got["sampling"].logit_bias, got["sampling"].logprobs) == ({}, None)
 
 
+def test_what_a_request_asks_not_to_have(pair: Any, asked: Any) -> None:
+    """`logprobs` false is none; 0 and true alone are of no other token than the chosen."""
+    by_chat_request(pair, logprobs=False)
+    assert asked[-1]["sampling"].logprobs is None
+    by_chat_request(pair, logprobs=True)
+    assert asked[-1]["sampling"].logprobs == 0
+    by_request(pair, logprobs=0)
+    assert asked[-1]["sampling"].logprobs == 0
+
+
 def test_limits_of_new_tokens_by_their_names(pair: Any, asked: Any) -> None:
     by_chat_request(pair, max_completion_tokens=5)
     assert asked[-1]["max_tokens"] == 5

@@ -135,10 +135,10 @@ def test_the_line_after_an_answer(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stats: Stats, line: str
 ) -> None:
     chat = chat_of(stats)
-    monkeypatch.setattr(common, "dimmed", lambda: ("", ""))
+    monkeypatch.setattr(common, "dimmed", lambda: ("\x1b[2m", "\x1b[0m"))
     Talk(chat, as_json=False, think=False, terminal=True)._tell_speed()
     said = capsys.readouterr()
-    assert (said.out, said.err) == ("", f"{line}\n")
+    assert (said.out, said.err) == ("", f"\x1b[2m{line}\x1b[0m\n")
 
 
 def test_generate_prints_the_numbers_of_its_own_run(pair: Any, tmp_path: Path) -> None:

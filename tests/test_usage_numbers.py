@@ -9,7 +9,7 @@ import pytest
 from test_stats_numbers import STATS
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.generate import Result
+from pyengine.generate import Result, generate
 from pyengine.openai_protocol import Ask, Limits, Reply, read_request, usage_of
 from pyengine.tokenizer import load_tokenizer
 
@@ -83,3 +83,12 @@ def test_a_seed_that_was_drawn_is_told(pair: Any) -> None:
         assert seed == running.result.stats.seed == made.sampling.seed
         drawn.add(seed)
     assert len(drawn) == 4
+
+
+def test_every_seed_may_be_drawn(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 0 to the largest, by the server and by generate alike."""
+    for pick, seed in ((lambda n: n - 1, 2**32 - 1), (lambda n: 0, 0)):
+        monkeypatch.setattr("secrets.randbelow", pick)
+        made = read_request(pair, {"prompt": [5], "max_tokens": 1}, Limits(), chat=False)
+        assert made.sampling.seed == seed
+        assert generate([5], pair=pair, max_tokens=1).stats.seed == seed

@@ -82,12 +82,13 @@ if {each_compiler == "zig"}:
     shutil.which = lambda name: None
 import numpy as np
 from snippets import run
-from metal.workbench import toolchain
+from metal.workbench import library, strict, toolchain
 for mode in ("fast", "check", "count"):
     outputs, report = run({BODY!r}, mode=mode)
     assert report.findings == []
     print(outputs["o"].tobytes().hex())
 _, report = run("float x = 1;\\no[i] = a[i + 1] + x;")
+assert strict.problems(library.METAL / "softcap.metal") == ""
 print(report.findings[0].where.split(":")[-1], report.findings[0].offset)
 print("zig" if "zig" in toolchain.compiler().identity else "clang", file=sys.stderr)
 """
