@@ -44,21 +44,23 @@ VERDICTS = Path(__file__).with_suffix(".json").with_name("mutants.json")
 
 # Module -> its tests, nearest first. Quick ones come first: a mutant dies at the first failure.
 NEAREST = {
-    "speculate": "test_speculate test_ends test_stats_numbers test_recorded test_rounds_by_hand "
-    "test_prefill_left test_prefix test_exactness_cells test_exactness",
-    "sampling": "test_sampling test_settings_in_conflict test_arguments test_speculate "
-    "test_rounds_by_hand test_accept_rounds test_exactness_cells",
-    "cache": "test_cache test_prefix test_speculate test_target test_state_between_calls",
+    "speculate": "test_rounds_by_hand test_speculate test_stats_numbers test_ends test_recorded "
+    "test_prefill_left test_prefix test_state_between_calls test_exactness_cells",
+    "sampling": "test_sampling test_rounds_by_hand test_settings_in_conflict test_arguments "
+    "test_speculate test_accept_rounds",
+    "cache": "test_cache test_cache_notes test_prefix test_prefix_window test_target "
+    "test_state_between_calls test_exactness_cells",
     "prefix": "test_prefix test_prefix_window test_prefill_left test_state_between_calls test_chat",
     "generate": "test_generate test_settings_that_win test_ends test_arguments test_chat test_pair",
     "reader": "test_reader test_generate test_ends",
-    "score": "test_score test_state_between_calls",
+    "score": "test_score test_score_state test_serve_prefill",
     "bench": "test_bench_numbers test_bench test_bench_printed test_bench_interrupted",
     "report": "test_report_numbers test_bench_printed test_bench",
     "serve": "test_serve test_serve_fields test_serve_admission test_serve_prefill",
     "serve_queue": "test_serve test_serve_end test_serve_prefill test_serve_admission",
     "serve_front": "test_serve_log test_serve_hosts test_serve",
-    "openai_protocol": "test_serve_fields test_usage_numbers test_serve test_settings_that_win",
+    "openai_protocol": "test_serve_fields test_usage_numbers test_serve test_serve_ends "
+    "test_settings_that_win",
 }
 
 # What the tests import that is not ours: read once, before the first fork
