@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from fuzz_ops import CALLS, Draw, flat
+from fuzz_ops import CALLS, HOUSE, Draw, flat
 
 from pyengine import _ext, ops
 from pyengine.ops import switch
@@ -28,7 +28,8 @@ def operations(op: str, path: Path) -> set[str]:
         call = CALLS[op](Draw(seed))
         try:
             out = flat(getattr(ops, op)(*call.args, **call.options))
-        except ValueError:
+        except ValueError as error:
+            assert HOUSE.match(str(error))
             continue
         if call.alike is not None and all(a.size for a in out):
             mx.export_to_dot(str(path), *out)
