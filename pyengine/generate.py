@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -290,7 +291,7 @@ class Stream(Iterator[str]):
             "".join(self._text),
             list(self._tokens),
             self._finish_reason,
-            replace(self._stats),
+            deepcopy(self._stats),  # its lists go on
             None if self._logprobs is None else list(self._logprobs),
             "".join(self._thoughts) if self._reader.has_thought else None,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import random
 import sys
 import threading
@@ -498,6 +499,21 @@ def test_a_penalty_counts_the_prompt_that_a_prefix_knows(block_size: int) -> Non
         assert told(warm) == told(generate(text[:known], **ask))
         assert not {*warm.tokens} & {*text[:known]}
     assert warm.stats.reused_tokens >= 59
+
+
+def test_a_result_taken_early_stays_as_it_was() -> None:
+    """Also in its counts, which go on."""
+    text, pair = greedy_text("dense31"), tiny("dense31", knows=(4, 2))
+    running = stream(text[:BEGIN], pair=pair, sampling=SETTINGS[0], block_size=4, max_tokens=40)
+    taken = []
+    for _ in running.steps():
+        result = running.result
+        taken.append((result, json.dumps(result.to_dict())))
+    assert len(taken) == 14
+    for number, (result, said) in enumerate(taken):
+        assert json.dumps(result.to_dict()) == said
+        assert result.stats.drafted_by_depth == ([number] * 3 if number else [])
+        assert result.stats.accepted_by_depth == ([number, number, 0] if number else [])
 
 
 # Conversations
