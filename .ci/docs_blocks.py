@@ -74,7 +74,7 @@ def stand_ins(words: list[str]) -> bool:
 
 def shell(line: str, run_elsewhere: set[str]) -> list[str] | str:
     """What is run in place of a line, or why nothing is."""
-    line = line.split("  #")[0].rstrip()
+    line = line.split(" #")[0].rstrip()
     if line in run_elsewhere:
         return "run by .ci/run"
     words = shlex.split(line)
@@ -89,7 +89,7 @@ def shell(line: str, run_elsewhere: set[str]) -> list[str] | str:
 
 def main() -> None:
     run_elsewhere = {
-        line.split("  #")[0].strip()
+        line.split(" #")[0].strip()
         for line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     }
     failed = 0
