@@ -16,7 +16,11 @@ root=$(mktemp -d)
 chmod 755 "$root"
 mounted=()
 clean_up() {
-  for place in "${mounted[@]}"; do umount -l "$root/$place"; done
+  for place in "${mounted[@]}"; do umount -l "$root/$place" || true; done
+  if grep -q " $root/" /proc/mounts; then # never delete what is this machine's
+    echo "still mounted, left as it is: $root" >&2
+    return
+  fi
   rm -rf --one-file-system "$root"
 }
 trap clean_up EXIT
