@@ -550,7 +550,10 @@ def test_a_chat_after_ctrl_c_and_after_a_failure(monkeypatch: pytest.MonkeyPatch
             list(chat.ask("Snake, please."))
             before = list(chat.turns)
             got = []
-            with monkeypatch.context() as patch, pytest.raises(type(error), match=str(error) or None):
+            with (
+                monkeypatch.context() as patch,
+                pytest.raises(type(error), match=str(error) or None),
+            ):
                 Breaks(patch, n, False, error)
                 for step in chat.steps("Now Pong."):
                     got += step.tokens
