@@ -16,10 +16,11 @@ from unittest import mock
 
 import mlx.core as mx
 
-from pyengine import ops, speculate
-from pyengine.pair import Pair, load
-from pyengine.recorded import ArrayFunction, recorded
-from pyengine.sampling import Sampling
+from pyengine import ops
+from pyengine.checkpoint.pair import Pair, load
+from pyengine.engine import loop
+from pyengine.engine.recorded import ArrayFunction, recorded
+from pyengine.sampling.settings import Sampling
 
 PROMPT = "Create a single-file HTML5 canvas Flappy Bird game."
 RULES = ("filter_logits", "draw_token", "accept_block")
@@ -30,7 +31,7 @@ VARIANTS = ("rules in plain MLX", "rules as ops", "recorded")
 def variant(name: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if name != "recorded":
-            stack.enter_context(mock.patch.object(speculate, "recorded", lambda function: function))
+            stack.enter_context(mock.patch.object(loop, "recorded", lambda function: function))
         if name == "rules in plain MLX":
             for op in RULES:
                 stack.enter_context(mock.patch.object(ops, op, getattr(ops, f"{op}_reference")))
@@ -43,7 +44,7 @@ def rounds(pair: Pair, block_size: int, tokens: int) -> tuple[list[int], list[fl
     text: list[int] = []
     times = []
     start = time.perf_counter()
-    for r in speculate.decode(
+    for r in loop.decode(
         pair.target,
         pair.assistant,
         prompt,
@@ -66,7 +67,7 @@ def nodes(pair: Pair, block_size: int) -> Counter[str]:
         played.append(recorded(function))
         return played[-1]
 
-    with mock.patch.object(speculate, "recorded", record):
+    with mock.patch.object(loop, "recorded", record):
         rounds(pair, block_size, 2)
     return Counter(played[0].nodes)
 

@@ -2,7 +2,7 @@
 #
 # PYENGINE_INSTRUCTION_SETS  names, slowest first; also C++ namespaces
 # PYENGINE_FLAGS_<name>      compiler flags
-# PYENGINE_ISA_DEFINITIONS   PYENGINE_HAS_<name>, for csrc/isa.h
+# PYENGINE_ISA_DEFINITIONS   PYENGINE_HAS_<name>, for csrc/cpu/isa.h
 string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" processor)
 if(CMAKE_OSX_ARCHITECTURES)
   string(TOLOWER "${CMAKE_OSX_ARCHITECTURES}" processor)

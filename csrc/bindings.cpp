@@ -6,10 +6,10 @@
 #include <nanobind/stl/vector.h>
 
 #include "built_from.h"
-#include "isa.h"
+#include "cpu/isa.h"
+#include "cpu/plan.h"
+#include "cpu/pool.h"
 #include "mlx/version.h"
-#include "plan.h"
-#include "pool.h"
 
 NB_MODULE(_ext, m) {
   // Registers mx.array with nanobind before the first signature names it.
@@ -40,10 +40,10 @@ NB_MODULE(_ext, m) {
 
   pyengine::bind_launch(m);
   pyengine::bind_dense_matmul(m);
-  pyengine::bind_q8_matmul(m);
-  pyengine::bind_q8_gated_matmul(m);
-  pyengine::bind_q8_expert_matmul(m);
-  pyengine::bind_q8_shared_matmul(m);
+  pyengine::bind_quantized_matmul(m);
+  pyengine::bind_quantized_gated_matmul(m);
+  pyengine::bind_quantized_expert_matmul(m);
+  pyengine::bind_quantized_matmuls(m);
   pyengine::bind_route_experts(m);
   pyengine::bind_weigh_experts(m);
   pyengine::bind_embed(m);
@@ -52,7 +52,7 @@ NB_MODULE(_ext, m) {
   pyengine::bind_norm_rope(m);
   pyengine::bind_residual_norm(m);
   pyengine::bind_filter_logits(m);
-  pyengine::bind_q8_filter_logits(m);
+  pyengine::bind_quantized_filter_logits(m);
   pyengine::bind_geglu(m);
   pyengine::bind_softcap(m);
   pyengine::bind_write_cache(m);

@@ -9,10 +9,10 @@ namespace pyengine {
 
 void bind_launch(nb::module_& m);
 void bind_dense_matmul(nb::module_& m);
-void bind_q8_matmul(nb::module_& m);
-void bind_q8_gated_matmul(nb::module_& m);
-void bind_q8_expert_matmul(nb::module_& m);
-void bind_q8_shared_matmul(nb::module_& m);
+void bind_quantized_matmul(nb::module_& m);
+void bind_quantized_gated_matmul(nb::module_& m);
+void bind_quantized_expert_matmul(nb::module_& m);
+void bind_quantized_matmuls(nb::module_& m);
 void bind_route_experts(nb::module_& m);
 void bind_weigh_experts(nb::module_& m);
 void bind_embed(nb::module_& m);
@@ -21,7 +21,7 @@ void bind_rms_norm(nb::module_& m);
 void bind_norm_rope(nb::module_& m);
 void bind_residual_norm(nb::module_& m);
 void bind_filter_logits(nb::module_& m);
-void bind_q8_filter_logits(nb::module_& m);
+void bind_quantized_filter_logits(nb::module_& m);
 void bind_geglu(nb::module_& m);
 void bind_softcap(nb::module_& m);
 void bind_write_cache(nb::module_& m);

@@ -1,6 +1,6 @@
 #pragma once
-// filter_inputs.h: what filter_logits and q8_filter_logits take alike: settings
-// and edits, their checks, and how the processor kernels get them.
+// filter_inputs.h: what filter_logits and quantized_filter_logits take alike:
+// settings and edits, their checks, and how the processor kernels get them.
 
 #include <algorithm>
 #include <numeric>
@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "check.h"
-#include "filter_logits_cpu.h"
+#include "cpu/packed.h"
 #include "mlx/mlx.h"
-#include "packed.h"
+#include "ops/filter_logits_cpu.h"
 
 namespace pyengine {
 

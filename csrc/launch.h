@@ -40,7 +40,7 @@ struct Buffer {
 };
 
 struct Launch {
-  std::string library; // q8_matmul: metal/q8_matmul.metal
+  std::string library; // quantized_matmul: metal/quantized_matmul.metal
   std::string kernel; // host name in that library
   std::map<int, std::variant<bool, int, float>> constants; // by index
   std::array<int, 3> grid; // threadgroups

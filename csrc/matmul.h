@@ -1,17 +1,17 @@
 #pragma once
-// matmul.h: what q8_matmul and dense_matmul share on the processor: rows of x
-// as float32, and the loop over slices.
+// matmul.h: what quantized_matmul and dense_matmul share on the processor: rows
+// of x as float32, and the loop over slices.
 
 #include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "check.h"
-#include "isa.h"
+#include "cpu/isa.h"
+#include "cpu/plan.h"
+#include "cpu/rows_cpu.h"
+#include "cpu/storage.h"
 #include "mlx/mlx.h"
-#include "plan.h"
-#include "rows_cpu.h"
-#include "storage.h"
 
 namespace pyengine {
 

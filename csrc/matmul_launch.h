@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-#include "kernel.h"
+#include "cpu/kernel.h"
 #include "launch.h"
 
 namespace pyengine {

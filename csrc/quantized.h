@@ -7,10 +7,10 @@
 #include <vector>
 
 #include "check.h"
-#include "integer.h"
-#include "q8_matmul_cpu.h"
-#include "rows_cpu.h"
-#include "storage.h"
+#include "cpu/integer.h"
+#include "cpu/rows_cpu.h"
+#include "cpu/storage.h"
+#include "ops/quantized_matmul_cpu.h"
 
 namespace pyengine {
 
@@ -86,12 +86,12 @@ inline Order packed_order(int bits) {
 }
 
 // What a kernel needs to know of a matrix: w, scales and biases.
-inline Q8MatmulArgs packed_args(
+inline QuantizedMatmulArgs packed_args(
     const mx::array* matrix,
     const mx::array& x,
     int group_size,
     int bits) {
-  Q8MatmulArgs args = {};
+  QuantizedMatmulArgs args = {};
   args.w = matrix[0].data<uint8_t>();
   args.scales = matrix[1].data<void>();
   args.biases = matrix[2].data<void>();

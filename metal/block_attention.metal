@@ -20,7 +20,7 @@
 // start only when its scores are there, so launches of their own fill the GPU
 // from a single key head: C / 64 threadgroups, then C / 512 * D / 128.
 //
-// Why these tiles. Figures of a core are those in q8_matmul.metal.
+// Why these tiles. Figures of a core are those in quantized_matmul.metal.
 // * Scores: 4 rows and 4 keys make 64 partial sums of a lane, in all some 104
 //   registers: 208 KiB are 16 simdgroups, 64 rows of 32 keys. A quad from
 //   threadgroup memory serves 8 fma of four.
@@ -32,11 +32,11 @@
 //   with 15 a byte, is bound by arithmetic, whatever is read.
 //
 // Chunks of 64 and spans of 512 are cut at absolute positions, and all sums run
-// in the order of csrc/block_attention_cpu.cpp. So the bits are those of the
-// processor, and depend on a row and its visible keys alone: not on T, C, the
-// ring or the grid, which follows from shapes while offset and start are read
-// here. Where there are no such positions, or the cache is too small to hold
-// what they see, nothing is read and all is NaN.
+// in the order of csrc/ops/block_attention_cpu.cpp. So the bits are those of
+// the processor, and depend on a row and its visible keys alone: not on T, C,
+// the ring or the grid, which follows from shapes while offset and start are
+// read here. Where there are no such positions, or the cache is too small to
+// hold what they see, nothing is read and all is NaN.
 //
 // Limits: D a multiple of 16, at most 512; q, k and v on 16 bytes.
 #include "block_attention_params.h"

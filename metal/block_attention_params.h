@@ -1,6 +1,6 @@
 #pragma once
 // block_attention_params.h: what the launches of block_attention are told about
-// the call, for metal/block_attention.metal and csrc/block_attention.cpp.
+// the call, for metal/block_attention.metal and csrc/ops/block_attention.cpp.
 
 namespace pyengine {
 

@@ -4,7 +4,7 @@
 // A compiler may contract a * b + c, reorder a sum or bring its own exp: then
 // the bits of a result would depend on its version. So every fused product is
 // an explicit fma, sums run in a written order, and exp, tanh, sin and cos are
-// those of csrc/mathfn.h, step by step.
+// those of csrc/cpu/mathfn.h, step by step.
 
 #include <metal_stdlib>
 

@@ -1,7 +1,7 @@
 // geglu: gelu_tanh(gate) * up, one element a thread.
 //
-// For gates that no matmul computes together with up; q8_gated_matmul gates its
-// own.
+// For gates that no matmul computes together with up; quantized_gated_matmul
+// gates its own.
 #include "common.h"
 
 using namespace pyengine;

@@ -1,6 +1,6 @@
 #pragma once
-// norm.h: the root mean square of a row, in the order of csrc/norm.h, so that
-// both give the same bits.
+// norm.h: the root mean square of a row, in the order of csrc/cpu/norm.h, so
+// that both give the same bits.
 //
 // A row is cut into pieces of 1024, a simdgroup each. Lane l holds elements
 // 64 i + 2 l of a piece and their right neighbours, in registers: a load of the

@@ -6,7 +6,7 @@
 // a cache. Where rows are written, their slots count from 0 whatever its sign,
 // and are T different ones even where offset + t is no int. Where rows are
 // read, attends() decides. Functions are static, since csrc compiles them once
-// for every instruction set (csrc/kernel.h).
+// for every instruction set (csrc/cpu/kernel.h).
 
 namespace pyengine {
 

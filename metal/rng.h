@@ -1,7 +1,8 @@
 #pragma once
 // rng.h: Philox 4x32 with 10 rounds (Salmon et al., "Parallel random numbers:
 // as easy as 1, 2, 3", 2011), and the two ways in which a simdgroup draws a
-// token. The same numbers and the same decisions as csrc/rng.h, bit for bit.
+// token. The same numbers and the same decisions as csrc/cpu/rng.h, bit for
+// bit.
 
 #include "ordered_sum.h"
 
@@ -32,7 +33,7 @@ inline float uniform_at(uint position, uint index, uint seed, Purpose purpose) {
 }
 
 // -log(1 - u) within one unit in the last place, for u from uniform_of(). No
-// fused operation, as in csrc/rng.h, which has the reasons.
+// fused operation, as in csrc/cpu/rng.h, which has the reasons.
 inline float exponential(float u, float minus_zero) {
   int bits = as_type<int>(1.0f - u);
   int exponent = (bits - 0x3f3504f3) >> 23; // bits of sqrt(1/2)

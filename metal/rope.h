@@ -1,5 +1,5 @@
 #pragma once
-// rope.h: norm and rotary embedding of one head, as csrc/rope.h.
+// rope.h: norm and rotary embedding of one head, as csrc/cpu/rope.h.
 //
 // A simdgroup owns a head. It reads it once, as norm.h does, and meets its
 // other half in threadgroup memory: element i turns with i + D / 2, which

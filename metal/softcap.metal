@@ -1,6 +1,6 @@
 // softcap: cap * tanh(x / cap), one number a thread.
 //
-// For those who want all logits; q8_filter_logits caps its own.
+// For those who want all logits; quantized_filter_logits caps its own.
 #include "common.h"
 
 using namespace pyengine;

@@ -24,11 +24,11 @@ from pyengine.extension import load_installed as _load_installed
 _load_installed()
 
 from pyengine import ops
+from pyengine.checkpoint.pair import Pair, load
+from pyengine.engine.loop import Stats
+from pyengine.engine.prefix import Prefix
 from pyengine.generate import Result, Stream, generate, stream
-from pyengine.pair import Pair, load
-from pyengine.prefix import Prefix
-from pyengine.sampling import Sampling
-from pyengine.speculate import Stats
+from pyengine.sampling.settings import Sampling
 
 __version__ = "0.1.0"
 

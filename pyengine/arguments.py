@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
-from pyengine.files import shown
+from pyengine.untrusted import shown
 
 
 def whole(op: str, name: str, value: Any) -> int:

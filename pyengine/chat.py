@@ -7,8 +7,7 @@ from contextlib import closing
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from pyengine.chat_template import Message
-from pyengine.files import SURROGATE, shown
+from pyengine.engine.prefix import Prefix
 from pyengine.generate import (
     Result,
     Step,
@@ -18,13 +17,14 @@ from pyengine.generate import (
     resolve_sampling,
     stream,
 )
-from pyengine.messages import prompt_ids
-from pyengine.prefix import Prefix
-from pyengine.reader import stop_strings
-from pyengine.sampling import Sampling
+from pyengine.sampling.settings import Sampling
+from pyengine.text.output import stop_strings
+from pyengine.text.prompt import prompt_ids
+from pyengine.text.template import Message
+from pyengine.untrusted import SURROGATE, shown
 
 if TYPE_CHECKING:
-    from pyengine.pair import Pair
+    from pyengine.checkpoint.pair import Pair
 
 
 class Chat:

@@ -10,7 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from pyengine import memory, ops
+from pyengine import ops
+from pyengine.checkpoint import memory
 
 # Extra of pyproject.toml, the modules it brings, and what they serve.
 EXTRAS = {
@@ -80,7 +81,7 @@ def examine() -> dict[str, Any]:
 def _check() -> dict[str, Any]:
     """The same greedy text, plainly and speculatively, from the embedded pair."""
     from pyengine.generate import embedded_pair, generate
-    from pyengine.sampling import Sampling
+    from pyengine.sampling.settings import Sampling
 
     prompt = "Create a single-file HTML5 canvas Snake game."
     plain, speculative = (

@@ -36,12 +36,12 @@ except ModuleNotFoundError as error:
     print(f"pyengine: {missing}", file=sys.stderr)
     sys.exit(2)
 
-from pyengine.files import write_whole
+from pyengine.checkpoint.pair import load
+from pyengine.engine.prefix import Prefix
+from pyengine.engine.score import score
 from pyengine.generate import generate, resolve_sampling
-from pyengine.pair import load
-from pyengine.prefix import Prefix
-from pyengine.sampling import Sampling
-from pyengine.score import score
+from pyengine.sampling.settings import Sampling
+from pyengine.untrusted import write_whole
 
 MAX_NEW_TOKENS = 256  # lm-eval's own default
 # Python runs this line as it starts; only under lm-eval's own command does it go past the test

@@ -17,7 +17,7 @@ from pathlib import Path
 DISTRIBUTION = "pyengine-mlx"
 SOURCES = (
     *("CMakeLists.txt", "cmake/*.cmake", "cmake/*.py"),
-    *("csrc/*.cpp", "csrc/*.h", "metal/*.metal", "metal/*.h"),
+    *("csrc/*.cpp", "csrc/*.h", "csrc/*/*.cpp", "csrc/*/*.h", "metal/*.metal", "metal/*.h"),
 )
 _NAME = "pyengine._ext"
 

@@ -9,18 +9,19 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyengine import forked, memory
+from pyengine import forked
 from pyengine.arguments import flag, whole
-from pyengine.defaults import OURS
-from pyengine.files import shown
-from pyengine.messages import Prompt, prompt_ids
-from pyengine.prefix import Prefix, check_prefix
-from pyengine.reader import Reader, stop_strings
-from pyengine.sampling import Logprob, Sampling, seeded
-from pyengine.speculate import MAX_BLOCK, Stats, decode
+from pyengine.checkpoint import memory
+from pyengine.checkpoint.defaults import OURS
+from pyengine.engine.loop import MAX_BLOCK, Stats, decode
+from pyengine.engine.prefix import Prefix, check_prefix
+from pyengine.sampling.settings import Logprob, Sampling, seeded
+from pyengine.text.output import Reader, stop_strings
+from pyengine.text.prompt import Prompt, prompt_ids
+from pyengine.untrusted import shown
 
 if TYPE_CHECKING:
-    from pyengine.pair import Pair
+    from pyengine.checkpoint.pair import Pair
 
 DEFAULT_BLOCK = 4
 
@@ -35,9 +36,9 @@ class Result:
             committed behind a stop string are not.
         finish_reason: "stop" (a stop id or stop string), "length" (``max_tokens`` or the context
             is used up), or None when the generation was left early.
-        stats: Counts and seconds, see :class:`pyengine.speculate.Stats`.
+        stats: Counts and seconds, see :class:`pyengine.engine.loop.Stats`.
         logprobs: One entry a token where the settings ask for them, see
-            :class:`pyengine.sampling.Logprob`.
+            :class:`pyengine.sampling.settings.Logprob`.
         thinking: What the model thought before it answered, where its template has a channel for
             that; else None.
     """
@@ -339,7 +340,7 @@ class Stream(Iterator[str]):
 @lru_cache(maxsize=1)
 def embedded_pair() -> Pair:
     """The pair inside the package, read once per process."""
-    from pyengine.pair import load
+    from pyengine.checkpoint.pair import load
 
     return load()
 

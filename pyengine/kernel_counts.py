@@ -112,26 +112,26 @@ def _matmuls(M: int, N: int, K: int, *, mlx: bool) -> Iterator[Count]:
     x = _random(0, M, K)
     names = ("w", "scales", "biases")
     gate, up = (dict(zip(names, _quantized(seed, N, K), strict=True)) for seed in (1, 2))
-    launch = _ext.q8_matmul_launch(M, N, K, dtype, dtype, GROUP_SIZE, BITS)
-    yield _count("q8_matmul", launch, {"x": x, **gate}, {"w"}, M, N, K)
+    launch = _ext.quantized_matmul_launch(M, N, K, dtype, dtype, GROUP_SIZE, BITS)
+    yield _count("quantized_matmul", launch, {"x": x, **gate}, {"w"}, M, N, K)
     # As MLX chooses them: qmv_fast where a simdgroup's steps divide K
     narrow = "qmv_fast" if K % 512 == 0 else "qmv"
     for name in ((narrow, "qmv_wide") if M > 1 else (narrow,)) if mlx else ():
         launch = _mlx_launch(name, M, N, K)
-        yield _count("q8_matmul", launch, {"x": x, **gate}, {"w"}, M, N, K, source="mlx")
+        yield _count("quantized_matmul", launch, {"x": x, **gate}, {"w"}, M, N, K, source="mlx")
     # q, k and v with the columns of one matrix between them, in E2B's proportions but for rounding
     shared, begin = {"x": x}, 0
     parts = {"first_": N // 2, "second_": N // 4, "third_": N // 4}
     for side, part in parts.items():
         shared |= {side + name: a[begin : begin + part] for name, a in gate.items()}
         begin += part
-    launch = _ext.q8_shared_matmul_launch(M, list(parts.values()), K, dtype, GROUP_SIZE, BITS)
-    yield _count("q8_shared_matmul", launch, shared, {side + "w" for side in parts}, M, N, K)
+    launch = _ext.quantized_matmuls_launch(M, list(parts.values()), K, dtype, GROUP_SIZE, BITS)
+    yield _count("quantized_matmuls", launch, shared, {side + "w" for side in parts}, M, N, K)
     pair = {
         f"{side}_{name}": a for side, q in (("gate", gate), ("up", up)) for name, a in q.items()
     }
-    launch = _ext.q8_gated_matmul_launch(M, N, K, dtype, GROUP_SIZE, BITS)
-    yield _count("q8_gated_matmul", launch, {"x": x, **pair}, {"gate_w", "up_w"}, M, N, K)
+    launch = _ext.quantized_gated_matmul_launch(M, N, K, dtype, GROUP_SIZE, BITS)
+    yield _count("quantized_gated_matmul", launch, {"x": x, **pair}, {"gate_w", "up_w"}, M, N, K)
     launch = _ext.dense_matmul_launch(M, N, K, dtype, dtype)
     yield _count("dense_matmul", launch, {"x": x, "w": _random(3, N, K)}, {"w"}, M, N, K)
 
@@ -146,7 +146,7 @@ def _experts(M: int, N: int, K: int) -> Count:
             ("w", "scales", "biases"), _quantized(seed, EXPERTS * N, K), strict=True
         ):
             arrays[prefix + name] = a.reshape(EXPERTS, N, -1)
-    launch = _ext.q8_expert_matmul_launch(
+    launch = _ext.quantized_expert_matmul_launch(
         M,
         EXPERTS_USED,
         EXPERTS,
@@ -160,7 +160,9 @@ def _experts(M: int, N: int, K: int) -> Count:
         BITS,
     )
     touched = len(np.unique(ids)) / EXPERTS
-    return _count("q8_expert_matmul", launch, arrays, {"w", "up_w"}, M, N, K, touched=touched)
+    return _count(
+        "quantized_expert_matmul", launch, arrays, {"w", "up_w"}, M, N, K, touched=touched
+    )
 
 
 def _count(
@@ -319,4 +321,4 @@ def markdown(counts: Sequence[Count]) -> str:
 
 
 def _checkout() -> Path:
-    return Path(workbench.load().__file__).parents[2]
+    return Path(workbench.load().__file__).parents[1]

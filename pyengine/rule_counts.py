@@ -16,12 +16,13 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from pyengine import _ext, speculate
+from pyengine import _ext
+from pyengine.engine import loop
+from pyengine.engine.recorded import ArrayFunction
 from pyengine.generate import embedded_pair
 from pyengine.kernel_counts import OnCount
-from pyengine.ops import switch, workbench
-from pyengine.recorded import ArrayFunction
-from pyengine.sampling import Sampling
+from pyengine.ops import dispatch, workbench
+from pyengine.sampling.settings import Sampling
 
 VOCAB, TOP_K = 262144, 64
 WIDTH = 1536  # of E2B
@@ -98,8 +99,8 @@ def count_rules(
     *,
     on_count: OnCount = lambda done, total, label: None,
 ) -> Iterator[RuleCount]:
-    """Count filter_logits at each number of rows, then q8_filter_logits, of a vocabulary scaled
-    down, then draw_token and accept_block.
+    """Count filter_logits at each number of rows, then quantized_filter_logits, of a vocabulary
+    scaled down, then draw_token and accept_block.
 
     Raises:
         RuntimeError: There is no checkout, or no compiler.
@@ -118,7 +119,7 @@ def count_rules(
         on_count(done, total, f"head, T = {T}")
         x = mx.array(draw.normal(size=(T, WIDTH)).astype(np.float32)).astype(mx.bfloat16)
         arrays = {name: workbench.to_numpy(a) for name, a in {"x": x, **head}.items()}
-        yield _count("q8_filter_logits", _head_launches(T, V), arrays, T, V)
+        yield _count("quantized_filter_logits", _head_launches(T, V), arrays, T, V)
 
     k = DRAFTS
     ids = np.stack([draw.permutation(vocab)[:TOP_K] for _ in range(k + 1)]).astype(np.int32)
@@ -134,7 +135,9 @@ def count_rules(
 
 def _head_launches(T: int, V: int) -> list[_ext.Launch]:
     settings = (30.0, 1.0, 0.95, 0.0)
-    return _ext.q8_filter_logits_launches(T, V, WIDTH, mx.bfloat16, 64, 8, TOP_K, None, *settings)
+    return _ext.quantized_filter_logits_launches(
+        T, V, WIDTH, mx.bfloat16, 64, 8, TOP_K, None, *settings
+    )
 
 
 def _count(
@@ -186,8 +189,8 @@ def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[
         played.append(_ext.Recorded(function))
         return played[-1]
 
-    with mock.patch.object(speculate, "recorded", record):
-        rounds = speculate.decode(
+    with mock.patch.object(loop, "recorded", record):
+        rounds = loop.decode(
             pair.target,
             pair.assistant,
             [5, 6, 7, 8],
@@ -199,7 +202,7 @@ def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[
         next(rounds)
         rounds.close()
     names = Counter(name.split()[0] for name in played[0].nodes)
-    ours = {row["op"] for row in switch.status()}
+    ours = {row["op"] for row in dispatch.status()}
     calls: Counter[str] = Counter()
     for name, number in names.items():
         op = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
@@ -214,10 +217,10 @@ def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[
         "filter_logits": len(
             _ext.filter_logits_launches(1, VOCAB, TOP_K, None, 1.0, 1.0, 0.0, True)
         ),
-        "q8_filter_logits": len(_head_launches(1, VOCAB)),
+        "quantized_filter_logits": len(_head_launches(1, VOCAB)),
     }
     return [
-        RoundCount(op, number, number * several.get(op, 1) if op in switch.OPS else None)
+        RoundCount(op, number, number * several.get(op, 1) if op in dispatch.OPS else None)
         for op, number in sorted(calls.items(), key=lambda item: (item[0] == "MLX", item[0]))
     ]
 

@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_report_header() -> str:
     """The compiler that the Metal kernels are tested with."""
-    from metal.workbench import toolchain
+    from workbench import toolchain
 
     try:
         return f"workbench: {toolchain.compiler().identity.splitlines()[0]}"

@@ -2,7 +2,7 @@
 
     python -m tests.mutate --count 300 --seed 0 --json mutants.json
     python -m tests.mutate --again mutants.json        # only those that survived there
-    python -m tests.mutate --modules sampling,cache --count 40
+    python -m tests.mutate --modules model/cache,engine/loop --count 40
 
 Each mutant changes one expression or statement of one module, in a copy of the tree; the tests of
 that module run on it until one fails. A mutant that no test notices survives: either a test is
@@ -44,22 +44,23 @@ VERDICTS = Path(__file__).with_suffix(".json").with_name("mutants.json")
 
 # Module -> its tests, nearest first. Quick ones come first: a mutant dies at the first failure.
 NEAREST = {
-    "speculate": "test_rounds_by_hand test_speculate test_stats_numbers test_ends test_recorded "
+    "engine/loop": "test_rounds_by_hand test_loop test_stats_numbers test_ends test_recorded "
     "test_prefill_left test_prefix test_state_between_calls test_exactness_cells",
-    "sampling": "test_sampling test_rounds_by_hand test_settings_in_conflict test_arguments "
-    "test_speculate test_accept_rounds",
-    "cache": "test_cache test_cache_notes test_prefix test_prefix_window test_target "
+    "sampling/settings": "test_sampling test_rounds_by_hand test_settings_in_conflict "
+    "test_arguments test_loop test_accept_rounds",
+    "model/cache": "test_cache test_cache_notes test_prefix test_prefix_window test_target "
     "test_state_between_calls test_exactness_cells",
-    "prefix": "test_prefix test_prefix_window test_prefill_left test_state_between_calls test_chat",
+    "engine/prefix": "test_prefix test_prefix_window test_prefill_left test_state_between_calls "
+    "test_chat",
     "generate": "test_generate test_settings_that_win test_ends test_arguments test_chat test_pair",
-    "reader": "test_reader test_generate test_ends",
-    "score": "test_score test_score_state test_serve_prefill",
-    "bench": "test_bench_numbers test_bench test_bench_printed test_bench_interrupted",
-    "report": "test_report_numbers test_bench_printed test_bench",
-    "serve": "test_serve test_serve_fields test_serve_admission test_serve_prefill",
-    "serve_queue": "test_serve test_serve_end test_serve_prefill test_serve_admission",
-    "serve_front": "test_serve_log test_serve_hosts test_serve",
-    "openai_protocol": "test_serve_fields test_usage_numbers test_serve test_serve_ends "
+    "text/output": "test_output test_generate test_ends",
+    "engine/score": "test_score test_score_state test_serve_prefill",
+    "bench/gemma_mtp": "test_bench_numbers test_bench test_bench_printed test_bench_interrupted",
+    "bench/report": "test_report_numbers test_bench_printed test_bench",
+    "serve/server": "test_server test_serve_fields test_serve_admission test_serve_prefill",
+    "serve/queue": "test_server test_serve_end test_serve_prefill test_serve_admission",
+    "serve/front": "test_serve_log test_serve_hosts test_server",
+    "serve/protocol": "test_serve_fields test_usage_numbers test_server test_serve_ends "
     "test_settings_that_win",
 }
 
@@ -274,7 +275,8 @@ class Copy:
         """Run a module's tests: "passed", "failed" or "slow"."""
         child = os.fork()
         if not child:
-            self._run([f"tests/{name}.py" for name in NEAREST[module].split()])
+            files = {path.stem: str(path) for path in (self.root / "tests").rglob("test_*.py")}
+            self._run([files[name] for name in NEAREST[module].split()])
         end = time.monotonic() + (seconds or 3600)
         while not (ended := os.waitpid(child, os.WNOHANG))[0]:
             if time.monotonic() > end:
@@ -290,7 +292,7 @@ class Copy:
         out = os.open("out.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         for number, handle in enumerate((os.open(os.devnull, os.O_RDONLY), out, out)):
             os.dup2(handle, number)
-        sys.path[:0] = [str(self.root), str(self.root / "tests")]
+        sys.path[:0] = [str(self.root), str(self.root / "tests" / "helpers")]
         os.environ["PYTHONPATH"] = str(self.root)
         # A mutant may be as long and as old as the one before: no bytecode to take for its own
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"

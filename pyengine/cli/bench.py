@@ -18,7 +18,7 @@ from pyengine.cli.output import check_output
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pyengine.bench import Row
+    from pyengine.bench.gemma_mtp import Row
 
 KERNELS_EXAMPLES = (
     "pyengine bench kernels --count",
@@ -111,11 +111,11 @@ def gemma_mtp(
     """
     with common.sentences():
         blocks = read_block_sizes(block_sizes)
-        from pyengine import bench, report, suite
-        from pyengine.sampling import MAX_SEED, Sampling
+        from pyengine.bench import gemma_mtp, report, suite
+        from pyengine.sampling.settings import MAX_SEED, Sampling
 
         rules = verify.split(",")
-        bench.check_settings(blocks, repeats, max_tokens, rules)
+        gemma_mtp.check_settings(blocks, repeats, max_tokens, rules)
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         cases = suite.load_suite(prompt_suite or suite.EMBEDDED)
         if seed + len(cases) - 1 > MAX_SEED:
@@ -138,7 +138,7 @@ def gemma_mtp(
         ended: BaseException | None = None
         try:
             with common.progress() as on_run:
-                bench.gemma_mtp(
+                gemma_mtp.gemma_mtp(
                     pair,
                     cases,
                     max_tokens=max_tokens,
@@ -161,7 +161,7 @@ def gemma_mtp(
             "verify": rules,
             "repeats": repeats,
         }
-        summary = bench.summarise(rows)
+        summary = gemma_mtp.summarise(rows)
         whole = report.make_report(
             run_on, pair, cases, rows, summary, settings, sampling, complete=ended is None
         )
@@ -178,7 +178,7 @@ def gemma_mtp(
             left = "all" if finished == len(cases) else f"{finished} of"
             _show(out, f"{left} {len(cases)} prompts", summary)
         if output:
-            from pyengine.files import write_whole
+            from pyengine.untrusted import write_whole
 
             write_whole(output, json.dumps(whole, indent=2) + "\n")
             typer.echo(f"Report: {output}", err=True)
@@ -199,7 +199,7 @@ def _show_cases(out: Console, rows: Sequence[Row]) -> int:
 
 def _show(out: Console, title: str, rows: Sequence[Row]) -> None:
     """One prompt's rows or the summary, one line per setting."""
-    from pyengine.bench import PLAIN
+    from pyengine.bench.gemma_mtp import PLAIN
 
     cells = []
     for row in rows:

@@ -232,7 +232,7 @@ class Talk:
         generate.print_stats(result, rows)
 
     def _save(self, path: Path) -> None:
-        from pyengine.files import write_whole
+        from pyengine.untrusted import write_whole
 
         if path.exists() and path != self.file:
             raise ValueError(f"[chat] FILE of /save must not exist yet but {path} does.")
@@ -246,7 +246,7 @@ class Talk:
         typer.echo(f"Saved: {len(self.chat.turns)} turns to {path}", err=True)
 
     def _load(self, path: Path) -> None:
-        from pyengine.files import read_object
+        from pyengine.untrusted import read_object
 
         saved = read_object(path, "chat")
         if set(saved) != set(SAVED):

@@ -17,8 +17,8 @@ from pyengine.cli.options import Dtype, Position
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pyengine.checkpoint.pair import Pair
     from pyengine.generate import Result, Step
-    from pyengine.pair import Pair
 
 USER_ERROR, BROKEN, INTERRUPTED = 2, 1, 130
 LONGEST_MESSAGE = 600
@@ -119,7 +119,7 @@ def printable(text: str) -> str:
 
 def _by_input(error: Exception) -> bool:
     """Whether a run failed because of what the weights hold."""
-    from pyengine.speculate import NonFinite
+    from pyengine.engine.loop import NonFinite
 
     return isinstance(error, NonFinite)
 
@@ -133,7 +133,7 @@ def load_pair(
 ) -> Pair:
     import mlx.core as mx
 
-    from pyengine.pair import load
+    from pyengine.checkpoint.pair import load
 
     with waiting("Reading the weights") as tell:
         return load(

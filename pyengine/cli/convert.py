@@ -44,7 +44,7 @@ def run(
     Ctrl-C or a failure leaves nothing behind, and the same command starts over.
     """
     with common.sentences():
-        from pyengine.convert import convert
+        from pyengine.checkpoint.convert import convert
 
         with common.progress("converting", parts=10) as on_progress:
             done = convert(

@@ -39,8 +39,8 @@ from pyengine.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from pyengine.checkpoint.pair import Pair
     from pyengine.generate import Result
-    from pyengine.pair import Pair
 
 
 EXAMPLES = (

@@ -36,7 +36,7 @@ def run(
     Exit code 2 if it would be refused; the reasons are in the output.
     """
     with common.sentences():
-        from pyengine.inspection import inspect
+        from pyengine.checkpoint.inspect import inspect
 
         report = inspect(path, context)
         if as_json:

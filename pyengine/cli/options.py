@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from pyengine.pair import Pair
-    from pyengine.sampling import Sampling
+    from pyengine.checkpoint.pair import Pair
+    from pyengine.sampling.settings import Sampling
 
 
 class Dtype(str, Enum):
@@ -177,7 +177,7 @@ Logprobs = Annotated[
 def check_limits(max_tokens: int | None, block_size: int | None, stop: list[str] | None) -> None:
     """Refuse before the weights are read what no pair can do."""
     from pyengine.generate import check_numbers
-    from pyengine.reader import stop_strings
+    from pyengine.text.output import stop_strings
 
     check_numbers(max_tokens, 1 if block_size is None else block_size)
     stop_strings(stop)
@@ -196,7 +196,7 @@ def sampling_given(
     Raises:
         ValueError: A value is outside its range.
     """
-    from pyengine.sampling import Sampling
+    from pyengine.sampling.settings import Sampling
 
     if logprobs is not None and not as_json:
         raise ValueError("[generate] --logprobs must go with --json but is alone.")

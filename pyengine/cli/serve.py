@@ -17,7 +17,7 @@ from pyengine.cli import common
 from pyengine.cli.options import AssistantDir, BundleDir, Position, Storage, TargetDir
 
 if TYPE_CHECKING:
-    from pyengine.serve_queue import Worker
+    from pyengine.serve.queue import Worker
 
 EXAMPLES = (
     "pyengine serve --bundle ./pair",
@@ -93,10 +93,10 @@ def run(
                 )
         if max_tokens < 1:
             raise ValueError(f"[serve] max_tokens must be at least 1 but got {max_tokens}.")
-        from pyengine.openai_protocol import Limits
-        from pyengine.serve import make_app
-        from pyengine.serve_front import allowed_names, is_loopback
-        from pyengine.serve_http import Server, open_files
+        from pyengine.serve.front import allowed_names, is_loopback
+        from pyengine.serve.http import Server, open_files
+        from pyengine.serve.protocol import Limits
+        from pyengine.serve.server import make_app
 
         # Before the weights are read, so that a wrong argument is told early
         open_files()
@@ -134,7 +134,7 @@ def log_to_stderr(quiet: bool) -> None:
     """One line per request, and traces of what fails."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    log = logging.getLogger("pyengine.serve")
+    log = logging.getLogger("pyengine.serve.server")
     log.addHandler(handler)
     log.setLevel(logging.ERROR if quiet else logging.INFO)
     log.propagate = False

@@ -3,23 +3,23 @@
 from .accept_block import accept_block, accept_block_reference
 from .block_attention import block_attention, block_attention_reference
 from .dense_matmul import dense_matmul, dense_matmul_reference
+from .dispatch import status, use
 from .draw_token import draw_token, draw_token_reference
 from .embed import embed, embed_reference
 from .filter_logits import filter_logits, filter_logits_reference
 from .geglu import geglu, geglu_reference
 from .norm_rope import norm_rope, norm_rope_reference
 from .prepare_qkv import prepare_qkv, prepare_qkv_reference
-from .q8_expert_matmul import q8_expert_matmul, q8_expert_matmul_reference
-from .q8_filter_logits import q8_filter_logits, q8_filter_logits_reference
-from .q8_gated_matmul import q8_gated_matmul, q8_gated_matmul_reference
-from .q8_matmul import q8_matmul, q8_matmul_reference
-from .q8_shared_matmul import q8_shared_matmul, q8_shared_matmul_reference
+from .quantized_expert_matmul import quantized_expert_matmul, quantized_expert_matmul_reference
+from .quantized_filter_logits import quantized_filter_logits, quantized_filter_logits_reference
+from .quantized_gated_matmul import quantized_gated_matmul, quantized_gated_matmul_reference
+from .quantized_matmul import quantized_matmul, quantized_matmul_reference
+from .quantized_matmuls import quantized_matmuls, quantized_matmuls_reference
 from .random_uniform import random_uniform, random_uniform_reference
 from .residual_norm import residual_norm, residual_norm_reference
 from .rms_norm import rms_norm, rms_norm_reference
 from .route_experts import route_experts, route_experts_reference
 from .softcap import softcap, softcap_reference
-from .switch import status, use
 from .weigh_experts import weigh_experts, weigh_experts_reference
 from .write_cache import write_cache, write_cache_reference
 
@@ -42,16 +42,16 @@ __all__ = [
     "norm_rope_reference",
     "prepare_qkv",
     "prepare_qkv_reference",
-    "q8_expert_matmul",
-    "q8_expert_matmul_reference",
-    "q8_filter_logits",
-    "q8_filter_logits_reference",
-    "q8_gated_matmul",
-    "q8_gated_matmul_reference",
-    "q8_matmul",
-    "q8_matmul_reference",
-    "q8_shared_matmul",
-    "q8_shared_matmul_reference",
+    "quantized_expert_matmul",
+    "quantized_expert_matmul_reference",
+    "quantized_filter_logits",
+    "quantized_filter_logits_reference",
+    "quantized_gated_matmul",
+    "quantized_gated_matmul_reference",
+    "quantized_matmul",
+    "quantized_matmul_reference",
+    "quantized_matmuls",
+    "quantized_matmuls_reference",
     "random_uniform",
     "random_uniform_reference",
     "residual_norm",

@@ -5,9 +5,9 @@ import mlx.core as mx
 from pyengine import _ext
 
 from . import workbench
+from .dispatch import chosen
 from .draw_token import exponential, invert, race, uniforms
 from .random_uniform import Purpose
-from .switch import chosen
 
 Rule = Literal["residual", "block", "coupled"]
 RULES: tuple[Rule, ...] = ("residual", "block", "coupled")

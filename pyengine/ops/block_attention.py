@@ -3,7 +3,7 @@ import mlx.core as mx
 from pyengine import _ext
 
 from . import workbench
-from .switch import chosen
+from .dispatch import chosen
 
 MAX_POSITIONS = 1 << 30  # positions are below it; metal/positions.h has the same
 

@@ -3,7 +3,7 @@ import mlx.core as mx
 from pyengine import _ext
 
 from . import workbench
-from .switch import chosen, too_wide
+from .dispatch import chosen, too_wide
 
 
 def dense_matmul(x: mx.array, w: mx.array, *, out_dtype: mx.Dtype | None = None) -> mx.array:

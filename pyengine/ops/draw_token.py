@@ -3,8 +3,8 @@ import mlx.core as mx
 from pyengine import _ext
 
 from . import workbench
+from .dispatch import chosen
 from .random_uniform import Purpose, philox_uniform
-from .switch import chosen
 
 
 def draw_token(
@@ -95,7 +95,7 @@ def _pick(ids: mx.array, at: mx.array) -> mx.array:
 
 
 # log(1 + r) = r - r^2 / 2 + r^3 P(r) for r in [sqrt(1/2) - 1, sqrt(2) - 1]; our own fit, within
-# 6e-9 of the result. csrc/rng.h holds the same numbers and the same order of operations.
+# 6e-9 of the result. csrc/cpu/rng.h holds the same numbers and the same order of operations.
 _LOG = (
     0.33333331,
     -0.250008196,

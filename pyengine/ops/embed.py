@@ -5,8 +5,8 @@ import mlx.core as mx
 from pyengine import _ext
 
 from . import workbench
-from .q8_matmul import dequantized
-from .switch import chosen
+from .dispatch import chosen
+from .quantized_matmul import dequantized
 
 
 def embed(

@@ -5,7 +5,7 @@ import mlx.core as mx
 from pyengine import _ext
 
 from . import workbench
-from .switch import chosen
+from .dispatch import chosen
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:

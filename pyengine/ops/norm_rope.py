@@ -3,7 +3,7 @@ import mlx.core as mx
 from pyengine import _ext
 
 from . import workbench
-from .switch import chosen
+from .dispatch import chosen
 
 
 def norm_rope(

@@ -3,9 +3,9 @@ import mlx.core as mx
 from pyengine import _ext
 
 from . import workbench
+from .dispatch import chosen
 from .norm_rope import norm_rope_reference
 from .rms_norm import rms_norm_reference
-from .switch import chosen
 from .write_cache import write_cache_reference
 
 

@@ -3,8 +3,8 @@ import mlx.core as mx
 from pyengine import _ext
 
 from . import workbench
+from .dispatch import chosen
 from .rms_norm import rms_norm_reference
-from .switch import chosen
 
 
 def residual_norm(

@@ -3,7 +3,7 @@ import mlx.core as mx
 from pyengine import _ext
 
 from . import workbench
-from .switch import chosen
+from .dispatch import chosen
 
 
 def route_experts(logits: mx.array, scales: mx.array, used: int) -> tuple[mx.array, mx.array]:

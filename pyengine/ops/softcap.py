@@ -3,13 +3,13 @@ import mlx.core as mx
 from pyengine import _ext
 
 from . import workbench
-from .switch import chosen
+from .dispatch import chosen
 
 
 def softcap(x: mx.array, cap: float) -> mx.array:
     """Bend numbers so that they stay between ``-cap`` and ``cap``: ``cap * tanh(x / cap)``.
 
-    With our own tanh, so that :func:`q8_filter_logits` gives the same bits, on a GPU too.
+    With our own tanh, so that :func:`quantized_filter_logits` gives the same bits, on a GPU too.
 
     Args:
         x: float32, any shape and strides.

@@ -21,12 +21,12 @@ def load() -> Any:
         RuntimeError: There is no checkout in any of these places.
     """
     for root in (_ROOT, Path.cwd()):
-        if (root / "metal" / "workbench").is_dir() and str(root) not in sys.path:
+        if (root / "workbench").is_dir() and str(root) not in sys.path:
             sys.path.append(str(root))
     try:
-        return importlib.import_module("metal.workbench")
+        return importlib.import_module("workbench")
     except ModuleNotFoundError as error:
-        if error.name not in ("metal", "metal.workbench"):
+        if error.name not in ("workbench",):
             raise
         raise RuntimeError(
             "[use] the workbench needs a checkout of the repository: run from its root, or install "

@@ -50,11 +50,13 @@ def q8(seed, N, K, dtype, group_size=64, bits=8, out_dtype=None) -> Matmul:
     q = mx.quantize(normal(seed, N, K, dtype=dtype), group_size, bits)
     values = abs(mx.dequantize(q[0], *(a.astype(mx.float32) for a in q[1:]), group_size, bits))
     return Matmul(
-        "q8_matmul",
+        "quantized_matmul",
         dict(zip(("w", "scales", "biases"), q, strict=True)),
-        lambda M: _ext.q8_matmul_launch(M, N, K, dtype, out_dtype or dtype, group_size, bits),
-        lambda x: ops.q8_matmul(x, *q, group_size, bits, out_dtype=out_dtype),
-        lambda x: ops.q8_matmul_reference(x, *q, group_size, bits, out_dtype=out_dtype),
+        lambda M: _ext.quantized_matmul_launch(
+            M, N, K, dtype, out_dtype or dtype, group_size, bits
+        ),
+        lambda x: ops.quantized_matmul(x, *q, group_size, bits, out_dtype=out_dtype),
+        lambda x: ops.quantized_matmul_reference(x, *q, group_size, bits, out_dtype=out_dtype),
         lambda x: abs(x.astype(mx.float32)) @ values.T,
     )
 
@@ -75,11 +77,11 @@ def gated(seed, N, K, dtype, group_size=64, bits=8) -> Matmul:
         return 1.13 * (sizes[0] * (sums[1] + 1) + sizes[1] * (sums[0] + 1))
 
     return Matmul(
-        "q8_gated_matmul",
+        "quantized_gated_matmul",
         weights,
-        lambda M: _ext.q8_gated_matmul_launch(M, N, K, dtype, group_size, bits),
-        lambda x: ops.q8_gated_matmul(x, gate, up, group_size, bits),
-        lambda x: ops.q8_gated_matmul_reference(x, gate, up, group_size, bits),
+        lambda M: _ext.quantized_gated_matmul_launch(M, N, K, dtype, group_size, bits),
+        lambda x: ops.quantized_gated_matmul(x, gate, up, group_size, bits),
+        lambda x: ops.quantized_gated_matmul_reference(x, gate, up, group_size, bits),
         scale,
     )
 

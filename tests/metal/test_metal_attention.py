@@ -14,7 +14,7 @@ from pyengine import _ext, ops
 from pyengine.ops import block_attention, block_attention_reference
 from pyengine.ops.workbench import to_mlx, to_numpy
 
-# As in tests/test_block_attention.py
+# As in tests/ops/test_block_attention.py
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
 # What lies between the launches has room for every span that some offset could need
 BETWEEN = {"scores", "values", "states"}

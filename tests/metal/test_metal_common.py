@@ -1,4 +1,4 @@
-"""metal/common.h: the functions of csrc/mathfn.h, bit for bit, under any contraction."""
+"""metal/common.h: the functions of csrc/cpu/mathfn.h, bit for bit, under any contraction."""
 
 from pathlib import Path
 

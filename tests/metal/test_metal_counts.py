@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 from pyengine import cli, kernel_counts
 from pyengine.kernel_counts import COLUMNS, EVERY_ROW, ROWS, WIDTHS, count_kernels, markdown
 
-DENSE = ("q8_matmul", "q8_shared_matmul", "q8_gated_matmul", "dense_matmul")
-OPS = (*DENSE, "q8_expert_matmul")
+DENSE = ("quantized_matmul", "quantized_matmuls", "quantized_gated_matmul", "dense_matmul")
+OPS = (*DENSE, "quantized_expert_matmul")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_matrices_are_loaded_once_at_the_layers_of_the_models(K):
     """The packed weights exactly, with scales and biases but for sectors that two rows share."""
     counted = count_kernels((K,), ROWS, COLUMNS, every_row_width=None, expert_width=None)
     ours = [c for c in counted if c.source == "ours"]
-    assert {c.M for c in ours} == set(ROWS) and "q8_matmul" in {c.op for c in ours}
+    assert {c.M for c in ours} == set(ROWS) and "quantized_matmul" in {c.op for c in ours}
     for c in ours:
         assert c.weight_ratio == c.weight_load_ratio == c.matrix_ratio == 1, c
         assert c.matrix_load_ratio <= 1.02, c
@@ -54,7 +54,7 @@ def test_matrices_are_loaded_once_at_the_layers_of_the_models(K):
 
 
 def test_ratio_is_over_all_that_must_move(counts):
-    q8 = next(c for c in counts if c.op == "q8_matmul" and c.M == 6 and c.source == "ours")
+    q8 = next(c for c in counts if c.op == "quantized_matmul" and c.M == 6 and c.source == "ours")
     matrix = 32 * 1024 + 2 * 32 * 16 * 2
     needed = matrix + 6 * 1024 * 2 + 6 * 32 * 2
     assert q8.compulsory_bytes == needed
@@ -67,7 +67,7 @@ def test_one_launch_moves_what_three_do(counts):
     for M in (1, 6):
         q8, shared = (
             next(c for c in counts if (c.op, c.M, c.source) == (op, M, "ours"))
-            for op in ("q8_matmul", "q8_shared_matmul")
+            for op in ("quantized_matmul", "quantized_matmuls")
         )
         # 16 + 8 + 8 columns make three threadgroups, 32 make one: two more read x
         assert shared.compulsory_bytes == q8.compulsory_bytes

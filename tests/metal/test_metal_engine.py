@@ -5,10 +5,10 @@ import pytest
 from tiny_pairs import FIXTURES, tiny_pair
 
 from pyengine import ops
-from pyengine.ops import switch, workbench
-from pyengine.pair import Pair
-from pyengine.sampling import Sampling
-from pyengine.speculate import Stats, decode
+from pyengine.checkpoint.pair import Pair
+from pyengine.engine.loop import Stats, decode
+from pyengine.ops import dispatch, workbench
+from pyengine.sampling.settings import Sampling
 
 # What every greedy text runs beside its matmuls: embeddings, norms, heads and attention, and the
 # rules; the first token has all logits
@@ -18,7 +18,7 @@ LAYERS = {
 }
 RULES = {"softcap", "filter_logits", "merge_candidates", "accept_block"}
 # What a quantised pair without experts runs
-Q8 = {"q8_matmul", "q8_shared_matmul", "q8_gated_matmul", "q8_filter_logits"}
+Q8 = {"quantized_matmul", "quantized_matmuls", "quantized_gated_matmul", "quantized_filter_logits"}
 
 
 def text(pair: Pair, flavour: str, block_size: int) -> tuple[list[int], Stats]:
@@ -41,7 +41,7 @@ def text(pair: Pair, flavour: str, block_size: int) -> tuple[list[int], Stats]:
     "flavour, form, expected",
     [
         ("dense31", "bfloat16-q8", Q8),
-        ("moe26", "float32-q8", {*Q8, "q8_expert_matmul", "route_experts", "weigh_experts"}),
+        ("moe26", "float32-q8", {*Q8, "quantized_expert_matmul", "route_experts", "weigh_experts"}),
         ("uni12", "bfloat16", {"dense_matmul", "geglu"}),
     ],
 )
@@ -67,5 +67,5 @@ def test_speculative_text_in_the_workbench(flavour, form, expected, monkeypatch)
         assert stats.rounds > 0 and stats.drafted > 0
     finally:
         ops.use("native")
-    assert kernels == dict.fromkeys(switch.OPS, "Metal (workbench)")
+    assert kernels == dict.fromkeys(dispatch.OPS, "Metal (workbench)")
     assert ran == expected | LAYERS | RULES

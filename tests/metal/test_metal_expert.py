@@ -1,4 +1,4 @@
-"""q8_expert_matmul on Metal, in the workbench: right, row-stable, an expert's weights once."""
+"""quantized_expert_matmul on Metal, in the workbench: right, row-stable, weights read once."""
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +24,7 @@ def choose(seed, T, experts=EXPERTS) -> mx.array:
 
 
 def metal(x, first, ids, group_size=64, bits=8, up=None, out_dtype=None, **options):
-    launch = _ext.q8_expert_matmul_launch(
+    launch = _ext.quantized_expert_matmul_launch(
         *(*ids.shape, *first[0].shape[:2], x.shape[-1]),
         *(up is not None, x.ndim == 2, x.dtype, out_dtype or x.dtype, group_size, bits),
     )
@@ -49,7 +49,7 @@ def test_no_fault_and_the_processors_result(dtype, group_size, bits, gated):
     second = up if gated else None
     out, _ = metal(x, first, ids, group_size, bits, second, mode="check")
     bound = {mx.float32: 1e-5, mx.float16: 2.0**-8, mx.bfloat16: 2.0**-5}[dtype]
-    for op in (ops.q8_expert_matmul, ops.q8_expert_matmul_reference):
+    for op in (ops.quantized_expert_matmul, ops.quantized_expert_matmul_reference):
         expected = op(x, first, ids, group_size, bits, up=second)
         a, b = (np.array(y.astype(mx.float32)) for y in (out, expected))
         assert np.all(np.abs(a - b) <= bound * (1 + np.abs(b)))
@@ -61,7 +61,7 @@ def test_no_fault_and_the_processors_result(dtype, group_size, bits, gated):
 
 
 def test_bits_are_those_of_the_metal_matmul():
-    """A token's row for an expert is that of q8_matmul, whoever else chose the expert."""
+    """A token's row for an expert is that of quantized_matmul, whoever else chose the expert."""
     first, ids = stack(5, 320, mx.bfloat16), choose(6, 21)
     x = normal(7, 21, 320, dtype=mx.bfloat16)
     out = bits_of(metal(x, first, ids, out_dtype=mx.float32)[0])
@@ -72,7 +72,7 @@ def test_bits_are_those_of_the_metal_matmul():
         names = ("w", "scales", "biases")
         given = {name: to_numpy(a[expert]) for name, a in zip(names, first, strict=True)}
         outputs, _ = workbench.run(
-            _ext.q8_matmul_launch(21, *args), {"x": to_numpy(x), **given}, order="random"
+            _ext.quantized_matmul_launch(21, *args), {"x": to_numpy(x), **given}, order="random"
         )
         chosen = np.array(ids) == expert
         rows = outputs["out"].view(np.uint32)
@@ -84,7 +84,7 @@ def test_an_expert_named_twice_is_computed_twice():
     ids = mx.array([[2, 2, 4]], dtype=mx.int32)
     out, _ = metal(x, first, ids, mode="check")
     assert np.array_equal(bits_of(out)[0, 0], bits_of(out)[0, 1])
-    expected = ops.q8_expert_matmul_reference(x, first, ids)
+    expected = ops.quantized_expert_matmul_reference(x, first, ids)
     assert mx.allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 

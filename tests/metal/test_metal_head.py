@@ -1,4 +1,4 @@
-"""q8_filter_logits and softcap on Metal, in the workbench: the bits of the separate kernels."""
+"""quantized_filter_logits and softcap on Metal: the bits of the separate kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from test_metal_filter import assert_same_bits
-from test_q8_filter_logits import head, normal, random_edits, same
+from test_quantized_filter_logits import head, normal, random_edits, same
 
 from metal import workbench
 from pyengine import _ext, ops
@@ -30,7 +30,7 @@ def in_workbench() -> Iterator[None]:
 def composed(x, q, group_size=64, bits=8, *, softcap=None, **settings) -> Filtered:
     """The Metal kernels of the three ops."""
     with in_workbench():
-        logits = ops.q8_matmul(x, *q, group_size, bits, out_dtype=mx.float32)
+        logits = ops.quantized_matmul(x, *q, group_size, bits, out_dtype=mx.float32)
         if softcap is not None:
             logits = ops.softcap(logits, softcap)
         return ops.filter_logits(logits, **settings)
@@ -54,10 +54,10 @@ def metal(
     T, E = x.shape
     V = q[0].shape[0]
     count = min(top_k if temperature else 1, V)
-    assert _ext.q8_filter_logits_has_launch(T, V, E, count, bits)
+    assert _ext.quantized_filter_logits_has_launch(T, V, E, count, bits)
     packing = (x.dtype, group_size, bits, count, edits and edits.ids.size)
     settings = (softcap, temperature or 1.0, top_p, min_p)
-    launches = _ext.q8_filter_logits_launches(T, V, E, *packing, *settings)
+    launches = _ext.quantized_filter_logits_launches(T, V, E, *packing, *settings)
     arrays = dict(zip(("x", "w", "scales", "biases"), (x, *q), strict=True))
     if edits is not None:
         arrays |= dict(zip(("edit_ids", "factors", "deltas"), edits, strict=True))
@@ -106,7 +106,7 @@ def test_equal_logits_fill_the_lists():
     for settings in ({"top_k": 64}, {"top_k": 256}, {"temperature": 0.0}):
         out, _ = metal(x, q, mode="check", **settings)
         assert same(out, composed(x, q, **settings))
-        order = np.argsort(-np.array(ops.q8_matmul(x, *q)), axis=-1, kind="stable")
+        order = np.argsort(-np.array(ops.quantized_matmul(x, *q)), axis=-1, kind="stable")
         assert np.array_equal(np.array(out.ids), order[:, : out.ids.shape[1]])
 
 
@@ -185,7 +185,7 @@ def test_weights_are_read_once_and_no_logits_written(T):
 def test_lists_of_a_whole_vocabulary_are_short():
     """What is written of 262144 logits: a sixteenth of them, in 8 bytes each."""
     for T in (1, 6, 16):
-        launch, merge = _ext.q8_filter_logits_launches(
+        launch, merge = _ext.quantized_filter_logits_launches(
             T, 262144, 1536, mx.bfloat16, 64, 8, 64, None, 30.0, 1.0, 0.95, 0.0
         )
         assert tuple(launch.grid) == (256, 1, 1) and tuple(launch.threadgroup) == (128, 1, 1)
@@ -196,15 +196,15 @@ def test_lists_of_a_whole_vocabulary_are_short():
 
 
 def test_limits():
-    has = _ext.q8_filter_logits_has_launch
+    has = _ext.quantized_filter_logits_has_launch
     V = 262144
     assert has(16, V, 1536, 64, 8) and has(8, V, 1536, 256, 8) and has(12, V, 64, 64, 4)
     assert not has(16, V, 1536, 256, 8) and not has(16, V, 1536, 64, 4)
     assert not has(1, V, 0, 64, 8) and not has(1, 2**23, 64, 256, 8)
     x, q = normal(9, 16, 64), head(10, 400, 64)
     with in_workbench():  # 16 lists of 256 do not fit: the processor's kernel
-        out = ops.q8_filter_logits(x, *q, top_k=256)
-    assert same(out, ops.q8_filter_logits(x, *q, top_k=256))
+        out = ops.quantized_filter_logits(x, *q, top_k=256)
+    assert same(out, ops.quantized_filter_logits(x, *q, top_k=256))
 
 
 def test_switch_runs_it(monkeypatch):
@@ -215,11 +215,11 @@ def test_switch_runs_it(monkeypatch):
     )
     x, q = normal(11, 2, 64), head(12, 500, 64)
     with in_workbench():
-        out = ops.q8_filter_logits(x, *q, softcap=3.0, top_p=0.9)
+        out = ops.quantized_filter_logits(x, *q, softcap=3.0, top_p=0.9)
         empty = Edits(mx.zeros(0, mx.int32), mx.ones((2, 0)), mx.zeros((2, 0)))
-        again = ops.q8_filter_logits(x, *q, softcap=3.0, top_p=0.9, edits=empty)
+        again = ops.quantized_filter_logits(x, *q, softcap=3.0, top_p=0.9, edits=empty)
     kernels = [[launch.library for launch in launches] for launches in ran]
-    assert kernels == [["q8_filter_logits", "merge_candidates"]] * 2
+    assert kernels == [["quantized_filter_logits", "merge_candidates"]] * 2
     assert same(out, again) and same(out, composed(x, q, softcap=3.0, top_p=0.9))
 
 

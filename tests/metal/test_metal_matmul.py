@@ -12,7 +12,7 @@ from matmuls import Matmul, bits_of, dense, gated, normal, q8
 # different orders, each within K / 16 + 8 roundings of the exact one (4 bits: K / 8 + 8); K is
 # below 600 where out is float32.
 # float16, bfloat16: the same sum rounded once to 11 or 8 bits, where the two sides may fall on
-# neighbouring values; q8_gated_matmul also rounds both of its sums.
+# neighbouring values; quantized_gated_matmul also rounds both of its sums.
 TOLERANCE = {mx.float32: 1.7e-5, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
 GATED_TOLERANCE = {mx.float32: 1.7e-5, mx.float16: 2.0**-9, mx.bfloat16: 2.0**-6}
 
@@ -48,7 +48,7 @@ def rows(seed: int, M: int, matmul: Matmul, dtype: mx.Dtype) -> mx.array:
 
 def assert_close(out: mx.array, expected: mx.array, matmul: Matmul, x: mx.array) -> None:
     assert out.dtype == expected.dtype and out.shape == expected.shape
-    table = GATED_TOLERANCE if matmul.op == "q8_gated_matmul" else TOLERANCE
+    table = GATED_TOLERANCE if matmul.op == "quantized_gated_matmul" else TOLERANCE
     a, b = (np.array(y.astype(mx.float32)) for y in (out, expected))
     assert np.all(np.abs(a - b) <= table[out.dtype] * np.array(matmul.scale(x)))
 
@@ -120,7 +120,7 @@ def test_every_weight_lies_where_mlx_packs_it(bits, group_size):
 
 
 def unpacked(matmul: Matmul, group_size: int, bits: int) -> np.ndarray:
-    """The matrix of a q8_matmul, each weight rounded once to float32."""
+    """The matrix of a quantized_matmul, each weight rounded once to float32."""
     w, scales, biases = (
         matmul.weights["w"],
         *(matmul.weights[name].astype(mx.float32) for name in ("scales", "biases")),
@@ -230,7 +230,7 @@ def test_gated_reads_both_matrices_once():
 def test_launch_is_data():
     """What eval_gpu and the workbench are handed, in numbers."""
     launch = q8(35, 100, 512, mx.bfloat16).launch(20)
-    assert (launch.library, launch.kernel) == ("q8_matmul", "q8_matmul_bfloat16_8")
+    assert (launch.library, launch.kernel) == ("quantized_matmul", "quantized_matmul_bfloat16_8")
     assert tuple(launch.grid) == (4, 2, 1)
     assert tuple(launch.threadgroup) == (128, 1, 1)
     assert launch.constants == {0: 16, 1: 1, 2: False, 3: 64}

@@ -13,7 +13,7 @@ from test_rms_norm import TOLERANCE
 
 from metal import workbench
 from pyengine import _ext, ops
-from pyengine.ops import switch
+from pyengine.ops import dispatch
 from pyengine.ops.workbench import to_mlx, to_numpy
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
@@ -180,7 +180,7 @@ def test_wider_rows_are_not_given_to_the_kernel(monkeypatch):
         assert not has_launch(limit + 1) and not has_launch(0)
     x = normal(1, 1, limit + 1)
     expected = ops.rms_norm(x)
-    monkeypatch.setattr(switch, "_chosen", "workbench")
+    monkeypatch.setattr(dispatch, "_chosen", "workbench")
     monkeypatch.setattr(ops.workbench, "run", None)  # whoever calls it fails
     assert mx.array_equal(ops.rms_norm(x), expected)
     assert mx.array_equal(ops.residual_norm(x, x, x[0])[0], x + ops.rms_norm(x, x[0]))

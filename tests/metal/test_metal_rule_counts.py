@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from pyengine.ops import switch
+from pyengine.ops import dispatch
 from pyengine.rule_counts import count_round, count_rules, markdown
-from pyengine.sampling import Sampling
+from pyengine.sampling.settings import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_logits_are_read_once_and_little_lies_between(rules):
 
 
 def test_the_fused_head_reads_weights_once_and_leaves_no_logits(rules):
-    heads = [c for c in rules if c.op == "q8_filter_logits"]
+    heads = [c for c in rules if c.op == "quantized_filter_logits"]
     assert [(c.M, c.N, c.launches) for c in heads] == [(1, 2048, 2), (6, 2048, 2)]
     for c in heads:
         lists = c.M * (2048 // 128) * 64 * 8  # of slices of 128 at so small a vocabulary
@@ -48,14 +48,17 @@ def test_launches_of_a_round():
     """Five drafts: five filters and draws of the assistant, one filter of the target's rows."""
     rows = {row.op: row for row in count_round()}
     assert not {"filter_logits", "softcap"} & set(rows)
-    assert (rows["q8_filter_logits"].calls, rows["q8_filter_logits"].launches) == (6, 12)
+    assert (rows["quantized_filter_logits"].calls, rows["quantized_filter_logits"].launches) == (
+        6,
+        12,
+    )
     assert (rows["draw_token"].calls, rows["draw_token"].launches) == (5, 5)
     assert (rows["accept_block"].calls, rows["accept_block"].launches) == (1, 1)
     for op, row in rows.items():
-        assert (row.launches is None) == (op not in switch.OPS)
+        assert (row.launches is None) == (op not in dispatch.OPS)
     assert rows["MLX"].calls > 0
     fewer = {row.op: row for row in count_round(drafts=2, sampling=Sampling(temperature=0.0))}
-    assert fewer["q8_filter_logits"].calls == 3 and "draw_token" not in fewer
+    assert fewer["quantized_filter_logits"].calls == 3 and "draw_token" not in fewer
 
 
 def test_table_and_json(rules, count_command):

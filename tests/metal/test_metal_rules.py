@@ -5,10 +5,10 @@ import pytest
 from tiny_pairs import FIXTURES, tiny_pair
 
 from pyengine import ops
-from pyengine.ops import switch, workbench
+from pyengine.engine.loop import decode
+from pyengine.ops import dispatch, workbench
 from pyengine.ops.accept_block import RULES
-from pyengine.sampling import Sampling
-from pyengine.speculate import decode
+from pyengine.sampling.settings import Sampling
 
 KERNELS = ("accept_block", "draw_token", "filter_logits")
 
@@ -31,7 +31,7 @@ def text(sampling: Sampling, block_size: int) -> list[int]:
 @pytest.mark.parametrize("penalties", [{}, {"repetition_penalty": 1.2, "suppress_tokens": (3, 9)}])
 def test_sampled_text_is_the_processors(rule, penalties, monkeypatch):
     """The matmuls stay the processor's, so every bit before the rules is the same."""
-    monkeypatch.setattr(switch, "OPS", KERNELS)
+    monkeypatch.setattr(dispatch, "OPS", KERNELS)
     ran = set()
     run = workbench.run
 

@@ -1,4 +1,4 @@
-"""q8_shared_matmul on Metal, in the workbench: the bits and bytes of separate launches, in one."""
+"""quantized_matmuls on Metal, in the workbench: the bits and bytes of separate launches, in one."""
 
 import mlx.core as mx
 import numpy as np
@@ -32,7 +32,7 @@ def make(name: str):
 def metal(x, packed, group_size=64, bits=8, **options):
     """The outputs of one launch, and its report."""
     columns = [matrix[0].shape[0] for matrix in packed]
-    launch = _ext.q8_shared_matmul_launch(
+    launch = _ext.quantized_matmuls_launch(
         *x.shape[:1], columns, x.shape[1], x.dtype, group_size, bits
     )
     arrays = {"x": to_numpy(x)}
@@ -44,9 +44,9 @@ def metal(x, packed, group_size=64, bits=8, **options):
 
 
 def separate(x, matrix, group_size=64, bits=8, **options):
-    """The output of a q8_matmul launch, and its report."""
+    """The output of a quantized_matmul launch, and its report."""
     N, (M, K) = matrix[0].shape[0], x.shape
-    launch = _ext.q8_matmul_launch(M, N, K, x.dtype, x.dtype, group_size, bits)
+    launch = _ext.quantized_matmul_launch(M, N, K, x.dtype, x.dtype, group_size, bits)
     arrays = {"x": to_numpy(x)} | {n: to_numpy(a) for n, a in zip(PARTS, matrix, strict=True)}
     outputs, report = workbench.run(launch, arrays, **options)
     return to_mlx(outputs["out"], launch.buffers[4].dtype), report
@@ -60,7 +60,7 @@ def test_no_fault_and_the_bits_of_separate_launches(name):
     assert report.launches == 1
     for out, matrix in zip(outs, packed, strict=True):
         assert np.array_equal(bits_of(out), bits_of(separate(x, matrix, *packing)[0]))
-    natives = ops.q8_shared_matmul(x, packed, *packing)
+    natives = ops.quantized_matmuls(x, packed, *packing)
     bound = {mx.float32: 1e-5, mx.float16: 2.0**-9, mx.bfloat16: 2.0**-6}[dtype]
     for out, native in zip(outs, natives, strict=True):
         a, b = (np.array(y.astype(mx.float32)) for y in (out, native))
@@ -121,13 +121,13 @@ def test_traffic_is_that_of_separate_launches(M):
 
 
 def test_launch_is_data():
-    launch = _ext.q8_shared_matmul_launch(20, [100, 32, 1], 512, mx.bfloat16, 64, 8)
-    assert (launch.library, launch.kernel) == ("q8_shared_matmul", "q8_shared_matmul_bfloat16_8")
+    launch = _ext.quantized_matmuls_launch(20, [100, 32, 1], 512, mx.bfloat16, 64, 8)
+    assert (launch.library, launch.kernel) == ("quantized_matmuls", "quantized_matmuls_bfloat16_8")
     assert tuple(launch.grid) == (4 + 1 + 1, 2, 1) and tuple(launch.threadgroup) == (128, 1, 1)
     assert launch.constants == {0: 16, 1: 1, 2: False, 3: 64, 4: True}
     assert [b.name for b in launch.buffers[3:8]] == [
         *("first_w", "first_scales", "first_biases", "first_out", "first_N"),
     ]
-    two = _ext.q8_shared_matmul_launch(6, [64, 64], 512, mx.float32, 64, 8)
+    two = _ext.quantized_matmuls_launch(6, [64, 64], 512, mx.float32, 64, 8)
     assert two.constants[4] is False and len(two.buffers) == 13
     assert tuple(two.grid) == (2, 1, 1)

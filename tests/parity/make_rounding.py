@@ -1,4 +1,4 @@
-"""What transformers computes in bfloat16 on the pairs of tests/odd_pairs.py.
+"""What transformers computes in bfloat16 on the pairs of tests/helpers/odd_pairs.py.
 
     python tests/parity/make_rounding.py [FOLDER]     without it, into tests/fixtures/rounding
 
@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import odd_pairs
 import torch
@@ -37,7 +37,7 @@ def after_layers(model: Any, streams: list[torch.Tensor]) -> None:
 
 @torch.no_grad()
 def references(folder: Path) -> Tensors:
-    """By the names that tests/test_rounding.py reads.
+    """By the names that tests/model/test_rounding.py reads.
 
     ids; embedding, per_layer.i, layer.i (the stream after it), hidden, logits; k.{kind}, v.{kind};
     and of draft step s: s.embedding, s.hidden_in, s.layer.i, s.hidden, s.logits.

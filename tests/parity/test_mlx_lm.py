@@ -22,10 +22,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 from tiny_pairs import mirrored, norm
 
-from pyengine.convert import convert
-from pyengine.linear import Linear
-from pyengine.pair import MANIFEST, load
-from pyengine.quantize import quantize_checkpoint
+from pyengine.checkpoint.convert import convert
+from pyengine.checkpoint.pair import MANIFEST, load
+from pyengine.checkpoint.quantize import quantize_checkpoint
+from pyengine.model.linear import Linear
 
 pytestmark = pytest.mark.parity
 FIXTURES = Path(__file__).parents[1] / "fixtures"

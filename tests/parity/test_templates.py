@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import pyengine
-from pyengine.chat_template import ChatTemplate
+from pyengine.text.template import ChatTemplate
 
 pytestmark = pytest.mark.parity
 

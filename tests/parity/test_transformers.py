@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file
 
 from pyengine import ops
-from pyengine.pair import load
+from pyengine.checkpoint.pair import load
 
 pytestmark = pytest.mark.parity
 FLOAT32 = 5e-4

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from metal import workbench
-from metal.workbench.toolchain import CACHE
+from workbench.toolchain import CACHE
 
 PREAMBLE = "#include <metal_stdlib>\nusing namespace metal;\n"
 BUILTINS = """

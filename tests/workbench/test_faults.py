@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from snippets import run
 
-from metal.workbench import Buffer, Fault
+from workbench import Buffer, Fault
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 

@@ -5,7 +5,7 @@ import pytest
 from snippets import PREAMBLE, run, source
 
 from metal import workbench
-from metal.workbench import Buffer, CompileError, Launch
+from workbench import Buffer, CompileError, Launch
 
 A = np.random.default_rng(0).uniform(-2, 2, 64).astype(np.float32)
 I = np.arange(64)  # noqa: E741

@@ -6,7 +6,7 @@ import pytest
 from snippets import source
 from test_mlx_kernels import CASES, INCLUDE, built
 
-from metal.workbench import library
+from workbench import library
 
 INLINED = """#include <metal_stdlib>
 using namespace metal;

@@ -3,9 +3,9 @@
 import pytest
 from snippets import PREAMBLE, source
 
-from metal.workbench.__main__ import main
-from metal.workbench.library import METAL
-from metal.workbench.strict import problems
+from workbench.__main__ import main
+from workbench.library import METAL
+from workbench.strict import problems
 
 SCALE = f"""{PREAMBLE}constant bool twice [[function_constant(0)]];
 kernel void scale(const device float* a [[buffer(0)]], device bfloat* o [[buffer(1)]],

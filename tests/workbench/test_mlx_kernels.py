@@ -12,7 +12,7 @@ import pytest
 from snippets import source
 
 from metal import workbench
-from metal.workbench import Buffer, Launch
+from workbench import Buffer, Launch
 
 INCLUDE = Path(mx.__file__).parent / "include"
 KERNELS = "mlx/backend/metal/kernels"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from metal.workbench.entry import entry_point
-from metal.workbench.rewrite import rewrite
-from metal.workbench.tokens import Tokens
+from workbench.entry import entry_point
+from workbench.rewrite import rewrite
+from workbench.tokens import Tokens
 
 
 def body(line):

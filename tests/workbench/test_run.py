@@ -7,7 +7,7 @@ import pytest
 from snippets import launch, run
 
 from metal import workbench
-from metal.workbench import Buffer
+from workbench import Buffer
 
 A = np.arange(64, dtype=np.float32)
 COPY = "o[i] = a[i];"

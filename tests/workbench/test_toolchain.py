@@ -10,7 +10,7 @@ import pytest
 from snippets import launch
 
 from metal import workbench
-from metal.workbench import library, native, toolchain
+from workbench import library, native, toolchain
 
 BODY = """threadgroup float t[64];
 t[l] = a[i];
@@ -82,7 +82,7 @@ if {each_compiler == "zig"}:
     shutil.which = lambda name: None
 import numpy as np
 from snippets import run
-from metal.workbench import library, strict, toolchain
+from workbench import library, strict, toolchain
 for mode in ("fast", "check", "count"):
     outputs, report = run({BODY!r}, mode=mode)
     assert report.findings == []

@@ -1,0 +1,44 @@
+#pragma once
+// plan.h: how one processor kernel is run, as data.
+//
+// X_plan() in X.cpp computes a Plan from shapes and dtypes alone; whatever runs
+// the kernel runs that description, so it is written once and can be tested
+// without running it. A Metal kernel has a Launch (launch.h).
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/pool.h"
+
+namespace pyengine {
+
+struct Plan {
+  // Slices of at most max_rows rows, run one after the other.
+  int slices = 1;
+  // Independent groups per slice. Each owns `columns` output columns, the last
+  // one what is left: nothing is summed across groups.
+  int groups = 1;
+  int columns = 1;
+  // Floats of scratch that the groups of a slice share, and of each its own.
+  size_t scratch = 0;
+  size_t group_scratch = 0;
+  // Multiply-adds of one slice.
+  int64_t work = 0;
+};
+
+// Fewer multiply-adds than this take less time than waking a thread.
+constexpr int64_t work_worth_sharing = 1 << 17;
+
+// Calls work(group) for all groups of one slice.
+template <typename Work>
+void run_groups(const Plan& plan, const Work& work) {
+  if (plan.work < work_worth_sharing) {
+    for (int group = 0; group < plan.groups; ++group) {
+      work(group);
+    }
+  } else {
+    Pool::shared().run(plan.groups, work);
+  }
+}
+
+} // namespace pyengine

@@ -1,0 +1,26 @@
+// draw_token_cpu: rows are independent; each is a race or an inversion.
+
+#include "ops/draw_token_cpu.h"
+
+#include "cpu/rng.h"
+
+namespace pyengine::PYENGINE_ISA {
+
+void draw_token_rows(const DrawTokenArgs& args, int64_t begin, int64_t end) {
+  uint32_t position = uint32_t(*args.position);
+  uint32_t seed = *args.seed;
+  for (int64_t row = begin; row < end; ++row) {
+    const int32_t* ids = args.ids + row * args.count;
+    const float* probs = args.probs + row * args.count;
+    uint32_t index = uint32_t(args.index + row);
+    args.out[row] = args.shared
+        ? race(ids, probs, args.count, position + index, seed)
+        : invert(
+              ids,
+              probs,
+              args.count,
+              uniform(position, index, seed, Purpose::draft));
+  }
+}
+
+} // namespace pyengine::PYENGINE_ISA

@@ -1,0 +1,25 @@
+#pragma once
+// draw_token_cpu.h: arguments of the processor kernel.
+
+#include "cpu/kernel.h"
+
+namespace pyengine {
+
+struct DrawTokenArgs {
+  const int32_t* ids; // [rows, count]
+  const float* probs; // [rows, count]
+  const int32_t* position; // []
+  const uint32_t* seed; // []
+  int32_t* out; // [rows]
+  int count;
+  int index;
+  bool shared;
+};
+
+PYENGINE_DECLARE_KERNEL(
+    draw_token_rows,
+    const DrawTokenArgs& args,
+    int64_t begin,
+    int64_t end)
+
+} // namespace pyengine

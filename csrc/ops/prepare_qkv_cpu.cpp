@@ -1,0 +1,48 @@
+// prepare_qkv_cpu: a position's angles serve its queries and its keys; keys and
+// values go straight to their slot.
+
+#include "ops/prepare_qkv_cpu.h"
+
+#include "../metal/positions.h"
+#include "cpu/rope.h"
+
+namespace pyengine::PYENGINE_ISA {
+
+namespace {
+
+template <typename T>
+void prepare_rows(const PrepareQkvArgs& args, int64_t begin, int64_t end) {
+  int H = args.H, K = args.K, D = args.D, C = args.C;
+  auto* q_weight = static_cast<const T*>(args.q_weight);
+  auto* k_weight = static_cast<const T*>(args.k_weight);
+  Angles angles;
+  for (int64_t t = begin; t < end; ++t) {
+    int position = position_at(args.offset, int(t));
+    angles.set(position, args.inv_freq, D);
+    for (int64_t head = t * H; head < (t + 1) * H; ++head) {
+      auto* q = static_cast<const T*>(args.q) + head * D;
+      auto* out = static_cast<T*>(args.out) + head * D;
+      rotate_head(q, q_weight, angles, D, args.eps, out);
+    }
+    int slot = slot_of_row(args.offset, int(t), C);
+    for (int head = 0; head < K; ++head) {
+      int64_t from = (t * K + head) * D;
+      int64_t to = (head * int64_t(C) + slot) * D;
+      auto* k = static_cast<const T*>(args.k) + from;
+      auto* v = static_cast<const T*>(args.v) + from;
+      auto* keys = static_cast<T*>(args.keys) + to;
+      auto* values = static_cast<T*>(args.values) + to;
+      rotate_head(k, k_weight, angles, D, args.eps, keys);
+      scale_row<T>(v, inverse_rms(v, D, args.eps), nullptr, D, values);
+    }
+  }
+}
+
+} // namespace
+
+void prepare_qkv_rows(const PrepareQkvArgs& args, int64_t begin, int64_t end) {
+  with_storage(
+      args.storage, [&]<typename T>(T*) { prepare_rows<T>(args, begin, end); });
+}
+
+} // namespace pyengine::PYENGINE_ISA

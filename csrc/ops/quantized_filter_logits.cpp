@@ -1,0 +1,367 @@
+// quantized_filter_logits: checks, primitive, and how heaps are handed to
+// threads; the arithmetic is in quantized_filter_logits_cpu.cpp.
+
+#include "ops/quantized_filter_logits.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "bindings.h"
+#include "check.h"
+#include "filter_inputs.h"
+#include "matmul.h"
+#include "matmul_launch.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "ops/filter_logits.h"
+#include "ops/quantized_filter_logits_cpu.h"
+#include "ops/quantized_matmul.h"
+#include "quantized.h"
+
+namespace pyengine {
+
+namespace {
+
+constexpr const char* op = "quantized_filter_logits";
+
+using Args = QuantizedFilterLogitsArgs;
+
+// Each thread takes one group of columns after the other into heaps of its own.
+// Which groups these are is chance; what remains of all heaps is not.
+void run_slice(const Plan& plan, const Args& args) {
+  int V = args.filter.V, M = args.matmul.M;
+  auto& pool = Pool::shared();
+  bool shares = plan.work >= work_worth_sharing;
+  int heaps = shares ? std::min(pool.threads(), plan.groups) : 1;
+  std::vector<Kept> kept(size_t(heaps) * M);
+  std::atomic<int> next{0};
+  pool.run(heaps, [&](int heap) {
+    static thread_local Scratch own;
+    float* scratch = own.floats(plan.group_scratch);
+    for (int group; (group = next.fetch_add(1)) < plan.groups;) {
+      int begin = group * plan.columns;
+      int end = std::min(begin + plan.columns, V);
+      PYENGINE_PICK_KERNEL(quantized_filter_logits_columns)
+      (args, begin, end, scratch, &kept[heap * M]);
+    }
+  });
+  PYENGINE_PICK_KERNEL(quantized_filter_logits_finish)(
+      args, kept.data(), heaps);
+}
+
+// The tiles of metal/quantized_filter_logits.metal.
+constexpr int threadgroup_bytes = 30720 - 512; // without its own variables
+constexpr int entry_bytes = 6;
+constexpr int max_room = 512;
+constexpr int max_slices = 512; // more threadgroups than this help no GPU
+constexpr int max_slice = 1 << 16;
+
+Tile tile_of(int bits) {
+  return {4, bits == 4 ? 16 : 8};
+}
+
+int tile_columns(int bits) {
+  return tile_of(bits).simds * tile_of(bits).columns;
+}
+
+// Columns of a slice, a multiple of the tile's.
+int slice_columns(int V, int count, int bits) {
+  int columns = tile_columns(bits);
+  int most = std::min(max_slices, max_merged / count);
+  int slice = std::max((V + most - 1) / most, 4 * columns);
+  return (slice + columns - 1) / columns * columns;
+}
+
+// The tile's launch, without buffers.
+Launch tile_launch(int T, int V, mx::Dtype dtype, int group_size, int bits) {
+  auto kernel = std::string(op) + "_" + dtype_name(dtype) + "_";
+  Tile tile = tile_of(bits);
+  auto launch = matmul_launch(op, kernel + std::to_string(bits), T, V, tile);
+  launch.constants[3] = group_size;
+  // Scales and biases: 512 bytes for every four columns (metal/quantized.h).
+  launch.threadgroup_memory.emplace_back(1, tile_columns(bits) / 4 * 512);
+  return launch;
+}
+
+// Entries of a row's list: `count`, and as many columns as come before it is
+// cut again. 0: not even one tile fits.
+int list_room(const Launch& launch, int T, int count, int bits) {
+  int columns = tile_columns(bits);
+  int left = threadgroup_bytes;
+  for (auto [index, bytes] : launch.threadgroup_memory) {
+    left -= bytes;
+  }
+  int room = left / (entry_bytes * std::clamp(T, 1, max_rows));
+  room = std::min({room, max_room, count + 2 * columns + 7}) / 8 * 8;
+  return room < count + columns ? 0 : room;
+}
+
+} // namespace
+
+bool quantized_filter_logits_has_launch(
+    int T,
+    int V,
+    int E,
+    int count,
+    int bits) {
+  auto launch = tile_launch(T, V, mx::float32, 64, bits);
+  return E > 0 && count <= max_candidates &&
+      slice_columns(V, count, bits) <= max_slice &&
+      list_room(launch, T, count, bits) > 0;
+}
+
+std::vector<Launch> quantized_filter_logits_launches(
+    int T,
+    int V,
+    int E,
+    mx::Dtype dtype,
+    int group_size,
+    int bits,
+    int count,
+    std::optional<int> edits,
+    std::optional<float> softcap,
+    float temperature,
+    float top_p,
+    float min_p) {
+  using Role = Buffer::Role;
+  int slice = slice_columns(V, count, bits);
+  int slices = (V + slice - 1) / slice;
+  auto launch = tile_launch(T, V, dtype, group_size, bits);
+  int room = list_room(launch, T, count, bits);
+  int entries = room * std::clamp(T, 1, max_rows);
+  launch.constants.insert(
+      {{4, softcap.has_value()}, {5, edits.has_value()}, {6, room}});
+  launch.grid[0] = slices;
+  launch.threadgroup_memory.emplace_back(2, 4 * entries);
+  launch.threadgroup_memory.emplace_back(3, 2 * entries);
+  launch.buffers = {Buffer::array(Role::in, "x", {T, E}, dtype, 16)};
+  add_matrix(launch, "", {V}, E, dtype, group_size, bits);
+  launch.buffers.push_back(
+      Buffer::array(Role::out, "candidates", {T, slices, count}, mx::uint64));
+  launch.buffers.push_back(
+      Buffer::array(Role::out, "slice_flags", {T, slices}, mx::uint32));
+  add_scalars(
+      launch,
+      {{"M", T}, {"N", V}, {"K", E}, {"slice", slice}, {"count", count}});
+  launch.buffers.push_back(Buffer::scalar("cap", softcap.value_or(0)));
+  launch.buffers.push_back(Buffer::scalar("temperature", temperature));
+  if (edits) {
+    launch.buffers.insert(
+        launch.buffers.end(),
+        {Buffer::array(Role::in, "edit_ids", {*edits}, mx::int32),
+         Buffer::array(Role::in, "factors", {T, *edits}, mx::float32),
+         Buffer::array(Role::in, "deltas", {T, *edits}, mx::float32),
+         Buffer::scalar("L", uint32_t(*edits))});
+  }
+  return {launch, merge_candidates_launch(T, slices, count, top_p, min_p)};
+}
+
+Plan quantized_filter_logits_plan(
+    int T,
+    int V,
+    int E,
+    int group_size,
+    int bits) {
+  return quantized_matmul_plan(T, V, E, group_size, bits);
+}
+
+std::tuple<mx::array, mx::array, mx::array> quantized_filter_logits(
+    const mx::array& x,
+    const mx::array& w,
+    const mx::array& scales,
+    const mx::array& biases,
+    Integer group_size,
+    Integer bits,
+    std::optional<float> softcap,
+    float temperature,
+    Integer top_k,
+    float top_p,
+    float min_p,
+    const std::optional<mx::array>& edit_ids,
+    const std::optional<mx::array>& edit_factors,
+    const std::optional<mx::array>& edit_deltas) {
+  check_packed(op, x, {{"", w, scales, biases}}, group_size, bits);
+  check(x.ndim() == 2, op, "x", "have shape [T, E]", x.shape());
+  check(w.shape(0) > 0, op, "w", "have at least 1 row", w.shape());
+  int T = x.shape(0), V = w.shape(0);
+  check(
+      !softcap || *softcap > 0,
+      op,
+      "softcap",
+      "be above 0",
+      softcap.value_or(0));
+  check_filter(op, temperature, top_p, min_p);
+  bool greedy = temperature == 0; // the one best candidate, as it stands
+  check(
+      top_k >= (greedy ? 0 : 1) && top_k <= max_candidates,
+      op,
+      "top_k",
+      greedy ? "be 0 to 256" : "be 1 to 256",
+      top_k);
+  if (greedy) {
+    temperature = 1;
+    top_k = 1;
+  }
+  auto stream = mx::to_stream({});
+  std::vector<mx::array> inputs = {
+      rows_of(x, stream),
+      whole(w, stream),
+      whole(scales, stream),
+      whole(biases, stream)};
+  add_edits(op, T, edit_ids, edit_factors, edit_deltas, inputs);
+  for (size_t i = 4; i < inputs.size(); ++i) {
+    inputs[i] = packed_on_gpu(inputs[i], stream);
+  }
+  mx::Shape shape = {T, std::min<int>(top_k, V)};
+  auto outputs = mx::array::make_arrays(
+      {shape, shape, {T}},
+      {mx::int32, mx::float32, mx::int32},
+      std::make_shared<QuantizedFilterLogits>(
+          stream,
+          group_size,
+          bits,
+          softcap.value_or(0),
+          temperature,
+          top_p,
+          min_p),
+      inputs);
+  return {outputs[0], outputs[1], outputs[2]};
+}
+
+void QuantizedFilterLogits::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& x = inputs[0];
+  int V = inputs[1].shape(0);
+  Args args = {};
+  args.matmul = packed_args(&inputs[1], x, group_size_, bits_);
+  args.filter = filter_args(outputs, V, temperature_, top_p_, min_p_);
+  args.softcap = softcap_;
+  if (x.shape(0) == 0) {
+    return;
+  }
+
+  Rows rows(x);
+  auto plan = quantized_filter_logits_plan(
+      x.shape(0), V, x.shape(1), group_size_, bits_);
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input);
+  }
+  for (auto& out : outputs) {
+    encoder.set_output_array(out);
+  }
+  encoder.dispatch([rows = std::move(rows),
+                    edits = PackedEdits(inputs, 4),
+                    order = packed_order(bits_),
+                    plan,
+                    args]() mutable {
+    edits.get(args.filter);
+    static thread_local Scratch shared;
+    float* x = shared.floats(plan.scratch);
+    args.matmul.x = x;
+    for (int slice = 0; slice < plan.slices; ++slice) {
+      args.first = slice * max_rows;
+      args.matmul.M = std::min(rows.count() - args.first, max_rows);
+      for (int m = 0; m < args.matmul.M; ++m) {
+        rows.load(args.first + m, order, args.matmul.M, x + 16 * m);
+      }
+      run_slice(plan, args);
+    }
+  });
+}
+
+void QuantizedFilterLogits::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& x = inputs[0];
+  int T = x.shape(0), V = inputs[1].shape(0), E = x.shape(1);
+  int count = outputs[0].shape(1);
+  if (!quantized_filter_logits_has_launch(T, V, E, count, bits_)) {
+    throw std::runtime_error(
+        "[quantized_filter_logits] has no Metal kernel for that many candidates and "
+        "rows; pyengine.ops.quantized_filter_logits runs three ops there.");
+  }
+  for (auto& out : outputs) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  }
+  if (T == 0) {
+    return;
+  }
+  std::optional<int> edits;
+  if (inputs.size() > 4 && inputs[4].size() > 0) {
+    edits = inputs[4].shape(0);
+  }
+  auto launches = quantized_filter_logits_launches(
+      T,
+      V,
+      E,
+      x.dtype(),
+      group_size_,
+      bits_,
+      count,
+      edits,
+      softcap_ > 0 ? std::optional(softcap_) : std::nullopt,
+      temperature_,
+      top_p_,
+      min_p_);
+  run_on_gpu(launches, stream(), inputs, outputs);
+}
+
+void bind_quantized_filter_logits(nb::module_& m) {
+  m.def(
+      "quantized_filter_logits",
+      &quantized_filter_logits,
+      nb::arg("x"),
+      nb::arg("w"),
+      nb::arg("scales"),
+      nb::arg("biases"),
+      nb::arg("group_size"),
+      nb::arg("bits"),
+      nb::arg("softcap").none(),
+      nb::arg("temperature"),
+      nb::arg("top_k"),
+      nb::arg("top_p"),
+      nb::arg("min_p"),
+      nb::arg("edit_ids").none() = nb::none(),
+      nb::arg("edit_factors").none() = nb::none(),
+      nb::arg("edit_deltas").none() = nb::none());
+  m.def(
+      "quantized_filter_logits_plan",
+      &quantized_filter_logits_plan,
+      nb::arg("T"),
+      nb::arg("V"),
+      nb::arg("E"),
+      nb::arg("group_size"),
+      nb::arg("bits"));
+  m.def(
+      "quantized_filter_logits_has_launch",
+      &quantized_filter_logits_has_launch,
+      nb::arg("T"),
+      nb::arg("V"),
+      nb::arg("E"),
+      nb::arg("count"),
+      nb::arg("bits"));
+  m.def(
+      "quantized_filter_logits_launches",
+      &quantized_filter_logits_launches,
+      nb::arg("T"),
+      nb::arg("V"),
+      nb::arg("E"),
+      nb::arg("dtype"),
+      nb::arg("group_size"),
+      nb::arg("bits"),
+      nb::arg("count"),
+      nb::arg("edits").none(),
+      nb::arg("softcap").none(),
+      nb::arg("temperature"),
+      nb::arg("top_p"),
+      nb::arg("min_p"));
+}
+
+} // namespace pyengine

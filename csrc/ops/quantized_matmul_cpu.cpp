@@ -1,0 +1,252 @@
+// quantized_matmul_cpu: out[m, n] = sum over k of x[m, k] * (q[n, k] * scale +
+// bias).
+//
+// A few columns at a time stream through their packed weights once, for all
+// rows of the slice; a weight is unpacked, dequantised and then multiplied with
+// every row while it is in a register. Sixteen lanes add up what lies at k =
+// lane (mod 16) in ascending order, then a fixed tree adds the lanes: neither
+// the number of rows nor that of threads can change a row's bits.
+
+#include "ops/quantized_matmul_cpu.h"
+
+#include "cpu/rows_cpu.h"
+#include "cpu/simd.h"
+
+namespace pyengine::PYENGINE_ISA {
+
+namespace {
+
+constexpr int block = 64; // weights unpacked together: four times 16 lanes
+
+// The block of 64 as four F32x16, in the Order (rows_cpu.h) of its bit width.
+template <int bits>
+PYENGINE_INLINE F32x16 unpack(const uint8_t* w, int j) {
+  if constexpr (bits == 8) {
+    return to_float(widen(w + 16 * j));
+  } else if constexpr (bits == 4) {
+    I32x16 pair = widen(w + 16 * (j / 2));
+    return to_float(j % 2 == 0 ? pair & 0xf : pair >> 4);
+  } else {
+    // Four weights lie in three bytes, the first in the lowest bits.
+    I32x16 quad = widen_triples(w);
+    return to_float((quad >> (6 * j)) & 0x3f);
+  }
+}
+
+// `count` scales or biases from index `first` on, as float32.
+void convert(
+    const void* from,
+    Storage storage,
+    int64_t first,
+    int64_t count,
+    float* to) {
+  auto copy = [&](auto values) {
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) {
+      store(to + i, load(values + first + i));
+    }
+    if (i < count) {
+      int rest = int(count - i);
+      store(to + i, load(values + first + i, rest), rest);
+    }
+  };
+  switch (storage) {
+    case Storage::float32:
+      return copy(static_cast<const float*>(from));
+    case Storage::float16:
+      return copy(static_cast<const Half*>(from));
+    case Storage::bfloat16:
+      return copy(static_cast<const BFloat*>(from));
+  }
+}
+
+// The factor of each lane. Groups of 32 have two factors per block, the second
+// `second` = 1 after the first; larger groups have one, and `second` is 0.
+template <int bits>
+PYENGINE_INLINE F32x16 spread(const float* factors, int second, int j) {
+  if constexpr (bits == 6) {
+    return broadcast(factors[0], factors[second]);
+  } else {
+    return broadcast(factors[j < 2 ? 0 : second]);
+  }
+}
+
+// The columns that a thread works on, [begin, end), and their numbers.
+struct Group {
+  int begin;
+  int end;
+  float* sums; // [M, end - begin]
+  const float* scales; // [end - begin, K / group_size]
+  const float* biases;
+};
+
+// Where the weights of some columns are, and their factors.
+template <int columns>
+struct Cursor {
+  const uint8_t* w[columns];
+  const float* scales[columns];
+  const float* biases[columns];
+};
+
+// Adds one block of 64 to the sums.
+template <int bits, int rows, int columns>
+PYENGINE_INLINE void multiply_block(
+    const Cursor<columns>& at,
+    int second,
+    const float* x,
+    int pitch,
+    F32x16 (&acc)[rows * columns]) {
+  PYENGINE_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    F32x16 weights[columns];
+    PYENGINE_UNROLL
+    for (int c = 0; c < columns; ++c) {
+      weights[c] =
+          fma(unpack<bits>(at.w[c], j),
+              spread<bits>(at.scales[c], second, j),
+              spread<bits>(at.biases[c], second, j));
+    }
+    PYENGINE_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      F32x16 values = load(x + lanes * r);
+      pin(values);
+      PYENGINE_UNROLL
+      for (int c = 0; c < columns; ++c) {
+        acc[r * columns + c] = fma(values, weights[c], acc[r * columns + c]);
+      }
+    }
+    x += pitch;
+  }
+}
+
+// Rows [m, m + rows) of `columns` columns from n on. At the end of the group
+// the last column is computed again in place of those that are missing.
+template <int bits, int rows, int columns>
+void multiply_tile(
+    const QuantizedMatmulArgs& args,
+    const Group& group,
+    int m,
+    int n) {
+  constexpr int block_bytes = block * bits / 8;
+  int64_t factors = args.K / args.group_size;
+  int second = args.group_size == 32 ? 1 : 0;
+  int pitch = lanes * args.M;
+  const float* x = args.x + lanes * m;
+  int column[columns];
+  Cursor<columns> at;
+  PYENGINE_UNROLL
+  for (int c = 0; c < columns; ++c) {
+    column[c] = (n + c < group.end ? n + c : group.end - 1) - group.begin;
+    at.w[c] = args.w + (group.begin + column[c]) * (int64_t(args.K) * bits / 8);
+    at.scales[c] = group.scales + column[c] * factors;
+    at.biases[c] = group.biases + column[c] * factors;
+  }
+  // The next tile's weights arrive while this one is worked on: its columns are
+  // short streams, which the machine would notice too late.
+  bool more = n + 2 * columns <= group.end;
+  int64_t ahead = more ? columns * (int64_t(args.K) * bits / 8) : 0;
+  F32x16 acc[rows * columns] = {};
+
+  int k = 0;
+  for (; k + block <= args.K; k += block) {
+    multiply_block<bits, rows, columns>(at, second, x, pitch, acc);
+    // Groups of 128 move on with every second block.
+    int step = args.group_size == 128 ? k / block % 2 : 1 + second;
+    PYENGINE_UNROLL
+    for (int c = 0; c < columns; ++c) {
+      prefetch(at.w[c] + ahead);
+      at.w[c] += block_bytes;
+      at.scales[c] += step;
+      at.biases[c] += step;
+    }
+    x += 4 * pitch;
+  }
+  if (k < args.K) {
+    // Half a block, one group of 32, is left: x is padded with zeros already.
+    uint8_t padded[columns][block_bytes] = {};
+    PYENGINE_UNROLL
+    for (int c = 0; c < columns; ++c) {
+      memcpy(padded[c], at.w[c], block_bytes / 2);
+      at.w[c] = padded[c];
+    }
+    multiply_block<bits, rows, columns>(at, 0, x, pitch, acc);
+  }
+
+  float results[rows * columns];
+  sums(acc, results);
+  int wide = group.end - group.begin;
+  PYENGINE_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    PYENGINE_UNROLL
+    for (int c = 0; c < columns; ++c) {
+      group.sums[(m + r) * wide + column[c]] = results[r * columns + c];
+    }
+  }
+}
+
+// Accumulators fill the registers: 16 of 32 for AVX-512, 8 of 16 for AVX2.
+constexpr int tile_rows = native == 16 ? 8 : 4;
+constexpr int tile_columns(int rows) {
+  return native == 16 ? (rows <= 4 ? 4 : 2) : native == 8 && rows <= 2 ? 2 : 1;
+}
+
+template <int bits>
+void multiply(const QuantizedMatmulArgs& args, const Group& group) {
+  // Rows beyond one tile read the group's weights again, from the cache.
+  int tiles = (args.M + tile_rows - 1) / tile_rows;
+  for (int tile = 0; tile < tiles; ++tile) {
+    int m = args.M * tile / tiles;
+    int rows = args.M * (tile + 1) / tiles - m;
+    with_constant<tile_rows>(rows, [&](auto constant) {
+      constexpr int tall = constant.value;
+      constexpr int wide = tile_columns(tall);
+      for (int n = group.begin; n < group.end; n += wide) {
+        multiply_tile<bits, tall, wide>(args, group, m, n);
+      }
+    });
+  }
+}
+
+} // namespace
+
+void quantized_matmul_sums(
+    const QuantizedMatmulArgs& args,
+    int begin,
+    int end,
+    float* scratch) {
+  int columns = end - begin;
+  int64_t per_column = args.K / args.group_size;
+  float* scales = scratch + args.M * columns;
+  float* biases = scales + columns * per_column;
+  int64_t first = begin * per_column;
+  convert(args.scales, args.storage, first, columns * per_column, scales);
+  convert(args.biases, args.storage, first, columns * per_column, biases);
+
+  Group group = {begin, end, scratch, scales, biases};
+  switch (args.bits) {
+    case 8:
+      multiply<8>(args, group);
+      break;
+    case 6:
+      multiply<6>(args, group);
+      break;
+    case 4:
+      multiply<4>(args, group);
+      break;
+  }
+}
+
+void quantized_matmul_columns(
+    const QuantizedMatmulArgs& args,
+    int begin,
+    int end,
+    float* scratch) {
+  quantized_matmul_sums(args, begin, end, scratch);
+  int columns = end - begin;
+  for (int m = 0; m < args.M; ++m) {
+    int64_t at = int64_t(m) * args.N + begin;
+    store(args.out, args.out_storage, at, scratch + m * columns, columns);
+  }
+}
+
+} // namespace pyengine::PYENGINE_ISA

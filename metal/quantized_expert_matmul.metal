@@ -1,0 +1,209 @@
+// quantized_expert_matmul: each row times the matrices of the experts it was
+// routed to; for 16 tokens the weights of an expert are read once, however many
+// chose it, and those of the others not at all.
+//
+// A threadgroup owns an expert and the columns of quantized_matmul.metal's
+// tile. It looks through the ids of the 16 tokens, lists those that name its
+// expert (a few hundred bytes against an expert's megabytes) and ends where
+// there are none. So rows are grouped on the device and the host learns
+// nothing. `gated`: two matrices as in quantized_gated_matmul.metal.
+//
+// An id of no expert gives NaN, which the threadgroups of expert 0 write.
+//
+// Limits: those of quantized_matmul; 32 slots.
+#include "quantized.h"
+
+using namespace pyengine;
+
+constant bool gated [[function_constant(4)]];
+constant bool shared
+    [[function_constant(5)]]; // one row of x for all of a token
+
+// The rows that chose this expert: numbers of (token, slot) pairs from `first`
+// on.
+struct Listed {
+  const threadgroup ushort* list;
+  uint first;
+  uint count;
+  uint per_row;
+
+  bool live(uint i) const {
+    return i < count;
+  }
+  uint pair(uint i) const {
+    return first + list[i];
+  }
+  uint row(uint i) const {
+    return i < count ? pair(i) / per_row : 0;
+  }
+};
+
+// Lists the pairs that name the expert, in order; run by one simdgroup.
+inline ushort list_pairs(
+    const device int* ids,
+    threadgroup ushort* list,
+    uint pairs,
+    int expert,
+    ushort lane) {
+  ushort found = 0;
+  for (uint base = 0; base < pairs; base += 32) {
+    uint i = base + lane;
+    ushort named = i < pairs && ids[i] == expert;
+    ushort before = named; // inclusive prefix sum over the lanes
+    for (ushort step = 1; step < 32; step *= 2) {
+      ushort left = simd_shuffle_up(before, step);
+      before += lane >= step ? left : 0;
+    }
+    if (named) {
+      list[found + before - 1] = i;
+    }
+    found += simd_shuffle(before, 31);
+  }
+  return found;
+}
+
+template <typename T, ushort bits>
+[[kernel]] void quantized_expert_matmul(
+    const device T* x [[buffer(0)]], // [tokens, K] or [tokens, slots, K]
+    const device uint* w [[buffer(1)]], // [experts, N, K * bits / 32]
+    const device T* scales [[buffer(2)]], // [experts, N, K / group_size]
+    const device T* biases [[buffer(3)]],
+    const device uint* up_w [[buffer(4)]], // as w; the same again if not gated
+    const device T* up_scales [[buffer(5)]],
+    const device T* up_biases [[buffer(6)]],
+    const device int* ids [[buffer(7)]], // [tokens, slots]
+    device uchar* out [[buffer(8)]], // [tokens, slots, N], T or float
+    constant uint& tokens [[buffer(9)]],
+    constant uint& slots [[buffer(10)]],
+    constant uint& N [[buffer(11)]],
+    constant uint& K [[buffer(12)]],
+    threadgroup float4* staged [[threadgroup(0)]],
+    threadgroup uint4* factors [[threadgroup(1)]],
+    threadgroup ushort* list [[threadgroup(2)]], // 16 * slots + 1
+    uint3 group [[threadgroup_position_in_grid]],
+    uint3 groups [[threadgroups_per_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simd [[simdgroup_index_in_threadgroup]],
+    ushort simds [[simdgroups_per_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  constexpr ushort lanes = chunk / Packed<bits>::run;
+  ushort p = lane % lanes;
+  uint token = group.z * max_rows;
+  uint pairs = min(tokens - token, uint(max_rows)) * slots;
+  threadgroup ushort* listed = list + 1;
+  if (simd == 0) {
+    ushort found =
+        list_pairs(ids + token * slots, listed, pairs, group.y, lane);
+    if (lane == 0) {
+      list[0] = found;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  uint found = list[0];
+
+  // Four columns of one matrix, or two of each of two.
+  ushort wide = gated ? lane_columns / 2 : lane_columns;
+  uint block = simds * (32 / lanes) * wide; // columns of a threadgroup
+  if (group.y == 0) {
+    uint begin = group.x * block, end = min(begin + block, N);
+    for (uint pair = token * slots; pair < token * slots + pairs; ++pair) {
+      if (uint(ids[pair]) >= groups.y) { // negative ids become large
+        for (uint c = begin + thread_index; c < end; c += simds * 32) {
+          write<T>(out, ulong(pair) * N + c, NAN, float_out);
+        }
+      }
+    }
+  }
+  uint n = ((group.x * simds + simd) * (32 / lanes) + lane / lanes) * wide;
+  uint row = group.y * N + n, next = gated ? row : row + 1;
+  Columns<T> columns = {
+      {w + ulong(row) * (K / 32 * bits), up_w + ulong(next) * (K / 32 * bits)},
+      {scales, up_scales},
+      {biases, up_biases},
+      {row, next},
+      (group.y + 1) * N,
+      ushort(wide / 2),
+      0};
+  for (ushort c = 0; c < lane_columns; ++c) {
+    columns.live |= ushort(n + (gated ? c / 2 : c) < N) << c;
+  }
+
+  // More than launch_rows pairs come only from ids that name an expert twice.
+  for (uint start = 0; start < found; start += launch_rows) {
+    ushort rows = min(found - start, uint(launch_rows));
+    Listed rows_of = {listed + start, token * slots, rows, shared ? slots : 1};
+    Sums sums = {};
+    multiply_columns<T, bits>(
+        sums,
+        columns,
+        x,
+        staged,
+        factors,
+        rows_of,
+        rows,
+        K,
+        thread_index,
+        simds * 32);
+
+    uint column = n + (gated ? column_of(p) / 2 : column_of(p));
+    bool mine = column < N && !(gated && column_of(p) % 2);
+#pragma unroll
+    for (ushort m = 0; m < max_rows; ++m) {
+      if (m < rows) {
+        float value = sums[m][0];
+        if (gated) {
+          value = gate_with_partner<T>(value, p);
+        }
+        if (mine && writes<lanes>(m, p)) {
+          write<T>(out, ulong(rows_of.pair(m)) * N + column, value, float_out);
+        }
+      }
+    }
+  }
+}
+
+INSTANTIATE(
+    "quantized_expert_matmul_float32_8",
+    quantized_expert_matmul,
+    float,
+    8)
+INSTANTIATE(
+    "quantized_expert_matmul_float32_6",
+    quantized_expert_matmul,
+    float,
+    6)
+INSTANTIATE(
+    "quantized_expert_matmul_float32_4",
+    quantized_expert_matmul,
+    float,
+    4)
+INSTANTIATE(
+    "quantized_expert_matmul_float16_8",
+    quantized_expert_matmul,
+    half,
+    8)
+INSTANTIATE(
+    "quantized_expert_matmul_float16_6",
+    quantized_expert_matmul,
+    half,
+    6)
+INSTANTIATE(
+    "quantized_expert_matmul_float16_4",
+    quantized_expert_matmul,
+    half,
+    4)
+INSTANTIATE(
+    "quantized_expert_matmul_bfloat16_8",
+    quantized_expert_matmul,
+    bfloat,
+    8)
+INSTANTIATE(
+    "quantized_expert_matmul_bfloat16_6",
+    quantized_expert_matmul,
+    bfloat,
+    6)
+INSTANTIATE(
+    "quantized_expert_matmul_bfloat16_4",
+    quantized_expert_matmul,
+    bfloat,
+    4)

@@ -1,0 +1,108 @@
+// quantized_gated_matmul: out = gelu_tanh(x @ gate^T) * (x @ up^T), for up to
+// 16 rows in one pass over the weights of both matrices.
+//
+// The tile of quantized_matmul.metal, whose header gives its reasons; of a
+// lane's four columns two belong to the gate and the same two to up. So x is
+// read once for both, and what they give never leaves the registers. Both sums
+// are rounded to T before they meet, as when three ops write them to memory:
+// the bits are theirs.
+//
+// Limits: those of quantized_matmul; both matrices packed alike.
+#include "quantized.h"
+
+using namespace pyengine;
+
+template <typename T, ushort bits>
+[[kernel]] void quantized_gated_matmul(
+    const device T* x [[buffer(0)]], // [M, K]
+    const device uint* gate_w [[buffer(1)]], // [N, K * bits / 32]
+    const device T* gate_scales [[buffer(2)]], // [N, K / group_size]
+    const device T* gate_biases [[buffer(3)]],
+    const device uint* up_w [[buffer(4)]],
+    const device T* up_scales [[buffer(5)]],
+    const device T* up_biases [[buffer(6)]],
+    device uchar* out [[buffer(7)]], // [M, N]
+    constant uint& M [[buffer(8)]],
+    constant uint& N [[buffer(9)]],
+    constant uint& K [[buffer(10)]],
+    threadgroup float4* staged [[threadgroup(0)]],
+    threadgroup uint4* factors [[threadgroup(1)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simd [[simdgroup_index_in_threadgroup]],
+    ushort simds [[simdgroups_per_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  constexpr ushort lanes = chunk / Packed<bits>::run;
+  ushort p = lane % lanes;
+  uint n = ((group.x * simds + simd) * (32 / lanes) + lane / lanes) * 2;
+
+  ulong at = ulong(n) * (K / 32 * bits);
+  Columns<T> columns = {
+      {gate_w + at, up_w + at},
+      {gate_scales, up_scales},
+      {gate_biases, up_biases},
+      {n, n},
+      N,
+      1,
+      ushort((n < N ? 3 : 0) | (n + 1 < N ? 12 : 0))};
+
+  Sums sums = {};
+  Consecutive rows_of = {group.y * max_rows, M};
+  multiply_columns<T, bits>(
+      sums,
+      columns,
+      x,
+      staged,
+      factors,
+      rows_of,
+      launch_rows,
+      K,
+      thread_index,
+      simds * 32);
+
+  uint column = n + column_of(p) / 2;
+#pragma unroll
+  for (ushort m = 0; m < max_rows; ++m) {
+    if (m < launch_rows) {
+      float gated = gate_with_partner<T>(sums[m][0], p);
+      if (rows_of.live(m) && column < N && column_of(p) % 2 == 0 &&
+          writes<lanes>(m, p)) {
+        write<T>(out, ulong(rows_of.row(m)) * N + column, gated, false);
+      }
+    }
+  }
+}
+
+INSTANTIATE(
+    "quantized_gated_matmul_float32_8",
+    quantized_gated_matmul,
+    float,
+    8)
+INSTANTIATE(
+    "quantized_gated_matmul_float32_6",
+    quantized_gated_matmul,
+    float,
+    6)
+INSTANTIATE(
+    "quantized_gated_matmul_float32_4",
+    quantized_gated_matmul,
+    float,
+    4)
+INSTANTIATE("quantized_gated_matmul_float16_8", quantized_gated_matmul, half, 8)
+INSTANTIATE("quantized_gated_matmul_float16_6", quantized_gated_matmul, half, 6)
+INSTANTIATE("quantized_gated_matmul_float16_4", quantized_gated_matmul, half, 4)
+INSTANTIATE(
+    "quantized_gated_matmul_bfloat16_8",
+    quantized_gated_matmul,
+    bfloat,
+    8)
+INSTANTIATE(
+    "quantized_gated_matmul_bfloat16_6",
+    quantized_gated_matmul,
+    bfloat,
+    6)
+INSTANTIATE(
+    "quantized_gated_matmul_bfloat16_4",
+    quantized_gated_matmul,
+    bfloat,
+    4)

@@ -1,0 +1,79 @@
+// quantized_matmul: out[m, n] = sum over k of x[m, k] * (q[n, k] * scale +
+// bias), for up to 16 rows in one pass over the weights.
+//
+// A threadgroup of 4 simdgroups (8 for float32 of 8 or 6 bits) owns 8 columns a
+// simdgroup (16 for 4 bits) and walks over K in chunks of 256. 16 lanes (8)
+// share a chunk of a column, 16 bytes each: a simdgroup's load takes 512 bytes,
+// whole 128-byte lines. Scales and biases come in whole sectors of 32 bytes,
+// the next 1024 k of a column (16-bit factors, groups of 64) by two lanes, and
+// wait in threadgroup memory. So each weight is loaded by one lane, once, and
+// so is each factor but for sectors that two rows of factors share. x is
+// converted to float32 in threadgroup memory once for all columns of the
+// threadgroup. A row's order of addition is in matmul.h; neither M nor the tile
+// changes it.
+//
+// Why this tile. Figures of one core, from published measurements of M1 to M4:
+// 128 float32 lanes, 208 KiB of registers, some 60 KiB of threadgroup memory,
+// 32 of them at most for a threadgroup; an M4 Max feeds each of its 40
+// cores 13.7 bytes a ns.
+// * Registers, M = 16: 64 sums, 16 packed and 16 dequantised weights, 4 of x, 8
+//   factors, some 16 for addresses: 124 of 4 bytes, so 208 KiB hold 13
+//   simdgroups. M = 6: 84, 19 simdgroups. Factors on their way take 4, before
+//   weights are dequantised.
+// * Threadgroup memory: M KiB for x (8 for fewer rows), 1 KiB a simdgroup for
+//   factors (2 for 4 bits): 20 KiB at M = 16, of which a core holds 3, 12
+//   simdgroups; 10 KiB at M = 6, 6 of them, more than the registers.
+// * Bytes in flight: a lane starts 4 loads of 16 bytes before it needs one,
+//   2 KiB a simdgroup, 24 KiB a core; factors are asked for behind the weights
+//   of their chunk. 13.7 bytes a ns times 1 us would need 14 KiB.
+// * Work per 8-bit weight, which is a byte: M fma, one to dequantise, one
+//   conversion, M / 16 loads of four x from threadgroup memory. M = 6: 8.4
+//   operations a byte; M = 16: 19. An M4 Max core has 128 * 1.6 / 13.7 = 15 a
+//   byte: bound by bytes to about M = 12, by arithmetic at 16.
+// * Columns: x costs M * itemsize / columns bytes a weight. 32 columns make it
+//   0.4 at M = 6 and 1.0 at M = 16 (bfloat16), from the cache; 16 would double
+//   it, 64 would leave an N of 2048 only 32 threadgroups.
+//
+// Limits: K a multiple of group_size; group_size 32, 64 or 128; x, w, scales
+// and biases on 16 bytes.
+#include "quantized.h"
+
+using namespace pyengine;
+
+template <typename T, ushort bits>
+[[kernel]] void quantized_matmul(
+    const device T* x [[buffer(0)]], // [M, K]
+    const device uint* w [[buffer(1)]], // [N, K * bits / 32]
+    const device T* scales [[buffer(2)]], // [N, K / group_size]
+    const device T* biases [[buffer(3)]],
+    device uchar* out [[buffer(4)]], // [M, N], T or float
+    constant uint& M [[buffer(5)]],
+    constant uint& N [[buffer(6)]],
+    constant uint& K [[buffer(7)]],
+    threadgroup float4* staged [[threadgroup(0)]],
+    threadgroup uint4* factors [[threadgroup(1)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simds [[simdgroups_per_threadgroup]]) {
+  multiply_block<T, bits>(
+      {w, scales, biases, out, N},
+      x,
+      M,
+      K,
+      staged,
+      factors,
+      group.x,
+      group.y,
+      thread_index,
+      simds);
+}
+
+INSTANTIATE("quantized_matmul_float32_8", quantized_matmul, float, 8)
+INSTANTIATE("quantized_matmul_float32_6", quantized_matmul, float, 6)
+INSTANTIATE("quantized_matmul_float32_4", quantized_matmul, float, 4)
+INSTANTIATE("quantized_matmul_float16_8", quantized_matmul, half, 8)
+INSTANTIATE("quantized_matmul_float16_6", quantized_matmul, half, 6)
+INSTANTIATE("quantized_matmul_float16_4", quantized_matmul, half, 4)
+INSTANTIATE("quantized_matmul_bfloat16_8", quantized_matmul, bfloat, 8)
+INSTANTIATE("quantized_matmul_bfloat16_6", quantized_matmul, bfloat, 6)
+INSTANTIATE("quantized_matmul_bfloat16_4", quantized_matmul, bfloat, 4)

@@ -1,0 +1,304 @@
+"""The ``bench`` commands: what is timed, in which order, and the figures made of it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from pyengine.bench.suite import Case
+from pyengine.engine.loop import MAX_BLOCK
+from pyengine.generate import Result, stream
+from pyengine.ops.accept_block import RULES, Rule
+from pyengine.sampling.settings import Sampling
+
+if TYPE_CHECKING:
+    from pyengine.checkpoint.pair import Pair
+
+PLAIN = 1  # the block size of plain decoding
+WARM_UP_TOKENS = 16
+
+Row = dict[str, Any]
+
+
+class Setting(NamedTuple):
+    """What is compared: a block size and the rule that accepts its drafts."""
+
+    block_size: int
+    verify: Rule
+
+    def __str__(self) -> str:
+        if self.block_size == PLAIN:
+            return "plain"
+        return f"block {self.block_size} {self.verify}".removesuffix(" residual")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timed generation."""
+
+    result: Result
+    started_at: str
+    ended_at: str
+    elapsed_s: float
+
+    @property
+    def decode_tokens(self) -> int:
+        """Tokens the decode clock covers: the first one belongs to the prefill."""
+        return max(len(self.result.tokens) - 1, 0)
+
+
+def gemma_mtp(
+    pair: Pair,
+    cases: Sequence[Case],
+    *,
+    max_tokens: int,
+    block_sizes: Sequence[int],
+    sampling: Sampling,
+    repeats: int,
+    rules: Sequence[str] = ("residual",),
+    on_run: Callable[[int, int, str], None] = lambda done, total, label: None,
+    on_rows: Callable[[list[Row]], None] = lambda rows: None,
+) -> tuple[list[Row], list[Row]]:
+    """Time plain decoding and every block size on every case, alternating in this process.
+
+    A repeat runs plain decoding and each block size once; the next repeat starts one further in
+    that list, so that no setting always follows the same one. A short untimed run of each comes
+    first. Case i uses seed ``sampling.seed + i`` in every repeat (0 + i where none is given), so
+    repeats differ in time only.
+
+    Args:
+        pair: Target and assistant.
+        cases: The suite.
+        max_tokens: Token budget of a case, if its own is not lower.
+        block_sizes: Block sizes to compare with plain decoding, 2 to 128.
+        sampling: Settings for every run.
+        repeats: Timed runs of each setting; figures are medians over them.
+        rules: Rules that accept drafts; every block size runs with each.
+        on_run: Called before each run with runs done, runs in all, and what comes next.
+        on_rows: Called with the rows of each case once they are there. When a run fails or is
+            interrupted, its case has rows too, of the repeats that every setting has finished.
+
+    Returns:
+        One row a case and setting, and one summary row a setting over all cases.
+
+    Raises:
+        ValueError: A block size, a rule, the repeats or a prompt is impossible.
+    """
+    check_settings(block_sizes, repeats, max_tokens, rules)
+    first_seed = sampling.seed or 0  # drawn ones would not give the same text tomorrow
+    plain = Setting(PLAIN, sampling.verify)
+    settings = [plain, *(Setting(b, cast(Rule, r)) for r in rules for b in block_sizes)]
+    total = len(settings) * (1 + repeats * len(cases))
+    done = 0
+
+    def run(case: Case, index: int, setting: Setting, budget: int, label: str) -> Sample:
+        nonlocal done
+        on_run(done, total, f"{case.id}, {setting}, {label}")
+        done += 1
+        seeded = replace(sampling, seed=first_seed + index, verify=setting.verify)
+        return _time(pair, case, setting.block_size, budget, seeded)
+
+    for setting in settings:
+        run(cases[0], 0, setting, min(WARM_UP_TOKENS, max_tokens, cases[0].max_tokens), "warm-up")
+    rows: list[Row] = []
+    for index, case in enumerate(cases):
+        budget = min(max_tokens, case.max_tokens)
+        samples: dict[Setting, list[Sample]] = {setting: [] for setting in settings}
+        try:
+            for repeat in range(repeats):
+                turn = repeat % len(settings)
+                for setting in settings[turn:] + settings[:turn]:
+                    label = f"repeat {repeat + 1} of {repeats}"
+                    samples[setting].append(run(case, index, setting, budget, label))
+        finally:
+            whole = min(map(len, samples.values()))
+            if whole:
+                done_of = {setting: own[:whole] for setting, own in samples.items()}
+                seed = first_seed + index
+                own_rows = [
+                    _row(case, seed, budget, setting, own, done_of[plain], sampling.greedy)
+                    for setting, own in done_of.items()
+                ]
+                rows += own_rows
+                on_rows(own_rows)
+    on_run(total, total, "done")
+    return rows, summarise(rows)
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """One row per setting over all cases."""
+    settings = dict.fromkeys(Setting(row["block_size"], row["verify"]) for row in rows)
+    return [_summary(setting, rows) for setting in settings]
+
+
+def check_settings(
+    block_sizes: Sequence[int],
+    repeats: int,
+    max_tokens: int,
+    rules: Sequence[str] = ("residual",),
+) -> None:
+    """Refuse settings of :func:`gemma_mtp` before anything is loaded.
+
+    Raises:
+        ValueError: As there.
+    """
+    if not block_sizes:
+        raise ValueError("[bench] block sizes must name at least one but got none.")
+    for block in block_sizes:
+        if not 2 <= block <= MAX_BLOCK:
+            raise ValueError(f"[bench] block sizes must be 2 to {MAX_BLOCK} but got {block}.")
+    if len(set(block_sizes)) < len(block_sizes):
+        raise ValueError(f"[bench] block sizes must differ but got {list(block_sizes)}.")
+    for rule in rules:
+        if rule not in RULES:
+            raise ValueError(f"[bench] verify must be of {', '.join(RULES)} but got {rule!r}.")
+    if len(set(rules)) < len(rules):
+        raise ValueError(f"[bench] verify must name a rule once but got {','.join(rules)}.")
+    if repeats < 1:
+        raise ValueError(f"[bench] repeats must be at least 1 but got {repeats}.")
+    if max_tokens < 2:  # the first token belongs to the prefill
+        raise ValueError(f"[bench] max tokens must be at least 2 but got {max_tokens}.")
+
+
+def _time(pair: Pair, case: Case, block: int, budget: int, sampling: Sampling) -> Sample:
+    started_at, start = now(), time.perf_counter()
+    running = stream(
+        case.content,
+        pair=pair,
+        max_tokens=budget,
+        sampling=sampling,
+        block_size=block,
+        raw=case.raw,
+    )
+    for _ in running:
+        pass
+    return Sample(running.result, started_at, now(), time.perf_counter() - start)
+
+
+def _row(
+    case: Case,
+    seed: int,
+    budget: int,
+    setting: Setting,
+    own: list[Sample],
+    plain: list[Sample],
+    greedy: bool,
+) -> Row:
+    """Figures of one case and setting; seconds and rates are medians over the repeats."""
+    result, stats = own[0].result, own[0].result.stats
+    tok_s, ar_tok_s = _median(_tok_s(s) for s in own), _median(_tok_s(s) for s in plain)
+    whole, ar_whole = _median(_whole(s) for s in own), _median(_whole(s) for s in plain)
+    decode_s = _median(s.result.stats.decode_s for s in own)
+    return {
+        "prompt_id": case.id,
+        "category": case.category,
+        "prompt_sha256": case.sha256,
+        "prompt_tokens": stats.prompt_tokens,
+        "seed": seed,
+        **setting._asdict(),
+        "token_budget": budget,
+        "hit_token_budget": len(result.tokens) >= budget,
+        "finish_reason": result.finish_reason,
+        "generated_tokens": len(result.tokens),
+        "generation_started_at": own[0].started_at,
+        "generation_ended_at": own[-1].ended_at,
+        "elapsed_s": _median(s.elapsed_s for s in own),
+        "prompt_eval_time_s": _median(s.result.stats.prefill_s for s in own),
+        "decode_elapsed_s": decode_s,
+        "tok_s": tok_s,
+        "tok_s_min": min(_tok_s(s) for s in own),
+        "tok_s_max": max(_tok_s(s) for s in own),
+        "ar_tok_s": ar_tok_s,
+        "speedup_vs_ar": _ratio(tok_s, ar_tok_s),
+        "end_to_end_tok_s": whole,
+        "ar_end_to_end_tok_s": ar_whole,
+        "end_to_end_speedup_vs_ar": _ratio(whole, ar_whole),
+        "verify_calls": stats.rounds,
+        "tokens_per_round": _ratio(own[0].decode_tokens, stats.rounds),
+        "round_cost_in_plain_steps": _ratio(decode_s * ar_tok_s or None, stats.rounds),
+        "drafted_tokens": stats.drafted,
+        "accepted_drafts": stats.accepted,
+        "rejected_drafts": stats.drafted - stats.accepted,
+        "acceptance_rate": _ratio(stats.accepted, stats.drafted),
+        "mean_accepted_drafts_per_round": _ratio(stats.accepted, stats.rounds),
+        "drafted_by_depth": stats.drafted_by_depth,
+        "accepted_by_depth": stats.accepted_by_depth,
+        "acceptance_by_depth": stats.acceptance_by_depth,
+        "bonus_tokens": stats.bonus_tokens,
+        "correction_tokens": stats.correction_tokens,
+        "peak_memory_bytes": max(s.result.stats.peak_memory_bytes for s in own),
+        "repeats_agree": all(s.result.tokens == result.tokens for s in own),
+        "exact_match": (
+            result.tokens == plain[0].result.tokens
+            if greedy or setting.verify == "coupled"
+            else None
+        ),
+        "samples": [
+            {
+                "started_at": s.started_at,
+                "tok_s": _tok_s(s),
+                "prefill_s": s.result.stats.prefill_s,
+                "decode_s": s.result.stats.decode_s,
+                "elapsed_s": s.elapsed_s,
+            }
+            for s in own
+        ],
+        "tokens": result.tokens,
+        "text": result.text,
+    }
+
+
+def _summary(setting: Setting, rows: Sequence[Row]) -> Row:
+    """One setting over all cases, pooled: every token and every second weighs the same."""
+    own = [row for row in rows if (row["block_size"], row["verify"]) == setting]
+    plain = [row for row in rows if row["block_size"] == PLAIN]
+
+    def total(key: str, of: list[Row] = own) -> float:
+        return float(sum(row[key] for row in of))
+
+    def rate(of: list[Row]) -> float | None:
+        return _ratio(total("generated_tokens", of) - len(of), total("decode_elapsed_s", of))
+
+    tok_s, ar_tok_s = rate(own), rate(plain)
+    rounds, drafted = total("verify_calls"), total("drafted_tokens")
+    matches = [row["exact_match"] for row in own]
+    return {
+        **setting._asdict(),
+        "tok_s": tok_s,
+        "acceptance_rate": _ratio(total("accepted_drafts"), drafted),
+        "tokens_per_round": _ratio(total("generated_tokens") - len(own), rounds),
+        "speedup_vs_ar": _ratio(tok_s, ar_tok_s),
+        "round_cost_in_plain_steps": _ratio(
+            total("decode_elapsed_s") * (ar_tok_s or 0) or None, rounds
+        ),
+        "generated_tokens": int(total("generated_tokens")),
+        "decode_elapsed_s": total("decode_elapsed_s"),
+        "prompt_eval_time_s": total("prompt_eval_time_s"),
+        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in own),
+        "repeats_agree": all(row["repeats_agree"] for row in own),
+        "exact_match": None if None in matches else all(matches),
+    }
+
+
+def _tok_s(sample: Sample) -> float:
+    return _ratio(sample.decode_tokens, sample.result.stats.decode_s) or 0.0
+
+
+def _whole(sample: Sample) -> float:
+    return _ratio(len(sample.result.tokens), sample.elapsed_s) or 0.0
+
+
+def _median(values: Iterable[float]) -> float:
+    return statistics.median(values)
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

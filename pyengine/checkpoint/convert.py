@@ -1,0 +1,125 @@
+"""Checkpoints in, a bundle out: what ``pyengine convert`` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyengine.checkpoint.hub import locate
+from pyengine.checkpoint.new_folder import new_folder
+from pyengine.checkpoint.pair import MANIFEST, MAX_NAME, bundle_parts, is_name, read_generation
+from pyengine.checkpoint.quantize import Plan, plan_checkpoint, write_checkpoint
+from pyengine.model.config import (
+    ASSISTANT_TYPES,
+    check_pair,
+    published_name,
+    read_assistant_config,
+    read_json,
+    read_target_config,
+)
+from pyengine.untrusted import optional, shown
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written: the folder, ``"pair"``, ``"target"`` or ``"assistant"``, and its bytes."""
+
+    path: Path
+    kind: str
+    name: str
+    weight_bytes: int
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    assistant: str | Path | None = None,
+    bits: int = 8,
+    group_size: int = 64,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+) -> Converted:
+    """Quantise a checkpoint, or a pair of them into a bundle. Evaluates.
+
+    Args:
+        src: A Gemma 4 checkpoint folder, Hugging Face form; or a folder that holds a pair.
+        dst: Folder to make; must not exist. It appears when it is whole.
+        assistant: The assistant's checkpoint, when ``src`` is its target: both make one bundle.
+        bits: 4, 6 or 8.
+        group_size: 32, 64 or 128.
+        on_progress: Called with bytes written, bytes in all, and what comes next.
+
+    Raises:
+        ValueError: A checkpoint is damaged, the two are no pair, or an argument breaks a rule.
+    """
+    src, dst = locate(src), Path(dst)
+    parts = _parts(src, None if assistant is None else locate(assistant))
+    manifest: dict[str, Any] | None = None
+    kind, name = "assistant" if _is_assistant(parts["target"]) else "target", src.name
+    if "assistant" in parts:
+        target_config = read_target_config(parts["target"])
+        assistant_config = read_assistant_config(parts["assistant"])
+        check_pair(target_config, assistant_config)
+        kind, name = "pair", published_name(target_config, assistant_config) or dst.name
+        if not is_name(name):
+            raise ValueError(
+                f"[convert] dst must have a printable name of at most {MAX_NAME} characters, which "
+                f"becomes the pair's, but got {shown(name)}."
+            )
+        mode = {"group_size": group_size, "bits": bits, "mode": "affine"}
+        manifest = {
+            "name": name,
+            "layout": {part: part for part in parts},
+            **{part: {"quantization": mode, "source": parts[part].name} for part in parts},
+        }
+    plans: dict[str, Plan] = {}
+    for part, folder in parts.items():
+        # A pair loads if its two have one dtype: the target's
+        dtype = plans["target"].dtype if plans else None
+        plans[part] = plan_checkpoint(folder, bits, group_size, dtype)
+    if kind != "assistant":
+        # Copied as it is, so refused here if loading would refuse it
+        read_generation(
+            parts["target"], parts.get("assistant"), read_target_config(parts["target"]), {}
+        )
+    total = sum(plan.nbytes for plan in plans.values())
+    with new_folder(dst, total) as partial:
+        done = 0
+        for part, plan in plans.items():
+            folder = partial / part if manifest else partial
+            folder.mkdir(exist_ok=True)
+            write_checkpoint(plan, folder, _shifted(on_progress, done, total, plan, part))
+            done += plan.nbytes
+        if manifest:
+            text = json.dumps(manifest, indent=2) + "\n"
+            (partial / MANIFEST).write_text(text, encoding="utf-8")
+    on_progress(total, total, "done")
+    return Converted(dst, kind, name, total)
+
+
+def _parts(src: Path, assistant: Path | None) -> dict[str, Path]:
+    """The folders to convert; a checkpoint alone is called target, whichever it is."""
+    if assistant is not None:
+        return {"target": src, "assistant": assistant}
+    if optional(src, "config.json", "convert") or not src.is_dir():
+        return {"target": src}
+    return dict(zip(("target", "assistant"), bundle_parts(src), strict=True))
+
+
+def _is_assistant(folder: Path) -> bool:
+    return folder.is_dir() and read_json(folder).get("model_type") in list(ASSISTANT_TYPES)
+
+
+def _shifted(
+    on_progress: Callable[[int, int, str], None], before: int, total: int, plan: Plan, part: str
+) -> Callable[[int, int, str], None]:
+    """Progress of one part as progress of the whole."""
+
+    def report(done: int, _: int, name: str) -> None:
+        if done < plan.nbytes:
+            on_progress(before + done, total, f"{part} {name}")
+
+    return report

@@ -1,0 +1,181 @@
+"""What a checkpoint or bundle is, what it needs, and what would be refused: without loading it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pyengine.checkpoint import memory
+from pyengine.checkpoint.defaults import OURS
+from pyengine.checkpoint.hub import locate
+from pyengine.checkpoint.pair import bundle_parts, read_generation, read_manifest
+from pyengine.checkpoint.weights import Layout, assistant_layout, check_tensors, target_layout
+from pyengine.model.config import (
+    ASSISTANT_TYPES,
+    AssistantConfig,
+    TargetConfig,
+    TextConfig,
+    check_pair,
+    published_name,
+    read_assistant_config,
+    read_json,
+    read_target_config,
+)
+from pyengine.text.tokenizer import load_tokenizer
+from pyengine.untrusted import optional
+
+CONTEXT, BLOCK = 8192, 8  # of the cache whose size is told
+
+
+def inspect(path: str | Path, context: int | None = None) -> dict[str, Any]:
+    """Read configs, headers, tokenizer and settings of a checkpoint folder or bundle.
+
+    Args:
+        path: The folder.
+        context: Tokens that the told cache shall hold; None is 8192, or all a smaller model has.
+
+    Returns:
+        A report ready for JSON; ``refused`` lists every sentence with which loading would end.
+
+    Raises:
+        ValueError: path is no folder, or context is impossible.
+    """
+    path = locate(path)
+    if not path.is_dir():
+        raise ValueError(f"[inspect] path must be a folder but got {path}.")
+    if context is not None and context < 1:
+        raise ValueError(f"[inspect] context must be at least 1 but got {context}.")
+    report: dict[str, Any] = {"path": str(path), "kind": None, "name": None, "refused": []}
+    with _refusals(report):
+        parts = _parts(path)
+        report["kind"] = "pair" if len(parts) == 2 else next(iter(parts))
+        configs: dict[str, TextConfig] = {}
+        for part, folder in parts.items():
+            with _refusals(report):
+                configs[part] = _read(part, folder)
+                report[part] = {"path": str(folder), **_describe(configs[part])}
+            if part in configs:
+                with _refusals(report):
+                    layout = _layout(configs[part])
+                    report[part]["tensors"] = _tensors(folder, layout, configs[part])
+        target, assistant = configs.get("target"), configs.get("assistant")
+        if isinstance(target, TargetConfig) and isinstance(assistant, AssistantConfig):
+            with _refusals(report):
+                check_pair(target, assistant)
+                report["name"] = published_name(target, assistant)
+        if isinstance(target, TargetConfig):
+            with _refusals(report):
+                report["text"] = _text(path, parts, target)
+            report["memory"] = memory_of = _memory(report, target, context)
+            with _refusals(report):
+                least = memory_of["weights"] + memory.cache_bytes(target, 1, 1, 2)
+                memory.check(least, "the weights and the smallest cache")
+            if context is not None and context > target.context_limit:
+                report["refused"].append(
+                    f"[inspect] context must be at most the model's {target.context_limit} tokens "
+                    f"but got {context}."
+                )
+    return report
+
+
+def _parts(path: Path) -> dict[str, Path]:
+    if optional(path, "config.json", "inspect"):
+        part = "assistant" if read_json(path).get("model_type") in [*ASSISTANT_TYPES] else "target"
+        return {part: path}
+    return dict(zip(("target", "assistant"), bundle_parts(path), strict=True))
+
+
+def _read(part: str, folder: Path) -> TextConfig:
+    return read_target_config(folder) if part == "target" else read_assistant_config(folder)
+
+
+def _layout(config: TextConfig) -> Layout:
+    if isinstance(config, TargetConfig):
+        return target_layout(config)
+    assert isinstance(config, AssistantConfig)
+    return assistant_layout(config)
+
+
+def _describe(config: TextConfig) -> dict[str, Any]:
+    layers = config.layers
+    out: dict[str, Any] = {
+        "model_type": config.model_type,
+        "layers": len(layers),
+        "sliding_layers": sum(layer.sliding for layer in layers),
+        "hidden_size": config.hidden_size,
+        "heads": config.num_heads,
+        "head_widths": sorted({layer.head_dim for layer in layers}),
+        "feed_forward": sorted({layer.ffn_width for layer in layers}),
+        "window": config.window,
+        "context": config.context_limit,
+        "vocabulary": config.vocab_size,
+    }
+    if isinstance(config, TargetConfig):
+        shared = sum(layer.kv_source != i for i, layer in enumerate(layers))
+        out |= {"shared_layers": shared, "experts": config.num_experts}
+        out |= {"per_layer_width": config.per_layer_width}
+    if isinstance(config, AssistantConfig):
+        out |= {"backbone_size": config.backbone_size, "centroids": config.num_centroids}
+    return out
+
+
+def _tensors(folder: Path, layout: Layout, config: TextConfig) -> dict[str, Any]:
+    """Parameters, bytes, dtype, and how many matrices are stored in which way."""
+    matrices, storage = check_tensors(folder, layout, config.quantization)
+    ways = Counter(
+        f"{m.bits} bit, group {m.group_size}" if m.bits else storage for m in matrices.values()
+    )
+    shapes = [*layout.matrices.values(), *layout.vectors.values()]
+    return {
+        "parameters": sum(map(math.prod, shapes)),
+        "bytes": memory.weight_bytes(folder, layout),
+        "dtype": storage,
+        "matrices": dict(ways),
+    }
+
+
+def _text(path: Path, parts: dict[str, Path], target: TargetConfig) -> dict[str, Any]:
+    """Tokenizer, template and sampling defaults."""
+    manifest = read_manifest(path) if len(parts) == 2 else {}
+    settings = read_generation(parts["target"], parts.get("assistant"), target, manifest)
+    tokenizer = load_tokenizer(parts["target"])
+    stop_ids = list(dict.fromkeys((*settings.stop_ids, *tokenizer.answer_ends())))
+    return {
+        "tokens": tokenizer.vocab_size,
+        "chat_template": tokenizer.has_chat_template,
+        "thinking": bool(tokenizer.channel_ids()),
+        "stop_ids": stop_ids,
+        "answer_ends": [f"{tokenizer.spelling(token)} ({token})" for token in stop_ids],
+        **{key: getattr(settings, key) for key in OURS},
+        "notes": [*settings.notes, *filter(None, [tokenizer.chat_template_error])],
+    }
+
+
+def _memory(report: dict[str, Any], target: TargetConfig, context: int | None) -> dict[str, Any]:
+    known = [report.get(part, {}).get("tensors") for part in ("target", "assistant")]
+    weights = sum(tensors["bytes"] for tensors in known if tensors)
+    size = 4 if (known[0] or {}).get("dtype") == "float32" else 2
+    context = min(CONTEXT if context is None else context, target.context_limit)
+    cache = memory.cache_bytes(target, context, BLOCK, size)
+    free = memory.available_bytes()
+    return {
+        "weights": weights,
+        "context": context,
+        "cache": cache,
+        "available": free,
+        "fits": None if free is None else weights + cache <= free,
+    }
+
+
+@contextmanager
+def _refusals(report: dict[str, Any]) -> Iterator[None]:
+    """Note what is refused and go on: the reader wants all of it."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error) not in report["refused"]:
+            report["refused"].append(str(error))

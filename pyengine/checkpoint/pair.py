@@ -1,0 +1,413 @@
+"""A target and its assistant on disk: find, check, load.
+
+A bundle is a folder that holds two checkpoint folders, ``target`` and ``assistant`` unless its
+``mtplx_pair.json`` names others; two checkpoint folders from anywhere do as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import NoneType
+from typing import Any, cast
+
+import mlx.core as mx
+
+from pyengine import forked
+from pyengine.arguments import flag, token_ids, whole
+from pyengine.checkpoint import memory
+from pyengine.checkpoint.defaults import FILE, sampling_defaults
+from pyengine.checkpoint.hub import locate
+from pyengine.checkpoint.weights import (
+    assistant_layout,
+    load_assistant_weights,
+    load_target_weights,
+    target_layout,
+)
+from pyengine.engine.loop import MAX_BLOCK
+from pyengine.model.assistant import POSITIONS, Assistant, Position
+from pyengine.model.config import (
+    TargetConfig,
+    check_pair,
+    published_name,
+    read_assistant_config,
+    read_target_config,
+)
+from pyengine.model.target import Target, check_ids
+from pyengine.text.tokenizer import Tokenizer, load_tokenizer
+from pyengine.untrusted import optional, read_object, shown, within
+
+MANIFEST = "mtplx_pair.json"
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+MAX_NAME = 200
+
+_log = logging.getLogger("pyengine")
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What the checkpoint's authors recommend; ``num_draft`` is None where they say nothing.
+
+    ``notes`` has a sentence for each of their settings that is not followed.
+    """
+
+    stop_ids: tuple[int, ...]
+    temperature: float
+    top_p: float
+    top_k: int
+    suppress_tokens: tuple[int, ...]
+    num_draft: int | None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, repr=False)
+class Pair:
+    """A loaded target with its assistant (None: plain decoding only) and what belongs to them.
+
+    ``verified`` says that the geometry is one of the five published pairs', ``embedded`` that this
+    is the pair inside the package. ``path`` is the bundle, or the target's folder.
+    """
+
+    target: Target
+    assistant: Assistant | None
+    generation: GenerationDefaults
+    path: Path
+    target_path: Path
+    name: str
+    verified: bool
+    embedded: bool
+    manifest: dict[str, Any]
+
+    def __repr__(self) -> str:
+        config, dtype = self.target.config, str(self.target.dtype).rpartition(".")[2]
+        with_ = "with" if self.assistant else "without"
+        return (
+            f"<Pair {self.name}: {len(config.layers)} layers, {dtype}, {with_} assistant, from "
+            f"{self.path}>"
+        )
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The target's tokenizer, read when first asked for."""
+        return load_tokenizer(self.target_path)
+
+    def logits(self, ids: Sequence[int]) -> mx.array:
+        """The target's logits after each of these tokens.
+
+        Args:
+            ids: T token ids; at most the context.
+
+        Returns:
+            ``[T, V]``, float32, after the softcap and before any sampling filter.
+
+        Raises:
+            ValueError: No ids, too many, or one outside the vocabulary.
+        """
+        forked.check("logits")
+        tokens = token_ids("logits", "ids", ids)
+        self._check_room("logits", len(tokens))
+        return self.target.logits(tokens)
+
+    def draft(self, ids: Sequence[int], k: int) -> list[int]:
+        """What the assistant proposes, greedily, to follow these tokens.
+
+        The target processes all but the last token, as it has in a round. Evaluates.
+
+        Args:
+            ids: At least two token ids.
+            k: Number of drafts, at least 1.
+
+        Returns:
+            k token ids.
+
+        Raises:
+            ValueError: The pair has no assistant, or an argument breaks a rule above.
+        """
+        if self.assistant is None:
+            raise ValueError("[draft] the pair must have an assistant; load one with assistant=.")
+        forked.check("draft")
+        tokens, count = token_ids("draft", "ids", ids), whole("draft", "k", k)
+        if len(tokens) < 2:
+            raise ValueError(f"[draft] ids must hold at least 2 tokens but got {len(tokens)}.")
+        if count < 1:
+            raise ValueError(f"[draft] k must be at least 1 but got {count}.")
+        self._check_room("draft", len(tokens))
+        check_ids("draft", tokens, self.target.config.vocab_size)
+        cache = self.target.new_cache(1)
+        _, hidden = self.target.prefill(tokens[:-1], cache)
+        token = mx.array(tokens[-1:], dtype=mx.int32)
+        drafts = []
+        for _ in range(count):
+            logits, hidden = self.assistant.step(self.target.embed(token), hidden, cache)
+            token = mx.argmax(logits, axis=-1).astype(mx.int32)
+            drafts.append(token)
+        return cast("list[int]", mx.concatenate(drafts).tolist())
+
+    def _check_room(self, what: str, count: int) -> None:
+        if count > self.target.context:
+            raise ValueError(
+                f"[{what}] ids must fit the context of {self.target.context} tokens but got "
+                f"{count}."
+            )
+
+
+def load(
+    target: str | Path | None = None,
+    assistant: str | Path | None = None,
+    bundle: str | Path | None = None,
+    *,
+    dtype: mx.Dtype | str | None = None,
+    position: Position = "n-1",
+    text: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Pair:
+    """Load a pair: two checkpoint folders, a bundle, or (nothing given) the embedded pair.
+
+    Args:
+        target: Folder of a Gemma 4 checkpoint, Hugging Face or MLX form; or, as for the two
+            below, its name on the hub (``owner/name``, extra ``hub``).
+        assistant: Folder of its assistant; without one the pair can only decode plainly.
+        bundle: Folder with both, ``mtplx_pair.json`` beside them or not; instead of the two above.
+        dtype: Convert to float32, float16 or bfloat16 (MLX's type or its name); None keeps the
+            checkpoint's.
+        position: Where the assistant's query sits, ``"n-1"`` or ``"n-2"``. Changes acceptance at
+            most, never the output's distribution.
+        text: Read the tokenizer too, before the weights: a wrong one is told at once.
+        on_progress: Called after each tensor with bytes read and bytes in all.
+
+    Returns:
+        The pair; its tokenizer is read when first used, if not already. What its authors recommend
+        and pyengine does not follow is in ``generation.notes``, and a warning of the logger
+        ``pyengine``.
+
+    Raises:
+        ValueError: A folder is not what it should be, or the two are no pair.
+        RuntimeError: The process was forked from one that had used MLX.
+    """
+    forked.check("load")
+    for what, place in (("target", target), ("assistant", assistant), ("bundle", bundle)):
+        if not isinstance(place, (str, Path, NoneType)):
+            raise ValueError(f"[load] {what} must be a folder or a name but got {shown(place)}.")
+    dtype = _dtype(dtype)
+    if not isinstance(position, str) or position not in POSITIONS:
+        raise ValueError(f"[load] position must be n-1 or n-2 but got {shown(position)}.")
+    flag("load", "text", text)
+    if bundle is not None and (target is not None or assistant is not None):
+        raise ValueError("[load] bundle must stand alone but target or assistant is given too.")
+    if assistant is not None and target is None:
+        raise ValueError("[load] assistant must come with a target but got none.")
+
+    embedded = bundle is None and target is None
+    manifest: dict[str, Any] = {}
+    if target is None:
+        path = _folder(_embedded_path() if bundle is None else locate(bundle), "bundle")
+        assistant_path: Path | None
+        target_path, assistant_path = bundle_parts(path)
+        manifest = read_manifest(path)
+    else:
+        path = target_path = _folder(locate(target), "target")
+        assistant_path = None if assistant is None else _folder(locate(assistant), "assistant")
+
+    # Both configs are read and compared before the first gigabyte is
+    target_config = read_target_config(target_path)
+    name, verified = path.name, False
+    loaded: Assistant | None = None
+    if assistant_path is not None:
+        assistant_config = read_assistant_config(assistant_path)
+        check_pair(target_config, assistant_config)
+        published = published_name(target_config, assistant_config)
+        name, verified = published or name, published is not None
+    generation = read_generation(target_path, assistant_path, target_config, manifest)
+    for note in generation.notes:
+        _log.warning("[load] %s", note)
+    needed = memory.weight_bytes(target_path, target_layout(target_config), dtype)
+    if assistant_path is not None:
+        needed += memory.weight_bytes(assistant_path, assistant_layout(assistant_config), dtype)
+    smallest = memory.cache_bytes(target_config, 1, 1, 2)
+    memory.check(needed + smallest, "the weights and the smallest cache")
+    tokenizer = load_tokenizer(target_path) if text else None
+    read = 0
+
+    def on_read(count: int) -> None:
+        nonlocal read
+        read += count
+        on_progress(read, needed)
+
+    weights = load_target_weights(target_path, target_config, dtype, on_read)
+    if assistant_path is not None:
+        own = load_assistant_weights(assistant_path, assistant_config, dtype, on_read)
+        if own.dtype != weights.dtype:
+            raise ValueError(
+                f"[load] the assistant's dtype must equal the target's {weights.dtype} but got "
+                f"{own.dtype}; pass dtype= to convert both."
+            )
+        loaded = Assistant(assistant_config, target_config, own, position)
+    model = Target(target_config, weights)
+    # A lazy array belongs to the thread that made it, an evaluated one to all
+    mx.eval([*_arrays(model), *_arrays(loaded)])
+    pair = Pair(
+        target=model,
+        assistant=loaded,
+        generation=generation,
+        path=path,
+        target_path=target_path,
+        name=manifest.get("name", name),
+        verified=verified,
+        embedded=embedded,
+        manifest=manifest,
+    )
+    if tokenizer is not None:
+        vars(pair)["tokenizer"] = tokenizer  # where its cached_property looks
+    return pair
+
+
+def _dtype(given: object) -> mx.Dtype | None:
+    """A storage type, from itself or its name."""
+    if given is None:
+        return None
+    found = DTYPES.get(given) if isinstance(given, str) else given
+    if isinstance(found, mx.Dtype) and found in DTYPES.values():
+        return found
+    raise ValueError(f"[load] dtype must be {', '.join(DTYPES)} or None but got {shown(given)}.")
+
+
+def _arrays(value: object) -> Iterator[mx.array]:
+    """Every array inside a model."""
+    if isinstance(value, mx.array):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _arrays(inner)
+    elif type(value).__module__.startswith("pyengine."):
+        for inner in vars(value).values():
+            yield from _arrays(inner)
+
+
+def _embedded_path() -> Path:
+    return Path(__file__).parents[1] / "nano"
+
+
+def _folder(path: Path, what: str) -> Path:
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"[load] {what} must be a folder but {path} is a link that leads nowhere.")
+    if not path.is_dir():
+        raise ValueError(f"[load] {what} must be a folder but got {path}.")
+    return path
+
+
+def bundle_parts(path: Path) -> tuple[Path, Path]:
+    """Target and assistant folder of a bundle; one without a manifest has the usual names.
+
+    Raises:
+        ValueError: The manifest is damaged, or a folder is missing or outside the bundle.
+    """
+    names = (MANIFEST, "target", "assistant")
+    if path.is_dir() and not any(os.path.lexists(path / name) for name in names):
+        if optional(path, "config.json", "load"):
+            raise ValueError(
+                f"[load] {path} must be a bundle but is a checkpoint; it goes to target= or "
+                "assistant=."
+            )
+        raise ValueError(
+            f"[load] {path} must be a bundle with the folders target and assistant, or a "
+            "checkpoint with config.json, but is neither."
+        )
+    manifest = read_manifest(path)
+    target, assistant = (_inside(path, manifest, part) for part in ("target", "assistant"))
+    return _folder(target, "target"), _folder(assistant, "assistant")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The object in a bundle's manifest; of its values, only the name is checked here.
+
+    Empty where there is none: the folders are then called ``target`` and ``assistant``.
+    """
+    file = optional(path, MANIFEST, "load")
+    if file is None:
+        return {}
+    manifest = read_object(file, "load")
+    name = manifest.get("name", "-")
+    if not is_name(name):
+        raise ValueError(
+            f"[load] `name` of {MANIFEST} must be a line of at most {MAX_NAME} characters but got "
+            f"{shown(name)}."
+        )
+    return manifest
+
+
+def is_name(value: object) -> bool:
+    """Whether a pair may be called so: the name goes to terminals and into tables."""
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= MAX_NAME
+
+
+def _inside(bundle: Path, manifest: dict[str, Any], part: str) -> Path:
+    """Folder of one half of a bundle, as the manifest names it; never outside the bundle."""
+    layout = manifest.get("layout", {})
+    name = layout.get(part, part) if isinstance(layout, dict) else None
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"[load] `layout.{part}` of {MANIFEST} must name a folder.")
+    for kind in (PurePosixPath(name), PureWindowsPath(name)):
+        if kind.is_absolute() or kind.drive or kind.root or ".." in kind.parts:
+            raise ValueError(
+                f"[load] `layout.{part}` of {MANIFEST} must lie inside the bundle but got "
+                f"{shown(name)}."
+            )
+    return within(bundle, name, "load")
+
+
+def read_generation(
+    target: Path, assistant: Path | None, config: TargetConfig, manifest: dict[str, Any]
+) -> GenerationDefaults:
+    """Settings a pair comes with: generation_config.json, else the manifest's, else ours."""
+    own = _read_optional(target)
+    theirs = _read_optional(assistant) if assistant else {}
+    benchmark = manifest.get("benchmark", {})
+    if not isinstance(benchmark, dict):
+        raise ValueError(f"[load] `benchmark` of {MANIFEST} must be an object.")
+    found, notes = sampling_defaults(own, benchmark, config.vocab_size)
+    best = benchmark.get("best_block_size")
+    if best is not None and (type(best) is not int or not 1 <= best <= MAX_BLOCK):
+        raise ValueError(
+            f"[load] `benchmark.best_block_size` of {MANIFEST} must be a whole number from 1 to "
+            f"{MAX_BLOCK} but got {shown(best)}."
+        )
+    eos = own.get("eos_token_id")
+    num_draft = theirs.get("num_assistant_tokens")
+    if num_draft is not None and (type(num_draft) is not int or not 1 <= num_draft < MAX_BLOCK):
+        raise ValueError(
+            f"[load] num_assistant_tokens must be from 1 to {MAX_BLOCK - 1} but got "
+            f"{shown(num_draft)}."
+        )
+    suppressed = _token_ids("suppress_tokens", own.get("suppress_tokens") or [], config)
+    if len(set(suppressed)) == config.vocab_size:
+        raise ValueError(f"[load] `suppress_tokens` of {FILE} must leave a token but names all.")
+    return GenerationDefaults(
+        stop_ids=config.eos_ids if eos is None else _token_ids("eos_token_id", eos, config),
+        suppress_tokens=suppressed,
+        num_draft=num_draft,
+        notes=notes,
+        **found,  # type: ignore[arg-type]
+    )
+
+
+def _token_ids(key: str, value: Any, config: TargetConfig) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
+        raise ValueError(
+            f"[load] `{key}` of {FILE} must hold ids from 0 to "
+            f"{config.vocab_size - 1} but got {shown(value)}."
+        )
+    return tuple(ids)
+
+
+def _read_optional(folder: Path) -> dict[str, Any]:
+    file = optional(folder, FILE, "load")
+    return read_object(file, "load") if file else {}

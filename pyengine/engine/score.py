@@ -1,0 +1,126 @@
+"""How likely the target finds given tokens: log-probabilities without a generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import mlx.core as mx
+
+from pyengine import forked, ops
+from pyengine.arguments import token_ids
+from pyengine.arguments import whole as whole_number
+from pyengine.checkpoint import memory
+from pyengine.engine.loop import NonFinite, prefill
+from pyengine.engine.prefix import Prefix, check_prefix
+from pyengine.ops.filter_logits import MAX_TOP_K
+from pyengine.sampling.settings import Logprob
+from pyengine.text.prompt import prompt_ids
+from pyengine.untrusted import shown
+
+if TYPE_CHECKING:
+    from pyengine.checkpoint.pair import Pair
+
+SCORE_BLOCK = 16  # rows of one call, each row [V] of logits
+
+Progress = Callable[[int, int], None]
+
+
+def score(
+    pair: Pair,
+    context: Sequence[int],
+    continuation: Sequence[int],
+    *,
+    prefix: Prefix | None = None,
+) -> tuple[list[float], bool]:
+    """How likely the target finds given tokens after a context, before any sampling filter.
+
+    Args:
+        pair: From :func:`pyengine.load`.
+        context: Token ids, at least one.
+        continuation: Token ids to be scored.
+        prefix: Keys and values of earlier calls on this pair, and for later ones.
+
+    Returns:
+        The natural logarithm of each token's probability, and whether greedy decoding would write
+        these very tokens.
+
+    Raises:
+        ValueError: An argument is of another type, the context is empty, or both together do not
+            fit the target's, or the memory.
+        RuntimeError: The weights gave logits that are not finite.
+    """
+    before = token_ids("score", "context", context)
+    whole = prompt_ids(pair, [*before, *token_ids("score", "continuation", continuation)])
+    check_prefix("score", prefix)
+    if not before:
+        raise ValueError("[score] context must hold at least one token but got none.")
+    logprobs: list[float] = []
+    all_best = True
+    prefix = Prefix() if prefix is None else prefix
+    for rows, following in _rows(pair, whole, len(before), prefix):
+        chosen = mx.take_along_axis(rows, following[:, None], axis=-1)[:, 0]
+        logprobs += cast("list[float]", (chosen - mx.logsumexp(rows, axis=-1)).tolist())
+        all_best = all_best and bool((mx.argmax(rows, axis=-1) == following).all())
+    return logprobs, all_best
+
+
+def prompt_logprobs(
+    pair: Pair, ids: Sequence[int], count: int, progress: Progress | None = None
+) -> list[Logprob]:
+    """Log-probabilities of a prompt's tokens but the first, and of the ``count`` best ones there.
+
+    Args:
+        pair: From :func:`pyengine.load`.
+        ids: Token ids, at least one.
+        count: How many of the best, 0 to 256.
+        progress: Called after each block of rows with the tokens that are done and how many there
+            are; may raise to end it.
+
+    Raises:
+        ValueError: The prompt is empty, or does not fit the context or the memory.
+        RuntimeError: The weights gave logits that are not finite.
+    """
+    found: list[Logprob] = []
+    whole = prompt_ids(pair, token_ids("score", "ids", ids))
+    if not 0 <= whole_number("score", "count", count) <= MAX_TOP_K:
+        raise ValueError(f"[score] count must be 0 to {MAX_TOP_K} but got {count}.")
+    if not (progress is None or callable(progress)):
+        raise ValueError(f"[score] progress must be a function but got {shown(progress)}.")
+    for rows, following in _rows(pair, whole, 1, Prefix()):
+        parts = [following[:, None]]
+        if count:
+            parts.append(ops.filter_logits(rows, top_k=count).ids)
+        named = mx.concatenate(parts, axis=-1)
+        values = mx.take_along_axis(rows, named, axis=-1) - mx.logsumexp(rows, -1, keepdims=True)
+        ids_of, logprobs_of = cast(Any, named.tolist()), cast(Any, values.tolist())
+        for (token, *best), (own, *theirs) in zip(ids_of, logprobs_of, strict=True):
+            found.append(Logprob(token, own, list(zip(best, theirs, strict=True))))
+        if progress is not None:
+            progress(len(found) + 1, len(whole))
+    return found
+
+
+def _rows(
+    pair: Pair, whole: list[int], first: int, prefix: Prefix
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """The logits of the tokens from place ``first`` on, and those tokens, a block at a time."""
+    forked.check("score")
+    target = pair.target
+    memory.check_prompt(target, len(whole), None, SCORE_BLOCK, prefix)
+    with prefix.in_use():
+        cache, known = prefix.open(target, whole[:first], SCORE_BLOCK)
+        # The newest token of the context goes with the block: its logits are the first scored
+        begin = first - 1
+        for _ in prefill(target, whole[:begin], cache, known, prefix):
+            pass
+        for at in range(begin, len(whole) - 1, SCORE_BLOCK):
+            block = mx.array(whole[at : at + SCORE_BLOCK][: len(whole) - 1 - at], dtype=mx.int32)
+            following = mx.array(whole[at + 1 : at + 1 + block.size], dtype=mx.int32)
+            rows, _ = target.verify(block, cache)
+            cache.commit(mx.array(block.size, dtype=mx.int32), cache.bound + block.size)
+            mx.eval(rows, cache.length)
+            if not mx.isfinite(mx.logsumexp(rows, axis=-1)).all():
+                raise NonFinite("score", target.dtype)
+            yield rows, following
+        prefix.keep(whole[:-1])

@@ -1,0 +1,161 @@
+"""The Gemma 4 assistant: four shallow layers over the target's own keys and values.
+
+A step is a pure function of a token's embedding, a hidden vector and the cache; the assistant has
+no cache of its own. It reads the committed positions 0..n-2, in sliding layers the newest
+window - 1.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+from pyengine import ops
+from pyengine.checkpoint.weights import Weights
+from pyengine.model.cache import Cache
+from pyengine.model.config import AssistantConfig, LayerConfig, TargetConfig
+from pyengine.model.head import Logits, whole
+from pyengine.model.linear import Linear, gated
+
+# Where the assistant's query sits when n tokens are known, the newest one unprocessed: at that
+# token (transformers, LiteRT-LM) or at the last processed one (vLLM, mlx-vlm). Only acceptance
+# can differ.
+Position = Literal["n-1", "n-2"]
+POSITIONS: tuple[Position, ...] = ("n-1", "n-2")
+
+
+@dataclass(frozen=True)
+class Layer:
+    config: LayerConfig
+    kv_source: int
+    q: Linear
+    o: Linear
+    q_norm: mx.array
+    inv_freq: mx.array
+    gate: Linear
+    up: Linear
+    down: Linear
+    input_norm: mx.array
+    post_attention_norm: mx.array
+    pre_mlp_norm: mx.array
+    post_mlp_norm: mx.array
+    scalar: mx.array
+
+
+class Assistant:
+    """A Gemma 4 assistant for the target of the given config."""
+
+    def __init__(
+        self,
+        config: AssistantConfig,
+        target: TargetConfig,
+        weights: Weights,
+        position: Position = "n-1",
+    ) -> None:
+        if position not in POSITIONS:
+            raise ValueError(f"[assistant] position must be n-1 or n-2 but got {position!r}.")
+        self.config = config
+        self.dtype = weights.dtype
+        self.position = position
+        matrix, vector = weights.matrices, weights.vectors
+        self.pre_projection = matrix["pre_projection"]
+        self.post_projection = matrix["post_projection"]
+        self.table = matrix["embed_tokens"]
+        self.norm = vector["norm.weight"]
+        self.layers = [_layer(config, target, weights, i) for i in range(len(config.layers))]
+        if config.num_centroids:
+            self.centroids = matrix["masked_embedding.centroids"]
+            order = vector["masked_embedding.token_ordering"]
+            self.token_ordering = order.reshape(config.num_centroids, -1)
+
+    def step(
+        self, embedding: mx.array, hidden: mx.array, cache: Cache
+    ) -> tuple[mx.array, mx.array]:
+        """Draft one token.
+
+        Args:
+            embedding: The newest token's scaled embedding, from the target, [1, E].
+            hidden: The target's hidden vector that produced that token, after its last norm, or
+                the hidden vector of the step before, [1, E].
+            cache: The target's; only committed positions are read.
+
+        Returns:
+            Logits [1, V], float32, -inf where a centroid head did not look; hidden vector [1, E].
+        """
+        logits, hidden = self.forward(embedding, hidden, cache)
+        return whole(logits), hidden
+
+    def forward(
+        self, embedding: mx.array, hidden: mx.array, cache: Cache
+    ) -> tuple[mx.array | Logits, mx.array]:
+        """The same for those who may not want all logits."""
+        eps = self.config.eps
+        position = cache.length if self.position == "n-1" else cache.newest
+        h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
+        x = ops.rms_norm(h, self.layers[0].input_norm, eps)
+        for i, layer in enumerate(self.layers):
+            is_last = i + 1 == len(self.layers)
+            next_norm = self.norm if is_last else self.layers[i + 1].input_norm
+            q = layer.q(x).reshape(1, 1, -1, layer.config.head_dim)
+            q = ops.norm_rope(q, layer.q_norm, position, layer.inv_freq, eps)
+            y = self._attend(layer, q, cache)
+            h, x = _residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)
+            y = layer.down(gated(layer.gate, layer.up, x))
+            h, x = _residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
+        logits, hidden = self._head(x), self.post_projection(x)
+        cache.read_by(hidden)
+        return logits, hidden
+
+    def _attend(self, layer: Layer, q: mx.array, cache: Cache) -> mx.array:
+        keys, values = cache.keys[layer.kv_source], cache.values[layer.kv_source]
+        assert keys is not None and values is not None
+        # The query stands behind the newest key, so one position of its window is its own
+        window = self.config.window - 1 if layer.config.sliding else None
+        out = ops.block_attention(q, keys, values, cache.newest, window=window)
+        return layer.o(out.reshape(1, -1))
+
+    def _head(self, x: mx.array) -> mx.array | Logits:
+        if not self.config.num_centroids:
+            return Logits(x, self.table)
+        num_used = self.config.num_centroids_used
+        scores = self.centroids(x, mx.float32)[0]
+        best = mx.argpartition(-scores, num_used - 1)[:num_used]
+        ids = self.token_ordering[best].reshape(-1)
+        selected = self.table.take(ids)(x, mx.float32)[0]
+        logits = mx.full((self.config.vocab_size,), -mx.inf, dtype=mx.float32)
+        return mx.put_along_axis(logits, ids, selected, axis=0)[None]
+
+
+def _residual(
+    h: mx.array,
+    y: mx.array,
+    weight: mx.array,
+    next_weight: mx.array,
+    eps: float,
+    scalar: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    h, x = ops.residual_norm(h, y, weight, scalar=scalar, next_weight=next_weight, eps=eps)
+    assert x is not None
+    return h, x
+
+
+def _layer(config: AssistantConfig, target: TargetConfig, weights: Weights, i: int) -> Layer:
+    matrix, vector = weights.matrices, weights.vectors
+    at, layer = f"layers.{i}", config.layers[i]
+    frequencies = config.rope(layer.sliding).frequencies(layer.head_dim)
+    return Layer(
+        config=layer,
+        kv_source=target.last_source(layer.sliding),
+        q=matrix[f"{at}.self_attn.q_proj"],
+        o=matrix[f"{at}.self_attn.o_proj"],
+        q_norm=vector[f"{at}.self_attn.q_norm.weight"],
+        inv_freq=mx.array(frequencies),
+        gate=matrix[f"{at}.mlp.gate_proj"],
+        up=matrix[f"{at}.mlp.up_proj"],
+        down=matrix[f"{at}.mlp.down_proj"],
+        input_norm=vector[f"{at}.input_layernorm.weight"],
+        post_attention_norm=vector[f"{at}.post_attention_layernorm.weight"],
+        pre_mlp_norm=vector[f"{at}.pre_feedforward_layernorm.weight"],
+        post_mlp_norm=vector[f"{at}.post_feedforward_layernorm.weight"],
+        scalar=vector[f"{at}.layer_scalar"],
+    )

@@ -1,0 +1,53 @@
+"""The last product of a model, over the vocabulary: all logits, or the candidates alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+
+from pyengine import ops
+from pyengine.model.linear import Linear
+from pyengine.ops.filter_logits import Filtered
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits ``[T, V]`` of hidden vectors, float32, after the softcap; made only when asked for.
+
+    A row of a large vocabulary is a megabyte, and a round wants 64 numbers of it.
+    """
+
+    hidden: mx.array  # [T, E]
+    table: Linear  # [V, E]
+    softcap: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.hidden.shape[0], self.table.weight.shape[0]
+
+    @cached_property
+    def array(self) -> mx.array:
+        """All of them."""
+        logits = self.table(self.hidden, mx.float32)
+        return logits if self.softcap is None else ops.softcap(logits, self.softcap)
+
+    def filter(self, **settings: Any) -> Filtered:
+        """What :func:`pyengine.ops.filter_logits` makes of them with these settings.
+
+        In one op with the product, where the matrix is quantised and top-k or greedy.
+        """
+        packed = self.table.packed
+        if packed is None or (settings["top_k"] == 0 and settings["temperature"] != 0):
+            return ops.filter_logits(self.array, **settings)
+        packing = (self.table.group_size, self.table.bits)
+        return ops.quantized_filter_logits(
+            self.hidden, *packed, *packing, softcap=self.softcap, **settings
+        )
+
+
+def whole(logits: mx.array | Logits) -> mx.array:
+    """All logits, from a model that makes them or from one that waits."""
+    return logits.array if isinstance(logits, Logits) else logits

@@ -1,0 +1,390 @@
+"""The Gemma 4 forward pass, top to bottom: every published variant, text only.
+
+All of it runs through :mod:`pyengine.ops`, whose rows do not depend on how many rows a call has, so
+that verifying a block gives bit for bit the logits that single steps give. Between the ops stand
+elementwise operations only. Values are kept in the checkpoint's dtype, rounded once per op.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import mlx.core as mx
+
+from pyengine import ops
+from pyengine.checkpoint import memory
+from pyengine.checkpoint.weights import Weights
+from pyengine.model.cache import CHUNK, Cache
+from pyengine.model.config import LayerConfig, TargetConfig
+from pyengine.model.head import Logits
+from pyengine.model.linear import Linear, gated, side_by_side
+
+# Up to this many rows, routed experts that are not quantised are fetched row by row; beyond, every
+# expert sees every row.
+ROWS_BY_SLOT = 16
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention weights; k, v and k_norm are None where a layer shares, v also where
+    the keys double as values."""
+
+    q: Linear
+    k: Linear | None
+    v: Linear | None
+    o: Linear
+    q_norm: mx.array
+    k_norm: mx.array | None
+    inv_freq: mx.array
+
+
+@dataclass(frozen=True)
+class MLP:
+    gate: Linear
+    up: Linear
+    down: Linear
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down(gated(self.gate, self.up, x))
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The 26B's routed experts and their router; gate, up and down are stacks."""
+
+    router: Linear
+    router_norm: mx.array
+    scales: mx.array
+    gate: Linear
+    up: Linear
+    down: Linear
+    pre_norm: mx.array
+    dense_norm: mx.array
+    routed_norm: mx.array
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """What a layer of E2B or E4B does with its own slice of the second embedding."""
+
+    gate: Linear
+    projection: Linear
+    norm: mx.array
+
+
+@dataclass(frozen=True)
+class Layer:
+    config: LayerConfig
+    attention: Attention
+    mlp: MLP
+    experts: Experts | None
+    per_layer: PerLayer | None
+    input_norm: mx.array
+    post_attention_norm: mx.array
+    pre_mlp_norm: mx.array
+    post_mlp_norm: mx.array
+    scalar: mx.array
+
+
+class Target:
+    """A Gemma 4 target model, batch 1. T rows are T consecutive positions."""
+
+    def __init__(self, config: TargetConfig, weights: Weights) -> None:
+        self.config = config
+        self.dtype = weights.dtype
+        self.context = config.context_limit
+        matrix, vector = weights.matrices, weights.vectors
+        self.table = matrix["embed_tokens"]
+        self.norm = vector["norm.weight"]
+        # As transformers keeps it: sqrt(E) rounded to the storage dtype
+        self.embedding_scale = _rounded(config.hidden_size**0.5, self.dtype)
+        if config.per_layer_width:
+            self.per_layer_table = matrix["embed_tokens_per_layer"]
+            self.per_layer_scale = _rounded(config.per_layer_width**0.5, self.dtype)
+            self.per_layer_projection = matrix["per_layer_model_projection"]
+            norm = vector["per_layer_projection_norm.weight"]
+            self.per_layer_norm = norm.astype(mx.float32)
+        inv_freq = {
+            layer.sliding: mx.array(config.rope(layer.sliding).frequencies(layer.head_dim))
+            for layer in config.layers
+        }
+        self.layers = [
+            _layer(config, weights, i, inv_freq[layer.sliding])
+            for i, layer in enumerate(config.layers)
+        ]
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Scaled embeddings of ids [T]: [T, E]."""
+        return self.table.rows(ids, self.embedding_scale)
+
+    def new_cache(self, max_block: int) -> Cache:
+        """An empty cache for verify calls of up to max_block tokens."""
+        return Cache(self.config, max_block, self.dtype)
+
+    def prompt_bytes(self, tokens: int, max_block: int, marks: int) -> int:
+        """Memory for a prompt, see :func:`pyengine.checkpoint.memory.prompt_bytes`."""
+        return memory.prompt_bytes(self.config, tokens, max_block, marks, self.dtype.size)
+
+    def prefill(
+        self, ids: list[int], cache: Cache, chunk: int = CHUNK
+    ) -> tuple[mx.array, mx.array]:
+        """Process and commit a prompt. Evaluates after each chunk, so that memory stays level.
+
+        Returns:
+            Logits of the last position [V], float32, not evaluated: most callers that hand over a
+            prompt in parts want only the last; and its hidden vector [1, E], as verify.
+
+        Raises:
+            ValueError: No ids, or an id outside the vocabulary.
+        """
+        check_ids("prefill", ids, self.config.vocab_size)
+        if chunk < 1:
+            raise ValueError(f"[prefill] chunk must be at least 1 but got {chunk}.")
+        for begin in range(0, len(ids), chunk):
+            part = mx.array(ids[begin : begin + chunk], dtype=mx.int32)
+            hidden = self._hidden(part, cache)
+            cache.commit(mx.array(part.size, dtype=mx.int32), cache.bound + part.size)
+            mx.eval(hidden, cache.arrays)
+        hidden = hidden[-1:]
+        return self._head(hidden).array[0], hidden
+
+    def verify(self, ids: mx.array, cache: Cache) -> tuple[mx.array, mx.array]:
+        """Run ids [T] behind the committed positions; writes keys and values, commits nothing.
+
+        Returns:
+            Logits [T, V], float32, after the softcap; hidden vectors [T, E], after the last norm.
+
+        Raises:
+            ValueError: T is more than the cache's max_block.
+        """
+        logits, hidden = self.forward(ids, cache)
+        return logits.array, hidden
+
+    def forward(self, ids: mx.array, cache: Cache) -> tuple[Logits, mx.array]:
+        """The same for those who may not want all logits: none are made until they are asked for.
+
+        Raises:
+            ValueError: As verify.
+        """
+        if ids.size > cache.max_block:
+            raise ValueError(
+                f"[verify] T must be at most the cache's max_block {cache.max_block} but got "
+                f"{ids.size}."
+            )
+        hidden = self._hidden(ids, cache)
+        return self._head(hidden), hidden
+
+    def logits(self, ids: list[int]) -> mx.array:
+        """Logits [T, V], float32, of every position of ids."""
+        check_ids("logits", ids, self.config.vocab_size)
+        hidden = self._hidden(mx.array(ids, dtype=mx.int32), self.new_cache(1))
+        return self._head(hidden).array
+
+    def _head(self, x: mx.array) -> Logits:
+        return Logits(x, self.table, self.config.softcap)
+
+    def _hidden(self, ids: mx.array, cache: Cache) -> mx.array:
+        """Post-final-norm hidden vectors [T, E]; keys and values go to the cache."""
+        cache.reserve(ids.size)
+        ids = cache.order(ids)
+        eps = self.config.eps
+        h = self.embed(ids)
+        per_layer = self._per_layer_inputs(ids, h) if self.config.per_layer_width else None
+        x = ops.rms_norm(h, self.layers[0].input_norm, eps)
+        seen: dict[int, tuple[mx.array, mx.array, mx.array | None]] = {}
+        for i, layer in enumerate(self.layers):
+            is_last = i + 1 == len(self.layers)
+            next_norm = self.norm if is_last else self.layers[i + 1].input_norm
+            y = self._attention(i, x, cache, seen)
+            h, x = _residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)
+            y = layer.mlp(x)
+            if layer.experts is not None:
+                y = _with_experts(layer.experts, h, y, self.config.num_experts_used, eps)
+            if layer.per_layer is None or per_layer is None:
+                h, x = _residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
+            else:
+                h, _ = ops.residual_norm(h, y, layer.post_mlp_norm, eps=eps)
+                y = ops.geglu(layer.per_layer.gate(h), per_layer[i])
+                y = layer.per_layer.projection(y)
+                h, x = _residual(h, y, layer.per_layer.norm, next_norm, eps, layer.scalar)
+        cache.read_by(x)
+        return x
+
+    def _attention(
+        self,
+        i: int,
+        x: mx.array,
+        cache: Cache,
+        seen: dict[int, tuple[mx.array, mx.array, mx.array | None]],
+    ) -> mx.array:
+        """Attention of layer i over its own keys, or over those of the layer it shares with."""
+        geometry, attention = self.layers[i].config, self.layers[i].attention
+        T, D, eps = x.shape[0], geometry.head_dim, self.config.eps
+        parts = [m for m in (attention.q, attention.k, attention.v) if m is not None]
+        q, *kv = side_by_side(parts, x)
+        if attention.k_norm is None:
+            q = q.reshape(1, T, -1, D)
+            q = ops.norm_rope(q, attention.q_norm, cache.length, attention.inv_freq, eps)
+        else:
+            norms = attention.q_norm, attention.k_norm
+            k, v = kv[0], kv[-1]  # keys may double as values
+            if cache.overflows(i, T):
+                turn = cache.length, attention.inv_freq, eps
+                q, k, v = (a.reshape(1, T, -1, D) for a in (q, k, v))
+                q, k = (ops.norm_rope(a, w, *turn) for a, w in zip((q, k), norms, strict=True))
+                seen[i] = cache.append_chunk(i, k, ops.rms_norm(v, None, eps))
+            else:
+                q, keys, values = ops.prepare_qkv(
+                    q, k, v, *norms, attention.inv_freq, *cache.slots(i), cache.length, eps
+                )
+                cache.store(i, keys, values)
+                seen[i] = keys, values, None
+        keys, values, start = seen[geometry.kv_source]
+        window = self.config.window if geometry.sliding else None
+        out = ops.block_attention(q, keys, values, cache.length, window=window, start=start)
+        return attention.o(out.reshape(T, -1))
+
+    def _per_layer_inputs(self, ids: mx.array, h: mx.array) -> list[mx.array]:
+        """The second embedding of E2B and E4B, [T, P] a layer; float32 until its one rounding."""
+        L, P = len(self.layers), self.config.per_layer_width
+        table = self.per_layer_table.rows(ids, self.per_layer_scale, mx.float32)  # [T, L * P]
+        context = self.per_layer_projection(h, mx.float32) * self.config.hidden_size**-0.5
+        context = ops.rms_norm(context.reshape(-1, L, P), self.per_layer_norm, self.config.eps)
+        both = (context.reshape(table.shape) + table) * 2**-0.5
+        return list(mx.split(both.astype(self.dtype), L, axis=-1))
+
+
+def check_ids(what: str, ids: list[int], vocab_size: int) -> None:
+    """Refuse an empty list and ids that would read outside the embedding table."""
+    if not ids:
+        raise ValueError(f"[{what}] ids must not be empty.")
+    bad = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if bad is not None:
+        raise ValueError(f"[{what}] ids must be from 0 to {vocab_size - 1} but got {bad}.")
+
+
+def _rounded(value: float, dtype: mx.Dtype) -> float:
+    """value as a number of that dtype. Evaluates."""
+    return cast(float, mx.array(value, dtype=dtype).astype(mx.float32).item())
+
+
+def _residual(
+    h: mx.array,
+    y: mx.array,
+    weight: mx.array,
+    next_weight: mx.array,
+    eps: float,
+    scalar: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    h, x = ops.residual_norm(h, y, weight, scalar=scalar, next_weight=next_weight, eps=eps)
+    assert x is not None
+    return h, x
+
+
+def _with_experts(
+    experts: Experts, h: mx.array, dense: mx.array, num_used: int, eps: float
+) -> mx.array:
+    """The dense branch's output plus that of the routed experts, both normed. h is the stream."""
+    ids, weights = _route(experts, h, num_used, eps)
+    x = ops.rms_norm(h, experts.pre_norm, eps)
+    if experts.gate.packed_like(experts.up) and experts.down.packed:
+        run = _experts_packed
+    else:
+        run = _experts_by_slot if x.shape[0] <= ROWS_BY_SLOT else _experts_by_expert
+    routed = run(experts, x, ids, weights).astype(h.dtype)
+    dense = ops.rms_norm(dense, experts.dense_norm, eps)
+    return dense + ops.rms_norm(routed, experts.routed_norm, eps)
+
+
+def _route(experts: Experts, h: mx.array, num_used: int, eps: float) -> tuple[mx.array, mx.array]:
+    """The chosen experts [T, num_used] in ascending order, and their weights; all in float32."""
+    x = ops.rms_norm(h.astype(mx.float32), experts.router_norm, eps)
+    return ops.route_experts(experts.router(x), experts.scales, num_used)
+
+
+def _experts_packed(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
+    """Weighted sum [T, E] over each row's own experts, slot by slot; quantised stacks."""
+    gate, up, down = experts.gate.packed, experts.up.packed, experts.down.packed
+    assert gate is not None and up is not None and down is not None
+    packing = (experts.gate.group_size, experts.gate.bits)
+    y = ops.quantized_expert_matmul(x, gate, ids, *packing, up=up)  # [T, num_used, F]
+    packing = (experts.down.group_size, experts.down.bits)
+    parts = ops.quantized_expert_matmul(y, down, ids, *packing, out_dtype=mx.float32)
+    return ops.weigh_experts(parts, weights, x.dtype)
+
+
+def _experts_by_slot(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
+    """Weighted sum [T, E], float32, over each row's own experts; reads only those."""
+    gate, up, down = experts.gate, experts.up, experts.down
+    rows = []
+    for t in range(x.shape[0]):
+        row = x[t : t + 1]
+        y = ops.geglu(gate.take(ids[t]).joined()(row), up.take(ids[t]).joined()(row))
+        y = y.reshape(ids.shape[1], -1)
+        mine = down.take(ids[t])
+        total = None
+        for slot in range(ids.shape[1]):
+            part = mine.member(slot)(y[slot : slot + 1], mx.float32) * weights[t, slot]
+            total = part if total is None else total + part
+        assert total is not None
+        rows.append(total)
+    return mx.concatenate(rows)
+
+
+def _experts_by_expert(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
+    """The same sum for many rows: each expert sees all of them and counts where it was chosen.
+
+    Adding in the order of experts, zeros included, gives the bits of `_experts_by_slot`.
+    """
+    total = mx.zeros(x.shape, mx.float32)
+    for expert in range(experts.gate.weight.shape[0]):
+        weight = mx.where(ids == expert, weights, 0.0)  # [T, num_used], at most one not zero
+        mlp = MLP(*(stack.member(expert) for stack in (experts.gate, experts.up, experts.down)))
+        y = mlp.down(ops.geglu(mlp.gate(x), mlp.up(x)), mx.float32)
+        total = total + y * weight.sum(axis=-1, keepdims=True)
+    return total
+
+
+def _layer(config: TargetConfig, weights: Weights, i: int, inv_freq: mx.array) -> Layer:
+    matrix, vector = weights.matrices, weights.vectors
+    at = f"layers.{i}"
+    experts = per_layer = None
+    if config.num_experts:
+        scale = vector[f"{at}.router.scale"].astype(mx.float32)
+        experts = Experts(
+            router=matrix[f"{at}.router.proj"].astype(mx.float32),
+            router_norm=scale * config.hidden_size**-0.5,
+            scales=vector[f"{at}.router.per_expert_scale"].astype(mx.float32),
+            gate=matrix[f"{at}.experts.gate_proj"],
+            up=matrix[f"{at}.experts.up_proj"],
+            down=matrix[f"{at}.experts.down_proj"],
+            pre_norm=vector[f"{at}.pre_feedforward_layernorm_2.weight"],
+            dense_norm=vector[f"{at}.post_feedforward_layernorm_1.weight"],
+            routed_norm=vector[f"{at}.post_feedforward_layernorm_2.weight"],
+        )
+    if config.per_layer_width:
+        per_layer = PerLayer(
+            gate=matrix[f"{at}.per_layer_input_gate"],
+            projection=matrix[f"{at}.per_layer_projection"],
+            norm=vector[f"{at}.post_per_layer_input_norm.weight"],
+        )
+    attention = Attention(
+        q=matrix[f"{at}.self_attn.q_proj"],
+        k=matrix.get(f"{at}.self_attn.k_proj"),
+        v=matrix.get(f"{at}.self_attn.v_proj"),
+        o=matrix[f"{at}.self_attn.o_proj"],
+        q_norm=vector[f"{at}.self_attn.q_norm.weight"],
+        k_norm=vector.get(f"{at}.self_attn.k_norm.weight"),
+        inv_freq=inv_freq,
+    )
+    return Layer(
+        config=config.layers[i],
+        attention=attention,
+        mlp=MLP(*(matrix[f"{at}.mlp.{name}_proj"] for name in ("gate", "up", "down"))),
+        experts=experts,
+        per_layer=per_layer,
+        input_norm=vector[f"{at}.input_layernorm.weight"],
+        post_attention_norm=vector[f"{at}.post_attention_layernorm.weight"],
+        pre_mlp_norm=vector[f"{at}.pre_feedforward_layernorm.weight"],
+        post_mlp_norm=vector[f"{at}.post_feedforward_layernorm.weight"],
+        scalar=vector[f"{at}.layer_scalar"],
+    )

@@ -1,0 +1,125 @@
+"""Which implementation the ops run."""
+
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from pyengine import _ext
+from pyengine.untrusted import shown
+
+from . import workbench
+
+Implementation = Literal["native", "reference", "workbench", "mlx"]
+
+_IMPLEMENTATIONS = ("native", "reference", "workbench", "mlx")
+_chosen: Implementation = "native"
+
+# Every op; each has a Metal kernel
+OPS = (
+    "accept_block",
+    "block_attention",
+    "dense_matmul",
+    "draw_token",
+    "embed",
+    "filter_logits",
+    "geglu",
+    "norm_rope",
+    "prepare_qkv",
+    "quantized_expert_matmul",
+    "quantized_filter_logits",
+    "quantized_gated_matmul",
+    "quantized_matmul",
+    "quantized_matmuls",
+    "random_uniform",
+    "residual_norm",
+    "rms_norm",
+    "route_experts",
+    "softcap",
+    "weigh_experts",
+    "write_cache",
+)
+
+
+def use(implementation: Implementation) -> None:
+    """Switch every op of the engine to one implementation.
+
+    Args:
+        implementation: "native" for our kernels; "reference" for the plain MLX definitions they are
+            tested against; "workbench" for our Metal kernels run on the processor, slowly, from a
+            checkout only; "mlx" for MLX's own operations, should a kernel fail on a GPU: none has
+            met an Apple one.
+
+    Raises:
+        ValueError: The implementation is not one of those.
+        RuntimeError: "workbench" outside a checkout, or without what it needs.
+    """
+    global _chosen
+    if not isinstance(implementation, str) or implementation not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"[use] implementation must be one of {', '.join(_IMPLEMENTATIONS)} "
+            f"but got {shown(implementation)}."
+        )
+    if implementation == "workbench":
+        workbench.load()
+    _chosen = implementation
+
+
+def chosen(op: str = "", fits: bool = True) -> Implementation:
+    """What an op called now runs: never "native" on a GPU past the limits of its Metal kernel.
+
+    Args:
+        op: Its name.
+        fits: Whether what it is called with is within those limits.
+    """
+    metal = op in OPS and fits
+    if _chosen == "workbench":
+        return "workbench" if metal else "native"
+    if _chosen == "native" and mx.default_device() == mx.gpu and not metal:
+        return "mlx"
+    return _chosen
+
+
+def lazy() -> bool:
+    """Whether all ops build graphs: those that the workbench runs evaluate at once."""
+    return _chosen != "workbench"
+
+
+def in_place() -> bool:
+    """Whether an evaluated write to the cache is seen through every handle of it. On a processor
+    it is: calls run one after the other, and a write is never a copy."""
+    return chosen("prepare_qkv") == "native" and mx.default_device() == mx.cpu
+
+
+def too_wide(out: mx.array) -> bool:
+    """Whether a GPU should give this matmul's result to MLX: more rows than any block has."""
+    return mx.default_device() == mx.gpu and out.size > 128 * out.shape[-1]
+
+
+# Ops whose plain form has no reduction: MLX cannot choose an order for them by the number of rows.
+_ELEMENTWISE = ("embed", "geglu", "random_uniform", "softcap", "weigh_experts", "write_cache")
+
+
+def status() -> list[dict[str, Any]]:
+    """What every op runs if it is called now, with arguments within the limits of its kernel.
+
+    Returns:
+        One row an op: ``op``; ``kernel``, "SIMD (...)" with the instruction set, "Metal",
+        "Metal (workbench)", "reference" or "MLX"; ``device``; ``row_stable``, whether a row's bits
+        depend on that row alone.
+    """
+    device = "gpu" if mx.default_device() == mx.gpu else "cpu"
+    kernel = {
+        "native": "Metal" if device == "gpu" else f"SIMD ({_ext.instruction_set()})",
+        "workbench": "Metal (workbench)",
+        "reference": "reference",
+        "mlx": "MLX",
+    }
+    return [
+        {
+            "op": op,
+            "kernel": kernel[chosen(op)],
+            "device": device,
+            "row_stable": chosen(op) in ("native", "workbench") or op in _ELEMENTWISE,
+        }
+        for op in OPS
+    ]

@@ -1,0 +1,116 @@
+import mlx.core as mx
+
+from pyengine import _ext
+
+from . import workbench
+from .dispatch import chosen, too_wide
+from .geglu import geglu
+from .quantized_gated_matmul import Matrix, quantized_gated_matmul_reference
+from .quantized_matmul import quantized_matmul_reference
+
+
+def quantized_expert_matmul(
+    x: mx.array,
+    stack: Matrix,
+    ids: mx.array,
+    group_size: int = 64,
+    bits: int = 8,
+    *,
+    up: Matrix | None = None,
+    out_dtype: mx.Dtype | None = None,
+) -> mx.array:
+    """Multiply each token's row by the matrices of its own experts.
+
+    ``out[t, u] = x[t] @ stack[ids[t, u]].T``, or with ``up`` the gated form ``gelu_tanh(x[t] @
+    stack[id].T) * (x[t] @ up[id].T)``; products as in ``quantized_matmul``, the gate as in
+    ``quantized_gated_matmul``, bit for bit. Rows are grouped by expert where they are: for 16
+    tokens an expert's weights are read once however many chose it, and those of the others not at
+    all. On a GPU MLX's ``gather_qmm``, which is not row-stable, serves more than 128 tokens or 32
+    experts of a token. The row of an id outside of 0 to X - 1 is NaN; nothing is read for it.
+
+    Args:
+        x: ``[T, K]``, or ``[T, U, K]`` with one row for each expert of a token; float32, float16 or
+            bfloat16; K is a multiple of the group size.
+        stack: Weights uint32 ``[X, N, K * bits / 32]``, scales and biases ``[X, N, K / g]``
+            of the dtype of ``x``, g the group size.
+        ids: int32 ``[T, U]``.
+        group_size: 32, 64 or 128 weights share a scale and a bias.
+        bits: 8, 6 or 4 per weight.
+        up: A second stack of the same shape.
+        out_dtype: float32 or the dtype of ``x``, which is the only one with ``up``; None is the
+            dtype of ``x``.
+
+    Returns:
+        ``[T, U, N]``.
+
+    Raises:
+        ValueError: A shape, dtype or limit above does not hold.
+    """
+    second = [] if up is None else list(up)
+    out = _ext.quantized_expert_matmul(
+        x, list(stack), second, ids, group_size, bits, out_dtype
+    )  # checks
+    implementation = chosen(
+        "quantized_expert_matmul", _ext.quantized_expert_matmul_has_launch(ids.shape[1])
+    )
+    if implementation == "reference":
+        return quantized_expert_matmul_reference(
+            x, stack, ids, group_size, bits, up=up, out_dtype=out_dtype
+        )
+    T, U, N = out.shape
+    if implementation == "workbench" and out.size > 0:
+        X, K, alone = stack[0].shape[0], x.shape[-1], x.ndim == 2
+        launch = _ext.quantized_expert_matmul_launch(
+            T, U, X, N, K, up is not None, alone, x.dtype, out.dtype, group_size, bits
+        )
+        return workbench.run(launch, x, *stack, *(up or stack), ids)[0]
+    if implementation != "mlx" and not too_wide(out[:, :1]):
+        return out
+    known = (ids >= 0) & (ids < stack[0].shape[0])
+    rows = (x[:, None, None] if x.ndim == 2 else x[:, :, None]).astype(out.dtype)
+
+    def served(matrix: Matrix) -> mx.array:
+        w, scales, biases = matrix
+        y = mx.gather_qmm(
+            rows,
+            w,
+            scales.astype(out.dtype),
+            biases.astype(out.dtype),
+            rhs_indices=mx.where(known, ids, 0),
+            transpose=True,
+            group_size=group_size,
+            bits=bits,
+        )
+        return mx.where(known[..., None], y.squeeze(2), mx.nan)
+
+    return served(stack) if up is None else geglu(served(stack), served(up))
+
+
+def quantized_expert_matmul_reference(
+    x: mx.array,
+    stack: Matrix,
+    ids: mx.array,
+    group_size: int = 64,
+    bits: int = 8,
+    *,
+    up: Matrix | None = None,
+    out_dtype: mx.Dtype | None = None,
+) -> mx.array:
+    """The same in plain MLX: every expert sees every row."""
+    T, U = ids.shape
+    X, N = stack[0].shape[:2]
+    rows = mx.broadcast_to(x[:, None] if x.ndim == 2 else x, (T, U, x.shape[-1]))
+    out = mx.full((T, U, N), mx.nan, out_dtype or x.dtype)
+    for expert in range(X):
+        w, scales, biases = (a[expert] for a in stack)
+        if up is None:
+            y = quantized_matmul_reference(
+                rows, w, scales, biases, group_size, bits, out_dtype=out_dtype
+            )
+        else:
+            second = (up[0][expert], up[1][expert], up[2][expert])
+            y = quantized_gated_matmul_reference(
+                rows, (w, scales, biases), second, group_size, bits
+            )
+        out = mx.where((ids == expert)[..., None], y, out)
+    return out

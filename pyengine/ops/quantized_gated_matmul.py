@@ -1,0 +1,63 @@
+import mlx.core as mx
+
+from pyengine import _ext
+
+from . import workbench
+from .dispatch import chosen, too_wide
+from .geglu import geglu, geglu_reference
+from .quantized_matmul import quantized_matmul, quantized_matmul_reference
+
+Matrix = tuple[mx.array, mx.array, mx.array]
+
+
+def quantized_gated_matmul(
+    x: mx.array,
+    gate: Matrix,
+    up: Matrix,
+    group_size: int = 64,
+    bits: int = 8,
+) -> mx.array:
+    """Gate and up projection and their activation in one pass over x and both matrices.
+
+    ``out = gelu_tanh(x @ gate.T) * (x @ up.T)``. Each product is that of ``quantized_matmul``,
+    rounded to the dtype of ``x``, and their meeting that of ``geglu``: the bits are those of the
+    three ops. On a GPU those serve more than 128 rows.
+
+    Args:
+        x: ``[..., K]``, float32, float16 or bfloat16; K is a multiple of the group size.
+        gate: Weights uint32 ``[N, K * bits / 32]``, scales and biases ``[N, K / group_size]`` of
+            the dtype of ``x``, as ``mx.quantize`` gives them.
+        up: A second matrix of the same shape.
+        group_size: 32, 64 or 128 weights share a scale and a bias.
+        bits: 8, 6 or 4 per weight.
+
+    Returns:
+        ``[..., N]``, dtype of ``x``.
+
+    Raises:
+        ValueError: A shape, dtype or limit above does not hold.
+    """
+    out = _ext.quantized_gated_matmul(x, *gate, *up, group_size, bits)  # checks in every case
+    implementation = chosen("quantized_gated_matmul")
+    if implementation == "reference":
+        return quantized_gated_matmul_reference(x, gate, up, group_size, bits)
+    if implementation == "workbench" and out.size > 0:
+        N, K = out.shape[-1], x.shape[-1]
+        launch = _ext.quantized_gated_matmul_launch(out.size // N, N, K, x.dtype, group_size, bits)
+        return workbench.run(launch, x, *gate, *up)[0].reshape(out.shape)
+    if implementation != "mlx" and not too_wide(out):
+        return out
+    parts = (quantized_matmul(x, *matrix, group_size, bits) for matrix in (gate, up))
+    return geglu(*parts)
+
+
+def quantized_gated_matmul_reference(
+    x: mx.array,
+    gate: Matrix,
+    up: Matrix,
+    group_size: int = 64,
+    bits: int = 8,
+) -> mx.array:
+    """The same in plain MLX."""
+    parts = (quantized_matmul_reference(x, *matrix, group_size, bits) for matrix in (gate, up))
+    return geglu_reference(*parts)

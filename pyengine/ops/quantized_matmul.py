@@ -1,0 +1,86 @@
+import mlx.core as mx
+
+from pyengine import _ext
+
+from . import workbench
+from .dispatch import chosen, too_wide
+
+
+def quantized_matmul(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    group_size: int = 64,
+    bits: int = 8,
+    *,
+    out_dtype: mx.Dtype | None = None,
+) -> mx.array:
+    """Multiply rows by a quantised matrix, reading each weight once for up to 16 rows.
+
+    ``out[m, n] = sum over k of x[m, k] * (q[n, k] * scales[n, k / g] + biases[n, k / g])``, with
+    ``g`` the group size and ``q`` the packed integers of MLX's affine quantisation. All of it in
+    float32, in an order that depends on K alone, rounded once: before that, the result is within
+    ``(K / 16 + 8) * 2**-24`` times the same sum with absolute values. More than 16 rows run as
+    slices of 16. On a GPU MLX's ``quantized_matmul``, which is not row-stable, serves more than
+    128 rows: a prefill.
+
+    Args:
+        x: ``[..., K]``, float32, float16 or bfloat16; any strides; K is a multiple of ``g``.
+        w: uint32 ``[N, K * bits / 32]``, as ``mx.quantize`` packs it.
+        scales: ``[N, K / g]``, dtype of ``x``.
+        biases: ``[N, K / g]``, dtype of ``x``.
+        group_size: 32, 64 or 128 weights share a scale and a bias.
+        bits: 8, 6 or 4 per weight.
+        out_dtype: float32 or the dtype of ``x``; None is the dtype of ``x``.
+
+    Returns:
+        ``[..., N]``.
+
+    Raises:
+        ValueError: A shape, dtype or limit above does not hold.
+    """
+    out = _ext.quantized_matmul(
+        x, w, scales, biases, group_size, bits, out_dtype
+    )  # checks in every case
+    implementation = chosen("quantized_matmul")
+    if implementation == "reference":
+        return quantized_matmul_reference(
+            x, w, scales, biases, group_size, bits, out_dtype=out_dtype
+        )
+    if implementation == "workbench" and out.size > 0:
+        N, K = w.shape[0], x.shape[-1]
+        launch = _ext.quantized_matmul_launch(
+            out.size // N, N, K, x.dtype, out.dtype, group_size, bits
+        )
+        return workbench.run(launch, x, w, scales, biases)[0].reshape(out.shape)
+    if implementation != "mlx" and not too_wide(out):
+        return out
+    dtype = out_dtype or x.dtype  # logits in float32 are summed in float32, not widened afterwards
+    x, scales, biases = (a.astype(dtype) for a in (x, scales, biases))
+    return mx.quantized_matmul(x, w, scales, biases, True, group_size, bits)
+
+
+def quantized_matmul_reference(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    group_size: int = 64,
+    bits: int = 8,
+    *,
+    out_dtype: mx.Dtype | None = None,
+) -> mx.array:
+    """The same in plain MLX."""
+    weights = dequantized(w, scales, biases, group_size, bits)  # [N, K]
+    return (x.astype(mx.float32) @ weights.T).astype(out_dtype or x.dtype)
+
+
+def dequantized(
+    w: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """Packed rows as float32; MLX refuses empty ones."""
+    if w.size == 0:
+        return mx.zeros((*w.shape[:-1], scales.shape[-1] * group_size))
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(w, scales, biases, group_size, bits)

@@ -1,0 +1,61 @@
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from pyengine import _ext
+
+from . import workbench
+from .dispatch import chosen, too_wide
+from .quantized_gated_matmul import Matrix
+from .quantized_matmul import quantized_matmul, quantized_matmul_reference
+
+
+def quantized_matmuls(
+    x: mx.array,
+    matrices: Sequence[Matrix],
+    group_size: int = 64,
+    bits: int = 8,
+) -> list[mx.array]:
+    """Multiply the same rows by two or three matrices in one launch: an attention's q, k and v.
+
+    ``out[i] = x @ matrices[i].T``, each the bits of ``quantized_matmul``. On the processor x is
+    unpacked once for all of them, and their columns are shared out among the threads together. On a
+    GPU ``quantized_matmul`` serves more than 128 rows.
+
+    Args:
+        x: ``[..., K]``, float32, float16 or bfloat16; K is a multiple of the group size.
+        matrices: Two or three: weights uint32 ``[N_i, K * bits / 32]``, scales and biases
+            ``[N_i, K / group_size]`` of the dtype of ``x``, as ``mx.quantize`` gives them.
+        group_size: 32, 64 or 128 weights share a scale and a bias.
+        bits: 8, 6 or 4 per weight.
+
+    Returns:
+        ``[..., N_i]`` for each, dtype of ``x``.
+
+    Raises:
+        ValueError: A shape, dtype or limit above does not hold.
+    """
+    packed = [list(matrix) for matrix in matrices]
+    outs = _ext.quantized_matmuls(x, packed, group_size, bits)  # checks in every case
+    implementation = chosen("quantized_matmuls")
+    if implementation == "reference":
+        return quantized_matmuls_reference(x, matrices, group_size, bits)
+    if implementation == "workbench" and any(out.size for out in outs):
+        columns, K = [out.shape[-1] for out in outs], x.shape[-1]
+        M = sum(out.size for out in outs) // sum(columns)
+        launch = _ext.quantized_matmuls_launch(M, columns, K, x.dtype, group_size, bits)
+        arrays = workbench.run(launch, x, *(a for matrix in matrices for a in matrix))
+        return [a.reshape(out.shape) for a, out in zip(arrays, outs, strict=True)]
+    if implementation != "mlx" and not any(map(too_wide, outs)):
+        return outs
+    return [quantized_matmul(x, *matrix, group_size, bits) for matrix in matrices]
+
+
+def quantized_matmuls_reference(
+    x: mx.array,
+    matrices: Sequence[Matrix],
+    group_size: int = 64,
+    bits: int = 8,
+) -> list[mx.array]:
+    """The same in plain MLX."""
+    return [quantized_matmul_reference(x, *matrix, group_size, bits) for matrix in matrices]

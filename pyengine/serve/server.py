@@ -1,0 +1,250 @@
+"""An OpenAI-compatible server: requests in, generate.py's work out. Needs the extra ``serve``.
+
+The routes and what they answer. What a request may ask is openai_protocol.py's, who is served when
+is serve_queue.py's, connections and their limits are serve_http.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from pyengine.generate import Result, Step
+from pyengine.serve.front import Front, allowed_names, error_body, error_response, note
+from pyengine.serve.protocol import Ask, Limits, Refused, Reply, no_such_model, read_request
+from pyengine.serve.queue import Job, Worker
+from pyengine.untrusted import kind, parse
+
+if TYPE_CHECKING:
+    from pyengine.checkpoint.pair import Pair
+
+# Reading a long prompt is work too; more threads would only hold more of them in memory
+READERS = 2
+STREAM_HEADERS = {
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # nginx would collect the stream
+}
+
+log = logging.getLogger("pyengine.serve.server")
+
+
+def make_app(
+    pair: Pair,
+    *,
+    limits: Limits | None = None,
+    any_host: bool = False,
+    hosts: Sequence[str] = (),
+) -> FastAPI:
+    """The server for a loaded pair, to be run by serve_http.py: connections are watched there.
+
+    Args:
+        pair: From :func:`pyengine.load`.
+        limits: What it takes on.
+        any_host: Answer requests that name another host than this machine's loopback. Off, a web
+            page cannot reach the server by a name of its own that leads here.
+        hosts: Names of other hosts that may be named nevertheless.
+
+    Returns:
+        The app; ``app.state.worker.end()`` refuses what waits and all that comes, and ends its
+        thread.
+
+    Raises:
+        ValueError: One of ``hosts`` is none.
+    """
+    limits, names = limits or Limits(), allowed_names(hosts)
+    worker = Worker(limits.waiting)
+    row = {"id": pair.name, "object": "model", "created": 0, "owned_by": "pyengine"}
+
+    async def models(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [row]})
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != pair.name:
+            return error_response(no_such_model(pair, name))
+        return JSONResponse(row)
+
+    async def health(_: Request) -> Response:
+        counts = {"waiting": worker.waiting, "running": worker.running}
+        return JSONResponse({"status": "ok", **counts})
+
+    async def nowhere(request: Request, error: Any) -> Response:
+        headers = dict(error.headers or {})
+        if "Allow" in headers:
+            headers["Allow"] = ", ".join(sorted({*headers["Allow"].split(", "), "OPTIONS"}))
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
+        refused = Refused(error.status_code, f"[serve] {request.url.path}: {error.detail}.")
+        return error_response(refused, headers)
+
+    readers = ThreadPoolExecutor(READERS, thread_name_prefix="pyengine-read")
+    routes = [
+        Route(f"/v1/{path}", Completions(pair, limits, worker, readers, chat), methods=["POST"])
+        for path, chat in (("chat/completions", True), ("completions", False))
+    ]
+    app = FastAPI(
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        routes=[
+            *routes,
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            Route("/health", health),
+        ],
+        exception_handlers={404: nowhere, 405: nowhere},
+    )
+    app.add_middleware(Front, any_host=any_host, hosts=names)
+    app.state.worker = worker
+    return app
+
+
+class Completions:
+    """One of the two routes that generate."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        limits: Limits,
+        worker: Worker,
+        readers: ThreadPoolExecutor,
+        chat: bool,
+    ) -> None:
+        self._pair, self._limits, self._worker, self._chat = pair, limits, worker, chat
+        self._readers = readers
+        self._held = 0  # bytes of the bodies that are coming in
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await self._body(Request(scope, receive))
+            with self._worker.place():
+                loop = asyncio.get_running_loop()
+                ask = await loop.run_in_executor(self._readers, self._read, body)
+                await self._answer(ask, scope, receive, send)
+        except ClientDisconnect:
+            note(scope, left=True)
+        except Refused as error:
+            await error_response(error)(scope, receive, send)
+        except ValueError as error:
+            await error_response(Refused(400, str(error)))(scope, receive, send)
+
+    async def _body(self, request: Request) -> bytes:
+        # A web page can send plain text to any address without asking; JSON it cannot
+        media = request.headers.get("content-type", "").split(";")[0].strip()
+        if media.lower() != "application/json":
+            raise Refused(415, "[serve] the content type must be application/json.")
+        most, data = self._limits.body_bytes, bytearray()
+        try:
+            async for chunk in request.stream():
+                data += chunk
+                self._held += len(chunk)
+                if len(data) > most:
+                    raise Refused(413, f"[serve] a request must be at most {most} bytes.")
+                if self._held > most * (self._limits.waiting + 1):
+                    raise Refused(
+                        503, "[serve] too many requests are coming in; try again.", retry=True
+                    )
+        finally:
+            self._held -= len(data)
+        return bytes(data)
+
+    def _read(self, data: bytes) -> Ask:
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise Refused(400, "[serve] the request must be UTF-8 text but is not.") from None
+        body = parse(text, "[serve] the request")
+        if not isinstance(body, dict):
+            raise Refused(400, f"[serve] the request must be a JSON object but got {kind(body)}.")
+        given = {key: value for key, value in body.items() if value is not None}
+        return read_request(self._pair, given, self._limits, self._chat)
+
+    async def _answer(self, ask: Ask, scope: Scope, receive: Receive, send: Send) -> None:
+        self._worker.add(job := Job(ask))
+        watch = asyncio.create_task(self._watch(job, receive))
+        try:
+            if ask.streamed:
+                await self._streamed(job, scope, send)
+            else:
+                response = await self._whole(job, scope)
+                await response(scope, receive, send)
+        finally:
+            watch.cancel()
+            self._worker.cut(job, ClientDisconnect())
+
+    async def _watch(self, job: Job, receive: Receive) -> None:
+        """Cut the job when its client leaves."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._worker.cut(job, ClientDisconnect())
+
+    async def _whole(self, job: Job, scope: Scope) -> Response:
+        reply, echoed = Reply(job.ask), None
+        while True:
+            said = await job.hear(None)
+            if isinstance(said, Exception):
+                return error_response(_failure(said, scope))
+            if isinstance(said, Result):
+                note(scope, tokens=(len(job.ask.ids), len(said.tokens)))
+                return JSONResponse(reply.whole(echoed, said))
+            if echoed is None and job.ask.echo is not None:
+                echoed = said
+
+    async def _streamed(self, job: Job, scope: Scope, send: Send) -> None:
+        """Server-sent events. The headers go out at once, so an error from here on is an event."""
+
+        async def write(text: str, more: bool = True) -> None:
+            body = {"type": "http.response.body", "body": text.encode(), "more_body": more}
+            await send(body)
+
+        # Nothing but the headers of a response without a body of its own
+        head = Response(headers=STREAM_HEADERS, media_type="text/event-stream")
+        headers = [(name, value) for name, value in head.raw_headers if name != b"content-length"]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        reply, count = Reply(job.ask), 0
+        said: Any = None
+        while not isinstance(said, (Result, Exception)):
+            said = await job.hear(self._limits.keep_alive_s)
+            if isinstance(said, Step):
+                count += len(said.tokens)
+                note(scope, tokens=(len(job.ask.ids), count))
+                await write("".join(map(_event, reply.chunks(said))))
+            elif said is None:
+                await write(": keep-alive\n\n")
+        if isinstance(said, Result):
+            note(scope, tokens=(len(job.ask.ids), len(said.tokens)))
+            events = list(reply.end(said))
+        else:
+            events = [error_body(_failure(said, scope))]
+        await write("".join(map(_event, events)) + "data: [DONE]\n\n", more=False)
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+def _failure(error: Exception, scope: Scope) -> Refused:
+    """Our own sentences go to the client; of anything else it learns nothing, the log all.
+
+    Raises:
+        ClientDisconnect: There is nobody to tell.
+    """
+    if isinstance(error, (Refused, ClientDisconnect)):
+        if isinstance(error, ClientDisconnect):
+            raise error
+        return error
+    ours = str(error).startswith("[")
+    if not ours:
+        log.error("%s the generation failed", note(scope)["id"], exc_info=error)
+    status = 400 if isinstance(error, ValueError) and ours else 500
+    return Refused(status, str(error) if ours else "[serve] the generation failed.")

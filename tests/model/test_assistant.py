@@ -1,0 +1,179 @@
+"""The assistant against transformers at both positions, and what it may and may not read."""
+
+import copy
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_pairs import FLAVOURS, FORMS, WINDOW, bits, gap, greedy_text, reference, tiny_pair
+
+from pyengine.model.assistant import POSITIONS, Assistant
+from pyengine.model.head import whole
+from pyengine.model.linear import Linear
+
+pytestmark = pytest.mark.engine
+
+FLOAT32 = 5e-4
+# Against the float32 reference, from bfloat16 keys: their error is the target's (test_target.py).
+BFLOAT16 = 0.3
+LENGTHS = (5, 21, 40)
+NUM_DRAFTS = 4
+
+
+def prefilled(flavour, length, form="float32", max_block=5):
+    model = tiny_pair(flavour, form).target
+    cache = model.new_cache(max_block)
+    _, hidden = model.prefill(reference(flavour)[f"{length}.ids"].tolist(), cache, chunk=9)
+    return model, cache, hidden
+
+
+@pytest.mark.short
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_steps_match_transformers(flavour, length, position):
+    """Each step from the reference's own input, then the whole chain from ours."""
+    wanted = reference(flavour)
+    assistant = tiny_pair(flavour, position=position).assistant
+    target, cache, own_hidden = prefilled(flavour, length)
+    token = wanted[f"{length}.bonus"].astype(mx.int32)
+    own_token = token
+    for step in range(NUM_DRAFTS):
+        at = f"{length}.{position}.{step}"
+        embedding = target.embed(token)
+        assert gap(embedding, wanted[f"{at}.embedding"]) == 0
+        logits, hidden = assistant.step(embedding, wanted[f"{at}.hidden_in"], cache)
+        seen = mx.isfinite(logits)
+        theirs = wanted[f"{at}.logits"]
+        assert gap(mx.where(seen, logits, 0), mx.where(seen, theirs, 0)) <= FLOAT32
+        assert gap(hidden, wanted[f"{at}.hidden"]) <= FLOAT32
+        own_logits, own_hidden = assistant.step(target.embed(own_token), own_hidden, cache)
+        own_token = mx.argmax(own_logits, axis=-1).astype(mx.int32)
+        token = wanted[f"{at}.token"].astype(mx.int32)
+        assert own_token.tolist() == token.tolist()
+
+
+@pytest.mark.short
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_bfloat16_stays_near_float32(flavour):
+    wanted = reference(flavour)
+    assistant = tiny_pair(flavour, "bfloat16").assistant
+    target, cache, _ = prefilled(flavour, 21, "bfloat16")
+    at = "21.n-1.0"
+    logits, _ = assistant.step(
+        target.embed(wanted["21.bonus"].astype(mx.int32)),
+        wanted[f"{at}.hidden_in"].astype(mx.bfloat16),
+        cache,
+    )
+    assert logits.dtype == mx.float32
+    seen = mx.isfinite(logits)
+    theirs = mx.where(seen, wanted[f"{at}.logits"], 0)
+    assert gap(mx.where(seen, logits, 0), theirs) <= BFLOAT16
+
+
+@pytest.mark.short
+@pytest.mark.parametrize("form", FORMS)
+def test_centroid_head_looks_at_the_best_clusters_only(form):
+    pair = tiny_pair("e2b", form)
+    assistant, config = pair.assistant, pair.assistant.config
+    x = mx.random.normal((1, config.hidden_size), key=mx.random.key(3)).astype(assistant.dtype)
+    logits = assistant._head(x)
+    assert logits.shape == (1, config.vocab_size) and logits.dtype == mx.float32
+    scores = np.array(assistant.centroids(x, mx.float32))[0]
+    best = np.argsort(-scores)[: config.num_centroids_used]
+    ids = np.array(assistant.token_ordering)[best].reshape(-1)
+    assert sorted(ids) == sorted(np.flatnonzero(np.isfinite(np.array(logits[0]))))
+    dense = np.array(assistant.table(x, mx.float32))[0]
+    assert np.array_equal(np.array(logits[0])[ids], dense[ids])
+
+
+@pytest.mark.parametrize("turn", range(8))
+def test_centroids_are_ranked_by_scores_that_are_not_rounded(turn):
+    """1 and some thousandths, which bfloat16 cannot tell apart."""
+    assistant = copy.copy(tiny_pair("e2b", "bfloat16").assistant)
+    count, used = assistant.config.num_centroids, assistant.config.num_centroids_used
+    order = np.roll(np.arange(count), turn)
+    rows = np.zeros((count, 64), np.float32)
+    rows[:, 0], rows[:, 1] = 1, order * 2.0**-11
+    assistant.centroids = Linear(mx.array(rows).astype(mx.bfloat16))
+    logits = np.array(assistant._head(mx.ones((1, 64), mx.bfloat16))[0])
+    best = np.argsort(-order)[:used]
+    ids = np.array(assistant.token_ordering)[best].reshape(-1)
+    assert sorted(ids) == np.flatnonzero(np.isfinite(logits)).tolist()
+
+
+@pytest.mark.short
+def test_plain_head_looks_at_every_token():
+    pair = tiny_pair("dense31")
+    logits = whole(pair.assistant._head(mx.ones((1, 64))))
+    assert bool(mx.isfinite(logits).all())
+
+
+@pytest.mark.short
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_refused_positions_are_not_read(flavour):
+    """What a refused block leaves behind the committed length changes no bit of a draft."""
+    pair = tiny_pair(flavour)
+    text = greedy_text(flavour)
+    model, cache, hidden = pair.target, pair.target.new_cache(5), None
+    _, hidden = model.prefill(text[:40], cache)
+    embedding = model.embed(mx.array(text[40:41]))
+    clean, _ = pair.assistant.step(embedding, hidden, cache)
+    mx.eval(clean)
+    model.verify(mx.array([9, 8, 7, 6, 5], dtype=mx.int32), cache)
+    stale, _ = pair.assistant.step(embedding, hidden, cache)
+    assert np.array_equal(bits(clean), bits(stale))
+
+
+@pytest.mark.parametrize("age, is_read", [(0, True), (WINDOW - 2, True), (WINDOW - 1, False)])
+def test_sliding_layers_read_the_newest_window_less_one(age, is_read):
+    """Spoil the key of one position in the sliding layer the assistant reads."""
+    pair = tiny_pair("dense31")
+    model, cache = pair.target, pair.target.new_cache(5)
+    _, hidden = model.prefill(greedy_text("dense31")[:40], cache)
+    embedding = model.embed(mx.array([3]))
+    before, _ = pair.assistant.step(embedding, hidden, cache)
+    mx.eval(before)
+    source = model.config.last_source(True)
+    keys = cache.keys[source]
+    slots = keys.shape[2]
+    spoiled = mx.arange(slots) == (39 - age) % slots
+    cache.keys[source] = mx.where(spoiled[None, None, :, None], 3.0, keys)
+    after, _ = pair.assistant.step(embedding, hidden, cache)
+    assert (gap(before, after) > 0) == is_read
+
+
+def test_full_layer_reads_the_first_position():
+    pair = tiny_pair("dense31")
+    model, cache = pair.target, pair.target.new_cache(5)
+    _, hidden = model.prefill(greedy_text("dense31")[:40], cache)
+    embedding = model.embed(mx.array([3]))
+    before, _ = pair.assistant.step(embedding, hidden, cache)
+    source = model.config.last_source(False)
+    first = (mx.arange(cache.keys[source].shape[2]) == 0)[None, None, :, None]
+    mx.eval(before)
+    cache.values[source] = mx.where(first, 30.0, cache.values[source])
+    after, _ = pair.assistant.step(embedding, hidden, cache)
+    assert gap(before, after) > 0
+
+
+def test_embedding_comes_before_hidden():
+    """The two halves of the input are not interchangeable."""
+    pair = tiny_pair("uni12")
+    _, cache, hidden = prefilled("uni12", 21)
+    embedding = pair.target.embed(mx.array([3]))
+    one, _ = pair.assistant.step(embedding, hidden, cache)
+    other, _ = pair.assistant.step(hidden, embedding, cache)
+    assert gap(one, other) > 0.1
+
+
+def test_gathered_rows_of_a_quantised_table_are_its_rows():
+    table = Linear(*mx.quantize(mx.random.normal((32, 64), key=mx.random.key(1)), 64, 8), 8, 64)
+    ids = mx.array([31, 0, 7])
+    assert np.array_equal(bits(table.take(ids).values()), bits(table.values()[ids]))
+
+
+def test_an_unknown_position_is_refused():
+    pair = tiny_pair("uni12")
+    with pytest.raises(ValueError, match=r"\[assistant\] position must be n-1 or n-2 but got 'n'"):
+        Assistant(pair.assistant.config, pair.target.config, None, "n")

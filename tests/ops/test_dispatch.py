@@ -1,0 +1,99 @@
+"""Which implementation runs: the switch, and what status says of it."""
+
+import re
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from fuzz_ops import CALLS, HOUSE, Draw, flat
+
+from pyengine import _ext, ops
+from pyengine.ops import dispatch
+
+ELEMENTWISE = {"embed", "geglu", "random_uniform", "softcap", "weigh_experts", "write_cache"}
+NAMES = [name for name in ops.__all__ if name + "_reference" in ops.__all__]
+
+
+def test_status_names_every_op() -> None:
+    rows = ops.status()
+    assert [row["op"] for row in rows] == sorted(NAMES)
+    kernel = f"SIMD ({_ext.instruction_set()})"
+    assert all(row["kernel"] == kernel and row["row_stable"] is True for row in rows)
+
+
+def operations(op: str, path: Path) -> set[str]:
+    """Names in the graph of a random call of an op, the first that is not refused."""
+    for seed in range(50):
+        call = CALLS[op](Draw(seed))
+        try:
+            out = flat(getattr(ops, op)(*call.args, **call.options))
+        except ValueError as error:
+            assert HOUSE.match(str(error))
+            continue
+        if call.alike is not None and all(a.size for a in out):
+            mx.export_to_dot(str(path), *out)
+            return set(re.findall(r'label ="(\w+)', path.read_text()))
+    raise AssertionError("every call was refused")
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_an_op_runs_what_is_chosen(op: str, tmp_path: Path) -> None:
+    """Its own node in the graph, or nodes of MLX alone."""
+    own = {"".join(word.capitalize() for word in name.split("_")) for name in NAMES}
+    native = operations(op, tmp_path / "native")
+    assert "".join(word.capitalize() for word in op.split("_")) in native
+    ops.use("reference")
+    try:
+        plain = operations(op, tmp_path / "plain")
+    finally:
+        ops.use("native")
+    # The reference of the head is the composition of three ops, of which each is chosen for itself
+    assert plain and not plain & own, plain & own
+
+
+def test_use_switches_every_op() -> None:
+    ops.use("reference")
+    try:
+        rows = {row["op"]: row for row in ops.status()}
+    finally:
+        ops.use("native")
+    assert {row["kernel"] for row in rows.values()} == {"reference"}
+    assert {op for op, row in rows.items() if row["row_stable"]} == ELEMENTWISE
+
+
+def test_a_gpu_runs_metal_kernels_within_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU here: the answer to "which device" is replaced, what follows from it is real."""
+    monkeypatch.setattr(dispatch.mx, "default_device", lambda: mx.gpu)
+    for row in ops.status():
+        assert (row["kernel"], row["device"], row["row_stable"]) == ("Metal", "gpu", True)
+        assert dispatch.chosen(row["op"], fits=False) == "mlx"  # past a kernel's limits
+    ops.use("mlx")
+    try:
+        rows = ops.status()
+        assert {row["kernel"] for row in rows} == {"MLX"}
+        assert {row["op"] for row in rows if row["row_stable"]} == ELEMENTWISE
+    finally:
+        ops.use("native")
+
+
+def test_every_metal_kernel_has_its_source_in_the_extension() -> None:
+    for op in dispatch.OPS:
+        source = _ext.metal_source(op)
+        assert re.search(rf"\[\[kernel\b.*\]\] void {op}", source)  # or of the op's launches
+        assert '#include "' not in source and source.isascii()
+
+
+def test_workbench_needs_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "workbench", None)  # as if there were none
+    with pytest.raises(RuntimeError, match=r"\[use\] the workbench needs a checkout"):
+        ops.use("workbench")
+    assert ops.status()[0]["kernel"].startswith("SIMD")
+
+
+def test_unknown_implementation_is_refused() -> None:
+    with pytest.raises(ValueError) as error:
+        ops.use("fast")  # type: ignore[arg-type]
+    names = "native, reference, workbench, mlx"
+    assert str(error.value) == f"[use] implementation must be one of {names} but got 'fast'."
+    assert ops.status()[0]["kernel"].startswith("SIMD")

@@ -1,0 +1,52 @@
+"""A few random calls of every op; many under sanitizers: `.ci/sanitize.sh`."""
+
+import mlx.core as mx
+import pytest
+from fuzz_ops import CALLS, HOUSE, Draw, run
+
+from pyengine import ops
+
+CALLS_OF_AN_OP = 40
+
+
+@pytest.mark.parametrize("op", ops.dispatch.OPS)
+def test_an_op_refuses_a_call_or_is_its_reference(op):
+    met = {run(op, (2026, number)) for number in range(CALLS_OF_AN_OP)}
+    assert "refused" in met
+    assert met & {"equal", "ran"}
+
+
+def test_the_calls_hold_what_they_shall():
+    """Offsets, ids and scalars of every kind: what a generator no longer makes is not tested."""
+    offsets = [CALLS["prepare_qkv"](Draw((1, n))).args[8] for n in range(200)]
+    assert {a.dtype for a in offsets} == {mx.int32}
+    # Some are unknown to the host, which would refuse them
+    late = [n for n in range(200) if run("write_cache", (4, n)) == "equal"]
+    values = [CALLS["write_cache"](Draw((4, n))).args[2].item() for n in late]
+    assert min(values) < -(2**30) and max(values) > 2**30
+    assert min(a.item() for a in offsets) == -(2**31) and max(a.item() for a in offsets) > 2**30
+    ids = [CALLS["embed"](Draw((2, n))).args[0] for n in range(100)]
+    assert any((a < 0).any().item() for a in ids if a.size)
+    scalars = {CALLS["route_experts"](Draw((3, n))).args[2] for n in range(400)}
+    assert min(scalars) < -(2**31) and max(scalars) > 2**32
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda n: ops.route_experts(mx.zeros((1, 2)), mx.zeros(2), n),
+        lambda n: ops.filter_logits(mx.zeros((1, 4)), top_k=n),
+        lambda n: ops.random_uniform(mx.zeros((1, 4), mx.uint32), (0, n)),
+        lambda n: ops.quantized_matmul(
+            mx.zeros((1, 64)), *mx.quantize(mx.zeros((8, 64)), 64, 8), n
+        ),
+        lambda n: ops.embed(mx.array([0]), mx.quantize(mx.zeros((8, 64)), 64, 8), 64, n),
+    ],
+)
+@pytest.mark.parametrize("number", [-1, 2**32, 2**40, -(2**63), 2**63, 10**30])
+def test_an_integer_of_any_size_is_refused_in_one_sentence(call, number):
+    with pytest.raises(ValueError) as error:
+        call(number)
+    assert HOUSE.match(str(error.value))
+    if -(2**63) < number < 2**63 - 1:
+        assert f"but got {number}." in str(error.value)
