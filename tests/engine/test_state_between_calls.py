@@ -154,7 +154,7 @@ class AtLine:
     def enter(self, frame: FrameType, event: str, _: Any) -> Any:
         code = frame.f_code
         path = Path(code.co_filename)
-        ours = path.parent.name == "pyengine" and path.name in self.FILES
+        ours = path.parent.name in ("engine", "model") and path.name in self.FILES
         return self.line if ours and code.co_name != "in_use" else None
 
     def line(self, frame: FrameType, event: str, _: Any) -> Any:

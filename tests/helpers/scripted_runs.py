@@ -214,8 +214,8 @@ class Stage:
         self.fail_at, self.error = -1, KeyboardInterrupt()
         monkeypatch.setattr("time.perf_counter", self.clock)
         monkeypatch.setattr("pyengine.bench.gemma_mtp.stream", self.stream)
-        for place in ("bench", "report"):
-            monkeypatch.setattr(f"pyengine.{place}.now", lambda: f"{self.begun}/{self.ended}")
+        for place in ("gemma_mtp", "report"):
+            monkeypatch.setattr(f"pyengine.bench.{place}.now", lambda: f"{self.begun}/{self.ended}")
 
     def stream(self, content: Any, **asked: Any) -> Running:
         self.asked.append((content, asked))

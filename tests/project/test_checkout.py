@@ -127,5 +127,5 @@ def test_nothing_installed_is_one_sentence(checkout: Path, environment: Environm
 
 def test_a_renamed_source_changes_the_digest(checkout: Path) -> None:
     before = digest_of_sources(checkout)
-    (checkout / "csrc" / "pool.h").rename(checkout / "csrc" / "pools.h")
+    (checkout / "csrc" / "cpu" / "pool.h").rename(checkout / "csrc" / "cpu" / "pools.h")
     assert digest_of_sources(checkout) != before

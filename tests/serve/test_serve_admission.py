@@ -14,7 +14,8 @@ from serving import GAME, Server, asking, everything, request
 from text_fakes import script_pair, write_tokenizers
 
 from pyengine.generate import embedded_pair
-from pyengine.serve import protocol, server
+from pyengine.serve import protocol
+from pyengine.serve import server as module
 from pyengine.serve.protocol import Limits, Refused, read_request
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -47,7 +48,7 @@ class Readers:
                 self.now -= 1
             return read_request(*args)
 
-        patch.setattr(server, "read_request", held)
+        patch.setattr(module, "read_request", held)
 
 
 def test_a_place_is_taken_before_the_request_is_read(
@@ -81,14 +82,14 @@ def test_requests_are_read_by_a_bounded_number_of_threads(
     readers = Readers(monkeypatch)
     with Server(pair, Limits(waiting=12)) as server:
         socks = [server.raw(asking(max_tokens=1)) for _ in range(12)]
-        for _ in range(server.READERS):
+        for _ in range(module.READERS):
             assert readers.begun.acquire(timeout=30)
         assert httpx.get(f"{server.url}/health").status_code == 200
         readers.open.set()
         for sock in socks:
             assert sock.recv(12) == b"HTTP/1.1 200"
             sock.close()
-    assert (readers.calls, readers.most) == (12, server.READERS)
+    assert (readers.calls, readers.most) == (12, module.READERS)
 
 
 def test_bodies_that_come_in_are_counted_together(pair: Any) -> None:
