@@ -241,10 +241,10 @@ def decode(
             [*state, seed, *(history.listed() or ()), *cache.arrays]
         )
         state = _State(primary, hidden)
-        cache.adopt(arrays, cache.bound + block_size)
+        cache.take_results(arrays, cache.length_limit + block_size)
         row = _read(packed, [state.hidden, *cache.arrays])
         accepted = row[drafted]
-        cache.bound = len(prompt) + stats.generated_tokens + accepted
+        cache.length_limit = len(prompt) + stats.generated_tokens + accepted
         stats.count_round(drafted, accepted)
         stats.decode_s += time.perf_counter() - start
 
@@ -294,7 +294,7 @@ def _rounds(
     def build(arrays: Sequence[mx.array]) -> list[mx.array]:
         primary, hidden, seed, *rest = arrays[:-size]
         state, listed = _State(primary, hidden), Listed(*rest) if rest else None
-        own = cache.over(arrays[-size:])
+        own = cache.with_arrays(arrays[-size:])
         if k and assistant is not None:
             packed, state = _round(target, assistant, own, state, listed, sampling, seed, k)
         else:
@@ -334,7 +334,7 @@ def _round(
     # Accept
     accepted, token = rules.accept(p, q, drafts, sampling, position, seed, logits.shape[-1])
     # Commit
-    cache.commit(accepted + 1, cache.bound + k + 1)
+    cache.commit(accepted + 1, cache.length_limit + k + 1)
     row = accepted[None]
     packed = [drafts, row, token, p.flags, q.flags]
     if sampling.logprobs is not None:
@@ -353,7 +353,7 @@ def _plain_step(
 ) -> tuple[mx.array, _State]:
     """One token with no draft: what the host reads, and the next state."""
     logits, hidden = target.forward(state.primary, cache)
-    cache.commit(mx.array(1, mx.int32), cache.bound + 1)
+    cache.commit(mx.array(1, mx.int32), cache.length_limit + 1)
     return _first(logits, hidden, listed, cache, sampling, seed)
 
 

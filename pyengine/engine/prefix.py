@@ -63,7 +63,7 @@ class Prefix:
     @property
     def tokens(self) -> list[int]:
         """Of a prompt that was left in its midst, what was processed."""
-        return [] if self._cache is None else self._ids[: self._cache.bound]
+        return [] if self._cache is None else self._ids[: self._cache.length_limit]
 
     @property
     def nbytes(self) -> int:

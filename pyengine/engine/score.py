@@ -118,7 +118,7 @@ def _rows(
             block = mx.array(whole[at : at + SCORE_BLOCK][: len(whole) - 1 - at], dtype=mx.int32)
             following = mx.array(whole[at + 1 : at + 1 + block.size], dtype=mx.int32)
             rows, _ = target.verify(block, cache)
-            cache.commit(mx.array(block.size, dtype=mx.int32), cache.bound + block.size)
+            cache.commit(mx.array(block.size, dtype=mx.int32), cache.length_limit + block.size)
             mx.eval(rows, cache.length)
             if not mx.isfinite(mx.logsumexp(rows, axis=-1)).all():
                 raise NonFinite("score", target.dtype)

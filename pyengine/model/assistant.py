@@ -103,7 +103,7 @@ class Assistant:
             y = layer.down(gated(layer.gate, layer.up, x))
             h, x = _residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
         logits, hidden = self._head(x), self.post_projection(x)
-        cache.read_by(hidden)
+        cache.note_read(hidden)
         return logits, hidden
 
     def _attend(self, layer: Layer, q: mx.array, cache: Cache) -> mx.array:

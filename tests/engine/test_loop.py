@@ -210,7 +210,7 @@ def test_context_is_kept_to(block_size: int) -> None:
         max_tokens=99,
     )
     assert len(tokens) == 12 and rounds[-1].finish_reason == "length"
-    assert target.cache.bound < 20 + block_size  # a last round may look past the end
+    assert target.cache.length_limit < 20 + block_size  # a last round may look past the end
 
 
 def test_cache_bound_follows_the_device_length() -> None:
@@ -219,8 +219,8 @@ def test_cache_bound_follows_the_device_length() -> None:
     for r in decode(
         target, assistant, [1, 2], sampling=Sampling(seed=1), block_size=4, max_tokens=30
     ):
-        assert target.cache.bound == target.cache.length.item() >= 2, r
-        lengths.append(target.cache.bound)
+        assert target.cache.length_limit == target.cache.length.item() >= 2, r
+        lengths.append(target.cache.length_limit)
     assert len(lengths) > 5 and lengths == sorted(set(lengths))
 
 

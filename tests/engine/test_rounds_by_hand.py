@@ -61,7 +61,7 @@ class FakeTarget:
 
     def prefill(self, ids: list[int], cache: LengthCache) -> tuple[mx.array, mx.array]:
         logits, hidden = self.forward(mx.array(ids, dtype=mx.int32), cache)
-        cache.commit(mx.array(len(ids), mx.int32), cache.bound + len(ids))
+        cache.commit(mx.array(len(ids), mx.int32), cache.length_limit + len(ids))
         return logits[-1], hidden[-1:]
 
     def forward(self, ids: mx.array, cache: LengthCache) -> tuple[mx.array, mx.array]:

@@ -72,7 +72,7 @@ def test_a_score_may_extend_a_scored_prefix(flavour: str, form: str) -> None:
         # The last token of the text is scored, not processed
         assert prefix.tokens == text[: end - 1]
         cache = prefix._cache
-        assert cache is not None and cache.bound == cache.length.item() == end - 1
+        assert cache is not None and cache.length_limit == cache.length.item() == end - 1
         if end > known > first:
             assert prefix.reused == first - 1
     # Another continuation of the same context; then the first again

@@ -232,7 +232,7 @@ def test_a_prefix_after_close(block_size: int, right: int) -> None:
 
 
 def test_the_cache_of_a_prefix_holds_what_it_says() -> None:
-    """Its length on the device, the host's bound and the tokens agree after every round."""
+    """Its length on the device, the host's limit and the tokens agree after every round."""
     text = greedy_text("uni12")
     for block_size, right in ((1, 0), (4, 3), (4, 1), (9, 5)):
         pair = tiny("uni12", knows=(block_size, right) if block_size > 1 else None)
@@ -244,12 +244,12 @@ def test_the_cache_of_a_prefix_holds_what_it_says() -> None:
             for step in running.steps():
                 count += len(step.tokens)
                 cache = prefix._cache
-                assert cache is not None and cache.length.item() == cache.bound
+                assert cache is not None and cache.length.item() == cache.length_limit
                 if count < known + 20:  # a last round goes past the end
-                    assert cache.bound == count - 1
+                    assert cache.length_limit == count - 1
                 assert prefix.tokens == text[: count - 1]
                 # Positions of refused drafts were written too
-                assert cache.written >= cache.bound
+                assert cache.written >= cache.length_limit
             assert running.result.tokens == text[known : known + 20]
 
 

@@ -132,7 +132,7 @@ class CountingTarget:
     def prefill(self, ids: list[int], cache: LengthCache) -> tuple[mx.array, mx.array]:
         self.events.append(f"chunk of {len(ids)}")
         self.clock.now += self.chunks.pop(0)
-        cache.commit(mx.array(len(ids), mx.int32), cache.bound + len(ids))
+        cache.commit(mx.array(len(ids), mx.int32), cache.length_limit + len(ids))
         return after(mx.array(ids[-1:]))[0], mx.array([[0.0]])
 
     def forward(self, ids: mx.array, cache: LengthCache) -> tuple[mx.array, mx.array]:

@@ -74,12 +74,12 @@ class Equal:
     ) -> tuple[mx.array, mx.array]:
         if self.calls % self.k == 0:
             # A product by one is a copy; what is written to it the target never sees
-            self.own = cache.over([a * 1 for a in cache.arrays])
+            self.own = cache.with_arrays([a * 1 for a in cache.arrays])
         self.calls += 1
         token = mx.argmax((self.embeddings == embedding).all(axis=-1)).astype(mx.int32)
         logits, hidden = self.target.forward(token[None], self.own)
-        self.own.commit(mx.array(1, dtype=mx.int32), self.own.bound + 1)
-        cache.read_by(hidden)
+        self.own.commit(mx.array(1, dtype=mx.int32), self.own.length_limit + 1)
+        cache.note_read(hidden)
         return logits, hidden
 
 
@@ -119,7 +119,7 @@ class Walk:
             self._prefill()
         for token in ids[len(self.done) :]:
             logits, self.hidden = self.target.verify(mx.array([token]), self.cache)
-            self.cache.commit(mx.array(1), self.cache.bound + 1)
+            self.cache.commit(mx.array(1), self.cache.length_limit + 1)
             mx.eval(logits, self.hidden, self.cache.arrays)
             self.done = (*self.done, token)
             self.logits[self.done] = np.array(logits[0])

@@ -69,7 +69,7 @@ def steps(target: Target, cache: Cache, ids: list[int]) -> tuple[mx.array, mx.ar
     logits, hidden = [], []
     for token in ids:
         row = target.verify(mx.array([token], dtype=mx.int32), cache)
-        cache.commit(mx.array(1, dtype=mx.int32), cache.bound + 1)
+        cache.commit(mx.array(1, dtype=mx.int32), cache.length_limit + 1)
         mx.eval(row, cache.arrays)
         logits.append(row[0])
         hidden.append(row[1])

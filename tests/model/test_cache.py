@@ -46,7 +46,7 @@ def test_any_accept_pattern_equals_plain_decoding(flavour, seed):
         # The kept tokens are the text's; the refused ones are anything
         block = text[known : known + kept] + rng.integers(0, 256, T - kept).tolist()
         logits, _ = model.verify(mx.array(block, dtype=mx.int32), cache)
-        cache.commit(one(kept), cache.bound + T)  # what the host knows before it reads
+        cache.commit(one(kept), cache.length_limit + T)  # what the host knows before it reads
         single, _ = steps(model, plain, text[known : known + kept])
         assert np.array_equal(bits(logits[:kept]), bits(single))
         known += kept
@@ -70,7 +70,7 @@ def test_unevaluated_calls_do_not_overtake_each_other():
         rows = []
         for i in range(0, 60, 3):
             logits, _ = model.verify(mx.array([*text[i : i + 3], 9], dtype=mx.int32), cache)
-            cache.commit(one(3), cache.bound + 3)
+            cache.commit(one(3), cache.length_limit + 3)
             if name == "eager":
                 mx.eval(logits, cache.arrays)
             rows.append(logits)
@@ -89,7 +89,7 @@ def test_an_unevaluated_draft_reads_before_the_next_write():
         if evaluate:
             mx.eval(logits)
         # Four positions back in the ring, and the block behind it, change under the draft's feet
-        cache.length, cache.bound = cache.length - 4, cache.bound - 4
+        cache.length, cache.length_limit = cache.length - 4, cache.length_limit - 4
         after, _ = pair.target.verify(mx.array([9, 8, 7, 6], dtype=mx.int32), cache)
         mx.eval(after)
         drafts.append(bits(logits))
@@ -128,9 +128,9 @@ def test_rollback_moves_nothing():
     expected = follow_up(model, cache.snapshot())
     for junk in range(6):
         logits, _ = model.verify(mx.full((5,), junk, dtype=mx.int32), cache)
-        cache.commit(one(0), cache.bound)
+        cache.commit(one(0), cache.length_limit)
         mx.eval(logits)
-    assert cache.length.item() == cache.bound == 33
+    assert cache.length.item() == cache.length_limit == 33
     assert_same(follow_up(model, cache), expected)
 
 

@@ -199,7 +199,7 @@ def through(
     given for), and the cache."""
     if way == "chunk":
         cache = model.new_cache(1)
-        assert cache.overflows(0, T)
+        assert cache.is_prefill_chunk(0, T)
         found, (logits, hidden) = forced.run(streams, lambda: model.prefill(ids, cache, chunk=T))
         return found, values(hidden), values(logits)[None], cache
     cache, parts = model.new_cache(T), []

@@ -66,7 +66,7 @@ def test_prefill_matches_transformers(flavour, length):
     logits, hidden = model.prefill(wanted[f"{length}.ids"].tolist(), cache, chunk=6)
     assert gap(logits, wanted[f"{length}.logits"][-1]) <= FLOAT32
     assert gap(hidden, wanted[f"{length}.hidden"][-1:]) <= FLOAT32
-    assert cache.length.item() == cache.bound == length
+    assert cache.length.item() == cache.length_limit == length
 
 
 @pytest.mark.short
@@ -120,7 +120,7 @@ def test_greedy_text_matches_transformers(flavour):
     written = [int(mx.argmax(logits).item())]
     while len(written) < 40:
         row, _ = model.verify(mx.array(written[-1:], dtype=mx.int32), cache)
-        cache.commit(mx.array(1, dtype=mx.int32), cache.bound + 1)
+        cache.commit(mx.array(1, dtype=mx.int32), cache.length_limit + 1)
         written.append(int(mx.argmax(row).item()))
     assert written == text[21:61]
 
@@ -180,7 +180,7 @@ def test_prefill_continues_where_it_stopped():
     expected, _ = model.prefill(text, whole)
     model.prefill(text[:23], parts)
     model.verify(mx.array([1, 2, 3, 4], dtype=mx.int32), parts)  # refused altogether
-    parts.commit(mx.array(0, dtype=mx.int32), parts.bound + 4)  # a bound may be loose
+    parts.commit(mx.array(0, dtype=mx.int32), parts.length_limit + 4)  # a bound may be loose
     logits, _ = model.prefill(text[23:], parts, chunk=13)
     assert np.array_equal(bits(logits), bits(expected))
 
@@ -305,7 +305,7 @@ def test_verify_neither_evaluates_nor_commits(monkeypatch):
     monkeypatch.setattr(mx, "eval", refuse)
     monkeypatch.setattr(mx, "async_eval", refuse)
     model.verify(mx.array([1, 2, 3], dtype=mx.int32), cache)
-    assert cache.bound == 3
+    assert cache.length_limit == 3
     assert cache.length.item() == 3
 
 

@@ -132,7 +132,7 @@ def test_embedded_target_writes_the_same_greedy_text():
                 close.append((number, position, token, their_token, margin))
             step = mx.array([token], dtype=mx.int32)
             rows, _ = pair.target.verify(step, cache)
-            cache.commit(mx.array(1, dtype=mx.int32), cache.bound + 1)
+            cache.commit(mx.array(1, dtype=mx.int32), cache.length_limit + 1)
             logits, their_logits = rows[0], theirs(step[None], cache=their_cache)[0, -1]
             mx.eval(logits, their_logits)
     print(f"largest logit gap {worst:.2e}; positions where the choice differs: {close}")
