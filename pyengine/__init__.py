@@ -25,8 +25,8 @@ _load_installed()
 
 from pyengine import ops
 from pyengine.checkpoint.pair import Pair, load
-from pyengine.engine.loop import Stats
 from pyengine.engine.prefix import Prefix
+from pyengine.engine.stats import Stats
 from pyengine.generate import Result, Stream, generate, stream
 from pyengine.sampling.settings import Sampling
 

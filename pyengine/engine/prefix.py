@@ -12,15 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import NoneType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from pyengine.drafters.drafter import TargetLike
 from pyengine.model.cache import Cache
 from pyengine.untrusted import shown
-
-if TYPE_CHECKING:
-    from pyengine.engine.loop import TargetLike
 
 MAX_MARKS = 3
 WORTH_A_MARK = 16  # tokens

@@ -14,7 +14,7 @@ from pyengine import ops
 from pyengine.checkpoint.weights import Weights
 from pyengine.model.cache import Cache
 from pyengine.model.config import AssistantConfig, LayerConfig, TargetConfig
-from pyengine.model.head import Logits, whole
+from pyengine.model.head import Logits
 from pyengine.model.linear import Linear, gated
 
 # Where the assistant's query sits when n tokens are known, the newest one unprocessed: at that
@@ -68,9 +68,9 @@ class Assistant:
             order = vector["masked_embedding.token_ordering"]
             self.token_ordering = order.reshape(config.num_centroids, -1)
 
-    def step(
+    def forward(
         self, embedding: mx.array, hidden: mx.array, cache: Cache
-    ) -> tuple[mx.array, mx.array]:
+    ) -> tuple[mx.array | Logits, mx.array]:
         """Draft one token.
 
         Args:
@@ -80,15 +80,9 @@ class Assistant:
             cache: The target's; only committed positions are read.
 
         Returns:
-            Logits [1, V], float32, -inf where a centroid head did not look; hidden vector [1, E].
+            Logits [1, V], float32, -inf where a centroid head did not look, made when they are
+            asked for where there is no such head; hidden vector [1, E].
         """
-        logits, hidden = self.forward(embedding, hidden, cache)
-        return whole(logits), hidden
-
-    def forward(
-        self, embedding: mx.array, hidden: mx.array, cache: Cache
-    ) -> tuple[mx.array | Logits, mx.array]:
-        """The same for those who may not want all logits."""
         eps = self.config.eps
         position = cache.length if self.position == "n-1" else cache.newest
         h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))

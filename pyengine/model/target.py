@@ -131,7 +131,7 @@ class Target:
 
         Returns:
             Logits of the last position [V], float32, not evaluated: most callers that hand over a
-            prompt in parts want only the last; and its hidden vector [1, E], as verify.
+            prompt in parts want only the last; and its hidden vector [1, E], as forward.
 
         Raises:
             ValueError: No ids, or an id outside the vocabulary.
@@ -147,23 +147,15 @@ class Target:
         hidden = hidden[-1:]
         return self._head(hidden).array[0], hidden
 
-    def verify(self, ids: mx.array, cache: Cache) -> tuple[mx.array, mx.array]:
+    def forward(self, ids: mx.array, cache: Cache) -> tuple[Logits, mx.array]:
         """Run ids [T] behind the committed positions; writes keys and values, commits nothing.
 
         Returns:
-            Logits [T, V], float32, after the softcap; hidden vectors [T, E], after the last norm.
+            Logits [T, V], float32, after the softcap, none of them made until they are asked for;
+            hidden vectors [T, E], after the last norm.
 
         Raises:
             ValueError: T is more than the cache's max_block.
-        """
-        logits, hidden = self.forward(ids, cache)
-        return logits.array, hidden
-
-    def forward(self, ids: mx.array, cache: Cache) -> tuple[Logits, mx.array]:
-        """The same for those who may not want all logits: none are made until they are asked for.
-
-        Raises:
-            ValueError: As verify.
         """
         if ids.size > cache.max_block:
             raise ValueError(

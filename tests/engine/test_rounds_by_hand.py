@@ -14,10 +14,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import rules_by_hand as hand
+from models import decode
 from rules_by_hand import Close, Settings
 from text_fakes import LengthCache
 
-from pyengine.engine.loop import Round, decode
+from pyengine.engine.loop import Round
 from pyengine.ops.accept_block import RULES
 from pyengine.sampling.settings import Sampling
 

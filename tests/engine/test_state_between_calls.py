@@ -26,6 +26,7 @@ from pyengine import ops
 from pyengine.chat import Chat
 from pyengine.checkpoint.pair import load
 from pyengine.engine import loop
+from pyengine.engine import round as on_device
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs, score
 from pyengine.generate import Result, generate, stream
@@ -138,7 +139,7 @@ class AtLine:
     """Ctrl-C as the n-th line of the engine begins; ``lines`` counts them. Not where a prefix takes
     note that it is in use: between two lines of cleaning up there is always a place for one."""
 
-    FILES = ("prefix.py", "cache.py", "loop.py", "score.py")
+    FILES = ("prefix.py", "cache.py", "loop.py", "round.py", "report.py", "score.py")
 
     def __init__(self, n: int) -> None:
         self.n, self.lines = n, 0
@@ -348,7 +349,7 @@ SETTINGS = [
 def unrecorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every round is built anew."""
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "recorded", lambda function: function)
+        patch.setattr(on_device, "recorded", lambda function: function)
         yield
 
 

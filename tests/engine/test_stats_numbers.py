@@ -9,12 +9,14 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from models import decode
 from scripted_runs import Clock
 from text_fakes import LengthCache
 from tiny_pairs import tiny_pair
 
-from pyengine.engine.loop import Round, Stats, decode
+from pyengine.engine.loop import Round
 from pyengine.engine.prefix import Prefix
+from pyengine.engine.stats import Stats
 from pyengine.generate import generate
 from pyengine.sampling.settings import Sampling
 

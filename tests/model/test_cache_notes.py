@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from models import step, verify
 from tiny_pairs import FLAVOURS, bits, greedy_text, steps, tiny_pair
 
 from pyengine.model.cache import Cache
@@ -40,11 +41,11 @@ def test_a_targets_reads_are_noted(flavour: str) -> None:
     eager, lazy = begun(target, text[:30]), begun(target, text[:30])
     want = []
     for cache in (eager, lazy):
-        first, _ = target.verify(block(9, 8, 7, 6), cache)
+        first, _ = verify(target, block(9, 8, 7, 6), cache)
         if cache is eager:
             mx.eval(first)
         cache.commit(one(1), cache.length_limit + 4)
-        second, _ = target.verify(block(3, 4, 5, 6), cache)
+        second, _ = verify(target, block(3, 4, 5, 6), cache)
         mx.eval(second)
         want.append((bits(first), bits(second)))
     for a, b in zip(*want, strict=True):
@@ -60,13 +61,13 @@ def test_an_assistants_reads_are_noted(flavour: str) -> None:
         cache = begun(target, text[:30])
         hidden, rows = some_hidden(target), []
         for token in (9, 8):  # neither made from the other
-            logits, _ = pair.assistant.step(target.embed(block(token)), hidden, cache)
+            logits, _ = step(pair.assistant, target.embed(block(token)), hidden, cache)
             rows.append(logits)
             if evaluate:
                 mx.eval(logits)
         # Some positions back, so that the block is written over what was read
         cache.length = cache.length - 4
-        after, _ = target.verify(block(6, 5, 4, 3), cache)
+        after, _ = verify(target, block(6, 5, 4, 3), cache)
         mx.eval(after)
         drafts.append([bits(row) for row in rows])
     for a, b in zip(*drafts, strict=True):
@@ -83,14 +84,14 @@ def test_reads_are_waited_for_once_and_not_by_copies() -> None:
     ordered = cache.after_reads(x)
     assert ordered is not x and ordered.tolist() == [5]
     assert cache.after_reads(x) is x
-    target.verify(block(5), cache)
+    verify(target, block(5), cache)
     for copy in (cache.snapshot(), cache.with_arrays(cache.arrays)):
         assert copy.after_reads(x) is x
     assert cache.after_reads(x) is not x
-    target.verify(block(5), cache)
+    verify(target, block(5), cache)
     cache.take_results([cache.length], cache.length_limit)
     assert cache.after_reads(x) is x
-    target.verify(block(5), cache)
+    verify(target, block(5), cache)
     cache.restart(20)
     assert cache.after_reads(x) is x
 
@@ -102,7 +103,7 @@ def test_newest_follows_every_change_of_the_length() -> None:
     target.prefill(text[:21], cache)
     assert cache.newest.item() == 20
     assert cache.newest is cache.newest  # made once
-    target.verify(block(1, 2, 3), cache)
+    verify(target, block(1, 2, 3), cache)
     assert cache.newest.item() == 20  # nothing is committed yet
     for count, newest in ((2, 22), (0, 22), (1, 23)):
         cache.commit(one(count), cache.length_limit + 3)
@@ -127,12 +128,12 @@ def test_drafts_after_commits_on_one_cache_are_those_on_a_new_one(
     for kept in (1, 3, 2, 4, 1):
         embedded = pair.target.embed(block(text[known]))
         got, want = (
-            bits(pair.assistant.step(embedded, hidden, used)[0])
+            bits(step(pair.assistant, embedded, hidden, used)[0])
             for used in (cache, begun(pair.target, text[:known]))
         )
         assert np.array_equal(got, want), known
         refused = [1, 2, 3, 4][kept:]
-        pair.target.verify(mx.array([*text[known : known + kept], *refused]), cache)
+        verify(pair.target, mx.array([*text[known : known + kept], *refused]), cache)
         cache.commit(one(kept), cache.length_limit + 4)
         known += kept
 
@@ -147,7 +148,7 @@ def test_length_and_bound_after_rollback(flavour: str) -> None:
         T = int(rng.integers(1, 7))
         kept = int(rng.integers(0, T + 1))
         ids = [*text[known : known + kept], *rng.integers(0, 256, T - kept).tolist()]
-        target.verify(mx.array(ids, dtype=mx.int32), cache)
+        verify(target, mx.array(ids, dtype=mx.int32), cache)
         written = max(written, cache.length_limit + T)
         cache.commit(one(kept), cache.length_limit + T)
         known += kept
@@ -157,7 +158,7 @@ def test_length_and_bound_after_rollback(flavour: str) -> None:
         if rng.random() < 0.5:  # the host has read how many were kept
             cache.length_limit = known
     assert cache.written > known
-    rows, _ = target.verify(block(11, 12), cache)
+    rows, _ = verify(target, block(11, 12), cache)
     single, _ = steps(target, begun(target, text[:known]), [11, 12])
     assert np.array_equal(bits(rows), bits(single))
 
