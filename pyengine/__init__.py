@@ -27,7 +27,7 @@ from pyengine import ops
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.engine.loop import Stats
 from pyengine.engine.prefix import Prefix
-from pyengine.generate import Result, Stream, generate, stream
+from pyengine.generation import Result, Stream, generate, stream
 from pyengine.sampling.settings import Sampling
 
 __version__ = "0.1.0"

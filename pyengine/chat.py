@@ -8,7 +8,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from pyengine.engine.prefix import Prefix
-from pyengine.generate import (
+from pyengine.generation import (
     Result,
     Step,
     Stream,

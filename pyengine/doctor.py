@@ -80,7 +80,7 @@ def examine() -> dict[str, Any]:
 
 def _check() -> dict[str, Any]:
     """The same greedy text, plainly and speculatively, from the embedded pair."""
-    from pyengine.generate import embedded_pair, generate
+    from pyengine.generation import embedded_pair, generate
     from pyengine.sampling.settings import Sampling
 
     prompt = "Create a single-file HTML5 canvas Snake game."

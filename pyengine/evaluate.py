@@ -39,7 +39,7 @@ except ModuleNotFoundError as error:
 from pyengine.checkpoint.pair import load
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import score
-from pyengine.generate import generate, resolve_sampling
+from pyengine.generation import generate, resolve_sampling
 from pyengine.sampling.settings import Sampling
 from pyengine.untrusted import write_whole
 

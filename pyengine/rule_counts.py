@@ -19,7 +19,7 @@ import numpy as np
 from pyengine import _ext
 from pyengine.engine import loop
 from pyengine.engine.recorded import ArrayFunction
-from pyengine.generate import embedded_pair
+from pyengine.generation import embedded_pair
 from pyengine.kernel_counts import OnCount
 from pyengine.ops import dispatch, workbench
 from pyengine.sampling.settings import Sampling

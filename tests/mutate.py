@@ -52,7 +52,8 @@ NEAREST = {
     "test_state_between_calls test_exactness_cells",
     "engine/prefix": "test_prefix test_prefix_window test_prefill_left test_state_between_calls "
     "test_chat",
-    "generate": "test_generate test_settings_that_win test_ends test_arguments test_chat test_pair",
+    "generation": "test_generate test_settings_that_win test_ends test_arguments test_chat "
+    "test_pair",
     "text/output": "test_output test_generate test_ends",
     "engine/score": "test_score test_score_state test_serve_prefill",
     "bench/gemma_mtp": "test_bench_numbers test_bench test_bench_printed test_bench_interrupted",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pyengine.bench.suite import Case
 from pyengine.engine.loop import MAX_BLOCK
-from pyengine.generate import Result, stream
+from pyengine.generation import Result, stream
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.sampling.settings import Sampling
 

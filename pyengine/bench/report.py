@@ -15,7 +15,7 @@ import mlx.core as mx
 from pyengine import ops
 from pyengine.bench.gemma_mtp import Row, now
 from pyengine.bench.suite import Case
-from pyengine.generate import resolve_sampling
+from pyengine.generation import resolve_sampling
 from pyengine.sampling.settings import Sampling
 
 if TYPE_CHECKING:

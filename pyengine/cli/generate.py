@@ -40,7 +40,7 @@ from pyengine.cli.options import (
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
-    from pyengine.generate import Result
+    from pyengine.generation import Result
 
 
 EXAMPLES = (
@@ -108,7 +108,7 @@ def run(
                 raise ValueError(
                     f"[generate] {option} must go with the template but got --raw too."
                 )
-        from pyengine.generate import stream
+        from pyengine.generation import stream
 
         given = sampling_given(
             temperature=temperature,

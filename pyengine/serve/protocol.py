@@ -1,4 +1,4 @@
-"""OpenAI's protocol: what a request asks of generate.py, and how a result is told.
+"""OpenAI's protocol: what a request asks of generation.py, and how a result is told.
 
 Nothing a request asks for is silently ignored: what this engine has not is refused.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs
-from pyengine.generate import Result, Step, Stream, resolve_sampling, stream
+from pyengine.generation import Result, Step, Stream, resolve_sampling, stream
 from pyengine.sampling.settings import MAX_SEED, Logprob, Sampling
 from pyengine.text.prompt import Prompt, TooLong, prompt_ids
 from pyengine.untrusted import kind, shown

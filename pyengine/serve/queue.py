@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from pyengine.engine.loop import Stats
 from pyengine.engine.prefix import Prefix
-from pyengine.generate import Result, Step
+from pyengine.generation import Result, Step
 from pyengine.serve.protocol import Ask, Refused
 
 MAX_UNHEARD = 64  # steps that a generation may be ahead of its client

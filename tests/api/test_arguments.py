@@ -22,7 +22,7 @@ from pyengine.chat import Chat
 from pyengine.checkpoint.pair import load
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs, score
-from pyengine.generate import generate, stream
+from pyengine.generation import generate, stream
 from pyengine.sampling.settings import Sampling
 
 SENTENCE = re.compile(

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from pyengine import cli
 from pyengine.chat import Chat
 from pyengine.checkpoint.pair import load
-from pyengine.generate import generate
+from pyengine.generation import generate
 from pyengine.sampling.settings import Sampling
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 

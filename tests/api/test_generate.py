@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.generate import (
+from pyengine.generation import (
     Result,
     default_block_size,
     embedded_pair,

@@ -14,7 +14,7 @@ from pyengine.checkpoint import memory
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.engine.prefix import MAX_MARKS, Prefix
 from pyengine.engine.score import score
-from pyengine.generate import generate, stream
+from pyengine.generation import generate, stream
 from pyengine.model.config import TargetConfig
 
 GREEDY = {"temperature": 0}

@@ -16,7 +16,7 @@ from pyengine.engine import loop
 from pyengine.engine.loop import Stats, decode, prefill
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs, score
-from pyengine.generate import Step, generate, stream
+from pyengine.generation import Step, generate, stream
 
 GREEDY = {"temperature": 0}
 

@@ -19,7 +19,7 @@ from pyengine.checkpoint.pair import Pair, load
 from pyengine.engine import loop
 from pyengine.engine.loop import Round, Stats, decode
 from pyengine.engine.prefix import MAX_MARKS, Prefix
-from pyengine.generate import generate
+from pyengine.generation import generate
 from pyengine.sampling.settings import Sampling
 
 BLOCK = 4

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from pyengine import cli, ops
 from pyengine.engine.loop import Stats, decode
-from pyengine.generate import generate
+from pyengine.generation import generate
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.sampling import settings as rules
 from pyengine.sampling.settings import MAX_EDIT, History, Sampling, filter_logits

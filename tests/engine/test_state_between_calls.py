@@ -28,7 +28,7 @@ from pyengine.checkpoint.pair import load
 from pyengine.engine import loop
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs, score
-from pyengine.generate import Result, generate, stream
+from pyengine.generation import Result, generate, stream
 from pyengine.sampling.settings import Sampling
 
 GREEDY = Sampling(temperature=0.0)

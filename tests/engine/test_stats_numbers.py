@@ -15,7 +15,7 @@ from tiny_pairs import tiny_pair
 
 from pyengine.engine.loop import Round, Stats, decode
 from pyengine.engine.prefix import Prefix
-from pyengine.generate import generate
+from pyengine.generation import generate
 from pyengine.sampling.settings import Sampling
 
 VOCAB = 64

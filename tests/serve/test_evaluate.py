@@ -14,7 +14,7 @@ import mlx.core as mx
 import pytest
 
 from pyengine.checkpoint.pair import load
-from pyengine.generate import generate
+from pyengine.generation import generate
 from pyengine.sampling.settings import Sampling
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 from pyengine import cli
 from pyengine.checkpoint.pair import Pair, load
-from pyengine.generate import Step, generate
+from pyengine.generation import Step, generate
 from pyengine.sampling.settings import Logprob, Sampling
 from pyengine.serve.protocol import Limits, Reply, read_request
 from pyengine.serve.server import make_app

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.generate import generate
+from pyengine.generation import generate
 from pyengine.text.output import Reader
 from pyengine.text.prompt import prompt_ids
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
