@@ -10,6 +10,8 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from tiny_pairs import FIXTURES
@@ -204,6 +206,46 @@ def test_a_run_that_ends_while_another_looks_in_is_not_taken_over(
     with pytest.raises(ValueError, match="must not be in the making"), new_folder(dst, 1):
         raise AssertionError("not reached")
     assert state(tmp_path) == {"x": "folder", "x/work": b"whole"}
+
+
+def test_a_run_is_seen_to_go_on_at_each_of_its_steps(tmp_path: Path) -> None:
+    """Another that looks in between any two lines never takes its folder for a stranger's."""
+    dst, partial, seen = tmp_path / "x", tmp_path / ".x.partial", []
+
+    def look(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename != module.__file__:
+            return None
+        if event == "line" and os.path.lexists(partial):
+            sys.settrace(None)
+            with pytest.raises(ValueError, match="must not be in the making but"):
+                module._take_over(partial, dst)
+            seen.append(frame.f_lineno)
+            sys.settrace(look)
+        return look
+
+    sys.settrace(look)
+    try:
+        with new_folder(dst, 1) as folder:
+            (folder / "work").write_text("whole")
+    finally:
+        sys.settrace(None)
+    assert len(set(seen)) >= 5
+    assert state(tmp_path) == {"x": "folder", "x/work": b"whole"}
+
+
+def test_a_name_that_is_taken_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something lies there when the folder is to get its name."""
+    for number, lay in enumerate((file, link_to_work, folder_with_work, pipe)):
+        home = tmp_path / str(number)
+        home.mkdir()
+        lay(home / ".x.partial")
+        before = state(home)
+        with monkeypatch.context() as patch:
+            patch.setattr(module.os.path, "lexists", lambda path: False)
+            assert module._make(home / ".x.partial") is None
+        assert state(home) == before
 
 
 def test_of_many_runs_at_once_one_is_left(tmp_path: Path) -> None:
