@@ -128,18 +128,26 @@ def _chip() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this package is imported from; None for an installed package."""
+    """Commit of the checkout this package is imported from; None for an installed package.
+
+    Local changes are told, and also when nobody can say whether there are any.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     commit = _ask("git", "-C", str(root), "rev-parse", "HEAD")
     changed = _ask("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
-    return f"{commit} with local changes" if commit and changed else commit or None
+    if not commit:
+        return None
+    if changed is None:
+        return f"{commit}, local changes unknown"
+    return f"{commit} with local changes" if changed else commit
 
 
-def _ask(*command: str) -> str:
+def _ask(*command: str) -> str | None:
+    """What a program prints; None where it fails, lasts too long or is not there."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
