@@ -212,10 +212,10 @@ def test_a_disk_too_small_is_known_before(tmp_path: Path, monkeypatch: pytest.Mo
 
 FULL = """
 import resource, sys
-from pyengine import cli
+from pyengine.__main__ import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 sys.argv = ["pyengine", "convert", *sys.argv[1:]]
-cli.main()
+main()
 """
 
 
@@ -236,7 +236,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
 
 HELD = """
 import sys
-from pyengine import cli
+from pyengine.__main__ import main
 from pyengine.checkpoint import quantize
 whole, calls = quantize._converted, 0
 def held(*arguments):
@@ -248,7 +248,7 @@ def held(*arguments):
     return whole(*arguments)
 quantize._converted = held
 sys.argv = ["pyengine", "convert", *sys.argv[1:]]
-cli.main()
+main()
 """
 
 
