@@ -37,11 +37,11 @@ def new_folder(dst: Path, nbytes: int) -> Iterator[Path]:
     _check_free(dst)
     home = dst.absolute().parent
     if not home.is_dir():
-        raise ValueError(f"[quantize] dst must lie in a folder that exists but got {dst}.")
+        raise ValueError(f"[convert] dst must lie in a folder that exists but got {dst}.")
     free = shutil.disk_usage(home).free
     if nbytes > free:
         raise ValueError(
-            f"[quantize] dst must fit the free {free / 1e9:.1f} GB of its disk but needs "
+            f"[convert] dst must fit the free {free / 1e9:.1f} GB of its disk but needs "
             f"{nbytes / 1e9:.1f} GB."
         )
     partial = home / f".{dst.name}.partial"
@@ -63,7 +63,7 @@ def new_folder(dst: Path, nbytes: int) -> Iterator[Path]:
 
 def _check_free(dst: Path) -> None:
     if os.path.lexists(dst):
-        raise ValueError(f"[quantize] dst must not exist yet but {dst} does.")
+        raise ValueError(f"[convert] dst must not exist yet but {dst} does.")
 
 
 def _make(partial: Path) -> int | None:
@@ -100,10 +100,10 @@ def _take_over(partial: Path, dst: Path) -> int:
         ValueError: The run still goes on, or this is no run's folder.
     """
     foreign = ValueError(
-        f"[quantize] dst must leave its temporary name free but {partial} is there, and not as a "
+        f"[convert] dst must leave its temporary name free but {partial} is there, and not as a "
         "convert leaves it; remove it or name another dst."
     )
-    going_on = ValueError(f"[quantize] dst must not be in the making but {dst} is.")
+    going_on = ValueError(f"[convert] dst must not be in the making but {dst} is.")
     try:
         handle = os.open(partial, FOLDER)
     except FileNotFoundError:  # the run came to its end this very moment

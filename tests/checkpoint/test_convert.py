@@ -166,10 +166,10 @@ def test_the_command_says_what_it_made(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([SRC, "{tmp}/x", "--bits", "5"], "[quantize] bits must be 4, 6 or 8 but got 5."),
-        ([SRC, "{tmp}/x", "--group-size", "7"], "[quantize] group_size must be 32, 64 or 128"),
-        ([SRC, "{tmp}"], "[quantize] dst must not exist yet"),
-        ([SRC, "{tmp}/no/where"], "[quantize] dst must lie in a folder that exists"),
+        ([SRC, "{tmp}/x", "--bits", "5"], "[convert] bits must be 4, 6 or 8 but got 5."),
+        ([SRC, "{tmp}/x", "--group-size", "7"], "[convert] group_size must be 32, 64 or 128"),
+        ([SRC, "{tmp}"], "[convert] dst must not exist yet"),
+        ([SRC, "{tmp}/no/where"], "[convert] dst must lie in a folder that exists"),
         (["/absent", "{tmp}/x"], "must be a folder but got /absent"),
         ([FIXTURES, "{tmp}/x"], "must be a bundle with the folders target and assistant, or a"),
         ([SRC / "target", "{tmp}/x", "--assistant", FIXTURES / "uni12" / "assistant"], "a pair?"),

@@ -124,7 +124,7 @@ def test_what_is_foreign_under_the_temporary_name_is_left_alone(
     lay(place)
     before = state(tmp_path)
     with pytest.raises(
-        ValueError, match=r"^\[quantize\] dst must leave its temporary name free"
+        ValueError, match=r"^\[convert\] dst must leave its temporary name free"
     ) as e:
         convert(SRC, tmp_path / "x")
     assert str(place) in str(e.value) and "remove it or name another dst" in str(e.value)
@@ -181,7 +181,7 @@ def test_a_run_that_goes_on_is_not_disturbed(tmp_path: Path) -> None:
     with new_folder(dst, 1) as first:
         (first / "work").write_text("half")
         before = state(tmp_path)
-        with pytest.raises(ValueError, match=r"^\[quantize\] dst must not be in the making but"):
+        with pytest.raises(ValueError, match=r"^\[convert\] dst must not be in the making but"):
             convert(SRC, dst)
         assert state(tmp_path) == before
     assert state(tmp_path) == {"x": "folder", "x/work": b"half"}
@@ -269,7 +269,7 @@ def test_of_many_runs_at_once_one_is_left(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert len(done) == 1 and len(refused) == 5, (done, refused)
-        assert all("[quantize] dst must " in reason for reason in refused), refused
+        assert all("[convert] dst must " in reason for reason in refused), refused
         assert (dst / "mine").read_text() == done[0]
         assert os.listdir(dst) == ["mine"]
     assert sorted(os.listdir(tmp_path), key=int) == [str(i) for i in range(20)]
