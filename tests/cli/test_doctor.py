@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pyengine import cli, doctor, generation, ops
-from pyengine.doctor import EXTRAS, examine
+from pyengine import cli, generation, ops
+from pyengine.cli import doctor
+from pyengine.cli.doctor import EXTRAS, examine
 
 
 def run(*arguments: str) -> Any:
