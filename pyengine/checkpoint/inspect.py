@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from pyengine.checkpoint import memory
-from pyengine.checkpoint.defaults import OURS
-from pyengine.checkpoint.hub import locate
-from pyengine.checkpoint.pair import bundle_parts, read_generation, read_manifest
-from pyengine.checkpoint.weights import Layout, assistant_layout, check_tensors, target_layout
-from pyengine.model.config import (
+from pyengine.checkpoint.config_json import (
     ASSISTANT_TYPES,
-    AssistantConfig,
-    TargetConfig,
-    TextConfig,
-    check_pair,
-    published_name,
     read_assistant_config,
     read_json,
     read_target_config,
 )
+from pyengine.checkpoint.defaults import OURS
+from pyengine.checkpoint.hub import locate
+from pyengine.checkpoint.pair import bundle_parts, read_generation, read_manifest
+from pyengine.checkpoint.published import check_pair, published_name
+from pyengine.checkpoint.weights import Layout, assistant_layout, check_tensors, target_layout
+from pyengine.model.config import AssistantConfig, TargetConfig, TextConfig
 from pyengine.text.tokenizer import load_tokenizer
 from pyengine.untrusted import optional
 

@@ -20,8 +20,10 @@ import mlx.core as mx
 from pyengine import forked
 from pyengine.arguments import flag, token_ids, whole
 from pyengine.checkpoint import memory
+from pyengine.checkpoint.config_json import read_assistant_config, read_target_config
 from pyengine.checkpoint.defaults import FILE, sampling_defaults
 from pyengine.checkpoint.hub import locate
+from pyengine.checkpoint.published import check_pair, published_name
 from pyengine.checkpoint.weights import (
     assistant_layout,
     load_assistant_weights,
@@ -30,13 +32,7 @@ from pyengine.checkpoint.weights import (
 )
 from pyengine.engine.loop import MAX_BLOCK
 from pyengine.model.assistant import POSITIONS, Assistant, Position
-from pyengine.model.config import (
-    TargetConfig,
-    check_pair,
-    published_name,
-    read_assistant_config,
-    read_target_config,
-)
+from pyengine.model.config import TargetConfig
 from pyengine.model.target import Target, check_ids
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 from pyengine.untrusted import optional, read_object, shown, within

@@ -21,6 +21,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from pyengine.checkpoint.config_json import (
+    ASSISTANT_TYPES,
+    TARGET_TYPES,
+    read_assistant_config,
+    read_json,
+    read_target_config,
+)
 from pyengine.checkpoint.new_folder import new_folder
 from pyengine.checkpoint.safetensors import BYTES, SINGLE, Entry, Shape, read_headers
 from pyengine.checkpoint.weights import (
@@ -32,13 +39,6 @@ from pyengine.checkpoint.weights import (
     check_ordering,
     is_text,
     target_layout,
-)
-from pyengine.model.config import (
-    ASSISTANT_TYPES,
-    TARGET_TYPES,
-    read_assistant_config,
-    read_json,
-    read_target_config,
 )
 from pyengine.untrusted import optional
 

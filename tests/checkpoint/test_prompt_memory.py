@@ -156,7 +156,8 @@ def test_an_answer_that_outgrows_the_memory_ends_with_the_way_out(
 
 def test_published_sizes_fit_what_is_written() -> None:
     """The docstring's figures: a mark is a window of the sliding layers, in bfloat16."""
-    from pyengine.model.config import PUBLISHED, LayerConfig
+    from pyengine.checkpoint.published import PUBLISHED
+    from pyengine.model.config import LayerConfig
 
     written = {"31B": 0.84, "26B-A4B": 0.21, "12B": 0.34, "E4B": 0.021, "E2B": 0.006}
     assert PUBLISHED.keys() == written.keys()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tiny_pairs import FIXTURES, FLAVOURS, gap, greedy_text, quantized_fixtures, tiny_pair
 
+from pyengine.checkpoint.config_json import read_target_config
 from pyengine.checkpoint.pair import load
 from pyengine.checkpoint.quantize import quantize_checkpoint
 from pyengine.checkpoint.weights import load_target_weights
-from pyengine.model.config import read_target_config
 
 
 def tensors_of(folder):
