@@ -14,9 +14,10 @@ from pyengine.checkpoint.config_json import (
     read_json,
     read_target_config,
 )
+from pyengine.checkpoint.defaults import read_generation
 from pyengine.checkpoint.hub import locate
+from pyengine.checkpoint.manifest import MANIFEST, MAX_NAME, bundle_parts, is_name
 from pyengine.checkpoint.new_folder import new_folder
-from pyengine.checkpoint.pair import MANIFEST, MAX_NAME, bundle_parts, is_name, read_generation
 from pyengine.checkpoint.published import check_pair, published_name
 from pyengine.checkpoint.quantize import Plan, plan_checkpoint, write_checkpoint
 from pyengine.untrusted import optional, shown

@@ -16,9 +16,9 @@ from pyengine.checkpoint.config_json import (
     read_json,
     read_target_config,
 )
-from pyengine.checkpoint.defaults import OURS
+from pyengine.checkpoint.defaults import OURS, read_generation
 from pyengine.checkpoint.hub import locate
-from pyengine.checkpoint.pair import bundle_parts, read_generation, read_manifest
+from pyengine.checkpoint.manifest import bundle_parts, read_manifest
 from pyengine.checkpoint.published import check_pair, published_name
 from pyengine.checkpoint.weights import Layout, assistant_layout, check_tensors, target_layout
 from pyengine.model.config import AssistantConfig, TargetConfig, TextConfig

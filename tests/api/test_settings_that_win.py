@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from pyengine import cli, generation
 from pyengine.chat import Chat
-from pyengine.checkpoint.pair import GenerationDefaults, read_generation
+from pyengine.checkpoint.defaults import GenerationDefaults, read_generation
 from pyengine.engine.loop import Round
 from pyengine.generation import generate, resolve_sampling, stream
 from pyengine.model.config import TargetConfig

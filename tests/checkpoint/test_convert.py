@@ -21,7 +21,8 @@ from pyengine import cli
 from pyengine.checkpoint import quantize
 from pyengine.checkpoint.config_json import read_assistant_config, read_target_config
 from pyengine.checkpoint.convert import convert
-from pyengine.checkpoint.pair import MANIFEST, load
+from pyengine.checkpoint.manifest import MANIFEST
+from pyengine.checkpoint.pair import load
 from pyengine.checkpoint.safetensors import INDEX, SINGLE
 from pyengine.checkpoint.weights import load_assistant_weights, load_target_weights, target_layout
 

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from pyengine import cli, generate
 from pyengine.checkpoint.defaults import WITHOUT_EFFECT
 from pyengine.checkpoint.inspect import inspect
-from pyengine.checkpoint.pair import MANIFEST, load
+from pyengine.checkpoint.manifest import MANIFEST
+from pyengine.checkpoint.pair import load
 from pyengine.generation import resolve_sampling
 from pyengine.sampling.settings import Sampling
 
