@@ -14,12 +14,12 @@ from pyengine.generation import (
     Stream,
     check_settings,
     check_variables,
+    prompt_ids,
     resolve_sampling,
     stream,
 )
 from pyengine.sampling.settings import Sampling
 from pyengine.text.output import stop_strings
-from pyengine.text.prompt import prompt_ids
 from pyengine.text.template import Message
 from pyengine.untrusted import SURROGATE, shown
 

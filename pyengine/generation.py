@@ -17,7 +17,7 @@ from pyengine.engine.loop import MAX_BLOCK, Stats, decode
 from pyengine.engine.prefix import Prefix, check_prefix
 from pyengine.sampling.settings import Logprob, Sampling, seeded
 from pyengine.text.output import Reader, stop_strings
-from pyengine.text.prompt import Prompt, prompt_ids
+from pyengine.text.prompt import Prompt, encode_prompt
 from pyengine.untrusted import shown
 
 if TYPE_CHECKING:
@@ -161,6 +161,28 @@ def stream(
             f"{outside[0]}."
         )
     return Stream(pair, ids, limit, settings, block, stops, prefix)
+
+
+def prompt_ids(
+    pair: Pair,
+    prompt: Prompt,
+    *,
+    raw: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a prompt, as :func:`generate` reads it.
+
+    Raises:
+        ValueError: The prompt is empty, longer than the context, or of no known form.
+    """
+    return encode_prompt(
+        prompt,
+        pair.tokenizer,
+        context=pair.target.context,
+        vocab=pair.target.config.vocab_size,
+        raw=raw,
+        variables=variables,
+    )
 
 
 def check_settings(pair: Pair, max_tokens: int | None, block_size: int | None) -> int:

@@ -22,6 +22,7 @@ from pyengine.checkpoint.manifest import bundle_parts, read_manifest
 from pyengine.checkpoint.published import check_pair, published_name
 from pyengine.checkpoint.weights import Layout, assistant_layout, check_tensors, target_layout
 from pyengine.model.config import AssistantConfig, TargetConfig, TextConfig
+from pyengine.model.memory import cache_bytes
 from pyengine.text.tokenizer import load_tokenizer
 from pyengine.untrusted import optional
 
@@ -69,7 +70,7 @@ def inspect(path: str | Path, context: int | None = None) -> dict[str, Any]:
                 report["text"] = _text(path, parts, target)
             report["memory"] = memory_of = _memory(report, target, context)
             with _refusals(report):
-                least = memory_of["weights"] + memory.cache_bytes(target, 1, 1, 2)
+                least = memory_of["weights"] + cache_bytes(target, 1, 1, 2)
                 memory.check(least, "the weights and the smallest cache")
             if context is not None and context > target.context_limit:
                 report["refused"].append(
@@ -157,7 +158,7 @@ def _memory(report: dict[str, Any], target: TargetConfig, context: int | None) -
     weights = sum(tensors["bytes"] for tensors in known if tensors)
     size = 4 if (known[0] or {}).get("dtype") == "float32" else 2
     context = min(CONTEXT if context is None else context, target.context_limit)
-    cache = memory.cache_bytes(target, context, BLOCK, size)
+    cache = cache_bytes(target, context, BLOCK, size)
     free = memory.available_bytes()
     return {
         "weights": weights,

@@ -27,6 +27,7 @@ from pyengine.checkpoint.weights import (
     target_layout,
 )
 from pyengine.model.assistant import POSITIONS, Assistant, Position
+from pyengine.model.memory import cache_bytes
 from pyengine.model.target import Target, check_ids
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 from pyengine.untrusted import shown
@@ -199,7 +200,7 @@ def load(
     needed = memory.weight_bytes(target_path, target_layout(target_config), dtype)
     if assistant_path is not None:
         needed += memory.weight_bytes(assistant_path, assistant_layout(assistant_config), dtype)
-    smallest = memory.cache_bytes(target_config, 1, 1, 2)
+    smallest = cache_bytes(target_config, 1, 1, 2)
     memory.check(needed + smallest, "the weights and the smallest cache")
     tokenizer = load_tokenizer(target_path) if text else None
     read = 0

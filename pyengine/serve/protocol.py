@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pyengine.arguments import TooLong
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs
-from pyengine.generation import Result, Step, Stream, resolve_sampling, stream
+from pyengine.generation import Result, Step, Stream, prompt_ids, resolve_sampling, stream
 from pyengine.sampling.settings import MAX_SEED, Logprob, Sampling
-from pyengine.text.prompt import Prompt, TooLong, prompt_ids
+from pyengine.text.prompt import Prompt
 from pyengine.untrusted import kind, shown
 
 if TYPE_CHECKING:

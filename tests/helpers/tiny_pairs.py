@@ -15,9 +15,9 @@ import numpy as np
 from pyengine.checkpoint.config_json import read_target_config
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.checkpoint.quantize import quantize_checkpoint
-from pyengine.checkpoint.weights import Weights, load_target_weights
+from pyengine.checkpoint.weights import load_target_weights
 from pyengine.model.cache import Cache
-from pyengine.model.linear import Linear
+from pyengine.model.linear import Linear, Weights
 from pyengine.model.target import Target
 
 FLAVOURS = ("dense31", "e2b", "moe26", "uni12")
