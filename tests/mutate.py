@@ -292,7 +292,7 @@ class Copy:
         out = os.open("out.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         for number, handle in enumerate((os.open(os.devnull, os.O_RDONLY), out, out)):
             os.dup2(handle, number)
-        sys.path[:0] = [str(self.root), str(self.root / "tests" / "helpers")]
+        sys.path[:0] = [str(self.root)]
         os.environ["PYTHONPATH"] = str(self.root)
         # A mutant may be as long and as old as the one before: no bytecode to take for its own
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"

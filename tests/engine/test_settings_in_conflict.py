@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_speculate import MarkovAssistant, MarkovTarget, random_table
+from test_loop import MarkovAssistant, MarkovTarget, random_table
 from text_fakes import script_pair, write_tokenizers
 from typer.testing import CliRunner
 

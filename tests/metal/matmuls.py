@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from metal import workbench
+import workbench
 from pyengine import _ext, ops
 from pyengine.ops.workbench import to_mlx, to_numpy
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_accept_block import random_case
 
-from metal import workbench
+import workbench
 from pyengine import _ext, ops
 from pyengine.ops.accept_block import RULES
 from pyengine.ops.workbench import to_numpy

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matmuls import bits_of, normal
 
-from metal import workbench
+import workbench
 from pyengine import _ext, ops
 from pyengine.ops import block_attention, block_attention_reference
 from pyengine.ops.workbench import to_mlx, to_numpy

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metal import workbench
+import workbench
 from pyengine import _ext, ops
 
 SOURCE = """

@@ -10,7 +10,7 @@ import pytest
 from test_draw_token import rows
 from test_random_uniform import KNOWN, counters
 
-from metal import workbench
+import workbench
 from pyengine import _ext, ops
 from pyengine.ops.draw_token import exponential
 from pyengine.ops.workbench import to_numpy

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matmuls import bits_of, normal
 
-from metal import workbench
+import workbench
 from pyengine import _ext, ops
 from pyengine.ops.workbench import to_mlx, to_numpy
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_filter_logits import TOLERANCE, random_edits, random_logits
 
-from metal import workbench
+import workbench
 from pyengine import _ext, ops
 from pyengine.ops.filter_logits import Edits, Filtered
 from pyengine.ops.workbench import to_numpy

@@ -12,7 +12,7 @@ import pytest
 from test_metal_filter import assert_same_bits
 from test_quantized_filter_logits import head, normal, random_edits, same
 
-from metal import workbench
+import workbench
 from pyengine import _ext, ops
 from pyengine.ops.filter_logits import Edits, Filtered
 from pyengine.ops.workbench import to_numpy

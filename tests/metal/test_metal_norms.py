@@ -11,7 +11,7 @@ from matmuls import bits_of, normal
 from test_residual_norm import TOLERANCE as SUM_TOLERANCE
 from test_rms_norm import TOLERANCE
 
-from metal import workbench
+import workbench
 from pyengine import _ext, ops
 from pyengine.ops import dispatch
 from pyengine.ops.workbench import to_mlx, to_numpy

@@ -13,7 +13,7 @@ from test_norm_rope import assert_close, proportional, sliding
 from test_prepare_qkv import arguments
 from test_write_cache import fresh
 
-from metal import workbench
+import workbench
 from pyengine import _ext, ops
 from pyengine.ops.workbench import to_mlx, to_numpy
 

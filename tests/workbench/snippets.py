@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from metal import workbench
+import workbench
 from workbench.toolchain import CACHE
 
 PREAMBLE = "#include <metal_stdlib>\nusing namespace metal;\n"

@@ -3,7 +3,7 @@
 import numpy as np
 from snippets import launch, run
 
-from metal import workbench
+import workbench
 
 
 def traffic(body, **about):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from snippets import PREAMBLE, run, source
 
-from metal import workbench
+import workbench
 from workbench import Buffer, CompileError, Launch
 
 A = np.random.default_rng(0).uniform(-2, 2, 64).astype(np.float32)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from snippets import source
 
-from metal import workbench
+import workbench
 from workbench import Buffer, Launch
 
 INCLUDE = Path(mx.__file__).parent / "include"

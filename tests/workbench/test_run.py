@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from snippets import launch, run
 
-from metal import workbench
+import workbench
 from workbench import Buffer
 
 A = np.arange(64, dtype=np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from snippets import launch
 
-from metal import workbench
+import workbench
 from workbench import library, native, toolchain
 
 BODY = """threadgroup float t[64];
