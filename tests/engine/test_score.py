@@ -105,6 +105,8 @@ def test_arguments_are_named_in_what_is_wrong_with_them() -> None:
         score(pair, [5], "five")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^\[score\] ids must be .* but got 'five'"):
         prompt_logprobs(pair, "five", 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^\[score\] prefix must be .* but got 'five'"):
+        score(pair, [5], [6], prefix="five")  # type: ignore[arg-type]
     for count in (-1, 257):
         with pytest.raises(ValueError, match=rf"^\[score\] count must be 0 to 256 but got {count}"):
             prompt_logprobs(pair, [5, 6], count)

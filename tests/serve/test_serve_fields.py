@@ -215,6 +215,8 @@ def test_a_prompt_past_the_context_has_openais_code(server: Server, text: str) -
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
         assert error["param"] == param and "the context of 4096 tokens" in error["message"]
+        unread = text in str(body) and " " not in text
+        assert ("characters, of which a token holds at most" in error["message"]) == unread
 
 
 @pytest.mark.parametrize("media", ["Application/JSON", "application/json; charset=utf-8"])

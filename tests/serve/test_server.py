@@ -92,6 +92,8 @@ def test_streams_are_the_same_text(server: Server, pair: Pair) -> None:
     )
     texts = [c.choices[0].delta.content or "" for c in chunks if c.choices]
     assert "".join(texts) == want.text and len([t for t in texts if t]) > 3
+    # Where there are no thoughts nothing is said of them
+    assert not any(c.choices[0].delta.model_extra for c in chunks if c.choices)
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 40
     assert len({c.id for c in chunks}) == 1
