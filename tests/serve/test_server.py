@@ -287,13 +287,15 @@ def test_seeds(server: Server) -> None:
 
 
 def test_models_and_health(server: Server, pair: Pair) -> None:
-    assert [model.id for model in server.client.models.list()] == [pair.name]
+    (row,) = server.client.models.list()
+    told = {"id": pair.name, "object": "model", "created": 0, "owned_by": "pyengine"}
+    assert row.to_dict() == told
     assert httpx.get(server.url + "/health").json() == {
         "status": "ok",
         "waiting": 0,
         "running": 0,
     }
-    assert server.client.models.retrieve(pair.name).id == pair.name
+    assert server.client.models.retrieve(pair.name) == row
     with pytest.raises(openai.NotFoundError, match=r"the model must be .* but got 'gpt'"):
         server.client.models.retrieve("gpt")
     for path, status in (("/docs", 404), ("/v1/chat/completions", 405)):
