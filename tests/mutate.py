@@ -57,7 +57,8 @@ NEAREST = {
     "engine/score": "test_score test_score_state test_serve_prefill",
     "bench/gemma_mtp": "test_bench_numbers test_bench test_bench_printed test_bench_interrupted",
     "bench/report": "test_report_numbers test_bench_printed test_bench",
-    "serve/server": "test_server test_serve_fields test_serve_admission test_serve_prefill",
+    "serve/server": "test_server test_serve_fields test_serve_log test_serve_admission "
+    "test_serve_prefill",
     "serve/queue": "test_serve_queue test_server test_serve_end test_serve_prefill "
     "test_serve_admission",
     "serve/front": "test_serve_log test_serve_hosts test_server",
