@@ -1,7 +1,7 @@
 """An OpenAI-compatible server: requests in, generation.py's work out. Needs the extra ``serve``.
 
-The routes and what they answer. What a request may ask is openai_protocol.py's, who is served when
-is serve_queue.py's, connections and their limits are serve_http.py's.
+The routes and what they answer. What a request may ask is protocol.py's, who is served when
+is queue.py's, connections and their limits are http.py's.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def make_app(
     any_host: bool = False,
     hosts: Sequence[str] = (),
 ) -> FastAPI:
-    """The server for a loaded pair, to be run by serve_http.py: connections are watched there.
+    """The server for a loaded pair, to be run by http.py: connections are watched there.
 
     Args:
         pair: From :func:`pyengine.load`.

@@ -213,6 +213,13 @@ def test_a_drawn_seed_is_told_and_gives_the_text_again() -> None:
     assert type(seed) is int and list(running) and running.result.stats.seed == seed
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_every_seed_may_be_drawn(monkeypatch: pytest.MonkeyPatch, last: bool) -> None:
+    monkeypatch.setattr("secrets.randbelow", lambda count: count - 1 if last else 0)
+    done = generate([5, 6], pair=load(), max_tokens=2)
+    assert done.stats.seed == (2**32 - 1 if last else 0)
+
+
 def test_without_max_tokens_the_context_is_the_limit() -> None:
     pair = load()
     context = pair.target.context

@@ -118,6 +118,15 @@ def test_alternating_conversations_reuse_what_they_share() -> None:
     assert counts[0] == counts[1] == 0 and counts[2:] == [50] * 6
 
 
+def test_going_on_from_a_mark_does_not_narrow_it() -> None:
+    """A prompt that parts a little before the mark's end still begins there."""
+    pair, prefix, text = tiny_pair("uni12"), Prefix(), greedy_text("uni12")[:40]
+    (first, _), _ = answer(pair, text, prefix, count=2)
+    other = [(first + 1) % 256, *range(20, 32)]
+    prompts = [[*text, *other], [*text[:34], *other]]
+    assert reused(pair, prefix, prompts) == [40, 34]
+
+
 def test_the_embedded_pair_past_its_window() -> None:
     """As a user meets it: a long prompt, the same again, another question at its end."""
     pair, prefix = load(), Prefix()
