@@ -1,4 +1,4 @@
-"""lm-eval's door to this engine. Needs the extra ``eval``.
+"""The model class for lm-eval. Needs the extra ``eval``.
 
     lm_eval --model pyengine --model_args bundle=./pair --tasks hellaswag
 
