@@ -1,6 +1,7 @@
 """Memory of the published pairs, and bounds from bytes for Apple's chips: no timing, no device.
 
-README's two tables are this script's output; tests/project/test_readme.py compares them.
+README's tables of memory and of bounds are this script's output; tests/project/test_readme.py
+compares them.
 
     tokens per second  <=  bandwidth / bytes per round * tokens per round
     bytes per round     =  target + cache + k * (assistant + the part of the cache that it reads)
@@ -152,7 +153,7 @@ def bounds_table() -> list[str]:
     """A row per chip for the 31B pair at 8 bit: plain decoding, then a block by acceptance."""
     plain = round_bytes("31B", 8, CONTEXTS["8k"], 1)
     block = round_bytes("31B", 8, CONTEXTS["8k"], BLOCK)
-    columns = [f"block {BLOCK}, acceptance {a}" for a in ACCEPTANCES]
+    columns = [f"acceptance {a}" for a in ACCEPTANCES]
     rows = [_row("chip", "GB/s", "plain", *columns), _row("---", *["--:"] * (2 + len(columns)))]
     for chip, bandwidth in CHIPS.items():
         bounds = [bound(bandwidth, plain, 1, 0.0)]
@@ -175,5 +176,6 @@ def _row(*cells: str) -> str:
 if __name__ == "__main__":
     print("Memory in GB (10^9 bytes), target and assistant, bfloat16 cache:\n")
     print("\n".join(memory_table()))
-    print(f"\nBound from bytes, tokens per second, 31B at 8 bit, 8k context; {bytes_sentence()}:\n")
+    print(f"\nBound from bytes, tokens per second, 31B at 8 bit, 8k context, block {BLOCK};")
+    print(f"{bytes_sentence()}:\n")
     print("\n".join(bounds_table()))
