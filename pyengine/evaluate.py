@@ -1,4 +1,4 @@
-"""lm-eval's door to this engine. Needs the extra ``eval``.
+"""The model class for lm-eval. Needs the extra ``eval``.
 
 This is lm-eval's own command with the model in its registry:
 

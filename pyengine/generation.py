@@ -74,7 +74,7 @@ def generate(
     variables: Mapping[str, Any] | None = None,
     prefix: Prefix | None = None,
 ) -> Result:
-    """Generate text after a prompt, by exact speculative decoding.
+    """Generate text after a prompt by exact speculative decoding.
 
     Args:
         prompt: A string, messages, or token ids. A string is one user message, put through the
@@ -82,31 +82,31 @@ def generate(
             stands after ``<bos>``. Messages are dicts with ``role`` (system, user, assistant,
             tool) and ``content``. Token ids are used as they are.
         pair: From :func:`pyengine.load`; the embedded pair when None.
-        max_tokens: At most this many new tokens; None: as many as the context holds.
-        sampling: How tokens are chosen; None takes the pair's own defaults, and a dict of fields of
-            :class:`Sampling` changes these of them: ``{"temperature": 0}``. Tokens the pair
-            suppresses stay suppressed either way.
+        max_tokens: Maximum number of new tokens; None is the rest of the context.
+        sampling: How tokens are chosen. None takes the pair's own defaults; a dict of fields of
+            :class:`Sampling`, such as ``{"temperature": 0}``, changes these fields of them. Tokens
+            that the pair suppresses stay suppressed either way.
         block_size: Primary token and its drafts, 2 to 128; 1 is plain decoding. None takes the
-            pair's: its measured best, else what its assistant asks for, else 4.
-        stop: One string or several. The text ends before the first that comes up; no part of it is
-            ever emitted. The pair's stop ids end the text in any case.
+            pair's measured best, else what its assistant asks for, else 4.
+        stop: One string or several. The text ends before the first one that appears; no part of it
+            is ever emitted. The pair's stop ids end the text in any case.
         raw: Continue a string prompt as plain text. Special tokens spelled in it take effect.
         variables: Further variables of the chat template, such as ``tools`` and
             ``enable_thinking``.
-        prefix: Keys and values of earlier generations on this pair. The tokens a prompt begins
-            with and the prefix holds are not processed again; the text is the same as without.
+        prefix: Keys and values of earlier generations on this pair. Tokens at the beginning of the
+            prompt that it holds are not processed again; the text is the same as without.
 
     Returns:
         Text, tokens, why it ended, and statistics.
 
-    Each thread of Python's that generates costs an operating system's thread and about 0.2 MB that
-    MLX keeps to the end of the process: take a pool of threads, or one, not a new one each time.
+    For each Python thread that generates, MLX keeps a thread of the operating system and about
+    0.2 MB until the process ends. Use one thread or a pool, not a new thread each time.
 
     Raises:
         ValueError: The prompt or a setting is impossible, or the memory too small for the prompt;
             the message names it.
-        RuntimeError: The weights gave logits that are not finite, the answer has used up the
-            memory, or the process was forked from one that had used MLX.
+        RuntimeError: The weights gave logits that are not finite, the answer used up the memory,
+            or the process was forked from one that had used MLX.
     """
     running = stream(
         prompt,
@@ -136,12 +136,12 @@ def stream(
     variables: Mapping[str, Any] | None = None,
     prefix: Prefix | None = None,
 ) -> Stream:
-    """Like :func:`generate`, but hands out the text as it comes.
+    """Like :func:`generate`, but yield the text as it comes.
 
     Returns:
-        An iterator over pieces of text, one a round unless it adds no certain character. Arguments
-        are checked here; the prompt is read when the first piece is asked for. ``close()`` ends
-        it early, as does leaving it as a context manager.
+        An iterator over pieces of text, one per round unless a round adds no whole character.
+        Arguments are checked here; the prompt is processed when the first piece is requested.
+        ``close()`` ends the generation early, and so does leaving it as a context manager.
     """
     forked.check("generate")
     pair = embedded_pair() if pair is None else pair
@@ -238,8 +238,8 @@ class Step(NamedTuple):
         text: Text that is certain.
         thinking: Thoughts.
         tokens: Ids of its tokens.
-        logprobs: One entry a token where the settings ask for them, else none.
-        prompt_done: How many of the prompt's tokens are processed so far; else None.
+        logprobs: One entry per token where the settings ask for them, else none.
+        prompt_done: Number of prompt tokens processed so far; None after the prompt.
     """
 
     text: str
@@ -297,19 +297,20 @@ class Stream(Iterator[str]):
         self.close()
 
     def steps(self) -> Iterator[Step]:
-        """The rest of the generation, a round at a time: text, thoughts, tokens.
+        """The rest of the generation, one step per round: text, thoughts, tokens.
 
-        In a long prompt also between two chunks, so that it can be shown and left there.
+        A long prompt also yields a step between two chunks, so that a caller can show progress or
+        abandon it there.
         """
         return self._steps
 
     def close(self) -> None:
-        """End the generation here. What was handed out stays in :attr:`result`."""
+        """End the generation here. :attr:`result` keeps what was yielded."""
         self._steps.close()
 
     @property
     def result(self) -> Result:
-        """The finished result; before the end, what was handed out so far."""
+        """The finished result; before the end, what was yielded so far."""
         return Result(
             "".join(self._text),
             list(self._tokens),

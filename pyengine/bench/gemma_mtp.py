@@ -83,7 +83,7 @@ def gemma_mtp(
             interrupted, its case has rows too, of the repeats that every setting has finished.
 
     Returns:
-        One row a case and setting, and one summary row a setting over all cases.
+        One row per case and setting, and one summary row per setting over all cases.
 
     Raises:
         ValueError: A block size, a rule, the repeats or a prompt is impossible.

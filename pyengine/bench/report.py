@@ -36,8 +36,8 @@ def make_report(
 ) -> dict[str, Any]:
     """Everything needed to read and repeat a run, ready for JSON.
 
-    ``run_on`` is the :func:`environment` from before the run, whose load is not the run's own.
-    ``complete`` says that the run was not interrupted.
+    ``run_on`` is the :func:`environment` taken before the run, so that its load average excludes
+    the run. ``complete`` says that the run was not interrupted.
     """
     used = resolve_sampling(pair, sampling)
     return {

@@ -88,7 +88,7 @@ class _Section:
         return float(value)
 
     def word(self, key: str) -> str:
-        """A string; another type is passed on as none of the known ones."""
+        """The value if it is a string, else ''."""
         value = self.get(key)
         return value if isinstance(value, str) else ""
 

@@ -17,7 +17,7 @@ from pyengine.checkpoint.config_json import (
     read_target_config,
 )
 from pyengine.checkpoint.defaults import OURS, read_generation
-from pyengine.checkpoint.hub import locate
+from pyengine.checkpoint.hub import OnProgress, headers
 from pyengine.checkpoint.manifest import bundle_parts, read_manifest
 from pyengine.checkpoint.published import check_pair, published_name
 from pyengine.checkpoint.weights import Layout, assistant_layout, check_tensors, target_layout
@@ -29,12 +29,18 @@ from pyengine.untrusted import optional
 CONTEXT, BLOCK = 8192, 8  # of the cache whose size is told
 
 
-def inspect(path: str | Path, context: int | None = None) -> dict[str, Any]:
+def inspect(
+    path: str | Path,
+    context: int | None = None,
+    *,
+    on_progress: OnProgress = lambda done, total: None,
+) -> dict[str, Any]:
     """Read configs, headers, tokenizer and settings of a checkpoint folder or bundle.
 
     Args:
-        path: The folder.
-        context: Tokens that the told cache shall hold; None is 8192, or all a smaller model has.
+        path: The folder, or a name on the hub, of which no weights are fetched.
+        context: Context length for the cache estimate; None is 8192, or a smaller model's context.
+        on_progress: Called with headers read and headers in all, where they come from the hub.
 
     Returns:
         A report ready for JSON; ``refused`` lists every sentence with which loading would end.
@@ -42,11 +48,25 @@ def inspect(path: str | Path, context: int | None = None) -> dict[str, Any]:
     Raises:
         ValueError: path is no folder, or context is impossible.
     """
-    path = locate(path)
-    if not path.is_dir():
-        raise ValueError(f"[inspect] path must be a folder but got {path}.")
     if context is not None and context < 1:
         raise ValueError(f"[inspect] context must be at least 1 but got {context}.")
+    with headers(path, on_progress) as folder:
+        if not folder.is_dir():
+            raise ValueError(f"[inspect] path must be a folder but got {folder}.")
+        report = _report(folder, context)
+    return report if folder == Path(path) else _renamed(report, str(folder), str(path))
+
+
+def _renamed(value: Any, folder: str, place: str) -> Any:
+    """A report that speaks of the place that was asked for, and not of a folder that is gone."""
+    if isinstance(value, str):
+        return value.replace(folder, place)
+    if isinstance(value, dict):
+        return {key: _renamed(inner, folder, place) for key, inner in value.items()}
+    return [_renamed(x, folder, place) for x in value] if isinstance(value, list) else value
+
+
+def _report(path: Path, context: int | None) -> dict[str, Any]:
     report: dict[str, Any] = {"path": str(path), "kind": None, "name": None, "refused": []}
     with _refusals(report):
         parts = _parts(path)

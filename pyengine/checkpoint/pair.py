@@ -41,8 +41,8 @@ _log = logging.getLogger("pyengine")
 class Pair:
     """A loaded target with its assistant (None: plain decoding only) and what belongs to them.
 
-    ``verified`` says that the geometry is one of the five published pairs', ``embedded`` that this
-    is the pair inside the package. ``path`` is the bundle, or the target's folder.
+    ``verified`` means that the geometry is that of one of the five published pairs, ``embedded``
+    that this is the pair inside the package. ``path`` is the bundle, or the target's folder.
     """
 
     target: Target
@@ -86,9 +86,9 @@ class Pair:
         return self.target.logits(tokens)
 
     def draft(self, ids: Sequence[int], k: int) -> list[int]:
-        """What the assistant proposes, greedily, to follow these tokens.
+        """Draft k tokens greedily after these.
 
-        The target processes all but the last token, as it has in a round. Evaluates.
+        As in a round, the target processes all but the last token. Evaluates.
 
         Args:
             ids: At least two token ids.
@@ -141,24 +141,24 @@ def load(
     """Load a pair: two checkpoint folders, a bundle, or (nothing given) the embedded pair.
 
     Args:
-        target: Folder of a Gemma 4 checkpoint, Hugging Face or MLX form; or, as for the two
-            below, its name on the hub (``owner/name``, extra ``hub``).
+        target: Folder of a Gemma 4 checkpoint in Hugging Face or MLX form. All three may also be
+            names on the hub (``owner/name``, extra ``hub``).
         assistant: Folder of its assistant; without one the pair can only decode plainly.
-        bundle: Folder with both, ``mtplx_pair.json`` beside them or not; instead of the two above.
+        bundle: Folder with both, with or without ``mtplx_pair.json``; replaces the two above.
         dtype: Convert to float32, float16 or bfloat16 (MLX's type or its name); None keeps the
             checkpoint's.
         position: Where the assistant's query sits, ``"n-1"`` or ``"n-2"``. Changes acceptance at
             most, never the output's distribution.
-        text: Read the tokenizer too, before the weights: a wrong one is told at once.
+        text: Read the tokenizer too, before the weights, so that a wrong one is reported at once.
         on_progress: Called after each tensor with bytes read and bytes in all.
 
     Returns:
-        The pair; its tokenizer is read when first used, if not already. What its authors recommend
-        and pyengine does not follow is in ``generation.notes``, and a warning of the logger
-        ``pyengine``.
+        The pair; its tokenizer is read when first used, if not already. Settings that its authors
+        recommend and pyengine does not follow are listed in ``generation.notes`` and logged as
+        warnings of the logger ``pyengine``.
 
     Raises:
-        ValueError: A folder is not what it should be, or the two are no pair.
+        ValueError: A folder is not what it should be, or the two are not a pair.
         RuntimeError: The process was forked from one that had used MLX.
     """
     forked.check("load")

@@ -54,7 +54,7 @@ EXAMPLES = (
 def run(
     prompt: Annotated[
         str | None,
-        typer.Argument(help="The prompt; standard input if left out or '-'."),
+        typer.Argument(help="The prompt; '-' or no prompt reads standard input."),
     ] = None,
     system: Annotated[
         str | None, typer.Option(help="System message before the prompt.", show_default=False)

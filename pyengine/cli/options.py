@@ -1,4 +1,4 @@
-"""Options that several commands have, and what those of sampling come to."""
+"""Options shared by several commands, and the sampling settings they make."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ Storage = Annotated[
 ]
 MaxTokens = Annotated[
     int | None,
-    typer.Option(help="Most new tokens in an answer.", show_default="what the context holds"),
+    typer.Option(help="Maximum number of new tokens.", show_default="the rest of the context"),
 ]
 BlockSize = Annotated[
     int | None,
@@ -134,7 +134,7 @@ PresencePenalty = Annotated[
 FrequencyPenalty = Annotated[
     float | None,
     typer.Option(
-        help="The same, times the number of occurrences; 0.0 is off.",
+        help="Like the presence penalty, times the number of occurrences; 0.0 is off.",
         show_default="the pair's",
         rich_help_panel=SAMPLING,
     ),
@@ -168,14 +168,14 @@ Logprobs = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="With --json: log-probabilities of every token and of the N likeliest at its place.",
+        help="With --json: log-probabilities of each token and of the N most likely in its place.",
         show_default=False,
     ),
 ]
 
 
 def check_limits(max_tokens: int | None, block_size: int | None, stop: list[str] | None) -> None:
-    """Refuse before the weights are read what no pair can do."""
+    """Refuse, before the weights are read, numbers that no pair allows."""
     from pyengine.generation import check_numbers
     from pyengine.text.output import stop_strings
 

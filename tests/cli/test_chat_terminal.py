@@ -225,7 +225,7 @@ def test_ctrl_d_ends(folder: Path) -> None:
 def test_commands(folder: Path) -> None:
     with talk(folder) as it:
         it.send("/hlep\r")
-        it.until(r"/hlep is no command; did you mean /help\?")
+        it.until(r"/hlep is not a command; did you mean /help\?")
         it.prompt()
         it.send("/help\r")
         text = it.until("Ctrl-D")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pyengine.generate import Step
+from pyengine.generation import Step
 from pyengine.serve.queue import MAX_UNHEARD, Job
 
 
