@@ -8,8 +8,10 @@ it in the root of a fresh clone, in an environment with the extra `test`; CONTRI
 an editable installation in it. What cannot run as it stands:
 
 * a line that also stands in .ci/run is run there;
-* a folder in a command that does not exist is the reader's own: a copy of the embedded pair, or the
-  part of it that fits, stands in for it, and `bench` is told that this is no published pair;
+* a folder in a command that does not exist is the reader's own, or a name on the hub: a copy of the
+  embedded pair, or the part of it that fits, stands in for it, and `bench` is told that this is no
+  published pair. For `convert`, which wants bfloat16, it is a tiny pair of the tests, and for
+  `inspect`, whose context must be one that the model has, the context is left out;
 * a pytest line has its tests collected, and must select some: their running takes minutes or hours;
 * what gets the reader a machine and a clone, `apt` and `git clone`, is done by then.
 """
@@ -17,6 +19,7 @@ an editable installation in it. What cannot run as it stands:
 from __future__ import annotations
 
 import itertools
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,10 +28,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {  # options that take a folder with weights, and the part of the pair that it is
+NANO = ROOT / "pyengine" / "nano"
+FOLDERS = {  # what a folder with weights stands behind, and the part of the pair that it is
     "--target": "target",
     "--assistant": "assistant",
     "--bundle": ".",
+    "inspect": ".",
+    "convert": "target",
 }
 
 
@@ -65,9 +71,10 @@ def first_screen() -> list[str]:
 def stand_ins(words: list[str]) -> bool:
     """Make the folders that a command names and that do not exist; whether there were any."""
     made = False
+    source = ROOT / "tests" / "fixtures" / "dense31" if "convert" in words else NANO
     for option, name in itertools.pairwise(words):
         if option in FOLDERS and not (ROOT / name).exists():
-            shutil.copytree(ROOT / "pyengine" / "nano" / FOLDERS[option], ROOT / name)
+            shutil.copytree(source / FOLDERS[option], ROOT / name)
             made = True
     return made
 
@@ -80,8 +87,11 @@ def shell(line: str, run_elsewhere: set[str]) -> list[str] | str:
     words = shlex.split(line)
     if words[0] in ("apt", "git"):
         return "done by then"
-    if stand_ins(words) and "bench" in words:
+    made = stand_ins(words)
+    if made and "bench" in words:
         line += " --allow-unverified-gemma"
+    if made and "inspect" in words:
+        line = re.sub(r" --context \d+", "", line)
     if "pytest" in words:
         line += " --collect-only -q"
     return ["bash", "-euo", "pipefail", "-c", line]

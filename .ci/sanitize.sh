@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every public op under AddressSanitizer and UBSan: the extension is built with g++'s, for two
-# instruction sets, and tests/helpers/fuzz_ops.py calls it for a minute or as its own options say. MLX itself
+# instruction sets, and tests/fuzz/fuzz_ops.py calls it for a minute or as its own options say. MLX itself
 # is not instrumented, but its memory comes from the malloc that is watched.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,4 +19,4 @@ packages=$(python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:strict_string_checks=1
 export UBSAN_OPTIONS=print_stacktrace=1
 LD_PRELOAD=$(echo $libraries) PYTHONPATH="$site:$packages" \
-  python -S tests/helpers/fuzz_ops.py "$@"
+  python -S tests/fuzz/fuzz_ops.py "$@"

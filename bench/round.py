@@ -95,9 +95,9 @@ def main() -> None:
         row = {"block_size": block_size, "nodes": nodes(pair, block_size).total()}
         rows.append(row | {n: statistics.median(times[n]) for n in VARIANTS})
     if options.json:
-        print(json.dumps({"mlx": mx.__version__, "unit": "ms a round, median", "rows": rows}))
+        print(json.dumps({"mlx": mx.__version__, "unit": "ms per round, median", "rows": rows}))
         return
-    print("block size", "nodes", *VARIANTS, "(ms a round, median; ratio to the first)", sep="  ")
+    print("block size", "nodes", *VARIANTS, "(ms per round, median; ratio to the first)", sep="  ")
     for row in rows:
         first, *_ = values = [row[name] for name in VARIANTS]
         cells = [f"{v:.2f} ({v / first:.2f})" for v in values]

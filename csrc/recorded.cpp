@@ -210,8 +210,8 @@ Tape::Tape(const ArrayFunction& function, const std::vector<mx::array>& inputs)
     }
   }
 
-  // Backwards, the first reader met is the last. What none reads ends where it
-  // is made; outputs do not end.
+  // Walk backwards: the first reader met is a value's last use. An unread value
+  // dies where it is made; outputs do not die.
   std::vector<bool> read(graph.count);
   for (int output : graph.outputs) {
     read[output] = true;

@@ -9,11 +9,12 @@
 // * fold: the spans of a row, one after the other, and the division.
 //
 // So each visible key and value is read once for up to 64 rows (8 positions of
-// 8 heads), and once more for every 64 rows beyond; a hidden one never. What
-// lies between is 4 bytes a score, read once for every 128 columns, and D + 2
-// floats a span and row: for D = 512 and bfloat16 R / 73 of the bytes of keys
-// and values, R the rows, 11 % at T = 1 and eight heads, 66 % at T = 6. It is
-// used soon, and small where it lies: R / 256 of the keys and values.
+// 8 heads), and once more for every 64 rows beyond; a hidden one never. The
+// traffic of the temporaries is 4 bytes per score, read once for every 128
+// columns, and D + 2 floats per span and row. For D = 512 and bfloat16 that is
+// R / 73 of the bytes of keys and values, R the rows: 11 % at T = 1 and eight
+// heads, 66 % at T = 6. The temporaries are short-lived and small: R / 256 of
+// the bytes of keys and values.
 //
 // Why three. Scores want 16 partial sums each, values an accumulator for each
 // row and column: registers hold one or the other. And a span's values can
@@ -26,7 +27,7 @@
 //   threadgroup memory serves 8 fma of four.
 // * Such a threadgroup has the core to itself, so a thread asks for the next
 //   tile before it works on this one.
-// * Values: 32 sums of a lane; weights take 2 KiB a simdgroup, v 8 KiB: at 48
+// * Values: 32 sums per lane; weights take 2 KiB per simdgroup, v 8 KiB: at 48
 //   rows a core has room for three threadgroups. A quad serves 11 fma of four.
 // * R rows make R / 2 fma of a byte of bfloat16: past 30 rows an M4 Max core,
 //   with 15 a byte, is bound by arithmetic, whatever is read.

@@ -1,4 +1,4 @@
-// draw_token: one token from each row of candidates, by a simdgroup a row.
+// draw_token: one token from each row of candidates, one simdgroup per row.
 //
 // Shared noise is a race, whose candidates are independent. An inversion adds
 // masses in the order of the candidates: shuffles bring them, and every lane

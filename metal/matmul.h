@@ -113,7 +113,7 @@ inline void multiply_quad(
 
 // Adds the lanes that share columns, in pairs 1, 2, 4, 8 apart, into
 // sums[m][0]. In the first two steps a lane gives half of its columns away: 5
-// shuffles a row instead of 16. Lane p ends with the column that column_of(p)
+// shuffles per row instead of 16. Lane p ends with the column that column_of(p)
 // names.
 template <ushort lanes>
 inline void add_lanes(thread Sums& sums, ushort rows, ushort p) {

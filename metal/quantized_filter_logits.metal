@@ -15,10 +15,10 @@
 // Which entries stay follows from their order alone, never from that of the
 // threads: no two entries are equal.
 //
-// Threadgroup memory: that of quantized_matmul and 6 * room bytes a row. Of the
-// some 60 KiB of a core it takes 15 at 6 rows and a count of 64, so a core
+// Threadgroup memory: that of quantized_matmul and 6 * room bytes per row. Of
+// the 60 KiB or so of a core it takes 15 at 6 rows and a count of 64, so a core
 // holds 4 threadgroups, 16 simdgroups; and 30 at 16 rows: 2 and 8, whose
-// weights on their way are 16 KiB, still enough by the figures in
+// weights in flight are 16 KiB, still enough by the figures in
 // quantized_matmul.metal.
 //
 // Limits: as quantized_matmul; room at least count + the columns of a tile, at

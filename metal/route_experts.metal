@@ -1,4 +1,4 @@
-// route_experts: the experts of a row and their weights, by a simdgroup a row.
+// route_experts: the experts of a row and their weights, one simdgroup per row.
 //
 // Every expert counts those ahead of it: a higher logit, or the same and a
 // lower id. The chosen ones are lined up by id, 32 at a time; then every lane

@@ -1,34 +1,11 @@
-"""Exact speculative decoding for Gemma 4 and its assistant, on MLX."""
+"""Exact speculative decoding for Gemma 4 and its assistant, on MLX.
 
-from pyengine.start import as_command as _as_command
+A name is imported when it is first used (PEP 562). So ``import pyengine`` costs next to nothing,
+and the ``pyengine`` command can answer Ctrl-C and an installation that does not fit.
+"""
 
-_as_command()
-
-from importlib import metadata as _metadata
-
-_BUILT_FOR = "0.32.4"
-try:
-    _found = _metadata.version("mlx")
-except _metadata.PackageNotFoundError:
-    _found = "none"
-
-# libmlx has no stable ABI: another version would fail later, on an undefined symbol or worse.
-if _found != _BUILT_FOR:
-    raise ImportError(
-        f"[pyengine] mlx must be {_BUILT_FOR} but got {_found}. "
-        f"Run: pip install 'mlx=={_BUILT_FOR}'"
-    )
-
-from pyengine.extension import load_installed as _load_installed
-
-_load_installed()
-
-from pyengine import ops
-from pyengine.checkpoint.pair import Pair, load
-from pyengine.engine.prefix import Prefix
-from pyengine.engine.stats import Stats
-from pyengine.generate import Result, Stream, generate, stream
-from pyengine.sampling.settings import Sampling
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -44,3 +21,38 @@ __all__ = [
     "ops",
     "stream",
 ]
+
+if TYPE_CHECKING:  # for type checkers and editors; _HOMES says the same
+    from pyengine import ops
+    from pyengine.checkpoint.pair import Pair, load
+    from pyengine.engine.prefix import Prefix
+    from pyengine.engine.stats import Stats
+    from pyengine.generation import Result, Stream, generate, stream
+    from pyengine.sampling.settings import Sampling
+else:  # which would take any name for a public one
+    _HOMES = {
+        "Pair": "pyengine.checkpoint.pair",
+        "load": "pyengine.checkpoint.pair",
+        "Stats": "pyengine.engine.stats",
+        "Prefix": "pyengine.engine.prefix",
+        "Result": "pyengine.generation",
+        "Stream": "pyengine.generation",
+        "generate": "pyengine.generation",
+        "stream": "pyengine.generation",
+        "Sampling": "pyengine.sampling.settings",
+    }
+
+    def __getattr__(name):
+        if name == "_ext":
+            value = _import_module("pyengine.extension").load()
+        elif name == "ops":
+            value = _import_module("pyengine.ops")
+        elif name in _HOMES:
+            value = getattr(_import_module(_HOMES[name]), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

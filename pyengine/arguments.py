@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -59,6 +59,37 @@ def token_ids(op: str, name: str, value: Any, rule: str = "be token ids") -> lis
     if wrong:
         raise ValueError(f"[{op}] {name} must {rule} but got {shown(wrong[0])}.")
     return [operator.index(i) for i in ids]
+
+
+class TooLong(ValueError):
+    """A prompt that does not fit the context."""
+
+
+def check_vocabulary(ids: Sequence[int], vocab: int) -> None:
+    """Refuse a prompt with ids that are none of the model's.
+
+    Raises:
+        ValueError: An id is outside the vocabulary.
+    """
+    wrong = [i for i in ids if not 0 <= i < vocab]
+    if wrong:
+        raise ValueError(f"[generate] token ids must be 0 to {vocab - 1} but got {wrong[0]}.")
+
+
+def check_length(ids: Sequence[int], context: int) -> None:
+    """Refuse a prompt without tokens, and one that leaves no room in the context.
+
+    Raises:
+        ValueError: It is empty.
+        TooLong: It does not fit.
+    """
+    if not ids:
+        raise ValueError("[generate] prompt must not be empty.")
+    if len(ids) >= context:
+        raise TooLong(
+            f"[generate] prompt must be shorter than the context of {context} tokens "
+            f"but got {len(ids)}."
+        )
 
 
 def is_whole(value: Any) -> bool:

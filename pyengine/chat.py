@@ -8,18 +8,18 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from pyengine.engine.prefix import Prefix
-from pyengine.generate import (
+from pyengine.generation import (
     Result,
     Step,
     Stream,
     check_settings,
     check_variables,
+    prompt_ids,
     resolve_sampling,
     stream,
 )
 from pyengine.sampling.settings import Sampling
 from pyengine.text.output import stop_strings
-from pyengine.text.prompt import prompt_ids
 from pyengine.text.template import Message
 from pyengine.untrusted import SURROGATE, shown
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Chat:
     """Turns of one conversation with a pair; the settings are those of ``generate``.
 
-    When the context is nearly used up the oldest turns are forgotten, never the system message:
+    When the context is nearly full, the oldest turns are forgotten, but never the system message;
     ``forgotten`` counts them.
 
     Raises:
@@ -72,14 +72,14 @@ class Chat:
         self._running: Stream | None = None
 
     def ask(self, text: str) -> Iterator[str]:
-        """Say something; yields the answer's text as it comes. Else like :meth:`steps`."""
+        """Send a turn and yield the answer's text as it comes; otherwise like :meth:`steps`."""
         with closing(self.steps(text)) as steps:
             yield from (step.text for step in steps if step.text)
 
     def steps(self, text: str) -> Generator[Step, None, None]:
-        """Say something; yields what each round adds to the answer.
+        """Send a turn and yield what each round adds to the answer.
 
-        The turn counts once the answer has ended, or was left early with some text.
+        The turn joins the conversation when the answer has ended, or was abandoned with some text.
 
         Raises:
             ValueError: The text alone does not fit the context, or a setting is impossible.
@@ -107,10 +107,10 @@ class Chat:
 
     @property
     def result(self) -> Result:
-        """Of the newest answer.
+        """The result of the newest answer.
 
         Raises:
-            ValueError: Nothing was asked yet.
+            ValueError: No question has been asked yet.
         """
         if self._running is None:
             raise ValueError("[chat] a question must be asked before there is a result.")
@@ -122,13 +122,13 @@ class Chat:
         return [*self.system, *self.turns]
 
     def resume(self, messages: Any) -> None:
-        """Go on with an earlier conversation in place of this one, its system message included.
+        """Replace this conversation by an earlier one, its system message included.
 
         Args:
-            messages: As :attr:`messages` gave them.
+            messages: What :attr:`messages` returned.
 
         Raises:
-            ValueError: They are not: nothing changes.
+            ValueError: They are something else; nothing changes.
         """
         if not isinstance(messages, list):
             raise ValueError(f"[chat] messages must be a list but got {shown(messages)}.")

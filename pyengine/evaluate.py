@@ -1,25 +1,17 @@
-"""lm-eval's door to this engine. Needs the extra ``eval``.
+"""The model class for lm-eval. Needs the extra ``eval``.
 
-    lm_eval --model pyengine --model_args bundle=./pair --tasks hellaswag
-
-An lm-eval with plugins (its main branch, since September 2026) finds the model by our entry point
-in ``lm_eval.models``. Releases up to 0.4.13 know only a list of their own: there, this puts the
-model into the registry of the `lm_eval` of the Python environment it runs in, once, and
-``unregister`` takes it out again:
-
-    python -m pyengine.evaluate register
-
-This leaves the environment alone: it is lm-eval's own command with the model in its registry.
+This is lm-eval's own command with the model in its registry:
 
     python -m pyengine.evaluate --model pyengine --model_args bundle=./pair --tasks hellaswag
+
+Releases of lm-eval after 0.4.13 find the model themselves, by our entry point in
+``lm_eval.models``: there ``lm_eval --model pyengine`` does the same.
 """
 
 from __future__ import annotations
 
 import sys
-import sysconfig
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 try:
@@ -39,17 +31,10 @@ except ModuleNotFoundError as error:
 from pyengine.checkpoint.pair import load
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import score
-from pyengine.generate import generate, resolve_sampling
+from pyengine.generation import generate, resolve_sampling
 from pyengine.sampling.settings import Sampling
-from pyengine.untrusted import write_whole
 
 MAX_NEW_TOKENS = 256  # lm-eval's own default
-# Python runs this line as it starts; only under lm-eval's own command does it go past the test
-STARTUP_LINE = (
-    "import sys; any(a.endswith(('lm_eval', 'lm-eval')) for a in sys.orig_argv[1:3]) and "
-    "__import__('lm_eval.api.registry', fromlist=['registry']).model_registry"
-    ".register('pyengine', target='pyengine.evaluate:PyengineLM')\n"
-)
 
 
 @register_model("pyengine")
@@ -162,38 +147,5 @@ def _sampling(settings: dict[str, Any], own: Sampling) -> Sampling:
     )
 
 
-def startup_file() -> Path:
-    """Where `register` puts its line, in the environment's own site-packages."""
-    return Path(sysconfig.get_path("purelib"), "pyengine_lm_eval.pth")
-
-
-def register() -> None:
-    """Have this environment's `lm_eval` know the model.
-
-    Raises:
-        OSError: The environment cannot be written.
-    """
-    write_whole(startup_file(), STARTUP_LINE)
-
-
-def main() -> None:
-    """`register`, `unregister`, or else lm-eval's own command."""
-    if sys.argv[1:] not in (["register"], ["unregister"]):
-        cli_evaluate()
-        return
-    path = startup_file()
-    try:
-        if sys.argv[1] == "register":
-            register()
-            print(f"Wrote {path}: `lm_eval --model pyengine` works in this environment now.")
-        else:
-            path.unlink(missing_ok=True)
-            print(f"{path} is gone.")
-    except OSError as error:
-        reason = error.strerror
-        print(f"pyengine: [register] {path} must be writable but got {reason}.", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    cli_evaluate()

@@ -10,16 +10,20 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+import threading
 from importlib import metadata
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 
+MLX = "0.32.4"
 DISTRIBUTION = "pyengine-mlx"
 SOURCES = (
     *("CMakeLists.txt", "cmake/*.cmake", "cmake/*.py"),
     *("csrc/*.cpp", "csrc/*.h", "csrc/*/*.cpp", "csrc/*/*.h", "metal/*.metal", "metal/*.h"),
 )
 _NAME = "pyengine._ext"
+_loading = threading.Lock()
 
 
 def digest_of_sources(root: Path) -> str:
@@ -33,14 +37,30 @@ def digest_of_sources(root: Path) -> str:
     return digest.hexdigest()
 
 
-def load_installed() -> None:
-    """Make ``pyengine._ext`` the installed one, unless one lies beside this file.
+def load() -> ModuleType:
+    """The extension: what ``from pyengine import _ext`` gives.
 
     Raises:
-        ImportError: None is installed, or it was built from other sources than these.
+        ImportError: MLX is another than it was built for; it is neither beside this file nor
+            installed; or the installed one was built from other sources than these.
     """
-    if importlib.util.find_spec(_NAME):
-        return
+    try:
+        found = metadata.version("mlx")
+    except metadata.PackageNotFoundError:
+        found = "none"
+    # libmlx has no stable ABI: another version would fail later, on an undefined symbol or worse.
+    if found != MLX:
+        raise ImportError(
+            f"[pyengine] mlx must be {MLX} but got {found}. Run: pip install 'mlx=={MLX}'"
+        )
+    importlib.import_module("mlx.core")  # libmlx itself, which a checkout has not beside it
+    with _loading:
+        if importlib.util.find_spec(_NAME):
+            return importlib.import_module(_NAME)
+        return _load_installed()
+
+
+def _load_installed() -> ModuleType:
     root = Path(__file__).resolve().parent.parent
     spec = _installed()
     if spec is None or spec.loader is None:
@@ -56,7 +76,7 @@ def load_installed() -> None:
             f"{spec.origin} was built from others. Run, in {root}: pip install ."
         )
     sys.modules[_NAME] = module
-    sys.modules["pyengine"]._ext = module  # type: ignore[attr-defined]
+    return module
 
 
 def _installed() -> ModuleSpec | None:

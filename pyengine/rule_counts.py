@@ -21,7 +21,7 @@ from pyengine.drafters import new_drafter
 from pyengine.engine import loop
 from pyengine.engine import round as on_device
 from pyengine.engine.recorded import Recorded
-from pyengine.generate import embedded_pair
+from pyengine.generation import embedded_pair
 from pyengine.kernel_counts import OnCount
 from pyengine.ops import dispatch, workbench
 from pyengine.sampling.settings import Sampling

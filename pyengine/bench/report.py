@@ -15,7 +15,7 @@ import mlx.core as mx
 from pyengine import ops
 from pyengine.bench.gemma_mtp import Row, now
 from pyengine.bench.suite import Case
-from pyengine.generate import resolve_sampling
+from pyengine.generation import resolve_sampling
 from pyengine.sampling.settings import Sampling
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def make_report(
 ) -> dict[str, Any]:
     """Everything needed to read and repeat a run, ready for JSON.
 
-    ``run_on`` is the :func:`environment` from before the run, whose load is not the run's own.
-    ``complete`` says that the run was not interrupted.
+    ``run_on`` is the :func:`environment` taken before the run, so that its load average excludes
+    the run. ``complete`` says that the run was not interrupted.
     """
     used = resolve_sampling(pair, sampling)
     return {
@@ -128,18 +128,26 @@ def _chip() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this package is imported from; None for an installed package."""
+    """Commit of the checkout this package is imported from; None for an installed package.
+
+    Local changes are told, and also when nobody can say whether there are any.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     commit = _ask("git", "-C", str(root), "rev-parse", "HEAD")
     changed = _ask("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
-    return f"{commit} with local changes" if commit and changed else commit or None
+    if not commit:
+        return None
+    if changed is None:
+        return f"{commit}, local changes unknown"
+    return f"{commit} with local changes" if changed else commit
 
 
-def _ask(*command: str) -> str:
+def _ask(*command: str) -> str | None:
+    """What a program prints; None where it fails, lasts too long or is not there."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyengine.checkpoint.hub import locate
-from pyengine.checkpoint.new_folder import new_folder
-from pyengine.checkpoint.pair import MANIFEST, MAX_NAME, bundle_parts, is_name, read_generation
-from pyengine.checkpoint.quantize import Plan, plan_checkpoint, write_checkpoint
-from pyengine.model.config import (
+from pyengine.checkpoint.config_json import (
     ASSISTANT_TYPES,
-    check_pair,
-    published_name,
     read_assistant_config,
     read_json,
     read_target_config,
 )
+from pyengine.checkpoint.defaults import read_generation
+from pyengine.checkpoint.hub import locate
+from pyengine.checkpoint.manifest import MANIFEST, MAX_NAME, bundle_parts, is_name
+from pyengine.checkpoint.new_folder import new_folder
+from pyengine.checkpoint.published import check_pair, published_name
+from pyengine.checkpoint.quantize import Plan, plan_checkpoint, write_checkpoint
 from pyengine.untrusted import optional, shown
 
 

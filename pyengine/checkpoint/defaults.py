@@ -7,11 +7,16 @@ changes no text: a setting is honoured or told.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from pyengine.checkpoint.manifest import MANIFEST
+from pyengine.engine.loop import MAX_BLOCK
+from pyengine.model.config import TargetConfig
 from pyengine.ops.filter_logits import MAX_TOP_K
 from pyengine.sampling.settings import MAX_EDIT, Sampling
-from pyengine.untrusted import shown
+from pyengine.untrusted import optional, read_object, shown
 
 FILE = "generation_config.json"
 MAX_NOTES = 20
@@ -66,6 +71,76 @@ INSTEAD = {
     "max_length": "max_tokens bounds an answer",
     "stop_strings": "stop= takes them",
 }
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What the checkpoint's authors recommend; ``num_draft`` is None where they say nothing.
+
+    ``notes`` has a sentence for each of their settings that is not followed.
+    """
+
+    stop_ids: tuple[int, ...]
+    temperature: float
+    top_p: float
+    top_k: int
+    suppress_tokens: tuple[int, ...]
+    num_draft: int | None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def read_generation(
+    target: Path, assistant: Path | None, config: TargetConfig, manifest: dict[str, Any]
+) -> GenerationDefaults:
+    """Settings a pair comes with: generation_config.json, else the manifest's, else ours."""
+    own = _read_optional(target)
+    theirs = _read_optional(assistant) if assistant else {}
+    benchmark = manifest.get("benchmark", {})
+    if not isinstance(benchmark, dict):
+        raise ValueError(f"[load] `benchmark` of {MANIFEST} must be an object.")
+    found, notes = sampling_defaults(own, benchmark, config.vocab_size)
+    best = benchmark.get("best_block_size")
+    if best is not None and (type(best) is not int or not 1 <= best <= MAX_BLOCK):
+        raise ValueError(
+            f"[load] `benchmark.best_block_size` of {MANIFEST} must be a whole number from 1 to "
+            f"{MAX_BLOCK} but got {shown(best)}."
+        )
+    eos = own.get("eos_token_id")
+    num_draft = theirs.get("num_assistant_tokens")
+    if num_draft is not None and (type(num_draft) is not int or not 1 <= num_draft < MAX_BLOCK):
+        raise ValueError(
+            f"[load] num_assistant_tokens must be from 1 to {MAX_BLOCK - 1} but got "
+            f"{shown(num_draft)}."
+        )
+    suppressed = _token_ids("suppress_tokens", own.get("suppress_tokens") or [], config)
+    if len(set(suppressed)) == config.vocab_size:
+        raise ValueError(f"[load] `suppress_tokens` of {FILE} must leave a token but names all.")
+    return GenerationDefaults(
+        stop_ids=config.eos_ids if eos is None else _token_ids("eos_token_id", eos, config),
+        suppress_tokens=suppressed,
+        num_draft=num_draft,
+        notes=notes,
+        **found,  # type: ignore[arg-type]
+    )
+
+
+def _token_ids(key: str, value: Any, config: TargetConfig) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
+        raise ValueError(
+            f"[load] `{key}` of {FILE} must hold ids from 0 to "
+            f"{config.vocab_size - 1} but got {shown(value)}."
+        )
+    return tuple(ids)
+
+
+def _read_optional(folder: Path) -> dict[str, Any]:
+    file = optional(folder, FILE, "load")
+    return read_object(file, "load") if file else {}
 
 
 def sampling_defaults(

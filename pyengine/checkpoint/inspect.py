@@ -10,33 +10,37 @@ from pathlib import Path
 from typing import Any
 
 from pyengine.checkpoint import memory
-from pyengine.checkpoint.defaults import OURS
-from pyengine.checkpoint.hub import locate
-from pyengine.checkpoint.pair import bundle_parts, read_generation, read_manifest
-from pyengine.checkpoint.weights import Layout, assistant_layout, check_tensors, target_layout
-from pyengine.model.config import (
+from pyengine.checkpoint.config_json import (
     ASSISTANT_TYPES,
-    AssistantConfig,
-    TargetConfig,
-    TextConfig,
-    check_pair,
-    published_name,
     read_assistant_config,
     read_json,
     read_target_config,
 )
+from pyengine.checkpoint.defaults import OURS, read_generation
+from pyengine.checkpoint.hub import OnProgress, headers
+from pyengine.checkpoint.manifest import bundle_parts, read_manifest
+from pyengine.checkpoint.published import check_pair, published_name
+from pyengine.checkpoint.weights import Layout, assistant_layout, check_tensors, target_layout
+from pyengine.model.config import AssistantConfig, TargetConfig, TextConfig
+from pyengine.model.memory import cache_bytes
 from pyengine.text.tokenizer import load_tokenizer
 from pyengine.untrusted import optional
 
 CONTEXT, BLOCK = 8192, 8  # of the cache whose size is told
 
 
-def inspect(path: str | Path, context: int | None = None) -> dict[str, Any]:
+def inspect(
+    path: str | Path,
+    context: int | None = None,
+    *,
+    on_progress: OnProgress = lambda done, total: None,
+) -> dict[str, Any]:
     """Read configs, headers, tokenizer and settings of a checkpoint folder or bundle.
 
     Args:
-        path: The folder.
-        context: Tokens that the told cache shall hold; None is 8192, or all a smaller model has.
+        path: The folder, or a name on the hub, of which no weights are fetched.
+        context: Context length for the cache estimate; None is 8192, or a smaller model's context.
+        on_progress: Called with headers read and headers in all, where they come from the hub.
 
     Returns:
         A report ready for JSON; ``refused`` lists every sentence with which loading would end.
@@ -44,11 +48,25 @@ def inspect(path: str | Path, context: int | None = None) -> dict[str, Any]:
     Raises:
         ValueError: path is no folder, or context is impossible.
     """
-    path = locate(path)
-    if not path.is_dir():
-        raise ValueError(f"[inspect] path must be a folder but got {path}.")
     if context is not None and context < 1:
         raise ValueError(f"[inspect] context must be at least 1 but got {context}.")
+    with headers(path, on_progress) as folder:
+        if not folder.is_dir():
+            raise ValueError(f"[inspect] path must be a folder but got {folder}.")
+        report = _report(folder, context)
+    return report if folder == Path(path) else _renamed(report, str(folder), str(path))
+
+
+def _renamed(value: Any, folder: str, place: str) -> Any:
+    """A report that speaks of the place that was asked for, and not of a folder that is gone."""
+    if isinstance(value, str):
+        return value.replace(folder, place)
+    if isinstance(value, dict):
+        return {key: _renamed(inner, folder, place) for key, inner in value.items()}
+    return [_renamed(x, folder, place) for x in value] if isinstance(value, list) else value
+
+
+def _report(path: Path, context: int | None) -> dict[str, Any]:
     report: dict[str, Any] = {"path": str(path), "kind": None, "name": None, "refused": []}
     with _refusals(report):
         parts = _parts(path)
@@ -72,7 +90,7 @@ def inspect(path: str | Path, context: int | None = None) -> dict[str, Any]:
                 report["text"] = _text(path, parts, target)
             report["memory"] = memory_of = _memory(report, target, context)
             with _refusals(report):
-                least = memory_of["weights"] + memory.cache_bytes(target, 1, 1, 2)
+                least = memory_of["weights"] + cache_bytes(target, 1, 1, 2)
                 memory.check(least, "the weights and the smallest cache")
             if context is not None and context > target.context_limit:
                 report["refused"].append(
@@ -160,7 +178,7 @@ def _memory(report: dict[str, Any], target: TargetConfig, context: int | None) -
     weights = sum(tensors["bytes"] for tensors in known if tensors)
     size = 4 if (known[0] or {}).get("dtype") == "float32" else 2
     context = min(CONTEXT if context is None else context, target.context_limit)
-    cache = memory.cache_bytes(target, context, BLOCK, size)
+    cache = cache_bytes(target, context, BLOCK, size)
     free = memory.available_bytes()
     return {
         "weights": weights,

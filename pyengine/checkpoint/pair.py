@@ -1,17 +1,12 @@
-"""A target and its assistant on disk: find, check, load.
-
-A bundle is a folder that holds two checkpoint folders, ``target`` and ``assistant`` unless its
-``mtplx_pair.json`` names others; two checkpoint folders from anywhere do as well.
-"""
+"""A target and its assistant: find them, check, load."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from types import NoneType
 from typing import Any, cast
 
@@ -20,8 +15,11 @@ import mlx.core as mx
 from pyengine import forked
 from pyengine.arguments import flag, token_ids, whole
 from pyengine.checkpoint import memory
-from pyengine.checkpoint.defaults import FILE, sampling_defaults
+from pyengine.checkpoint.config_json import read_assistant_config, read_target_config
+from pyengine.checkpoint.defaults import GenerationDefaults, read_generation
 from pyengine.checkpoint.hub import locate
+from pyengine.checkpoint.manifest import bundle_parts, check_folder, read_manifest
+from pyengine.checkpoint.published import check_pair, published_name
 from pyengine.checkpoint.weights import (
     assistant_layout,
     load_assistant_weights,
@@ -29,55 +27,26 @@ from pyengine.checkpoint.weights import (
     target_layout,
 )
 from pyengine.drafters.assistant import AssistantDrafter
-from pyengine.engine.loop import MAX_BLOCK
 from pyengine.engine.round import Parts, draft
 from pyengine.model.assistant import POSITIONS, Assistant, Position
-from pyengine.model.config import (
-    TargetConfig,
-    check_pair,
-    published_name,
-    read_assistant_config,
-    read_target_config,
-)
+from pyengine.model.memory import cache_bytes
 from pyengine.model.target import Target, check_ids
 from pyengine.sampling.sampler import Sampler
 from pyengine.sampling.settings import Sampling
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
-from pyengine.untrusted import optional, read_object, shown, within
+from pyengine.untrusted import shown
 
-MANIFEST = "mtplx_pair.json"
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-MAX_NAME = 200
 
 _log = logging.getLogger("pyengine")
-
-
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """What the checkpoint's authors recommend; ``num_draft`` is None where they say nothing.
-
-    ``notes`` has a sentence for each of their settings that is not followed.
-    """
-
-    stop_ids: tuple[int, ...]
-    temperature: float
-    top_p: float
-    top_k: int
-    suppress_tokens: tuple[int, ...]
-    num_draft: int | None
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, repr=False)
 class Pair:
     """A loaded target with its assistant (None: plain decoding only) and what belongs to them.
 
-    ``verified`` says that the geometry is one of the five published pairs', ``embedded`` that this
-    is the pair inside the package. ``path`` is the bundle, or the target's folder.
+    ``verified`` means that the geometry is that of one of the five published pairs, ``embedded``
+    that this is the pair inside the package. ``path`` is the bundle, or the target's folder.
     """
 
     target: Target
@@ -121,9 +90,9 @@ class Pair:
         return self.target.logits(tokens)
 
     def draft(self, ids: Sequence[int], k: int) -> list[int]:
-        """What the assistant proposes, greedily, to follow these tokens.
+        """Draft k tokens greedily after these.
 
-        The target processes all but the last token, as it has in a round. Evaluates.
+        As in a round, the target processes all but the last token. Evaluates.
 
         Args:
             ids: At least two token ids.
@@ -175,24 +144,24 @@ def load(
     """Load a pair: two checkpoint folders, a bundle, or (nothing given) the embedded pair.
 
     Args:
-        target: Folder of a Gemma 4 checkpoint, Hugging Face or MLX form; or, as for the two
-            below, its name on the hub (``owner/name``, extra ``hub``).
+        target: Folder of a Gemma 4 checkpoint in Hugging Face or MLX form. All three may also be
+            names on the hub (``owner/name``, extra ``hub``).
         assistant: Folder of its assistant; without one the pair can only decode plainly.
-        bundle: Folder with both, ``mtplx_pair.json`` beside them or not; instead of the two above.
+        bundle: Folder with both, with or without ``mtplx_pair.json``; replaces the two above.
         dtype: Convert to float32, float16 or bfloat16 (MLX's type or its name); None keeps the
             checkpoint's.
         position: Where the assistant's query sits, ``"n-1"`` or ``"n-2"``. Changes acceptance at
             most, never the output's distribution.
-        text: Read the tokenizer too, before the weights: a wrong one is told at once.
+        text: Read the tokenizer too, before the weights, so that a wrong one is reported at once.
         on_progress: Called after each tensor with bytes read and bytes in all.
 
     Returns:
-        The pair; its tokenizer is read when first used, if not already. What its authors recommend
-        and pyengine does not follow is in ``generation.notes``, and a warning of the logger
-        ``pyengine``.
+        The pair; its tokenizer is read when first used, if not already. Settings that its authors
+        recommend and pyengine does not follow are listed in ``generation.notes`` and logged as
+        warnings of the logger ``pyengine``.
 
     Raises:
-        ValueError: A folder is not what it should be, or the two are no pair.
+        ValueError: A folder is not what it should be, or the two are not a pair.
         RuntimeError: The process was forked from one that had used MLX.
     """
     forked.check("load")
@@ -211,13 +180,13 @@ def load(
     embedded = bundle is None and target is None
     manifest: dict[str, Any] = {}
     if target is None:
-        path = _folder(_embedded_path() if bundle is None else locate(bundle), "bundle")
+        path = check_folder(_embedded_path() if bundle is None else locate(bundle), "bundle")
         assistant_path: Path | None
         target_path, assistant_path = bundle_parts(path)
         manifest = read_manifest(path)
     else:
-        path = target_path = _folder(locate(target), "target")
-        assistant_path = None if assistant is None else _folder(locate(assistant), "assistant")
+        path = target_path = check_folder(locate(target), "target")
+        assistant_path = None if assistant is None else check_folder(locate(assistant), "assistant")
 
     # Both configs are read and compared before the first gigabyte is
     target_config = read_target_config(target_path)
@@ -234,7 +203,7 @@ def load(
     needed = memory.weight_bytes(target_path, target_layout(target_config), dtype)
     if assistant_path is not None:
         needed += memory.weight_bytes(assistant_path, assistant_layout(assistant_config), dtype)
-    smallest = memory.cache_bytes(target_config, 1, 1, 2)
+    smallest = cache_bytes(target_config, 1, 1, 2)
     memory.check(needed + smallest, "the weights and the smallest cache")
     tokenizer = load_tokenizer(target_path) if text else None
     read = 0
@@ -296,121 +265,3 @@ def _arrays(value: object) -> Iterator[mx.array]:
 
 def _embedded_path() -> Path:
     return Path(__file__).parents[1] / "nano"
-
-
-def _folder(path: Path, what: str) -> Path:
-    if path.is_symlink() and not path.exists():
-        raise ValueError(f"[load] {what} must be a folder but {path} is a link that leads nowhere.")
-    if not path.is_dir():
-        raise ValueError(f"[load] {what} must be a folder but got {path}.")
-    return path
-
-
-def bundle_parts(path: Path) -> tuple[Path, Path]:
-    """Target and assistant folder of a bundle; one without a manifest has the usual names.
-
-    Raises:
-        ValueError: The manifest is damaged, or a folder is missing or outside the bundle.
-    """
-    names = (MANIFEST, "target", "assistant")
-    if path.is_dir() and not any(os.path.lexists(path / name) for name in names):
-        if optional(path, "config.json", "load"):
-            raise ValueError(
-                f"[load] {path} must be a bundle but is a checkpoint; it goes to target= or "
-                "assistant=."
-            )
-        raise ValueError(
-            f"[load] {path} must be a bundle with the folders target and assistant, or a "
-            "checkpoint with config.json, but is neither."
-        )
-    manifest = read_manifest(path)
-    target, assistant = (_inside(path, manifest, part) for part in ("target", "assistant"))
-    return _folder(target, "target"), _folder(assistant, "assistant")
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The object in a bundle's manifest; of its values, only the name is checked here.
-
-    Empty where there is none: the folders are then called ``target`` and ``assistant``.
-    """
-    file = optional(path, MANIFEST, "load")
-    if file is None:
-        return {}
-    manifest = read_object(file, "load")
-    name = manifest.get("name", "-")
-    if not is_name(name):
-        raise ValueError(
-            f"[load] `name` of {MANIFEST} must be a line of at most {MAX_NAME} characters but got "
-            f"{shown(name)}."
-        )
-    return manifest
-
-
-def is_name(value: object) -> bool:
-    """Whether a pair may be called so: the name goes to terminals and into tables."""
-    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= MAX_NAME
-
-
-def _inside(bundle: Path, manifest: dict[str, Any], part: str) -> Path:
-    """Folder of one half of a bundle, as the manifest names it; never outside the bundle."""
-    layout = manifest.get("layout", {})
-    name = layout.get(part, part) if isinstance(layout, dict) else None
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError(f"[load] `layout.{part}` of {MANIFEST} must name a folder.")
-    for kind in (PurePosixPath(name), PureWindowsPath(name)):
-        if kind.is_absolute() or kind.drive or kind.root or ".." in kind.parts:
-            raise ValueError(
-                f"[load] `layout.{part}` of {MANIFEST} must lie inside the bundle but got "
-                f"{shown(name)}."
-            )
-    return within(bundle, name, "load")
-
-
-def read_generation(
-    target: Path, assistant: Path | None, config: TargetConfig, manifest: dict[str, Any]
-) -> GenerationDefaults:
-    """Settings a pair comes with: generation_config.json, else the manifest's, else ours."""
-    own = _read_optional(target)
-    theirs = _read_optional(assistant) if assistant else {}
-    benchmark = manifest.get("benchmark", {})
-    if not isinstance(benchmark, dict):
-        raise ValueError(f"[load] `benchmark` of {MANIFEST} must be an object.")
-    found, notes = sampling_defaults(own, benchmark, config.vocab_size)
-    best = benchmark.get("best_block_size")
-    if best is not None and (type(best) is not int or not 1 <= best <= MAX_BLOCK):
-        raise ValueError(
-            f"[load] `benchmark.best_block_size` of {MANIFEST} must be a whole number from 1 to "
-            f"{MAX_BLOCK} but got {shown(best)}."
-        )
-    eos = own.get("eos_token_id")
-    num_draft = theirs.get("num_assistant_tokens")
-    if num_draft is not None and (type(num_draft) is not int or not 1 <= num_draft < MAX_BLOCK):
-        raise ValueError(
-            f"[load] num_assistant_tokens must be from 1 to {MAX_BLOCK - 1} but got "
-            f"{shown(num_draft)}."
-        )
-    suppressed = _token_ids("suppress_tokens", own.get("suppress_tokens") or [], config)
-    if len(set(suppressed)) == config.vocab_size:
-        raise ValueError(f"[load] `suppress_tokens` of {FILE} must leave a token but names all.")
-    return GenerationDefaults(
-        stop_ids=config.eos_ids if eos is None else _token_ids("eos_token_id", eos, config),
-        suppress_tokens=suppressed,
-        num_draft=num_draft,
-        notes=notes,
-        **found,  # type: ignore[arg-type]
-    )
-
-
-def _token_ids(key: str, value: Any, config: TargetConfig) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [value]
-    if not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
-        raise ValueError(
-            f"[load] `{key}` of {FILE} must hold ids from 0 to "
-            f"{config.vocab_size - 1} but got {shown(value)}."
-        )
-    return tuple(ids)
-
-
-def _read_optional(folder: Path) -> dict[str, Any]:
-    file = optional(folder, FILE, "load")
-    return read_object(file, "load") if file else {}

@@ -21,6 +21,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from pyengine.checkpoint.config_json import (
+    ASSISTANT_TYPES,
+    TARGET_TYPES,
+    read_assistant_config,
+    read_json,
+    read_target_config,
+)
 from pyengine.checkpoint.new_folder import new_folder
 from pyengine.checkpoint.safetensors import BYTES, SINGLE, Entry, Shape, read_headers
 from pyengine.checkpoint.weights import (
@@ -32,13 +39,6 @@ from pyengine.checkpoint.weights import (
     check_ordering,
     is_text,
     target_layout,
-)
-from pyengine.model.config import (
-    ASSISTANT_TYPES,
-    TARGET_TYPES,
-    read_assistant_config,
-    read_json,
-    read_target_config,
 )
 from pyengine.untrusted import optional
 
@@ -140,11 +140,11 @@ def plan_checkpoint(src: Path, bits: int, group_size: int, dtype: str | None = N
     ``dtype`` is what all floats become, in the words of a header; None is the token embedding's.
     """
     if bits not in (4, 6, 8):
-        raise ValueError(f"[quantize] bits must be 4, 6 or 8 but got {bits}.")
+        raise ValueError(f"[convert] bits must be 4, 6 or 8 but got {bits}.")
     if group_size not in (32, 64, 128):
-        raise ValueError(f"[quantize] group_size must be 32, 64 or 128 but got {group_size}.")
+        raise ValueError(f"[convert] group_size must be 32, 64 or 128 but got {group_size}.")
     if not src.is_dir():
-        raise ValueError(f"[quantize] src must be a folder but got {src}.")
+        raise ValueError(f"[convert] src must be a folder but got {src}.")
     layout, prefix = _layout(src)
     files = _files(src, layout)
     dtype = dtype or files["embed_tokens.weight"][1].dtype
@@ -157,7 +157,7 @@ def plan_checkpoint(src: Path, bits: int, group_size: int, dtype: str | None = N
 def _copied(src: Path) -> list[Path]:
     """The files to carry along; a link to nothing is an error, not an absent file."""
     found = [
-        optional(src, name, "quantize")
+        optional(src, name, "convert")
         for name in sorted(os.listdir(src))
         if Path(name).suffix in COPIED and name not in NOT_COPIED
     ]
@@ -185,7 +185,7 @@ def _layout(src: Path) -> tuple[Layout, str]:
         layout, prefix = target_layout(target), "language_model.model." if wrapped else "model."
         quantization = target.quantization
     if quantization is not None:
-        raise ValueError(f"[quantize] src must not be quantised already but {src} is.")
+        raise ValueError(f"[convert] src must not be quantised already but {src} is.")
     return layout, prefix
 
 
@@ -328,7 +328,7 @@ def _blocks(job: Job) -> Iterator[tuple[np.ndarray[Any, Any], str]]:
                 file.seek(run.begin + at * row)
                 data = np.fromfile(file, np.uint8, rows * row)
                 if data.size < rows * row:
-                    raise ValueError(f"[quantize] {run.path} is cut off.")
+                    raise ValueError(f"[convert] {run.path} is cut off.")
                 yield data, run.dtype
 
 
@@ -347,7 +347,7 @@ def _converted(job: Job, block: tuple[np.ndarray[Any, Any], str]) -> list[memory
     # A value may be too large for the dtype, and so may be the range of a group
     if not all(mx.isfinite(part).all() for part in (rows, *parts[1:])):
         raise ValueError(
-            f"[quantize] `{job.name}` must fit {NAMES[job.dtype]}, the dtype of the token "
+            f"[convert] `{job.name}` must fit {NAMES[job.dtype]}, the dtype of the token "
             "embedding, but overflows it."
         )
     return [np.asarray(mx.contiguous(p).reshape(-1).view(mx.uint8)).data for p in parts]

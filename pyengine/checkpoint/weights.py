@@ -6,7 +6,7 @@ read one at a time, so that memory stays near the size of the result.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from pyengine.checkpoint.safetensors import read_headers, stale_index
 from pyengine.model.config import AssistantConfig, LayerConfig, Quantization, TargetConfig
-from pyengine.model.linear import Linear
+from pyengine.model.linear import Linear, Weights
 
 Shape = tuple[int, ...]
 
@@ -38,15 +38,6 @@ FLOATS = (mx.bfloat16, mx.float16, mx.float32)
 
 
 OnRead = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The arrays of one model, by module path (matrices) or full name (everything else)."""
-
-    matrices: Mapping[str, Linear]
-    vectors: Mapping[str, mx.array]
-    dtype: mx.Dtype
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ Ctrl-C.
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -37,7 +36,7 @@ bench_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(bench_app, name="bench")
-RUNS: list[tuple[typer.Typer, str, Callable[..., None], tuple[str, ...]]] = [
+COMMANDS: list[tuple[typer.Typer, str, Callable[..., None], tuple[str, ...]]] = [
     (bench_app, "gemma-mtp", bench.gemma_mtp, bench.EXAMPLES),
     (bench_app, "kernels", bench.kernels, bench.KERNELS_EXAMPLES),
     (app, "generate", generate.run, generate.EXAMPLES),
@@ -47,13 +46,13 @@ RUNS: list[tuple[typer.Typer, str, Callable[..., None], tuple[str, ...]]] = [
     (app, "doctor", doctor.run, doctor.EXAMPLES),
     (app, "serve", serve.run, serve.EXAMPLES),
 ]
-for group, name, run, commands in RUNS:
+for group, name, command, examples in COMMANDS:
     group.command(
         name,
-        cls=bench.PublishedNames if run is bench.gemma_mtp else None,
-        help=common.help_of(run),
-        epilog=common.ending(*commands),
-    )(run)
+        cls=bench.PublishedNames if command is bench.gemma_mtp else None,
+        help=common.help_of(command),
+        epilog=common.ending(*examples),
+    )(command)
 
 
 def show_version(wanted: bool) -> None:
@@ -74,16 +73,11 @@ def pyengine(
     pass
 
 
-def main() -> None:
-    """Entry point of the ``pyengine`` command."""
+def run() -> None:
+    """What :func:`pyengine.__main__.main` runs."""
     common.open_streams()
     try:
         with common.sentences():  # also for what is said before and after a command
             app()
     except typer.Exit as end:
         sys.exit(end.exit_code)
-    except KeyboardInterrupt:  # before a command had begun
-        sys.exit(common.INTERRUPTED)
-    finally:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # one more Ctrl-C ends it without a word

@@ -71,7 +71,7 @@ def gemma_mtp(
         ),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(help="Most new tokens per prompt; a prompt may ask for fewer.")
+        int, typer.Option(help="Maximum number of new tokens; a prompt may ask for fewer.")
     ] = 256,
     block_sizes: Annotated[
         str, typer.Option(help="Block sizes to compare with plain decoding.")
@@ -83,7 +83,7 @@ def gemma_mtp(
         int, typer.Option(help="Seed of the first prompt; each further prompt adds 1.")
     ] = 0,
     verify: Annotated[
-        str, typer.Option(help="Rules that accept drafts, to compare: residual,block,coupled.")
+        str, typer.Option(help="Acceptance rules to compare: residual,block,coupled.")
     ] = "residual",
     drafter: Annotated[
         str, typer.Option(help="Where drafts come from, to compare: assistant,lookup.")
@@ -108,9 +108,9 @@ def gemma_mtp(
 ) -> None:
     """Time exact speculative decoding against plain decoding, alternating in one process.
 
-    Without --target or --bundle, the embedded pair runs the embedded suite. tok/s is decode only;
-    speedup_vs_ar is over plain decoding; round cost is in plain steps. Ctrl-C keeps the rows that
-    are finished.
+    Without --target or --bundle, the embedded pair runs the embedded suite. tok/s counts decoding
+    only; speedup_vs_ar is relative to plain decoding; a round's cost is given in plain steps.
+    Ctrl-C keeps the finished rows.
     """
     with common.sentences():
         blocks = read_block_sizes(block_sizes)

@@ -61,11 +61,11 @@ COMMANDS = {
     "/bye": "end the chat",
 }
 COMMAND = re.compile(r"/[A-Za-z][^\s/]*(?=\s|$)")  # a path or a comment is text
-SLASH = "To send text that begins like a command, put a space before it."
+SLASH = "To send text that looks like a command, put a space before it."
 KEYS = (
     "Enter sends. Alt-Enter, or Enter after a backslash, begins a new line; pasted lines stay one "
     "turn. Up brings back earlier turns, Ctrl-R searches them; they are kept in memory only. "
-    "Ctrl-C stops an answer or drops the line; at an empty line Ctrl-C or Ctrl-D ends."
+    "Ctrl-C stops an answer or discards the line; at an empty line Ctrl-C or Ctrl-D ends."
 )
 SAVED = ("model", "messages")
 
@@ -201,7 +201,7 @@ class Talk:
         if name not in forms:
             near = difflib.get_close_matches(name, forms, 1)
             hint = f"did you mean {near[0]}?" if near else "/help lists the commands."
-            raise ValueError(f"[chat] {name} is no command; {hint} {SLASH}")
+            raise ValueError(f"[chat] {name} is not a command; {hint} {SLASH}")
         if bool(rest) != (" " in forms[name]):
             got = f"{name} {rest}".rstrip()
             raise ValueError(f"[chat] the command must be {forms[name]} but got {got}.")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pyengine.checkpoint.pair import Pair
-    from pyengine.generate import Result, Step
+    from pyengine.generation import Result, Step
 
 USER_ERROR, BROKEN, INTERRUPTED = 2, 1, 130
 LONGEST_MESSAGE = 600
@@ -33,7 +33,7 @@ EXIT_CODES = (
 
 
 def ending(*commands: str) -> str:
-    """The end of a help text, a paragraph a command."""
+    """The end of a help text, one paragraph per command."""
     return "\n\n".join(("Examples:", *commands, EXIT_CODES))
 
 
@@ -46,8 +46,8 @@ def help_of(command: Callable[..., None]) -> str:
 def open_streams() -> None:
     """Standard streams for the whole run.
 
-    A closed one leads nowhere: else its number goes to the next file that is opened. Input that
-    is not text is an error, and a terminal that lacks a character shows another.
+    A closed one is opened on the null device; otherwise the next file that is opened would get its
+    number. Input that is not text is an error; a terminal that lacks a character shows another.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -75,7 +75,7 @@ def sentences() -> Iterator[None]:
         typer.echo("Interrupted.", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
-        # The reader has gone, as in `pyengine generate ... | head`; nothing more can be said to it.
+        # The reader has disconnected, as in `pyengine generate ... | head`.
         _drop_output()
         raise typer.Exit(BROKEN) from None
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
@@ -148,7 +148,7 @@ def load_pair(
 
 
 def introduce(pair: Pair) -> None:
-    """Say on a terminal that a demonstration answers, whose answers are often beside the point."""
+    """Say on a terminal that the demo pair answers: its answers are often beside the point."""
     if pair.embedded and sys.stderr.isatty():
         console(sys.stderr).print(
             "The embedded demo pair (9 MB) answers. It knows single-file canvas games and a little "
@@ -158,7 +158,7 @@ def introduce(pair: Pair) -> None:
 
 @contextmanager
 def waiting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Say on a terminal why nothing comes yet, and how far it is, where that is told.
+    """Say on a terminal what is being waited for, and how far it is where that is known.
 
     A spinner's thread would disturb the clock.
     """
@@ -265,7 +265,7 @@ def result_dict(pair: Pair, result: Result) -> dict[str, Any]:
 
 @contextmanager
 def progress(what: str = "warm-up", parts: int | None = None) -> Iterator[Any]:
-    """A bar on standard error; on a pipe, a line a step, or where given, ``parts`` lines in all."""
+    """A bar on standard error; on a pipe one line per step, or ``parts`` lines in all."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
     from rich.table import Column
 

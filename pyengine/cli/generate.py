@@ -41,7 +41,7 @@ from pyengine.cli.options import (
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
-    from pyengine.generate import Result
+    from pyengine.generation import Result
 
 
 EXAMPLES = (
@@ -55,7 +55,7 @@ EXAMPLES = (
 def run(
     prompt: Annotated[
         str | None,
-        typer.Argument(help="The prompt; standard input if left out or '-'."),
+        typer.Argument(help="The prompt; '-' or no prompt reads standard input."),
     ] = None,
     system: Annotated[
         str | None, typer.Option(help="System message before the prompt.", show_default=False)
@@ -110,7 +110,7 @@ def run(
                 raise ValueError(
                     f"[generate] {option} must go with the template but got --raw too."
                 )
-        from pyengine.generate import stream
+        from pyengine.generation import stream
 
         given = sampling_given(
             temperature=temperature,

@@ -12,6 +12,7 @@ from pyengine.cli import common, tables
 
 EXAMPLES = (
     "pyengine inspect ./gemma-4-31B-pair",
+    "pyengine inspect google/gemma-4-31B-it --context 32768",
     "pyengine inspect ./target --context 131072 --json",
 )
 
@@ -33,12 +34,14 @@ def run(
 ) -> None:
     """Show a checkpoint's variant, sizes, quantisation and memory without loading it.
 
-    Exit code 2 if it would be refused; the reasons are in the output.
+    Of a name on the hub it fetches configuration, tokenizer and the headers of the weights, not
+    the weights. Exit code 2 if loading would be refused; the reasons are in the output.
     """
     with common.sentences():
         from pyengine.checkpoint.inspect import inspect
 
-        report = inspect(path, context)
+        with common.waiting("Reading headers") as tell:
+            report = inspect(path, context, on_progress=tell)
         if as_json:
             typer.echo(json.dumps(report))
         else:

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what those of sampling come to."""
+"""Options shared by several commands, and the sampling settings they make."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ Storage = Annotated[
 ]
 MaxTokens = Annotated[
     int | None,
-    typer.Option(help="Most new tokens in an answer.", show_default="what the context holds"),
+    typer.Option(help="Maximum number of new tokens.", show_default="the rest of the context"),
 ]
 BlockSize = Annotated[
     int | None,
@@ -144,7 +144,7 @@ PresencePenalty = Annotated[
 FrequencyPenalty = Annotated[
     float | None,
     typer.Option(
-        help="The same, times the number of occurrences; 0.0 is off.",
+        help="Like the presence penalty, times the number of occurrences; 0.0 is off.",
         show_default="the pair's",
         rich_help_panel=SAMPLING,
     ),
@@ -178,7 +178,7 @@ Logprobs = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="With --json: log-probabilities of every token and of the N likeliest at its place.",
+        help="With --json: log-probabilities of each token and of the N most likely in its place.",
         show_default=False,
     ),
 ]
@@ -187,8 +187,8 @@ Logprobs = Annotated[
 def check_limits(
     max_tokens: int | None, block_size: int | None, stop: list[str] | None, drafter: str | None
 ) -> None:
-    """Refuse before the weights are read what no pair can do."""
-    from pyengine.generate import check_drafter, check_numbers
+    """Refuse, before the weights are read, what no pair allows."""
+    from pyengine.generation import check_drafter, check_numbers
     from pyengine.text.output import stop_strings
 
     check_numbers(max_tokens, 1 if block_size is None else block_size)
@@ -223,7 +223,7 @@ def sampling_given(
 
 def sampling_of(pair: Pair, given: dict[str, Any]) -> Sampling:
     """The pair's own settings with those that were given."""
-    from pyengine.generate import resolve_sampling
+    from pyengine.generation import resolve_sampling
 
     return replace(resolve_sampling(pair, None), **given)
 

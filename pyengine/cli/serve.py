@@ -33,39 +33,39 @@ def run(
     assistant: AssistantDir = None,
     bundle: BundleDir = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; others than loopback let others in.")
+        str, typer.Option(help="Address to listen on; a non-loopback address exposes the server.")
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)
+        int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)
     ] = 8080,
     max_tokens: Annotated[
         int,
-        typer.Option(help="Most new tokens of a request, and what one gets that names no number."),
+        typer.Option(help="Maximum number of new tokens per request, and the default."),
     ] = 8192,
     drafter: DrafterName = None,
     waiting: Annotated[
-        int, typer.Option(help="Most requests that may wait; more get 429.", min=1)
+        int, typer.Option(help="Maximum number of waiting requests; further ones get 429.", min=1)
     ] = 16,
     any_model: Annotated[
         bool,
         typer.Option(
-            "--any-model", help="Serve requests whatever model they name; else others get 404."
+            "--any-model", help="Accept any model name; by default unknown names get 404."
         ),
     ] = False,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="A host that requests may name beside loopback, as behind a proxy; again for more."
+            help="Host name to accept besides loopback, as behind a proxy; may be repeated."
         ),
     ] = None,
     no_cached_tokens: Annotated[
         bool,
         typer.Option(
-            "--no-cached-tokens", help="Do not tell how much of a prompt earlier ones began with."
+            "--no-cached-tokens", help="Do not report how many prompt tokens were cached."
         ),
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="No line per request on standard error; errors stay.")
+        bool, typer.Option("--quiet", help="Log errors only, not one line per request.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print model and URL as one line of JSON when ready.")
@@ -74,16 +74,16 @@ def run(
 ) -> None:
     """Serve a pair to OpenAI clients: chat and text completions, streamed or whole.
 
-    One generation at a time; a client that leaves ends its own. There is no password: keep to
-    loopback, or put a proxy before it.
+    The server runs one generation at a time; when a client disconnects, its generation ends. There
+    is no password: stay on loopback, or put a proxy in front.
 
-    Streams send their headers at once and a comment every five seconds of silence; a whole answer
-    sends nothing before its end, so ask for streams where a proxy gives up on silence. Requests
-    must be in within 10 s (their head) and 60 s (their body), and an answer that is not read for
+    A stream sends its headers at once, and a comment after every five seconds of silence. An answer
+    that is not streamed sends nothing before its end, so use streams where a proxy times out. A
+    request's head must arrive within 10 s and its body within 60 s; an answer that is not read for
     20 s is dropped.
 
-    All clients share what is kept of earlier prompts: `cached_tokens`, and the time to the first
-    token, tell one client whether another's prompt began as its own.
+    All clients share one prefix cache: `cached_tokens` and the time to the first token tell a
+    client whether somebody else's prompt began like its own.
     """
     with common.sentences():
         for module in ("fastapi", "uvicorn"):
@@ -94,7 +94,7 @@ def run(
                 )
         if max_tokens < 1:
             raise ValueError(f"[serve] max_tokens must be at least 1 but got {max_tokens}.")
-        from pyengine.generate import check_drafter
+        from pyengine.generation import check_drafter
         from pyengine.serve.front import allowed_names, is_loopback
         from pyengine.serve.http import Server, open_files
         from pyengine.serve.protocol import Limits
@@ -125,8 +125,8 @@ def run(
             typer.echo(f"{pair.name} at {at}; Ctrl-C ends it.", err=True)
             if not alone:
                 typer.echo(
-                    f"Warning: whoever reaches {host} can use it: there is no key and no "
-                    "encryption.",
+                    f"Warning: anybody who can reach {host} can use the server: there is no key "
+                    "and no encryption.",
                     err=True,
                 )
             server = Server(app, sock, on_end=app.state.worker.end)
@@ -173,7 +173,7 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family)
     except OSError as error:
         raise ValueError(
-            f"[serve] {host} port {port} must be free to listen at but is not: {_reason(error)}."
+            f"[serve] {host} port {port} must be free to listen on but is not: {_reason(error)}."
         ) from error
 
 

@@ -1,5 +1,4 @@
-"""Keys and values kept from one generation for the next: a prompt's known beginning is not read
-again.
+"""Keys and values kept from one generation for the next: a known prompt prefix is processed once.
 
 Full layers keep every position, so going back is a shorter length. A sliding layer's ring has
 overwritten what lies a window behind, so going back further needs a mark: a copy of the rings, a
@@ -36,12 +35,12 @@ class _Mark(NamedTuple):
 
 
 class Prefix:
-    """What is known of a cache between generations on one pair; for one generation at a time.
+    """A cache kept between generations on one pair; it serves one generation at a time.
 
-    The same prompt again, and one that goes on where the last answer ended, are reused to the last
-    token but one, whatever the context. A prompt that differs in its last turn is reused to where
-    that turn began (in a first prompt, and where the turn is long, to the last multiple of 512
-    tokens); one that differs earlier, to where earlier prompts were seen to differ from others.
+    If a prompt is repeated, or continues where the last answer ended, all but its last known token
+    are reused, whatever the context. A prompt that differs in its last turn is reused up to the
+    beginning of that turn (a first prompt and a long turn: up to the last multiple of 512 tokens).
+    One that differs earlier is reused up to where earlier prompts were seen to differ.
 
     It holds the cache and at most three marks, each as large as a full window of the sliding
     layers: in bfloat16 0.84 GB for the 31B, 0.21 GB for the 26B, 0.34 GB for the 12B, 20 MB for E4B
@@ -60,7 +59,7 @@ class Prefix:
 
     @property
     def tokens(self) -> list[int]:
-        """Of a prompt that was left in its midst, what was processed."""
+        """The ids whose keys and values are held; of an abandoned prompt, those processed."""
         return [] if self._cache is None else self._ids[: self._cache.length_limit]
 
     @property
@@ -71,10 +70,10 @@ class Prefix:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """While a generation works on it. What a failed one leaves is forgotten.
+        """Reserve the prefix for one generation. If that fails, everything is forgotten.
 
         Raises:
-            ValueError: Another one is under way.
+            ValueError: Another generation is under way.
         """
         if self._busy:
             raise ValueError("[generate] prefix must serve one generation at a time.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 
 from pyengine import forked, ops
-from pyengine.arguments import token_ids
+from pyengine.arguments import check_length, check_vocabulary, token_ids
 from pyengine.arguments import whole as whole_number
 from pyengine.checkpoint import memory
 from pyengine.engine.loop import prefill
@@ -16,7 +16,6 @@ from pyengine.engine.prefix import Prefix, check_prefix
 from pyengine.engine.report import NonFinite
 from pyengine.ops.filter_logits import MAX_TOP_K
 from pyengine.sampling.sampler import Logprob
-from pyengine.text.prompt import prompt_ids
 from pyengine.untrusted import shown
 
 if TYPE_CHECKING:
@@ -52,7 +51,8 @@ def score(
         RuntimeError: The weights gave logits that are not finite.
     """
     before = token_ids("score", "context", context)
-    whole = prompt_ids(pair, [*before, *token_ids("score", "continuation", continuation)])
+    whole = [*before, *token_ids("score", "continuation", continuation)]
+    _check_ids(pair, whole)
     check_prefix("score", prefix)
     if not before:
         raise ValueError("[score] context must hold at least one token but got none.")
@@ -83,7 +83,8 @@ def prompt_logprobs(
         RuntimeError: The weights gave logits that are not finite.
     """
     found: list[Logprob] = []
-    whole = prompt_ids(pair, token_ids("score", "ids", ids))
+    whole = token_ids("score", "ids", ids)
+    _check_ids(pair, whole)
     if not 0 <= whole_number("score", "count", count) <= MAX_TOP_K:
         raise ValueError(f"[score] count must be 0 to {MAX_TOP_K} but got {count}.")
     if not (progress is None or callable(progress)):
@@ -100,6 +101,11 @@ def prompt_logprobs(
         if progress is not None:
             progress(len(found) + 1, len(whole))
     return found
+
+
+def _check_ids(pair: Pair, ids: list[int]) -> None:
+    check_vocabulary(ids, pair.target.config.vocab_size)
+    check_length(ids, pair.target.context)
 
 
 def _rows(

@@ -11,11 +11,10 @@ from typing import Literal
 import mlx.core as mx
 
 from pyengine import ops
-from pyengine.checkpoint.weights import Weights
 from pyengine.model.cache import Cache
 from pyengine.model.config import AssistantConfig, LayerConfig, TargetConfig
 from pyengine.model.head import Logits
-from pyengine.model.linear import Linear, gated
+from pyengine.model.linear import Linear, Weights, gated
 
 # Where the assistant's query sits when n tokens are known, the newest one unprocessed: at that
 # token (transformers, LiteRT-LM) or at the last processed one (vLLM, mlx-vlm). Only acceptance

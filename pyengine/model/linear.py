@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -112,3 +112,12 @@ def side_by_side(matrices: Sequence[Linear], x: mx.array) -> list[mx.array]:
     if packing is None or not alike or len(matrices) not in (2, 3):
         return [matrix(x) for matrix in matrices]
     return ops.quantized_matmuls(x, packed, *packing)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The arrays of one model, by module path (matrices) or full name (everything else)."""
+
+    matrices: Mapping[str, Linear]
+    vectors: Mapping[str, mx.array]
+    dtype: mx.Dtype

@@ -11,12 +11,11 @@ from typing import cast
 import mlx.core as mx
 
 from pyengine import ops
-from pyengine.checkpoint import memory
-from pyengine.checkpoint.weights import Weights
+from pyengine.model import memory
 from pyengine.model.cache import CHUNK, Cache
 from pyengine.model.config import LayerConfig, TargetConfig
 from pyengine.model.head import Logits
-from pyengine.model.linear import Linear, gated, side_by_side
+from pyengine.model.linear import Linear, Weights, gated, side_by_side
 
 # Up to this many rows, routed experts that are not quantised are fetched row by row; beyond, every
 # expert sees every row.
@@ -121,7 +120,7 @@ class Target:
         return Cache(self.config, max_block, self.dtype)
 
     def prompt_bytes(self, tokens: int, max_block: int, marks: int) -> int:
-        """Memory for a prompt, see :func:`pyengine.checkpoint.memory.prompt_bytes`."""
+        """Memory for a prompt, see :func:`pyengine.model.memory.prompt_bytes`."""
         return memory.prompt_bytes(self.config, tokens, max_block, marks, self.dtype.size)
 
     def prefill(

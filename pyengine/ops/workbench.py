@@ -1,14 +1,18 @@
 """Metal kernels on the processor, for ops.use("workbench"): development only."""
 
+from __future__ import annotations
+
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
 
 from pyengine import _ext
+
+if TYPE_CHECKING:  # its import costs more processor time than all of pyengine's
+    import numpy as np
 
 _ROOT = Path(__file__).parents[2]
 
@@ -54,6 +58,8 @@ def run(launch: _ext.Launch | list[_ext.Launch], *inputs: mx.array) -> list[mx.a
 
 def to_numpy(a: mx.array) -> np.ndarray:
     """The workbench's form of an array, which it evaluates: bfloat16 travels as its bits."""
+    import numpy as np
+
     a = mx.contiguous(a)
     return np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)
 

@@ -32,19 +32,19 @@ class Sampling:
         top_p: Keeps the smallest prefix whose preceding mass is below it; 1.0 is off.
         top_k: Keeps that many candidates, at most 256; 0 is off.
         min_p: Drops candidates below this share of the best one's probability; 0.0 is off.
-        seed: Key of the random numbers, 0 to 2**32 - 1. One seed always gives one text; None draws
-            one for each generation, which its ``stats.seed`` tells.
+        seed: Key of the random numbers, 0 to 2**32 - 1. The same seed gives the same text. None
+            draws a seed for each generation and reports it as ``stats.seed``.
         suppress_tokens: Ids that are never chosen.
         repetition_penalty: Divides positive logits, and multiplies others, of tokens in the prompt
             or the text; 1.0 is off.
         presence_penalty: Subtracted from the logits of tokens in the text; 0.0 is off.
-        frequency_penalty: The same, times how often they are in it.
+        frequency_penalty: Like the presence penalty, scaled by the token's count.
         logit_bias: Added to the logits of single tokens, by id.
-        verify: The rule that accepts drafts. ``residual`` and ``block`` keep the target's
-            distribution, ``block`` with no fewer drafts accepted on average; ``coupled`` gives the
-            very text of plain decoding with that seed.
-        logprobs: Report the log-probability of each token and of that many best ones, from the
-            logits before penalties, bias and filter; None reports nothing.
+        verify: The rule that accepts drafts. All keep the target's distribution. ``block`` accepts
+            no fewer drafts on average than ``residual``; ``coupled`` gives the same text as plain
+            decoding with the same seed.
+        logprobs: Report the log-probability of each token and of that many most likely ones, from
+            the logits before penalties, bias and filter; None reports nothing.
 
     Raises:
         ValueError: A value is outside its range.

@@ -1,4 +1,4 @@
-"""OpenAI's protocol: what a request asks of generate.py, and how a result is told.
+"""OpenAI's protocol: what a request asks of generation.py, and how a result is told.
 
 Nothing a request asks for is silently ignored: what this engine has not is refused.
 """
@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pyengine.arguments import TooLong
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs
-from pyengine.generate import Result, Step, Stream, resolve_sampling, stream
+from pyengine.generation import Result, Step, Stream, prompt_ids, resolve_sampling, stream
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import MAX_SEED, Sampling
-from pyengine.text.prompt import Prompt, TooLong, prompt_ids
+from pyengine.text.prompt import Prompt
 from pyengine.untrusted import kind, shown
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The server's queue: one thread generates, one request after the other, in the order of arrival.
 
 What a generation says goes to its request through a bounded queue. A client that reads slowly
-slows its own generation down; who reads nothing at all is serve_http.py's to drop.
+slows its own generation down; who reads nothing at all is http.py's to drop.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.stats import Stats
-from pyengine.generate import Result, Step
+from pyengine.generation import Result, Step
 from pyengine.serve.protocol import Ask, Refused
 
 MAX_UNHEARD = 64  # steps that a generation may be ahead of its client

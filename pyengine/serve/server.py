@@ -1,7 +1,7 @@
-"""An OpenAI-compatible server: requests in, generate.py's work out. Needs the extra ``serve``.
+"""An OpenAI-compatible server: requests in, generation.py's work out. Needs the extra ``serve``.
 
-The routes and what they answer. What a request may ask is openai_protocol.py's, who is served when
-is serve_queue.py's, connections and their limits are serve_http.py's.
+The routes and what they answer. What a request may ask is protocol.py's, who is served when
+is queue.py's, connections and their limits are http.py's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from pyengine.generate import Result, Step
+from pyengine.generation import Result, Step
 from pyengine.serve.front import Front, allowed_names, error_body, error_response, note
 from pyengine.serve.protocol import Ask, Limits, Refused, Reply, no_such_model, read_request
 from pyengine.serve.queue import Job, Worker
@@ -45,7 +45,7 @@ def make_app(
     any_host: bool = False,
     hosts: Sequence[str] = (),
 ) -> FastAPI:
-    """The server for a loaded pair, to be run by serve_http.py: connections are watched there.
+    """The server for a loaded pair, to be run by http.py: connections are watched there.
 
     Args:
         pair: From :func:`pyengine.load`.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pyengine.arguments import check_length, check_vocabulary
 from pyengine.text.template import Message
 from pyengine.untrusted import kind, parse, shown
 
 if TYPE_CHECKING:
-    from pyengine.checkpoint.pair import Pair
     from pyengine.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -18,18 +18,24 @@ MAX_DEPTH = 64  # of objects and lists inside a message
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 
 
-class TooLong(ValueError):
-    """A prompt that does not fit the context."""
-
-
-def prompt_ids(
-    pair: Pair,
+def encode_prompt(
     prompt: Prompt,
+    tokenizer: Tokenizer,
     *,
+    context: int,
+    vocab: int,
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of a prompt, as :func:`generate` reads it.
+    """Token ids of a prompt, as :func:`pyengine.generate` reads it.
+
+    Args:
+        prompt: A string, messages or token ids.
+        tokenizer: The pair's.
+        context: The prompt must be shorter.
+        vocab: V.
+        raw: Continue a string as it stands.
+        variables: Further variables of the chat template.
 
     Raises:
         ValueError: The prompt is empty, longer than the context, or of no known form.
@@ -44,23 +50,17 @@ def prompt_ids(
         raise ValueError(f"[generate] variables must not be named {min(taken)} but one is.")
     given = dict(variables or {})
     _check_depth(given, "[generate] variables")
-    ids = _encode(pair, prompt, raw, given)
-    context = pair.target.context
-    if not ids:
-        raise ValueError("[generate] prompt must not be empty.")
-    if len(ids) >= context:
-        raise TooLong(
-            f"[generate] prompt must be shorter than the context of {context} tokens "
-            f"but got {len(ids)}."
-        )
+    ids = _encode(prompt, tokenizer, vocab, raw, given)
+    check_length(ids, context)
     return ids
 
 
-def _encode(pair: Pair, prompt: Prompt, raw: bool, variables: dict[str, Any]) -> list[int]:
+def _encode(
+    prompt: Prompt, tokenizer: Tokenizer, vocab: int, raw: bool, variables: dict[str, Any]
+) -> list[int]:
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError("[generate] prompt must not be empty.")
-        tokenizer = pair.tokenizer
         if raw or not tokenizer.has_chat_template:
             return tokenizer.encode(prompt, bos=True)
         return _encode_chat(tokenizer, [{"role": "user", "content": prompt}], variables)
@@ -69,17 +69,14 @@ def _encode(pair: Pair, prompt: Prompt, raw: bool, variables: dict[str, Any]) ->
     if len(ids) + len(messages) < len(prompt) or (ids and messages):
         raise ValueError("[generate] prompt must be a string, messages or token ids but is mixed.")
     if not messages:
-        vocab = pair.target.config.vocab_size
-        wrong = [i for i in ids if not 0 <= i < vocab]
-        if wrong:
-            raise ValueError(f"[generate] token ids must be 0 to {vocab - 1} but got {wrong[0]}.")
+        check_vocabulary(ids, vocab)
         return ids
     if raw:
         raise ValueError("[generate] raw must go with a string prompt but got messages.")
     for number, message in enumerate(messages, 1):
         check_message(message, f"[generate] message {number}")
-    ready = [_for_template(pair.tokenizer, message, i) for i, message in enumerate(messages)]
-    return _encode_chat(pair.tokenizer, ready, variables)
+    ready = [_for_template(tokenizer, message, i) for i, message in enumerate(messages)]
+    return _encode_chat(tokenizer, ready, variables)
 
 
 def _encode_chat(

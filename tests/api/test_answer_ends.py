@@ -13,7 +13,7 @@ from text_fakes import TEMPLATE, script_pair, write_tokenizers
 import pyengine
 from pyengine.checkpoint.inspect import inspect
 from pyengine.checkpoint.pair import load
-from pyengine.generate import generate
+from pyengine.generation import generate
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
 NANO = Path(pyengine.__file__).parent / "nano"

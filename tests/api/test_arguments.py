@@ -22,7 +22,7 @@ from pyengine.chat import Chat
 from pyengine.checkpoint.pair import load
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs, score
-from pyengine.generate import generate, stream
+from pyengine.generation import generate, stream
 from pyengine.sampling.settings import Sampling
 
 SENTENCE = re.compile(
@@ -211,6 +211,13 @@ def test_a_drawn_seed_is_told_and_gives_the_text_again() -> None:
     running = stream(prompt, sampling=hot, **ask)
     seed = running.result.stats.seed
     assert type(seed) is int and list(running) and running.result.stats.seed == seed
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_every_seed_may_be_drawn(monkeypatch: pytest.MonkeyPatch, last: bool) -> None:
+    monkeypatch.setattr("secrets.randbelow", lambda count: count - 1 if last else 0)
+    done = generate([5, 6], pair=load(), max_tokens=2)
+    assert done.stats.seed == (2**32 - 1 if last else 0)
 
 
 def test_without_max_tokens_the_context_is_the_limit() -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from pyengine import cli
 from pyengine.chat import Chat
 from pyengine.checkpoint.pair import load
-from pyengine.generate import generate
+from pyengine.generation import generate
 from pyengine.sampling.settings import Sampling
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -167,12 +167,13 @@ sys.path.insert(0, {here!r})
 from pathlib import Path
 from text_fakes import script_pair, write_tokenizers
 from pyengine import cli
+from pyengine.__main__ import main
 from pyengine.text.tokenizer import load_tokenizer
 write_tokenizers(Path({folder!r}))
 pair = script_pair(load_tokenizer(Path({folder!r})), "jumps over " * 99, held_after=20)
 cli.common.load_pair = lambda *arguments: pair
 sys.argv = ["pyengine", "chat", "--max-tokens", "300", "--block-size", "1"]
-cli.main()
+main()
 """
 
 

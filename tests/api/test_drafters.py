@@ -15,7 +15,7 @@ import pyengine
 from pyengine import cli
 from pyengine.chat import Chat
 from pyengine.checkpoint.pair import load
-from pyengine.generate import LOOKUP_BLOCK, generate, stream
+from pyengine.generation import LOOKUP_BLOCK, generate, stream
 from pyengine.sampling import Sampling
 from pyengine.serve.protocol import Limits, read_request
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.generate import (
+from pyengine.generation import (
     Result,
     default_block_size,
     embedded_pair,
@@ -237,6 +237,9 @@ def test_no_part_of_a_stop_string_ever_leaks() -> None:
             at, shown = at + step, shown + piece
             # What has been shown is always a beginning of the final text.
             assert (text if want is None else want).startswith(shown)
+            # No more is held back than may begin a stop string
+            held = text[len(shown) : at]
+            assert found or not held or any(stop.startswith(held) for stop in stops)
         shown += "" if found else scanner.finish()
         assert found == (want is not None)
         assert shown == (text if want is None else want), (text, stops)

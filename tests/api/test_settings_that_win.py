@@ -19,11 +19,11 @@ from text_fakes import script_pair, write_tokenizers
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from pyengine import cli
+from pyengine import cli, generation
 from pyengine.chat import Chat
-from pyengine.checkpoint.pair import GenerationDefaults, read_generation
+from pyengine.checkpoint.defaults import GenerationDefaults, read_generation
 from pyengine.engine.loop import Round
-from pyengine.generate import generate, resolve_sampling, stream
+from pyengine.generation import generate, resolve_sampling, stream
 from pyengine.model.config import TargetConfig
 from pyengine.sampling.settings import Sampling
 from pyengine.serve.protocol import Limits, read_request
@@ -64,7 +64,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         kept.append(asked)
         yield Round([40], "length", 0, 0)
 
-    monkeypatch.setattr(sys.modules["pyengine.generate"], "decode", decode)  # not the function
+    monkeypatch.setattr(generation, "decode", decode)
     return kept
 
 

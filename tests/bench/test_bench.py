@@ -100,7 +100,8 @@ def test_rows_hold_the_figures(run: Any) -> None:
     )
     cost = four["tokens_per_round"] / four["speedup_vs_ar"]
     assert four["round_cost_in_plain_steps"] == pytest.approx(cost, rel=0.05)
-    assert len(four["samples"]) == 3 and four["tok_s_min"] <= four["tok_s"] <= four["tok_s_max"]
+    rates = [sample["tok_s"] for sample in four["samples"]]
+    assert len(rates) == 3 and min(rates) <= four["tok_s"] <= max(rates)
     assert all(row["repeats_agree"] and row["exact_match"] is None for row in rows)
     assert len(four["prompt_sha256"]) == 64 and STORY.startswith(four["text"])
 

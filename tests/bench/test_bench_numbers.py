@@ -48,12 +48,9 @@ ROWS: dict[str, list[Any]] = {
     "prompt_eval_time_s": [0.5, 2.0, 0.125, 5.0, 0.25, 8.0],
     "decode_elapsed_s": [4.0, 1.5, 9.5, 1.0, 0.5, 8.0],
     "tok_s": [2.5, 8.0, 2.0, 4.0, 16.0, 0.5],
-    "tok_s_min": [2.0, 4.0, 0.5, 2.0, 8.0, 0.25],
-    "tok_s_max": [5.0, 16.0, 4.0, 8.0, 32.0, 1.0],
     "ar_tok_s": [2.5, 2.5, 2.5, 4.0, 4.0, 4.0],
     "speedup_vs_ar": [1.0, 3.2, 0.8, 1.0, 4.0, 0.125],
     "end_to_end_tok_s": [1.0, 2.0, 0.5, 2.0, 3.0, 0.4],
-    "ar_end_to_end_tok_s": [1.0, 1.0, 1.0, 2.0, 2.0, 2.0],
     "end_to_end_speedup_vs_ar": [1.0, 2.0, 0.5, 1.0, 1.5, 0.2],
     "verify_calls": [8, 5, 4, 2, 5, 2],
     "tokens_per_round": [1.25, 2.4, 4.75, 2.0, 1.6, 2.0],
@@ -62,7 +59,6 @@ ROWS: dict[str, list[Any]] = {
     "accepted_drafts": [0, 7, 4, 0, 15, 1],
     "rejected_drafts": [0, 3, 12, 0, 5, 4],
     "acceptance_rate": [None, 0.7, 0.25, None, 0.75, 0.2],
-    "mean_accepted_drafts_per_round": [0.0, 1.4, 1.0, 0.0, 3.0, 0.5],
     "drafted_by_depth": [[], [5, 5], [8, 8], [], [10, 10], [4, 2]],
     "accepted_by_depth": [[], [4, 3], [4, 0], [], [9, 6], [1, 0]],
     "acceptance_by_depth": [[], [0.8, 0.6], [0.5, 0.0], [], [0.9, 0.6], [0.25, 0.0]],
@@ -334,11 +330,10 @@ def test_nothing_decoded_has_no_rate(stage: Stage) -> None:
         runs[:] = [run(5, 1, (1.0, 0.0, 2.0), 0, prompt=3, peak=1) for _ in range(4)]
     rows, summary = gemma_mtp.gemma_mtp(PAIR, CASES, **SETTINGS)
     for row in rows:
-        rates = [row[k] for k in ("tok_s", "tok_s_min", "tok_s_max", "ar_tok_s")]
-        assert rates == [0.0, 0.0, 0.0, 0.0]
+        assert (row["tok_s"], row["ar_tok_s"]) == (0.0, 0.0)
         none = ("speedup_vs_ar", "tokens_per_round", "round_cost_in_plain_steps")
-        none += ("acceptance_rate", "mean_accepted_drafts_per_round")
-        assert [row[key] for key in none] == [None] * 5
+        none += ("acceptance_rate",)
+        assert [row[key] for key in none] == [None] * 4
         assert (row["end_to_end_tok_s"], row["end_to_end_speedup_vs_ar"]) == (0.5, 1.0)
     for line in summary:
         none = ("tok_s", "speedup_vs_ar", "tokens_per_round", "round_cost_in_plain_steps")

@@ -264,3 +264,20 @@ def test_rows_are_printed_as_a_table_and_as_json(
         "rows": timing.ROWS,
     }
     assert report.pytest_report_header() == "chip Chip 9, threads 3"
+
+
+def test_every_figure_of_builds_in_turns() -> None:
+    """A round took 2, 4 and 3 ms in the old build and 3, 5 and 3 ms in the new one: 3 ms both in
+    the median, and 1.5, 1.25 and 1 times the old one's, 1.25 in the median. The best took 2 and 3.
+    """
+    turns = [[{"round": ms} for ms in side] for side in ((2.0, 4.0, 3.0), (3.0, 5.0, 3.0))]
+    (row,) = module("alternate").compare(*turns)
+    assert row == {
+        "what": "round",
+        "old_ms": 3.0,
+        "new_ms": 3.0,
+        "ratio": 1.25,
+        "least": 1.0,
+        "greatest": 1.5,
+        "bests": 1.5,
+    }

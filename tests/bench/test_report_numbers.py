@@ -120,7 +120,7 @@ def test_the_chip_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("abc\n", "", "abc"),
         ("abc\n", " M file\n", "abc with local changes"),
-        ("abc\n", None, "abc"),
+        ("abc\n", None, "abc, local changes unknown"),
         (None, "", None),
         (None, " M file\n", None),
     ],
@@ -164,8 +164,8 @@ def test_what_other_programs_say(
     """Their words without the line's end; of one that fails, lasts or is not there, none."""
     say = "import sys; print(' 1.2 '); print('noise', file=sys.stderr); sys.exit"
     assert report._ask(sys.executable, "-c", f"{say}(0)") == "1.2"
-    assert report._ask(sys.executable, "-c", f"{say}(3)") == ""
-    assert report._ask("/no/such/program") == ""
+    assert report._ask(sys.executable, "-c", f"{say}(3)") is None
+    assert report._ask("/no/such/program") is None
     assert capfd.readouterr() == ("", "")
     given: dict[str, Any] = {}
 
@@ -174,7 +174,7 @@ def test_what_other_programs_say(
         raise subprocess.TimeoutExpired("git", kw["timeout"])
 
     monkeypatch.setattr(subprocess, "run", lasts)
-    assert report._ask("git") == "" and given["timeout"] == 10
+    assert report._ask("git") is None and given["timeout"] == 10
 
 
 def test_every_field_of_a_pair() -> None:

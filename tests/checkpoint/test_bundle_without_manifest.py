@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pyengine import cli
-from pyengine.checkpoint.pair import MANIFEST, load
+from pyengine.checkpoint.manifest import MANIFEST
+from pyengine.checkpoint.pair import load
 
 NANO = Path(cli.__file__).parents[1] / "nano"
 FLOATS = Path(__file__).parents[1] / "fixtures" / "uni12"

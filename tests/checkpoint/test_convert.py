@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 
 from pyengine import cli
 from pyengine.checkpoint import quantize
+from pyengine.checkpoint.config_json import read_assistant_config, read_target_config
 from pyengine.checkpoint.convert import convert
-from pyengine.checkpoint.pair import MANIFEST, load
+from pyengine.checkpoint.manifest import MANIFEST
+from pyengine.checkpoint.pair import load
 from pyengine.checkpoint.safetensors import INDEX, SINGLE
 from pyengine.checkpoint.weights import load_assistant_weights, load_target_weights, target_layout
-from pyengine.model.config import read_assistant_config, read_target_config
 
 SRC = FIXTURES / "e2b"
 
@@ -166,10 +167,10 @@ def test_the_command_says_what_it_made(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([SRC, "{tmp}/x", "--bits", "5"], "[quantize] bits must be 4, 6 or 8 but got 5."),
-        ([SRC, "{tmp}/x", "--group-size", "7"], "[quantize] group_size must be 32, 64 or 128"),
-        ([SRC, "{tmp}"], "[quantize] dst must not exist yet"),
-        ([SRC, "{tmp}/no/where"], "[quantize] dst must lie in a folder that exists"),
+        ([SRC, "{tmp}/x", "--bits", "5"], "[convert] bits must be 4, 6 or 8 but got 5."),
+        ([SRC, "{tmp}/x", "--group-size", "7"], "[convert] group_size must be 32, 64 or 128"),
+        ([SRC, "{tmp}"], "[convert] dst must not exist yet"),
+        ([SRC, "{tmp}/no/where"], "[convert] dst must lie in a folder that exists"),
         (["/absent", "{tmp}/x"], "must be a folder but got /absent"),
         ([FIXTURES, "{tmp}/x"], "must be a bundle with the folders target and assistant, or a"),
         ([SRC / "target", "{tmp}/x", "--assistant", FIXTURES / "uni12" / "assistant"], "a pair?"),
@@ -212,10 +213,10 @@ def test_a_disk_too_small_is_known_before(tmp_path: Path, monkeypatch: pytest.Mo
 
 FULL = """
 import resource, sys
-from pyengine import cli
+from pyengine.__main__ import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 sys.argv = ["pyengine", "convert", *sys.argv[1:]]
-cli.main()
+main()
 """
 
 
@@ -236,7 +237,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
 
 HELD = """
 import sys
-from pyengine import cli
+from pyengine.__main__ import main
 from pyengine.checkpoint import quantize
 whole, calls = quantize._converted, 0
 def held(*arguments):
@@ -248,7 +249,7 @@ def held(*arguments):
     return whole(*arguments)
 quantize._converted = held
 sys.argv = ["pyengine", "convert", *sys.argv[1:]]
-cli.main()
+main()
 """
 
 

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from pyengine import cli, generate
 from pyengine.checkpoint.defaults import WITHOUT_EFFECT
 from pyengine.checkpoint.inspect import inspect
-from pyengine.checkpoint.pair import MANIFEST, load
-from pyengine.generate import resolve_sampling
+from pyengine.checkpoint.manifest import MANIFEST
+from pyengine.checkpoint.pair import load
+from pyengine.generation import resolve_sampling
 from pyengine.sampling.settings import Sampling
 
 NANO = Path(cli.__file__).parents[1] / "nano"

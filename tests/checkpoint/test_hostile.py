@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from pyengine import cli
 from pyengine.checkpoint import memory
-from pyengine.checkpoint.pair import MANIFEST
+from pyengine.checkpoint.manifest import MANIFEST
 from pyengine.checkpoint.safetensors import BYTES, INDEX, SINGLE, read_header
 
 NANO = Path(cli.__file__).parents[1] / "nano"

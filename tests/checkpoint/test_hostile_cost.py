@@ -15,7 +15,7 @@ import pytest
 from tiny_pairs import FIXTURES
 
 from pyengine import cli
-from pyengine.checkpoint.pair import MANIFEST
+from pyengine.checkpoint.manifest import MANIFEST
 from pyengine.checkpoint.safetensors import INDEX, SINGLE
 
 NANO = Path(cli.__file__).parents[1] / "nano"

@@ -10,6 +10,8 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from tiny_pairs import FIXTURES
@@ -122,7 +124,7 @@ def test_what_is_foreign_under_the_temporary_name_is_left_alone(
     lay(place)
     before = state(tmp_path)
     with pytest.raises(
-        ValueError, match=r"^\[quantize\] dst must leave its temporary name free"
+        ValueError, match=r"^\[convert\] dst must leave its temporary name free"
     ) as e:
         convert(SRC, tmp_path / "x")
     assert str(place) in str(e.value) and "remove it or name another dst" in str(e.value)
@@ -179,7 +181,7 @@ def test_a_run_that_goes_on_is_not_disturbed(tmp_path: Path) -> None:
     with new_folder(dst, 1) as first:
         (first / "work").write_text("half")
         before = state(tmp_path)
-        with pytest.raises(ValueError, match=r"^\[quantize\] dst must not be in the making but"):
+        with pytest.raises(ValueError, match=r"^\[convert\] dst must not be in the making but"):
             convert(SRC, dst)
         assert state(tmp_path) == before
     assert state(tmp_path) == {"x": "folder", "x/work": b"half"}
@@ -206,6 +208,46 @@ def test_a_run_that_ends_while_another_looks_in_is_not_taken_over(
     assert state(tmp_path) == {"x": "folder", "x/work": b"whole"}
 
 
+def test_a_run_is_seen_to_go_on_at_each_of_its_steps(tmp_path: Path) -> None:
+    """Another that looks in between any two lines never takes its folder for a stranger's."""
+    dst, partial, seen = tmp_path / "x", tmp_path / ".x.partial", []
+
+    def look(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename != module.__file__:
+            return None
+        if event == "line" and os.path.lexists(partial):
+            sys.settrace(None)
+            with pytest.raises(ValueError, match="must not be in the making but"):
+                module._take_over(partial, dst)
+            seen.append(frame.f_lineno)
+            sys.settrace(look)
+        return look
+
+    sys.settrace(look)
+    try:
+        with new_folder(dst, 1) as folder:
+            (folder / "work").write_text("whole")
+    finally:
+        sys.settrace(None)
+    assert len(set(seen)) >= 5
+    assert state(tmp_path) == {"x": "folder", "x/work": b"whole"}
+
+
+def test_a_name_that_is_taken_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something lies there when the folder is to get its name."""
+    for number, lay in enumerate((file, link_to_work, folder_with_work, pipe)):
+        home = tmp_path / str(number)
+        home.mkdir()
+        lay(home / ".x.partial")
+        before = state(home)
+        with monkeypatch.context() as patch:
+            patch.setattr(module.os.path, "lexists", lambda path: False)
+            assert module._make(home / ".x.partial") is None
+        assert state(home) == before
+
+
 def test_of_many_runs_at_once_one_is_left(tmp_path: Path) -> None:
     for again in range(20):
         dst = tmp_path / str(again)
@@ -227,7 +269,7 @@ def test_of_many_runs_at_once_one_is_left(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert len(done) == 1 and len(refused) == 5, (done, refused)
-        assert all("[quantize] dst must " in reason for reason in refused), refused
+        assert all("[convert] dst must " in reason for reason in refused), refused
         assert (dst / "mine").read_text() == done[0]
         assert os.listdir(dst) == ["mine"]
     assert sorted(os.listdir(tmp_path), key=int) == [str(i) for i in range(20)]

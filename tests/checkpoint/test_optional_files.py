@@ -14,7 +14,8 @@ from tiny_pairs import FIXTURES
 from pyengine import cli
 from pyengine.checkpoint.convert import convert
 from pyengine.checkpoint.inspect import inspect
-from pyengine.checkpoint.pair import MANIFEST, load
+from pyengine.checkpoint.manifest import MANIFEST
+from pyengine.checkpoint.pair import load
 from pyengine.checkpoint.safetensors import INDEX, SINGLE
 from pyengine.untrusted import optional
 

@@ -7,7 +7,8 @@ import mlx.core as mx
 import pytest
 from tiny_pairs import FIXTURES, FLAVOURS, gap, reference, tiny_pair
 
-from pyengine.checkpoint.pair import MANIFEST, load
+from pyengine.checkpoint.manifest import MANIFEST
+from pyengine.checkpoint.pair import load
 
 
 def edit(path, change):

@@ -14,8 +14,9 @@ from pyengine.checkpoint import memory
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.engine.prefix import MAX_MARKS, Prefix
 from pyengine.engine.score import score
-from pyengine.generate import generate, stream
+from pyengine.generation import generate, stream
 from pyengine.model.config import TargetConfig
+from pyengine.model.memory import cache_bytes
 
 GREEDY = {"temperature": 0}
 
@@ -48,7 +49,7 @@ def test_the_estimate_is_near_what_is_measured(pair: Pair, long: list[int], toke
     measured = mx.get_peak_memory() - before
     assert 0.75 < pair.target.prompt_bytes(tokens, 8, 0) / measured < 1.5
     # Of that the cache alone is known to the byte
-    assert memory.cache_bytes(pair.target.config, tokens, 8, 2) == cache.nbytes - 4
+    assert cache_bytes(pair.target.config, tokens, 8, 2) == cache.nbytes - 4
 
 
 def test_scores_of_plain_mlx_are_counted(pair: Pair) -> None:
@@ -156,7 +157,8 @@ def test_an_answer_that_outgrows_the_memory_ends_with_the_way_out(
 
 def test_published_sizes_fit_what_is_written() -> None:
     """The docstring's figures: a mark is a window of the sliding layers, in bfloat16."""
-    from pyengine.model.config import PUBLISHED, LayerConfig
+    from pyengine.checkpoint.published import PUBLISHED
+    from pyengine.model.config import LayerConfig
 
     written = {"31B": 0.84, "26B-A4B": 0.21, "12B": 0.34, "E4B": 0.021, "E2B": 0.006}
     assert PUBLISHED.keys() == written.keys()
@@ -166,5 +168,5 @@ def test_published_sizes_fit_what_is_written() -> None:
         own = [LayerConfig(True, 256, kv, 1, i, False) for i in range(sliding)]
         config = object.__new__(TargetConfig)
         config.__dict__.update(window=window, layers=tuple(own))
-        mark = memory.cache_bytes(config, 0, 1, 2) / 1e9
+        mark = cache_bytes(config, 0, 1, 2) / 1e9
         assert abs(mark / written[name] - 1) < 0.05, name

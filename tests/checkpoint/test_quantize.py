@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tiny_pairs import FIXTURES, FLAVOURS, gap, greedy_text, quantized_fixtures, tiny_pair
 
+from pyengine.checkpoint.config_json import read_target_config
 from pyengine.checkpoint.pair import load
 from pyengine.checkpoint.quantize import quantize_checkpoint
 from pyengine.checkpoint.weights import load_target_weights
-from pyengine.model.config import read_target_config
 
 
 def tensors_of(folder):
@@ -106,13 +106,13 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
 
 def test_errors(tmp_path):
     src = FIXTURES / "uni12" / "target"
-    with pytest.raises(ValueError, match=r"\[quantize\] bits must be 4, 6 or 8 but got 5"):
+    with pytest.raises(ValueError, match=r"\[convert\] bits must be 4, 6 or 8 but got 5"):
         quantize_checkpoint(src, tmp_path / "q", bits=5)
     with pytest.raises(ValueError, match=r"group_size must be 32, 64 or 128 but got 16"):
         quantize_checkpoint(src, tmp_path / "q", group_size=16)
-    with pytest.raises(ValueError, match=r"\[quantize\] dst must not exist yet"):
+    with pytest.raises(ValueError, match=r"\[convert\] dst must not exist yet"):
         quantize_checkpoint(src, tmp_path)
-    with pytest.raises(ValueError, match=r"\[quantize\] src must not be quantised already"):
+    with pytest.raises(ValueError, match=r"\[convert\] src must not be quantised already"):
         quantize_checkpoint(quantized_fixtures() / "uni12" / "target", tmp_path / "q")
     with pytest.raises(ValueError, match=r"does not exist; is this a checkpoint folder"):
         quantize_checkpoint(tmp_path, tmp_path / "q")

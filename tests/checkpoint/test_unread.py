@@ -13,7 +13,8 @@ import pytest
 from tiny_pairs import FIXTURES, tiny_pair
 
 from pyengine import cli
-from pyengine.checkpoint.pair import MANIFEST, Pair, load
+from pyengine.checkpoint.manifest import MANIFEST
+from pyengine.checkpoint.pair import Pair, load
 from pyengine.checkpoint.quantize import quantize_checkpoint
 from pyengine.checkpoint.safetensors import SINGLE
 

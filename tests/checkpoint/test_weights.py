@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from tiny_pairs import FIXTURES, FLAVOURS, bits, gap, greedy_text, quantized_fixtures, tiny_pair
 
+from pyengine.checkpoint.config_json import read_assistant_config, read_target_config
 from pyengine.checkpoint.weights import (
     canonical,
     load_assistant_weights,
     load_target_weights,
     target_layout,
 )
-from pyengine.model.config import read_assistant_config, read_target_config
 from pyengine.model.target import Target
 
 

@@ -39,10 +39,10 @@ def run(stdin: str | bytes, *arguments: str) -> Any:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("/hlep", "[chat] /hlep is no command; did you mean /help?"),
-        ("/hepl me", "[chat] /hepl is no command; did you mean /help?"),
-        ("/xyzzy", "[chat] /xyzzy is no command; /help lists the commands."),
-        ("/Bye", "[chat] /Bye is no command; did you mean /bye?"),
+        ("/hlep", "[chat] /hlep is not a command; did you mean /help?"),
+        ("/hepl me", "[chat] /hepl is not a command; did you mean /help?"),
+        ("/xyzzy", "[chat] /xyzzy is not a command; /help lists the commands."),
+        ("/Bye", "[chat] /Bye is not a command; did you mean /bye?"),
         ("/bye now", "[chat] the command must be /bye but got /bye now."),
         ("/save", "[chat] the command must be /save FILE but got /save."),
         ("/stats", "[chat] a question must be asked before there is a result."),

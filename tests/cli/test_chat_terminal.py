@@ -32,6 +32,7 @@ sys.path.insert(0, {here!r})
 from pathlib import Path
 from text_fakes import script_pair
 from pyengine import cli
+from pyengine.__main__ import main
 from pyengine.text.tokenizer import load_tokenizer
 pair = script_pair(
     load_tokenizer(Path({folder!r})), {script!r}, held_after={held_after!r}, embedded={embedded!r}
@@ -44,7 +45,7 @@ def prefill(ids, cache):
 pair.target.prefill = prefill
 cli.common.load_pair = lambda *arguments: pair
 sys.argv = ["pyengine", *{arguments!r}]
-cli.main()
+main()
 """
 UP, PASTE, PASTED, ALT_ENTER = "\x1b[A", "\x1b[200~", "\x1b[201~", "\x1b\r"
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -224,7 +225,7 @@ def test_ctrl_d_ends(folder: Path) -> None:
 def test_commands(folder: Path) -> None:
     with talk(folder) as it:
         it.send("/hlep\r")
-        it.until(r"/hlep is no command; did you mean /help\?")
+        it.until(r"/hlep is not a command; did you mean /help\?")
         it.prompt()
         it.send("/help\r")
         text = it.until("Ctrl-D")

@@ -291,14 +291,17 @@ def test_help_has_examples(command: list[str]) -> None:
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from pyengine.cli import main; main()", *arguments]
+    return [sys.executable, "-c", "from pyengine.__main__ import main; main()", *arguments]
 
 
 def test_the_installed_command_answers_at_once() -> None:
     kw = {"capture_output": True, "text": True, "timeout": 60, "cwd": HERE}  # not the checkout
     done = subprocess.run(command("--version"), **kw)
     assert (done.returncode, done.stdout) == (0, f"pyengine {pyengine.__version__}\n")
-    probe = "import sys, pyengine.cli; print({'tokenizers', 'sentencepiece'} & set(sys.modules))"
+    probe = (
+        "import sys, pyengine.__main__, pyengine.cli\n"
+        "print({'mlx', 'numpy', 'jinja2', 'tokenizers', 'sentencepiece'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", probe], **kw)
     assert done.stdout == "set()\n"
 
@@ -318,17 +321,17 @@ def test_what_no_pair_can_do_is_told_before_the_weights_are_read(pair: Any, wron
     assert pair.asked == []
 
 
-# As the installed script begins; SIGINT comes, or MLX is another, while the package is imported
+# As the installed script begins; SIGINT comes, or MLX is another, while the command is imported
 BEGIN = """
 import importlib.metadata, os, signal, sys
 class Late:
     def find_spec(name, *_):
-        if name == "jinja2" and "{what}" == "interrupted":
+        if name == "typer" and "{what}" == "interrupted":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Late)
 if "{what}" == "mismatched":
     importlib.metadata.version = lambda name: "0.1"
-from pyengine.cli import main
+from pyengine.__main__ import main
 main()
 """
 
@@ -336,7 +339,7 @@ main()
 @pytest.mark.parametrize(
     ("what", "code", "said"),
     [
-        ("interrupted", -signal.SIGINT, ""),
+        ("interrupted", 130, ""),
         ("mismatched", 1, "pyengine: [pyengine] mlx must be 0.32.4 but got 0.1. Run: pip install "),
     ],
 )
@@ -392,6 +395,7 @@ sys.path.insert(0, {here!r})
 from pathlib import Path
 from text_fakes import script_pair
 from pyengine import cli
+from pyengine.__main__ import main
 from pyengine.cli import options
 from pyengine.text.tokenizer import load_tokenizer
 pair = script_pair(load_tokenizer(Path({folder!r})), {story!r} * 99, held_after=20)
@@ -399,7 +403,7 @@ cli.common.load_pair = lambda *arguments: pair
 # What is said on standard input lets it go on
 go_on = lambda: sys.stdin.readline() and pair.target.go_on.set()
 threading.Thread(target=go_on, daemon=True).start()
-cli.main()
+main()
 """
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from pyengine import cli, doctor, ops
-from pyengine.doctor import EXTRAS, examine
+from pyengine import cli, generation, ops
+from pyengine.cli import doctor
+from pyengine.cli.doctor import EXTRAS, examine
 
 
 def run(*arguments: str) -> Any:
@@ -56,17 +56,17 @@ def test_an_engine_that_fails_is_exit_1(monkeypatch: pytest.MonkeyPatch) -> None
     def fail() -> Any:
         raise ValueError("[load] the header of x is damaged.")
 
-    monkeypatch.setattr(sys.modules["pyengine.generate"], "embedded_pair", fail)
+    monkeypatch.setattr(generation, "embedded_pair", fail)
     done = run()
     assert done.exit_code == 1 and "pip install --force-reinstall ." in done.stdout
     monkeypatch.undo()
-    whole = sys.modules["pyengine.generate"].generate
+    whole = generation.generate
 
     def wrong(prompt: str, *, block_size: int, **kw: Any) -> Any:
         result = whole(prompt, block_size=block_size, **kw)
         return replace(result, tokens=[*result.tokens[:-1], 5]) if block_size > 1 else result
 
-    monkeypatch.setattr(sys.modules["pyengine.generate"], "generate", wrong)
+    monkeypatch.setattr(generation, "generate", wrong)
     assert run().exit_code == 1
     monkeypatch.undo()
     monkeypatch.setattr(doctor, "_check", lambda: {"tokens": 1, "exact": False, "acceptance": 0.0})

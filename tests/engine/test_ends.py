@@ -11,7 +11,7 @@ from speaker import LETTERS, End, by_rule, letter, logprob, speaking
 from text_fakes import write_tokenizers
 
 from pyengine.engine.stats import Stats
-from pyengine.generate import generate, stream
+from pyengine.generation import generate, stream
 from pyengine.sampling.settings import Sampling
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 

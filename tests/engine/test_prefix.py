@@ -14,7 +14,7 @@ from pyengine.checkpoint.pair import Pair, load
 from pyengine.engine import loop
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.stats import Stats
-from pyengine.generate import generate, stream
+from pyengine.generation import generate, stream
 from pyengine.sampling.settings import Sampling
 
 BLOCK = 4

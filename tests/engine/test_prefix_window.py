@@ -21,7 +21,7 @@ from pyengine.engine import loop
 from pyengine.engine.loop import Round
 from pyengine.engine.prefix import MAX_MARKS, Prefix
 from pyengine.engine.stats import Stats
-from pyengine.generate import generate
+from pyengine.generation import generate
 from pyengine.sampling.settings import Sampling
 
 BLOCK = 4
@@ -118,6 +118,15 @@ def test_alternating_conversations_reuse_what_they_share() -> None:
             longer = [*prompt, *warm, 9, 8, 7, 30 + turn]
             a, b = (longer, b) if which == 0 else (a, longer)
     assert counts[0] == counts[1] == 0 and counts[2:] == [50] * 6
+
+
+def test_going_on_from_a_mark_does_not_narrow_it() -> None:
+    """A prompt that parts a little before the mark's end still begins there."""
+    pair, prefix, text = tiny_pair("uni12"), Prefix(), greedy_text("uni12")[:40]
+    (first, _), _ = answer(pair, text, prefix, count=2)
+    other = [(first + 1) % 256, *range(20, 32)]
+    prompts = [[*text, *other], [*text[:34], *other]]
+    assert reused(pair, prefix, prompts) == [40, 34]
 
 
 def test_the_embedded_pair_past_its_window() -> None:

@@ -106,8 +106,18 @@ def test_arguments_are_named_in_what_is_wrong_with_them() -> None:
         score(pair, [5], "five")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^\[score\] ids must be .* but got 'five'"):
         prompt_logprobs(pair, "five", 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^\[score\] prefix must be .* but got 'five'"):
+        score(pair, [5], [6], prefix="five")  # type: ignore[arg-type]
     for count in (-1, 257):
         with pytest.raises(ValueError, match=rf"^\[score\] count must be 0 to 256 but got {count}"):
             prompt_logprobs(pair, [5, 6], count)
     with pytest.raises(ValueError, match=r"^\[score\] progress must be a function but got 3"):
         prompt_logprobs(pair, [5, 6], 1, 3)  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_the_memory_is_not_processed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = tiny_pair("uni12")
+    monkeypatch.setattr("pyengine.checkpoint.memory.free_bytes", lambda: 0)
+    for call in (lambda: score(pair, [5], [6]), lambda: prompt_logprobs(pair, [5, 6], 1)):
+        with pytest.raises(ValueError, match=r"prompt must fit the free memory of 0\.00 GB"):
+            call()

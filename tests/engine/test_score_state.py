@@ -19,7 +19,7 @@ from pyengine.engine import loop
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.report import NonFinite
 from pyengine.engine.score import prompt_logprobs, score
-from pyengine.generate import generate, stream
+from pyengine.generation import generate, stream
 from pyengine.sampling.settings import Sampling
 
 GREEDY = Sampling(temperature=0.0, logprobs=2)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from pyengine import cli, ops
 from pyengine.engine.stats import Stats
-from pyengine.generate import generate
+from pyengine.generation import generate
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.sampling.sampler import Sampler
 from pyengine.sampling.settings import MAX_EDIT, Sampling

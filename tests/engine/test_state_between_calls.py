@@ -29,7 +29,7 @@ from pyengine.engine import loop
 from pyengine.engine import round as on_device
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs, score
-from pyengine.generate import Result, generate, stream
+from pyengine.generation import Result, generate, stream
 from pyengine.sampling.settings import Sampling
 
 GREEDY = Sampling(temperature=0.0)

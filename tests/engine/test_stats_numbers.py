@@ -17,7 +17,7 @@ from tiny_pairs import tiny_pair
 from pyengine.engine.loop import Round
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.stats import Stats
-from pyengine.generate import generate
+from pyengine.generation import generate
 from pyengine.sampling.settings import Sampling
 
 VOCAB = 64

@@ -19,7 +19,7 @@ from tiny_pairs import FLAVOURS, greedy_text, tiny_pair
 
 from pyengine.checkpoint.pair import load
 from pyengine.engine.prefix import Prefix
-from pyengine.generate import generate, stream
+from pyengine.generation import generate, stream
 from pyengine.sampling.settings import Sampling
 
 PROMPTS = (

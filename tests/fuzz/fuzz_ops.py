@@ -4,7 +4,7 @@ Shapes at the edges and of size 0, all dtypes, strided and lazy inputs, scalars 
 sign, and offsets, ids and starts outside of their range. A part of the test suite, a few calls an
 op; many more, on a build with sanitizers, by `.ci/sanitize.sh`:
 
-    python tests/helpers/fuzz_ops.py --seconds 60 --seed 1
+    python tests/fuzz/fuzz_ops.py --seconds 60 --seed 1
 """
 
 from __future__ import annotations

@@ -23,9 +23,10 @@ from text_fakes import script_pair, write_tokenizers
 import pyengine.checkpoint.pair as pairs
 from pyengine.bench.suite import load_suite
 from pyengine.checkpoint import weights
-from pyengine.checkpoint.pair import MANIFEST, bundle_parts, read_generation, read_manifest
+from pyengine.checkpoint.config_json import read_assistant_config, read_target_config
+from pyengine.checkpoint.defaults import read_generation
+from pyengine.checkpoint.manifest import MANIFEST, bundle_parts, read_manifest
 from pyengine.checkpoint.safetensors import INDEX, SINGLE, read_headers
-from pyengine.model.config import read_assistant_config, read_target_config
 from pyengine.serve.protocol import Limits, Refused, read_request
 from pyengine.text.template import ChatTemplate
 from pyengine.text.tokenizer import load_tokenizer

@@ -168,7 +168,7 @@ def until(sock: socket.socket, mark: bytes) -> bytes:
 @contextlib.contextmanager
 def command(*arguments: str, before: str = "") -> Iterator[subprocess.Popen[str]]:
     """`pyengine serve` in a process of its own; ``before`` is run in it first."""
-    source = f"{before}\nfrom pyengine.cli import main; main()"
+    source = f"{before}\nfrom pyengine.__main__ import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", source, "serve", *arguments],
         stdout=subprocess.PIPE,

@@ -13,12 +13,12 @@ import mlx.core as mx
 import numpy as np
 from models import verify
 
+from pyengine.checkpoint.config_json import read_target_config
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.checkpoint.quantize import quantize_checkpoint
-from pyengine.checkpoint.weights import Weights, load_target_weights
+from pyengine.checkpoint.weights import load_target_weights
 from pyengine.model.cache import Cache
-from pyengine.model.config import read_target_config
-from pyengine.model.linear import Linear
+from pyengine.model.linear import Linear, Weights
 from pyengine.model.target import Target
 
 FLAVOURS = ("dense31", "e2b", "moe26", "uni12")

@@ -26,7 +26,10 @@ def test_an_array_passes_the_binding() -> None:
 
 
 def test_another_mlx_is_refused_with_the_way_out() -> None:
-    code = "from importlib import metadata; metadata.version = lambda _: '0.99.0'; import pyengine"
+    code = (
+        "from importlib import metadata; metadata.version = lambda _: '0.99.0'\n"
+        "import pyengine; pyengine.load"
+    )
     here = Path(__file__).parent  # not the checkout, whose package is not built in place
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
     assert run.returncode == 1

@@ -24,7 +24,8 @@ from mlx_lm.utils import load_model
 from tiny_pairs import mirrored, norm
 
 from pyengine.checkpoint.convert import convert
-from pyengine.checkpoint.pair import MANIFEST, load
+from pyengine.checkpoint.manifest import MANIFEST
+from pyengine.checkpoint.pair import load
 from pyengine.checkpoint.quantize import quantize_checkpoint
 from pyengine.model.linear import Linear
 

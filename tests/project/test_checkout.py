@@ -121,8 +121,10 @@ def test_nothing_installed_is_one_sentence(checkout: Path, environment: Environm
         "pyengine: [pyengine] the extension must be built but pyengine-mlx is not installed in "
         f"{environment.python.parent.parent}. Run, in {checkout}: pip install .\n"
     )
-    done = environment.run(checkout, "-c", "import pyengine")
-    assert done.returncode == 1 and "ImportError: [pyengine] the extension must" in done.stderr
+    for first_use in ("pyengine.load", "pyengine.ops", "import pyengine.generation"):
+        done = environment.run(checkout, "-c", f"import pyengine; {first_use}")
+        assert done.returncode == 1
+        assert "ImportError: [pyengine] the extension must be built but" in done.stderr
 
 
 def test_a_renamed_source_changes_the_digest(checkout: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-import sysconfig
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 from pyengine.checkpoint.pair import load
-from pyengine.generate import generate
+from pyengine.generation import generate
 from pyengine.sampling.settings import Sampling
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
@@ -113,51 +112,13 @@ def check_small_task(folder: Path, done: subprocess.CompletedProcess[str]) -> No
     assert json.loads(results.read_text())["results"]["small_lines"]["acc,none"] == 1.0
 
 
-def evaluate(folder: Path, argument: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pyengine.evaluate", argument]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
-
-
 def test_our_command_runs_a_task(tmp_path: Path) -> None:
     """`python -m pyengine.evaluate` is lm-eval's command with the model in its registry."""
     done = run_small_task(tmp_path, sys.executable, "-m", "pyengine.evaluate", "run")
     check_small_task(tmp_path, done)
 
 
-@pytest.mark.parametrize("command", ["lm_eval", "-m lm_eval"])
-def test_lm_evals_command_runs_a_task_once_registered(tmp_path: Path, command: str) -> None:
-    scripts = Path(sysconfig.get_path("scripts"))
-    lm_eval = [str(scripts / command)]
-    if command.startswith("-m"):
-        lm_eval = [sys.executable, *command.split()]
-    known = pyengine.evaluate.startup_file().exists()
-    try:
-        done = evaluate(tmp_path, "register")
-        assert done.returncode == 0 and "works in this environment" in done.stdout
-        check_small_task(tmp_path, run_small_task(tmp_path, *lm_eval))
-        # No other command of the environment pays for it
-        code = "import sys; assert not any(m.startswith('lm_eval') for m in sys.modules)"
-        subprocess.run([sys.executable, "-c", code, "lm_eval"], check=True)
-    finally:
-        if not known:
-            assert evaluate(tmp_path, "unregister").returncode == 0
-    assert pyengine.evaluate.startup_file().exists() == known
-
-
 def test_the_entry_point_is_the_model() -> None:
     """By which an lm-eval with plugins finds it."""
     (entry,) = entry_points(group="lm_eval.models", name="pyengine")
     assert entry.load() is pyengine.evaluate.PyengineLM
-
-
-def test_register_says_what_it_cannot_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    where = tmp_path / "none" / "here.pth"
-    monkeypatch.setattr(pyengine.evaluate, "startup_file", lambda: where)
-    monkeypatch.setattr(sys, "argv", ["evaluate", "register"])
-    with pytest.raises(SystemExit) as stopped:
-        pyengine.evaluate.main()
-    assert stopped.value.code == 2
-    sentence = f"pyengine: [register] {where} must be writable but got No such file or directory.\n"
-    assert capsys.readouterr().err == sentence

@@ -10,7 +10,7 @@ from pathlib import Path
 def test_without_lm_eval_one_line_says_so(tmp_path: Path) -> None:
     (tmp_path / "lm_eval.py").write_text("raise ModuleNotFoundError(name='lm_eval')")
     done = subprocess.run(
-        [sys.executable, "-m", "pyengine.evaluate", "register"],
+        [sys.executable, "-m", "pyengine.evaluate", "run"],
         capture_output=True,
         text=True,
         timeout=60,

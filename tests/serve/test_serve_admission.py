@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from serving import GAME, Server, asking, everything, request
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.generate import embedded_pair
+from pyengine.generation import embedded_pair
 from pyengine.serve import protocol
 from pyengine.serve import server as module
 from pyengine.serve.protocol import Limits, Refused, read_request

@@ -16,6 +16,7 @@ import pytest
 from serving import CHAT, GAME, Server, command, everything, request, until
 from text_fakes import script_pair, write_tokenizers
 
+from pyengine.serve.protocol import read_request
 from pyengine.serve.server import Completions
 from pyengine.text.tokenizer import load_tokenizer
 
@@ -154,3 +155,17 @@ def test_a_request_that_is_being_read_at_the_end_is_told_so(
     for answer in answers:
         check_ending(answer)
     assert capfd.readouterr().err == ""
+
+
+def test_a_request_that_has_been_read_at_the_end_is_told_so(
+    pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its place, but nobody serves it any more."""
+    with Server(pair) as server:
+
+        def read(*given: Any) -> Any:
+            server.app.state.worker.end()
+            return read_request(*given)
+
+        monkeypatch.setattr("pyengine.serve.server.read_request", read)
+        check_ending(httpx.post(server.url + CHAT, json={"messages": GAME}, timeout=20))

@@ -121,6 +121,31 @@ def test_values_are_compared_with_their_types(pair: Any) -> None:
     assert "metadata must be an object" in str(refusal(pair, metadata="x"))
 
 
+def test_every_field_has_its_type(pair: Any) -> None:
+    """One that is not of its type is named before it is looked into."""
+    words = {bool: "true or false", int: "a whole number", dict: "an object", str: "a string"}
+    values: list[tuple[Any, str]] = [([], "a list"), (2.5, "2.5"), ("x", words[str])]
+    fields = {
+        "model": str,
+        "stream": bool,
+        "stream_options": dict,
+        "logit_bias": dict,
+        "block_size": int,
+        "max_tokens": int,
+    }
+    chat = {"chat_template_kwargs": dict, "max_completion_tokens": int, "top_logprobs": int}
+    for is_chat, own in ((True, {**chat, "logprobs": bool}), (False, {"echo": bool})):
+        for name, kind in {**fields, **own}.items():
+            for value, said in (*values, (True, words[bool])):
+                if type(value) is not kind:
+                    refused = str(refusal(pair, is_chat, **{name: value}))
+                    assert refused.startswith(f"[serve] {name} must be {words[kind]} but got ")
+                    assert refused.endswith(f" {said}."), refused
+    for value in ({}, "x", 1):
+        assert "tools must be a list but got" in str(refusal(pair, tools=value))
+    assert "logprobs must be a whole number but got" in str(refusal(pair, False, logprobs=True))
+
+
 def test_tool_choice_none_hides_the_tools(pair: Any) -> None:
     """As if none had been given; the text of those is then nowhere in the prompt."""
     without = ask(pair).ids
@@ -215,6 +240,8 @@ def test_a_prompt_past_the_context_has_openais_code(server: Server, text: str) -
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
         assert error["param"] == param and "the context of 4096 tokens" in error["message"]
+        unread = text in str(body) and " " not in text
+        assert ("characters, of which a token holds at most" in error["message"]) == unread
 
 
 @pytest.mark.parametrize("media", ["Application/JSON", "application/json; charset=utf-8"])

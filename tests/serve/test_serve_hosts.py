@@ -113,7 +113,7 @@ def test_the_command_guards_by_the_address_it_is_bound_to(host: str) -> None:
         assert port
         if host == "0.0.0.0":
             warning = process.stderr.readline()
-            assert warning.startswith("Warning: whoever reaches 0.0.0.0 can use it")
+            assert warning.startswith("Warning: anybody who can reach 0.0.0.0 can use the server")
         at = "127.0.0.1" if host == "0.0.0.0" else host.lower()
         url = f"http://{at}:{port[1]}/health"
         answer = httpx.get(url, headers={"host": "evil.example"}, timeout=60)

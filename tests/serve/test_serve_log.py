@@ -95,6 +95,30 @@ def test_a_failure_is_logged_with_its_id_and_told_without_its_reason(
     ]
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ValueError("[generate] it must be so but is not."), 400, None),
+        (RuntimeError("[decode] logits must be finite."), 500, None),
+        (ValueError("a secret of the machine"), 500, "[serve] the generation failed."),
+    ],
+)
+def test_only_an_impossible_request_is_the_clients_fault(
+    server: Server, pair: Any, error: Exception, status: int, message: str | None
+) -> None:
+    def fail(rows: int) -> None:
+        raise error
+
+    pair.target.before_call = fail
+    try:
+        answer = server.post(json={"messages": GAME})
+    finally:
+        pair.target.before_call = lambda rows: None
+    told = answer.json()["error"]
+    assert (answer.status_code, told["message"]) == (status, message or str(error))
+    assert told["type"] == ("server_error" if status == 500 else "invalid_request_error")
+
+
 def test_a_failure_of_our_own_code_is_an_answer_too(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 from serving import CHAT, GAME, LEFT_S, Server, cuts, hold, request, until
 
 from pyengine.checkpoint.pair import Pair, load
-from pyengine.generate import generate
+from pyengine.generation import generate
 from pyengine.model.target import CHUNK, Target
 from pyengine.sampling.settings import Sampling
 from pyengine.serve.protocol import Limits

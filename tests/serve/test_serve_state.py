@@ -13,7 +13,7 @@ from serving import CHAT, Server
 
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.engine.score import prompt_logprobs
-from pyengine.generate import generate
+from pyengine.generation import generate
 
 QUESTIONS = ["Create a single-file HTML5 canvas Snake game.", "Write a Python function.", "Pong!"]
 SETTINGS: list[dict[str, Any]] = [

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 from pyengine import cli
 from pyengine.checkpoint.pair import Pair, load
-from pyengine.generate import Step, generate
+from pyengine.generation import Step, generate
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import Sampling
 from pyengine.serve.protocol import Limits, Reply, read_request
@@ -93,6 +93,8 @@ def test_streams_are_the_same_text(server: Server, pair: Pair) -> None:
     )
     texts = [c.choices[0].delta.content or "" for c in chunks if c.choices]
     assert "".join(texts) == want.text and len([t for t in texts if t]) > 3
+    # Where there are no thoughts nothing is said of them
+    assert not any(c.choices[0].delta.model_extra for c in chunks if c.choices)
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 40
     assert len({c.id for c in chunks}) == 1
@@ -286,13 +288,15 @@ def test_seeds(server: Server) -> None:
 
 
 def test_models_and_health(server: Server, pair: Pair) -> None:
-    assert [model.id for model in server.client.models.list()] == [pair.name]
+    (row,) = server.client.models.list()
+    told = {"id": pair.name, "object": "model", "created": 0, "owned_by": "pyengine"}
+    assert row.to_dict() == told
     assert httpx.get(server.url + "/health").json() == {
         "status": "ok",
         "waiting": 0,
         "running": 0,
     }
-    assert server.client.models.retrieve(pair.name).id == pair.name
+    assert server.client.models.retrieve(pair.name) == row
     with pytest.raises(openai.NotFoundError, match=r"the model must be .* but got 'gpt'"):
         server.client.models.retrieve("gpt")
     for path, status in (("/docs", 404), ("/v1/chat/completions", 405)):

@@ -9,7 +9,7 @@ import pytest
 from test_stats_numbers import STATS
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.generate import Result, generate
+from pyengine.generation import Result, generate
 from pyengine.serve.protocol import Ask, Limits, Reply, read_request, usage_of
 from pyengine.text.tokenizer import load_tokenizer
 

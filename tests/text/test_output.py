@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.generate import generate
+from pyengine.generation import generate, prompt_ids
 from pyengine.text.output import Reader
-from pyengine.text.prompt import prompt_ids
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
 # As the published editions end a prompt, in short

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from text_fakes import TEMPLATE, script_pair, write_tokenizers
 
-from pyengine.generate import generate
-from pyengine.text.prompt import prompt_ids
+from pyengine.generation import generate, prompt_ids
 from pyengine.text.tokenizer import load_tokenizer
 
 USER = {"role": "user", "content": "the fox"}

@@ -5,14 +5,9 @@ import json
 import pytest
 from tiny_pairs import FIXTURES, FLAVOURS
 
-from pyengine.model.config import (
-    PUBLISHED,
-    Rope,
-    check_pair,
-    published_name,
-    read_assistant_config,
-    read_target_config,
-)
+from pyengine.checkpoint.config_json import read_assistant_config, read_target_config
+from pyengine.checkpoint.published import PUBLISHED, check_pair, published_name
+from pyengine.model.config import Rope
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 ROPE = {

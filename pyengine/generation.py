@@ -20,7 +20,7 @@ from pyengine.engine.stats import Stats
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import Sampling, seeded
 from pyengine.text.output import Reader, stop_strings
-from pyengine.text.prompt import Prompt, prompt_ids
+from pyengine.text.prompt import Prompt, encode_prompt
 from pyengine.untrusted import shown
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def generate(
     variables: Mapping[str, Any] | None = None,
     prefix: Prefix | None = None,
 ) -> Result:
-    """Generate text after a prompt, by exact speculative decoding.
+    """Generate text after a prompt by exact speculative decoding.
 
     Args:
         prompt: A string, messages, or token ids. A string is one user message, put through the
@@ -87,34 +87,34 @@ def generate(
             stands after ``<bos>``. Messages are dicts with ``role`` (system, user, assistant,
             tool) and ``content``. Token ids are used as they are.
         pair: From :func:`pyengine.load`; the embedded pair when None.
-        max_tokens: At most this many new tokens; None: as many as the context holds.
-        sampling: How tokens are chosen; None takes the pair's own defaults, and a dict of fields of
-            :class:`Sampling` changes these of them: ``{"temperature": 0}``. Tokens the pair
-            suppresses stay suppressed either way.
+        max_tokens: Maximum number of new tokens; None is the rest of the context.
+        sampling: How tokens are chosen. None takes the pair's own defaults; a dict of fields of
+            :class:`Sampling`, such as ``{"temperature": 0}``, changes these fields of them. Tokens
+            that the pair suppresses stay suppressed either way.
         block_size: Primary token and its drafts, 2 to 128; 1 is plain decoding. None takes the
-            pair's: its measured best, else what its assistant asks for, else 4.
+            pair's measured best, else what its assistant asks for, else 4.
         drafter: Where drafts come from. "assistant" (the default) is the pair's own; "lookup" takes
             what followed the newest tokens earlier in the text, needs no assistant, and pays where
             an answer repeats its prompt.
-        stop: One string or several. The text ends before the first that comes up; no part of it is
-            ever emitted. The pair's stop ids end the text in any case.
+        stop: One string or several. The text ends before the first one that appears; no part of it
+            is ever emitted. The pair's stop ids end the text in any case.
         raw: Continue a string prompt as plain text. Special tokens spelled in it take effect.
         variables: Further variables of the chat template, such as ``tools`` and
             ``enable_thinking``.
-        prefix: Keys and values of earlier generations on this pair. The tokens a prompt begins
-            with and the prefix holds are not processed again; the text is the same as without.
+        prefix: Keys and values of earlier generations on this pair. Tokens at the beginning of the
+            prompt that it holds are not processed again; the text is the same as without.
 
     Returns:
         Text, tokens, why it ended, and statistics.
 
-    Each thread of Python's that generates costs an operating system's thread and about 0.2 MB that
-    MLX keeps to the end of the process: take a pool of threads, or one, not a new one each time.
+    For each Python thread that generates, MLX keeps a thread of the operating system and about
+    0.2 MB until the process ends. Use one thread or a pool, not a new thread each time.
 
     Raises:
         ValueError: The prompt or a setting is impossible, or the memory too small for the prompt;
             the message names it.
-        RuntimeError: The weights gave logits that are not finite, the answer has used up the
-            memory, or the process was forked from one that had used MLX.
+        RuntimeError: The weights gave logits that are not finite, the answer used up the memory,
+            or the process was forked from one that had used MLX.
     """
     running = stream(
         prompt,
@@ -146,12 +146,12 @@ def stream(
     variables: Mapping[str, Any] | None = None,
     prefix: Prefix | None = None,
 ) -> Stream:
-    """Like :func:`generate`, but hands out the text as it comes.
+    """Like :func:`generate`, but yield the text as it comes.
 
     Returns:
-        An iterator over pieces of text, one a round unless it adds no certain character. Arguments
-        are checked here; the prompt is read when the first piece is asked for. ``close()`` ends
-        it early, as does leaving it as a context manager.
+        An iterator over pieces of text, one per round unless a round adds no whole character.
+        Arguments are checked here; the prompt is processed when the first piece is requested.
+        ``close()`` ends the generation early, and so does leaving it as a context manager.
     """
     forked.check("generate")
     pair = embedded_pair() if pair is None else pair
@@ -171,6 +171,28 @@ def stream(
             f"{outside[0]}."
         )
     return Stream(pair, ids, limit, settings, block, source, stops, prefix)
+
+
+def prompt_ids(
+    pair: Pair,
+    prompt: Prompt,
+    *,
+    raw: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a prompt, as :func:`generate` reads it.
+
+    Raises:
+        ValueError: The prompt is empty, longer than the context, or of no known form.
+    """
+    return encode_prompt(
+        prompt,
+        pair.tokenizer,
+        context=pair.target.context,
+        vocab=pair.target.config.vocab_size,
+        raw=raw,
+        variables=variables,
+    )
 
 
 def check_settings(
@@ -246,8 +268,8 @@ class Step(NamedTuple):
         text: Text that is certain.
         thinking: Thoughts.
         tokens: Ids of its tokens.
-        logprobs: One entry a token where the settings ask for them, else none.
-        prompt_done: How many of the prompt's tokens are processed so far; else None.
+        logprobs: One entry per token where the settings ask for them, else none.
+        prompt_done: Number of prompt tokens processed so far; None after the prompt.
     """
 
     text: str
@@ -306,19 +328,20 @@ class Stream(Iterator[str]):
         self.close()
 
     def steps(self) -> Iterator[Step]:
-        """The rest of the generation, a round at a time: text, thoughts, tokens.
+        """The rest of the generation, one step per round: text, thoughts, tokens.
 
-        In a long prompt also between two chunks, so that it can be shown and left there.
+        A long prompt also yields a step between two chunks, so that a caller can show progress or
+        abandon it there.
         """
         return self._steps
 
     def close(self) -> None:
-        """End the generation here. What was handed out stays in :attr:`result`."""
+        """End the generation here. :attr:`result` keeps what was yielded."""
         self._steps.close()
 
     @property
     def result(self) -> Result:
-        """The finished result; before the end, what was handed out so far."""
+        """The finished result; before the end, what was yielded so far."""
         return Result(
             "".join(self._text),
             list(self._tokens),

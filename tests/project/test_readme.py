@@ -1,0 +1,85 @@
+"""README's tables are what bench/bounds.py computes; links lead somewhere, lines are short."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GENERATED = ROOT / "docs" / "ops.md"
+
+
+def _script(path: Path) -> ModuleType:
+    """A file of the bench folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+bounds = _script(ROOT / "bench" / "bounds.py")
+
+
+def test_tables_are_computed() -> None:
+    for table in (bounds.memory_table(), bounds.bounds_table()):
+        assert "\n".join(table) in README
+    prose = " ".join(README.split())
+    plain, block = (bounds.round_bytes("31B", 8, 8192, size) / 1e9 for size in (1, 6))
+    assert f"must read {plain:.1f} GB per plain step, {block:.1f} GB per round at block 6" in prose
+    assert f"about {bounds.pair_bytes('31B', 8) / 1e9:.0f} GB, once" in prose
+
+
+def test_bytes_of_the_31b_by_hand() -> None:
+    """Parameters as published models count them, 8.5 bits each, and keys and values per token."""
+    target, assistant = bounds.published("31B")
+    both = (bounds.target_layout(target), bounds.assistant_layout(assistant))
+    counts = [sum(map(bounds.prod, layout.matrices.values())) for layout in both]
+    # Per column of width 5376: 50 sliding layers' q, k, v, o; 10 full ones' q, k, o; all gate, up,
+    # down; and the table, which is the head too
+    columns = 50 * (2 * 8192 + 2 * 4096) + 10 * (2 * 16384 + 2048) + 60 * 3 * 21504 + 262144
+    assert counts[0] == 5376 * columns
+    assert round(counts[1] / 1e6, 1) == 469.5
+    assert bounds.pair_bytes("31B", 8) == pytest.approx(sum(counts) * 8.5 / 8, rel=1e-4)
+    assert bounds.pair_bytes("31B", 16) == pytest.approx(sum(counts) * 2, rel=1e-4)
+    # 50 sliding layers keep 1023 + 6 places of 2 x 16 x 256 numbers, 10 full ones all 8192
+    sliding, full = 1029 * 2 * 16 * 256 * 2, 8192 * 2 * 4 * 512 * 2
+    assert bounds.cache_bytes(target, 8192, 6, 2) == 50 * sliding + 10 * full
+    weights = [bounds.weight_bytes(layout, 8) for layout in both]
+    # The assistant has three sliding layers and a full one, which read the target's cache
+    draft = weights[1] + 3 * sliding + full
+    assert bounds.round_bytes("31B", 8, 8192, 6) == pytest.approx(
+        weights[0] + 50 * sliding + 10 * full + 5 * draft
+    )
+    # 100 GB/s and 50 GB per round: two rounds, each with 1 + 0.8 * 5 tokens
+    assert bounds.bound(100, 50e9, 6, 0.8) == pytest.approx(10)
+
+
+def test_a_mixture_has_no_bound() -> None:
+    with pytest.raises(ValueError, match=r"\[bounds\] name must be a dense pair but got 26B-A4B"):
+        bounds.round_bytes("26B-A4B", 8, 8192, 6)
+
+
+def test_geometries_are_the_published_ones() -> None:
+    """What parameters the published models are said to have, text alone, in billions."""
+    written = {"31B": 30.70, "26B-A4B": 25.23, "12B": 11.91, "E4B": 7.46, "E2B": 4.63}
+    for name, billions in written.items():
+        layout = bounds.target_layout(bounds.published(name)[0])
+        shapes = [*layout.matrices.values(), *layout.vectors.values()]
+        assert sum(map(bounds.prod, shapes)) / 1e9 == pytest.approx(billions, abs=0.006), name
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md"])
+def test_links_lead_somewhere_and_lines_are_short(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    here = (ROOT / name).parent
+    places = [(here / link).resolve() for link in links]
+    assert not [place for place in places if place != GENERATED and not place.exists()]
+    prose = [line for line in text.splitlines() if not line.startswith(("    ", "|", "!["))]
+    assert max(map(len, prose)) <= 110
