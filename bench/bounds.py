@@ -19,9 +19,11 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from pyengine.checkpoint.memory import GB, cache_bytes
+from pyengine.checkpoint.memory import GB
+from pyengine.checkpoint.published import PUBLISHED
 from pyengine.checkpoint.weights import Layout, assistant_layout, target_layout
-from pyengine.model.config import PUBLISHED, AssistantConfig, LayerConfig, Rope, TargetConfig
+from pyengine.model.config import AssistantConfig, LayerConfig, Rope, TargetConfig
+from pyengine.model.memory import cache_bytes
 
 PAIRS = ("31B", "26B-A4B", "12B", "E4B", "E2B")
 CONTEXTS = {"8k": 8192, "32k": 32768, "128k": 131072}

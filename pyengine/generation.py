@@ -32,19 +32,19 @@ LOOKUP_BLOCK = 8  # its drafts cost nothing, and few rounds have any
 
 @dataclass(frozen=True)
 class Result:
-    """What a generation gave.
+    """The outcome of a generation.
 
     Attributes:
         text: The new text, without special tokens and without the stop string that ended it.
-        tokens: Ids of the new tokens. The stop id that ended the text is among them; tokens a round
-            committed behind a stop string are not.
+        tokens: Ids of the new tokens. The stop id that ended the text is among them; tokens that a
+            round committed after a stop string are not.
         finish_reason: "stop" (a stop id or stop string), "length" (``max_tokens`` or the context
-            is used up), or None when the generation was left early.
+            is used up), or None when the generation was abandoned.
         stats: Counts and seconds, see :class:`pyengine.engine.stats.Stats`.
-        logprobs: One entry a token where the settings ask for them, see
+        logprobs: One entry per token where the settings ask for them, see
             :class:`pyengine.sampling.sampler.Logprob`.
-        thinking: What the model thought before it answered, where its template has a channel for
-            that; else None.
+        thinking: The model's thoughts before its answer, where its template has a channel for them;
+            else None.
     """
 
     text: str

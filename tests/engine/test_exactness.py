@@ -178,8 +178,9 @@ def sampled_p_value(pair: Pair, prompt: list[int], runs: int) -> float:
 
 @pytest.mark.slow
 def test_sampled_text_has_the_targets_law(pairs: object) -> None:
+    """Half as many texts again as show a broken rule below."""
     pair, prompt = pairs("dense31", "8-bit", "float32"), prompt_of("dense31", 21)
-    assert sampled_p_value(pair, prompt, 1200) > 0.001
+    assert sampled_p_value(pair, prompt, 600) > 0.001
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import CHAT, GAME, Server
+from serving import CHAT, GAME, LEFT_S, Server, asking, cuts, hold_rounds
 from text_fakes import script_pair, write_tokenizers
 
 from pyengine.serve.protocol import Limits
@@ -58,6 +58,27 @@ def test_one_line_per_request(server: Server, caplog: pytest.LogCaptureFixture) 
     # A line is a line, whatever a path holds
     assert "\\n where 404" in caplog.records[-1].getMessage()
     assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_has_a_status_of_its_own(
+    server: Server,
+    pair: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    stream: bool,
+) -> None:
+    """Whether it had been sent the head of an answer or not."""
+    cut, gate = cuts(monkeypatch), hold_rounds(pair)
+    try:
+        sock = server.raw(asking(stream=stream))
+        gate.wait()
+        sock.close()
+        assert cut.wait(LEFT_S)
+    finally:
+        gate.open.set()
+        pair.target.before_call = lambda rows: None
+    assert [line[1:4] for line in lines(server, caplog)] == [("POST", CHAT, "499")]
 
 
 def test_request_ids_are_taken_or_made(server: Server, caplog: pytest.LogCaptureFixture) -> None:
