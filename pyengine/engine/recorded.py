@@ -1,12 +1,13 @@
 """Functions of arrays whose graph is built once and played again: what a round costs the host.
 
-Arguments and results are trees: arrays, None, and lists, tuples and named tuples of trees. Only
-here are they taken apart into the flat lists that the extension records over.
+Arguments and results are trees: arrays, None, lists of arrays, and tuples, named or not, of trees.
+Only here are they taken apart into the flat lists that the extension records over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import mlx.core as mx
@@ -77,13 +78,15 @@ def _record(function: Callable[..., Any], form: Any) -> tuple[_ext.Recorded, lis
 
 def _flatten(tree: Any, arrays: list[mx.array]) -> Any:
     """The form of a tree, hashable; its arrays go to the end of ``arrays``."""
-    if isinstance(tree, mx.array):
-        arrays.append(tree)
-        return mx.array
     if tree is None:
         return None
-    assert isinstance(tree, (list, tuple)), type(tree)
-    return type(tree), tuple([_flatten(part, arrays) for part in tree])
+    if isinstance(tree, list):  # taken as it is: a cache has a hundred arrays, in every round
+        arrays += tree
+        return len(tree)
+    if isinstance(tree, tuple):
+        return type(tree), tuple([_flatten(part, arrays) for part in tree])
+    arrays.append(tree)
+    return mx.array
 
 
 def _tree(form: Any, arrays: Iterator[mx.array]) -> Any:
@@ -92,6 +95,8 @@ def _tree(form: Any, arrays: Iterator[mx.array]) -> Any:
         return next(arrays)
     if form is None:
         return None
+    if isinstance(form, int):
+        return list(islice(arrays, form))
     kind, forms = form
     parts = [_tree(part, arrays) for part in forms]
     return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
