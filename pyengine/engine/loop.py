@@ -100,10 +100,10 @@ def decode(
             start = time.perf_counter()
     sampler = Sampler(sampling, prompt, chunk.logits.shape[-1])
     parts = on_device.Parts(target, drafter, cache, sampler)
-    result = on_device.first(parts, chunk.logits[None], chunk.hidden)
-    row = _read(parts, result)
+    outcome = on_device.first(parts, chunk.logits[None], chunk.hidden)
+    row = _read(parts, outcome)
     stats.prefill_s += time.perf_counter() - start
-    rounds: dict[int, on_device.Round] = {}  # by number of drafts
+    rounds: dict[int, on_device.RecordedRound] = {}  # by number of drafts
     text, k = list(prompt), 0
 
     while True:
@@ -130,10 +130,10 @@ def decode(
         memory.check_growth(cache.growth(block_size))
         cache.reserve(block_size)
         if k not in rounds:
-            rounds[k] = on_device.Round(parts, k)
-        result = rounds[k].together(parts.state(result.primary))
-        parts.take_results(result, k + 1)
-        row = _read(parts, result)
+            rounds[k] = on_device.RecordedRound(parts, k)
+        outcome = rounds[k].together(parts.state(outcome.primary))
+        parts.take_results(outcome, k + 1)
+        row = _read(parts, outcome)
         accepted = row[0]
         cache.length_limit = len(prompt) + stats.generated_tokens + accepted
         stats.count_round(k, accepted)
@@ -170,10 +170,10 @@ def prefill(
         yield Prefilled(done, logits, hidden)
 
 
-def _read(parts: on_device.Parts, result: on_device.Result) -> list[int]:
+def _read(parts: on_device.Parts, outcome: on_device.Outcome) -> list[int]:
     """Evaluate a round and read its one small array; nothing else of it is read."""
-    mx.eval(result.report, result.drafter, parts.cache.arrays)
-    return cast("list[int]", result.report.tolist())
+    mx.eval(outcome.report, outcome.drafter, parts.cache.arrays)
+    return cast("list[int]", outcome.report.tolist())
 
 
 def _cut(tokens: list[int], room: int, stop_ids: frozenset[int]) -> tuple[list[int], str | None]:

@@ -39,7 +39,7 @@ class Block(NamedTuple):
     q: Filtered | None  # k rows; None where k is 0
 
 
-class Result(NamedTuple):
+class Outcome(NamedTuple):
     """What a round gives: the host's array, and what the next one starts from."""
 
     report: mx.array
@@ -61,7 +61,7 @@ class Parts:
         arrays = [] if self.drafter is None else self.drafter.arrays
         return State(primary, self.sampler.listed, arrays, self.cache.arrays)
 
-    def over(self, state: State) -> Parts:
+    def with_state(self, state: State) -> Parts:
         """The same over the arrays of a state."""
         return Parts(
             self.target,
@@ -70,14 +70,14 @@ class Parts:
             self.sampler.with_listed(state.listed),
         )
 
-    def take_results(self, result: Result, rows: int) -> None:
+    def take_results(self, outcome: Outcome, rows: int) -> None:
         """Go on with what a round of so many rows gave."""
         if self.drafter is not None:
-            self.drafter.take_results(result.drafter)
-        self.cache.take_results(result.cache, self.cache.length_limit + rows)
+            self.drafter.take_results(outcome.drafter)
+        self.cache.take_results(outcome.cache, self.cache.length_limit + rows)
 
 
-class Round:
+class RecordedRound:
     """A round with k drafts, recorded: in one, or its two halves with the host in between."""
 
     def __init__(self, parts: Parts, k: int) -> None:
@@ -86,17 +86,18 @@ class Round:
         self.verify = recorded(partial(_verify_half, parts))
 
 
-def _together(parts: Parts, k: int, state: State) -> Result:
-    parts = parts.over(state)
+def _together(parts: Parts, k: int, state: State) -> Outcome:
+    parts = parts.with_state(state)
     return complete(parts, draft(parts, k, state.primary))
 
 
 def _draft_half(parts: Parts, k: int, state: State) -> Block:
-    return draft(parts.over(state), k, state.primary)
+    # A drafter's own state is that of the round's beginning until it reads what was verified
+    return draft(parts.with_state(state), k, state.primary)
 
 
-def _verify_half(parts: Parts, state: State, block: Block) -> Result:
-    return complete(parts.over(state), block)
+def _verify_half(parts: Parts, state: State, block: Block) -> Outcome:
+    return complete(parts.with_state(state), block)
 
 
 def draft(parts: Parts, k: int, primary: mx.array) -> Block:
@@ -111,17 +112,16 @@ def draft(parts: Parts, k: int, primary: mx.array) -> Block:
     if not k:
         return Block(primary, mx.zeros(0, mx.int32), None)
     ids = mx.concatenate(block)
-    return Block(
-        ids, ids[1:], Filtered(*(mx.concatenate(list(part)) for part in zip(*rows, strict=True)))
-    )
+    q = Filtered(*(mx.concatenate(list(part)) for part in zip(*rows, strict=True)))
+    return Block(ids, ids[1:], q)
 
 
-def complete(parts: Parts, block: Block) -> Result:
+def complete(parts: Parts, block: Block) -> Outcome:
     """Verify a block, accept, commit."""
     logits, hidden, p = verify(parts, block)
     accepted, token = accept(parts, block, p)
     commit(parts, hidden, accepted, block.ids.shape[0])
-    return _result(parts, block, logits, p, accepted, token)
+    return _outcome(parts, block, logits, p, accepted, token)
 
 
 def verify(parts: Parts, block: Block) -> tuple[mx.array | Logits, mx.array, Filtered]:
@@ -145,23 +145,23 @@ def commit(parts: Parts, hidden: mx.array, accepted: mx.array, rows: int) -> Non
         parts.drafter.read(hidden, accepted)
 
 
-def first(parts: Parts, logits: mx.array | Logits, hidden: mx.array) -> Result:
+def first(parts: Parts, logits: mx.array | Logits, hidden: mx.array) -> Outcome:
     """The token after the prefill, from its last row: logits ``[1, V]``, hidden ``[1, E]``."""
     p, none = parts.sampler.filter(logits), mx.array(0, mx.int32)
     token = parts.sampler.draw(p, parts.cache.length)
     if parts.drafter is not None:
         parts.drafter.read(hidden, none)
-    return _result(parts, Block(token, mx.zeros(0, mx.int32), None), logits, p, none, token)
+    return _outcome(parts, Block(token, mx.zeros(0, mx.int32), None), logits, p, none, token)
 
 
-def _result(
+def _outcome(
     parts: Parts,
     block: Block,
     logits: mx.array | Logits,
     p: Filtered,
     accepted: mx.array,
     token: mx.array,
-) -> Result:
+) -> Outcome:
     chosen = token  # per row: the draft that follows it, or what took its place
     if block.q is not None and parts.sampler.sampling.logprobs is not None:
         k = block.drafts.shape[0]
@@ -172,4 +172,4 @@ def _result(
     state = parts.state(token)
     # What was written in place the caller has; MLX's work grows with the square of the results
     cache = [parts.cache.length] if dispatch.in_place() else state.cache
-    return Result(report, token, state.drafter, cache)
+    return Outcome(report, token, state.drafter, cache)

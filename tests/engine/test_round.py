@@ -20,7 +20,7 @@ from pyengine.sampling.settings import Sampling
 pytestmark = pytest.mark.engine
 
 
-class Apart(on_device.Round):
+class Apart(on_device.RecordedRound):
     """Plays the halves one after the other; between them the host reads the block."""
 
     def __init__(self, parts: on_device.Parts, k: int, blocks: list[list[int]]) -> None:
@@ -28,7 +28,7 @@ class Apart(on_device.Round):
         self.blocks = blocks
         self.together = self.halves
 
-    def halves(self, state: on_device.State) -> on_device.Result:
+    def halves(self, state: on_device.State) -> on_device.Outcome:
         block = self.draft(state)
         mx.eval(block)
         self.blocks.append(block.ids.tolist())
@@ -63,7 +63,6 @@ def played(flavour: str, drafter: Name, sampling: Sampling) -> tuple[list[loop.R
     return list(rounds), [bits(a) for a in caches[0].arrays if a.ndim]
 
 
-@pytest.mark.short
 @pytest.mark.parametrize("drafter", NAMES)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize(
@@ -80,7 +79,7 @@ def test_halves_with_the_host_in_between_give_the_same_tokens_and_bits(
 ) -> None:
     want, stored = played(flavour, drafter, sampling)
     blocks: list[list[int]] = []
-    monkeypatch.setattr(on_device, "Round", lambda parts, k: Apart(parts, k, blocks))
+    monkeypatch.setattr(on_device, "RecordedRound", lambda parts, k: Apart(parts, k, blocks))
     got, stored_apart = played(flavour, drafter, sampling)
     assert got == want  # log-probabilities too: they are float32, compared as they are
     for a, b in zip(stored_apart, stored, strict=True):
