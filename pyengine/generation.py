@@ -14,7 +14,8 @@ from pyengine.arguments import flag, whole
 from pyengine.checkpoint import memory
 from pyengine.checkpoint.defaults import OURS
 from pyengine.drafters import NAMES, Name, new_drafter
-from pyengine.engine.loop import MAX_BLOCK, decode
+from pyengine.drafters.drafter import MAX_BLOCK
+from pyengine.engine.loop import decode
 from pyengine.engine.prefix import Prefix, check_prefix
 from pyengine.engine.stats import Stats
 from pyengine.sampling.sampler import Logprob

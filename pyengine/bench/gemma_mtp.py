@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pyengine.bench.suite import Case
 from pyengine.drafters import NAMES, Name
-from pyengine.engine.loop import MAX_BLOCK
+from pyengine.drafters.drafter import MAX_BLOCK
 from pyengine.generation import Result, stream
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.sampling.settings import Sampling

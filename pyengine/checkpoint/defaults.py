@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pyengine.checkpoint.manifest import MANIFEST
-from pyengine.engine.loop import MAX_BLOCK
+from pyengine.drafters.drafter import MAX_BLOCK
 from pyengine.model.config import TargetConfig
 from pyengine.ops.filter_logits import MAX_TOP_K
 from pyengine.sampling.settings import MAX_EDIT, Sampling

@@ -27,7 +27,6 @@ from pyengine.checkpoint.weights import (
     target_layout,
 )
 from pyengine.drafters.assistant import AssistantDrafter
-from pyengine.engine.round import Parts, draft
 from pyengine.model.assistant import POSITIONS, Assistant, Position
 from pyengine.model.memory import cache_bytes
 from pyengine.model.target import Target, check_ids
@@ -119,9 +118,10 @@ class Pair:
         drafter = AssistantDrafter(self.target, self.assistant)
         drafter.read(hidden, mx.array(0, mx.int32))
         sampler = Sampler(Sampling(temperature=0.0), tokens, self.target.config.vocab_size)
-        parts = Parts(self.target, drafter, cache, sampler)
-        block = draft(parts, count, mx.array(tokens[-1:], dtype=mx.int32))
-        return cast("list[int]", block.drafts.tolist())
+        drafts = [mx.array(tokens[-1:], dtype=mx.int32)]
+        for i in range(count):
+            drafts.append(drafter.propose(i, drafts[i], cache, sampler.filter).ids[:, 0])
+        return cast("list[int]", mx.concatenate(drafts[1:]).tolist())
 
     def _check_room(self, what: str, count: int) -> None:
         if count > self.target.context:

@@ -11,6 +11,8 @@ from pyengine.model.cache import Cache
 from pyengine.model.head import Logits
 from pyengine.ops.filter_logits import Filtered
 
+MAX_BLOCK = 128  # a primary token and its drafts
+
 Filter = Callable[[mx.array | Logits], Filtered]
 
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from pyengine import forked
 from pyengine.checkpoint import memory
-from pyengine.drafters.drafter import Drafter, TargetLike
+from pyengine.drafters.drafter import MAX_BLOCK, Drafter, TargetLike
 from pyengine.engine import round as on_device
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.report import NonFinite, Report
@@ -22,8 +22,6 @@ from pyengine.engine.stats import Stats
 from pyengine.model.cache import CHUNK, Cache
 from pyengine.sampling.sampler import Logprob, Sampler
 from pyengine.sampling.settings import Sampling, seeded
-
-MAX_BLOCK = 128
 
 
 class Round(NamedTuple):
