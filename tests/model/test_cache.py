@@ -139,9 +139,13 @@ def test_a_snapshot_is_independent():
     cache = model.new_cache(3)
     text = greedy_text("e2b")
     model.prefill(text[:25], cache)
+    arrays = [bits(a) for a in cache.arrays[:-1]]
     snapshot = cache.snapshot()
-    expected = follow_up(model, snapshot.snapshot())
     steps(model, cache, text[25:60])
+    # It was made before, not when it is looked at
+    assert_same([bits(a) for a in snapshot.arrays[:-1]], arrays)
+    expected = follow_up(model, snapshot.snapshot())
+    steps(model, snapshot.snapshot(), text[25:60])
     assert snapshot.length.item() == 25
     assert_same(follow_up(model, snapshot), expected)
 
