@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from pyengine import _ext
+from pyengine import _ext, ops
 from pyengine.ops import workbench
 
 # Widths of 31B, 12B and E2B, each with that of its feed-forward layer; N is scaled down, which
@@ -112,7 +112,8 @@ def _matmuls(M: int, N: int, K: int, *, mlx: bool) -> Iterator[Count]:
     x = _random(0, M, K)
     names = ("w", "scales", "biases")
     gate, up = (dict(zip(names, _quantized(seed, N, K), strict=True)) for seed in (1, 2))
-    launch = _ext.quantized_matmul_launch(M, N, K, dtype, dtype, GROUP_SIZE, BITS)
+    result = ops.quantized_matmul(x, gate["w"], gate["scales"], gate["biases"], GROUP_SIZE, BITS)
+    launch = launch_of(result)
     yield _count("quantized_matmul", launch, {"x": x, **gate}, {"w"}, M, N, K)
     # As MLX chooses them: qmv_fast where a simdgroup's steps divide K
     narrow = "qmv_fast" if K % 512 == 0 else "qmv"
@@ -134,6 +135,13 @@ def _matmuls(M: int, N: int, K: int, *, mlx: bool) -> Iterator[Count]:
     yield _count("quantized_gated_matmul", launch, {"x": x, **pair}, {"gate_w", "up_w"}, M, N, K)
     launch = _ext.dense_matmul_launch(M, N, K, dtype, dtype)
     yield _count("dense_matmul", launch, {"x": x, "w": _random(3, N, K)}, {"w"}, M, N, K)
+
+
+def launch_of(result: mx.array) -> _ext.Launch:
+    """The one launch that a lazy result of an op takes."""
+    launches, _ = _ext.launches_of(result)
+    assert launches is not None and len(launches) == 1
+    return launches[0]
 
 
 def _experts(M: int, N: int, K: int) -> Count:

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from pyengine import _ext
-from pyengine.kernel_counts import OnCount
+from pyengine import _ext, ops
+from pyengine.kernel_counts import OnCount, launch_of
 from pyengine.ops import workbench
 
 # 31B: the stream's width; queries and keys, and their width, of sliding and of full layers
@@ -69,14 +69,14 @@ def count_layers(
         on_count(done, len(rows), f"T = {T}")
         streams = {name: _random(i, T, E) for i, name in enumerate(("x", "h", "y"))}
         arrays = {**streams, **shared, "scalar": _random(5, 1)}
-        launch = _ext.rms_norm_launch(T, E, dtype, True, EPS)
+        launch = launch_of(ops.rms_norm(streams["x"], shared["weight"]))
         yield _count("rms_norm", launch, arrays, {"x"}, T, f"{E}")
         launch = _ext.residual_norm_launch(T, E, dtype, True, True, EPS)
         yield _count("residual_norm", launch, arrays, {"h", "y"}, T, f"{E}")
         for H, K, D in HEADS:
             yield from _heads(T, H, K, D)
         gates = {"gate": _random(6, T * E), "up": _random(7, T * E)}
-        launch = _ext.geglu_launch(T * E, dtype)
+        launch = launch_of(ops.geglu(**gates))
         yield _count("geglu", launch, gates, set(gates), T, f"{E}")
 
 

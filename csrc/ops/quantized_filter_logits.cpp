@@ -20,7 +20,6 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "ops/filter_logits.h"
 #include "ops/quantized_filter_logits_cpu.h"
-#include "ops/quantized_matmul.h"
 #include "quantized.h"
 
 namespace pyengine {

@@ -13,7 +13,6 @@
 #include "matmul.h"
 #include "matmul_launch.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "ops/quantized_matmul.h"
 #include "quantized.h"
 
 namespace pyengine {

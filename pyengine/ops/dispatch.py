@@ -1,6 +1,7 @@
 """Which implementation the ops run."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
 
 import mlx.core as mx
 
@@ -9,9 +10,10 @@ from pyengine.untrusted import shown
 
 from . import workbench
 
-Implementation = Literal["native", "reference", "workbench", "mlx"]
+Implementation = Literal["native", "reference", "workbench"]
+Result = TypeVar("Result")
 
-_IMPLEMENTATIONS = ("native", "reference", "workbench", "mlx")
+_IMPLEMENTATIONS = ("native", "reference", "workbench")
 _chosen: Implementation = "native"
 
 # Every op; each has a Metal kernel
@@ -45,9 +47,9 @@ def use(implementation: Implementation) -> None:
 
     Args:
         implementation: "native" for our kernels; "reference" for the plain MLX definitions they are
-            tested against; "workbench" for our Metal kernels run on the processor, slowly, from a
-            checkout only; "mlx" for MLX's own operations, should a kernel fail on a GPU: none has
-            met an Apple one.
+            tested against, slower, and the way out should a kernel fail on a GPU: none has met an
+            Apple one; "workbench" for our Metal kernels run on the processor, slowly, from a
+            checkout only.
 
     Raises:
         ValueError: The implementation is not one of those.
@@ -64,7 +66,39 @@ def use(implementation: Implementation) -> None:
     _chosen = implementation
 
 
-def chosen(op: str = "", fits: bool = True) -> Implementation:
+def run(
+    out: mx.array | list[mx.array],
+    reference: Callable[..., Result],
+    *args: Any,
+    otherwise: Callable[..., Result] | None = None,
+    **kwargs: Any,
+) -> Result:
+    """The result of an op, by the implementation that is chosen.
+
+    Args:
+        out: What ``_ext`` made of the arguments: lazy and checked; a list where it is several.
+        reference: Makes the same of them in plain MLX.
+        *args: Arguments of the reference.
+        otherwise: Makes it on a GPU past the limits of our kernel, of the same arguments; the
+            reference, if None.
+        **kwargs: More of them.
+    """
+    if _chosen == "reference":
+        return reference(*args, **kwargs)
+    if _chosen == "native" and mx.default_device() == mx.cpu:
+        return cast(Result, out)
+    launches, inputs = _ext.launches_of(out)
+    if _chosen == "native" and launches is None:
+        return (otherwise or reference)(*args, **kwargs)
+    if _chosen == "native" or not launches:  # the workbench leaves the rest to the processor
+        return cast(Result, out)
+    made = workbench.run(launches, *inputs)
+    if isinstance(out, mx.array):
+        return cast(Result, made[0].reshape(out.shape))
+    return cast(Result, [a.reshape(b.shape) for a, b in zip(made, out, strict=True)])
+
+
+def chosen(op: str = "", fits: bool = True) -> Implementation | Literal["mlx"]:
     """What an op called now runs: never "native" on a GPU past the limits of its Metal kernel.
 
     Args:
@@ -112,7 +146,6 @@ def status() -> list[dict[str, Any]]:
         "native": "Metal" if device == "gpu" else f"SIMD ({_ext.instruction_set()})",
         "workbench": "Metal (workbench)",
         "reference": "reference",
-        "mlx": "MLX",
     }
     return [
         {

@@ -63,7 +63,7 @@ def quantized_expert_matmul(
         launch = _ext.quantized_expert_matmul_launch(
             T, U, X, N, K, up is not None, alone, x.dtype, out.dtype, group_size, bits
         )
-        return workbench.run(launch, x, *stack, *(up or stack), ids)[0]
+        return workbench.run(launch, x, *stack, *(up or ()), ids)[0]
     if implementation != "mlx" and not too_wide(out[:, :1]):
         return out
     known = (ids >= 0) & (ids < stack[0].shape[0])

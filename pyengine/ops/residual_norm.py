@@ -44,8 +44,7 @@ def residual_norm(
     if implementation == "workbench" and h.size > 0:
         options = (scalar is not None, next_weight is not None, eps)
         launch = _ext.residual_norm_launch(h.size // E, E, h.dtype, *options)
-        given = [h, y, weight, weight if scalar is None else scalar]
-        given += [] if next_weight is None else [next_weight]
+        given = [a for a in (h, y, weight, scalar, next_weight) if a is not None]
         total, *following = (a.reshape(h.shape) for a in workbench.run(launch, *given))
         return total, following[0] if following else None
     return residual_norm_reference(h, y, weight, scalar=scalar, next_weight=next_weight, eps=eps)

@@ -1,14 +1,19 @@
 """Metal kernels on the processor, for ops.use("workbench"): development only."""
 
+from __future__ import annotations
+
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
 
 from pyengine import _ext
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _ROOT = Path(__file__).parents[2]
 
@@ -43,17 +48,22 @@ def run(launch: _ext.Launch | list[_ext.Launch], *inputs: mx.array) -> list[mx.a
         The outputs; they and the inputs are in the order in which buffers are first named.
     """
     launches = launch if isinstance(launch, list) else [launch]
-    read, written = _ext.launch_arguments(launches)
-    arrays = {
-        buffer.name: to_numpy(a.reshape(buffer.shape))
-        for buffer, a in zip(read, inputs, strict=True)
-    }
-    outputs, _ = load().run(launches, arrays)
+    outputs, _ = load().run(launches, named(launches, inputs))
+    written = _ext.launch_arguments(launches)[1]
     return [to_mlx(outputs[buffer.name], buffer.dtype) for buffer in written]
+
+
+def named(launches: list[_ext.Launch], inputs: Sequence[mx.array]) -> dict[str, np.ndarray]:
+    """Inputs of launches as the workbench takes them: by the names of buffers, in their shapes."""
+    read, _ = _ext.launch_arguments(launches)
+    pairs = zip(read, inputs, strict=True)
+    return {buffer.name: to_numpy(a.reshape(buffer.shape)) for buffer, a in pairs}
 
 
 def to_numpy(a: mx.array) -> np.ndarray:
     """The workbench's form of an array, which it evaluates: bfloat16 travels as its bits."""
+    import numpy as np  # here, since importing it takes a third of the time that pyengine takes
+
     a = mx.contiguous(a)
     return np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)
 

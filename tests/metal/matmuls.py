@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from launched import launches_of
 
 import workbench
 from pyengine import _ext, ops
@@ -49,13 +50,15 @@ class Matmul:
 def q8(seed, N, K, dtype, group_size=64, bits=8, out_dtype=None) -> Matmul:
     q = mx.quantize(normal(seed, N, K, dtype=dtype), group_size, bits)
     values = abs(mx.dequantize(q[0], *(a.astype(mx.float32) for a in q[1:]), group_size, bits))
+
+    def native(x: mx.array) -> mx.array:
+        return ops.quantized_matmul(x, *q, group_size, bits, out_dtype=out_dtype)
+
     return Matmul(
         "quantized_matmul",
         dict(zip(("w", "scales", "biases"), q, strict=True)),
-        lambda M: _ext.quantized_matmul_launch(
-            M, N, K, dtype, out_dtype or dtype, group_size, bits
-        ),
-        lambda x: ops.quantized_matmul(x, *q, group_size, bits, out_dtype=out_dtype),
+        lambda M: launches_of(native(mx.zeros((M, K), dtype)))[0],
+        native,
         lambda x: ops.quantized_matmul_reference(x, *q, group_size, bits, out_dtype=out_dtype),
         lambda x: abs(x.astype(mx.float32)) @ values.T,
     )

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from launched import launched, launches_of
 from matmuls import bits_of, normal
 from test_residual_norm import TOLERANCE as SUM_TOLERANCE
 from test_rms_norm import TOLERANCE
@@ -31,8 +32,7 @@ def run(launch: Any, given: dict[str, mx.array | None], **options: Any) -> tuple
 
 
 def norm(x: mx.array, weight: mx.array | None, eps: float = 1e-6, **options: Any):
-    launch = _ext.rms_norm_launch(*x.shape, x.dtype, weight is not None, eps)
-    (out,), report = run(launch, {"x": x, "weight": weight}, **options)
+    (out,), report = launched(ops.rms_norm(x, weight, eps), **options)
     return out, report
 
 
@@ -162,10 +162,12 @@ def test_rows_are_read_once(T):
 
 def test_launches():
     """A row a threadgroup, 1024 elements a simdgroup; pairs need their alignment."""
-    launch = _ext.rms_norm_launch(5, 5376, mx.bfloat16, True, 1e-6)
+    x = mx.zeros((5, 5376), mx.bfloat16)
+    (launch,) = launches_of(ops.rms_norm(x, x[0]))
     assert launch.grid == [5, 1, 1] and launch.threadgroup == [32 * 6, 1, 1]
     assert launch.kernel == "rms_norm_bfloat16" and launch.buffers[0].alignment == 4
-    assert _ext.rms_norm_launch(5, 33, mx.bfloat16, True, 1e-6).buffers[1].alignment == 2
+    (odd,) = launches_of(ops.rms_norm(x[:, :33], x[0, :33]))
+    assert odd.buffers[1].name == "weight" and odd.buffers[1].alignment == 2
     launch = _ext.residual_norm_launch(1, 1025, mx.float32, False, True, 1e-6)
     assert launch.threadgroup == [64, 1, 1] and launch.buffers[0].alignment == 4
     assert [b.name for b in launch.buffers if b.role == "in"] == [
@@ -175,9 +177,11 @@ def test_launches():
 
 def test_wider_rows_are_not_given_to_the_kernel(monkeypatch):
     limit = 16384
-    for has_launch in (_ext.rms_norm_has_launch, _ext.residual_norm_has_launch):
-        assert has_launch(1) and has_launch(limit)
-        assert not has_launch(limit + 1) and not has_launch(0)
+    assert launches_of(ops.rms_norm(mx.zeros((1, limit))))
+    assert _ext.launches_of(ops.rms_norm(mx.zeros((1, limit + 1))))[0] is None
+    has_launch = _ext.residual_norm_has_launch
+    assert has_launch(1) and has_launch(limit)
+    assert not has_launch(limit + 1) and not has_launch(0)
     x = normal(1, 1, limit + 1)
     expected = ops.rms_norm(x)
     monkeypatch.setattr(dispatch, "_chosen", "workbench")

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from launched import launched
 from matmuls import bits_of, normal
 
 import workbench
@@ -45,11 +46,8 @@ def metal(x, packed, group_size=64, bits=8, **options):
 
 def separate(x, matrix, group_size=64, bits=8, **options):
     """The output of a quantized_matmul launch, and its report."""
-    N, (M, K) = matrix[0].shape[0], x.shape
-    launch = _ext.quantized_matmul_launch(M, N, K, x.dtype, x.dtype, group_size, bits)
-    arrays = {"x": to_numpy(x)} | {n: to_numpy(a) for n, a in zip(PARTS, matrix, strict=True)}
-    outputs, report = workbench.run(launch, arrays, **options)
-    return to_mlx(outputs["out"], launch.buffers[4].dtype), report
+    (out,), report = launched(ops.quantized_matmul(x, *matrix, group_size, bits), **options)
+    return out, report
 
 
 @pytest.mark.parametrize("name", CASES)
