@@ -52,7 +52,15 @@ class AnyOp : public mx::Primitive {
 template <typename T>
 class OpOf final : public AnyOp {
  public:
-  OpOf(mx::Stream stream, T op) : AnyOp(stream), op_(std::move(op)) {}
+  OpOf(
+      mx::Stream stream,
+      T op,
+      std::vector<mx::Shape> shapes,
+      std::vector<mx::Dtype> dtypes)
+      : AnyOp(stream),
+        op_(std::move(op)),
+        shapes_(std::move(shapes)),
+        dtypes_(std::move(dtypes)) {}
 
   bool empty(const Arrays& in, const Arrays& out) const override {
     if constexpr (in_place) {
@@ -98,9 +106,12 @@ class OpOf final : public AnyOp {
     run_on_gpu(launches, stream(), in, out);
   }
 
-  // MLX makes one node of two that are equivalent, which two writes never are.
+  // mx.compile makes one node of two that are equivalent and have the same
+  // inputs, which two writes never are. It does not compare their results.
   bool is_equivalent(const mx::Primitive& other) const override {
-    return !in_place && op_ == static_cast<const OpOf&>(other).op_;
+    const auto& o = static_cast<const OpOf&>(other);
+    return !in_place && op_ == o.op_ && shapes_ == o.shapes_ &&
+        dtypes_ == o.dtypes_;
   }
 
   const char* name() const override {
@@ -125,6 +136,8 @@ class OpOf final : public AnyOp {
   }
 
   T op_;
+  std::vector<mx::Shape> shapes_; // of its results
+  std::vector<mx::Dtype> dtypes_;
 };
 
 // The result of an op, lazy.
@@ -135,11 +148,12 @@ mx::array lazy_result(
     mx::Shape shape,
     mx::Dtype dtype,
     Arrays inputs) {
-  return mx::array(
-      std::move(shape),
-      dtype,
-      std::make_shared<OpOf<T>>(stream, std::move(op)),
-      std::move(inputs));
+  auto node = std::make_shared<OpOf<T>>(
+      stream,
+      std::move(op),
+      std::vector<mx::Shape>{shape},
+      std::vector<mx::Dtype>{dtype});
+  return mx::array(std::move(shape), dtype, std::move(node), std::move(inputs));
 }
 
 // The results of an op that has several.
@@ -150,11 +164,9 @@ Arrays lazy_results(
     std::vector<mx::Shape> shapes,
     const std::vector<mx::Dtype>& dtypes,
     const Arrays& inputs) {
+  auto node = std::make_shared<OpOf<T>>(stream, std::move(op), shapes, dtypes);
   return mx::array::make_arrays(
-      std::move(shapes),
-      dtypes,
-      std::make_shared<OpOf<T>>(stream, std::move(op)),
-      inputs);
+      std::move(shapes), dtypes, std::move(node), inputs);
 }
 
 } // namespace pyengine

@@ -6,9 +6,7 @@ import pytest
 from launched import launched
 from matmuls import bits_of, normal
 
-import workbench
-from pyengine import _ext, ops
-from pyengine.ops.workbench import to_mlx, to_numpy
+from pyengine import ops
 
 EXPERTS, SLOTS, N = 5, 3, 21
 
@@ -25,17 +23,11 @@ def choose(seed, T, experts=EXPERTS) -> mx.array:
 
 
 def metal(x, first, ids, group_size=64, bits=8, up=None, out_dtype=None, **options):
-    launch = _ext.quantized_expert_matmul_launch(
-        *(*ids.shape, *first[0].shape[:2], x.shape[-1]),
-        *(up is not None, x.ndim == 2, x.dtype, out_dtype or x.dtype, group_size, bits),
+    result = ops.quantized_expert_matmul(
+        x, first, ids, group_size, bits, up=up, out_dtype=out_dtype
     )
-    names = ("w", "scales", "biases")
-    arrays = {"x": x, "ids": ids, **dict(zip(names, first, strict=True))}
-    if up is not None:
-        arrays |= {f"up_{name}": a for name, a in zip(names, up, strict=True)}
-    given = {name: to_numpy(a) for name, a in arrays.items()}
-    outputs, report = workbench.run(launch, given, **options)
-    return to_mlx(outputs["out"], launch.buffers[8].dtype), report
+    (out,), report = launched(result, **options)
+    return out, report
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_logits_are_made_where_all_are_wanted(tmp_path) -> None:
     cases = [
         (waiting, Sampling(top_k=0), "quantized_matmul"),
         (waiting, Sampling(logprobs=2), "quantized_matmul"),
-        (dense, Sampling(), "DenseMatmul"),
+        (dense, Sampling(), "dense_matmul"),
     ]
     for logits, sampling, product in cases:
         graph = operations(list(rules.filter_logits(logits, sampling)), tmp_path)
