@@ -16,7 +16,7 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from pyengine import _ext
+from pyengine import _ext, ops
 from pyengine.engine import loop
 from pyengine.engine.recorded import ArrayFunction
 from pyengine.generate import embedded_pair
@@ -134,10 +134,12 @@ def count_rules(
 
 
 def _head_launches(T: int, V: int) -> list[_ext.Launch]:
-    settings = (30.0, 1.0, 0.95, 0.0)
-    return _ext.quantized_filter_logits_launches(
-        T, V, WIDTH, mx.bfloat16, 64, 8, TOP_K, None, *settings
-    )
+    x, w = (mx.zeros((rows, WIDTH), mx.bfloat16) for rows in (T, V))
+    q = mx.quantize(w, 64, 8)
+    filtered = ops.quantized_filter_logits(x, *q, softcap=30.0, top_k=TOP_K, top_p=0.95)
+    launches, _ = _ext.launches_of(list(filtered))
+    assert launches is not None
+    return launches
 
 
 def _count(

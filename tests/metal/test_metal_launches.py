@@ -17,6 +17,7 @@ CONVERTED = {
     "embed",
     "geglu",
     "quantized_expert_matmul",
+    "quantized_filter_logits",
     "quantized_gated_matmul",
     "quantized_matmul",
     "quantized_matmuls",
@@ -30,6 +31,9 @@ BEYOND = {
     "dense_matmul": lambda: ops.dense_matmul(mx.zeros((129, 64)), mx.zeros((32, 64))),
     "quantized_expert_matmul of 129 tokens": lambda: experts(129, 2),
     "quantized_expert_matmul of 33 slots": lambda: experts(2, 33),
+    "quantized_filter_logits": lambda: ops.quantized_filter_logits(
+        mx.zeros((16, 64)), *matrix(256), top_k=256
+    ),
     "quantized_gated_matmul": lambda: ops.quantized_gated_matmul(
         mx.zeros((129, 64)), matrix(), matrix()
     ),

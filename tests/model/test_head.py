@@ -50,7 +50,7 @@ def test_candidates_need_no_logits(tmp_path) -> None:
             )
         out = rules.filter_logits(logits, sampling, edits)
         graph = operations(list(out), tmp_path)
-        assert "QuantizedFilterLogits" in graph
+        assert "quantized_filter_logits" in graph
         assert "quantized_matmul" not in graph and "softcap" not in graph
         want = rules.filter_logits(logits.array, sampling, edits)
         for a, b in zip(out, want, strict=True):
@@ -68,7 +68,7 @@ def test_logits_are_made_where_all_are_wanted(tmp_path) -> None:
     ]
     for logits, sampling, product in cases:
         graph = operations(list(rules.filter_logits(logits, sampling)), tmp_path)
-        assert product in graph and "QuantizedFilterLogits" not in graph
+        assert product in graph and "quantized_filter_logits" not in graph
     tokens = mx.array([1, 2, 3])
     assert mx.array_equal(
         rules.logprobs(waiting, tokens, 2), rules.logprobs(waiting.array, tokens, 2)

@@ -52,8 +52,23 @@ def test_an_op_runs_what_is_chosen(op: str, tmp_path: Path) -> None:
         plain = operations(op, tmp_path / "plain")
     finally:
         ops.use("native")
-    # The reference of the head is the composition of three ops, of which each is chosen for itself
     assert plain and not plain & own, plain & own
+
+
+def test_results_of_another_dtype_or_shape_are_other_nodes() -> None:
+    """mx.compile makes one of equivalent nodes, and does not look at what they give."""
+    x, w = mx.random.normal((2, 64)).astype(mx.bfloat16), mx.ones((300, 64), mx.bfloat16)
+    packed = mx.quantize(w, 64, 8)
+
+    def sums(x: mx.array) -> list[mx.array]:
+        both = (None, mx.float32)
+        outs = [ops.dense_matmul(x, w, out_dtype=dtype) for dtype in both]
+        outs += [ops.quantized_matmul(x, *packed, out_dtype=dtype) for dtype in both]
+        outs += [ops.quantized_filter_logits(x, *packed, top_k=k).ids for k in (3, 200)]
+        return [out.sum(axis=1) for out in outs]
+
+    for plain, compiled in zip(sums(x), mx.compile(sums)(x), strict=True):
+        assert plain.dtype == compiled.dtype and mx.array_equal(plain, compiled)
 
 
 def test_use_switches_every_op() -> None:
