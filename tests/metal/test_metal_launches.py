@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -16,31 +18,40 @@ CONVERTED = {
     "dense_matmul",
     "embed",
     "geglu",
+    "norm_rope",
+    "prepare_qkv",
     "quantized_expert_matmul",
     "quantized_filter_logits",
     "quantized_gated_matmul",
     "quantized_matmul",
     "quantized_matmuls",
+    "residual_norm",
     "rms_norm",
     "route_experts",
     "softcap",
     "weigh_experts",
+    "write_cache",
 }
-# Too large for any kernel: rows, a row, or what a threadgroup has to keep
-BEYOND = {
-    "dense_matmul": lambda: ops.dense_matmul(mx.zeros((129, 64)), mx.zeros((32, 64))),
-    "quantized_expert_matmul of 129 tokens": lambda: experts(129, 2),
-    "quantized_expert_matmul of 33 slots": lambda: experts(2, 33),
-    "quantized_filter_logits": lambda: ops.quantized_filter_logits(
-        mx.zeros((16, 64)), *matrix(256), top_k=256
+# Of a call of any size the largest that a kernel takes: rows, a row, or what a threadgroup keeps
+LIMITS: dict[str, tuple[int, Callable[[int], Any]]] = {
+    "dense_matmul": (128, lambda n: ops.dense_matmul(mx.zeros((n, 64)), mx.zeros((32, 64)))),
+    "quantized_expert_matmul of tokens": (128, lambda n: experts(n, 2)),
+    "quantized_expert_matmul of slots": (32, lambda n: experts(2, n)),
+    "quantized_filter_logits": (
+        9,
+        lambda n: ops.quantized_filter_logits(mx.zeros((n, 64)), *matrix(300), top_k=256),
     ),
-    "quantized_gated_matmul": lambda: ops.quantized_gated_matmul(
-        mx.zeros((129, 64)), matrix(), matrix()
+    "quantized_gated_matmul": (
+        128,
+        lambda n: ops.quantized_gated_matmul(mx.zeros((n, 64)), matrix(), matrix()),
     ),
-    "quantized_matmul": lambda: ops.quantized_matmul(mx.zeros((129, 64)), *matrix()),
-    "quantized_matmuls": lambda: ops.quantized_matmuls(mx.zeros((129, 64)), [matrix()] * 2),
-    "rms_norm": lambda: ops.rms_norm(mx.zeros((1, 16385))),
-    "route_experts": lambda: ops.route_experts(mx.zeros((1, 64)), mx.zeros(64), 33),
+    "quantized_matmul": (128, lambda n: ops.quantized_matmul(mx.zeros((n, 64)), *matrix())),
+    "quantized_matmuls": (
+        128,
+        lambda n: ops.quantized_matmuls(mx.zeros((n, 64)), [matrix()] * 2),
+    ),
+    "rms_norm": (16384, lambda n: ops.rms_norm(mx.zeros((1, n)))),
+    "route_experts": (32, lambda n: ops.route_experts(mx.zeros((1, 64)), mx.zeros(64), n)),
 }
 
 
@@ -77,8 +88,8 @@ def test_buffers_are_the_arrays_in_order(op):
     launched = 0
     for outs in results(op):
         launches, inputs = _ext.launches_of(outs)
-        if not launches:  # empty, or past a limit
-            assert launches is None or all(a.size == 0 for a in outs)
+        if not launches:  # nothing to compute or to write, or past a limit
+            assert launches is None or inputs[0].size == 0 or all(a.size == 0 for a in outs)
             continue
         launched += 1
         assert {launches[0].library} <= set(dispatch.OPS)
@@ -90,21 +101,22 @@ def test_buffers_are_the_arrays_in_order(op):
     assert launched > 5
 
 
-@pytest.mark.parametrize("name", BEYOND)
+@pytest.mark.parametrize("name", LIMITS)
 def test_a_limit_is_one_for_gpu_and_workbench(name, monkeypatch, tmp_path):
     """Past it a GPU runs other nodes and the workbench the processor's kernel."""
-    op, call = name.split()[0], BEYOND[name]
-    expected = flat(call())
+    op, (limit, call) = name.split()[0], LIMITS[name]
+    assert _ext.launches_of(flat(call(limit)))[0]
+    expected = flat(call(limit + 1))
     assert _ext.launches_of(expected)[0] is None
     monkeypatch.setattr(ops.workbench, "run", None)  # whoever calls it fails
     ops.use("workbench")
     try:
-        pairs = zip(flat(call()), expected, strict=True)
+        pairs = zip(flat(call(limit + 1)), expected, strict=True)
         assert all(mx.array_equal(a, b) for a, b in pairs)
     finally:
         ops.use("native")
     monkeypatch.setattr(dispatch.mx, "default_device", lambda: mx.gpu)
-    mx.export_to_dot(str(tmp_path / "graph"), *flat(call()))
+    mx.export_to_dot(str(tmp_path / "graph"), *flat(call(limit + 1)))
     nodes = re.findall(r'label ="(\w+)', (tmp_path / "graph").read_text())
     assert nodes and op not in nodes
 
