@@ -15,10 +15,10 @@
 #include "bindings.h"
 #include "check.h"
 #include "filter_inputs.h"
+#include "filter_launch.h"
 #include "matmul.h"
 #include "matmul_launch.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "ops/filter_logits.h"
 #include "ops/quantized_filter_logits_cpu.h"
 #include "quantized.h"
 
@@ -237,6 +237,9 @@ void QuantizedFilterLogits::eval_cpu(
     std::vector<mx::array>& outputs) {
   const auto& x = inputs[0];
   int V = inputs[1].shape(0);
+  for (auto& out : outputs) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  }
   Args args = {};
   args.matmul = packed_args(&inputs[1], x, group_size_, bits_);
   args.filter = filter_args(outputs, V, temperature_, top_p_, min_p_);

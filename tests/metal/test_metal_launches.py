@@ -11,17 +11,28 @@ from fuzz_ops import CALLS, HOUSE, Draw, flat
 from pyengine import _ext, ops
 from pyengine.ops import dispatch
 
-CONVERTED = {"embed", "geglu", "norm_rope", "prepare_qkv", "quantized_matmul", "residual_norm"}
-CONVERTED |= {"rms_norm", "softcap", "write_cache"}
+CONVERTED = {"accept_block", "draw_token", "embed", "filter_logits", "geglu", "norm_rope"}
+CONVERTED |= {"prepare_qkv", "quantized_matmul", "random_uniform", "residual_norm", "rms_norm"}
+CONVERTED |= {"softcap", "write_cache"}
 # Too large for any kernel: rows, or a row
 BEYOND = {
+    "accept_block": lambda: ops.accept_block(*drafts(129), rule="block", vocab=9)[0],
+    "filter_logits": lambda: ops.filter_logits(mx.zeros((1, 300)), top_k=0).probs,
     "quantized_matmul": lambda: ops.quantized_matmul(mx.zeros((129, 64)), *matrix()),
+    "residual_norm": lambda: ops.residual_norm(*2 * [mx.zeros((1, 16385))], mx.ones(16385))[0],
     "rms_norm": lambda: ops.rms_norm(mx.zeros((1, 16385))),
 }
 
 
 def matrix() -> tuple[mx.array, ...]:
     return mx.quantize(mx.zeros((32, 64)), 64, 8)
+
+
+def drafts(k: int) -> list[mx.array]:
+    """The arrays of accept_block: all rows have one candidate, which is every draft."""
+    ids, probs = mx.zeros((k + 1, 1), mx.int32), mx.ones((k + 1, 1))
+    position, seed = mx.array(5), mx.array(1, dtype=mx.uint32)
+    return [ids, probs, ids[1:], probs[1:], ids[1:, 0], position, seed]
 
 
 def results(op: str) -> list[list[mx.array]]:
