@@ -217,10 +217,9 @@ def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[
             calls[op] += number
         elif name not in _VIEWS:
             calls["MLX"] += number
+    one = mx.zeros((1, 1, 1, 16))
     several = {
-        "block_attention": len(
-            _ext.block_attention_launches(1, 1, 1, 1, 1, 16, mx.bfloat16, 1.0, None, False)
-        ),
+        "block_attention": len(_launches([ops.block_attention(one, one, one, mx.array(0))])),
         "filter_logits": len(_launches(ops.filter_logits(mx.zeros((1, VOCAB)), top_k=TOP_K))),
         "quantized_filter_logits": len(_head_launches(1, VOCAB)),
     }

@@ -11,12 +11,13 @@ from fuzz_ops import CALLS, HOUSE, Draw, flat
 from pyengine import _ext, ops
 from pyengine.ops import dispatch
 
-CONVERTED = {"accept_block", "draw_token", "embed", "filter_logits", "geglu", "norm_rope"}
-CONVERTED |= {"prepare_qkv", "quantized_matmul", "random_uniform", "residual_norm", "rms_norm"}
-CONVERTED |= {"softcap", "write_cache"}
+CONVERTED = {"accept_block", "block_attention", "draw_token", "embed", "filter_logits", "geglu"}
+CONVERTED |= {"norm_rope", "prepare_qkv", "quantized_matmul", "random_uniform", "residual_norm"}
+CONVERTED |= {"rms_norm", "softcap", "write_cache"}
 # Too large for any kernel: rows, or a row
 BEYOND = {
     "accept_block": lambda: ops.accept_block(*drafts(129), rule="block", vocab=9)[0],
+    "block_attention": lambda: ops.block_attention(*3 * [mx.zeros((1, 129, 129, 16))], mx.array(0)),
     "filter_logits": lambda: ops.filter_logits(mx.zeros((1, 300)), top_k=0).probs,
     "quantized_matmul": lambda: ops.quantized_matmul(mx.zeros((129, 64)), *matrix()),
     "residual_norm": lambda: ops.residual_norm(*2 * [mx.zeros((1, 16385))], mx.ones(16385))[0],
