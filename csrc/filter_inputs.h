@@ -52,16 +52,13 @@ inline void add_edits(
   }
 }
 
-// ids, probabilities and flags of a primitive's outputs, with their memory.
+// ids, probabilities and flags, which have their memory.
 inline FilterArgs filter_args(
     std::vector<mx::array>& outputs,
     int vocab,
     float temperature,
     float top_p,
     float min_p) {
-  for (auto& out : outputs) {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-  }
   FilterArgs args = {};
   args.ids = outputs[0].data<int32_t>();
   args.probs = outputs[1].data<float>();

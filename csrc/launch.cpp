@@ -175,6 +175,13 @@ void run_on_gpu(
             std::to_string(buffer.alignment) + " bytes but starts at byte " +
             std::to_string(a.offset()) + " of its memory; pass a copy of it.");
       }
+      // A copy of a whole cache for every block would go unnoticed
+      if (a.size() > 1 && !a.flags().row_contiguous) {
+        throw std::runtime_error(
+            "[" + launch.library + "] " + buffer.name +
+            " must be contiguous on a GPU but got a strided view; pass "
+            "mx.contiguous of it.");
+      }
       encoder.set_input_array(a, i);
     } else {
       encoder.set_output_array(outputs[output++], i);

@@ -13,10 +13,10 @@
 #include "bindings.h"
 #include "check.h"
 #include "filter_inputs.h"
+#include "filter_launch.h"
 #include "matmul.h"
 #include "matmul_launch.h"
 #include "op.h"
-#include "ops/filter_logits.h"
 #include "ops/quantized_filter_logits_cpu.h"
 #include "quantized.h"
 

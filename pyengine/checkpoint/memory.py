@@ -92,7 +92,7 @@ def prompt_bytes(config: TargetConfig, tokens: int, max_block: int, marks: int, 
         *(2 * n.ffn_width for n in config.layers),
         *(config.num_heads * n.head_dim for n in config.layers),
     )
-    ours = chosen("block_attention", _ext.block_attention_has_launch(rows)) in OURS
+    ours = chosen("block_attention", rows <= _ext.max_launch_rows) in OURS
     scores = 0 if ours else 3 * 4 * config.num_heads * rows * steps
     chunk = (IN_FLIGHT * rows * widest + 2 * layer) * size + scores
     return cache_bytes(config, tokens, max_block, size) + marks * rings + chunk

@@ -14,27 +14,19 @@ from fuzz_ops import CALLS, HOUSE, Draw, flat
 from pyengine import _ext, ops
 from pyengine.ops import dispatch
 
-CONVERTED = {
-    "dense_matmul",
-    "embed",
-    "geglu",
-    "norm_rope",
-    "prepare_qkv",
-    "quantized_expert_matmul",
-    "quantized_filter_logits",
-    "quantized_gated_matmul",
-    "quantized_matmul",
-    "quantized_matmuls",
-    "residual_norm",
-    "rms_norm",
-    "route_experts",
-    "softcap",
-    "weigh_experts",
-    "write_cache",
-}
 # Of a call of any size the largest that a kernel takes: rows, a row, or what a threadgroup keeps
 LIMITS: dict[str, tuple[int, Callable[[int], Any]]] = {
+    "accept_block": (128, lambda n: ops.accept_block(*drafts(n), rule="block", vocab=9)),
+    "block_attention": (
+        128,
+        lambda n: ops.block_attention(*3 * [mx.zeros((1, n, n, 16))], mx.array(0)),
+    ),
     "dense_matmul": (128, lambda n: ops.dense_matmul(mx.zeros((n, 64)), mx.zeros((32, 64)))),
+    "filter_logits of candidates": (256, lambda n: ops.filter_logits(mx.zeros((1, n)), top_k=0)),
+    "filter_logits of lists": (
+        64 * 4096,
+        lambda n: ops.filter_logits(mx.zeros((1, n)), top_k=256),
+    ),
     "quantized_expert_matmul of tokens": (128, lambda n: experts(n, 2)),
     "quantized_expert_matmul of slots": (32, lambda n: experts(2, n)),
     "quantized_filter_logits": (
@@ -50,6 +42,10 @@ LIMITS: dict[str, tuple[int, Callable[[int], Any]]] = {
         128,
         lambda n: ops.quantized_matmuls(mx.zeros((n, 64)), [matrix()] * 2),
     ),
+    "residual_norm": (
+        16384,
+        lambda n: ops.residual_norm(*2 * [mx.zeros((1, n))], mx.ones(n)),
+    ),
     "rms_norm": (16384, lambda n: ops.rms_norm(mx.zeros((1, n)))),
     "route_experts": (32, lambda n: ops.route_experts(mx.zeros((1, 64)), mx.zeros(64), n)),
 }
@@ -64,6 +60,13 @@ def experts(T: int, U: int) -> mx.array:
     w, scales, biases = (a[None] for a in matrix())
     ids = mx.zeros((T, U), mx.int32)
     return ops.quantized_expert_matmul(mx.zeros((T, 64)), (w, scales, biases), ids)
+
+
+def drafts(k: int) -> list[mx.array]:
+    """The arrays of accept_block: all rows have one candidate, which is every draft."""
+    ids, probs = mx.zeros((k + 1, 1), mx.int32), mx.ones((k + 1, 1))
+    position, seed = mx.array(5), mx.array(1, dtype=mx.uint32)
+    return [ids, probs, ids[1:], probs[1:], ids[1:, 0], position, seed]
 
 
 def results(op: str) -> list[list[mx.array]]:
@@ -83,7 +86,7 @@ def is_that(buffer: _ext.Buffer, a: mx.array) -> bool:
     return (buffer.dtype, math.prod(buffer.shape)) == (dtype, a.size)
 
 
-@pytest.mark.parametrize("op", sorted(CONVERTED))
+@pytest.mark.parametrize("op", dispatch.OPS)
 def test_buffers_are_the_arrays_in_order(op):
     launched = 0
     for outs in results(op):
