@@ -52,14 +52,6 @@ std::string dtype_name(mx::Dtype dtype) {
   return text.str();
 }
 
-void check_launch_size(const std::string& op, size_t size) {
-  if (!fits_grid(size)) {
-    throw std::runtime_error(
-        "[" + op + "] has no Metal kernel for 2**31 elements or more but got " +
-        std::to_string(size) + "; pass fewer rows.");
-  }
-}
-
 namespace {
 
 const char* role_name(Buffer::Role role) {
@@ -152,9 +144,9 @@ MTL::Size size_of(const std::array<int, 3>& size) {
   return MTL::Size(size[0], size[1], size[2]);
 }
 
-} // namespace
-
-void run_on_gpu(
+// `inputs` and `outputs` stand for the buffers of those roles, in order; an
+// inout buffer is an output.
+void run_one(
     const Launch& launch,
     const mx::Stream& stream,
     const std::vector<mx::array>& inputs,
@@ -194,6 +186,8 @@ void run_on_gpu(
       size_of(launch.grid), size_of(launch.threadgroup));
 }
 
+} // namespace
+
 #else
 
 namespace {
@@ -202,9 +196,7 @@ mx::array temporary(const Buffer& buffer, const mx::Stream&) {
   return mx::array(buffer.shape, buffer.dtype, nullptr, {});
 }
 
-} // namespace
-
-void run_on_gpu(
+void run_one(
     const Launch& launch,
     const mx::Stream&,
     const std::vector<mx::array>&,
@@ -212,6 +204,8 @@ void run_on_gpu(
   throw std::runtime_error(
       "[" + launch.library + "] was built without Metal; use mx.cpu.");
 }
+
+} // namespace
 
 #endif
 
@@ -221,7 +215,7 @@ void run_on_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   auto arguments = arguments_of(launches);
-  if (inputs.size() < arguments.read.size() ||
+  if (inputs.size() != arguments.read.size() ||
       outputs.size() != arguments.written.size()) {
     throw std::logic_error(
         "[" + launches[0].library + "] launches name other arguments.");
@@ -251,7 +245,7 @@ void run_on_gpu(
         (reads ? read : written).push_back(find(buffer));
       }
     }
-    run_on_gpu(launch, stream, read, written);
+    run_one(launch, stream, read, written);
   }
 }
 

@@ -64,17 +64,6 @@ inline bool fits_grid(size_t size) {
   return size <= INT32_MAX;
 }
 
-// std::runtime_error where they are not.
-void check_launch_size(const std::string& op, size_t size);
-
-// Runs a launch on a GPU stream. `inputs` and `outputs` stand for the buffers
-// of those roles, in order; an inout buffer is an output. Outputs have memory.
-void run_on_gpu(
-    const Launch& launch,
-    const mx::Stream& stream,
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs);
-
 // What launches that run in order read and write: each name once, in the order
 // in which they first name it. A buffer that one writes and a later one reads,
 // by its name, is a temporary and in neither list. It points into `launches`.
@@ -85,7 +74,8 @@ struct Arguments {
 
 Arguments arguments_of(const std::vector<Launch>& launches);
 
-// Runs launches in order; `inputs` and `outputs` stand for their arguments.
+// Runs launches in order on a GPU stream; `inputs` and `outputs` stand for
+// their arguments, and outputs have memory.
 void run_on_gpu(
     const std::vector<Launch>& launches,
     const mx::Stream& stream,

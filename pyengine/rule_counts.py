@@ -6,7 +6,6 @@ read off its recorded graph.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -143,10 +142,7 @@ def _launches(results: Sequence[mx.array]) -> list[_ext.Launch]:
 def _head_launches(T: int, V: int) -> list[_ext.Launch]:
     x, w = (mx.zeros((rows, WIDTH), mx.bfloat16) for rows in (T, V))
     q = mx.quantize(w, 64, 8)
-    filtered = ops.quantized_filter_logits(x, *q, softcap=30.0, top_k=TOP_K, top_p=0.95)
-    launches, _ = _ext.launches_of(list(filtered))
-    assert launches is not None
-    return launches
+    return _launches(ops.quantized_filter_logits(x, *q, softcap=30.0, top_k=TOP_K, top_p=0.95))
 
 
 def _count(
@@ -211,12 +207,10 @@ def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[
         next(rounds)
         rounds.close()
     names = Counter(name.split()[0] for name in played[0].nodes)
-    ours = {row["op"] for row in dispatch.status()}
     calls: Counter[str] = Counter()
     for name, number in names.items():
-        op = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
-        if op in ours:
-            calls[op] += number
+        if name in dispatch.OPS:
+            calls[name] += number
         elif name not in _VIEWS:
             calls["MLX"] += number
     one = mx.zeros((1, 1, 1, 16))

@@ -98,18 +98,8 @@ def run(
     return cast(Result, [a.reshape(b.shape) for a, b in zip(made, out, strict=True)])
 
 
-def chosen(op: str = "", fits: bool = True) -> Implementation | Literal["mlx"]:
-    """What an op called now runs: never "native" on a GPU past the limits of its Metal kernel.
-
-    Args:
-        op: Its name.
-        fits: Whether what it is called with is within those limits.
-    """
-    metal = op in OPS and fits
-    if _chosen == "workbench":
-        return "workbench" if metal else "native"
-    if _chosen == "native" and mx.default_device() == mx.gpu and not metal:
-        return "mlx"
+def chosen() -> Implementation:
+    """What was chosen with :func:`use`."""
     return _chosen
 
 
@@ -121,12 +111,7 @@ def lazy() -> bool:
 def in_place() -> bool:
     """Whether an evaluated write to the cache is seen through every handle of it. On a processor
     it is: calls run one after the other, and a write is never a copy."""
-    return chosen("prepare_qkv") == "native" and mx.default_device() == mx.cpu
-
-
-def too_wide(out: mx.array) -> bool:
-    """Whether a GPU should give this matmul's result to MLX: more rows than any block has."""
-    return mx.default_device() == mx.gpu and out.size > 128 * out.shape[-1]
+    return _chosen == "native" and mx.default_device() == mx.cpu
 
 
 # Ops whose plain form has no reduction: MLX cannot choose an order for them by the number of rows.
@@ -138,7 +123,7 @@ def status() -> list[dict[str, Any]]:
 
     Returns:
         One row an op: ``op``; ``kernel``, "SIMD (...)" with the instruction set, "Metal",
-        "Metal (workbench)", "reference" or "MLX"; ``device``; ``row_stable``, whether a row's bits
+        "Metal (workbench)" or "reference"; ``device``; ``row_stable``, whether a row's bits
         depend on that row alone.
     """
     device = "gpu" if mx.default_device() == mx.gpu else "cpu"
@@ -150,9 +135,9 @@ def status() -> list[dict[str, Any]]:
     return [
         {
             "op": op,
-            "kernel": kernel[chosen(op)],
+            "kernel": kernel[_chosen],
             "device": device,
-            "row_stable": chosen(op) in ("native", "workbench") or op in _ELEMENTWISE,
+            "row_stable": _chosen != "reference" or op in _ELEMENTWISE,
         }
         for op in OPS
     ]

@@ -39,15 +39,14 @@ def load() -> Any:
         ) from None
 
 
-def run(launch: _ext.Launch | list[_ext.Launch], *inputs: mx.array) -> list[mx.array]:
-    """Run a launch on the processor, or several in order. Evaluates its inputs.
+def run(launches: list[_ext.Launch], *inputs: mx.array) -> list[mx.array]:
+    """Run launches on the processor, in order. Evaluates their inputs.
 
     A buffer that one launch writes and a later one reads is neither input nor output.
 
     Returns:
         The outputs; they and the inputs are in the order in which buffers are first named.
     """
-    launches = launch if isinstance(launch, list) else [launch]
     outputs, _ = load().run(launches, named(launches, inputs))
     written = _ext.launch_arguments(launches)[1]
     return [to_mlx(outputs[buffer.name], buffer.dtype) for buffer in written]

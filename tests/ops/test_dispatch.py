@@ -37,22 +37,16 @@ def operations(op: str, path: Path) -> set[str]:
     raise AssertionError("every call was refused")
 
 
-def camel(op: str) -> str:
-    return "".join(word.capitalize() for word in op.split("_"))
-
-
 @pytest.mark.parametrize("op", NAMES)
 def test_an_op_runs_what_is_chosen(op: str, tmp_path: Path) -> None:
     """Its own node in the graph, or nodes of MLX alone."""
-    own = set(NAMES) | {camel(name) for name in NAMES}
-    native = operations(op, tmp_path / "native")
-    assert {op, camel(op)} & native
+    assert op in operations(op, tmp_path / "native")
     ops.use("reference")
     try:
         plain = operations(op, tmp_path / "plain")
     finally:
         ops.use("native")
-    assert plain and not plain & own, plain & own
+    assert plain and not plain & set(NAMES), plain & set(NAMES)
 
 
 def test_results_of_another_dtype_or_shape_are_other_nodes() -> None:
@@ -81,12 +75,11 @@ def test_use_switches_every_op() -> None:
     assert {op for op, row in rows.items() if row["row_stable"]} == ELEMENTWISE
 
 
-def test_a_gpu_runs_metal_kernels_within_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_runs_metal_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU here: the answer to "which device" is replaced, what follows from it is real."""
     monkeypatch.setattr(dispatch.mx, "default_device", lambda: mx.gpu)
     for row in ops.status():
         assert (row["kernel"], row["device"], row["row_stable"]) == ("Metal", "gpu", True)
-        assert dispatch.chosen(row["op"], fits=False) == "mlx"  # past a kernel's limits
 
 
 def test_every_metal_kernel_has_its_source_in_the_extension() -> None:
