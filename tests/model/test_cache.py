@@ -175,5 +175,5 @@ def test_a_chunk_is_written_out_of_what_was_read() -> None:
     cache.append_chunk(i, new, new)
     graph = io.StringIO()
     mx.export_to_dot(graph, cache.keys[i])
-    assert "WriteCache" in graph.getvalue() and "Concatenate" in graph.getvalue()
+    assert "write_cache" in graph.getvalue() and "Concatenate" in graph.getvalue()
     assert "Depends" not in graph.getvalue()

@@ -50,8 +50,8 @@ def test_candidates_need_no_logits(tmp_path) -> None:
             )
         out = rules.filter_logits(logits, sampling, edits)
         graph = operations(list(out), tmp_path)
-        assert "QuantizedFilterLogits" in graph
-        assert "QuantizedMatmul" not in graph and "Softcap" not in graph
+        assert "quantized_filter_logits" in graph
+        assert "quantized_matmul" not in graph and "softcap" not in graph
         want = rules.filter_logits(logits.array, sampling, edits)
         for a, b in zip(out, want, strict=True):
             assert np.array_equal(np.array(a.view(mx.uint32)), np.array(b.view(mx.uint32)))
@@ -62,13 +62,13 @@ def test_logits_are_made_where_all_are_wanted(tmp_path) -> None:
     x = mx.random.normal((3, 64), key=mx.random.key(1))
     waiting, dense = Logits(x, table(), 30.0), Logits(x, Linear(table().values()))
     cases = [
-        (waiting, Sampling(top_k=0), "QuantizedMatmul"),
-        (waiting, Sampling(logprobs=2), "QuantizedMatmul"),
-        (dense, Sampling(), "DenseMatmul"),
+        (waiting, Sampling(top_k=0), "quantized_matmul"),
+        (waiting, Sampling(logprobs=2), "quantized_matmul"),
+        (dense, Sampling(), "dense_matmul"),
     ]
     for logits, sampling, product in cases:
         graph = operations(list(rules.filter_logits(logits, sampling)), tmp_path)
-        assert product in graph and "QuantizedFilterLogits" not in graph
+        assert product in graph and "quantized_filter_logits" not in graph
     tokens = mx.array([1, 2, 3])
     assert mx.array_equal(
         rules.logprobs(waiting, tokens, 2), rules.logprobs(waiting.array, tokens, 2)
