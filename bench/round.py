@@ -11,15 +11,18 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import mlx.core as mx
 
 from pyengine import ops
 from pyengine.checkpoint.pair import Pair, load
+from pyengine.drafters import new_drafter
 from pyengine.engine import loop
-from pyengine.engine.recorded import ArrayFunction, recorded
+from pyengine.engine import round as on_device
+from pyengine.engine.recorded import Recorded
 from pyengine.sampling.settings import Sampling
 
 PROMPT = "Create a single-file HTML5 canvas Flappy Bird game."
@@ -31,7 +34,7 @@ VARIANTS = ("rules in plain MLX", "rules as ops", "recorded")
 def variant(name: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if name != "recorded":
-            stack.enter_context(mock.patch.object(loop, "recorded", lambda function: function))
+            stack.enter_context(mock.patch.object(on_device, "recorded", lambda function: function))
         if name == "rules in plain MLX":
             for op in RULES:
                 stack.enter_context(mock.patch.object(ops, op, getattr(ops, f"{op}_reference")))
@@ -46,7 +49,7 @@ def rounds(pair: Pair, block_size: int, tokens: int) -> tuple[list[int], list[fl
     start = time.perf_counter()
     for r in loop.decode(
         pair.target,
-        pair.assistant,
+        new_drafter("assistant", pair.target, pair.assistant),
         prompt,
         sampling=Sampling(seed=1),
         block_size=block_size,
@@ -61,13 +64,13 @@ def rounds(pair: Pair, block_size: int, tokens: int) -> tuple[list[int], list[fl
 
 def nodes(pair: Pair, block_size: int) -> Counter[str]:
     """Of the recorded graph of a round, by name."""
-    played = []
+    played: list[Recorded[..., Any]] = []
 
-    def record(function: ArrayFunction) -> ArrayFunction:
-        played.append(recorded(function))
+    def record(function: Callable[..., Any]) -> Recorded[..., Any]:
+        played.append(Recorded(function))
         return played[-1]
 
-    with mock.patch.object(loop, "recorded", record):
+    with mock.patch.object(on_device, "recorded", record):
         rounds(pair, block_size, 2)
     return Counter(played[0].nodes)
 

@@ -25,6 +25,7 @@ from measure import cut_prompts
 
 import pyengine
 from pyengine import Sampling
+from pyengine.model.head import whole
 
 BLOCK = 4
 CONTEXT, REPEATS = 400, 40
@@ -85,10 +86,16 @@ def step_costs(pair: pyengine.Pair) -> dict:
     # As a round does it: the next call depends on the array of the last one.
     def verify(count: int) -> Callable[[], list[mx.array]]:
         block = mx.array(ids[-count:], dtype=mx.int32)
-        return lambda: list(target.verify(block, cache))
+
+        def run() -> list[mx.array]:
+            logits, vectors = target.forward(block, cache)
+            return [logits.array, vectors]
+
+        return run
 
     def draft() -> list[mx.array]:
-        return list(assistant.step(target.embed(token), hidden, cache))
+        logits, vector = assistant.forward(target.embed(token), hidden, cache)
+        return [whole(logits), vector]
 
     plain, four, step = milliseconds(verify(1)), milliseconds(verify(4)), milliseconds(draft)
     return {

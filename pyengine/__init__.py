@@ -25,15 +25,15 @@ __all__ = [
 if TYPE_CHECKING:  # for type checkers and editors; _HOMES says the same
     from pyengine import ops
     from pyengine.checkpoint.pair import Pair, load
-    from pyengine.engine.loop import Stats
     from pyengine.engine.prefix import Prefix
+    from pyengine.engine.stats import Stats
     from pyengine.generation import Result, Stream, generate, stream
     from pyengine.sampling.settings import Sampling
 else:  # which would take any name for a public one
     _HOMES = {
         "Pair": "pyengine.checkpoint.pair",
         "load": "pyengine.checkpoint.pair",
-        "Stats": "pyengine.engine.loop",
+        "Stats": "pyengine.engine.stats",
         "Prefix": "pyengine.engine.prefix",
         "Result": "pyengine.generation",
         "Stream": "pyengine.generation",

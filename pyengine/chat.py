@@ -45,10 +45,11 @@ class Chat:
         max_tokens: int | None = None,
         sampling: Sampling | Mapping[str, Any] | None = None,
         block_size: int | None = None,
+        drafter: str | None = None,
         stop: str | Sequence[str] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> None:
-        check_settings(pair, max_tokens, block_size)
+        check_settings(pair, max_tokens, block_size, drafter)
         if not pair.tokenizer.has_chat_template:
             raise ValueError("[chat] the checkpoint must have a chat template but has none.")
         resolve_sampling(pair, sampling)
@@ -59,6 +60,7 @@ class Chat:
         self.max_tokens = max_tokens
         self.sampling = sampling
         self.block_size = block_size
+        self.drafter = drafter
         self.stop = stop_strings(stop)
         self.variables = variables
         self.prefix = Prefix()
@@ -90,6 +92,7 @@ class Chat:
             max_tokens=self.max_tokens,
             sampling=self.sampling,
             block_size=self.block_size,
+            drafter=self.drafter,
             stop=self.stop,
             variables=self.variables,
             prefix=self.prefix,

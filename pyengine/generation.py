@@ -13,9 +13,12 @@ from pyengine import forked
 from pyengine.arguments import flag, whole
 from pyengine.checkpoint import memory
 from pyengine.checkpoint.defaults import OURS
-from pyengine.engine.loop import MAX_BLOCK, Stats, decode
+from pyengine.drafters import NAMES, Name, new_drafter
+from pyengine.engine.loop import MAX_BLOCK, decode
 from pyengine.engine.prefix import Prefix, check_prefix
-from pyengine.sampling.settings import Logprob, Sampling, seeded
+from pyengine.engine.stats import Stats
+from pyengine.sampling.sampler import Logprob
+from pyengine.sampling.settings import Sampling, seeded
 from pyengine.text.output import Reader, stop_strings
 from pyengine.text.prompt import Prompt, encode_prompt
 from pyengine.untrusted import shown
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
 
 DEFAULT_BLOCK = 4
+LOOKUP_BLOCK = 8  # its drafts cost nothing, and few rounds have any
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,9 @@ class Result:
             round committed after a stop string are not.
         finish_reason: "stop" (a stop id or stop string), "length" (``max_tokens`` or the context
             is used up), or None when the generation was abandoned.
-        stats: Counts and seconds, see :class:`pyengine.engine.loop.Stats`.
+        stats: Counts and seconds, see :class:`pyengine.engine.stats.Stats`.
         logprobs: One entry per token where the settings ask for them, see
-            :class:`pyengine.sampling.settings.Logprob`.
+            :class:`pyengine.sampling.sampler.Logprob`.
         thinking: The model's thoughts before its answer, where its template has a channel for them;
             else None.
     """
@@ -69,6 +73,7 @@ def generate(
     max_tokens: int | None = None,
     sampling: Sampling | Mapping[str, Any] | None = None,
     block_size: int | None = None,
+    drafter: str | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
@@ -88,6 +93,9 @@ def generate(
             that the pair suppresses stay suppressed either way.
         block_size: Primary token and its drafts, 2 to 128; 1 is plain decoding. None takes the
             pair's measured best, else what its assistant asks for, else 4.
+        drafter: Where drafts come from. "assistant" (the default) is the pair's own; "lookup" takes
+            what followed the newest tokens earlier in the text, needs no assistant, and pays where
+            an answer repeats its prompt.
         stop: One string or several. The text ends before the first one that appears; no part of it
             is ever emitted. The pair's stop ids end the text in any case.
         raw: Continue a string prompt as plain text. Special tokens spelled in it take effect.
@@ -114,6 +122,7 @@ def generate(
         max_tokens=max_tokens,
         sampling=sampling,
         block_size=block_size,
+        drafter=drafter,
         stop=stop,
         raw=raw,
         variables=variables,
@@ -131,6 +140,7 @@ def stream(
     max_tokens: int | None = None,
     sampling: Sampling | Mapping[str, Any] | None = None,
     block_size: int | None = None,
+    drafter: str | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
@@ -146,7 +156,7 @@ def stream(
     forked.check("generate")
     pair = embedded_pair() if pair is None else pair
     stops = stop_strings(stop)
-    block = check_settings(pair, max_tokens, block_size)
+    block, source = check_settings(pair, max_tokens, block_size, drafter)
     flag("generate", "raw", raw)
     check_variables(variables)
     check_prefix("generate", prefix)
@@ -160,7 +170,7 @@ def stream(
             f"[generate] suppress_tokens and logit_bias must name ids up to {vocab - 1} but got "
             f"{outside[0]}."
         )
-    return Stream(pair, ids, limit, settings, block, stops, prefix)
+    return Stream(pair, ids, limit, settings, block, source, stops, prefix)
 
 
 def prompt_ids(
@@ -185,20 +195,40 @@ def prompt_ids(
     )
 
 
-def check_settings(pair: Pair, max_tokens: int | None, block_size: int | None) -> int:
-    """The block size to use.
+def check_settings(
+    pair: Pair, max_tokens: int | None, block_size: int | None, drafter: str | None
+) -> tuple[int, Name]:
+    """The block size and the drafter to use.
 
     Raises:
-        ValueError: It or ``max_tokens`` is impossible with this pair.
+        ValueError: One of them or ``max_tokens`` is impossible with this pair.
     """
     if not hasattr(pair, "target"):
         raise ValueError(f"[generate] pair must come from pyengine.load but got {shown(pair)}.")
-    block = default_block_size(pair) if block_size is None else block_size
+    name = check_drafter(drafter)
+    if drafter == "assistant" and pair.assistant is None:
+        raise ValueError(
+            "[generate] drafter must be lookup without an assistant but got assistant."
+        )
+    block = default_block_size(pair, name) if block_size is None else block_size
     check_numbers(max_tokens, block)
     block = int(block)
-    if block > 1 and pair.assistant is None:
+    if block > 1 and name == "assistant" and pair.assistant is None:
         raise ValueError(f"[generate] block_size must be 1 without an assistant but got {block}.")
-    return block
+    return block, name
+
+
+def check_drafter(drafter: str | None) -> Name:
+    """The drafter of that name; the assistant where none is given.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    found = next((name for name in NAMES if drafter == name), None)
+    if drafter is not None and found is None:
+        names = " or ".join(NAMES)
+        raise ValueError(f"[generate] drafter must be {names} but got {shown(drafter)}.")
+    return found or "assistant"
 
 
 def check_numbers(max_tokens: int | None, block_size: int) -> None:
@@ -259,6 +289,7 @@ class Stream(Iterator[str]):
         max_tokens: int | None,
         sampling: Sampling,
         block_size: int,
+        drafter: Name,
         stops: tuple[str, ...],
         prefix: Prefix | None,
     ) -> None:
@@ -267,7 +298,7 @@ class Stream(Iterator[str]):
         self._prefix = prefix
         self._rounds = decode(
             pair.target,
-            pair.assistant,
+            new_drafter(drafter, pair.target, pair.assistant),
             ids,
             sampling=sampling,
             block_size=block_size,
@@ -368,8 +399,11 @@ def embedded_pair() -> Pair:
     return load()
 
 
-def default_block_size(pair: Pair) -> int:
-    """The pair's measured best block size, else its assistant's wish and the primary, else 4."""
+def default_block_size(pair: Pair, drafter: Name = "assistant") -> int:
+    """Of the assistant the pair's measured best, else its own wish and the primary, else 4; of
+    lookup 8."""
+    if drafter == "lookup":
+        return LOOKUP_BLOCK
     if pair.assistant is None:
         return 1
     best = pair.manifest.get("benchmark", {}).get("best_block_size")

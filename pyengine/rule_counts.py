@@ -7,7 +7,7 @@ read off its recorded graph.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
@@ -16,8 +16,10 @@ import mlx.core as mx
 import numpy as np
 
 from pyengine import _ext, ops
+from pyengine.drafters import new_drafter
 from pyengine.engine import loop
-from pyengine.engine.recorded import ArrayFunction
+from pyengine.engine import round as on_device
+from pyengine.engine.recorded import Recorded
 from pyengine.generation import embedded_pair
 from pyengine.kernel_counts import OnCount
 from pyengine.ops import dispatch, workbench
@@ -188,16 +190,17 @@ def _count(
 
 def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[RoundCount]:
     """Count the launches of one round of the embedded pair, sampled by the rule ``block``."""
-    pair, played = embedded_pair(), []
+    pair = embedded_pair()
+    played: list[Recorded[..., Any]] = []
 
-    def record(function: ArrayFunction) -> ArrayFunction:
-        played.append(_ext.Recorded(function))
+    def record(function: Callable[..., Any]) -> Recorded[..., Any]:
+        played.append(Recorded(function))
         return played[-1]
 
-    with mock.patch.object(loop, "recorded", record):
+    with mock.patch.object(on_device, "recorded", record):
         rounds = loop.decode(
             pair.target,
-            pair.assistant,
+            new_drafter("assistant", pair.target, pair.assistant),
             [5, 6, 7, 8],
             sampling=sampling or Sampling(verify="block", seed=0),
             block_size=drafts + 1,

@@ -46,14 +46,21 @@ VERDICTS = Path(__file__).with_suffix(".json").with_name("mutants.json")
 NEAREST = {
     "engine/loop": "test_rounds_by_hand test_loop test_stats_numbers test_ends test_recorded "
     "test_prefill_left test_prefix test_state_between_calls test_exactness_cells",
-    "sampling/settings": "test_sampling test_rounds_by_hand test_settings_in_conflict "
-    "test_arguments test_loop test_accept_rounds",
+    "engine/round": "test_rounds_by_hand test_loop test_round test_recorded test_exactness_cells",
+    "engine/report": "test_round test_rounds_by_hand test_loop",
+    "engine/recorded": "test_recorded test_round",
+    "engine/stats": "test_stats_numbers test_loop",
+    "drafters/assistant": "test_rounds_by_hand test_loop test_round test_pair test_exactness_cells",
+    "drafters/lookup": "test_lookup test_round",
+    "sampling/settings": "test_sampling test_settings_in_conflict test_arguments",
+    "sampling/sampler": "test_sampling test_rounds_by_hand test_settings_in_conflict test_loop "
+    "test_accept_rounds test_head",
     "model/cache": "test_cache test_cache_notes test_prefix test_prefix_window test_target "
     "test_state_between_calls test_exactness_cells",
     "engine/prefix": "test_prefix test_prefix_window test_prefill_left test_state_between_calls "
     "test_chat",
-    "generation": "test_generate test_settings_that_win test_ends test_arguments test_chat "
-    "test_pair",
+    "generation": "test_generate test_drafters test_settings_that_win test_ends test_arguments "
+    "test_chat test_pair",
     "text/output": "test_output test_generate test_ends",
     "engine/score": "test_score test_score_state test_serve_prefill",
     "bench/gemma_mtp": "test_bench_numbers test_bench test_bench_printed test_bench_interrupted",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pyengine.bench.suite import Case
+from pyengine.drafters import NAMES, Name
 from pyengine.engine.loop import MAX_BLOCK
 from pyengine.generation import Result, stream
 from pyengine.ops.accept_block import RULES, Rule
@@ -25,15 +27,17 @@ Row = dict[str, Any]
 
 
 class Setting(NamedTuple):
-    """What is compared: a block size and the rule that accepts its drafts."""
+    """What is compared: a block size, the rule that accepts its drafts, where these are from."""
 
     block_size: int
     verify: Rule
+    drafter: Name | None  # None for plain decoding
 
     def __str__(self) -> str:
         if self.block_size == PLAIN:
             return "plain"
-        return f"block {self.block_size} {self.verify}".removesuffix(" residual")
+        name = f"block {self.block_size} {self.verify}".removesuffix(" residual")
+        return f"{name} {self.drafter}".removesuffix(" assistant")
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def gemma_mtp(
     sampling: Sampling,
     repeats: int,
     rules: Sequence[str] = ("residual",),
+    drafters: Sequence[str] = ("assistant",),
     on_run: Callable[[int, int, str], None] = lambda done, total, label: None,
     on_rows: Callable[[list[Row]], None] = lambda rows: None,
 ) -> tuple[list[Row], list[Row]]:
@@ -78,6 +83,7 @@ def gemma_mtp(
         sampling: Settings for every run.
         repeats: Timed runs of each setting; figures are medians over them.
         rules: Rules that accept drafts; every block size runs with each.
+        drafters: Where drafts come from; every block size and rule runs with each.
         on_run: Called before each run with runs done, runs in all, and what comes next.
         on_rows: Called with the rows of each case once they are there. When a run fails or is
             interrupted, its case has rows too, of the repeats that every setting has finished.
@@ -86,12 +92,13 @@ def gemma_mtp(
         One row per case and setting, and one summary row per setting over all cases.
 
     Raises:
-        ValueError: A block size, a rule, the repeats or a prompt is impossible.
+        ValueError: A block size, a rule, a drafter, the repeats or a prompt is impossible.
     """
-    check_settings(block_sizes, repeats, max_tokens, rules)
+    check_settings(block_sizes, repeats, max_tokens, rules, drafters)
     first_seed = sampling.seed or 0  # drawn ones would not give the same text tomorrow
-    plain = Setting(PLAIN, sampling.verify)
-    settings = [plain, *(Setting(b, cast(Rule, r)) for r in rules for b in block_sizes)]
+    plain = Setting(PLAIN, sampling.verify, None)
+    every = itertools.product(drafters, rules, block_sizes)
+    settings = [plain, *(Setting(b, cast(Rule, r), cast(Name, d)) for d, r, b in every)]
     total = len(settings) * (1 + repeats * len(cases))
     done = 0
 
@@ -100,7 +107,7 @@ def gemma_mtp(
         on_run(done, total, f"{case.id}, {setting}, {label}")
         done += 1
         seeded = replace(sampling, seed=first_seed + index, verify=setting.verify)
-        return _time(pair, case, setting.block_size, budget, seeded)
+        return _time(pair, case, setting, budget, seeded)
 
     for setting in settings:
         run(cases[0], 0, setting, min(WARM_UP_TOKENS, max_tokens, cases[0].max_tokens), "warm-up")
@@ -131,7 +138,7 @@ def gemma_mtp(
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
     """One row per setting over all cases."""
-    settings = dict.fromkeys(Setting(row["block_size"], row["verify"]) for row in rows)
+    settings = dict.fromkeys(map(_setting, rows))
     return [_summary(setting, rows) for setting in settings]
 
 
@@ -140,6 +147,7 @@ def check_settings(
     repeats: int,
     max_tokens: int,
     rules: Sequence[str] = ("residual",),
+    drafters: Sequence[str] = ("assistant",),
 ) -> None:
     """Refuse settings of :func:`gemma_mtp` before anything is loaded.
 
@@ -158,20 +166,30 @@ def check_settings(
             raise ValueError(f"[bench] verify must be of {', '.join(RULES)} but got {rule!r}.")
     if len(set(rules)) < len(rules):
         raise ValueError(f"[bench] verify must name a rule once but got {','.join(rules)}.")
+    for drafter in drafters:
+        if drafter not in NAMES:
+            raise ValueError(f"[bench] drafter must be of {', '.join(NAMES)} but got {drafter!r}.")
+    if len(set(drafters)) < len(drafters):
+        raise ValueError(f"[bench] drafter must name one once but got {','.join(drafters)}.")
     if repeats < 1:
         raise ValueError(f"[bench] repeats must be at least 1 but got {repeats}.")
     if max_tokens < 2:  # the first token belongs to the prefill
         raise ValueError(f"[bench] max tokens must be at least 2 but got {max_tokens}.")
 
 
-def _time(pair: Pair, case: Case, block: int, budget: int, sampling: Sampling) -> Sample:
+def _setting(row: Row) -> Setting:
+    return Setting(row["block_size"], row["verify"], row["drafter"])
+
+
+def _time(pair: Pair, case: Case, setting: Setting, budget: int, sampling: Sampling) -> Sample:
     started_at, start = now(), time.perf_counter()
     running = stream(
         case.content,
         pair=pair,
         max_tokens=budget,
         sampling=sampling,
-        block_size=block,
+        block_size=setting.block_size,
+        drafter=setting.drafter,
         raw=case.raw,
     )
     for _ in running:
@@ -250,7 +268,7 @@ def _row(
 
 def _summary(setting: Setting, rows: Sequence[Row]) -> Row:
     """One setting over all cases, pooled: every token and every second weighs the same."""
-    own = [row for row in rows if (row["block_size"], row["verify"]) == setting]
+    own = [row for row in rows if _setting(row) == setting]
     plain = [row for row in rows if row["block_size"] == PLAIN]
 
     def total(key: str, of: list[Row] = own) -> float:

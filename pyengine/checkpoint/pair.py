@@ -26,9 +26,13 @@ from pyengine.checkpoint.weights import (
     load_target_weights,
     target_layout,
 )
+from pyengine.drafters.assistant import AssistantDrafter
+from pyengine.engine.round import Parts, draft
 from pyengine.model.assistant import POSITIONS, Assistant, Position
 from pyengine.model.memory import cache_bytes
 from pyengine.model.target import Target, check_ids
+from pyengine.sampling.sampler import Sampler
+from pyengine.sampling.settings import Sampling
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 from pyengine.untrusted import shown
 
@@ -112,13 +116,12 @@ class Pair:
         check_ids("draft", tokens, self.target.config.vocab_size)
         cache = self.target.new_cache(1)
         _, hidden = self.target.prefill(tokens[:-1], cache)
-        token = mx.array(tokens[-1:], dtype=mx.int32)
-        drafts = []
-        for _ in range(count):
-            logits, hidden = self.assistant.step(self.target.embed(token), hidden, cache)
-            token = mx.argmax(logits, axis=-1).astype(mx.int32)
-            drafts.append(token)
-        return cast("list[int]", mx.concatenate(drafts).tolist())
+        drafter = AssistantDrafter(self.target, self.assistant)
+        drafter.read(hidden, mx.array(0, mx.int32))
+        sampler = Sampler(Sampling(temperature=0.0), tokens, self.target.config.vocab_size)
+        parts = Parts(self.target, drafter, cache, sampler)
+        block = draft(parts, count, mx.array(tokens[-1:], dtype=mx.int32))
+        return cast("list[int]", block.drafts.tolist())
 
     def _check_room(self, what: str, count: int) -> None:
         if count > self.target.context:

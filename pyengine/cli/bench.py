@@ -85,6 +85,9 @@ def gemma_mtp(
     verify: Annotated[
         str, typer.Option(help="Acceptance rules to compare: residual,block,coupled.")
     ] = "residual",
+    drafter: Annotated[
+        str, typer.Option(help="Where drafts come from, to compare: assistant,lookup.")
+    ] = "assistant",
     repeats: Annotated[
         int, typer.Option(help="Timed runs per prompt and setting; figures are their medians.")
     ] = 3,
@@ -114,8 +117,8 @@ def gemma_mtp(
         from pyengine.bench import gemma_mtp, report, suite
         from pyengine.sampling.settings import MAX_SEED, Sampling
 
-        rules = verify.split(",")
-        gemma_mtp.check_settings(blocks, repeats, max_tokens, rules)
+        rules, drafters = verify.split(","), drafter.split(",")
+        gemma_mtp.check_settings(blocks, repeats, max_tokens, rules, drafters)
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         cases = suite.load_suite(prompt_suite or suite.EMBEDDED)
         if seed + len(cases) - 1 > MAX_SEED:
@@ -146,6 +149,7 @@ def gemma_mtp(
                     sampling=sampling,
                     repeats=repeats,
                     rules=rules,
+                    drafters=drafters,
                     on_run=on_run,
                     on_rows=rows.extend,
                 )
@@ -159,6 +163,7 @@ def gemma_mtp(
             "max_tokens": max_tokens,
             "draft_block_sizes": blocks,
             "verify": rules,
+            "drafter": drafters,
             "repeats": repeats,
         }
         summary = gemma_mtp.summarise(rows)
@@ -204,9 +209,10 @@ def _show(out: Console, title: str, rows: Sequence[Row]) -> None:
     cells = []
     for row in rows:
         plain = row["block_size"] == PLAIN
+        block = f"{row['block_size']} {row['drafter']}".removesuffix(" assistant")
         cells.append(
             (
-                "plain" if plain else str(row["block_size"]),
+                "plain" if plain else block,
                 "-" if plain else row["verify"],
                 _figure(row["tok_s"], ".1f"),
                 "-" if plain else _figure(row["acceptance_rate"], ".3f"),

@@ -18,6 +18,7 @@ from pyengine.cli.options import (
     AssistantDir,
     BlockSize,
     BundleDir,
+    DrafterName,
     FrequencyPenalty,
     LogitBias,
     Logprobs,
@@ -76,6 +77,7 @@ def run(
     think: Think = False,
     max_tokens: MaxTokens = None,
     block_size: BlockSize = None,
+    drafter: DrafterName = None,
     stop: Stop = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print each answer as one line of JSON.")
@@ -119,7 +121,7 @@ def run(
             logprobs=logprobs,
             as_json=as_json,
         )
-        check_limits(max_tokens, block_size, stop)
+        check_limits(max_tokens, block_size, stop, drafter)
         pair = common.load_pair(target, assistant, bundle, dtype, Position.last)
         common.introduce(pair)
         chat = Chat(
@@ -128,6 +130,7 @@ def run(
             max_tokens=max_tokens,
             sampling=sampling_of(pair, given),
             block_size=block_size,
+            drafter=drafter,
             stop=stop,
             variables=template_variables(pair, think),
         )

@@ -119,7 +119,7 @@ def printable(text: str) -> str:
 
 def _by_input(error: Exception) -> bool:
     """Whether a run failed because of what the weights hold."""
-    from pyengine.engine.loop import NonFinite
+    from pyengine.engine.report import NonFinite
 
     return isinstance(error, NonFinite)
 

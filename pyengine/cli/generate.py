@@ -14,6 +14,7 @@ from pyengine.cli.options import (
     AssistantDir,
     BlockSize,
     BundleDir,
+    DrafterName,
     FrequencyPenalty,
     LogitBias,
     Logprobs,
@@ -65,6 +66,7 @@ def run(
     think: Think = False,
     max_tokens: MaxTokens = None,
     block_size: BlockSize = None,
+    drafter: DrafterName = None,
     stop: Stop = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Print counts, speed and seed to standard error.")
@@ -124,7 +126,7 @@ def run(
             logprobs=logprobs,
             as_json=as_json,
         )
-        check_limits(max_tokens, block_size, stop)
+        check_limits(max_tokens, block_size, stop, drafter)
         pair = common.load_pair(target, assistant, bundle, dtype, position)
         common.introduce(pair)
         running = stream(
@@ -133,6 +135,7 @@ def run(
             max_tokens=max_tokens,
             sampling=sampling_of(pair, given),
             block_size=block_size,
+            drafter=drafter,
             stop=stop,
             raw=raw,
             variables=template_variables(pair, think),

@@ -87,6 +87,16 @@ BlockSize = Annotated[
         show_default="the pair's",
     ),
 ]
+DrafterName = Annotated[
+    str | None,
+    typer.Option(
+        "--drafter",
+        metavar="NAME",
+        help="Where drafts come from: assistant, or lookup in the text so far, which needs no "
+        "assistant.",
+        show_default="assistant",
+    ),
+]
 Stop = Annotated[
     list[str] | None,
     typer.Option(
@@ -174,12 +184,15 @@ Logprobs = Annotated[
 ]
 
 
-def check_limits(max_tokens: int | None, block_size: int | None, stop: list[str] | None) -> None:
-    """Refuse, before the weights are read, numbers that no pair allows."""
-    from pyengine.generation import check_numbers
+def check_limits(
+    max_tokens: int | None, block_size: int | None, stop: list[str] | None, drafter: str | None
+) -> None:
+    """Refuse, before the weights are read, what no pair allows."""
+    from pyengine.generation import check_drafter, check_numbers
     from pyengine.text.output import stop_strings
 
     check_numbers(max_tokens, 1 if block_size is None else block_size)
+    check_drafter(drafter)
     stop_strings(stop)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyengine.cli import common
-from pyengine.cli.options import AssistantDir, BundleDir, Position, Storage, TargetDir
+from pyengine.cli.options import AssistantDir, BundleDir, DrafterName, Position, Storage, TargetDir
 
 if TYPE_CHECKING:
     from pyengine.serve.queue import Worker
@@ -42,6 +42,7 @@ def run(
         int,
         typer.Option(help="Maximum number of new tokens per request, and the default."),
     ] = 8192,
+    drafter: DrafterName = None,
     waiting: Annotated[
         int, typer.Option(help="Maximum number of waiting requests; further ones get 429.", min=1)
     ] = 16,
@@ -93,6 +94,7 @@ def run(
                 )
         if max_tokens < 1:
             raise ValueError(f"[serve] max_tokens must be at least 1 but got {max_tokens}.")
+        from pyengine.generation import check_drafter
         from pyengine.serve.front import allowed_names, is_loopback
         from pyengine.serve.http import Server, open_files
         from pyengine.serve.protocol import Limits
@@ -100,6 +102,7 @@ def run(
 
         # Before the weights are read, so that a wrong argument is told early
         open_files()
+        check_drafter(drafter)
         allowed_names(allow_host or [])
         sock = listen(host, port)
         pair = common.load_pair(target, assistant, bundle, dtype, Position.last)
@@ -108,6 +111,7 @@ def run(
             max_tokens=max_tokens,
             any_model=any_model,
             cached_tokens=not no_cached_tokens,
+            drafter=drafter,
         )
         address, number = sock.getsockname()[:2]
         alone = is_loopback(address)

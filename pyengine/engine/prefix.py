@@ -11,15 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import NoneType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from pyengine.drafters.drafter import TargetLike
 from pyengine.model.cache import Cache
 from pyengine.untrusted import shown
-
-if TYPE_CHECKING:
-    from pyengine.engine.loop import TargetLike
 
 MAX_MARKS = 3
 WORTH_A_MARK = 16  # tokens
@@ -62,7 +60,7 @@ class Prefix:
     @property
     def tokens(self) -> list[int]:
         """The ids whose keys and values are held; of an abandoned prompt, those processed."""
-        return [] if self._cache is None else self._ids[: self._cache.bound]
+        return [] if self._cache is None else self._ids[: self._cache.length_limit]
 
     @property
     def nbytes(self) -> int:

@@ -11,10 +11,11 @@ from pyengine import forked, ops
 from pyengine.arguments import check_length, check_vocabulary, token_ids
 from pyengine.arguments import whole as whole_number
 from pyengine.checkpoint import memory
-from pyengine.engine.loop import NonFinite, prefill
+from pyengine.engine.loop import prefill
 from pyengine.engine.prefix import Prefix, check_prefix
+from pyengine.engine.report import NonFinite
 from pyengine.ops.filter_logits import MAX_TOP_K
-from pyengine.sampling.settings import Logprob
+from pyengine.sampling.sampler import Logprob
 from pyengine.untrusted import shown
 
 if TYPE_CHECKING:
@@ -123,8 +124,9 @@ def _rows(
         for at in range(begin, len(whole) - 1, SCORE_BLOCK):
             block = mx.array(whole[at : at + SCORE_BLOCK][: len(whole) - 1 - at], dtype=mx.int32)
             following = mx.array(whole[at + 1 : at + 1 + block.size], dtype=mx.int32)
-            rows, _ = target.verify(block, cache)
-            cache.commit(mx.array(block.size, dtype=mx.int32), cache.bound + block.size)
+            logits, _ = target.forward(block, cache)
+            rows = logits.array
+            cache.commit(mx.array(block.size, dtype=mx.int32), cache.length_limit + block.size)
             mx.eval(rows, cache.length)
             if not mx.isfinite(mx.logsumexp(rows, axis=-1)).all():
                 raise NonFinite("score", target.dtype)

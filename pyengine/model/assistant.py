@@ -13,7 +13,7 @@ import mlx.core as mx
 from pyengine import ops
 from pyengine.model.cache import Cache
 from pyengine.model.config import AssistantConfig, LayerConfig, TargetConfig
-from pyengine.model.head import Logits, whole
+from pyengine.model.head import Logits
 from pyengine.model.linear import Linear, Weights, gated
 
 # Where the assistant's query sits when n tokens are known, the newest one unprocessed: at that
@@ -67,9 +67,9 @@ class Assistant:
             order = vector["masked_embedding.token_ordering"]
             self.token_ordering = order.reshape(config.num_centroids, -1)
 
-    def step(
+    def forward(
         self, embedding: mx.array, hidden: mx.array, cache: Cache
-    ) -> tuple[mx.array, mx.array]:
+    ) -> tuple[mx.array | Logits, mx.array]:
         """Draft one token.
 
         Args:
@@ -79,15 +79,9 @@ class Assistant:
             cache: The target's; only committed positions are read.
 
         Returns:
-            Logits [1, V], float32, -inf where a centroid head did not look; hidden vector [1, E].
+            Logits [1, V], float32, -inf where a centroid head did not look, made when they are
+            asked for where there is no such head; hidden vector [1, E].
         """
-        logits, hidden = self.forward(embedding, hidden, cache)
-        return whole(logits), hidden
-
-    def forward(
-        self, embedding: mx.array, hidden: mx.array, cache: Cache
-    ) -> tuple[mx.array | Logits, mx.array]:
-        """The same for those who may not want all logits."""
         eps = self.config.eps
         position = cache.length if self.position == "n-1" else cache.newest
         h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
@@ -102,7 +96,7 @@ class Assistant:
             y = layer.down(gated(layer.gate, layer.up, x))
             h, x = _residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
         logits, hidden = self._head(x), self.post_projection(x)
-        cache.read_by(hidden)
+        cache.note_read(hidden)
         return logits, hidden
 
     def _attend(self, layer: Layer, q: mx.array, cache: Cache) -> mx.array:

@@ -6,9 +6,9 @@ needs, so rollback is only a length that did not move. Position p of a ring lies
 
 Writes happen in place (:func:`pyengine.ops.write_cache`), which is safe under three rules kept
 here: the returned handle is the only one; every write depends on the calls that read the cache
-before it (:meth:`Cache.read_by`, :meth:`Cache.order`); readers mask by ``length``, so what lies
-beyond it is nothing. A GPU keeps the second rule only through data: where a call's ids are not made
-from what the calls before it gave, as drafts are, evaluate in between.
+before it (:meth:`Cache.note_read`, :meth:`Cache.after_reads`); readers mask by ``length``, so what
+lies beyond it is nothing. A GPU keeps the second rule only through data: where a call's ids are not
+made from what the calls before it gave, as drafts are, evaluate in between.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,10 @@ CHUNK = 512  # positions a prefill processes at a time
 class Cache:
     """Keys and values ``[1, K, C, D]`` of the layers that have their own, for one generation.
 
-    ``length`` is the number of committed positions, on the device; ``bound`` is a number the host
-    knows it not to exceed. No position from ``written`` on was ever written to, so that the rings
-    hold all from ``kept_from`` on. Lists are indexed by layer and hold None where a layer shares.
+    ``length`` is the number of committed positions, on the device; ``length_limit`` is a number
+    that the host knows it not to exceed. No position from ``written`` on was ever written to, so
+    that the rings hold all from ``kept_from`` on. Lists are indexed by layer and hold None where a
+    layer shares.
     """
 
     def __init__(self, config: TargetConfig, max_block: int, dtype: mx.Dtype) -> None:
@@ -37,7 +38,7 @@ class Cache:
         self.max_block = max_block
         self.window = config.window
         self.length = mx.array(0, dtype=mx.int32)
-        self.bound = 0
+        self.length_limit = 0
         self.written = 0
         self.keys: list[mx.array | None] = []
         self.values: list[mx.array | None] = []
@@ -56,7 +57,7 @@ class Cache:
         """Everything a caller has to evaluate to have the cache evaluated."""
         return [a for a in [*self.keys, *self.values, self.length] if a is not None]
 
-    def over(self, arrays: Sequence[mx.array]) -> "Cache":
+    def with_arrays(self, arrays: Sequence[mx.array]) -> "Cache":
         """The same cache over other arrays, in the order of ``arrays``: what a round is recorded
         on."""
         copy = object.__new__(Cache)
@@ -68,16 +69,18 @@ class Cache:
         copy._reads = []
         return copy
 
-    def adopt(self, arrays: Sequence[mx.array], bound: int) -> None:
+    def take_results(self, arrays: Sequence[mx.array], length_limit: int) -> None:
         """Go on with what a recorded round gave: all arrays, or the length alone where it wrote to
-        those that are here. ``bound`` limits its length."""
+        those that are here. Its length is at most ``length_limit``."""
         stored = self.arrays[: -len(arrays)]
-        self.__dict__.update(self.over([*stored, *arrays]).__dict__, bound=bound)
+        self.__dict__.update(
+            self.with_arrays([*stored, *arrays]).__dict__, length_limit=length_limit
+        )
 
     def reserve(self, count: int) -> None:
         """Make room in linear layers for ``count`` positions more; they are written next."""
-        self.written = max(self.written, self.bound + count)
-        slots = _round_up(self.bound + count, CAPACITY_STEP)
+        self.written = max(self.written, self.length_limit + count)
+        slots = _round_up(self.length_limit + count, CAPACITY_STEP)
         for arrays in (self.keys, self.values):
             for i, a in enumerate(arrays):
                 if a is not None and not self.config.layers[i].sliding and a.shape[2] < slots:
@@ -85,7 +88,7 @@ class Cache:
 
     def growth(self, count: int) -> int:
         """Bytes that :meth:`reserve` will add to the cache."""
-        slots = _round_up(self.bound + count, CAPACITY_STEP)
+        slots = _round_up(self.length_limit + count, CAPACITY_STEP)
         return sum(
             a.nbytes // a.shape[2] * (slots - a.shape[2])
             for arrays in (self.keys, self.values)
@@ -109,20 +112,21 @@ class Cache:
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self.arrays)
 
-    def commit(self, count: mx.array, bound: int) -> None:
-        """Keep ``count`` (int32 []) of the positions written last; ``bound`` limits the new length.
+    def commit(self, count: mx.array, length_limit: int) -> None:
+        """Keep ``count`` (int32 []) of the positions written last; the new length is at most
+        ``length_limit``.
 
         Positions written and not committed are rolled back by this, at no cost.
         """
         self.length = self.length + count
-        self.bound = bound
+        self.length_limit = length_limit
 
-    def order(self, x: mx.array) -> mx.array:
-        """x, made to depend on all calls that read the cache so far."""
+    def after_reads(self, x: mx.array) -> mx.array:
+        """x, made to depend on every result noted by :meth:`note_read` so far."""
         reads, self._reads = self._reads, []
         return mx.depends([x], reads)[0] if reads else x
 
-    def read_by(self, result: mx.array) -> None:
+    def note_read(self, result: mx.array) -> None:
         """Note a result that depends on reading the cache; the next call's writes wait for it."""
         self._reads.append(result)
 
@@ -136,8 +140,9 @@ class Cache:
         """Keep what a write to the slots of layer i returned."""
         self.keys[i], self.values[i] = keys, values
 
-    def overflows(self, i: int, T: int) -> bool:
-        """Whether T new positions push keys out of the ring of layer i that they attend to."""
+    def is_prefill_chunk(self, i: int, T: int) -> bool:
+        """Whether T new positions are more than a block: in a ring they would push out keys that
+        they attend to."""
         return self.config.layers[i].sliding and self.max_block < T
 
     def append_chunk(
@@ -169,7 +174,7 @@ class Cache:
     def restart(self, length: int) -> None:
         """Go on from ``length`` positions, which must be committed and in the rings. Evaluates."""
         self.length = mx.array(length, dtype=mx.int32)
-        self.bound = length
+        self.length_limit = length
         self._reads = []
         mx.eval(self.arrays)
 

@@ -130,7 +130,7 @@ class Target:
 
         Returns:
             Logits of the last position [V], float32, not evaluated: most callers that hand over a
-            prompt in parts want only the last; and its hidden vector [1, E], as verify.
+            prompt in parts want only the last; and its hidden vector [1, E], as forward.
 
         Raises:
             ValueError: No ids, or an id outside the vocabulary.
@@ -141,28 +141,20 @@ class Target:
         for begin in range(0, len(ids), chunk):
             part = mx.array(ids[begin : begin + chunk], dtype=mx.int32)
             hidden = self._hidden(part, cache)
-            cache.commit(mx.array(part.size, dtype=mx.int32), cache.bound + part.size)
+            cache.commit(mx.array(part.size, dtype=mx.int32), cache.length_limit + part.size)
             mx.eval(hidden, cache.arrays)
         hidden = hidden[-1:]
         return self._head(hidden).array[0], hidden
 
-    def verify(self, ids: mx.array, cache: Cache) -> tuple[mx.array, mx.array]:
+    def forward(self, ids: mx.array, cache: Cache) -> tuple[Logits, mx.array]:
         """Run ids [T] behind the committed positions; writes keys and values, commits nothing.
 
         Returns:
-            Logits [T, V], float32, after the softcap; hidden vectors [T, E], after the last norm.
+            Logits [T, V], float32, after the softcap, none of them made until they are asked for;
+            hidden vectors [T, E], after the last norm.
 
         Raises:
             ValueError: T is more than the cache's max_block.
-        """
-        logits, hidden = self.forward(ids, cache)
-        return logits.array, hidden
-
-    def forward(self, ids: mx.array, cache: Cache) -> tuple[Logits, mx.array]:
-        """The same for those who may not want all logits: none are made until they are asked for.
-
-        Raises:
-            ValueError: As verify.
         """
         if ids.size > cache.max_block:
             raise ValueError(
@@ -184,7 +176,7 @@ class Target:
     def _hidden(self, ids: mx.array, cache: Cache) -> mx.array:
         """Post-final-norm hidden vectors [T, E]; keys and values go to the cache."""
         cache.reserve(ids.size)
-        ids = cache.order(ids)
+        ids = cache.after_reads(ids)
         eps = self.config.eps
         h = self.embed(ids)
         per_layer = self._per_layer_inputs(ids, h) if self.config.per_layer_width else None
@@ -205,7 +197,7 @@ class Target:
                 y = ops.geglu(layer.per_layer.gate(h), per_layer[i])
                 y = layer.per_layer.projection(y)
                 h, x = _residual(h, y, layer.per_layer.norm, next_norm, eps, layer.scalar)
-        cache.read_by(x)
+        cache.note_read(x)
         return x
 
     def _attention(
@@ -226,7 +218,7 @@ class Target:
         else:
             norms = attention.q_norm, attention.k_norm
             k, v = kv[0], kv[-1]  # keys may double as values
-            if cache.overflows(i, T):
+            if cache.is_prefill_chunk(i, T):
                 turn = cache.length, attention.inv_freq, eps
                 q, k, v = (a.reshape(1, T, -1, D) for a in (q, k, v))
                 q, k = (ops.norm_rope(a, w, *turn) for a, w in zip((q, k), norms, strict=True))

@@ -1,35 +1,23 @@
-"""Sampling settings, and how they turn logits into tokens: edit, filter, draw, accept.
-
-A distribution over the vocabulary is held as its candidates, best first: at most ``top_k`` ids a
-row when top-k is on, all V otherwise. Greedy decoding is the distribution with one candidate of
-probability 1, so no rule needs a second form for it. Nothing here evaluates an array.
-"""
+"""Sampling settings, checked."""
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import mlx.core as mx
-
-from pyengine import ops
 from pyengine.arguments import number, token_ids
 from pyengine.arguments import whole as whole_number
-from pyengine.model.head import Logits, whole
 from pyengine.ops.accept_block import RULES, Rule
-from pyengine.ops.filter_logits import MAX_TOP_K, Edits, Filtered
+from pyengine.ops.filter_logits import MAX_TOP_K
 from pyengine.untrusted import shown
 
 MAX_SEED = 2**32 - 1
 # With these, edited logits divided by the temperature are still float32's
 MAX_EDIT = 1e9
 MIN_TEMPERATURE = 1e-20
-# Lists of edited logits grow in steps, so that few rounds differ in their shapes
-LIST_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -159,184 +147,8 @@ def _edit(name: str, value: Any) -> float:
     return edit
 
 
-class Listed(NamedTuple):
-    """The tokens whose logits are edited, ``[L]`` each, ids rising; the last may repeat."""
-
-    ids: mx.array  # int32
-    counts: mx.array  # in the text, float32
-    seen: mx.array  # in the prompt or the text, bool
-    bias: mx.array  # float32; -inf for suppressed tokens
-
-
-class History:
-    """What the host knows of the tokens so far, as far as the settings ask for it."""
-
-    def __init__(self, sampling: Sampling, prompt: list[int], vocab: int) -> None:
-        named = {*sampling.suppress_tokens, *sampling.logit_bias}
-        wrong = sorted(token for token in named if token >= vocab)
-        if wrong:
-            raise ValueError(
-                "[sampling] suppress_tokens and logit_bias must name ids below "
-                f"{vocab} but got {wrong[0]}."
-            )
-        if len(set(sampling.suppress_tokens)) == vocab:
-            raise ValueError("[sampling] suppress_tokens must leave a token but got all.")
-        self._penalises = sampling.penalises
-        self._bias = dict(sampling.logit_bias) | dict.fromkeys(sampling.suppress_tokens, -math.inf)
-        self._counts: Counter[int] = Counter()
-        self._ids = {*self._bias, *(prompt if self._penalises else ())}
-        self._seen = set(prompt)
-
-    def add(self, tokens: Iterable[int]) -> None:
-        """Count tokens of the text."""
-        if self._penalises:
-            self._counts.update(tokens)
-            self._ids.update(self._counts)
-
-    def listed(self) -> Listed | None:
-        """The tokens to edit in the next round; None where there are none."""
-        if not self._ids:
-            return None
-        ids = sorted(self._ids)
-        ids += ids[-1:] * (-len(ids) % LIST_STEP)
-        return Listed(
-            mx.array(ids, dtype=mx.int32),
-            mx.array([float(self._counts[i]) for i in ids]),
-            mx.array([i in self._seen or self._counts[i] > 0 for i in ids]),
-            mx.array([self._bias.get(i, 0.0) for i in ids]),
-        )
-
-
-def edits(listed: Listed | None, sampling: Sampling, drafts: mx.array, first: int) -> Edits | None:
-    """Penalties, bias and suppressed tokens of rows ``first`` to k.
-
-    Row t follows drafts 1 to t of its own block, so they count in it.
-
-    Args:
-        listed: From :meth:`History.listed`.
-        sampling: The settings.
-        drafts: The block's drafts, int32 ``[k]``; k may be 0.
-        first: First row wanted, at most k.
-    """
-    if listed is None:
-        return None
-    k = drafts.shape[0]
-    rows = k + 1 - first
-    if not sampling.penalises:
-        shape = (rows, listed.ids.shape[0])
-        return Edits(listed.ids, mx.ones(shape), mx.broadcast_to(listed.bias, shape))
-    ids, counts, seen, bias = listed
-    if k:
-        # A draft that is not listed yet has no count, no bias
-        match = drafts[:, None] == ids
-        known, at = match.any(axis=-1), mx.argmax(match, axis=-1)
-        ids = mx.concatenate([ids, drafts])
-        counts = mx.concatenate([counts, mx.where(known, counts[at], 0)])
-        seen = mx.concatenate([seen, known & seen[at]])
-        bias = mx.concatenate([bias, mx.where(known, bias[at], 0)])
-        own = (drafts[:, None] == ids).astype(mx.float32)  # [k, L + k]
-        before = mx.arange(k) < mx.arange(first, k + 1)[:, None]  # [rows, k]
-        own = mx.where(before[:, :, None], own, 0).sum(axis=1)
-        counts, seen = counts + own, seen | (own > 0)
-    else:
-        counts, seen = counts[None], seen[None]
-    deltas = mx.where(counts > 0, bias - sampling.presence_penalty, bias)
-    deltas = deltas - sampling.frequency_penalty * counts
-    return Edits(ids, mx.where(seen, sampling.repetition_penalty, 1.0), deltas)
-
-
-def filter_logits(
-    logits: mx.array | Logits, sampling: Sampling, edits: Edits | None = None
-) -> Filtered:
-    """Turn logits ``[T, V]`` float32, after the softcap, into the distribution that is sampled.
-
-    Logits that are not made yet stay so, unless logprobs want them too.
-    """
-    settings: dict[str, Any] = {
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "edits": edits,
-    }
-    if isinstance(logits, Logits) and sampling.logprobs is None:
-        return logits.filter(**settings)
-    return ops.filter_logits(whole(logits), **settings)
-
-
 def seeded(sampling: Sampling) -> Sampling:
     """The same settings; with a seed drawn now where none was given."""
     if sampling.seed is not None:
         return sampling
     return replace(sampling, seed=secrets.randbelow(MAX_SEED + 1))
-
-
-def seed_of(sampling: Sampling) -> mx.array:
-    """The seed as the ops take it."""
-    assert sampling.seed is not None
-    return mx.array(sampling.seed, dtype=mx.uint32)
-
-
-def draw_plain(row: Filtered, sampling: Sampling, position: mx.array, seed: mx.array) -> mx.array:
-    """Draw the token for an absolute position, as plain decoding does: int32 ``[1]``."""
-    if sampling.greedy:
-        return row.ids[:, 0]
-    return ops.draw_token(row.ids, row.probs, position, seed, shared=True)
-
-
-def draw_draft(
-    row: Filtered, sampling: Sampling, position: mx.array, seed: mx.array, i: int
-) -> mx.array:
-    """Draw draft i, from 0, of the block whose first token is at ``position``: int32 ``[1]``."""
-    if sampling.greedy:
-        return row.ids[:, 0]
-    shared = sampling.verify == "coupled"
-    # The block's first token is drawn already: draft i is the token at position + 1 + i
-    index = i + 1 if shared else i
-    return ops.draw_token(row.ids, row.probs, position, seed, index=index, shared=shared)
-
-
-def accept(
-    p: Filtered,
-    q: Filtered,
-    drafts: mx.array,
-    sampling: Sampling,
-    position: mx.array,
-    seed: mx.array,
-    vocab: int,
-) -> tuple[mx.array, mx.array]:
-    """Drafts kept, int32 ``[]``, and the token that follows them, int32 ``[1]``."""
-    return ops.accept_block(
-        p.ids,
-        p.probs,
-        q.ids,
-        q.probs,
-        drafts,
-        position,
-        seed,
-        rule=sampling.verify,
-        vocab=vocab,
-    )
-
-
-class Logprob(NamedTuple):
-    """Log-probability of a token, and the best tokens with theirs, best first."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
-
-
-def logprobs(logits: mx.array | Logits, tokens: mx.array, count: int) -> mx.array:
-    """Log-probabilities of one token a row and of the ``count`` best: ``[T, 1 + 2 * count]``.
-
-    As int32, to be read with the tokens: the token's, then ids, then theirs; floats by their bits.
-    """
-    logits = whole(logits)
-    total = mx.logsumexp(logits, axis=-1, keepdims=True)
-    parts = [tokens[:, None]]
-    if count:
-        parts.append(ops.filter_logits(logits, top_k=count).ids)
-    ids = mx.concatenate(parts, axis=-1)
-    values = (mx.take_along_axis(logits, ids, axis=-1) - total).view(mx.int32)
-    return mx.concatenate([values[:, :1], ids[:, 1:], values[:, 1:]], axis=-1)

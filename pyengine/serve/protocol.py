@@ -18,7 +18,8 @@ from pyengine.arguments import TooLong
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs
 from pyengine.generation import Result, Step, Stream, prompt_ids, resolve_sampling, stream
-from pyengine.sampling.settings import MAX_SEED, Logprob, Sampling
+from pyengine.sampling.sampler import Logprob
+from pyengine.sampling.settings import MAX_SEED, Sampling
 from pyengine.text.prompt import Prompt
 from pyengine.untrusted import kind, shown
 
@@ -93,6 +94,7 @@ class Limits:
         any_model: Serve a request whatever model it names.
         cached_tokens: Tell how many of a prompt's tokens were known from earlier requests.
         keep_alive_s: A stream that has nothing to say for so long sends a comment.
+        drafter: Where drafts come from, for all requests; None for the assistant.
     """
 
     waiting: int = 16
@@ -103,6 +105,7 @@ class Limits:
     any_model: bool = False
     cached_tokens: bool = True
     keep_alive_s: float = 5.0
+    drafter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class Ask:
     streamed: bool
     with_usage: bool
     cached_tokens: bool = True
+    drafter: str | None = None
 
     def start(self, prefix: Prefix | None) -> Stream:
         return stream(
@@ -136,6 +140,7 @@ class Ask:
             max_tokens=self.max_tokens,
             sampling=self.sampling,
             block_size=self.block_size,
+            drafter=self.drafter,
             stop=self.stop,
             prefix=prefix,
         )
@@ -196,6 +201,7 @@ def read_request(pair: Pair, body: Mapping[str, Any], limits: Limits, chat: bool
         streamed=bool(body.get("stream")),
         with_usage=bool(body.get("stream_options", {}).get("include_usage")),
         cached_tokens=limits.cached_tokens,
+        drafter=limits.drafter,
     )
     if ask.max_tokens > limits.max_tokens:
         raise Refused(400, f"[serve] max_tokens must be at most {limits.max_tokens} here.")

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pyengine.engine.loop import Stats
 from pyengine.engine.prefix import Prefix
+from pyengine.engine.stats import Stats
 from pyengine.generation import Result, Step
 from pyengine.serve.protocol import Ask, Refused
 

@@ -196,6 +196,11 @@ def test_table_has_the_columns(run: Any, capsys: pytest.CaptureFixture[str]) -> 
         ({"block_sizes": [4, 4]}, "block sizes must differ but got [4, 4]."),
         ({"rules": ["best"]}, "verify must be of residual, block, coupled but got 'best'."),
         ({"rules": ["block", "block"]}, "verify must name a rule once but got block,block."),
+        ({"drafters": ["best"]}, "drafter must be of assistant, lookup but got 'best'."),
+        (
+            {"drafters": ["lookup", "lookup"]},
+            "drafter must name one once but got lookup,lookup.",
+        ),
         ({"repeats": 0}, "repeats must be at least 1 but got 0."),
         ({"max_tokens": 1}, "max tokens must be at least 2 but got 1."),
     ],

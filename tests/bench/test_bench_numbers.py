@@ -37,6 +37,7 @@ ROWS: dict[str, list[Any]] = {
     "seed": [5, 5, 5, 6, 6, 6],
     "block_size": [1, 3, 3, 1, 3, 3],
     "verify": ["residual", "block", "coupled"] * 2,
+    "drafter": [None, "assistant", "assistant"] * 2,
     "token_budget": [20, 20, 20, 9, 9, 9],
     "hit_token_budget": [False, False, True, False, True, False],
     "finish_reason": ["stop", "stop", "length", "stop", "length", "stop"],
@@ -102,6 +103,7 @@ SAMPLE = ("started_at", "tok_s", "prefill_s", "decode_s", "elapsed_s")
 SUMMARY: dict[str, list[Any]] = {
     "block_size": [1, 3, 3],
     "verify": ["residual", "block", "coupled"],
+    "drafter": [None, "assistant", "assistant"],
     "tok_s": [2.8, 10.0, 46 / 35],
     "acceptance_rate": [None, 11 / 15, 5 / 21],
     "tokens_per_round": [1.4, 2.0, 23 / 6],
@@ -162,6 +164,7 @@ def test_every_run_is_asked_for_with_its_own_settings(stage: Stage) -> None:
             "max_tokens": budget,
             "sampling": Sampling(0.5, 0.75, 3, seed=seed, verify=rule),
             "block_size": block,
+            "drafter": None if block == 1 else "assistant",
             "raw": raw,
         }
 
@@ -183,6 +186,36 @@ def test_every_block_size_runs_with_every_rule(stage: Stage) -> None:
     told = [f"one, {name}, warm-up" for name in names]
     told += [f"{case}, {name}, repeat 1 of 1" for case in ("one", "two") for name in names]
     assert labels == [(i, 15, text) for i, text in enumerate([*told, "done"])]
+
+
+def test_drafters_stand_side_by_side(stage: Stage) -> None:
+    """Plain decoding once; then every rule and block size of one drafter, and all of the next."""
+    stage.runs = {
+        (prompt, block, rule): [run(1, 2, (1.0, 1.0, 1.0), 1, prompt=1, peak=1) for _ in range(4)]
+        for prompt, block, rule in itertools.product(("fox", "the"), (1, 2, 4), gemma_mtp.RULES)
+    }
+    labels: list[str] = []
+    settings = {**SETTINGS, "block_sizes": [2, 4], "repeats": 1, "rules": ["residual", "coupled"]}
+    rows, summary = gemma_mtp.gemma_mtp(
+        PAIR,
+        CASES,
+        drafters=["lookup", "assistant"],
+        on_run=lambda done, total, label: labels.append(label),
+        **settings,
+    )
+    every = [(b, r, d) for d in ("lookup", "assistant") for r in settings["rules"] for b in (2, 4)]
+    order = [(1, "residual", None), *every]
+    keys = ("block_size", "verify", "drafter")
+    assert [tuple(row[key] for key in keys) for row in rows] == order * 2
+    assert [tuple(row[key] for key in keys) for row in summary] == order
+    asked = [(kw["block_size"], kw["sampling"].verify, kw["drafter"]) for _, kw in stage.asked]
+    assert asked == order * 3
+    names = ["plain", "block 2 lookup", "block 4 lookup", "block 2 coupled lookup"]
+    assert [label.split(", ")[1] for label in labels[:6]] == [
+        *names,
+        "block 4 coupled lookup",
+        "block 2",
+    ]
 
 
 @pytest.mark.parametrize(("seed", "seeds"), [(None, [0, 0, 1]), (0, [0, 0, 1]), (7, [7, 7, 8])])

@@ -201,6 +201,7 @@ def test_the_report_holds_what_was_measured(
             "max_tokens": 20,
             "draft_block_sizes": [3],
             "verify": ["block", "coupled"],
+            "drafter": ["assistant"],
             "repeats": 3,
         },
         "complete": True,

@@ -10,13 +10,14 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from models import decode
 from tiny_pairs import FIXTURES, FLAVOURS, greedy_text
 
 from pyengine.checkpoint.convert import convert
 from pyengine.checkpoint.inspect import inspect
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.checkpoint.safetensors import INDEX, SINGLE
-from pyengine.engine.loop import Stats, decode
+from pyengine.engine.stats import Stats
 from pyengine.sampling.settings import Sampling
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]

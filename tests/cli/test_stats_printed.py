@@ -20,7 +20,7 @@ from pyengine import cli
 from pyengine.cli import common, tables
 from pyengine.cli.chat import Talk
 from pyengine.cli.generate import print_stats
-from pyengine.engine.loop import Stats
+from pyengine.engine.stats import Stats
 from pyengine.generation import Result
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 

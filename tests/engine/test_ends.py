@@ -6,10 +6,11 @@ import random
 from typing import Any
 
 import pytest
+from models import decode
 from speaker import LETTERS, End, by_rule, letter, logprob, speaking
 from text_fakes import write_tokenizers
 
-from pyengine.engine.loop import Stats, decode
+from pyengine.engine.stats import Stats
 from pyengine.generation import generate, stream
 from pyengine.sampling.settings import Sampling
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer

@@ -11,16 +11,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from assistants import Near
+from models import decode
 from scipy import stats as scipy_stats
 
 from pyengine import ops
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.checkpoint.quantize import quantize_checkpoint
-from pyengine.engine.loop import Stats, decode
+from pyengine.engine.stats import Stats
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.ops.filter_logits import Filtered
-from pyengine.sampling import settings as rules
-from pyengine.sampling.settings import Sampling, filter_logits
+from pyengine.sampling.sampler import Sampler
+from pyengine.sampling.settings import Sampling
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FLAVOURS = ("dense31", "e2b", "moe26", "uni12")
@@ -145,7 +146,8 @@ def law(pair: Pair, prompt: list[int]) -> dict[tuple, float]:
     for _ in range(LENGTH):
         longer = {}
         for head, mass in out.items():
-            row = filter_logits(pair.logits([*prompt, *head])[-1:], NARROW)
+            logits = pair.logits([*prompt, *head])[-1:]
+            row = Sampler(NARROW, [], logits.shape[-1]).filter(logits)
             for token, p in zip(row.ids[0].tolist(), row.probs[0].tolist(), strict=True):
                 if mass * p > 1e-3:  # the rest is one cell
                     longer[(*head, token)] = mass * p
@@ -183,10 +185,12 @@ def test_sampled_text_has_the_targets_law(pairs: object) -> None:
 
 @pytest.mark.slow
 def test_accepting_every_draft_is_seen(pairs: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = rules.accept
-    monkeypatch.setattr(
-        rules, "accept", lambda p, q, *rest: real(p, q._replace(probs=q.probs * 1e-6), *rest)
-    )
+    real = Sampler.accept
+
+    def accept(self: Sampler, p: Filtered, q: Filtered, *rest: mx.array) -> tuple:
+        return real(self, p, q._replace(probs=q.probs * 1e-6), *rest)
+
+    monkeypatch.setattr(Sampler, "accept", accept)
     pair, prompt = pairs("dense31", "8-bit", "float32"), prompt_of("dense31", 21)
     assert sampled_p_value(pair, prompt, 400) < 1e-4
 
@@ -286,9 +290,8 @@ def places(pair: Pair, s: Sampling, runs: int, count: int = 12) -> np.ndarray:
         tokens, _ = text(pair, prompt, 4, count, s)
         logits = pair.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
         # All tokens of the text as drafts of one block: row t follows t of them
-        listed = rules.History(s, prompt, logits.shape[-1]).listed()
-        edits = rules.edits(listed, s, mx.array(tokens[:-1], dtype=mx.int32), 0)
-        rows = filter_logits(logits, s, edits)
+        drafts = mx.array(tokens[:-1], dtype=mx.int32)
+        rows = Sampler(s, prompt, logits.shape[-1]).filter(logits, drafts)
         ids, probs = np.array(rows.ids), np.array(rows.probs).astype(np.float64)
         for t, token in enumerate(tokens):
             at = np.flatnonzero(ids[t] == token)
@@ -334,8 +337,8 @@ def test_a_broken_rule_is_seen_on_the_embedded_pair(
 ) -> None:
     """Every draft is kept, and p's best candidate follows them."""
 
-    def accept(p: Filtered, q: Filtered, drafts: mx.array, *rest: object) -> tuple:
+    def accept(_: Sampler, p: Filtered, q: Filtered, drafts: mx.array, *rest: mx.array) -> tuple:
         return mx.array(drafts.shape[0]), p.ids[-1, :1]
 
-    monkeypatch.setattr(rules, "accept", accept)
+    monkeypatch.setattr(Sampler, "accept", accept)
     assert uniform_p_value(places(embedded, PUBLISHED, 30)) < 1e-4

@@ -15,15 +15,17 @@ from dataclasses import replace
 import pytest
 import rules_by_hand as hand
 from assistants import ColdLogits, Equal, Near, Scripted, script_accepts, wrong_places
+from models import decode
 from rules_by_hand import Close
 from test_rounds_by_hand import by_hand
 from tiny_pairs import FLAVOURS, FORMS, greedy_text, reference, tiny_pair
 
 from pyengine.checkpoint.pair import Pair
-from pyengine.engine.loop import Round, decode
+from pyengine.engine.loop import Round
 from pyengine.ops import dispatch
 from pyengine.ops.accept_block import RULES
-from pyengine.sampling.settings import Logprob, Sampling
+from pyengine.sampling.sampler import Logprob
+from pyengine.sampling.settings import Sampling
 
 pytestmark = pytest.mark.engine
 

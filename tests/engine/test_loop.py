@@ -10,14 +10,16 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from models import decode
 from scipy import stats as scipy_stats
 from text_fakes import LengthCache
 
 from pyengine.engine import loop
-from pyengine.engine.loop import Round, Stats, decode
+from pyengine.engine.loop import Round
+from pyengine.engine.stats import Stats
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.ops.filter_logits import Filtered
-from pyengine.sampling import settings as rules
+from pyengine.sampling.sampler import Sampler
 from pyengine.sampling.settings import Sampling
 
 pytestmark = pytest.mark.engine
@@ -210,7 +212,7 @@ def test_context_is_kept_to(block_size: int) -> None:
         max_tokens=99,
     )
     assert len(tokens) == 12 and rounds[-1].finish_reason == "length"
-    assert target.cache.bound < 20 + block_size  # a last round may look past the end
+    assert target.cache.length_limit < 20 + block_size  # a last round may look past the end
 
 
 def test_cache_bound_follows_the_device_length() -> None:
@@ -219,8 +221,8 @@ def test_cache_bound_follows_the_device_length() -> None:
     for r in decode(
         target, assistant, [1, 2], sampling=Sampling(seed=1), block_size=4, max_tokens=30
     ):
-        assert target.cache.bound == target.cache.length.item() >= 2, r
-        lengths.append(target.cache.bound)
+        assert target.cache.length_limit == target.cache.length.item() >= 2, r
+        lengths.append(target.cache.length_limit)
     assert len(lengths) > 5 and lengths == sorted(set(lengths))
 
 
@@ -410,7 +412,7 @@ NUCLEUS = Sampling(temperature=1.0, top_p=0.8, top_k=4)
 
 def cells(table: np.ndarray, first: int) -> dict[tuple, float]:
     """Exact probability of every text of LENGTH tokens under the filtered Markov target."""
-    rows = rules.filter_logits(mx.array(table.astype(np.float32)), NUCLEUS)
+    rows = Sampler(NUCLEUS, [], SMALL).filter(mx.array(table.astype(np.float32)))
     probs = np.zeros((SMALL, SMALL))
     np.put_along_axis(probs, np.array(rows.ids), np.array(rows.probs), axis=-1)
     out = {}
@@ -454,11 +456,10 @@ def test_text_over_rounds_has_the_targets_law(rule: Rule) -> None:
 
 @pytest.mark.native("hundreds of texts, which take plain MLX minutes")
 def test_accepting_every_draft_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = rules.accept
+    real = Sampler.accept
 
-    def accept(p: Filtered, q: Filtered, drafts: mx.array, *rest: object) -> tuple:
-        flat = Filtered(q.ids, q.probs * 1e-6, q.flags)
-        return real(p, flat, drafts, *rest)
+    def accept(self: Sampler, p: Filtered, q: Filtered, *rest: mx.array) -> tuple:
+        return real(self, p, q._replace(probs=q.probs * 1e-6), *rest)
 
-    monkeypatch.setattr(rules, "accept", accept)
+    monkeypatch.setattr(Sampler, "accept", accept)
     assert p_value(*sample_texts(500, "residual")) < 1e-4

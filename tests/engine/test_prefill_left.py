@@ -8,14 +8,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from models import decode
 from tiny_pairs import FLAVOURS, bits, greedy_text, tiny_pair
 
 from pyengine.chat import Chat
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.engine import loop
-from pyengine.engine.loop import Stats, decode, prefill
+from pyengine.engine.loop import prefill
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs, score
+from pyengine.engine.stats import Stats
 from pyengine.generation import Step, generate, stream
 
 GREEDY = {"temperature": 0}

@@ -7,12 +7,13 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from models import decode
 from tiny_pairs import FLAVOURS, bits, greedy_text, tiny_pair
 
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.engine import loop
-from pyengine.engine.loop import Stats, decode
 from pyengine.engine.prefix import Prefix
+from pyengine.engine.stats import Stats
 from pyengine.generation import generate, stream
 from pyengine.sampling.settings import Sampling
 

@@ -12,13 +12,15 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from models import decode
 from tiny_pairs import FLAVOURS, greedy_text, tiny_pair
 
 from pyengine import ops
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.engine import loop
-from pyengine.engine.loop import Round, Stats, decode
+from pyengine.engine.loop import Round
 from pyengine.engine.prefix import MAX_MARKS, Prefix
+from pyengine.engine.stats import Stats
 from pyengine.generation import generate
 from pyengine.sampling.settings import Sampling
 

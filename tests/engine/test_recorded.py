@@ -7,14 +7,15 @@ import re
 import threading
 import weakref
 from collections import Counter
+from typing import NamedTuple
 
 import mlx.core as mx
 import pytest
+from models import decode
 from tiny_pairs import FLAVOURS, bits, greedy_text, tiny_pair
 
 from pyengine import ops
-from pyengine.engine import loop
-from pyengine.engine.loop import decode
+from pyengine.engine import round as on_device
 from pyengine.engine.recorded import recorded
 from pyengine.sampling.settings import Sampling
 
@@ -33,6 +34,56 @@ def test_it_runs_once_for_each_set_of_shapes_and_dtypes():
     assert len(runs) == 2
     assert play([mx.arange(3), mx.array(1)])[0].tolist() == [1, 3, 5]
     assert len(runs) == 3
+
+
+class Inner(NamedTuple):
+    a: mx.array
+    rest: list[mx.array]
+
+
+class Outer(NamedTuple):
+    inner: Inner | None
+    b: mx.array
+
+
+def test_arguments_and_results_are_trees():
+    """Named ones keep their names, of any depth; None holds nothing."""
+    runs = []
+
+    def function(tree: Outer, c: mx.array) -> tuple[Outer, list[mx.array], None]:
+        runs.append(1)
+        assert type(tree) is Outer and tree.inner is not None and type(tree.inner) is Inner
+        a, (x, y) = tree.inner
+        return Outer(Inner(a + x, [y, tree.b, c]), a * c), [], None
+
+    play = recorded(function)
+    for n in (1, 5):
+        leaves = [mx.array(n + i) for i in range(5)]
+        a, x, y, b, c = leaves
+        tree, empty, nothing = play(Outer(Inner(a, [x, y]), b), c)
+        assert type(tree) is Outer and type(tree.inner) is Inner
+        assert (tree.inner.a.item(), tree.b.item()) == (2 * n + 1, n * (n + 4))
+        assert [rest.item() for rest in tree.inner.rest] == [n + 2, n + 3, n + 4]
+        assert empty == [] and nothing is None
+    assert len(runs) == 1
+
+
+def test_each_form_of_the_arguments_has_its_own_graph():
+    """Also where as many arrays of like shapes stand at other places."""
+
+    def function(tree: Outer) -> Outer:
+        if tree.inner is None:
+            return tree._replace(b=tree.b * 10)
+        return Outer(None, tree.inner.a - sum(tree.inner.rest, tree.b))
+
+    play = recorded(function)
+    one, two, four = mx.array(1), mx.array(2), mx.array(4)
+    for _ in range(2):
+        assert play(Outer(None, two)).b.item() == 20
+        assert play(Outer(Inner(four, [one]), two)).b.item() == 1
+        assert play(Outer(Inner(four, []), two)).b.item() == 2
+    assert play.tapes == 3
+    assert play(Outer(None, two)).inner is None and play.nodes == ["Multiply"]
 
 
 def test_nodes_are_those_that_depend_on_an_argument():
@@ -200,7 +251,7 @@ def texts(pair, flavour: str, monkeypatch: pytest.MonkeyPatch, **changes) -> lis
     out = []
     for replacement in (recorded, lambda function: function):
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "recorded", replacement)
+            patch.setattr(on_device, "recorded", replacement)
             rounds = decode(
                 pair.target, pair.assistant, greedy_text(flavour)[:9], max_tokens=24, **changes
             )
@@ -231,7 +282,7 @@ def test_a_plain_step_is_made_of_our_ops(flavour, monkeypatch):
     """What else it has costs as much a node: at most this, whatever the number of experts."""
     pair, played = tiny_pair(flavour, "bfloat16-q8"), []
     monkeypatch.setattr(
-        loop, "recorded", lambda function: played.append(recorded(function)) or played[-1]
+        on_device, "recorded", lambda function: played.append(recorded(function)) or played[-1]
     )
     list(decode(pair.target, None, [5, 6], sampling=Sampling(), block_size=1, max_tokens=2))
     ours = {row["op"] for row in ops.status()}

@@ -14,10 +14,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import rules_by_hand as hand
+from models import decode
 from rules_by_hand import Close, Settings
 from text_fakes import LengthCache
 
-from pyengine.engine.loop import Round, decode
+from pyengine.engine.loop import Round
 from pyengine.ops.accept_block import RULES
 from pyengine.sampling.settings import Sampling
 
@@ -61,7 +62,7 @@ class FakeTarget:
 
     def prefill(self, ids: list[int], cache: LengthCache) -> tuple[mx.array, mx.array]:
         logits, hidden = self.forward(mx.array(ids, dtype=mx.int32), cache)
-        cache.commit(mx.array(len(ids), mx.int32), cache.bound + len(ids))
+        cache.commit(mx.array(len(ids), mx.int32), cache.length_limit + len(ids))
         return logits[-1], hidden[-1:]
 
     def forward(self, ids: mx.array, cache: LengthCache) -> tuple[mx.array, mx.array]:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pyengine.ops.filter_logits import Filtered
-from pyengine.sampling import settings as rules
-from pyengine.sampling.settings import History, Sampling, filter_logits
+from pyengine.sampling.sampler import Sampler
+from pyengine.sampling.settings import Sampling
 
 
 def filter_numpy(
@@ -39,14 +39,11 @@ def filter_numpy(
     return out
 
 
-def filtered(logits: np.ndarray, s: Sampling) -> Filtered:
+def filtered(logits: np.ndarray | mx.array, s: Sampling) -> Filtered:
     """Rows without a text before them."""
-    listed = History(s, [0], logits.shape[1]).listed()
-    edits = rules.edits(listed, s, mx.zeros(0, mx.int32), 0) if listed is not None else None
-    if edits is not None:  # the same for every row, where nothing is penalised
-        rows = [mx.broadcast_to(x[:1], (logits.shape[0], x.shape[1])) for x in edits[1:]]
-        edits = type(edits)(edits.ids, *rows)
-    return filter_logits(mx.array(logits), s, edits)
+    T, V = logits.shape
+    # Nothing is penalised: drafts stand for a number of rows alone
+    return Sampler(s, [0], V).filter(mx.array(logits), mx.zeros(T - 1, mx.int32))
 
 
 def by_id(dist: Filtered, vocab: int) -> np.ndarray:
@@ -81,19 +78,19 @@ def test_filter_equals_definition(s: Sampling) -> None:
 
 def test_filter_breaks_ties_by_lower_id() -> None:
     logits = mx.array([[0.0, 2.0, -0.0, 2.0, 0.0, -5.0]])
-    dist = filter_logits(logits, Sampling(top_k=4, top_p=1.0))
+    dist = filtered(logits, Sampling(top_k=4, top_p=1.0))
     assert dist.ids.tolist() == [[1, 3, 0, 2]]
-    assert filter_logits(logits, Sampling(temperature=0.0)).ids.tolist() == [[1]]
+    assert filtered(logits, Sampling(temperature=0.0)).ids.tolist() == [[1]]
 
 
 def test_filter_orders_negative_and_infinite_logits() -> None:
     logits = mx.array([[-3.0, -mx.inf, -1.0, 1e30, -1e-30, 1e-30]])
-    dist = filter_logits(logits, Sampling(top_k=0, top_p=1.0))
+    dist = filtered(logits, Sampling(top_k=0, top_p=1.0))
     assert dist.ids.tolist() == [[3, 5, 4, 2, 0, 1]]
 
 
 def test_filter_keeps_first_when_top_p_is_tiny() -> None:
-    dist = filter_logits(mx.array([[1.0, 1.0, 1.0]]), Sampling(top_p=1e-6))
+    dist = filtered(mx.array([[1.0, 1.0, 1.0]]), Sampling(top_p=1e-6))
     assert by_id(dist, 3).tolist() == [[1.0, 0.0, 0.0]]
 
 
@@ -104,9 +101,9 @@ def test_filter_with_one_allowed_token() -> None:
 
 def test_filter_rows_do_not_see_each_other() -> None:
     logits = mx.array(np.random.default_rng(5).normal(0, 2, (6, 300)).astype(np.float32))
-    together = filter_logits(logits, Sampling())
+    together = filtered(logits, Sampling())
     for i in range(6):
-        alone = filter_logits(logits[i : i + 1], Sampling())
+        alone = filtered(logits[i : i + 1], Sampling())
         assert together.ids[i].tolist() == alone.ids[0].tolist()
         assert together.probs[i].tolist() == alone.probs[0].tolist()
 
@@ -164,12 +161,12 @@ def test_settings_are_checked(kw: dict, text: str) -> None:
 
 def test_settings_that_do_not_fit_the_vocabulary_are_refused() -> None:
     with pytest.raises(ValueError) as error:
-        History(Sampling(logit_bias={9: 1.0}), [1], 9)
+        Sampler(Sampling(logit_bias={9: 1.0}), [1], 9)
     assert str(error.value) == (
         "[sampling] suppress_tokens and logit_bias must name ids below 9 but got 9."
     )
     with pytest.raises(ValueError, match="suppress_tokens must leave a token but got all"):
-        History(Sampling(suppress_tokens=(0, 1, 2)), [1], 3)
+        Sampler(Sampling(suppress_tokens=(0, 1, 2)), [1], 3)
 
 
 def test_settings_are_ready_for_json() -> None:
@@ -207,15 +204,14 @@ def test_penalties_count_the_drafts_before_a_row(s: Sampling, seed: int) -> None
     prompt, text = rng.integers(0, VOCAB, 8).tolist(), rng.integers(0, VOCAB, 12).tolist()
     drafts = rng.integers(0, VOCAB, 5).tolist()
     drafts[3], drafts[4] = text[0], drafts[0]  # one in the text already, one twice in the block
-    history = History(s, prompt, VOCAB)
-    history.add(text[:5])
-    history.add(text[5:])
-    listed = history.listed()
+    sampler = Sampler(s, prompt, VOCAB)
+    sampler.add(text[:5])
+    sampler.add(text[5:])
     own = mx.array(drafts, dtype=mx.int32)
-    block = filter_logits(mx.array(logits), s, rules.edits(listed, s, own, 0))
+    block = sampler.filter(mx.array(logits), own)
     for i in range(6):
         want = filter_numpy(logits[i], s, prompt, text + drafts[:i])
-        step = filter_logits(mx.array(logits[i : i + 1]), s, rules.edits(listed, s, own[:i], i))
+        step = sampler.filter(mx.array(logits[i : i + 1]), own[:i], i)
         assert np.allclose(by_id(block, VOCAB)[i], want, atol=2e-6)
         assert block.ids[i].tolist() == step.ids[0].tolist()
         assert block.probs[i].tolist() == step.probs[0].tolist()
@@ -226,41 +222,41 @@ def test_drafts_and_committed_tokens_are_penalised_alike() -> None:
     s = PENALISED[-1]
     logits = mx.array(np.random.default_rng(1).normal(0, 3, (4, VOCAB)).astype(np.float32))
     tokens = [5, 3, 5]
-    empty, full = History(s, [2, 9], VOCAB), History(s, [2, 9], VOCAB)
+    empty, full = Sampler(s, [2, 9], VOCAB), Sampler(s, [2, 9], VOCAB)
     full.add(tokens)
-    block = filter_logits(logits, s, rules.edits(empty.listed(), s, mx.array(tokens), 0))
-    alone = filter_logits(logits[3:], s, rules.edits(full.listed(), s, mx.zeros(0, mx.int32), 0))
+    block = empty.filter(logits, mx.array(tokens))
+    alone = full.filter(logits[3:])
     assert block.ids[3].tolist() == alone.ids[0].tolist()
     assert block.probs[3].tolist() == alone.probs[0].tolist()
 
 
 def test_lists_grow_in_steps() -> None:
     """Few shapes over a long text."""
-    history = History(Sampling(presence_penalty=1.0), [1], 1000)
+    sampler = Sampler(Sampling(presence_penalty=1.0), [1], 1000)
     shapes = set()
     for token in range(200):
-        history.add([token])
-        listed = history.listed()
-        assert listed is not None
-        shapes.add(listed.ids.shape)
+        sampler.add([token])
+        assert sampler.listed is not None
+        shapes.add(sampler.listed.ids.shape)
     assert len(shapes) == 4
 
 
 def test_nothing_is_listed_where_nothing_is_edited() -> None:
-    history = History(Sampling(), [1, 2], 10)
-    history.add([3])
-    assert history.listed() is None
+    sampler = Sampler(Sampling(), [1, 2], 10)
+    sampler.add([3])
+    assert sampler.listed is None
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_logprobs_are_of_the_raw_logits(count: int) -> None:
     logits = np.random.default_rng(2).normal(0, 3, (3, 50)).astype(np.float32)
     tokens = [4, 49, 0]
-    packed = np.array(rules.logprobs(mx.array(logits), mx.array(tokens), count))
-    assert packed.shape == (3, 1 + 2 * count) and packed.dtype == np.int32
+    sampler = Sampler(Sampling(logprobs=count), [], 50)
+    found = np.array(sampler.logprobs(mx.array(logits), mx.array(tokens)))
+    assert found.shape == (3, 1 + 2 * count) and found.dtype == np.int32
     exact = logits.astype(np.float64)
     exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
-    for row, token, want in zip(packed, tokens, exact, strict=True):
+    for row, token, want in zip(found, tokens, exact, strict=True):
         assert math.isclose(row[:1].view(np.float32)[0], want[token], abs_tol=1e-5)
         best = np.argsort(-want, kind="stable")[:count]
         assert row[1 : 1 + count].tolist() == best.tolist()

@@ -7,11 +7,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from models import broken
 from tiny_pairs import FLAVOURS, greedy_text, tiny_pair
 
 from pyengine.checkpoint.pair import Pair
-from pyengine.engine.loop import NonFinite
 from pyengine.engine.prefix import Prefix
+from pyengine.engine.report import NonFinite
 from pyengine.engine.score import prompt_logprobs, score
 
 
@@ -47,13 +48,13 @@ def test_score_errors() -> None:
     with pytest.raises(ValueError, match=r"prompt must be shorter than the context of 512"):
         score(pair, [5] * 300, [5] * 300)
     assert score(pair, [5], []) == ([], True)
-    prefix, whole = Prefix(), pair.target.verify
-    pair.target.verify = lambda ids, cache: (whole(ids, cache)[0] * mx.nan, None)
+    prefix = Prefix()
+    pair.target.forward = broken(pair.target.forward)
     try:
         with pytest.raises(NonFinite, match=r"\[score\] logits must be finite"):
             score(pair, [5, 6], [7], prefix=prefix)
     finally:
-        del pair.target.verify
+        del pair.target.forward
     assert prefix.tokens == []
 
 

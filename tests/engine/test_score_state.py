@@ -12,11 +12,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from knowing import tiny
+from models import broken
 from tiny_pairs import FLAVOURS, greedy_text
 
 from pyengine.engine import loop
-from pyengine.engine.loop import NonFinite
 from pyengine.engine.prefix import Prefix
+from pyengine.engine.report import NonFinite
 from pyengine.engine.score import prompt_logprobs, score
 from pyengine.generation import generate, stream
 from pyengine.sampling.settings import Sampling
@@ -72,7 +73,7 @@ def test_a_score_may_extend_a_scored_prefix(flavour: str, form: str) -> None:
         # The last token of the text is scored, not processed
         assert prefix.tokens == text[: end - 1]
         cache = prefix._cache
-        assert cache is not None and cache.bound == cache.length.item() == end - 1
+        assert cache is not None and cache.length_limit == cache.length.item() == end - 1
         if end > known > first:
             assert prefix.reused == first - 1
     # Another continuation of the same context; then the first again
@@ -189,8 +190,7 @@ def test_a_score_of_broken_logits_is_not_remembered(monkeypatch: pytest.MonkeyPa
     cold = scores(pair, text[:60], 30, None)
     assert scores(pair, text[:60], 30, prefix) == cold
     with monkeypatch.context() as patch:
-        verify = pair.target.verify
-        patch.setattr(pair.target, "verify", lambda ids, c: (verify(ids, c)[0] * mx.nan, None))
+        patch.setattr(pair.target, "forward", broken(pair.target.forward))
         with pytest.raises(NonFinite, match="logits must be finite"):
             scores(pair, text[:80], 60, prefix)
     assert prefix.tokens == [] and scores(pair, text[:60], 30, prefix) == cold

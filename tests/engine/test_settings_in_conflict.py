@@ -12,16 +12,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from models import decode
 from test_loop import MarkovAssistant, MarkovTarget, random_table
 from text_fakes import script_pair, write_tokenizers
 from typer.testing import CliRunner
 
 from pyengine import cli, ops
-from pyengine.engine.loop import Stats, decode
+from pyengine.engine.stats import Stats
 from pyengine.generation import generate
 from pyengine.ops.accept_block import RULES, Rule
-from pyengine.sampling import settings as rules
-from pyengine.sampling.settings import MAX_EDIT, History, Sampling, filter_logits
+from pyengine.sampling.sampler import Sampler
+from pyengine.sampling.settings import MAX_EDIT, Sampling
 from pyengine.serve.protocol import Limits, read_request
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -54,11 +55,9 @@ def law(
     """Probabilities by id of the token after a prompt and a text; where nothing else is said, with
     no filter."""
     settings = Sampling(**{"top_k": 0, "top_p": 1.0, **kw})
-    history = History(settings, [*(prompt or [])], len(logits))
-    history.add(text or [])
-    none = mx.zeros(0, mx.int32)
-    edits = rules.edits(history.listed(), settings, none, 0)
-    got = filter_logits(mx.array([logits]), settings, edits)
+    sampler = Sampler(settings, [*(prompt or [])], len(logits))
+    sampler.add(text or [])
+    got = sampler.filter(mx.array([logits]))
     out = [0.0] * len(logits)
     for token, prob in zip(got.ids[0].tolist(), got.probs[0].tolist(), strict=True):
         out[token] += prob

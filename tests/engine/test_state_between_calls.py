@@ -26,6 +26,7 @@ from pyengine import ops
 from pyengine.chat import Chat
 from pyengine.checkpoint.pair import load
 from pyengine.engine import loop
+from pyengine.engine import round as on_device
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs, score
 from pyengine.generation import Result, generate, stream
@@ -138,7 +139,7 @@ class AtLine:
     """Ctrl-C as the n-th line of the engine begins; ``lines`` counts them. Not where a prefix takes
     note that it is in use: between two lines of cleaning up there is always a place for one."""
 
-    FILES = ("prefix.py", "cache.py", "loop.py", "score.py")
+    FILES = ("prefix.py", "cache.py", "loop.py", "round.py", "report.py", "score.py")
 
     def __init__(self, n: int) -> None:
         self.n, self.lines = n, 0
@@ -232,7 +233,7 @@ def test_a_prefix_after_close(block_size: int, right: int) -> None:
 
 
 def test_the_cache_of_a_prefix_holds_what_it_says() -> None:
-    """Its length on the device, the host's bound and the tokens agree after every round."""
+    """Its length on the device, the host's limit and the tokens agree after every round."""
     text = greedy_text("uni12")
     for block_size, right in ((1, 0), (4, 3), (4, 1), (9, 5)):
         pair = tiny("uni12", knows=(block_size, right) if block_size > 1 else None)
@@ -244,12 +245,12 @@ def test_the_cache_of_a_prefix_holds_what_it_says() -> None:
             for step in running.steps():
                 count += len(step.tokens)
                 cache = prefix._cache
-                assert cache is not None and cache.length.item() == cache.bound
+                assert cache is not None and cache.length.item() == cache.length_limit
                 if count < known + 20:  # a last round goes past the end
-                    assert cache.bound == count - 1
+                    assert cache.length_limit == count - 1
                 assert prefix.tokens == text[: count - 1]
                 # Positions of refused drafts were written too
-                assert cache.written >= cache.bound
+                assert cache.written >= cache.length_limit
             assert running.result.tokens == text[known : known + 20]
 
 
@@ -348,7 +349,7 @@ SETTINGS = [
 def unrecorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every round is built anew."""
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "recorded", lambda function: function)
+        patch.setattr(on_device, "recorded", lambda function: function)
         yield
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from models import decode
 from scripted_runs import Clock
 from text_fakes import LengthCache
 from tiny_pairs import tiny_pair
 
-from pyengine.engine.loop import Round, Stats, decode
+from pyengine.engine.loop import Round
 from pyengine.engine.prefix import Prefix
+from pyengine.engine.stats import Stats
 from pyengine.generation import generate
 from pyengine.sampling.settings import Sampling
 
@@ -132,7 +134,7 @@ class CountingTarget:
     def prefill(self, ids: list[int], cache: LengthCache) -> tuple[mx.array, mx.array]:
         self.events.append(f"chunk of {len(ids)}")
         self.clock.now += self.chunks.pop(0)
-        cache.commit(mx.array(len(ids), mx.int32), cache.bound + len(ids))
+        cache.commit(mx.array(len(ids), mx.int32), cache.length_limit + len(ids))
         return after(mx.array(ids[-1:]))[0], mx.array([[0.0]])
 
     def forward(self, ids: mx.array, cache: LengthCache) -> tuple[mx.array, mx.array]:

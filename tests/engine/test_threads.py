@@ -14,10 +14,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from models import decode
 from tiny_pairs import FLAVOURS, greedy_text, tiny_pair
 
 from pyengine.checkpoint.pair import load
-from pyengine.engine.loop import decode
 from pyengine.engine.prefix import Prefix
 from pyengine.generation import generate, stream
 from pyengine.sampling.settings import Sampling

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
+from models import step, verify
 
 from pyengine.checkpoint.pair import Pair
 from pyengine.model.cache import Cache
@@ -74,12 +75,12 @@ class Equal:
     ) -> tuple[mx.array, mx.array]:
         if self.calls % self.k == 0:
             # A product by one is a copy; what is written to it the target never sees
-            self.own = cache.over([a * 1 for a in cache.arrays])
+            self.own = cache.with_arrays([a * 1 for a in cache.arrays])
         self.calls += 1
         token = mx.argmax((self.embeddings == embedding).all(axis=-1)).astype(mx.int32)
         logits, hidden = self.target.forward(token[None], self.own)
-        self.own.commit(mx.array(1, dtype=mx.int32), self.own.bound + 1)
-        cache.read_by(hidden)
+        self.own.commit(mx.array(1, dtype=mx.int32), self.own.length_limit + 1)
+        cache.note_read(hidden)
         return logits, hidden
 
 
@@ -94,7 +95,7 @@ class Near:
         self, embedding: mx.array, hidden: mx.array, cache: Cache
     ) -> tuple[mx.array, mx.array]:
         own, _ = self.equal.forward(embedding, hidden, cache)
-        other, hidden = self.real.step(embedding, hidden, cache)
+        other, hidden = step(self.real, embedding, hidden, cache)
         # A centroid head leaves most tokens out, which would leave next to nothing to accept
         return whole(own) + self.weight * mx.where(other == -mx.inf, 0, other), hidden
 
@@ -118,8 +119,8 @@ class Walk:
         if self.done != ids[: len(self.done)]:
             self._prefill()
         for token in ids[len(self.done) :]:
-            logits, self.hidden = self.target.verify(mx.array([token]), self.cache)
-            self.cache.commit(mx.array(1), self.cache.bound + 1)
+            logits, self.hidden = verify(self.target, mx.array([token]), self.cache)
+            self.cache.commit(mx.array(1), self.cache.length_limit + 1)
             mx.eval(logits, self.hidden, self.cache.arrays)
             self.done = (*self.done, token)
             self.logits[self.done] = np.array(logits[0])
@@ -144,6 +145,6 @@ class ColdLogits:
         hidden = self.text.hidden
         for token in [text[-1], *drafts]:
             embedding = self.pair.target.embed(mx.array([token]))
-            logits, hidden = self.pair.assistant.step(embedding, hidden, self.text.cache)
+            logits, hidden = step(self.pair.assistant, embedding, hidden, self.text.cache)
         other = np.array(logits[0])
         return self.of_target(text + drafts) + self.weight * np.where(other == -np.inf, 0, other)

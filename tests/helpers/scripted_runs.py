@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pyengine.bench.suite import Case
-from pyengine.engine.loop import Stats
+from pyengine.engine.stats import Stats
 from pyengine.generation import Result
 
 # Of the first one the bench's budget is the lower, of the second its own

@@ -114,7 +114,7 @@ class LengthCache:
     config = SimpleNamespace(layers=[])
 
     def __init__(self, on_round: Callable[[int], None] = lambda rows: None) -> None:
-        self.length, self.bound = mx.array(0, mx.int32), 0
+        self.length, self.length_limit = mx.array(0, mx.int32), 0
         self.reserve = on_round
 
     @property
@@ -128,16 +128,16 @@ class LengthCache:
     def growth(self, count: int) -> int:
         return 0
 
-    def commit(self, count: mx.array, bound: int) -> None:
-        self.length, self.bound = self.length + count, bound
+    def commit(self, count: mx.array, length_limit: int) -> None:
+        self.length, self.length_limit = self.length + count, length_limit
 
-    def over(self, arrays: list[mx.array]) -> LengthCache:
+    def with_arrays(self, arrays: list[mx.array]) -> LengthCache:
         other = LengthCache()
-        other.adopt(arrays, self.bound)
+        other.take_results(arrays, self.length_limit)
         return other
 
-    def adopt(self, arrays: list[mx.array], bound: int) -> None:
-        [self.length], self.bound = arrays, bound
+    def take_results(self, arrays: list[mx.array], length_limit: int) -> None:
+        [self.length], self.length_limit = arrays, length_limit
 
 
 @functools.cache

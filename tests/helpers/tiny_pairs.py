@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from models import verify
 
 from pyengine.checkpoint.config_json import read_target_config
 from pyengine.checkpoint.pair import Pair, load
@@ -68,8 +69,8 @@ def steps(target: Target, cache: Cache, ids: list[int]) -> tuple[mx.array, mx.ar
     """Plain decoding of given ids: logits [T, V] and hidden vectors [T, E], one call each."""
     logits, hidden = [], []
     for token in ids:
-        row = target.verify(mx.array([token], dtype=mx.int32), cache)
-        cache.commit(mx.array(1, dtype=mx.int32), cache.bound + 1)
+        row = verify(target, mx.array([token], dtype=mx.int32), cache)
+        cache.commit(mx.array(1, dtype=mx.int32), cache.length_limit + 1)
         mx.eval(row, cache.arrays)
         logits.append(row[0])
         hidden.append(row[1])

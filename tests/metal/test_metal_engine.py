@@ -2,11 +2,12 @@
 
 import mlx.core as mx
 import pytest
+from models import decode
 from tiny_pairs import FIXTURES, tiny_pair
 
 from pyengine import ops
 from pyengine.checkpoint.pair import Pair
-from pyengine.engine.loop import Stats, decode
+from pyengine.engine.stats import Stats
 from pyengine.ops import dispatch, workbench
 from pyengine.sampling.settings import Sampling
 

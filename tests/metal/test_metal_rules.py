@@ -2,10 +2,10 @@
 
 import mlx.core as mx
 import pytest
+from models import decode
 from tiny_pairs import FIXTURES, tiny_pair
 
 from pyengine import _ext, ops
-from pyengine.engine.loop import decode
 from pyengine.ops import workbench
 from pyengine.ops.accept_block import RULES
 from pyengine.sampling.settings import Sampling

@@ -5,6 +5,7 @@ import copy
 import mlx.core as mx
 import numpy as np
 import pytest
+from models import step, verify
 from tiny_pairs import FLAVOURS, FORMS, WINDOW, bits, gap, greedy_text, reference, tiny_pair
 
 from pyengine.model.assistant import POSITIONS, Assistant
@@ -38,16 +39,16 @@ def test_steps_match_transformers(flavour, length, position):
     target, cache, own_hidden = prefilled(flavour, length)
     token = wanted[f"{length}.bonus"].astype(mx.int32)
     own_token = token
-    for step in range(NUM_DRAFTS):
-        at = f"{length}.{position}.{step}"
+    for depth in range(NUM_DRAFTS):
+        at = f"{length}.{position}.{depth}"
         embedding = target.embed(token)
         assert gap(embedding, wanted[f"{at}.embedding"]) == 0
-        logits, hidden = assistant.step(embedding, wanted[f"{at}.hidden_in"], cache)
+        logits, hidden = step(assistant, embedding, wanted[f"{at}.hidden_in"], cache)
         seen = mx.isfinite(logits)
         theirs = wanted[f"{at}.logits"]
         assert gap(mx.where(seen, logits, 0), mx.where(seen, theirs, 0)) <= FLOAT32
         assert gap(hidden, wanted[f"{at}.hidden"]) <= FLOAT32
-        own_logits, own_hidden = assistant.step(target.embed(own_token), own_hidden, cache)
+        own_logits, own_hidden = step(assistant, target.embed(own_token), own_hidden, cache)
         own_token = mx.argmax(own_logits, axis=-1).astype(mx.int32)
         token = wanted[f"{at}.token"].astype(mx.int32)
         assert own_token.tolist() == token.tolist()
@@ -60,7 +61,8 @@ def test_bfloat16_stays_near_float32(flavour):
     assistant = tiny_pair(flavour, "bfloat16").assistant
     target, cache, _ = prefilled(flavour, 21, "bfloat16")
     at = "21.n-1.0"
-    logits, _ = assistant.step(
+    logits, _ = step(
+        assistant,
         target.embed(wanted["21.bonus"].astype(mx.int32)),
         wanted[f"{at}.hidden_in"].astype(mx.bfloat16),
         cache,
@@ -118,10 +120,10 @@ def test_refused_positions_are_not_read(flavour):
     model, cache, hidden = pair.target, pair.target.new_cache(5), None
     _, hidden = model.prefill(text[:40], cache)
     embedding = model.embed(mx.array(text[40:41]))
-    clean, _ = pair.assistant.step(embedding, hidden, cache)
+    clean, _ = step(pair.assistant, embedding, hidden, cache)
     mx.eval(clean)
-    model.verify(mx.array([9, 8, 7, 6, 5], dtype=mx.int32), cache)
-    stale, _ = pair.assistant.step(embedding, hidden, cache)
+    verify(model, mx.array([9, 8, 7, 6, 5], dtype=mx.int32), cache)
+    stale, _ = step(pair.assistant, embedding, hidden, cache)
     assert np.array_equal(bits(clean), bits(stale))
 
 
@@ -132,14 +134,14 @@ def test_sliding_layers_read_the_newest_window_less_one(age, is_read):
     model, cache = pair.target, pair.target.new_cache(5)
     _, hidden = model.prefill(greedy_text("dense31")[:40], cache)
     embedding = model.embed(mx.array([3]))
-    before, _ = pair.assistant.step(embedding, hidden, cache)
+    before, _ = step(pair.assistant, embedding, hidden, cache)
     mx.eval(before)
     source = model.config.last_source(True)
     keys = cache.keys[source]
     slots = keys.shape[2]
     spoiled = mx.arange(slots) == (39 - age) % slots
     cache.keys[source] = mx.where(spoiled[None, None, :, None], 3.0, keys)
-    after, _ = pair.assistant.step(embedding, hidden, cache)
+    after, _ = step(pair.assistant, embedding, hidden, cache)
     assert (gap(before, after) > 0) == is_read
 
 
@@ -148,12 +150,12 @@ def test_full_layer_reads_the_first_position():
     model, cache = pair.target, pair.target.new_cache(5)
     _, hidden = model.prefill(greedy_text("dense31")[:40], cache)
     embedding = model.embed(mx.array([3]))
-    before, _ = pair.assistant.step(embedding, hidden, cache)
+    before, _ = step(pair.assistant, embedding, hidden, cache)
     source = model.config.last_source(False)
     first = (mx.arange(cache.keys[source].shape[2]) == 0)[None, None, :, None]
     mx.eval(before)
     cache.values[source] = mx.where(first, 30.0, cache.values[source])
-    after, _ = pair.assistant.step(embedding, hidden, cache)
+    after, _ = step(pair.assistant, embedding, hidden, cache)
     assert gap(before, after) > 0
 
 
@@ -162,8 +164,8 @@ def test_embedding_comes_before_hidden():
     pair = tiny_pair("uni12")
     _, cache, hidden = prefilled("uni12", 21)
     embedding = pair.target.embed(mx.array([3]))
-    one, _ = pair.assistant.step(embedding, hidden, cache)
-    other, _ = pair.assistant.step(hidden, embedding, cache)
+    one, _ = step(pair.assistant, embedding, hidden, cache)
+    other, _ = step(pair.assistant, hidden, embedding, cache)
     assert gap(one, other) > 0.1
 
 

@@ -5,6 +5,7 @@ import io
 import mlx.core as mx
 import numpy as np
 import pytest
+from models import step, verify
 from tiny_pairs import FLAVOURS, WINDOW, bits, greedy_text, steps, tiny_pair
 
 from pyengine.model.cache import CAPACITY_STEP, Cache
@@ -16,7 +17,7 @@ def one(count: int) -> mx.array:
 
 def follow_up(model, cache) -> list[np.ndarray]:
     """Bits of what a block of three gives next."""
-    logits, hidden = model.verify(mx.array([11, 12, 13], dtype=mx.int32), cache)
+    logits, hidden = verify(model, mx.array([11, 12, 13], dtype=mx.int32), cache)
     return [bits(logits), bits(hidden)]
 
 
@@ -45,8 +46,8 @@ def test_any_accept_pattern_equals_plain_decoding(flavour, seed):
         kept = min(int(rng.integers(1, T + 1)), 100 - known)
         # The kept tokens are the text's; the refused ones are anything
         block = text[known : known + kept] + rng.integers(0, 256, T - kept).tolist()
-        logits, _ = model.verify(mx.array(block, dtype=mx.int32), cache)
-        cache.commit(one(kept), cache.bound + T)  # what the host knows before it reads
+        logits, _ = verify(model, mx.array(block, dtype=mx.int32), cache)
+        cache.commit(one(kept), cache.length_limit + T)  # what the host knows before it reads
         single, _ = steps(model, plain, text[known : known + kept])
         assert np.array_equal(bits(logits[:kept]), bits(single))
         known += kept
@@ -69,8 +70,8 @@ def test_unevaluated_calls_do_not_overtake_each_other():
     for name, cache in (("lazy", lazy), ("eager", eager)):
         rows = []
         for i in range(0, 60, 3):
-            logits, _ = model.verify(mx.array([*text[i : i + 3], 9], dtype=mx.int32), cache)
-            cache.commit(one(3), cache.bound + 3)
+            logits, _ = verify(model, mx.array([*text[i : i + 3], 9], dtype=mx.int32), cache)
+            cache.commit(one(3), cache.length_limit + 3)
             if name == "eager":
                 mx.eval(logits, cache.arrays)
             rows.append(logits)
@@ -85,12 +86,12 @@ def test_an_unevaluated_draft_reads_before_the_next_write():
     for evaluate in (False, True):
         cache = pair.target.new_cache(4)
         _, hidden = pair.target.prefill(text[:30], cache)
-        logits, _ = pair.assistant.step(pair.target.embed(mx.array([3])), hidden, cache)
+        logits, _ = step(pair.assistant, pair.target.embed(mx.array([3])), hidden, cache)
         if evaluate:
             mx.eval(logits)
         # Four positions back in the ring, and the block behind it, change under the draft's feet
-        cache.length, cache.bound = cache.length - 4, cache.bound - 4
-        after, _ = pair.target.verify(mx.array([9, 8, 7, 6], dtype=mx.int32), cache)
+        cache.length, cache.length_limit = cache.length - 4, cache.length_limit - 4
+        after, _ = verify(pair.target, mx.array([9, 8, 7, 6], dtype=mx.int32), cache)
         mx.eval(after)
         drafts.append(bits(logits))
     assert np.array_equal(*drafts)
@@ -127,10 +128,10 @@ def test_rollback_moves_nothing():
     model.prefill(greedy_text("dense31")[:33], cache)
     expected = follow_up(model, cache.snapshot())
     for junk in range(6):
-        logits, _ = model.verify(mx.full((5,), junk, dtype=mx.int32), cache)
-        cache.commit(one(0), cache.bound)
+        logits, _ = verify(model, mx.full((5,), junk, dtype=mx.int32), cache)
+        cache.commit(one(0), cache.length_limit)
         mx.eval(logits)
-    assert cache.length.item() == cache.bound == 33
+    assert cache.length.item() == cache.length_limit == 33
     assert_same(follow_up(model, cache), expected)
 
 

@@ -1,10 +1,11 @@
-"""What a cache notes between calls: who has read it, its newest position, its length and bound."""
+"""What a cache notes between calls: its readers, its newest position, its length and limit."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from models import step, verify
 from tiny_pairs import FLAVOURS, bits, greedy_text, steps, tiny_pair
 
 from pyengine.model.cache import Cache
@@ -40,11 +41,11 @@ def test_a_targets_reads_are_noted(flavour: str) -> None:
     eager, lazy = begun(target, text[:30]), begun(target, text[:30])
     want = []
     for cache in (eager, lazy):
-        first, _ = target.verify(block(9, 8, 7, 6), cache)
+        first, _ = verify(target, block(9, 8, 7, 6), cache)
         if cache is eager:
             mx.eval(first)
-        cache.commit(one(1), cache.bound + 4)
-        second, _ = target.verify(block(3, 4, 5, 6), cache)
+        cache.commit(one(1), cache.length_limit + 4)
+        second, _ = verify(target, block(3, 4, 5, 6), cache)
         mx.eval(second)
         want.append((bits(first), bits(second)))
     for a, b in zip(*want, strict=True):
@@ -60,13 +61,13 @@ def test_an_assistants_reads_are_noted(flavour: str) -> None:
         cache = begun(target, text[:30])
         hidden, rows = some_hidden(target), []
         for token in (9, 8):  # neither made from the other
-            logits, _ = pair.assistant.step(target.embed(block(token)), hidden, cache)
+            logits, _ = step(pair.assistant, target.embed(block(token)), hidden, cache)
             rows.append(logits)
             if evaluate:
                 mx.eval(logits)
         # Some positions back, so that the block is written over what was read
         cache.length = cache.length - 4
-        after, _ = target.verify(block(6, 5, 4, 3), cache)
+        after, _ = verify(target, block(6, 5, 4, 3), cache)
         mx.eval(after)
         drafts.append([bits(row) for row in rows])
     for a, b in zip(*drafts, strict=True):
@@ -77,22 +78,22 @@ def test_reads_are_waited_for_once_and_not_by_copies() -> None:
     """What is evaluated is not held any longer than until the next call."""
     target, text = tiny_pair("dense31").target, greedy_text("dense31")
     cache, x = begun(target, text[:25]), block(5)
-    assert cache.order(x) is not x and cache.order(x) is x
+    assert cache.after_reads(x) is not x and cache.after_reads(x) is x
     for _ in range(3):
-        cache.read_by(mx.ones(3) * 2)
-    ordered = cache.order(x)
+        cache.note_read(mx.ones(3) * 2)
+    ordered = cache.after_reads(x)
     assert ordered is not x and ordered.tolist() == [5]
-    assert cache.order(x) is x
-    target.verify(block(5), cache)
-    for copy in (cache.snapshot(), cache.over(cache.arrays)):
-        assert copy.order(x) is x
-    assert cache.order(x) is not x
-    target.verify(block(5), cache)
-    cache.adopt([cache.length], cache.bound)
-    assert cache.order(x) is x
-    target.verify(block(5), cache)
+    assert cache.after_reads(x) is x
+    verify(target, block(5), cache)
+    for copy in (cache.snapshot(), cache.with_arrays(cache.arrays)):
+        assert copy.after_reads(x) is x
+    assert cache.after_reads(x) is not x
+    verify(target, block(5), cache)
+    cache.take_results([cache.length], cache.length_limit)
+    assert cache.after_reads(x) is x
+    verify(target, block(5), cache)
     cache.restart(20)
-    assert cache.order(x) is x
+    assert cache.after_reads(x) is x
 
 
 def test_newest_follows_every_change_of_the_length() -> None:
@@ -102,17 +103,17 @@ def test_newest_follows_every_change_of_the_length() -> None:
     target.prefill(text[:21], cache)
     assert cache.newest.item() == 20
     assert cache.newest is cache.newest  # made once
-    target.verify(block(1, 2, 3), cache)
+    verify(target, block(1, 2, 3), cache)
     assert cache.newest.item() == 20  # nothing is committed yet
     for count, newest in ((2, 22), (0, 22), (1, 23)):
-        cache.commit(one(count), cache.bound + 3)
+        cache.commit(one(count), cache.length_limit + 3)
         assert cache.newest.item() == newest
-    copies = [cache.snapshot(), cache.over([*cache.arrays[:-1], one(9)])]
+    copies = [cache.snapshot(), cache.with_arrays([*cache.arrays[:-1], one(9)])]
     assert [copy.newest.item() for copy in copies] == [23, 8]
-    cache.adopt([one(25)], 27)
-    assert (cache.newest.item(), cache.length.item(), cache.bound) == (24, 25, 27)
+    cache.take_results([one(25)], 27)
+    assert (cache.newest.item(), cache.length.item(), cache.length_limit) == (24, 25, 27)
     cache.restart(22)
-    assert (cache.newest.item(), cache.length.item(), cache.bound) == (21, 22, 22)
+    assert (cache.newest.item(), cache.length.item(), cache.length_limit) == (21, 22, 22)
     assert [copy.newest.item() for copy in copies] == [23, 8]
 
 
@@ -127,13 +128,13 @@ def test_drafts_after_commits_on_one_cache_are_those_on_a_new_one(
     for kept in (1, 3, 2, 4, 1):
         embedded = pair.target.embed(block(text[known]))
         got, want = (
-            bits(pair.assistant.step(embedded, hidden, used)[0])
+            bits(step(pair.assistant, embedded, hidden, used)[0])
             for used in (cache, begun(pair.target, text[:known]))
         )
         assert np.array_equal(got, want), known
         refused = [1, 2, 3, 4][kept:]
-        pair.target.verify(mx.array([*text[known : known + kept], *refused]), cache)
-        cache.commit(one(kept), cache.bound + 4)
+        verify(pair.target, mx.array([*text[known : known + kept], *refused]), cache)
+        cache.commit(one(kept), cache.length_limit + 4)
         known += kept
 
 
@@ -147,17 +148,17 @@ def test_length_and_bound_after_rollback(flavour: str) -> None:
         T = int(rng.integers(1, 7))
         kept = int(rng.integers(0, T + 1))
         ids = [*text[known : known + kept], *rng.integers(0, 256, T - kept).tolist()]
-        target.verify(mx.array(ids, dtype=mx.int32), cache)
-        written = max(written, cache.bound + T)
-        cache.commit(one(kept), cache.bound + T)
+        verify(target, mx.array(ids, dtype=mx.int32), cache)
+        written = max(written, cache.length_limit + T)
+        cache.commit(one(kept), cache.length_limit + T)
         known += kept
-        assert cache.length.item() == known <= cache.bound
+        assert cache.length.item() == known <= cache.length_limit
         # The rings have 7 + 6 slots, and hold what nobody wrote over
         assert (cache.written, cache.kept_from) == (written, max(0, written - 13))
         if rng.random() < 0.5:  # the host has read how many were kept
-            cache.bound = known
+            cache.length_limit = known
     assert cache.written > known
-    rows, _ = target.verify(block(11, 12), cache)
+    rows, _ = verify(target, block(11, 12), cache)
     single, _ = steps(target, begun(target, text[:known]), [11, 12])
     assert np.array_equal(bits(rows), bits(single))
 
@@ -170,7 +171,7 @@ def test_growth_is_what_making_room_adds() -> None:
     cache = target.new_cache(4)
     for bound, count, steps_more in ((0, 512, 0), (500, 12, 0), (500, 13, 1), (1020, 600, 3)):
         cache = target.new_cache(4)
-        cache.bound = bound
+        cache.length_limit = bound
         before = cache.nbytes
         assert cache.growth(count) == steps_more * step
         cache.reserve(count)

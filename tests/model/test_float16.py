@@ -7,10 +7,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from models import decode
 from tiny_pairs import FIXTURES
 
 from pyengine.checkpoint.pair import Pair, load
-from pyengine.engine.loop import decode
 from pyengine.engine.score import prompt_logprobs, score
 from pyengine.sampling.settings import Sampling
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from models import decode
 from tiny_pairs import greedy_text, tiny_pair
 
 from pyengine import ops
-from pyengine.engine.loop import decode
 from pyengine.model.head import Logits, whole
 from pyengine.model.linear import Linear
-from pyengine.sampling import settings as rules
+from pyengine.sampling.sampler import Sampler
 from pyengine.sampling.settings import Sampling
 
 SETTINGS = {
@@ -42,17 +42,12 @@ def test_candidates_need_no_logits(tmp_path) -> None:
     logits = Logits(mx.random.normal((3, 64), key=mx.random.key(1)), table(), 30.0)
     assert logits.shape == (3, 300) == logits.array.shape and logits.array is logits.array
     for sampling in SETTINGS.values():
-        edits = rules.edits(rules.History(sampling, [5, 9], 300).listed(), sampling, mx.zeros(0), 0)
-        if edits is not None:
-            edits = edits._replace(
-                factors=mx.repeat(edits.factors, 3, axis=0),
-                deltas=mx.repeat(edits.deltas, 3, axis=0),
-            )
-        out = rules.filter_logits(logits, sampling, edits)
+        sampler, drafts = Sampler(sampling, [5, 9], 300), mx.array([5, 7], dtype=mx.int32)
+        out = sampler.filter(logits, drafts)
         graph = operations(list(out), tmp_path)
         assert "quantized_filter_logits" in graph
         assert "quantized_matmul" not in graph and "softcap" not in graph
-        want = rules.filter_logits(logits.array, sampling, edits)
+        want = sampler.filter(logits.array, drafts)
         for a, b in zip(out, want, strict=True):
             assert np.array_equal(np.array(a.view(mx.uint32)), np.array(b.view(mx.uint32)))
 
@@ -67,12 +62,11 @@ def test_logits_are_made_where_all_are_wanted(tmp_path) -> None:
         (dense, Sampling(), "dense_matmul"),
     ]
     for logits, sampling, product in cases:
-        graph = operations(list(rules.filter_logits(logits, sampling)), tmp_path)
+        graph = operations(list(Sampler(sampling, [], 300).filter(logits)), tmp_path)
         assert product in graph and "quantized_filter_logits" not in graph
-    tokens = mx.array([1, 2, 3])
-    assert mx.array_equal(
-        rules.logprobs(waiting, tokens, 2), rules.logprobs(waiting.array, tokens, 2)
-    )
+    sampler, tokens = Sampler(Sampling(logprobs=2), [], 300), mx.array([1, 2, 3])
+    want = sampler.logprobs(waiting.array, tokens)
+    assert want is not None and mx.array_equal(sampler.logprobs(waiting, tokens), want)
     assert whole(x) is x and whole(waiting) is waiting.array
 
 

@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import roundings
+from models import verify
 from odd_pairs import (
     ASSISTANTS,
     FLAVOURS,
@@ -199,7 +200,7 @@ def through(
     given for), and the cache."""
     if way == "chunk":
         cache = model.new_cache(1)
-        assert cache.overflows(0, T)
+        assert cache.is_prefill_chunk(0, T)
         found, (logits, hidden) = forced.run(streams, lambda: model.prefill(ids, cache, chunk=T))
         return found, values(hidden), values(logits)[None], cache
     cache, parts = model.new_cache(T), []
@@ -207,7 +208,7 @@ def through(
     for at in range(0, T, size):
         block, rows = mx.array(ids[at : at + size], dtype=mx.int32), slice(at, at + size)
         cut = [stream[rows] for stream in streams]
-        layers, out = forced.run(cut, lambda block=block: model.verify(block, cache))
+        layers, out = forced.run(cut, lambda block=block: verify(model, block, cache))
         cache.commit(mx.array(size, dtype=mx.int32), at + size)
         parts.append([*layers, *map(values, reversed(out))])
     *found, hidden, logits = map(np.concatenate, zip(*parts, strict=True))
@@ -220,7 +221,7 @@ def drafted(
     """What each layer of the assistant gives from ``streams``, logits, hidden vector."""
     stored, cache = reference(flavour), cache_of(flavour, pair.target)
     inputs = [given(stored[f"{step}.{name}"]) for name in ("embedding", "hidden_in")]
-    found, out = Forced(patch).run(streams, lambda: pair.assistant.step(*inputs, cache))
+    found, out = Forced(patch).run(streams, lambda: step(pair.assistant, *inputs, cache))
     return found, *map(values, out)
 
 

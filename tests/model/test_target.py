@@ -5,6 +5,7 @@ import dataclasses
 import mlx.core as mx
 import numpy as np
 import pytest
+from models import decode, verify
 from tiny_pairs import (
     FLAVOURS,
     FORMS,
@@ -18,7 +19,6 @@ from tiny_pairs import (
 )
 
 from pyengine import ops
-from pyengine.engine.loop import decode
 from pyengine.model import target
 from pyengine.model.linear import Linear
 from pyengine.model.target import Target
@@ -66,7 +66,7 @@ def test_prefill_matches_transformers(flavour, length):
     logits, hidden = model.prefill(wanted[f"{length}.ids"].tolist(), cache, chunk=6)
     assert gap(logits, wanted[f"{length}.logits"][-1]) <= FLOAT32
     assert gap(hidden, wanted[f"{length}.hidden"][-1:]) <= FLOAT32
-    assert cache.length.item() == cache.bound == length
+    assert cache.length.item() == cache.length_limit == length
 
 
 @pytest.mark.short
@@ -86,7 +86,7 @@ def test_every_layer_matches_transformers(flavour, monkeypatch):
     monkeypatch.setattr(ops, "residual_norm", spy)
     ids = wanted["21.ids"].tolist()
     cache = model.new_cache(21)
-    _, hidden = model.verify(mx.array(ids, dtype=mx.int32), cache)
+    _, hidden = verify(model, mx.array(ids, dtype=mx.int32), cache)
     assert len(streams) == len(model.layers)
     assert gap(model.embed(mx.array(ids)), wanted["21.layer.0"]) <= FLOAT32
     for i, stream in enumerate(streams[:-1], 1):
@@ -119,8 +119,8 @@ def test_greedy_text_matches_transformers(flavour):
     logits, _ = model.prefill(text[:21], cache)
     written = [int(mx.argmax(logits).item())]
     while len(written) < 40:
-        row, _ = model.verify(mx.array(written[-1:], dtype=mx.int32), cache)
-        cache.commit(mx.array(1, dtype=mx.int32), cache.bound + 1)
+        row, _ = verify(model, mx.array(written[-1:], dtype=mx.int32), cache)
+        cache.commit(mx.array(1, dtype=mx.int32), cache.length_limit + 1)
         written.append(int(mx.argmax(row).item()))
     assert written == text[21:61]
 
@@ -151,7 +151,7 @@ def test_a_block_gives_the_bits_of_single_steps(flavour, form):
     single_logits, single_hidden = steps(model, cache, text[21:61])
     for T in (2, 3, 7, 16, 17, 40):
         block = start.snapshot()
-        logits, hidden = model.verify(mx.array(text[21 : 21 + T], dtype=mx.int32), block)
+        logits, hidden = verify(model, mx.array(text[21 : 21 + T], dtype=mx.int32), block)
         assert np.array_equal(bits(logits), bits(single_logits[:T])), T
         assert np.array_equal(bits(hidden), bits(single_hidden[:T])), T
 
@@ -166,7 +166,7 @@ def test_prefill_chunks_change_nothing(flavour):
     for chunk in (1, 3, WINDOW, 10, 11, 20, 512):
         cache = model.new_cache(3)
         logits, hidden = model.prefill(text, cache, chunk=chunk)
-        follow, _ = model.verify(mx.array([7, 8, 9], dtype=mx.int32), cache)
+        follow, _ = verify(model, mx.array([7, 8, 9], dtype=mx.int32), cache)
         results.append([bits(a) for a in (logits, hidden, follow)])
     for other in results[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -179,8 +179,8 @@ def test_prefill_continues_where_it_stopped():
     whole, parts = model.new_cache(4), model.new_cache(4)
     expected, _ = model.prefill(text, whole)
     model.prefill(text[:23], parts)
-    model.verify(mx.array([1, 2, 3, 4], dtype=mx.int32), parts)  # refused altogether
-    parts.commit(mx.array(0, dtype=mx.int32), parts.bound + 4)  # a bound may be loose
+    verify(model, mx.array([1, 2, 3, 4], dtype=mx.int32), parts)  # refused altogether
+    parts.commit(mx.array(0, dtype=mx.int32), parts.length_limit + 4)  # a bound may be loose
     logits, _ = model.prefill(text[23:], parts, chunk=13)
     assert np.array_equal(bits(logits), bits(expected))
 
@@ -304,8 +304,8 @@ def test_verify_neither_evaluates_nor_commits(monkeypatch):
 
     monkeypatch.setattr(mx, "eval", refuse)
     monkeypatch.setattr(mx, "async_eval", refuse)
-    model.verify(mx.array([1, 2, 3], dtype=mx.int32), cache)
-    assert cache.bound == 3
+    verify(model, mx.array([1, 2, 3], dtype=mx.int32), cache)
+    assert cache.length_limit == 3
     assert cache.length.item() == 3
 
 
@@ -313,7 +313,7 @@ def test_errors():
     model = tiny_pair("uni12").target
     cache = model.new_cache(2)
     with pytest.raises(ValueError, match=r"\[verify\] T must be at most the cache's max_block 2"):
-        model.verify(mx.array([1, 2, 3], dtype=mx.int32), cache)
+        verify(model, mx.array([1, 2, 3], dtype=mx.int32), cache)
     with pytest.raises(ValueError, match=r"\[prefill\] ids must not be empty"):
         model.prefill([], cache)
     for bad in (-1, 256):

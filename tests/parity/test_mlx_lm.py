@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from models import step, verify
 
 pytest.importorskip("mlx_lm", reason="needs mlx-lm 0.32.2")
 
@@ -131,10 +132,10 @@ def test_embedded_target_writes_the_same_greedy_text():
                 top = mx.sort(logits)[-2:]
                 margin = float((top[1] - top[0]).item())
                 close.append((number, position, token, their_token, margin))
-            step = mx.array([token], dtype=mx.int32)
-            rows, _ = pair.target.verify(step, cache)
-            cache.commit(mx.array(1, dtype=mx.int32), cache.bound + 1)
-            logits, their_logits = rows[0], theirs(step[None], cache=their_cache)[0, -1]
+            ids = mx.array([token], dtype=mx.int32)
+            rows, _ = verify(pair.target, ids, cache)
+            cache.commit(mx.array(1, dtype=mx.int32), cache.length_limit + 1)
+            logits, their_logits = rows[0], theirs(ids[None], cache=their_cache)[0, -1]
             mx.eval(logits, their_logits)
     print(f"largest logit gap {worst:.2e}; positions where the choice differs: {close}")
     assert all(margin < MARGIN for *_, margin in close)
@@ -185,7 +186,7 @@ def compare_assistants(target: Path, assistant: Path, ids: list[int]) -> None:
             embedding = model.embed(token)
             x = mx.concatenate([embedding, hidden], axis=-1)[None]
             their_hidden, their_logits = theirs(x, shared, at)
-            logits, hidden = pair.assistant.step(embedding, hidden, cache)
+            logits, hidden = step(pair.assistant, embedding, hidden, cache)
             seen = mx.isfinite(logits)
             ours, other = mx.where(seen, logits, 0), mx.where(seen, their_logits[0], 0)
             assert gap(ours, other) <= LOGITS

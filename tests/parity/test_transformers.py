@@ -7,6 +7,7 @@ The committed fixtures freeze the same comparison at smaller shapes; this one ne
 import mlx.core as mx
 import numpy as np
 import pytest
+from models import verify
 
 pytest.importorskip("torch", reason="needs the parity extra: torch")
 pytest.importorskip("transformers", reason="needs the parity extra: transformers")
@@ -79,7 +80,7 @@ def test_layers_and_keys(tiny, pairs, monkeypatch):
 
     monkeypatch.setattr(ops, "residual_norm", spy)
     cache = model.new_cache(21)
-    _, hidden = model.verify(mx.array(wanted["21.ids"].numpy(), dtype=mx.int32), cache)
+    _, hidden = verify(model, mx.array(wanted["21.ids"].numpy(), dtype=mx.int32), cache)
     for i, stream in enumerate(streams[:-1], 1):
         assert gap(stream, wanted[f"21.layer.{i}"]) <= FLOAT32, f"layer {i}"
     assert gap(hidden, wanted["21.hidden"]) <= FLOAT32
@@ -103,7 +104,7 @@ def test_drafts(tiny, pairs, length, position):
         embedding, hidden = (
             mx.array(wanted[f"{at}.{name}"].numpy()) for name in ("embedding", "hidden_in")
         )
-        logits, hidden = pair.assistant.step(embedding, hidden, cache)
+        logits, hidden = step(pair.assistant, embedding, hidden, cache)
         seen = np.isfinite(np.array(logits))
         theirs = np.where(seen, wanted[f"{at}.logits"].numpy(), 0)
         ours = np.where(seen, np.array(logits), 0)

@@ -13,7 +13,7 @@ from serving import Server
 from speaker import LETTERS, by_rule, letter, logprob, speaking
 from text_fakes import write_tokenizers
 
-from pyengine.sampling.settings import Logprob
+from pyengine.sampling.sampler import Logprob
 from pyengine.serve.protocol import Limits
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 

@@ -29,7 +29,8 @@ from typer.testing import CliRunner
 from pyengine import cli
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.generation import Step, generate
-from pyengine.sampling.settings import Logprob, Sampling
+from pyengine.sampling.sampler import Logprob
+from pyengine.sampling.settings import Sampling
 from pyengine.serve.protocol import Limits, Reply, read_request
 from pyengine.serve.server import make_app
 from pyengine.text.tokenizer import load_tokenizer

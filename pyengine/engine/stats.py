@@ -1,0 +1,75 @@
+"""What one generation did: counts, seconds, and the ratios made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Stats:
+    """Counts and seconds of one generation, filled while it runs.
+
+    ``decode_s`` and ``tok_s`` are decode only: the first token belongs to the prefill. ``seed`` is
+    the one that was used, given or drawn. What a round committed behind a stop string counts too.
+    """
+
+    block_size: int = 1
+    seed: int | None = None
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    drafted_by_depth: list[int] = field(default_factory=list)
+    accepted_by_depth: list[int] = field(default_factory=list)
+    bonus_tokens: int = 0
+    correction_tokens: int = 0
+    peak_memory_bytes: int = 0
+
+    @property
+    def tok_s(self) -> float:
+        """Decode tokens per second; 0 when nothing was decoded after the first token."""
+        return (self.generated_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+    @property
+    def prefill_tok_s(self) -> float:
+        processed = self.prompt_tokens - self.reused_tokens
+        return processed / self.prefill_s if self.prefill_s > 0 else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted / drafted; 0 when nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """Of the drafts at each depth, the share that was accepted."""
+        return [a / d for a, d in zip(self.accepted_by_depth, self.drafted_by_depth, strict=True)]
+
+    @property
+    def tokens_per_round(self) -> float:
+        return (self.generated_tokens - 1) / self.rounds if self.rounds else 0.0
+
+    def count_round(self, drafted: int, accepted: int) -> None:
+        self.rounds += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        grow = drafted - len(self.drafted_by_depth)
+        self.drafted_by_depth += [0] * grow
+        self.accepted_by_depth += [0] * grow
+        for depth in range(drafted):
+            self.drafted_by_depth[depth] += 1
+            self.accepted_by_depth[depth] += depth < accepted
+        if drafted and accepted == drafted:
+            self.bonus_tokens += 1
+        elif drafted:
+            self.correction_tokens += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts, seconds and the ratios made of them, ready for JSON."""
+        ratios = ("tok_s", "prefill_tok_s", "acceptance", "acceptance_by_depth", "tokens_per_round")
+        return {**self.__dict__, **{name: getattr(self, name) for name in ratios}}

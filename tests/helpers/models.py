@@ -1,0 +1,43 @@
+"""Models and generations as most tests ask them: an assistant's drafts, and all logits made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+
+from pyengine.drafters import new_drafter
+from pyengine.engine import loop
+from pyengine.model.head import whole
+
+
+def decode(target: Any, assistant: Any, prompt: list[int], **settings: Any) -> Iterator[loop.Round]:
+    """A generation with the drafts of an assistant, real or not; without one where it is None."""
+    drafter = new_drafter("assistant", target, assistant)
+    return loop.decode(target, drafter, prompt, **settings)
+
+
+def broken(forward: Any) -> Any:
+    """A target's ``forward`` whose logits are not finite."""
+
+    def call(ids: mx.array, cache: Any) -> tuple[Any, mx.array]:
+        logits, hidden = forward(ids, cache)
+        return replace(logits, hidden=logits.hidden * mx.nan), hidden
+
+    return call
+
+
+def verify(target: Any, ids: mx.array, cache: Any) -> tuple[mx.array, mx.array]:
+    """A target's logits ``[T, V]`` and hidden vectors."""
+    logits, hidden = target.forward(ids, cache)
+    return whole(logits), hidden
+
+
+def step(
+    assistant: Any, embedding: mx.array, hidden: mx.array, cache: Any
+) -> tuple[mx.array, mx.array]:
+    """An assistant's logits ``[1, V]`` and hidden vector."""
+    logits, hidden = assistant.forward(embedding, hidden, cache)
+    return whole(logits), hidden
