@@ -46,6 +46,7 @@ APART = {
 }
 UPWARD = {
     ("checkpoint.defaults", "engine.loop"): "the largest block that a file may ask for",
+    ("checkpoint.pair", "engine.round"): "Pair.draft is the round's own draft",
 }
 ROUND = {
     ("engine.prefix", "engine.loop"): "the type of a target",
