@@ -23,7 +23,7 @@ check_filter(const char* op, float temperature, float top_p, float min_p) {
       min_p >= 0 && min_p < 1, op, "min_p", "be 0 or more and below 1", min_p);
 }
 
-// Checks the edits of `rows` rows and appends them to a primitive's inputs.
+// Checks the edits of `rows` rows and appends them, if any, to a node's inputs.
 inline void add_edits(
     const char* op,
     int rows,
@@ -47,19 +47,18 @@ inline void add_edits(
   mx::Shape shape = {rows, ids->shape(0)};
   check_shape(op, "edit factors", *factors, shape);
   check_shape(op, "edit deltas", *deltas, shape);
-  inputs.insert(inputs.end(), {*ids, *factors, *deltas});
+  if (ids->size() > 0) {
+    inputs.insert(inputs.end(), {*ids, *factors, *deltas});
+  }
 }
 
-// ids, probabilities and flags of a primitive's outputs, with their memory.
+// ids, probabilities and flags, which have their memory.
 inline FilterArgs filter_args(
     std::vector<mx::array>& outputs,
     int vocab,
     float temperature,
     float top_p,
     float min_p) {
-  for (auto& out : outputs) {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-  }
   FilterArgs args = {};
   args.ids = outputs[0].data<int32_t>();
   args.probs = outputs[1].data<float>();

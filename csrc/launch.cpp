@@ -4,6 +4,7 @@
 
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
@@ -11,10 +12,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
+#include <string_view>
 
 #include "bindings.h"
 #include "metal_sources.h"
+#include "op.h"
 #ifdef __APPLE__
 #include "mlx/backend/metal/device.h"
 #endif
@@ -48,14 +52,6 @@ std::string dtype_name(mx::Dtype dtype) {
   return text.str();
 }
 
-void check_launch_size(const std::string& op, size_t size) {
-  if (size > INT32_MAX) {
-    throw std::runtime_error(
-        "[" + op + "] has no Metal kernel for 2**31 elements or more but got " +
-        std::to_string(size) + "; pass fewer rows.");
-  }
-}
-
 namespace {
 
 const char* role_name(Buffer::Role role) {
@@ -72,14 +68,10 @@ std::string source_of(const std::string& library) {
   throw std::logic_error("[launch] no Metal source is named " + library + ".");
 }
 
-bool names(
-    const std::vector<Buffer>& buffers,
-    size_t count,
-    const std::string& name) {
-  return std::any_of(
-      buffers.begin(), buffers.begin() + count, [&](const Buffer& b) {
-        return b.name == name;
-      });
+bool names(const std::vector<const Buffer*>& buffers, const std::string& name) {
+  return std::any_of(buffers.begin(), buffers.end(), [&](const Buffer* b) {
+    return b->name == name;
+  });
 }
 
 } // namespace
@@ -87,30 +79,27 @@ bool names(
 Arguments arguments_of(const std::vector<Launch>& launches) {
   using Role = Buffer::Role;
   Arguments all;
-  std::vector<std::string> between;
+  std::vector<const Buffer*> between;
   for (const auto& launch : launches) {
-    // One launch may name an array twice, and is given it twice
-    size_t earlier = all.read.size();
     for (const auto& buffer : launch.buffers) {
       if (buffer.role == Role::bytes) {
         continue;
       }
-      bool written = names(all.written, all.written.size(), buffer.name);
+      bool written = names(all.written, buffer.name);
       if (buffer.role == Role::in && written) {
-        between.push_back(buffer.name);
+        between.push_back(&buffer);
       } else if (
           buffer.role != Role::out && !written &&
-          !names(all.read, earlier, buffer.name)) {
-        all.read.push_back(buffer);
+          !names(all.read, buffer.name)) {
+        all.read.push_back(&buffer);
       }
       if (buffer.role != Role::in && !written) {
-        all.written.push_back(buffer);
+        all.written.push_back(&buffer);
       }
     }
   }
-  std::erase_if(all.written, [&](const Buffer& b) {
-    return std::find(between.begin(), between.end(), b.name) != between.end();
-  });
+  std::erase_if(
+      all.written, [&](const Buffer* b) { return names(between, b->name); });
   return all;
 }
 
@@ -155,9 +144,9 @@ MTL::Size size_of(const std::array<int, 3>& size) {
   return MTL::Size(size[0], size[1], size[2]);
 }
 
-} // namespace
-
-void run_on_gpu(
+// `inputs` and `outputs` stand for the buffers of those roles, in order; an
+// inout buffer is an output.
+void run_one(
     const Launch& launch,
     const mx::Stream& stream,
     const std::vector<mx::array>& inputs,
@@ -178,6 +167,13 @@ void run_on_gpu(
             std::to_string(buffer.alignment) + " bytes but starts at byte " +
             std::to_string(a.offset()) + " of its memory; pass a copy of it.");
       }
+      // A copy of a whole cache for every block would go unnoticed
+      if (a.size() > 1 && !a.flags().row_contiguous) {
+        throw std::runtime_error(
+            "[" + launch.library + "] " + buffer.name +
+            " must be contiguous on a GPU but got a strided view; pass "
+            "mx.contiguous of it.");
+      }
       encoder.set_input_array(a, i);
     } else {
       encoder.set_output_array(outputs[output++], i);
@@ -190,6 +186,8 @@ void run_on_gpu(
       size_of(launch.grid), size_of(launch.threadgroup));
 }
 
+} // namespace
+
 #else
 
 namespace {
@@ -198,9 +196,7 @@ mx::array temporary(const Buffer& buffer, const mx::Stream&) {
   return mx::array(buffer.shape, buffer.dtype, nullptr, {});
 }
 
-} // namespace
-
-void run_on_gpu(
+void run_one(
     const Launch& launch,
     const mx::Stream&,
     const std::vector<mx::array>&,
@@ -208,6 +204,8 @@ void run_on_gpu(
   throw std::runtime_error(
       "[" + launch.library + "] was built without Metal; use mx.cpu.");
 }
+
+} // namespace
 
 #endif
 
@@ -217,29 +215,71 @@ void run_on_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   auto arguments = arguments_of(launches);
-  std::map<std::string, mx::array> known;
+  if (inputs.size() != arguments.read.size() ||
+      outputs.size() != arguments.written.size()) {
+    throw std::logic_error(
+        "[" + launches[0].library + "] launches name other arguments.");
+  }
+  // An array that is written in place is an output
+  std::vector<std::pair<std::string_view, mx::array>> known;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    known.emplace_back(arguments.written[i]->name, outputs[i]);
+  }
   for (size_t i = 0; i < arguments.read.size(); ++i) {
-    known.emplace(arguments.read[i].name, inputs[i]);
+    known.emplace_back(arguments.read[i]->name, inputs[i]);
   }
-  for (size_t i = 0; i < arguments.written.size(); ++i) {
-    known.insert_or_assign(arguments.written[i].name, outputs[i]);
-  }
+  auto find = [&](const Buffer& buffer) {
+    for (const auto& [name, a] : known) {
+      if (name == buffer.name) {
+        return a;
+      }
+    }
+    known.emplace_back(buffer.name, temporary(buffer, stream));
+    return known.back().second;
+  };
   for (const auto& launch : launches) {
     std::vector<mx::array> read, written;
     for (const auto& buffer : launch.buffers) {
-      if (buffer.role == Buffer::Role::bytes) {
-        continue;
+      if (buffer.role != Buffer::Role::bytes) {
+        bool reads = buffer.role == Buffer::Role::in;
+        (reads ? read : written).push_back(find(buffer));
       }
-      auto found = known.find(buffer.name);
-      if (found == known.end()) {
-        found = known.emplace(buffer.name, temporary(buffer, stream)).first;
-      }
-      bool reads = buffer.role == Buffer::Role::in;
-      (reads ? read : written).push_back(found->second);
     }
-    run_on_gpu(launch, stream, read, written);
+    run_one(launch, stream, read, written);
   }
 }
+
+namespace {
+
+// What a GPU would run for a lazy result of an op, and the inputs that this
+// reads, in order: no launches where there is nothing to compute, nothing in
+// their place where no kernel takes the arguments.
+std::pair<std::optional<std::vector<Launch>>, Arrays> launches_of(
+    const mx::array& result) {
+  auto* op = result.has_primitive()
+      ? dynamic_cast<const AnyOp*>(&result.primitive())
+      : nullptr;
+  if (op == nullptr) {
+    throw std::invalid_argument(
+        "[launches_of] result must be lazy and made by an op of pyengine but "
+        "got " +
+        (result.has_primitive()
+             ? std::string("one of ") + result.primitive().name()
+             : std::string("an evaluated array")) +
+        ".");
+  }
+  std::optional<std::vector<Launch>> launches = std::vector<Launch>();
+  auto outputs = result.outputs();
+  if (!op->empty(result.inputs(), outputs)) {
+    launches = op->launches(result.inputs(), outputs);
+    if (launches->empty()) {
+      launches.reset();
+    }
+  }
+  return {std::move(launches), result.inputs()};
+}
+
+} // namespace
 
 void bind_launch(nb::module_& m) {
   nb::class_<Buffer>(m, "Buffer")
@@ -266,10 +306,25 @@ void bind_launch(nb::module_& m) {
   m.def(
       "launch_arguments",
       [](const std::vector<Launch>& launches) {
+        auto copies = [](const std::vector<const Buffer*>& buffers) {
+          std::vector<Buffer> copied;
+          for (const auto* buffer : buffers) {
+            copied.push_back(*buffer);
+          }
+          return copied;
+        };
         auto arguments = arguments_of(launches);
-        return std::pair(arguments.read, arguments.written);
+        return std::pair(copies(arguments.read), copies(arguments.written));
       },
       nb::arg("launches"));
+  m.def("launches_of", &launches_of, nb::arg("result"));
+  m.def(
+      "launches_of",
+      [](const Arrays& results) {
+        return launches_of(results.empty() ? mx::array(0.0f) : results.front());
+      },
+      nb::arg("results"));
+  m.attr("max_launch_rows") = max_launch_rows;
   m.def("metal_source", &source_of, nb::arg("library"));
 }
 

@@ -1,12 +1,13 @@
 #pragma once
 // launch.h: how one Metal kernel is started, as data.
 //
-// X_launch() in X.cpp computes a Launch from shapes and dtypes alone. eval_gpu
-// hands it to MLX's command encoder, the workbench to the same kernel compiled
-// for the processor: what is tested without a Mac is what runs on one. The
-// processor kernels have a Plan of their own (plan.h).
+// An op (op.h) computes its Launches from shapes and dtypes alone. eval_gpu
+// hands them to MLX's command encoder, the workbench to the same kernels
+// compiled for the processor: what is tested without a Mac is what runs on one.
+// The processor kernels have a Plan of their own (plan.h).
 
 #include <array>
+#include <cstdint>
 #include <map>
 #include <string>
 #include <utility>
@@ -18,6 +19,11 @@
 namespace pyengine {
 
 namespace mx = mlx::core;
+
+using Arrays = std::vector<mx::array>;
+
+// More rows than any block has: a prefill, which MLX's own kernels serve.
+constexpr int max_launch_rows = 128;
 
 struct Buffer {
   enum class Role { in, out, inout, bytes };
@@ -53,28 +59,23 @@ struct Launch {
 std::string dtype_name(mx::Dtype dtype);
 
 // Kernels of a thread an element count them in 32 bits, and a grid's threads in
-// 31: std::runtime_error where an array has more.
-void check_launch_size(const std::string& op, size_t size);
+// 31: whether so many elements are within that.
+inline bool fits_grid(size_t size) {
+  return size <= INT32_MAX;
+}
 
-// Runs a launch on a GPU stream. `inputs` and `outputs` stand for the buffers
-// of those roles, in order; an inout buffer is an output. Outputs have memory.
-void run_on_gpu(
-    const Launch& launch,
-    const mx::Stream& stream,
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs);
-
-// What launches that run in order read and write, in the order in which they
-// first name it. A buffer that one writes and a later one reads, by its name,
-// is a temporary and in neither list.
+// What launches that run in order read and write: each name once, in the order
+// in which they first name it. A buffer that one writes and a later one reads,
+// by its name, is a temporary and in neither list. It points into `launches`.
 struct Arguments {
-  std::vector<Buffer> read;
-  std::vector<Buffer> written;
+  std::vector<const Buffer*> read;
+  std::vector<const Buffer*> written;
 };
 
 Arguments arguments_of(const std::vector<Launch>& launches);
 
-// Runs launches in order; `inputs` and `outputs` stand for their arguments.
+// Runs launches in order on a GPU stream; `inputs` and `outputs` stand for
+// their arguments, and outputs have memory.
 void run_on_gpu(
     const std::vector<Launch>& launches,
     const mx::Stream& stream,

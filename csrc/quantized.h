@@ -1,6 +1,6 @@
 #pragma once
 // quantized.h: checks of MLX's affine quantised matrices, and how the processor
-// reads them.
+// reads and shares them.
 
 #include <string>
 #include <utility>
@@ -8,8 +8,10 @@
 
 #include "check.h"
 #include "cpu/integer.h"
+#include "cpu/plan.h"
 #include "cpu/rows_cpu.h"
 #include "cpu/storage.h"
+#include "matmul.h"
 #include "ops/quantized_matmul_cpu.h"
 
 namespace pyengine {
@@ -83,6 +85,14 @@ inline void check_packed(
 // The order in which a row lies beside weights of this width.
 inline Order packed_order(int bits) {
   return bits == 8 ? Order::plain : bits == 6 ? Order::quads : Order::pairs;
+}
+
+// How threads share a matrix: beside its sums a group keeps its factors.
+inline Plan
+quantized_matmul_plan(int M, int N, int K, int group_size, int bits) {
+  Plan plan = matmul_plan(M, N, K, int64_t(K) * bits / 8);
+  plan.group_scratch += 2 * size_t(plan.columns) * (K / group_size);
+  return plan;
 }
 
 // What a kernel needs to know of a matrix: w, scales and biases.

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from pyengine import _ext
+from pyengine import _ext, ops
 from pyengine.kernel_counts import OnCount
 from pyengine.ops import workbench
 
@@ -104,13 +104,15 @@ def _count(geometry: Geometry, T: int, offset: int) -> AttentionCount:
     G, D, window = geometry.group, geometry.D, geometry.window
     C = offset + BLOCK if window is None else window - 1 + BLOCK
     keys = offset + T if window is None else min(offset, window - 1) + T
-    launches = _ext.block_attention_launches(1, T, G, 1, C, D, mx.bfloat16, 1.0, window, False)
     draw = np.random.default_rng(T)
     shapes = {"q": (1, T, G, D), "k": (1, 1, C, D), "v": (1, 1, C, D)}
-    arrays = {"offset": np.array(offset, np.int32)}
+    given = {"offset": mx.array(offset)}
     for name, shape in shapes.items():
-        values = mx.array(draw.normal(size=shape).astype(np.float32)).astype(mx.bfloat16)
-        arrays[name] = workbench.to_numpy(values)
+        given[name] = mx.array(draw.normal(size=shape).astype(np.float32)).astype(mx.bfloat16)
+    launches, _ = _ext.launches_of(
+        ops.block_attention(**given, scale=1.0, window=window, start=None)
+    )
+    arrays = {name: workbench.to_numpy(a) for name, a in given.items()}
     # Room for spans that this offset does not need stays as it is
     _, report = workbench.load().run(launches, arrays, mode="count", allow={"unwritten-output"})
     traffic = {name: entry for name, entry in report.traffic.items() if name != "params"}

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from pyengine import _ext
+from pyengine import _ext, ops
 from pyengine.ops import workbench
 
 # Widths of 31B, 12B and E2B, each with that of its feed-forward layer; N is scaled down, which
@@ -108,11 +108,11 @@ def count_kernels(
 
 
 def _matmuls(M: int, N: int, K: int, *, mlx: bool) -> Iterator[Count]:
-    dtype = mx.bfloat16
     x = _random(0, M, K)
     names = ("w", "scales", "biases")
     gate, up = (dict(zip(names, _quantized(seed, N, K), strict=True)) for seed in (1, 2))
-    launch = _ext.quantized_matmul_launch(M, N, K, dtype, dtype, GROUP_SIZE, BITS)
+    result = ops.quantized_matmul(x, gate["w"], gate["scales"], gate["biases"], GROUP_SIZE, BITS)
+    launch = launch_of(result)
     yield _count("quantized_matmul", launch, {"x": x, **gate}, {"w"}, M, N, K)
     # As MLX chooses them: qmv_fast where a simdgroup's steps divide K
     narrow = "qmv_fast" if K % 512 == 0 else "qmv"
@@ -120,20 +120,31 @@ def _matmuls(M: int, N: int, K: int, *, mlx: bool) -> Iterator[Count]:
         launch = _mlx_launch(name, M, N, K)
         yield _count("quantized_matmul", launch, {"x": x, **gate}, {"w"}, M, N, K, source="mlx")
     # q, k and v with the columns of one matrix between them, in E2B's proportions but for rounding
-    shared, begin = {"x": x}, 0
+    shared, matrices, begin = {"x": x}, [], 0
     parts = {"first_": N // 2, "second_": N // 4, "third_": N // 4}
     for side, part in parts.items():
-        shared |= {side + name: a[begin : begin + part] for name, a in gate.items()}
+        w, scales, biases = (a[begin : begin + part] for a in gate.values())
+        matrices.append((w, scales, biases))
+        shared |= {side + name: a for name, a in zip(names, matrices[-1], strict=True)}
         begin += part
-    launch = _ext.quantized_matmuls_launch(M, list(parts.values()), K, dtype, GROUP_SIZE, BITS)
+    launch = launch_of(ops.quantized_matmuls(x, matrices, GROUP_SIZE, BITS))
     yield _count("quantized_matmuls", launch, shared, {side + "w" for side in parts}, M, N, K)
     pair = {
         f"{side}_{name}": a for side, q in (("gate", gate), ("up", up)) for name, a in q.items()
     }
-    launch = _ext.quantized_gated_matmul_launch(M, N, K, dtype, GROUP_SIZE, BITS)
+    first, second = ((q["w"], q["scales"], q["biases"]) for q in (gate, up))
+    launch = launch_of(ops.quantized_gated_matmul(x, first, second, GROUP_SIZE, BITS))
     yield _count("quantized_gated_matmul", launch, {"x": x, **pair}, {"gate_w", "up_w"}, M, N, K)
-    launch = _ext.dense_matmul_launch(M, N, K, dtype, dtype)
-    yield _count("dense_matmul", launch, {"x": x, "w": _random(3, N, K)}, {"w"}, M, N, K)
+    w = _random(3, N, K)
+    launch = launch_of(ops.dense_matmul(x, w))
+    yield _count("dense_matmul", launch, {"x": x, "w": w}, {"w"}, M, N, K)
+
+
+def launch_of(result: mx.array | list[mx.array]) -> _ext.Launch:
+    """The one launch that a lazy result of an op takes, or several of them."""
+    launches, _ = _ext.launches_of(result)
+    assert launches is not None and len(launches) == 1
+    return launches[0]
 
 
 def _experts(M: int, N: int, K: int) -> Count:
@@ -141,23 +152,15 @@ def _experts(M: int, N: int, K: int) -> Count:
     draw = np.random.default_rng(M)
     ids = np.stack([np.sort(draw.permutation(EXPERTS)[:EXPERTS_USED]) for _ in range(M)])
     arrays = {"x": _random(0, M, K), "ids": mx.array(ids.astype(np.int32))}
+    stacks = []
     for prefix, seed in (("", 1), ("up_", 2)):
-        for name, a in zip(
-            ("w", "scales", "biases"), _quantized(seed, EXPERTS * N, K), strict=True
-        ):
-            arrays[prefix + name] = a.reshape(EXPERTS, N, -1)
-    launch = _ext.quantized_expert_matmul_launch(
-        M,
-        EXPERTS_USED,
-        EXPERTS,
-        N,
-        K,
-        True,
-        True,
-        mx.bfloat16,
-        mx.bfloat16,
-        GROUP_SIZE,
-        BITS,
+        w, scales, biases = (a.reshape(EXPERTS, N, -1) for a in _quantized(seed, EXPERTS * N, K))
+        stacks.append((w, scales, biases))
+        arrays |= {prefix + "w": w, prefix + "scales": scales, prefix + "biases": biases}
+    launch = launch_of(
+        ops.quantized_expert_matmul(
+            arrays["x"], stacks[0], arrays["ids"], GROUP_SIZE, BITS, up=stacks[1]
+        )
     )
     touched = len(np.unique(ids)) / EXPERTS
     return _count(

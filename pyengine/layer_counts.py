@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from pyengine import _ext
-from pyengine.kernel_counts import OnCount
+from pyengine import _ext, ops
+from pyengine.kernel_counts import OnCount, launch_of
 from pyengine.ops import workbench
 
 # 31B: the stream's width; queries and keys, and their width, of sliding and of full layers
@@ -63,26 +63,26 @@ def count_layers(
     Raises:
         RuntimeError: There is no checkout, or no compiler.
     """
-    dtype, E = mx.bfloat16, WIDTH
+    E = WIDTH
     shared = {name: _random(i, E) for i, name in enumerate(("weight", "next_weight"))}
     for done, T in enumerate(rows):
         on_count(done, len(rows), f"T = {T}")
         streams = {name: _random(i, T, E) for i, name in enumerate(("x", "h", "y"))}
         arrays = {**streams, **shared, "scalar": _random(5, 1)}
-        launch = _ext.rms_norm_launch(T, E, dtype, True, EPS)
+        launch = launch_of(ops.rms_norm(streams["x"], shared["weight"]))
         yield _count("rms_norm", launch, arrays, {"x"}, T, f"{E}")
-        launch = _ext.residual_norm_launch(T, E, dtype, True, True, EPS)
+        branch = {name: arrays[name] for name in ("h", "y", "weight", "scalar", "next_weight")}
+        launch = launch_of(ops.residual_norm(**branch, eps=EPS)[0])
         yield _count("residual_norm", launch, arrays, {"h", "y"}, T, f"{E}")
         for H, K, D in HEADS:
             yield from _heads(T, H, K, D)
         gates = {"gate": _random(6, T * E), "up": _random(7, T * E)}
-        launch = _ext.geglu_launch(T * E, dtype)
+        launch = launch_of(ops.geglu(**gates))
         yield _count("geglu", launch, gates, set(gates), T, f"{E}")
 
 
 def _heads(T: int, H: int, K: int, D: int) -> Iterator[LayerCount]:
     """The cache has as many slots as the call has positions: all of it is written."""
-    dtype = mx.bfloat16
     parts = {"q": _random(1, T, H * D), "k": _random(2, T, K * D), "v": _random(3, T, K * D)}
     shared = {
         "q_norm": _random(4, D),
@@ -91,14 +91,15 @@ def _heads(T: int, H: int, K: int, D: int) -> Iterator[LayerCount]:
         "offset": mx.array(4000),
     }
     cache = {name: _random(6, 1, K, T, D) for name in ("keys", "values")}
-    launch = _ext.prepare_qkv_launch(T, H, K, T, D, dtype, EPS)
     arrays = {**parts, **shared, **cache}
+    launch = launch_of(ops.prepare_qkv(**arrays, eps=EPS)[0])
     yield _count("prepare_qkv", launch, arrays, set(parts), T, f"{H} + 2 * {K} of {D}")
     arrays = {"x": parts["q"].reshape(1, T, H, D), "weight": shared["q_norm"], **shared}
-    launch = _ext.norm_rope_launch(1, T, H, D, dtype, EPS)
+    one = {name: arrays[name] for name in ("x", "weight", "offset", "inv_freq")}
+    launch = launch_of(ops.norm_rope(**one, eps=EPS))
     yield _count("norm_rope", launch, arrays, {"x"}, T, f"{H} of {D}")
     arrays = {"new": _random(7, 1, T, K, D), "cache": cache["keys"], "offset": shared["offset"]}
-    launch = _ext.write_cache_launch(1, T, K, T, D, dtype)
+    launch = launch_of(ops.write_cache(**arrays))
     yield _count("write_cache", launch, arrays, {"new"}, T, f"{K} of {D}")
 
 

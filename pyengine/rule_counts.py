@@ -6,7 +6,6 @@ read off its recorded graph.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from pyengine import _ext
+from pyengine import _ext, ops
 from pyengine.drafters import new_drafter
 from pyengine.engine import loop
 from pyengine.engine import round as on_device
@@ -111,7 +110,7 @@ def count_rules(
     for done, T in enumerate(rows):
         on_count(done, total, f"logits, T = {T}")
         logits = draw.normal(0, 4, (T, vocab)).astype(np.float32)
-        launches = _ext.filter_logits_launches(T, vocab, TOP_K, None, 1.0, 0.95, 0.0, True)
+        launches = _launches(ops.filter_logits(mx.array(logits), top_k=TOP_K, top_p=0.95))
         yield _count("filter_logits", launches, {"logits": logits}, T, vocab)
 
     V = vocab // 32
@@ -127,19 +126,25 @@ def count_rules(
     ids = np.stack([draw.permutation(vocab)[:TOP_K] for _ in range(k + 1)]).astype(np.int32)
     probs = draw.dirichlet(np.full(TOP_K, 0.5), k + 1).astype(np.float32)
     at = {"position": np.array(7, np.int32), "seed": np.array(3, np.uint32)}
-    launch = _ext.draw_token_launch(1, TOP_K, 0, False)
-    yield _count("draw_token", [launch], {"ids": ids[:1], "probs": probs[:1], **at}, 1, TOP_K)
+    row = {"ids": ids[:1], "probs": probs[:1], **at}
+    launches = _launches([ops.draw_token(*map(mx.array, row.values()), shared=False)])
+    yield _count("draw_token", launches, row, 1, TOP_K)
     tables = {"p_ids": ids, "p_probs": probs, "q_ids": ids[:k], "q_probs": probs[:k]}
     block = {**tables, "drafts": ids[:k, 0].copy(), **at}
-    launch = _ext.accept_block_launch(k, TOP_K, TOP_K, "block", VOCAB)
-    yield _count("accept_block", [launch], block, k + 1, TOP_K)
+    drawn = ops.accept_block(*map(mx.array, block.values()), rule="block", vocab=VOCAB)
+    yield _count("accept_block", _launches(drawn), block, k + 1, TOP_K)
+
+
+def _launches(results: Sequence[mx.array]) -> list[_ext.Launch]:
+    launches, _ = _ext.launches_of(results)
+    assert launches is not None
+    return launches
 
 
 def _head_launches(T: int, V: int) -> list[_ext.Launch]:
-    settings = (30.0, 1.0, 0.95, 0.0)
-    return _ext.quantized_filter_logits_launches(
-        T, V, WIDTH, mx.bfloat16, 64, 8, TOP_K, None, *settings
-    )
+    x, w = (mx.zeros((rows, WIDTH), mx.bfloat16) for rows in (T, V))
+    q = mx.quantize(w, 64, 8)
+    return _launches(ops.quantized_filter_logits(x, *q, softcap=30.0, top_k=TOP_K, top_p=0.95))
 
 
 def _count(
@@ -205,21 +210,16 @@ def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[
         next(rounds)
         rounds.close()
     names = Counter(name.split()[0] for name in played[0].nodes)
-    ours = {row["op"] for row in dispatch.status()}
     calls: Counter[str] = Counter()
     for name, number in names.items():
-        op = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
-        if op in ours:
-            calls[op] += number
+        if name in dispatch.OPS:
+            calls[name] += number
         elif name not in _VIEWS:
             calls["MLX"] += number
+    one = mx.zeros((1, 1, 1, 16))
     several = {
-        "block_attention": len(
-            _ext.block_attention_launches(1, 1, 1, 1, 1, 16, mx.bfloat16, 1.0, None, False)
-        ),
-        "filter_logits": len(
-            _ext.filter_logits_launches(1, VOCAB, TOP_K, None, 1.0, 1.0, 0.0, True)
-        ),
+        "block_attention": len(_launches([ops.block_attention(one, one, one, mx.array(0))])),
+        "filter_logits": len(_launches(ops.filter_logits(mx.zeros((1, VOCAB)), top_k=TOP_K))),
         "quantized_filter_logits": len(_head_launches(1, VOCAB)),
     }
     return [

@@ -1,30 +1,29 @@
-// block_attention: checks, primitive, the sharing of work and the Metal
-// launches; the arithmetic is in block_attention_cpu.cpp.
-
-#include "ops/block_attention.h"
+// block_attention: softmax(scale * q @ k.T + mask) @ v for the positions of one
+// block against a linear or ring cache. Here are the sharing of work and the
+// Metal launches; the arithmetic is in block_attention_cpu.cpp.
 
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <limits>
-#include <memory>
+#include <optional>
+#include <vector>
 
 #include "../metal/block_attention_params.h"
 #include "bindings.h"
 #include "check.h"
+#include "cpu/integer.h"
 #include "cpu/isa.h"
 #include "cpu/packed.h"
+#include "cpu/plan.h"
 #include "cpu/rows_cpu.h"
 #include "cpu/storage.h"
-#include "mlx/backend/cpu/encoder.h"
+#include "op.h"
 #include "ops/block_attention_cpu.h"
 
 namespace pyengine {
 
 namespace {
-
-constexpr const char* op = "block_attention";
 
 // Multiply-adds from which sharing the spans of one head pays: each wave ends
 // with a fold on one thread.
@@ -176,147 +175,192 @@ constexpr int tile_bytes = 128; // of a row, staged together
 constexpr int slice_columns = 128;
 constexpr int value_bytes = 4096; // of v, staged together
 constexpr int loading_simds = 4; // at least, so that few rows load as fast
-// More positions than any block has.
-constexpr int max_launched = 128;
+
+int pieces(int n, int size) {
+  return (n + size - 1) / size;
+}
 
 int round_up(int n, int step) {
-  return (n + step - 1) / step * step;
+  return pieces(n, step) * step;
 }
 
 // The spans that the visible positions of a slice may touch.
 int spans_needed(int C, int positions, std::optional<int> window) {
   if (!window) {
-    return round_up(C, attention_span) / attention_span;
+    return pieces(C, attention_span);
   }
   int64_t visible = std::min<int64_t>(C, int64_t(*window) - 1 + positions);
   return int((visible + attention_span - 2) / attention_span + 1);
 }
 
-Buffer params_buffer(const BlockAttentionParams& params) {
-  std::string data(reinterpret_cast<const char*>(&params), sizeof(params));
-  return {"params", Buffer::Role::bytes, {}, mx::uint32, 4, std::move(data)};
-}
-
-} // namespace
-
-bool block_attention_has_launch(int T) {
-  return T <= max_launched;
-}
-
-std::vector<Launch> block_attention_launches(
-    int B,
-    int T,
-    int H,
-    int K,
-    int C,
-    int D,
-    mx::Dtype dtype,
-    float scale,
-    std::optional<int> window,
-    bool has_start) {
-  using Role = Buffer::Role;
-  auto name = dtype_name(dtype);
-  int itemsize = int(mx::size_of(dtype));
-  Buffer q = Buffer::array(Role::in, "q", {B, T, H, D}, dtype, 16);
-  Buffer k = Buffer::array(Role::in, "k", {B, K, C, D}, dtype, 16);
-  Buffer v = Buffer::array(Role::in, "v", {B, K, C, D}, dtype, 16);
-  Buffer offset = Buffer::array(Role::in, "offset", {}, mx::int32);
-  Buffer start = Buffer::array(Role::in, "start", {}, mx::int32);
-  std::vector<Launch> launches;
-  for (int first = 0; first < T; first += max_rows) {
+// One slice of max_rows positions: its scores, what their spans make of the
+// values, and the fold of these. Grids follow from shapes alone: where a block
+// stands is read on the device.
+class SliceLaunches {
+ public:
+  SliceLaunches(
+      const mx::array& q,
+      const mx::array& k,
+      int first,
+      float scale,
+      std::optional<int> window,
+      bool has_start)
+      : dtype_(q.dtype()),
+        B_(q.shape(0)),
+        has_start_(has_start) {
+    int T = q.shape(1), H = q.shape(2), D = q.shape(3);
+    int K = k.shape(1), C = k.shape(2);
     int positions = std::min(T - first, max_rows);
-    int R = positions * (H / K);
-    int tiles = (R + tile_rows - 1) / tile_rows;
-    int rows = tiles == 1 ? R : round_up((R + tiles - 1) / tiles, value_rows);
-    int spans = spans_needed(C, positions, window);
-    int row_simds = (rows + score_rows - 1) / score_rows;
-    int keys = row_simds <= 4 ? 64 : 32;
-    Buffer params = params_buffer(
-        {T,
-         H,
-         K,
-         C,
-         D,
-         first,
-         positions,
-         rows,
-         keys,
-         spans,
-         window.value_or(no_window),
-         scale,
-         -0.0f});
+    R_ = positions * (H / K);
+    int tiles = pieces(R_, tile_rows);
+    params_ = {
+        .T = T,
+        .H = H,
+        .K = K,
+        .C = C,
+        .D = D,
+        .first = first,
+        .positions = positions,
+        .rows = tiles == 1 ? R_ : round_up(pieces(R_, tiles), value_rows),
+        .keys = 0,
+        .spans = spans_needed(C, positions, window),
+        .window = window.value_or(no_window),
+        .scale = scale,
+        .minus_zero = -0.0f};
+    params_.keys = row_simds() <= 4 ? 64 : 32;
+  }
 
-    Launch scores;
-    scores.library = op;
-    scores.kernel = std::string(op) + "_scores_" + name;
-    scores.constants = {{0, has_start}};
-    scores.grid = {spans * attention_span / keys, B * K, tiles};
-    scores.threadgroup = {
-        32 * std::max(row_simds * keys / simd_keys, loading_simds), 1, 1};
-    scores.buffers = {
-        q,
-        k,
-        offset,
-        Buffer::array(
-            Role::out,
-            "scores",
-            {B * K, R, spans * attention_span},
-            mx::float32,
-            16),
-        params};
-    int staged = row_simds * score_rows + keys;
-    scores.threadgroup_memory = {{0, staged * tile_bytes / itemsize * 4}};
+  Launch scores() const {
+    int staged = row_simds() * score_rows + params_.keys;
+    auto launch = stage(
+        "scores",
+        params_.spans * attention_span / params_.keys,
+        row_simds() * params_.keys / simd_keys);
+    launch.buffers = {
+        input("q", {B_, params_.T, params_.H, params_.D}),
+        input("k", cache()),
+        offset(),
+        score_list(Role::out),
+        params_buffer()};
+    add_start(launch);
+    launch.threadgroup_memory = {{0, staged * tile_bytes / itemsize() * 4}};
+    return launch;
+  }
 
-    Launch values;
-    int slices = (D + slice_columns - 1) / slice_columns;
-    int simds = (rows + value_rows - 1) / value_rows;
-    values.library = op;
-    values.kernel = std::string(op) + "_values_" + name;
-    values.constants = scores.constants;
-    values.grid = {spans * slices, B * K, tiles};
-    values.threadgroup = {32 * std::max(simds, loading_simds), 1, 1};
-    values.buffers = {
-        v,
-        offset,
-        scores.buffers[3],
-        Buffer::array(
-            Role::out, "values", {B * K, spans, R, D}, mx::float32, 16),
-        Buffer::array(Role::out, "states", {B * K, spans, R, 2}, mx::float32),
-        params};
-    values.buffers[2].role = Role::in;
-    values.threadgroup_memory = {
+  Launch values() const {
+    int simds = pieces(params_.rows, value_rows);
+    auto launch = stage(
+        "values", params_.spans * pieces(params_.D, slice_columns), simds);
+    launch.buffers = {
+        input("v", cache()),
+        offset(),
+        score_list(Role::in),
+        value_list(Role::out),
+        state_list(Role::out),
+        params_buffer()};
+    add_start(launch);
+    launch.threadgroup_memory = {
         {0, simds * attention_chunk * value_rows * 4},
-        {1, value_bytes / itemsize * 4}};
+        {1, value_bytes / itemsize() * 4}};
+    return launch;
+  }
 
-    Launch fold;
-    fold.library = op;
-    fold.kernel = std::string(op) + "_fold_" + name;
-    fold.constants = {};
-    fold.grid = {R, B * K, 1};
-    fold.threadgroup = {round_up(D / 4, 32), 1, 1};
-    fold.buffers = {
-        offset,
-        values.buffers[3],
-        values.buffers[4],
+  Launch fold() const {
+    Launch launch = kernel("fold");
+    launch.grid = {R_, B_ * params_.K, 1};
+    launch.threadgroup = {round_up(params_.D / 4, 32), 1, 1};
+    launch.buffers = {
+        offset(),
+        value_list(Role::in),
+        state_list(Role::in),
         // Each slice writes rows of its own
         Buffer::array(
-            first == 0 ? Role::out : Role::inout, "out", {B, T, H, D}, dtype),
-        params};
-    fold.buffers[1].role = fold.buffers[2].role = Role::in;
-
-    if (has_start) {
-      scores.buffers.push_back(start);
-      values.buffers.push_back(start);
-    }
-    launches.insert(launches.end(), {scores, values, fold});
+            params_.first == 0 ? Role::out : Role::inout,
+            "out",
+            {B_, params_.T, params_.H, params_.D},
+            dtype_),
+        params_buffer()};
+    return launch;
   }
-  return launches;
-}
 
+ private:
+  using Role = Buffer::Role;
+
+  int itemsize() const {
+    return int(mx::size_of(dtype_));
+  }
+
+  int row_simds() const {
+    return pieces(params_.rows, score_rows);
+  }
+
+  Launch kernel(const char* name) const {
+    Launch launch;
+    launch.library = "block_attention";
+    launch.kernel = launch.library + "_" + name + "_" + dtype_name(dtype_);
+    return launch;
+  }
+
+  // Scores or values, without buffers: so many threadgroups per tile of rows.
+  Launch stage(const char* name, int groups, int simds) const {
+    Launch launch = kernel(name);
+    launch.constants = {{0, has_start_}};
+    launch.grid = {groups, B_ * params_.K, pieces(R_, tile_rows)};
+    launch.threadgroup = {32 * std::max(simds, loading_simds), 1, 1};
+    return launch;
+  }
+
+  mx::Shape cache() const {
+    return {B_, params_.K, params_.C, params_.D};
+  }
+
+  Buffer input(const char* name, mx::Shape shape) const {
+    return Buffer::array(Role::in, name, std::move(shape), dtype_, 16);
+  }
+
+  Buffer offset() const {
+    return Buffer::array(Role::in, "offset", {}, mx::int32);
+  }
+
+  void add_start(Launch& launch) const {
+    if (has_start_) {
+      launch.buffers.push_back(Buffer::array(Role::in, "start", {}, mx::int32));
+    }
+  }
+
+  // What one launch leaves for the next.
+  Buffer score_list(Role role) const {
+    mx::Shape shape = {B_ * params_.K, R_, params_.spans * attention_span};
+    return Buffer::array(role, "scores", std::move(shape), mx::float32, 16);
+  }
+
+  Buffer value_list(Role role) const {
+    mx::Shape shape = {B_ * params_.K, params_.spans, R_, params_.D};
+    return Buffer::array(role, "values", std::move(shape), mx::float32, 16);
+  }
+
+  Buffer state_list(Role role) const {
+    mx::Shape shape = {B_ * params_.K, params_.spans, R_, 2};
+    return Buffer::array(role, "states", std::move(shape), mx::float32);
+  }
+
+  Buffer params_buffer() const {
+    std::string data(reinterpret_cast<const char*>(&params_), sizeof(params_));
+    return {"params", Role::bytes, {}, mx::uint32, 4, std::move(data)};
+  }
+
+  mx::Dtype dtype_;
+  int B_;
+  bool has_start_;
+  BlockAttentionParams params_;
+  int R_; // rows of a key head
+};
+
+// One group per batch and key head, slices of max_rows positions.
 Plan block_attention_plan(int B, int T, int H, int K, int C, int D) {
   int positions = std::min(T, max_rows);
   Plan plan;
-  plan.slices = (T + max_rows - 1) / max_rows;
+  plan.slices = pieces(T, max_rows);
   plan.groups = B * K;
   plan.columns = H / K * D;
   plan.group_scratch = scratch_size(positions * (H / K), D, 2);
@@ -324,14 +368,72 @@ Plan block_attention_plan(int B, int T, int H, int K, int C, int D) {
   return plan;
 }
 
+// Inputs: q, k, offset, start where given, v.
+struct BlockAttention {
+  static constexpr const char* op = "block_attention";
+  float scale;
+  std::optional<int> window;
+  bool operator==(const BlockAttention&) const = default;
+
+  // Three per slice. Longer blocks are prefill, and MLX's.
+  std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
+    int T = in[0].shape(1);
+    if (T > max_launch_rows) {
+      return {};
+    }
+    bool has_start = in.size() == 5;
+    std::vector<Launch> launches;
+    for (int first = 0; first < T; first += max_rows) {
+      SliceLaunches slice(in[0], in[1], first, scale, window, has_start);
+      launches.insert(
+          launches.end(), {slice.scores(), slice.values(), slice.fold()});
+    }
+    return launches;
+  }
+
+  auto task(const Arrays& in, Arrays& out) const {
+    const auto &q = in[0], &k = in[1];
+    BlockAttentionArgs args = {};
+    args.out = out[0].data<void>();
+    args.storage = storage_of(q.dtype());
+    args.T = q.shape(1);
+    args.H = q.shape(2);
+    args.K = k.shape(1);
+    args.C = k.shape(2);
+    args.D = q.shape(3);
+    args.window = window.value_or(no_window);
+    args.scale = scale;
+    int B = q.shape(0);
+    auto plan = block_attention_plan(B, args.T, args.H, args.K, args.C, args.D);
+    return [q = Packed(q),
+            k = CacheView(k),
+            v = CacheView(in.back()),
+            offset = in[2].data<int32_t>(),
+            start = in.size() == 5 ? in[3].data<int32_t>() : nullptr,
+            plan,
+            B,
+            args]() mutable {
+      args.q = q.get();
+      args.k = k.get();
+      args.v = v.get();
+      std::copy_n(k.strides, 3, args.k_strides);
+      std::copy_n(v.strides, 3, args.v_strides);
+      args.offset = *offset;
+      args.start = start ? *start : 0;
+      run(args, plan, B);
+    };
+  }
+};
+
 mx::array block_attention(
-    const mx::array& q,
-    const mx::array& k,
+    const mx::array& q, // [B, T, H, D]
+    const mx::array& k, // [B, K, C, D]
     const mx::array& v,
-    const mx::array& offset,
+    const mx::array& offset, // int32 []
     float scale,
     std::optional<Integer> window,
-    const std::optional<mx::array>& start) {
+    const std::optional<mx::array>& start) { // int32 []
+  constexpr auto op = BlockAttention::op;
   check_storage_dtype(op, "q", q);
   check(q.ndim() == 4, op, "q", "have shape [B, T, H, D]", q.shape());
   check(k.ndim() == 4, op, "k", "have shape [B, K, C, D]", k.shape());
@@ -376,111 +478,22 @@ mx::array block_attention(
     }
   }
   auto stream = mx::to_stream({});
-  std::vector<mx::array> inputs = {packed_on_gpu(q, stream), k, v, offset};
+  Arrays inputs = {packed_on_gpu(q, stream), k, offset};
   if (start) {
     check_shape(op, "start", *start, {});
     check_dtype(op, "start", *start, mx::int32, "be int32");
     inputs.push_back(*start);
   }
-  return mx::array(
+  inputs.push_back(v);
+  return lazy_result(
+      stream,
+      BlockAttention{scale, window},
       q.shape(),
       q.dtype(),
-      std::make_shared<BlockAttention>(stream, scale, window),
       std::move(inputs));
 }
 
-void BlockAttention::eval_cpu(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
-  const auto& q = inputs[0];
-  const auto& k = inputs[1];
-  auto& out = outputs[0];
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  if (out.size() == 0) {
-    return;
-  }
-
-  BlockAttentionArgs args;
-  args.out = out.data<void>();
-  args.storage = storage_of(q.dtype());
-  args.T = q.shape(1);
-  args.H = q.shape(2);
-  args.K = k.shape(1);
-  args.C = k.shape(2);
-  args.D = q.shape(3);
-  args.window = window_.value_or(no_window);
-  args.scale = scale_;
-
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  encoder.set_output_array(out);
-  encoder.dispatch(
-      [q = Packed(q),
-       k = CacheView(k),
-       v = CacheView(inputs[2]),
-       offset = inputs[3].data<int32_t>(),
-       start = inputs.size() == 5 ? inputs[4].data<int32_t>() : nullptr,
-       plan = block_attention_plan(
-           q.shape(0), args.T, args.H, args.K, args.C, args.D),
-       B = q.shape(0),
-       args]() mutable {
-        args.q = q.get();
-        args.k = k.get();
-        args.v = v.get();
-        std::copy_n(k.strides, 3, args.k_strides);
-        std::copy_n(v.strides, 3, args.v_strides);
-        args.offset = *offset;
-        args.start = start ? *start : 0;
-        run(args, plan, B);
-      });
-}
-
-void BlockAttention::eval_gpu(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
-  const auto& q = inputs[0];
-  const auto& k = inputs[1];
-  auto& out = outputs[0];
-  if (!block_attention_has_launch(q.shape(1))) {
-    throw std::runtime_error(
-        "[block_attention] has no Metal kernel for more than 128 positions; "
-        "pyengine.ops.block_attention runs plain MLX there.");
-  }
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  if (out.size() == 0) {
-    return;
-  }
-  // A copy of a whole cache for every block would go unnoticed
-  for (int i : {1, 2}) {
-    if (!inputs[i].flags().row_contiguous) {
-      throw std::runtime_error(
-          "[block_attention] k and v must be contiguous on a GPU but got a "
-          "strided view; pass mx.contiguous of it.");
-    }
-  }
-  auto launches = block_attention_launches(
-      q.shape(0),
-      q.shape(1),
-      q.shape(2),
-      k.shape(1),
-      k.shape(2),
-      q.shape(3),
-      q.dtype(),
-      scale_,
-      window_,
-      inputs.size() == 5);
-  // In the order in which the launches name them: v is the last
-  std::vector<mx::array> named = inputs;
-  std::rotate(named.begin() + 2, named.begin() + 3, named.end());
-  run_on_gpu(launches, stream(), named, outputs);
-}
-
-bool BlockAttention::is_equivalent(const mx::Primitive& other) const {
-  const auto& o = static_cast<const BlockAttention&>(other);
-  return scale_ == o.scale_ && window_ == o.window_;
-}
+} // namespace
 
 void bind_block_attention(nb::module_& m) {
   m.def(
@@ -502,21 +515,6 @@ void bind_block_attention(nb::module_& m) {
       nb::arg("K"),
       nb::arg("C"),
       nb::arg("D"));
-  m.def(
-      "block_attention_has_launch", &block_attention_has_launch, nb::arg("T"));
-  m.def(
-      "block_attention_launches",
-      &block_attention_launches,
-      nb::arg("B"),
-      nb::arg("T"),
-      nb::arg("H"),
-      nb::arg("K"),
-      nb::arg("C"),
-      nb::arg("D"),
-      nb::arg("dtype"),
-      nb::arg("scale"),
-      nb::arg("window").none(),
-      nb::arg("has_start"));
 }
 
 } // namespace pyengine

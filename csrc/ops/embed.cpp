@@ -1,12 +1,11 @@
-// embed: checks and primitive; the arithmetic is in embed_cpu.cpp.
-
-#include "ops/embed.h"
+// embed: rows of a table by token id, dequantised and scaled. The arithmetic is
+// in embed_cpu.cpp.
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <memory>
+#include <optional>
 
 #include "bindings.h"
 #include "check.h"
@@ -14,7 +13,7 @@
 #include "cpu/packed.h"
 #include "cpu/split.h"
 #include "matmul.h"
-#include "mlx/backend/cpu/encoder.h"
+#include "op.h"
 #include "ops/embed_cpu.h"
 #include "quantized.h"
 
@@ -22,13 +21,78 @@ namespace pyengine {
 
 namespace {
 
-constexpr const char* op = "embed";
+// Inputs: ids, and w alone or w, scales and biases.
+struct Embed {
+  static constexpr const char* op = "embed";
+  int group_size;
+  int bits; // 0 for a table of floats
+  float scale;
+  bool operator==(const Embed&) const = default;
+
+  std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
+    using Role = Buffer::Role;
+    constexpr int run = 4; // numbers of a row that a thread makes
+    int T = int(in[0].size()), V = in[1].shape(0), E = out[0].shape(-1);
+    auto dtype = in.back().dtype(), out_dtype = out[0].dtype();
+    int threads = std::min(256, (E + 32 * run - 1) / (32 * run) * 32);
+    Launch launch;
+    launch.library = op;
+    launch.kernel = std::string(op) + "_" + dtype_name(dtype);
+    launch.constants = {
+        {0, out_dtype == mx::float32}, {1, bits}, {2, bits ? group_size : 1}};
+    launch.grid = {(E + run * threads - 1) / (run * threads), T, 1};
+    launch.threadgroup = {threads, 1, 1};
+    launch.buffers = {Buffer::array(Role::in, "ids", {T}, mx::int32)};
+    if (bits == 0) {
+      // Given three times: the kernel has a place for factors
+      launch.buffers.insert(
+          launch.buffers.end(), 3, Buffer::array(Role::in, "w", {V, E}, dtype));
+    } else {
+      mx::Shape packed = {V, packed_width(E, bits)};
+      mx::Shape factors = {V, E / group_size};
+      launch.buffers.push_back(
+          Buffer::array(Role::in, "w", packed, mx::uint32));
+      for (const char* name : {"scales", "biases"}) {
+        launch.buffers.push_back(Buffer::array(Role::in, name, factors, dtype));
+      }
+    }
+    launch.buffers.push_back(
+        Buffer::array(Role::out, "out", {T, E}, out_dtype));
+    launch.buffers.push_back(Buffer::scalar("V", uint32_t(V)));
+    launch.buffers.push_back(Buffer::scalar("E", uint32_t(E)));
+    launch.buffers.push_back(Buffer::scalar("scale", scale));
+    launch.buffers.push_back(Buffer::scalar("minus_zero", -0.0f));
+    return {launch};
+  }
+
+  auto task(const Arrays& in, Arrays& out) const {
+    EmbedArgs args = {};
+    args.w = in[1].data<void>();
+    if (bits != 0) {
+      args.scales = in[2].data<void>();
+      args.biases = in[3].data<void>();
+    }
+    args.storage = storage_of(in.back().dtype());
+    args.out = out[0].data<void>();
+    args.out_storage = storage_of(out[0].dtype());
+    args.V = in[1].shape(0);
+    args.E = out[0].shape(-1);
+    args.group_size = group_size;
+    args.bits = bits;
+    args.scale = scale;
+    return [ids = Packed(in[0]), rows = int64_t(in[0].size()), args]() mutable {
+      args.ids = static_cast<const int32_t*>(ids.get());
+      split_rows(rows, args.E, [&](int64_t begin, int64_t end) {
+        PYENGINE_PICK_KERNEL(embed_rows)(args, begin, end);
+      });
+    };
+  }
+};
+
+constexpr auto op = Embed::op;
 
 // Width of the rows of a table of three arrays.
-int check_packed_table(
-    const std::vector<mx::array>& table,
-    Integer group_size,
-    Integer bits) {
+int check_packed_table(const Arrays& table, Integer group_size, Integer bits) {
   const auto &w = table[0], &scales = table[1], &biases = table[2];
   check(bits == 4 || bits == 6 || bits == 8, op, "bits", "be 4, 6 or 8", bits);
   check(
@@ -61,51 +125,9 @@ int check_dense_table(const mx::array& w) {
   return w.shape(1);
 }
 
-} // namespace
-
-Launch embed_launch(
-    int T,
-    int V,
-    int E,
-    mx::Dtype dtype,
-    mx::Dtype out_dtype,
-    int group_size,
-    int bits,
-    float scale) {
-  using Role = Buffer::Role;
-  constexpr int run = 4; // numbers of a row that a thread makes
-  int threads = std::min(256, (E + 32 * run - 1) / (32 * run) * 32);
-  Launch launch;
-  launch.library = op;
-  launch.kernel = std::string(op) + "_" + dtype_name(dtype);
-  launch.constants = {
-      {0, out_dtype == mx::float32}, {1, bits}, {2, bits ? group_size : 1}};
-  launch.grid = {(E + run * threads - 1) / (run * threads), T, 1};
-  launch.threadgroup = {threads, 1, 1};
-  launch.buffers = {Buffer::array(Role::in, "ids", {T}, mx::int32)};
-  if (bits == 0) {
-    // Given three times: the kernel has a place for factors
-    launch.buffers.insert(
-        launch.buffers.end(), 3, Buffer::array(Role::in, "w", {V, E}, dtype));
-  } else {
-    mx::Shape packed = {V, packed_width(E, bits)};
-    mx::Shape factors = {V, E / group_size};
-    launch.buffers.push_back(Buffer::array(Role::in, "w", packed, mx::uint32));
-    for (const char* name : {"scales", "biases"}) {
-      launch.buffers.push_back(Buffer::array(Role::in, name, factors, dtype));
-    }
-  }
-  launch.buffers.push_back(Buffer::array(Role::out, "out", {T, E}, out_dtype));
-  launch.buffers.push_back(Buffer::scalar("V", uint32_t(V)));
-  launch.buffers.push_back(Buffer::scalar("E", uint32_t(E)));
-  launch.buffers.push_back(Buffer::scalar("scale", scale));
-  launch.buffers.push_back(Buffer::scalar("minus_zero", -0.0f));
-  return launch;
-}
-
 mx::array embed(
     const mx::array& ids,
-    const std::vector<mx::array>& table,
+    const Arrays& table, // w alone, or w, scales and biases
     Integer group_size,
     Integer bits,
     float scale,
@@ -134,84 +156,21 @@ mx::array embed(
       "be float32 or the dtype of the table",
       dtype);
   auto stream = mx::to_stream({});
-  std::vector<mx::array> inputs = {packed_on_gpu(ids, stream)};
+  Arrays inputs = {packed_on_gpu(ids, stream)};
   for (const auto& a : table) {
     inputs.push_back(whole(a, stream));
   }
   auto shape = ids.shape();
   shape.push_back(E);
-  return mx::array(
+  return lazy_result(
+      stream,
+      Embed{group_size, packed ? int(bits) : 0, scale},
       std::move(shape),
       dtype,
-      std::make_shared<Embed>(
-          stream, group_size, packed ? int(bits) : 0, scale),
       std::move(inputs));
 }
 
-void Embed::eval_cpu(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
-  auto& out = outputs[0];
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  if (out.size() == 0) {
-    return;
-  }
-  EmbedArgs args = {};
-  args.w = inputs[1].data<void>();
-  if (bits_ != 0) {
-    args.scales = inputs[2].data<void>();
-    args.biases = inputs[3].data<void>();
-  }
-  args.storage = storage_of(inputs.back().dtype());
-  args.out = out.data<void>();
-  args.out_storage = storage_of(out.dtype());
-  args.V = inputs[1].shape(0);
-  args.E = out.shape(-1);
-  args.group_size = group_size_;
-  args.bits = bits_;
-  args.scale = scale_;
-
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  encoder.set_output_array(out);
-  encoder.dispatch([ids = Packed(inputs[0]),
-                    rows = int64_t(inputs[0].size()),
-                    args]() mutable {
-    args.ids = static_cast<const int32_t*>(ids.get());
-    split_rows(rows, args.E, [&](int64_t begin, int64_t end) {
-      PYENGINE_PICK_KERNEL(embed_rows)(args, begin, end);
-    });
-  });
-}
-
-void Embed::eval_gpu(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
-  auto& out = outputs[0];
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  if (out.size() == 0) {
-    return;
-  }
-  auto launch = embed_launch(
-      int(inputs[0].size()),
-      inputs[1].shape(0),
-      out.shape(-1),
-      inputs.back().dtype(),
-      out.dtype(),
-      group_size_,
-      bits_,
-      scale_);
-  auto given = inputs;
-  given.resize(4, inputs.back()); // a table of floats three times
-  run_on_gpu(launch, stream(), given, outputs);
-}
-
-bool Embed::is_equivalent(const mx::Primitive& other) const {
-  const auto& o = static_cast<const Embed&>(other);
-  return group_size_ == o.group_size_ && bits_ == o.bits_ && scale_ == o.scale_;
-}
+} // namespace
 
 void bind_embed(nb::module_& m) {
   m.def(
@@ -223,17 +182,6 @@ void bind_embed(nb::module_& m) {
       nb::arg("bits"),
       nb::arg("scale"),
       nb::arg("out_dtype").none());
-  m.def(
-      "embed_launch",
-      &embed_launch,
-      nb::arg("T"),
-      nb::arg("V"),
-      nb::arg("E"),
-      nb::arg("dtype"),
-      nb::arg("out_dtype"),
-      nb::arg("group_size"),
-      nb::arg("bits"),
-      nb::arg("scale"));
 }
 
 } // namespace pyengine

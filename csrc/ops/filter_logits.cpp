@@ -1,114 +1,110 @@
-// filter_logits: checks and primitive; the filter is in filter_logits_cpu.cpp.
-
-#include "ops/filter_logits.h"
+// filter_logits: a row of logits to the candidates that are sampled from. The
+// filter is in filter_logits_cpu.cpp.
 
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <memory>
+#include <optional>
 #include <vector>
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/integer.h"
 #include "cpu/isa.h"
 #include "cpu/packed.h"
 #include "cpu/split.h"
 #include "filter_inputs.h"
-#include "mlx/backend/cpu/encoder.h"
+#include "filter_launch.h"
+#include "op.h"
 #include "ops/filter_logits_cpu.h"
 
 namespace pyengine {
 
 namespace {
 
-constexpr const char* op = "filter_logits";
-
-// The tiles of metal/filter_logits.metal and metal/merge_candidates.metal.
+// The tiles of metal/filter_logits.metal.
 constexpr int slice_size = 4096;
-constexpr int thread_items = 16;
-static_assert(thread_items * 1024 == max_merged); // threads of a threadgroup
 
-} // namespace
+// Inputs: logits, then edit ids, factors and deltas where there are any.
+struct FilterLogits {
+  static constexpr const char* op = "filter_logits";
+  float temperature;
+  float top_p;
+  float min_p;
+  bool operator==(const FilterLogits&) const = default;
 
-bool filter_logits_has_launch(int V, int count) {
-  int64_t slices = (int64_t(V) + slice_size - 1) / slice_size;
-  return count <= max_candidates && slices * count <= max_merged;
-}
-
-Launch merge_candidates_launch(
-    int T,
-    int slices,
-    int count,
-    float top_p,
-    float min_p) {
-  using Role = Buffer::Role;
-  int simdgroup_items = 32 * thread_items;
-  int simds = (slices * count + simdgroup_items - 1) / simdgroup_items;
-  Launch launch;
-  launch.library = "merge_candidates";
-  launch.kernel = "merge_candidates";
-  launch.grid = {T, 1, 1};
-  launch.threadgroup = {32 * simds, 1, 1};
-  launch.buffers = {
-      Buffer::array(Role::in, "candidates", {T, slices, count}, mx::uint64),
-      Buffer::array(Role::in, "slice_flags", {T, slices}, mx::uint32),
-      Buffer::array(Role::out, "ids", {T, count}, mx::int32),
-      Buffer::array(Role::out, "probs", {T, count}, mx::float32),
-      Buffer::array(Role::out, "flags", {T}, mx::int32),
-      Buffer::scalar("slices", uint32_t(slices)),
-      Buffer::scalar("count", uint32_t(count)),
-      Buffer::scalar("top_p", top_p),
-      Buffer::scalar("min_p", min_p)};
-  return launch;
-}
-
-std::vector<Launch> filter_logits_launches(
-    int T,
-    int V,
-    int count,
-    std::optional<int> edits,
-    float temperature,
-    float top_p,
-    float min_p,
-    bool aligned) {
-  using Role = Buffer::Role;
-  int slices = (V + slice_size - 1) / slice_size;
-  Launch launch;
-  launch.library = op;
-  launch.kernel = op;
-  launch.constants = {{0, edits.has_value()}, {1, aligned}};
-  launch.grid = {slices, T, 1};
-  launch.threadgroup = {slice_size / thread_items, 1, 1};
-  launch.buffers = {
-      Buffer::array(Role::in, "logits", {T, V}, mx::float32, aligned ? 16 : 1),
-      Buffer::array(Role::out, "candidates", {T, slices, count}, mx::uint64),
-      Buffer::array(Role::out, "slice_flags", {T, slices}, mx::uint32),
-      Buffer::scalar("V", uint32_t(V)),
-      Buffer::scalar("count", uint32_t(count)),
-      Buffer::scalar("temperature", temperature)};
-  if (edits) {
-    launch.buffers.insert(
-        launch.buffers.end(),
-        {Buffer::array(Role::in, "edit_ids", {*edits}, mx::int32),
-         Buffer::array(Role::in, "factors", {T, *edits}, mx::float32),
-         Buffer::array(Role::in, "deltas", {T, *edits}, mx::float32),
-         Buffer::scalar("L", uint32_t(*edits))});
+  // Two: the candidates of slices of logits, which are merged.
+  std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
+    using Role = Buffer::Role;
+    int T = in[0].shape(0), V = in[0].shape(1), count = out[0].shape(1);
+    int slices = (V - 1) / slice_size + 1;
+    if (count > max_candidates || slices * count > max_merged) {
+      return {};
+    }
+    bool edited = in.size() > 1;
+    // Every row of logits starts on 16 bytes
+    bool aligned = V % 4 == 0 && in[0].offset() % 16 == 0;
+    Launch launch;
+    launch.library = op;
+    launch.kernel = op;
+    launch.constants = {{0, edited}, {1, aligned}};
+    launch.grid = {slices, T, 1};
+    launch.threadgroup = {slice_size / filter_thread_items, 1, 1};
+    launch.buffers = {
+        Buffer::array(
+            Role::in, "logits", {T, V}, mx::float32, aligned ? 16 : 1),
+        Buffer::array(Role::out, "candidates", {T, slices, count}, mx::uint64),
+        Buffer::array(Role::out, "slice_flags", {T, slices}, mx::uint32),
+        Buffer::scalar("V", uint32_t(V)),
+        Buffer::scalar("count", uint32_t(count)),
+        Buffer::scalar("temperature", temperature)};
+    if (edited) {
+      int L = in[1].shape(0);
+      launch.buffers.insert(
+          launch.buffers.end(),
+          {Buffer::array(Role::in, "edit_ids", {L}, mx::int32),
+           Buffer::array(Role::in, "factors", {T, L}, mx::float32),
+           Buffer::array(Role::in, "deltas", {T, L}, mx::float32),
+           Buffer::scalar("L", uint32_t(L))});
+    }
+    launch.threadgroup_memory = {{0, edited ? slice_size * 4 : 16}};
+    return {launch, merge_candidates_launch(T, slices, count, top_p, min_p)};
   }
-  launch.threadgroup_memory = {{0, edits ? slice_size * 4 : 16}};
-  return {launch, merge_candidates_launch(T, slices, count, top_p, min_p)};
-}
 
-std::tuple<mx::array, mx::array, mx::array> filter_logits(
-    const mx::array& logits,
+  auto task(const Arrays& in, Arrays& out) const {
+    FilterLogitsArgs args = {};
+    args.filter = filter_args(out, in[0].shape(1), temperature, top_p, min_p);
+    return [logits = Packed(in[0]),
+            edits = PackedEdits(in, 1),
+            rows = int64_t(in[0].shape(0)),
+            args]() mutable {
+      args.logits = static_cast<const float*>(logits.get());
+      edits.get(args.filter);
+      int V = args.filter.V;
+      bool sorts = args.filter.count > max_candidates;
+      split_rows(rows, V, [&](int64_t begin, int64_t end) {
+        auto own = args;
+        std::vector<SortKey> scratch(sorts ? 2 * size_t(V) : 0);
+        own.scratch = scratch.data();
+        PYENGINE_PICK_KERNEL(filter_logits_rows)(own, begin, end);
+      });
+    };
+  }
+};
+
+// ids int32 [T, n], probabilities float32 [T, n] and flags int32 [T]; n is
+// min(top_k, V), V for top_k 0, 1 for temperature 0.
+Arrays filter_logits(
+    const mx::array& logits, // [T, V]
     float temperature,
     Integer top_k,
     float top_p,
     float min_p,
-    const std::optional<mx::array>& edit_ids,
-    const std::optional<mx::array>& edit_factors,
-    const std::optional<mx::array>& edit_deltas) {
+    const std::optional<mx::array>& edit_ids, // [L]
+    const std::optional<mx::array>& edit_factors, // [T, L]
+    const std::optional<mx::array>& edit_deltas) { // [T, L]
+  constexpr auto op = FilterLogits::op;
   check_dtype(op, "logits", logits, mx::float32, "be float32");
   check(
       logits.ndim() == 2 && logits.shape(1) > 0,
@@ -125,7 +121,7 @@ std::tuple<mx::array, mx::array, mx::array> filter_logits(
       "be 0 (off) to 256",
       top_k);
   check_filter(op, temperature, top_p, min_p);
-  std::vector<mx::array> inputs = {logits};
+  Arrays inputs = {logits};
   add_edits(op, rows, edit_ids, edit_factors, edit_deltas, inputs);
   if (temperature == 0) { // greedy: the one best candidate, as it stands
     temperature = 1;
@@ -136,69 +132,15 @@ std::tuple<mx::array, mx::array, mx::array> filter_logits(
   for (auto& input : inputs) {
     input = packed_on_gpu(input, stream);
   }
-  auto outputs = mx::array::make_arrays(
+  return lazy_results(
+      stream,
+      FilterLogits{temperature, top_p, min_p},
       {shape, shape, {rows}},
       {mx::int32, mx::float32, mx::int32},
-      std::make_shared<FilterLogits>(stream, temperature, top_p, min_p),
       inputs);
-  return {outputs[0], outputs[1], outputs[2]};
 }
 
-void FilterLogits::eval_cpu(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
-  int V = inputs[0].shape(1);
-  FilterLogitsArgs args = {};
-  args.filter = filter_args(outputs, V, temperature_, top_p_, min_p_);
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  for (auto& out : outputs) {
-    encoder.set_output_array(out);
-  }
-  encoder.dispatch([logits = Packed(inputs[0]),
-                    edits = PackedEdits(inputs, 1),
-                    rows = int64_t(inputs[0].shape(0)),
-                    args]() mutable {
-    args.logits = static_cast<const float*>(logits.get());
-    edits.get(args.filter);
-    int V = args.filter.V;
-    bool sorts = args.filter.count > max_candidates;
-    split_rows(rows, V, [&](int64_t begin, int64_t end) {
-      auto own = args;
-      std::vector<SortKey> scratch(sorts ? 2 * size_t(V) : 0);
-      own.scratch = scratch.data();
-      PYENGINE_PICK_KERNEL(filter_logits_rows)(own, begin, end);
-    });
-  });
-}
-
-void FilterLogits::eval_gpu(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
-  const auto& logits = inputs[0];
-  int T = logits.shape(0), V = logits.shape(1), count = outputs[0].shape(1);
-  if (!filter_logits_has_launch(V, count)) {
-    throw std::runtime_error(
-        "[filter_logits] has no Metal kernel without top_k or for that many "
-        "logits; pyengine.ops.filter_logits runs plain MLX there.");
-  }
-  for (auto& out : outputs) {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-  }
-  if (T == 0) {
-    return;
-  }
-  std::optional<int> edits;
-  if (inputs.size() > 1 && inputs[1].size() > 0) {
-    edits = inputs[1].shape(0);
-  }
-  bool aligned = V % 4 == 0 && logits.offset() % 16 == 0;
-  auto launches = filter_logits_launches(
-      T, V, count, edits, temperature_, top_p_, min_p_, aligned);
-  run_on_gpu(launches, stream(), inputs, outputs);
-}
+} // namespace
 
 void bind_filter_logits(nb::module_& m) {
   m.def(
@@ -212,30 +154,6 @@ void bind_filter_logits(nb::module_& m) {
       nb::arg("edit_ids").none() = nb::none(),
       nb::arg("edit_factors").none() = nb::none(),
       nb::arg("edit_deltas").none() = nb::none());
-  m.def(
-      "filter_logits_has_launch",
-      &filter_logits_has_launch,
-      nb::arg("V"),
-      nb::arg("count"));
-  m.def(
-      "filter_logits_launches",
-      &filter_logits_launches,
-      nb::arg("T"),
-      nb::arg("V"),
-      nb::arg("count"),
-      nb::arg("edits").none(),
-      nb::arg("temperature"),
-      nb::arg("top_p"),
-      nb::arg("min_p"),
-      nb::arg("aligned"));
-  m.def(
-      "merge_candidates_launch",
-      &merge_candidates_launch,
-      nb::arg("T"),
-      nb::arg("slices"),
-      nb::arg("count"),
-      nb::arg("top_p"),
-      nb::arg("min_p"));
 }
 
 } // namespace pyengine

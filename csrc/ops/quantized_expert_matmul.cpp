@@ -1,28 +1,26 @@
-// quantized_expert_matmul: checks, primitive and the launch of the Metal
-// kernel. On the processor rows are grouped by expert, then run through the
-// kernels of quantized_matmul and geglu.
-
-#include "ops/quantized_expert_matmul.h"
+// quantized_expert_matmul: each row times the quantised matrices of the experts
+// that it was routed to. On the processor rows are grouped by expert, then run
+// through the kernels of quantized_matmul and geglu.
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
-#include <memory>
+#include <optional>
 
 #include "bindings.h"
+#include "check.h"
 #include "cpu/gated.h"
 #include "cpu/packed.h"
 #include "matmul.h"
 #include "matmul_launch.h"
-#include "mlx/backend/cpu/encoder.h"
+#include "op.h"
 #include "quantized.h"
 
 namespace pyengine {
 
 namespace {
-
-constexpr const char* op = "quantized_expert_matmul";
 
 struct Args {
   QuantizedMatmulArgs matrix; // of all experts: one below the other
@@ -110,54 +108,91 @@ void run_expert(
   });
 }
 
-} // namespace
+constexpr int max_launch_slots = 32; // experts of a token that a kernel lists
 
-bool quantized_expert_matmul_has_launch(int U) {
-  return U <= 32;
-}
+// Inputs: x, w, scales, biases, then the three of up where given, then ids.
+struct QuantizedExpertMatmul {
+  static constexpr const char* op = "quantized_expert_matmul";
+  int group_size;
+  int bits;
+  bool operator==(const QuantizedExpertMatmul&) const = default;
 
-Launch quantized_expert_matmul_launch(
-    int T,
-    int U,
-    int X,
-    int N,
-    int K,
-    bool gated,
-    bool shared,
-    mx::Dtype dtype,
-    mx::Dtype out_dtype,
-    int group_size,
-    int bits) {
-  using Role = Buffer::Role;
-  auto launch = packed_launch(
-      op, T, N, dtype, out_dtype, group_size, bits, gated ? 2 : 1);
-  launch.grid = {launch.grid[0], X, launch.grid[1]};
-  launch.constants[4] = gated;
-  launch.constants[5] = shared;
-  // The pairs of 16 tokens and their number, in whole 16 bytes.
-  int list = 2 * (max_rows * U + 1);
-  launch.threadgroup_memory.emplace_back(2, (list + 15) / 16 * 16);
-  mx::Shape rows = shared ? mx::Shape{T, K} : mx::Shape{T, U, K};
-  launch.buffers = {Buffer::array(Role::in, "x", rows, dtype, 16)};
-  for (std::string matrix : {"", "up_"}) {
-    // Without a gate the kernel's second matrix is the first again.
-    add_matrix(launch, gated ? matrix : "", {X, N}, K, dtype, group_size, bits);
+  static bool is_gated(const Arrays& in) {
+    return in.size() == 8;
   }
-  launch.buffers.push_back(Buffer::array(Role::in, "ids", {T, U}, mx::int32));
-  launch.buffers.push_back(
-      Buffer::array(Role::out, "out", {T, U, N}, out_dtype));
-  add_scalars(launch, {{"tokens", T}, {"slots", U}, {"N", N}, {"K", K}});
-  return launch;
-}
+
+  std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
+    using Role = Buffer::Role;
+    const auto& x = in[0];
+    int T = out[0].shape(0), U = out[0].shape(1), N = out[0].shape(2);
+    int X = in[1].shape(0), K = x.shape(-1);
+    if (T > max_launch_rows || U > max_launch_slots) {
+      return {};
+    }
+    bool gated = is_gated(in);
+    bool shared = x.ndim() == 2; // one row of x for all experts of a token
+    auto dtype = x.dtype(), out_dtype = out[0].dtype();
+    auto launch = packed_launch(
+        op, T, N, dtype, out_dtype, group_size, bits, gated ? 2 : 1);
+    launch.grid = {launch.grid[0], X, launch.grid[1]};
+    launch.constants[4] = gated;
+    launch.constants[5] = shared;
+    // The pairs of 16 tokens and their number, in whole 16 bytes.
+    int list = 2 * (max_rows * U + 1);
+    launch.threadgroup_memory.emplace_back(2, (list + 15) / 16 * 16);
+    launch.buffers = {Buffer::array(Role::in, "x", x.shape(), dtype, 16)};
+    for (std::string matrix : {"", "up_"}) {
+      // Without a gate the kernel's second matrix is the first again.
+      auto name = gated ? matrix : "";
+      add_matrix(launch, name, {X, N}, K, dtype, group_size, bits);
+    }
+    launch.buffers.push_back(Buffer::array(Role::in, "ids", {T, U}, mx::int32));
+    launch.buffers.push_back(
+        Buffer::array(Role::out, "out", {T, U, N}, out_dtype));
+    add_scalars(launch, {{"tokens", T}, {"slots", U}, {"N", N}, {"K", K}});
+    return {launch};
+  }
+
+  auto task(const Arrays& in, Arrays& out) const {
+    Rows rows(in[0]);
+    Args args = {};
+    args.gated = is_gated(in);
+    args.matrix = packed_args(&in[1], in[0], group_size, bits);
+    args.matrix.out_storage = storage_of(out[0].dtype());
+    args.up = args.matrix;
+    if (args.gated) {
+      args.up = packed_args(&in[4], in[0], group_size, bits);
+    }
+    args.pairs = int(in.back().size());
+    args.per_row = in[0].ndim() == 2 ? out[0].shape(1) : 1;
+    args.experts = in[1].shape(0);
+    args.N = out[0].shape(2);
+    args.out = out[0].data<char>();
+    args.order = packed_order(bits);
+    return [rows = std::move(rows), ids = Packed(in.back()), args]() mutable {
+      args.ids = static_cast<const int32_t*>(ids.get());
+      auto groups = group_pairs(args);
+      spoil(args, groups.back());
+      for (int expert = 0; expert < args.experts; ++expert) {
+        const auto& pairs = groups[expert];
+        for (int first = 0; first < int(pairs.size()); first += max_rows) {
+          int count = std::min(int(pairs.size()) - first, max_rows);
+          run_expert(args, rows, expert, pairs.data() + first, count);
+        }
+      }
+    };
+  }
+};
 
 mx::array quantized_expert_matmul(
-    const mx::array& x,
-    const std::vector<mx::array>& stack,
-    const std::vector<mx::array>& up,
-    const mx::array& ids,
+    const mx::array& x, // [T, K] or [T, U, K]
+    const Arrays& stack, // w, scales, biases [X, N, ...]
+    const Arrays& up, // the same again, or empty
+    const mx::array& ids, // int32 [T, U]
     Integer group_size,
     Integer bits,
     std::optional<mx::Dtype> out_dtype) {
+  constexpr auto op = QuantizedExpertMatmul::op;
   check(
       x.ndim() == 2 || x.ndim() == 3,
       op,
@@ -195,104 +230,22 @@ mx::array quantized_expert_matmul(
       dtype);
 
   auto stream = mx::to_stream({});
-  std::vector<mx::array> inputs = {rows_of(x, stream)};
+  Arrays inputs = {rows_of(x, stream)};
   for (const auto* matrix : {&stack, &up}) {
     for (const auto& a : *matrix) {
       inputs.push_back(whole(a, stream));
     }
   }
   inputs.push_back(packed_on_gpu(ids, stream));
-  return mx::array(
+  return lazy_result(
+      stream,
+      QuantizedExpertMatmul{group_size, bits},
       {T, U, N},
       dtype,
-      std::make_shared<QuantizedExpertMatmul>(stream, group_size, bits),
       std::move(inputs));
 }
 
-void QuantizedExpertMatmul::eval_cpu(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
-  auto& out = outputs[0];
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  if (out.size() == 0) {
-    return;
-  }
-
-  Rows rows(inputs[0]);
-  Args args = {};
-  args.gated = inputs.size() == 8;
-  args.matrix = packed_args(&inputs[1], inputs[0], group_size_, bits_);
-  args.matrix.out_storage = storage_of(out.dtype());
-  args.up = args.matrix;
-  if (args.gated) {
-    args.up = packed_args(&inputs[4], inputs[0], group_size_, bits_);
-  }
-  args.pairs = int(inputs.back().size());
-  args.per_row = inputs[0].ndim() == 2 ? out.shape(1) : 1;
-  args.experts = inputs[1].shape(0);
-  args.N = out.shape(2);
-  args.out = out.data<char>();
-  args.order = packed_order(bits_);
-
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  encoder.set_output_array(out);
-  encoder.dispatch(
-      [rows = std::move(rows), ids = Packed(inputs.back()), args]() mutable {
-        args.ids = static_cast<const int32_t*>(ids.get());
-        auto groups = group_pairs(args);
-        spoil(args, groups.back());
-        for (int expert = 0; expert < args.experts; ++expert) {
-          const auto& pairs = groups[expert];
-          for (int first = 0; first < int(pairs.size()); first += max_rows) {
-            int count = std::min(int(pairs.size()) - first, max_rows);
-            run_expert(args, rows, expert, pairs.data() + first, count);
-          }
-        }
-      });
-}
-
-void QuantizedExpertMatmul::eval_gpu(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
-  const auto& x = inputs[0];
-  auto& out = outputs[0];
-  if (!quantized_expert_matmul_has_launch(out.shape(1))) {
-    throw std::runtime_error(
-        "[quantized_expert_matmul] has no Metal kernel for more than 32 experts a "
-        "token; pyengine.ops.quantized_expert_matmul runs plain MLX there.");
-  }
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  if (out.size() == 0) {
-    return;
-  }
-  bool gated = inputs.size() == 8;
-  auto launch = quantized_expert_matmul_launch(
-      out.shape(0),
-      out.shape(1),
-      inputs[1].shape(0),
-      out.shape(2),
-      x.shape(-1),
-      gated,
-      x.ndim() == 2,
-      x.dtype(),
-      out.dtype(),
-      group_size_,
-      bits_);
-  std::vector<mx::array> bound(inputs.begin(), inputs.begin() + 4);
-  int second = gated ? 4 : 1;
-  bound.insert(
-      bound.end(), inputs.begin() + second, inputs.begin() + second + 3);
-  bound.push_back(inputs.back());
-  run_on_gpu(launch, stream(), bound, outputs);
-}
-
-bool QuantizedExpertMatmul::is_equivalent(const mx::Primitive& other) const {
-  const auto& o = static_cast<const QuantizedExpertMatmul&>(other);
-  return group_size_ == o.group_size_ && bits_ == o.bits_;
-}
+} // namespace
 
 void bind_quantized_expert_matmul(nb::module_& m) {
   m.def(
@@ -305,24 +258,6 @@ void bind_quantized_expert_matmul(nb::module_& m) {
       nb::arg("group_size"),
       nb::arg("bits"),
       nb::arg("out_dtype").none());
-  m.def(
-      "quantized_expert_matmul_has_launch",
-      &quantized_expert_matmul_has_launch,
-      nb::arg("U"));
-  m.def(
-      "quantized_expert_matmul_launch",
-      &quantized_expert_matmul_launch,
-      nb::arg("T"),
-      nb::arg("U"),
-      nb::arg("X"),
-      nb::arg("N"),
-      nb::arg("K"),
-      nb::arg("gated"),
-      nb::arg("shared"),
-      nb::arg("dtype"),
-      nb::arg("out_dtype"),
-      nb::arg("group_size"),
-      nb::arg("bits"));
 }
 
 } // namespace pyengine

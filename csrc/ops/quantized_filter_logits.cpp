@@ -1,33 +1,28 @@
-// quantized_filter_logits: checks, primitive, and how heaps are handed to
-// threads; the arithmetic is in quantized_filter_logits_cpu.cpp.
-
-#include "ops/quantized_filter_logits.h"
+// quantized_filter_logits: quantized_matmul to float32, softcap and
+// filter_logits in one op that never holds a row of logits. Here is how heaps
+// are handed to threads; the arithmetic is in quantized_filter_logits_cpu.cpp.
 
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
+#include <optional>
 #include <vector>
 
 #include "bindings.h"
 #include "check.h"
 #include "filter_inputs.h"
+#include "filter_launch.h"
 #include "matmul.h"
 #include "matmul_launch.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "ops/filter_logits.h"
+#include "op.h"
 #include "ops/quantized_filter_logits_cpu.h"
-#include "ops/quantized_matmul.h"
 #include "quantized.h"
 
 namespace pyengine {
 
 namespace {
-
-constexpr const char* op = "quantized_filter_logits";
 
 using Args = QuantizedFilterLogitsArgs;
 
@@ -78,10 +73,15 @@ int slice_columns(int V, int count, int bits) {
 }
 
 // The tile's launch, without buffers.
-Launch tile_launch(int T, int V, mx::Dtype dtype, int group_size, int bits) {
-  auto kernel = std::string(op) + "_" + dtype_name(dtype) + "_";
-  Tile tile = tile_of(bits);
-  auto launch = matmul_launch(op, kernel + std::to_string(bits), T, V, tile);
+Launch tile_launch(
+    const std::string& op,
+    int T,
+    int V,
+    mx::Dtype dtype,
+    int group_size,
+    int bits) {
+  auto kernel = op + "_" + dtype_name(dtype) + "_" + std::to_string(bits);
+  auto launch = matmul_launch(op, kernel, T, V, tile_of(bits));
   launch.constants[3] = group_size;
   // Scales and biases: 512 bytes for every four columns (metal/quantized.h).
   launch.threadgroup_memory.emplace_back(1, tile_columns(bits) / 4 * 512);
@@ -101,79 +101,97 @@ int list_room(const Launch& launch, int T, int count, int bits) {
   return room < count + columns ? 0 : room;
 }
 
-} // namespace
+// Inputs: x, w, scales, biases, then ids, factors and deltas of edits where
+// given. Outputs: ids, probabilities, flags.
+struct QuantizedFilterLogits {
+  static constexpr const char* op = "quantized_filter_logits";
+  int group_size;
+  int bits;
+  float softcap; // 0: none
+  float temperature;
+  float top_p;
+  float min_p;
+  bool operator==(const QuantizedFilterLogits&) const = default;
 
-bool quantized_filter_logits_has_launch(
-    int T,
-    int V,
-    int E,
-    int count,
-    int bits) {
-  auto launch = tile_launch(T, V, mx::float32, 64, bits);
-  return E > 0 && count <= max_candidates &&
-      slice_columns(V, count, bits) <= max_slice &&
-      list_room(launch, T, count, bits) > 0;
-}
-
-std::vector<Launch> quantized_filter_logits_launches(
-    int T,
-    int V,
-    int E,
-    mx::Dtype dtype,
-    int group_size,
-    int bits,
-    int count,
-    std::optional<int> edits,
-    std::optional<float> softcap,
-    float temperature,
-    float top_p,
-    float min_p) {
-  using Role = Buffer::Role;
-  int slice = slice_columns(V, count, bits);
-  int slices = (V + slice - 1) / slice;
-  auto launch = tile_launch(T, V, dtype, group_size, bits);
-  int room = list_room(launch, T, count, bits);
-  int entries = room * std::clamp(T, 1, max_rows);
-  launch.constants.insert(
-      {{4, softcap.has_value()}, {5, edits.has_value()}, {6, room}});
-  launch.grid[0] = slices;
-  launch.threadgroup_memory.emplace_back(2, 4 * entries);
-  launch.threadgroup_memory.emplace_back(3, 2 * entries);
-  launch.buffers = {Buffer::array(Role::in, "x", {T, E}, dtype, 16)};
-  add_matrix(launch, "", {V}, E, dtype, group_size, bits);
-  launch.buffers.push_back(
-      Buffer::array(Role::out, "candidates", {T, slices, count}, mx::uint64));
-  launch.buffers.push_back(
-      Buffer::array(Role::out, "slice_flags", {T, slices}, mx::uint32));
-  add_scalars(
-      launch,
-      {{"M", T}, {"N", V}, {"K", E}, {"slice", slice}, {"count", count}});
-  launch.buffers.push_back(Buffer::scalar("cap", softcap.value_or(0)));
-  launch.buffers.push_back(Buffer::scalar("temperature", temperature));
-  if (edits) {
-    launch.buffers.insert(
-        launch.buffers.end(),
-        {Buffer::array(Role::in, "edit_ids", {*edits}, mx::int32),
-         Buffer::array(Role::in, "factors", {T, *edits}, mx::float32),
-         Buffer::array(Role::in, "deltas", {T, *edits}, mx::float32),
-         Buffer::scalar("L", uint32_t(*edits))});
+  // Two: the candidates of slices of the vocabulary, which merge_candidates
+  // merges. None where a row's list does not fit in threadgroup memory.
+  std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
+    using Role = Buffer::Role;
+    int T = in[0].shape(0), V = in[1].shape(0), E = in[0].shape(1);
+    int count = out[0].shape(1);
+    auto dtype = in[0].dtype();
+    auto launch = tile_launch(op, T, V, dtype, group_size, bits);
+    int slice = slice_columns(V, count, bits);
+    int slices = (V + slice - 1) / slice;
+    int room = list_room(launch, T, count, bits);
+    if (E == 0 || slice > max_slice || room == 0) {
+      return {};
+    }
+    bool edited = in.size() > 4;
+    int entries = room * std::clamp(T, 1, max_rows);
+    launch.constants.insert({{4, softcap > 0}, {5, edited}, {6, room}});
+    launch.grid[0] = slices;
+    launch.threadgroup_memory.emplace_back(2, 4 * entries);
+    launch.threadgroup_memory.emplace_back(3, 2 * entries);
+    launch.buffers = {Buffer::array(Role::in, "x", {T, E}, dtype, 16)};
+    add_matrix(launch, "", {V}, E, dtype, group_size, bits);
+    launch.buffers.push_back(
+        Buffer::array(Role::out, "candidates", {T, slices, count}, mx::uint64));
+    launch.buffers.push_back(
+        Buffer::array(Role::out, "slice_flags", {T, slices}, mx::uint32));
+    add_scalars(
+        launch,
+        {{"M", T}, {"N", V}, {"K", E}, {"slice", slice}, {"count", count}});
+    launch.buffers.push_back(Buffer::scalar("cap", softcap));
+    launch.buffers.push_back(Buffer::scalar("temperature", temperature));
+    if (edited) {
+      int L = in[4].shape(0);
+      launch.buffers.insert(
+          launch.buffers.end(),
+          {Buffer::array(Role::in, "edit_ids", {L}, mx::int32),
+           Buffer::array(Role::in, "factors", {T, L}, mx::float32),
+           Buffer::array(Role::in, "deltas", {T, L}, mx::float32),
+           Buffer::scalar("L", uint32_t(L))});
+    }
+    return {launch, merge_candidates_launch(T, slices, count, top_p, min_p)};
   }
-  return {launch, merge_candidates_launch(T, slices, count, top_p, min_p)};
-}
 
-Plan quantized_filter_logits_plan(
-    int T,
-    int V,
-    int E,
-    int group_size,
-    int bits) {
-  return quantized_matmul_plan(T, V, E, group_size, bits);
-}
+  auto task(const Arrays& in, Arrays& out) const {
+    const auto& x = in[0];
+    int V = in[1].shape(0);
+    Args args = {};
+    args.matmul = packed_args(&in[1], x, group_size, bits);
+    args.filter = filter_args(out, V, temperature, top_p, min_p);
+    args.softcap = softcap;
+    Rows rows(x);
+    auto plan =
+        quantized_matmul_plan(x.shape(0), V, x.shape(1), group_size, bits);
+    return [rows = std::move(rows),
+            edits = PackedEdits(in, 4),
+            order = packed_order(bits),
+            plan,
+            args]() mutable {
+      edits.get(args.filter);
+      static thread_local Scratch shared;
+      float* x = shared.floats(plan.scratch);
+      args.matmul.x = x;
+      for (int slice = 0; slice < plan.slices; ++slice) {
+        args.first = slice * max_rows;
+        args.matmul.M = std::min(rows.count() - args.first, max_rows);
+        for (int m = 0; m < args.matmul.M; ++m) {
+          rows.load(args.first + m, order, args.matmul.M, x + 16 * m);
+        }
+        run_slice(plan, args);
+      }
+    };
+  }
+};
 
-std::tuple<mx::array, mx::array, mx::array> quantized_filter_logits(
-    const mx::array& x,
-    const mx::array& w,
-    const mx::array& scales,
+// As filter_logits.h, n at most 256.
+Arrays quantized_filter_logits(
+    const mx::array& x, // [T, E]
+    const mx::array& w, // [V, E * bits / 32]
+    const mx::array& scales, // [V, E / group_size]
     const mx::array& biases,
     Integer group_size,
     Integer bits,
@@ -182,9 +200,10 @@ std::tuple<mx::array, mx::array, mx::array> quantized_filter_logits(
     Integer top_k,
     float top_p,
     float min_p,
-    const std::optional<mx::array>& edit_ids,
-    const std::optional<mx::array>& edit_factors,
-    const std::optional<mx::array>& edit_deltas) {
+    const std::optional<mx::array>& edit_ids, // [L]
+    const std::optional<mx::array>& edit_factors, // [T, L]
+    const std::optional<mx::array>& edit_deltas) { // [T, L]
+  constexpr auto op = QuantizedFilterLogits::op;
   check_packed(op, x, {{"", w, scales, biases}}, group_size, bits);
   check(x.ndim() == 2, op, "x", "have shape [T, E]", x.shape());
   check(w.shape(0) > 0, op, "w", "have at least 1 row", w.shape());
@@ -208,7 +227,7 @@ std::tuple<mx::array, mx::array, mx::array> quantized_filter_logits(
     top_k = 1;
   }
   auto stream = mx::to_stream({});
-  std::vector<mx::array> inputs = {
+  Arrays inputs = {
       rows_of(x, stream),
       whole(w, stream),
       whole(scales, stream),
@@ -218,100 +237,16 @@ std::tuple<mx::array, mx::array, mx::array> quantized_filter_logits(
     inputs[i] = packed_on_gpu(inputs[i], stream);
   }
   mx::Shape shape = {T, std::min<int>(top_k, V)};
-  auto outputs = mx::array::make_arrays(
+  return lazy_results(
+      stream,
+      QuantizedFilterLogits{
+          group_size, bits, softcap.value_or(0), temperature, top_p, min_p},
       {shape, shape, {T}},
       {mx::int32, mx::float32, mx::int32},
-      std::make_shared<QuantizedFilterLogits>(
-          stream,
-          group_size,
-          bits,
-          softcap.value_or(0),
-          temperature,
-          top_p,
-          min_p),
       inputs);
-  return {outputs[0], outputs[1], outputs[2]};
 }
 
-void QuantizedFilterLogits::eval_cpu(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
-  const auto& x = inputs[0];
-  int V = inputs[1].shape(0);
-  Args args = {};
-  args.matmul = packed_args(&inputs[1], x, group_size_, bits_);
-  args.filter = filter_args(outputs, V, temperature_, top_p_, min_p_);
-  args.softcap = softcap_;
-  if (x.shape(0) == 0) {
-    return;
-  }
-
-  Rows rows(x);
-  auto plan = quantized_filter_logits_plan(
-      x.shape(0), V, x.shape(1), group_size_, bits_);
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  for (auto& out : outputs) {
-    encoder.set_output_array(out);
-  }
-  encoder.dispatch([rows = std::move(rows),
-                    edits = PackedEdits(inputs, 4),
-                    order = packed_order(bits_),
-                    plan,
-                    args]() mutable {
-    edits.get(args.filter);
-    static thread_local Scratch shared;
-    float* x = shared.floats(plan.scratch);
-    args.matmul.x = x;
-    for (int slice = 0; slice < plan.slices; ++slice) {
-      args.first = slice * max_rows;
-      args.matmul.M = std::min(rows.count() - args.first, max_rows);
-      for (int m = 0; m < args.matmul.M; ++m) {
-        rows.load(args.first + m, order, args.matmul.M, x + 16 * m);
-      }
-      run_slice(plan, args);
-    }
-  });
-}
-
-void QuantizedFilterLogits::eval_gpu(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
-  const auto& x = inputs[0];
-  int T = x.shape(0), V = inputs[1].shape(0), E = x.shape(1);
-  int count = outputs[0].shape(1);
-  if (!quantized_filter_logits_has_launch(T, V, E, count, bits_)) {
-    throw std::runtime_error(
-        "[quantized_filter_logits] has no Metal kernel for that many candidates and "
-        "rows; pyengine.ops.quantized_filter_logits runs three ops there.");
-  }
-  for (auto& out : outputs) {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-  }
-  if (T == 0) {
-    return;
-  }
-  std::optional<int> edits;
-  if (inputs.size() > 4 && inputs[4].size() > 0) {
-    edits = inputs[4].shape(0);
-  }
-  auto launches = quantized_filter_logits_launches(
-      T,
-      V,
-      E,
-      x.dtype(),
-      group_size_,
-      bits_,
-      count,
-      edits,
-      softcap_ > 0 ? std::optional(softcap_) : std::nullopt,
-      temperature_,
-      top_p_,
-      min_p_);
-  run_on_gpu(launches, stream(), inputs, outputs);
-}
+} // namespace
 
 void bind_quantized_filter_logits(nb::module_& m) {
   m.def(
@@ -331,37 +266,6 @@ void bind_quantized_filter_logits(nb::module_& m) {
       nb::arg("edit_ids").none() = nb::none(),
       nb::arg("edit_factors").none() = nb::none(),
       nb::arg("edit_deltas").none() = nb::none());
-  m.def(
-      "quantized_filter_logits_plan",
-      &quantized_filter_logits_plan,
-      nb::arg("T"),
-      nb::arg("V"),
-      nb::arg("E"),
-      nb::arg("group_size"),
-      nb::arg("bits"));
-  m.def(
-      "quantized_filter_logits_has_launch",
-      &quantized_filter_logits_has_launch,
-      nb::arg("T"),
-      nb::arg("V"),
-      nb::arg("E"),
-      nb::arg("count"),
-      nb::arg("bits"));
-  m.def(
-      "quantized_filter_logits_launches",
-      &quantized_filter_logits_launches,
-      nb::arg("T"),
-      nb::arg("V"),
-      nb::arg("E"),
-      nb::arg("dtype"),
-      nb::arg("group_size"),
-      nb::arg("bits"),
-      nb::arg("count"),
-      nb::arg("edits").none(),
-      nb::arg("softcap").none(),
-      nb::arg("temperature"),
-      nb::arg("top_p"),
-      nb::arg("min_p"));
 }
 
 } // namespace pyengine

@@ -1,23 +1,20 @@
-// quantized_gated_matmul: checks, primitive and the two plans. The arithmetic
-// is that of quantized_matmul_cpu.cpp and geglu_cpu.cpp.
+// quantized_gated_matmul: gelu_tanh(x @ gate.T) * (x @ up.T) for two matrices
+// in MLX's affine quantisation. The arithmetic is that of
+// quantized_matmul_cpu.cpp and geglu_cpu.cpp.
 
-#include "ops/quantized_gated_matmul.h"
-
-#include <cstring>
-#include <memory>
+#include <algorithm>
 
 #include "bindings.h"
+#include "check.h"
 #include "cpu/gated.h"
 #include "matmul.h"
 #include "matmul_launch.h"
-#include "mlx/backend/cpu/encoder.h"
+#include "op.h"
 #include "quantized.h"
 
 namespace pyengine {
 
 namespace {
-
-constexpr const char* op = "quantized_gated_matmul";
 
 struct Args {
   QuantizedMatmulArgs gate;
@@ -46,14 +43,7 @@ void columns(const Args& args, int begin, int end, float* scratch) {
       args.N * size);
 }
 
-} // namespace
-
-Plan quantized_gated_matmul_plan(
-    int M,
-    int N,
-    int K,
-    int group_size,
-    int bits) {
+Plan plan_of(int M, int N, int K, int group_size, int bits) {
   Plan plan = matmul_plan(M, N, K, 2 * (int64_t(K) * bits / 8));
   plan.group_scratch =
       gated_scratch(std::min(M, max_rows), plan.columns, K, group_size, true);
@@ -61,28 +51,50 @@ Plan quantized_gated_matmul_plan(
   return plan;
 }
 
-Launch quantized_gated_matmul_launch(
-    int M,
-    int N,
-    int K,
-    mx::Dtype dtype,
-    int group_size,
-    int bits) {
-  using Role = Buffer::Role;
-  auto launch = packed_launch(op, M, N, dtype, dtype, group_size, bits, 2);
-  launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
-  for (std::string matrix : {"gate_", "up_"}) {
-    add_matrix(launch, matrix, {N}, K, dtype, group_size, bits);
+// Inputs in the order of the op's arguments.
+struct QuantizedGatedMatmul {
+  static constexpr const char* op = "quantized_gated_matmul";
+  int group_size;
+  int bits;
+  bool operator==(const QuantizedGatedMatmul&) const = default;
+
+  std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
+    using Role = Buffer::Role;
+    int N = out[0].shape(-1), K = in[0].shape(-1);
+    int M = int(out[0].size() / N);
+    if (M > max_launch_rows) {
+      return {};
+    }
+    auto dtype = in[0].dtype();
+    auto launch = packed_launch(op, M, N, dtype, dtype, group_size, bits, 2);
+    launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
+    for (std::string matrix : {"gate_", "up_"}) {
+      add_matrix(launch, matrix, {N}, K, dtype, group_size, bits);
+    }
+    launch.buffers.push_back(Buffer::array(Role::out, "out", {M, N}, dtype));
+    add_scalars(launch, {{"M", M}, {"N", N}, {"K", K}});
+    return {launch};
   }
-  launch.buffers.push_back(Buffer::array(Role::out, "out", {M, N}, dtype));
-  add_scalars(launch, {{"M", M}, {"N", N}, {"K", K}});
-  return launch;
-}
+
+  auto task(const Arrays& in, Arrays& out) const {
+    Rows rows(in[0]);
+    Args args = {};
+    args.gate = packed_args(&in[1], in[0], group_size, bits);
+    args.up = packed_args(&in[4], in[0], group_size, bits);
+    args.out = out[0].data<void>();
+    args.out_storage = storage_of(out[0].dtype());
+    args.N = out[0].shape(-1);
+    auto plan = plan_of(rows.count(), args.N, args.gate.K, group_size, bits);
+    return [rows = std::move(rows), plan, args, order = packed_order(bits)] {
+      run_matmul(rows, plan, args, order, columns);
+    };
+  }
+};
 
 mx::array quantized_gated_matmul(
-    const mx::array& x,
-    const mx::array& gate_w,
-    const mx::array& gate_scales,
+    const mx::array& x, // [..., K]
+    const mx::array& gate_w, // [N, K * bits / 32]
+    const mx::array& gate_scales, // [N, K / group_size]
     const mx::array& gate_biases,
     const mx::array& up_w,
     const mx::array& up_scales,
@@ -90,7 +102,7 @@ mx::array quantized_gated_matmul(
     Integer group_size,
     Integer bits) {
   check_packed(
-      op,
+      QuantizedGatedMatmul::op,
       x,
       {{"gate_", gate_w, gate_scales, gate_biases},
        {"up_", up_w, up_scales, up_biases}},
@@ -100,68 +112,20 @@ mx::array quantized_gated_matmul(
   auto stream = mx::to_stream({});
   auto shape = x.shape();
   shape.back() = gate_w.shape(0);
-  std::vector<mx::array> inputs = {rows_of(x, stream)};
+  Arrays inputs = {rows_of(x, stream)};
   for (const auto* a :
        {&gate_w, &gate_scales, &gate_biases, &up_w, &up_scales, &up_biases}) {
     inputs.push_back(whole(*a, stream));
   }
-  return mx::array(
+  return lazy_result(
+      stream,
+      QuantizedGatedMatmul{group_size, bits},
       std::move(shape),
       x.dtype(),
-      std::make_shared<QuantizedGatedMatmul>(stream, group_size, bits),
       std::move(inputs));
 }
 
-void QuantizedGatedMatmul::eval_cpu(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
-  auto& out = outputs[0];
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  if (out.size() == 0) {
-    return;
-  }
-
-  Rows rows(inputs[0]);
-  Args args;
-  args.gate = packed_args(&inputs[1], inputs[0], group_size_, bits_);
-  args.up = packed_args(&inputs[4], inputs[0], group_size_, bits_);
-  args.out = out.data<void>();
-  args.out_storage = storage_of(out.dtype());
-  args.N = out.shape(-1);
-  auto plan = quantized_gated_matmul_plan(
-      rows.count(), args.N, args.gate.K, group_size_, bits_);
-  Order order = packed_order(bits_);
-
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  encoder.set_output_array(out);
-  encoder.dispatch([rows = std::move(rows), plan, args, order] {
-    run_matmul(rows, plan, args, order, columns);
-  });
-}
-
-void QuantizedGatedMatmul::eval_gpu(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
-  const auto& x = inputs[0];
-  auto& out = outputs[0];
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  if (out.size() == 0) {
-    return;
-  }
-  int N = out.shape(-1);
-  int M = int(out.size() / N);
-  auto launch = quantized_gated_matmul_launch(
-      M, N, x.shape(-1), x.dtype(), group_size_, bits_);
-  run_on_gpu(launch, stream(), inputs, outputs);
-}
-
-bool QuantizedGatedMatmul::is_equivalent(const mx::Primitive& other) const {
-  const auto& o = static_cast<const QuantizedGatedMatmul&>(other);
-  return group_size_ == o.group_size_ && bits_ == o.bits_;
-}
+} // namespace
 
 void bind_quantized_gated_matmul(nb::module_& m) {
   m.def(
@@ -174,15 +138,6 @@ void bind_quantized_gated_matmul(nb::module_& m) {
       nb::arg("up_w"),
       nb::arg("up_scales"),
       nb::arg("up_biases"),
-      nb::arg("group_size"),
-      nb::arg("bits"));
-  m.def(
-      "quantized_gated_matmul_launch",
-      &quantized_gated_matmul_launch,
-      nb::arg("M"),
-      nb::arg("N"),
-      nb::arg("K"),
-      nb::arg("dtype"),
       nb::arg("group_size"),
       nb::arg("bits"));
 }

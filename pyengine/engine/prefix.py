@@ -154,9 +154,9 @@ class Prefix:
     def _rewind(self, cache: Cache, length: int) -> int:
         """Take the cache back to at most this many positions; returns how many it holds then."""
         if length < self._least(cache):
-            mark = max(self._marks, key=lambda m: m.length, default=None)
-            if mark is None:
+            if not self._marks:
                 return 0
+            mark = self._marks[-1]  # each was made behind the one before
             for i, keys in enumerate(mark.keys):
                 if keys is not None:
                     cache.keys[i], cache.values[i] = _copy(keys), _copy(mark.values[i])

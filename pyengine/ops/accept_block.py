@@ -4,8 +4,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 from .draw_token import exponential, invert, race, uniforms
 from .random_uniform import Purpose
 
@@ -63,22 +62,10 @@ def accept_block(
 
     Source: arXiv:2211.17192 and arXiv:2302.01318 (residual), arXiv:2403.10444 (block).
     """
-    out = _ext.accept_block(
-        p_ids, p_probs, q_ids, q_probs, drafts, position, seed, rule, vocab
-    )  # checks in every case
-    k, m = q_ids.shape
-    n = p_ids.shape[1]
-    implementation = chosen("accept_block", _ext.accept_block_has_launch(k, n, m))
-    if implementation == "native":
-        return out
-    if implementation == "workbench":
-        launch = _ext.accept_block_launch(k, n, m, rule, vocab)
-        arrays = (p_ids, p_probs, q_ids, q_probs, drafts, position, seed)
-        accepted, token = workbench.run(launch, *arrays)
-        return accepted, token
-    return accept_block_reference(
-        p_ids, p_probs, q_ids, q_probs, drafts, position, seed, rule=rule, vocab=vocab
-    )
+    args = (p_ids, p_probs, q_ids, q_probs, drafts, position, seed)
+    out = _ext.accept_block(*args, rule, vocab)
+    accepted, token = run(out, accept_block_reference, *args, rule=rule, vocab=vocab)
+    return accepted, token
 
 
 def accept_block_reference(

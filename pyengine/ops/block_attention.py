@@ -2,8 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 
 MAX_POSITIONS = 1 << 30  # positions are below it; metal/positions.h has the same
 
@@ -54,19 +53,9 @@ def block_attention(
 
     Source: online softmax, arXiv:1805.02867.
     """
-    out = _ext.block_attention(q, k, v, offset, scale, window, start)  # checks in every case
-    B, T, H, D = q.shape
-    implementation = chosen("block_attention", _ext.block_attention_has_launch(T))
-    if implementation == "workbench" and out.size > 0:
-        K, C = k.shape[1:3]
-        launches = _ext.block_attention_launches(
-            B, T, H, K, C, D, q.dtype, scale, window, start is not None
-        )
-        position = (offset,) if start is None else (offset, start)
-        return workbench.run(launches, q, k, *position, v)[0]
-    if implementation in ("native", "workbench"):
-        return out
-    return block_attention_reference(q, k, v, offset, scale=scale, window=window, start=start)
+    out = _ext.block_attention(q, k, v, offset, scale, window, start)
+    args = (q, k, v, offset)
+    return run(out, block_attention_reference, *args, scale=scale, window=window, start=start)
 
 
 def block_attention_reference(

@@ -2,8 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen, too_wide
+from .dispatch import run
 
 
 def dense_matmul(x: mx.array, w: mx.array, *, out_dtype: mx.Dtype | None = None) -> mx.array:
@@ -25,16 +24,12 @@ def dense_matmul(x: mx.array, w: mx.array, *, out_dtype: mx.Dtype | None = None)
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    out = _ext.dense_matmul(x, w, out_dtype)  # checks in every case
-    implementation = chosen("dense_matmul")
-    if implementation == "reference":
-        return dense_matmul_reference(x, w, out_dtype=out_dtype)
-    if implementation == "workbench" and out.size > 0:
-        N, K = w.shape
-        launch = _ext.dense_matmul_launch(out.size // N, N, K, x.dtype, out.dtype)
-        return workbench.run(launch, x, w)[0].reshape(out.shape)
-    if implementation != "mlx" and not too_wide(out):
-        return out
+    out = _ext.dense_matmul(x, w, out_dtype)
+    return run(out, dense_matmul_reference, x, w, otherwise=_prefill, out_dtype=out_dtype)
+
+
+def _prefill(x: mx.array, w: mx.array, *, out_dtype: mx.Dtype | None) -> mx.array:
+    """MLX's own kernel."""
     dtype = out_dtype or x.dtype
     return x.astype(dtype) @ w.astype(dtype).T
 

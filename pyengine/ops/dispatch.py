@@ -1,6 +1,7 @@
 """Which implementation the ops run."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
 
 import mlx.core as mx
 
@@ -9,9 +10,10 @@ from pyengine.untrusted import shown
 
 from . import workbench
 
-Implementation = Literal["native", "reference", "workbench", "mlx"]
+Implementation = Literal["native", "reference", "workbench"]
+Result = TypeVar("Result")
 
-_IMPLEMENTATIONS = ("native", "reference", "workbench", "mlx")
+_IMPLEMENTATIONS = ("native", "reference", "workbench")
 _chosen: Implementation = "native"
 
 # Every op; each has a Metal kernel
@@ -45,9 +47,9 @@ def use(implementation: Implementation) -> None:
 
     Args:
         implementation: "native" for our kernels; "reference" for the plain MLX definitions they are
-            tested against; "workbench" for our Metal kernels run on the processor, slowly, from a
-            checkout only; "mlx" for MLX's own operations, should a kernel fail on a GPU: none has
-            met an Apple one.
+            tested against, slower, and the way out should a kernel fail on a GPU: none has met an
+            Apple one; "workbench" for our Metal kernels run on the processor, slowly, from a
+            checkout only.
 
     Raises:
         ValueError: The implementation is not one of those.
@@ -64,18 +66,40 @@ def use(implementation: Implementation) -> None:
     _chosen = implementation
 
 
-def chosen(op: str = "", fits: bool = True) -> Implementation:
-    """What an op called now runs: never "native" on a GPU past the limits of its Metal kernel.
+def run(
+    out: mx.array | list[mx.array],
+    reference: Callable[..., Result],
+    *args: Any,
+    otherwise: Callable[..., Result] | None = None,
+    **kwargs: Any,
+) -> Result:
+    """The result of an op, by the implementation that is chosen.
 
     Args:
-        op: Its name.
-        fits: Whether what it is called with is within those limits.
+        out: What ``_ext`` made of the arguments: lazy and checked; a list where it is several.
+        reference: Makes the same of them in plain MLX.
+        *args: Arguments of the reference.
+        otherwise: Makes it on a GPU past the limits of our kernel, of the same arguments; the
+            reference, if None.
+        **kwargs: More of them.
     """
-    metal = op in OPS and fits
-    if _chosen == "workbench":
-        return "workbench" if metal else "native"
-    if _chosen == "native" and mx.default_device() == mx.gpu and not metal:
-        return "mlx"
+    if _chosen == "reference":
+        return reference(*args, **kwargs)
+    if _chosen == "native" and mx.default_device() == mx.cpu:
+        return cast(Result, out)
+    launches, inputs = _ext.launches_of(out)
+    if _chosen == "native" and launches is None:
+        return (otherwise or reference)(*args, **kwargs)
+    if _chosen == "native" or not launches:  # the workbench leaves the rest to the processor
+        return cast(Result, out)
+    made = workbench.run(launches, *inputs)
+    if isinstance(out, mx.array):
+        return cast(Result, made[0].reshape(out.shape))
+    return cast(Result, [a.reshape(b.shape) for a, b in zip(made, out, strict=True)])
+
+
+def chosen() -> Implementation:
+    """What was chosen with :func:`use`."""
     return _chosen
 
 
@@ -87,12 +111,7 @@ def lazy() -> bool:
 def in_place() -> bool:
     """Whether an evaluated write to the cache is seen through every handle of it. On a processor
     it is: calls run one after the other, and a write is never a copy."""
-    return chosen("prepare_qkv") == "native" and mx.default_device() == mx.cpu
-
-
-def too_wide(out: mx.array) -> bool:
-    """Whether a GPU should give this matmul's result to MLX: more rows than any block has."""
-    return mx.default_device() == mx.gpu and out.size > 128 * out.shape[-1]
+    return _chosen == "native" and mx.default_device() == mx.cpu
 
 
 # Ops whose plain form has no reduction: MLX cannot choose an order for them by the number of rows.
@@ -104,7 +123,7 @@ def status() -> list[dict[str, Any]]:
 
     Returns:
         One row an op: ``op``; ``kernel``, "SIMD (...)" with the instruction set, "Metal",
-        "Metal (workbench)", "reference" or "MLX"; ``device``; ``row_stable``, whether a row's bits
+        "Metal (workbench)" or "reference"; ``device``; ``row_stable``, whether a row's bits
         depend on that row alone.
     """
     device = "gpu" if mx.default_device() == mx.gpu else "cpu"
@@ -112,14 +131,13 @@ def status() -> list[dict[str, Any]]:
         "native": "Metal" if device == "gpu" else f"SIMD ({_ext.instruction_set()})",
         "workbench": "Metal (workbench)",
         "reference": "reference",
-        "mlx": "MLX",
     }
     return [
         {
             "op": op,
-            "kernel": kernel[chosen(op)],
+            "kernel": kernel[_chosen],
             "device": device,
-            "row_stable": chosen(op) in ("native", "workbench") or op in _ELEMENTWISE,
+            "row_stable": _chosen != "reference" or op in _ELEMENTWISE,
         }
         for op in OPS
     ]

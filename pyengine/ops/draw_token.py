@@ -2,8 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 from .random_uniform import Purpose, philox_uniform
 
 
@@ -39,14 +38,9 @@ def draw_token(
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    out = _ext.draw_token(ids, probs, position, seed, index, shared)  # checks in every case
-    implementation = chosen("draw_token")
-    if implementation == "workbench" and out.size > 0:
-        launch = _ext.draw_token_launch(ids.shape[0], ids.shape[1], index, shared)
-        return workbench.run(launch, ids, probs, position, seed)[0]
-    if implementation in ("native", "workbench") or out.size == 0:
-        return out
-    return draw_token_reference(ids, probs, position, seed, index=index, shared=shared)
+    out = _ext.draw_token(ids, probs, position, seed, index, shared)
+    args = (ids, probs, position, seed)
+    return run(out, draw_token_reference, *args, index=index, shared=shared)
 
 
 def draw_token_reference(
@@ -59,6 +53,8 @@ def draw_token_reference(
     shared: bool,
 ) -> mx.array:
     """The same in plain MLX, equal bit for bit; all arguments may have leading dimensions."""
+    if ids.size == 0:  # MLX reduces no empty array
+        return mx.zeros(ids.shape[:-1], dtype=mx.int32)
     rows = mx.arange(index, index + ids.shape[-2], dtype=mx.uint32)
     position, seed = position[..., None].astype(mx.uint32), seed[..., None]
     if shared:

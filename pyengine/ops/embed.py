@@ -4,8 +4,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 from .quantized_matmul import dequantized
 
 
@@ -41,18 +40,9 @@ def embed(
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    out = _ext.embed(ids, table, group_size, bits, scale, out_dtype)  # checks in every case
-    implementation = chosen("embed")
-    if implementation == "native":
-        return out
-    if implementation == "workbench" and out.size > 0:
-        V, E, dtype = table[0].shape[0], out.shape[-1], table[-1].dtype
-        dense = len(table) == 1
-        packing = (1, 0) if dense else (group_size, bits)
-        launch = _ext.embed_launch(ids.size, V, E, dtype, out.dtype, *packing, scale)
-        arrays = [table[0]] * 3 if dense else table
-        return workbench.run(launch, ids, *arrays)[0].reshape(out.shape)
-    return embed_reference(ids, table, group_size, bits, scale=scale, out_dtype=out_dtype)
+    out = _ext.embed(ids, table, group_size, bits, scale, out_dtype)
+    args = (ids, table, group_size, bits)
+    return run(out, embed_reference, *args, scale=scale, out_dtype=out_dtype)
 
 
 def embed_reference(

@@ -4,8 +4,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 
 MAX_TOP_K = 256
 
@@ -62,30 +61,18 @@ def filter_logits(
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    out = _ext.filter_logits(
-        logits, temperature, top_k, top_p, min_p, *(edits or ())
-    )  # checks in every case
-    rows, vocab = logits.shape
-    count = out[0].shape[1]
-    implementation = chosen("filter_logits", _ext.filter_logits_has_launch(vocab, count))
-    if implementation == "workbench" and rows > 0:
-        listed = edits if edits is not None and edits.ids.size > 0 else None
-        launches = _ext.filter_logits_launches(
-            rows,
-            vocab,
-            count,
-            listed and listed.ids.size,
-            temperature or 1.0,
-            top_p,
-            min_p,
-            vocab % 4 == 0,
-        )
-        return Filtered(*workbench.run(launches, logits, *(listed or ())))
-    if implementation in ("native", "workbench"):
-        return Filtered(*out)
-    return filter_logits_reference(
-        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, edits=edits
+    out = _ext.filter_logits(logits, temperature, top_k, top_p, min_p, *(edits or ()))
+    ids, probs, flags = run(
+        out,
+        filter_logits_reference,
+        logits,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        edits=edits,
     )
+    return Filtered(ids, probs, flags)
 
 
 def filter_logits_reference(

@@ -4,8 +4,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -26,14 +25,7 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
 
     Source: tanh form of GELU, arXiv:1606.08415.
     """
-    out = _ext.geglu(gate, up)  # checks in every case
-    implementation = chosen("geglu")
-    if implementation == "native":
-        return out
-    if implementation == "workbench" and out.size > 0:
-        launch = _ext.geglu_launch(gate.size, gate.dtype)
-        return workbench.run(launch, gate, up)[0].reshape(gate.shape)
-    return geglu_reference(gate, up)
+    return run(_ext.geglu(gate, up), geglu_reference, gate, up)
 
 
 def geglu_reference(gate: mx.array, up: mx.array) -> mx.array:

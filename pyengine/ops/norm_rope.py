@@ -2,8 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 
 
 def norm_rope(
@@ -38,15 +37,8 @@ def norm_rope(
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    out = _ext.norm_rope(x, weight, offset, inv_freq, eps)  # checks in every case
-    implementation = chosen("norm_rope")
-    if implementation == "native":
-        return out
-    if implementation == "workbench" and out.size > 0:
-        B, T, H, D = x.shape
-        launch = _ext.norm_rope_launch(B, T, H, D, x.dtype, eps)
-        return workbench.run(launch, x, weight, offset, inv_freq)[0]
-    return norm_rope_reference(x, weight, offset, inv_freq, eps)
+    args = (x, weight, offset, inv_freq, eps)
+    return run(_ext.norm_rope(*args), norm_rope_reference, *args)
 
 
 def norm_rope_reference(

@@ -2,8 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 from .norm_rope import norm_rope_reference
 from .rms_norm import rms_norm_reference
 from .write_cache import write_cache_reference
@@ -49,16 +48,7 @@ def prepare_qkv(
         RuntimeError: keys or values turn out not to be contiguous when evaluated.
     """
     args = (q, k, v, q_norm, k_norm, inv_freq, keys, values, offset, eps)
-    out = _ext.prepare_qkv(*args)  # checks in every case
-    implementation = chosen("prepare_qkv")
-    if implementation == "workbench" and q.size > 0:
-        (_, K, C, D), T = keys.shape, q.shape[0]
-        launch = _ext.prepare_qkv_launch(T, q.shape[1] // D, K, C, D, q.dtype, eps)
-        given = (q, k, v, q_norm, k_norm, inv_freq, offset, keys, values)
-        out = workbench.run(launch, *given)
-    elif implementation != "native":
-        return prepare_qkv_reference(*args)
-    turned, keys, values = out
+    turned, keys, values = run(_ext.prepare_qkv(*args), prepare_qkv_reference, *args)
     return turned, keys, values
 
 

@@ -2,8 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen, too_wide
+from .dispatch import run
 from .geglu import geglu
 from .quantized_gated_matmul import Matrix, quantized_gated_matmul_reference
 from .quantized_matmul import quantized_matmul_reference
@@ -47,35 +46,34 @@ def quantized_expert_matmul(
         ValueError: A shape, dtype or limit above does not hold.
     """
     second = [] if up is None else list(up)
-    out = _ext.quantized_expert_matmul(
-        x, list(stack), second, ids, group_size, bits, out_dtype
-    )  # checks
-    implementation = chosen(
-        "quantized_expert_matmul", _ext.quantized_expert_matmul_has_launch(ids.shape[1])
-    )
-    if implementation == "reference":
-        return quantized_expert_matmul_reference(
-            x, stack, ids, group_size, bits, up=up, out_dtype=out_dtype
-        )
-    T, U, N = out.shape
-    if implementation == "workbench" and out.size > 0:
-        X, K, alone = stack[0].shape[0], x.shape[-1], x.ndim == 2
-        launch = _ext.quantized_expert_matmul_launch(
-            T, U, X, N, K, up is not None, alone, x.dtype, out.dtype, group_size, bits
-        )
-        return workbench.run(launch, x, *stack, *(up or stack), ids)[0]
-    if implementation != "mlx" and not too_wide(out[:, :1]):
-        return out
+    out = _ext.quantized_expert_matmul(x, list(stack), second, ids, group_size, bits, out_dtype)
+    args = (x, stack, ids, group_size, bits)
+    options = {"up": up, "out_dtype": out_dtype}
+    return run(out, quantized_expert_matmul_reference, *args, otherwise=_prefill, **options)
+
+
+def _prefill(
+    x: mx.array,
+    stack: Matrix,
+    ids: mx.array,
+    group_size: int,
+    bits: int,
+    *,
+    up: Matrix | None,
+    out_dtype: mx.Dtype | None,
+) -> mx.array:
+    """MLX's own kernel."""
+    dtype = out_dtype or x.dtype
     known = (ids >= 0) & (ids < stack[0].shape[0])
-    rows = (x[:, None, None] if x.ndim == 2 else x[:, :, None]).astype(out.dtype)
+    rows = (x[:, None, None] if x.ndim == 2 else x[:, :, None]).astype(dtype)
 
     def served(matrix: Matrix) -> mx.array:
         w, scales, biases = matrix
         y = mx.gather_qmm(
             rows,
             w,
-            scales.astype(out.dtype),
-            biases.astype(out.dtype),
+            scales.astype(dtype),
+            biases.astype(dtype),
             rhs_indices=mx.where(known, ids, 0),
             transpose=True,
             group_size=group_size,

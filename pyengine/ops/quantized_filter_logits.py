@@ -1,9 +1,10 @@
+from typing import Any
+
 import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 from .filter_logits import Edits, Filtered, filter_logits, filter_logits_reference
 from .quantized_matmul import quantized_matmul, quantized_matmul_reference
 from .softcap import softcap as cap_logits
@@ -55,39 +56,36 @@ def quantized_filter_logits(
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    settings = (temperature, top_k, top_p, min_p)
-    out = _ext.quantized_filter_logits(
-        x, w, scales, biases, group_size, bits, softcap, *settings, *(edits or ())
-    )  # checks in every case
-    (T, E), V = x.shape, w.shape[0]
-    count = out[0].shape[1]
-    fits = _ext.quantized_filter_logits_has_launch(T, V, E, count, bits)
-    implementation = chosen("quantized_filter_logits", fits)
-    if implementation == "native":
-        return Filtered(*out)
-    if implementation == "workbench" and T > 0:
-        listed = edits if edits is not None and edits.ids.size > 0 else None
-        launches = _ext.quantized_filter_logits_launches(
-            T,
-            V,
-            E,
-            x.dtype,
-            group_size,
-            bits,
-            count,
-            listed and listed.ids.size,
-            softcap,
-            temperature or 1.0,
-            top_p,
-            min_p,
-        )
-        return Filtered(*workbench.run(launches, x, w, scales, biases, *(listed or ())))
+    args = (x, w, scales, biases, group_size, bits)
+    settings = (softcap, temperature, top_k, top_p, min_p)
+    outs = _ext.quantized_filter_logits(*args, *settings, *(edits or ()))
+    options = {
+        "softcap": softcap,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "edits": edits,
+    }
+    reference = quantized_filter_logits_reference
+    return Filtered(*run(outs, reference, *args, otherwise=_one_by_one, **options))
+
+
+def _one_by_one(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    group_size: int,
+    bits: int,
+    *,
+    softcap: float | None,
+    **settings: Any,
+) -> Filtered:
     logits = quantized_matmul(x, w, scales, biases, group_size, bits, out_dtype=mx.float32)
     if softcap is not None:
         logits = cap_logits(logits, softcap)
-    return filter_logits(
-        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, edits=edits
-    )
+    return filter_logits(logits, **settings)
 
 
 def quantized_filter_logits_reference(

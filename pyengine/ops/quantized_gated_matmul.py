@@ -2,8 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen, too_wide
+from .dispatch import run
 from .geglu import geglu, geglu_reference
 from .quantized_matmul import quantized_matmul, quantized_matmul_reference
 
@@ -37,16 +36,12 @@ def quantized_gated_matmul(
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    out = _ext.quantized_gated_matmul(x, *gate, *up, group_size, bits)  # checks in every case
-    implementation = chosen("quantized_gated_matmul")
-    if implementation == "reference":
-        return quantized_gated_matmul_reference(x, gate, up, group_size, bits)
-    if implementation == "workbench" and out.size > 0:
-        N, K = out.shape[-1], x.shape[-1]
-        launch = _ext.quantized_gated_matmul_launch(out.size // N, N, K, x.dtype, group_size, bits)
-        return workbench.run(launch, x, *gate, *up)[0].reshape(out.shape)
-    if implementation != "mlx" and not too_wide(out):
-        return out
+    out = _ext.quantized_gated_matmul(x, *gate, *up, group_size, bits)
+    args = (x, gate, up, group_size, bits)
+    return run(out, quantized_gated_matmul_reference, *args, otherwise=_one_by_one)
+
+
+def _one_by_one(x: mx.array, gate: Matrix, up: Matrix, group_size: int, bits: int) -> mx.array:
     parts = (quantized_matmul(x, *matrix, group_size, bits) for matrix in (gate, up))
     return geglu(*parts)
 

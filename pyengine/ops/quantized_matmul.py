@@ -2,8 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen, too_wide
+from .dispatch import run
 
 
 def quantized_matmul(
@@ -40,24 +39,23 @@ def quantized_matmul(
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    out = _ext.quantized_matmul(
-        x, w, scales, biases, group_size, bits, out_dtype
-    )  # checks in every case
-    implementation = chosen("quantized_matmul")
-    if implementation == "reference":
-        return quantized_matmul_reference(
-            x, w, scales, biases, group_size, bits, out_dtype=out_dtype
-        )
-    if implementation == "workbench" and out.size > 0:
-        N, K = w.shape[0], x.shape[-1]
-        launch = _ext.quantized_matmul_launch(
-            out.size // N, N, K, x.dtype, out.dtype, group_size, bits
-        )
-        return workbench.run(launch, x, w, scales, biases)[0].reshape(out.shape)
-    if implementation != "mlx" and not too_wide(out):
-        return out
-    dtype = out_dtype or x.dtype  # logits in float32 are summed in float32, not widened afterwards
-    x, scales, biases = (a.astype(dtype) for a in (x, scales, biases))
+    out = _ext.quantized_matmul(x, w, scales, biases, group_size, bits, out_dtype)
+    args = (x, w, scales, biases, group_size, bits)
+    return run(out, quantized_matmul_reference, *args, otherwise=_prefill, out_dtype=out_dtype)
+
+
+def _prefill(
+    x: mx.array,
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    group_size: int,
+    bits: int,
+    *,
+    out_dtype: mx.Dtype | None,
+) -> mx.array:
+    """MLX's own kernel. Logits in float32 are summed in float32, not widened afterwards."""
+    x, scales, biases = (a.astype(out_dtype or x.dtype) for a in (x, scales, biases))
     return mx.quantized_matmul(x, w, scales, biases, True, group_size, bits)
 
 

@@ -4,8 +4,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen, too_wide
+from .dispatch import run
 from .quantized_gated_matmul import Matrix
 from .quantized_matmul import quantized_matmul, quantized_matmul_reference
 
@@ -36,18 +35,14 @@ def quantized_matmuls(
         ValueError: A shape, dtype or limit above does not hold.
     """
     packed = [list(matrix) for matrix in matrices]
-    outs = _ext.quantized_matmuls(x, packed, group_size, bits)  # checks in every case
-    implementation = chosen("quantized_matmuls")
-    if implementation == "reference":
-        return quantized_matmuls_reference(x, matrices, group_size, bits)
-    if implementation == "workbench" and any(out.size for out in outs):
-        columns, K = [out.shape[-1] for out in outs], x.shape[-1]
-        M = sum(out.size for out in outs) // sum(columns)
-        launch = _ext.quantized_matmuls_launch(M, columns, K, x.dtype, group_size, bits)
-        arrays = workbench.run(launch, x, *(a for matrix in matrices for a in matrix))
-        return [a.reshape(out.shape) for a, out in zip(arrays, outs, strict=True)]
-    if implementation != "mlx" and not any(map(too_wide, outs)):
-        return outs
+    outs = _ext.quantized_matmuls(x, packed, group_size, bits)
+    args = (x, matrices, group_size, bits)
+    return run(outs, quantized_matmuls_reference, *args, otherwise=_one_by_one)
+
+
+def _one_by_one(
+    x: mx.array, matrices: Sequence[Matrix], group_size: int, bits: int
+) -> list[mx.array]:
     return [quantized_matmul(x, *matrix, group_size, bits) for matrix in matrices]
 
 

@@ -4,8 +4,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 
 
 class Purpose(IntEnum):
@@ -35,14 +34,8 @@ def random_uniform(counters: mx.array, key: tuple[int, int]) -> mx.array:
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
-    out = _ext.random_uniform(counters, key)  # checks in every case
-    implementation = chosen("random_uniform")
-    if implementation == "workbench" and out.size > 0:
-        launch = _ext.random_uniform_launch(out.size, *key)
-        return workbench.run(launch, counters)[0].reshape(out.shape)
-    if implementation in ("native", "workbench"):
-        return out
-    return random_uniform_reference(counters, key)
+    out = _ext.random_uniform(counters, key)
+    return run(out, random_uniform_reference, counters, key)
 
 
 def random_uniform_reference(counters: mx.array, key: tuple[int, int]) -> mx.array:

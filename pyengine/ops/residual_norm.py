@@ -2,8 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 from .rms_norm import rms_norm_reference
 
 
@@ -36,19 +35,17 @@ def residual_norm(
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    out = _ext.residual_norm(h, y, weight, scalar, next_weight, eps)  # checks in every case
-    E = h.shape[-1]
-    implementation = chosen("residual_norm", _ext.residual_norm_has_launch(E))
-    if implementation == "native":
-        return out
-    if implementation == "workbench" and h.size > 0:
-        options = (scalar is not None, next_weight is not None, eps)
-        launch = _ext.residual_norm_launch(h.size // E, E, h.dtype, *options)
-        given = [h, y, weight, weight if scalar is None else scalar]
-        given += [] if next_weight is None else [next_weight]
-        total, *following = (a.reshape(h.shape) for a in workbench.run(launch, *given))
-        return total, following[0] if following else None
-    return residual_norm_reference(h, y, weight, scalar=scalar, next_weight=next_weight, eps=eps)
+    total, *following = run(
+        _ext.residual_norm(h, y, weight, scalar, next_weight, eps),
+        residual_norm_reference,
+        h,
+        y,
+        weight,
+        scalar=scalar,
+        next_weight=next_weight,
+        eps=eps,
+    )
+    return total, following[0] if following else None
 
 
 def residual_norm_reference(

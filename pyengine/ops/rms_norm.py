@@ -2,8 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 
 
 def rms_norm(x: mx.array, weight: mx.array | None = None, eps: float = 1e-6) -> mx.array:
@@ -24,16 +23,7 @@ def rms_norm(x: mx.array, weight: mx.array | None = None, eps: float = 1e-6) -> 
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    out = _ext.rms_norm(x, weight, eps)  # checks in every case
-    D = x.shape[-1]
-    implementation = chosen("rms_norm", _ext.rms_norm_has_launch(D))
-    if implementation == "native":
-        return out
-    if implementation == "workbench" and out.size > 0:
-        launch = _ext.rms_norm_launch(x.size // D, D, x.dtype, weight is not None, eps)
-        out = workbench.run(launch, x, x if weight is None else weight)[0]
-        return out.reshape(x.shape)
-    return rms_norm_reference(x, weight, eps)
+    return run(_ext.rms_norm(x, weight, eps), rms_norm_reference, x, weight, eps)
 
 
 def rms_norm_reference(x: mx.array, weight: mx.array | None = None, eps: float = 1e-6) -> mx.array:

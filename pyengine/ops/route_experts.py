@@ -2,8 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 
 
 def route_experts(logits: mx.array, scales: mx.array, used: int) -> tuple[mx.array, mx.array]:
@@ -24,15 +23,9 @@ def route_experts(logits: mx.array, scales: mx.array, used: int) -> tuple[mx.arr
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    out = _ext.route_experts(logits, scales, used)  # checks in every case
-    implementation = chosen("route_experts", _ext.route_experts_has_launch(used))
-    if implementation == "native":
-        return out
-    T, X = logits.shape
-    if implementation == "workbench" and T > 0:
-        ids, weights = workbench.run(_ext.route_experts_launch(T, X, used), logits, scales)
-        return ids, weights
-    return route_experts_reference(logits, scales, used)
+    outs = _ext.route_experts(logits, scales, used)
+    ids, weights = run(outs, route_experts_reference, logits, scales, used)
+    return ids, weights
 
 
 def route_experts_reference(

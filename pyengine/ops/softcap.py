@@ -2,8 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 
 
 def softcap(x: mx.array, cap: float) -> mx.array:
@@ -21,13 +20,7 @@ def softcap(x: mx.array, cap: float) -> mx.array:
     Raises:
         ValueError: A dtype or limit above does not hold.
     """
-    out = _ext.softcap(x, cap)  # checks in every case
-    implementation = chosen("softcap")
-    if implementation == "native":
-        return out
-    if implementation == "workbench" and out.size > 0:
-        return workbench.run(_ext.softcap_launch(x.size, cap), x)[0].reshape(x.shape)
-    return softcap_reference(x, cap)
+    return run(_ext.softcap(x, cap), softcap_reference, x, cap)
 
 
 def softcap_reference(x: mx.array, cap: float) -> mx.array:

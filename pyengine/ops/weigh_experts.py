@@ -2,8 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 
 
 def weigh_experts(parts: mx.array, weights: mx.array, out_dtype: mx.Dtype) -> mx.array:
@@ -23,14 +22,8 @@ def weigh_experts(parts: mx.array, weights: mx.array, out_dtype: mx.Dtype) -> mx
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    out = _ext.weigh_experts(parts, weights, out_dtype)  # checks in every case
-    implementation = chosen("weigh_experts")
-    if implementation == "native":
-        return out
-    if implementation == "workbench" and out.size > 0:
-        T, U, E = parts.shape
-        return workbench.run(_ext.weigh_experts_launch(T, U, E, out_dtype), parts, weights)[0]
-    return weigh_experts_reference(parts, weights, out_dtype)
+    out = _ext.weigh_experts(parts, weights, out_dtype)
+    return run(out, weigh_experts_reference, parts, weights, out_dtype)
 
 
 def weigh_experts_reference(parts: mx.array, weights: mx.array, out_dtype: mx.Dtype) -> mx.array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,22 +39,24 @@ def load() -> Any:
         ) from None
 
 
-def run(launch: _ext.Launch | list[_ext.Launch], *inputs: mx.array) -> list[mx.array]:
-    """Run a launch on the processor, or several in order. Evaluates its inputs.
+def run(launches: list[_ext.Launch], *inputs: mx.array) -> list[mx.array]:
+    """Run launches on the processor, in order. Evaluates their inputs.
 
     A buffer that one launch writes and a later one reads is neither input nor output.
 
     Returns:
         The outputs; they and the inputs are in the order in which buffers are first named.
     """
-    launches = launch if isinstance(launch, list) else [launch]
-    read, written = _ext.launch_arguments(launches)
-    arrays = {
-        buffer.name: to_numpy(a.reshape(buffer.shape))
-        for buffer, a in zip(read, inputs, strict=True)
-    }
-    outputs, _ = load().run(launches, arrays)
+    outputs, _ = load().run(launches, named(launches, inputs))
+    written = _ext.launch_arguments(launches)[1]
     return [to_mlx(outputs[buffer.name], buffer.dtype) for buffer in written]
+
+
+def named(launches: list[_ext.Launch], inputs: Sequence[mx.array]) -> dict[str, np.ndarray]:
+    """Inputs of launches as the workbench takes them: by the names of buffers, in their shapes."""
+    read, _ = _ext.launch_arguments(launches)
+    pairs = zip(read, inputs, strict=True)
+    return {buffer.name: to_numpy(a.reshape(buffer.shape)) for buffer, a in pairs}
 
 
 def to_numpy(a: mx.array) -> np.ndarray:

@@ -2,8 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
-from . import workbench
-from .dispatch import chosen
+from .dispatch import run
 
 
 def write_cache(cache: mx.array, new: mx.array, offset: mx.array) -> mx.array:
@@ -30,15 +29,8 @@ def write_cache(cache: mx.array, new: mx.array, offset: mx.array) -> mx.array:
         ValueError: A shape, dtype or limit above does not hold.
         RuntimeError: The cache turns out not to be contiguous when evaluated.
     """
-    out = _ext.write_cache(cache, new, offset)  # checks in every case
-    implementation = chosen("write_cache")
-    if implementation == "native":
-        return out
-    if implementation == "workbench" and new.size > 0:
-        B, K, C, D = cache.shape
-        launch = _ext.write_cache_launch(B, new.shape[1], K, C, D, cache.dtype)
-        return workbench.run(launch, new, offset, cache)[0]
-    return write_cache_reference(cache, new, offset)
+    args = (cache, new, offset)
+    return run(_ext.write_cache(*args), write_cache_reference, *args)
 
 
 def write_cache_reference(cache: mx.array, new: mx.array, offset: mx.array) -> mx.array:

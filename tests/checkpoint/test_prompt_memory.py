@@ -56,12 +56,22 @@ def test_scores_of_plain_mlx_are_counted(pair: Pair) -> None:
     from pyengine import ops
 
     with_ours = pair.target.prompt_bytes(8000, 8, 0)
-    ops.use("mlx")
+    ops.use("reference")
     try:
         more = pair.target.prompt_bytes(8000, 8, 0) - with_ours
     finally:
         ops.use("native")
     assert more == 3 * 4 * pair.target.config.num_heads * 512 * 8192
+
+
+def test_a_gpu_attends_to_many_rows_in_plain_mlx(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_ours = [pair.target.prompt_bytes(tokens, 8, 0) for tokens in (128, 129)]
+    monkeypatch.setattr(memory.mx, "default_device", lambda: mx.gpu)
+    few, many = (pair.target.prompt_bytes(tokens, 8, 0) for tokens in (128, 129))
+    scores = 3 * 4 * pair.target.config.num_heads * 129 * memory.CAPACITY_STEP
+    assert [few, many - scores] == with_ours
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_what_fits(

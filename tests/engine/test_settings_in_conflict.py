@@ -256,14 +256,15 @@ def test_the_pairs_suppressed_tokens_win_over_a_callers_bias(
     monkeypatch.setattr(cli.common, "load_pair", lambda *_: pair)
     told = []
     for sampling in (
-        {"logit_bias": bias},
-        Sampling(logit_bias=bias),
+        {"logit_bias": bias, "seed": 1},
+        Sampling(logit_bias=bias, seed=1),
         Sampling(0.0, logit_bias=bias),
     ):
         told.append(generate("fox", pair=pair, sampling=sampling, max_tokens=5).tokens)
-    words = ["generate", "fox", "--json", "--max-tokens=5", f"--logit-bias={token}={MAX_EDIT}"]
+    words = ["generate", "fox", "--json", "--max-tokens=5", "--seed=1"]
+    words.append(f"--logit-bias={token}={MAX_EDIT}")
     told.append(json.loads(CliRunner().invoke(cli.app, words).stdout)["tokens"])
-    body = {"prompt": "fox", "max_tokens": 5, "logit_bias": {str(token): MAX_EDIT}}
+    body = {"prompt": "fox", "max_tokens": 5, "seed": 1, "logit_bias": {str(token): MAX_EDIT}}
     running = read_request(pair, body, Limits(), chat=False).start(None)
     list(running)
     told.append(running.result.tokens)

@@ -8,9 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from launched import launches_of
 
 import workbench
-from pyengine import _ext, ops
+from pyengine import ops
 from pyengine.ops.workbench import to_mlx, to_numpy
 
 
@@ -49,13 +50,15 @@ class Matmul:
 def q8(seed, N, K, dtype, group_size=64, bits=8, out_dtype=None) -> Matmul:
     q = mx.quantize(normal(seed, N, K, dtype=dtype), group_size, bits)
     values = abs(mx.dequantize(q[0], *(a.astype(mx.float32) for a in q[1:]), group_size, bits))
+
+    def native(x: mx.array) -> mx.array:
+        return ops.quantized_matmul(x, *q, group_size, bits, out_dtype=out_dtype)
+
     return Matmul(
         "quantized_matmul",
         dict(zip(("w", "scales", "biases"), q, strict=True)),
-        lambda M: _ext.quantized_matmul_launch(
-            M, N, K, dtype, out_dtype or dtype, group_size, bits
-        ),
-        lambda x: ops.quantized_matmul(x, *q, group_size, bits, out_dtype=out_dtype),
+        lambda M: launches_of(native(mx.zeros((M, K), dtype)))[0],
+        native,
         lambda x: ops.quantized_matmul_reference(x, *q, group_size, bits, out_dtype=out_dtype),
         lambda x: abs(x.astype(mx.float32)) @ values.T,
     )
@@ -66,6 +69,9 @@ def gated(seed, N, K, dtype, group_size=64, bits=8) -> Matmul:
     names = ("w", "scales", "biases")
     weights = {f"gate_{name}": a for name, a in zip(names, gate, strict=True)}
     weights |= {f"up_{name}": a for name, a in zip(names, up, strict=True)}
+
+    def native(x: mx.array) -> mx.array:
+        return ops.quantized_gated_matmul(x, gate, up, group_size, bits)
 
     def scale(x: mx.array) -> mx.array:
         """|d out| <= |d gate| * 1.13 |up| + |gate| |d up|: gelu is no steeper than 1.13."""
@@ -79,8 +85,8 @@ def gated(seed, N, K, dtype, group_size=64, bits=8) -> Matmul:
     return Matmul(
         "quantized_gated_matmul",
         weights,
-        lambda M: _ext.quantized_gated_matmul_launch(M, N, K, dtype, group_size, bits),
-        lambda x: ops.quantized_gated_matmul(x, gate, up, group_size, bits),
+        lambda M: launches_of(native(mx.zeros((M, K), dtype)))[0],
+        native,
         lambda x: ops.quantized_gated_matmul_reference(x, gate, up, group_size, bits),
         scale,
     )
@@ -88,11 +94,15 @@ def gated(seed, N, K, dtype, group_size=64, bits=8) -> Matmul:
 
 def dense(seed, N, K, dtype, out_dtype=None) -> Matmul:
     w = normal(seed, N, K, dtype=dtype)
+
+    def native(x: mx.array) -> mx.array:
+        return ops.dense_matmul(x, w, out_dtype=out_dtype)
+
     return Matmul(
         "dense_matmul",
         {"w": w},
-        lambda M: _ext.dense_matmul_launch(M, N, K, dtype, out_dtype or dtype),
-        lambda x: ops.dense_matmul(x, w, out_dtype=out_dtype),
+        lambda M: launches_of(native(mx.zeros((M, K), dtype)))[0],
+        native,
         lambda x: ops.dense_matmul_reference(x, w, out_dtype=out_dtype),
         lambda x: abs(x.astype(mx.float32)) @ abs(w.astype(mx.float32)).T,
     )

@@ -7,21 +7,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from launched import launched
 from test_accept_block import random_case
 
-import workbench
-from pyengine import _ext, ops
+from pyengine import ops
 from pyengine.ops.accept_block import RULES
-from pyengine.ops.workbench import to_numpy
-
-NAMES = ("p_ids", "p_probs", "q_ids", "q_probs", "drafts", "position", "seed")
 
 
 def metal(args: list[mx.array], rule: str, **options: Any) -> tuple[int, int]:
-    (k, m), n = args[2].shape, args[0].shape[1]
-    given = {name: to_numpy(a) for name, a in zip(NAMES, args, strict=True)}
-    outputs, _ = workbench.run(_ext.accept_block_launch(k, n, m, rule, 1 << 21), given, **options)
-    return int(outputs["accepted"]), int(outputs["next"][0])
+    (accepted, token), _ = launched(ops.accept_block(*args, rule=rule, vocab=1 << 21), **options)
+    return int(accepted.item()), int(token.item())
 
 
 def result(out: tuple[mx.array, mx.array]) -> tuple[int, int]:
@@ -128,7 +123,7 @@ def test_switch_runs_it_within_its_limits(monkeypatch):
     ran = []
     run = ops.workbench.run
     monkeypatch.setattr(
-        ops.workbench, "run", lambda launch, *rest: ran.append(launch.kernel) or run(launch, *rest)
+        ops.workbench, "run", lambda made, *rest: ran.append(made[0].kernel) or run(made, *rest)
     )
     args, vocab = wide_case(4, 3, 20, 20, 0.9)
     wide, wide_vocab = wide_case(4, 3, 300, 20, 0.9)

@@ -7,12 +7,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from launched import launched, launches_of
 from matmuls import bits_of, normal
+from test_positions import unseen
 
-import workbench
 from pyengine import _ext, ops
 from pyengine.ops import block_attention, block_attention_reference
-from pyengine.ops.workbench import to_mlx, to_numpy
 
 # As in tests/ops/test_block_attention.py
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
@@ -20,24 +20,21 @@ TOLERANCE = {mx.float32: 1e-5, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
 BETWEEN = {"scores", "values", "states"}
 
 
-def launches(q, k, *, scale=1.0, window=None, start=None) -> list[Any]:
-    sizes = *q.shape[:3], *k.shape[1:3], q.shape[3]
-    return _ext.block_attention_launches(*sizes, q.dtype, scale, window, start is not None)
+def native(q, k, v, offset, *, scale=1.0, window=None, start=None) -> mx.array:
+    """Lazy; that its position is wrong is not known before it is evaluated."""
+    start = None if start is None else mx.array(start)
+    return block_attention(q, k, v, unseen(offset), scale=scale, window=window, start=start)
+
+
+def launches(q, k, **options: Any) -> list[Any]:
+    return launches_of(native(q, k, k, 0, **options))
 
 
 def metal(q, k, v, offset, *, scale=1.0, window=None, start=None, **how: Any):
     """The output of the launches, and their report."""
-    arrays = {"q": q, "k": k, "v": v, "offset": mx.array(offset)}
-    if start is not None:
-        arrays["start"] = mx.array(start)
-    run = launches(q, k, scale=scale, window=window, start=start)
-    outputs, report = workbench.run(run, {n: to_numpy(a) for n, a in arrays.items()}, **how)
-    return to_mlx(outputs["out"], run[-1].buffers[3].dtype), report
-
-
-def native(q, k, v, offset, *, scale=1.0, window=None, start=None) -> mx.array:
-    start = None if start is None else mx.array(start)
-    return block_attention(q, k, v, mx.array(offset), scale=scale, window=window, start=start)
+    result = native(q, k, v, offset, scale=scale, window=window, start=start)
+    (out,), report = launched(result, **how)
+    return out, report
 
 
 def reference(q, k, v, offset, *, scale=1.0, window=None, start=None) -> mx.array:

@@ -7,20 +7,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from launched import launched
 from test_draw_token import rows
 from test_random_uniform import KNOWN, counters
 
 import workbench
-from pyengine import _ext, ops
+from pyengine import ops
 from pyengine.ops.draw_token import exponential
-from pyengine.ops.workbench import to_numpy
 
 SEED = mx.array(2**32 - 5, dtype=mx.uint32)
 
 
 def numbers(x: mx.array, key: tuple[int, int], **options: Any) -> np.ndarray:
-    launch = _ext.random_uniform_launch(x.shape[0], *key)
-    return workbench.run(launch, {"counters": to_numpy(x)}, **options)[0]["out"]
+    (out,), _ = launched(ops.random_uniform(x, key), **options)
+    return np.array(out)
 
 
 def draw(
@@ -33,10 +33,9 @@ def draw(
     shared: bool,
     **options: Any,
 ) -> np.ndarray:
-    launch = _ext.draw_token_launch(*ids.shape, index, shared)
-    arrays = {"ids": ids, "probs": probs, "position": mx.array(position), "seed": seed}
-    given = {name: to_numpy(a) for name, a in arrays.items()}
-    return workbench.run(launch, given, **options)[0]["out"]
+    result = ops.draw_token(ids, probs, mx.array(position), seed, index=index, shared=shared)
+    (out,), _ = launched(result, **options)
+    return np.array(out)
 
 
 @pytest.mark.parametrize(("counter", "key", "word"), KNOWN)
@@ -162,7 +161,7 @@ def test_switch_runs_it(monkeypatch):
     ran = []
     run = ops.workbench.run
     monkeypatch.setattr(
-        ops.workbench, "run", lambda launch, *rest: ran.append(launch.kernel) or run(launch, *rest)
+        ops.workbench, "run", lambda made, *rest: ran.append(made[0].kernel) or run(made, *rest)
     )
     ids, probs = rows(3, 2, 8)
     ops.use("workbench")

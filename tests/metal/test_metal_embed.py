@@ -3,11 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from launched import launched
 from matmuls import bits_of, normal
 
-import workbench
-from pyengine import _ext, ops
-from pyengine.ops.workbench import to_mlx, to_numpy
+from pyengine import ops
 
 SCALE = 39.25
 FORMS = {  # dtype, E, packing (none: floats), out_dtype
@@ -23,14 +22,9 @@ def run(form: str, ids: mx.array, V: int = 40, **options):
     dtype, E, packing, out_dtype = FORMS[form]
     values = normal(1, V, E, dtype=dtype)
     table = mx.quantize(values, *packing) if packing else (values,)
-    launch = _ext.embed_launch(ids.size, V, E, dtype, out_dtype, *(packing or (1, 0)), SCALE)
-    names = ("w", "scales", "biases")[: len(table)]
-    arrays = {"ids": to_numpy(ids)} | {
-        name: to_numpy(a) for name, a in zip(names, table, strict=True)
-    }
-    outputs, report = workbench.run(launch, arrays, **options)
     native = ops.embed(ids, table, *packing, scale=SCALE, out_dtype=out_dtype)
-    return to_mlx(outputs["out"], launch.buffers[4].dtype), native, report
+    (out,), report = launched(native, **options)
+    return out, native, report
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -3,11 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from launched import launched
 from matmuls import bits_of, normal
 
-import workbench
-from pyengine import _ext, ops
-from pyengine.ops.workbench import to_mlx, to_numpy
+from pyengine import ops
 
 EXPERTS, SLOTS, N = 5, 3, 21
 
@@ -24,17 +23,11 @@ def choose(seed, T, experts=EXPERTS) -> mx.array:
 
 
 def metal(x, first, ids, group_size=64, bits=8, up=None, out_dtype=None, **options):
-    launch = _ext.quantized_expert_matmul_launch(
-        *(*ids.shape, *first[0].shape[:2], x.shape[-1]),
-        *(up is not None, x.ndim == 2, x.dtype, out_dtype or x.dtype, group_size, bits),
+    result = ops.quantized_expert_matmul(
+        x, first, ids, group_size, bits, up=up, out_dtype=out_dtype
     )
-    names = ("w", "scales", "biases")
-    arrays = {"x": x, "ids": ids, **dict(zip(names, first, strict=True))}
-    if up is not None:
-        arrays |= {f"up_{name}": a for name, a in zip(names, up, strict=True)}
-    given = {name: to_numpy(a) for name, a in arrays.items()}
-    outputs, report = workbench.run(launch, given, **options)
-    return to_mlx(outputs["out"], launch.buffers[8].dtype), report
+    (out,), report = launched(result, **options)
+    return out, report
 
 
 @pytest.mark.parametrize(
@@ -67,15 +60,11 @@ def test_bits_are_those_of_the_metal_matmul():
     out = bits_of(metal(x, first, ids, out_dtype=mx.float32)[0])
     alone = mx.broadcast_to(x[:, None], (21, SLOTS, 320))
     assert np.array_equal(bits_of(metal(alone, first, ids, out_dtype=mx.float32)[0]), out)
-    args = (N, 320, mx.bfloat16, mx.float32, 64, 8)
     for expert in range(EXPERTS):
-        names = ("w", "scales", "biases")
-        given = {name: to_numpy(a[expert]) for name, a in zip(names, first, strict=True)}
-        outputs, _ = workbench.run(
-            _ext.quantized_matmul_launch(21, *args), {"x": to_numpy(x), **given}, order="random"
-        )
+        matrix = [a[expert] for a in first]
+        result = ops.quantized_matmul(x, *matrix, out_dtype=mx.float32)
         chosen = np.array(ids) == expert
-        rows = outputs["out"].view(np.uint32)
+        rows = bits_of(launched(result, order="random")[0][0])
         assert np.array_equal(out[chosen], rows[np.nonzero(chosen)[0]])
 
 

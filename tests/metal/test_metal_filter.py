@@ -7,12 +7,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from launched import launched, launches_of
 from test_filter_logits import TOLERANCE, random_edits, random_logits
 
 import workbench
 from pyengine import _ext, ops
 from pyengine.ops.filter_logits import Edits, Filtered
-from pyengine.ops.workbench import to_numpy
 
 SLICE = 4096
 BROKEN = (np.nan, -np.nan, np.inf)  # the second sorts below all logits
@@ -27,21 +27,20 @@ def metal(
     top_p: float = 1.0,
     min_p: float = 0.0,
     edits: Edits | None = None,
-    aligned: bool | None = None,
     **options: Any,
 ) -> tuple[Filtered, Any]:
-    """The two launches, and their report."""
-    T, V = logits.shape
-    count = min(top_k if temperature else 1, V)
-    aligned = V % 4 == 0 if aligned is None else aligned
-    settings = (temperature or 1.0, top_p, min_p, aligned)
-    launches = _ext.filter_logits_launches(T, V, count, edits and edits.ids.size, *settings)
-    arrays = {"logits": logits}
-    if edits is not None:
-        arrays |= dict(zip(("edit_ids", "factors", "deltas"), edits, strict=True))
-    given = {name: to_numpy(a) for name, a in arrays.items()}
-    outputs, report = workbench.run(launches, given, **options)
-    return Filtered(*(mx.array(outputs[name]) for name in Filtered._fields)), report
+    """What the two launches make of it, and their report."""
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    result = ops.filter_logits(logits, min_p=min_p, edits=edits, **settings)
+    outputs, report = launched(result, **options)
+    return Filtered(*outputs), report
+
+
+def shifted(logits: mx.array) -> mx.array:
+    """The same in memory that starts 4 bytes past a multiple of 16."""
+    moved = mx.concatenate([mx.zeros(1), logits.reshape(-1)])[1:].reshape(logits.shape)
+    mx.eval(moved)
+    return moved
 
 
 def assert_same_bits(out: Filtered, expected: Filtered) -> None:
@@ -82,9 +81,9 @@ def test_no_fault_and_the_processors_bits(T, V, top_k, edited, distinct):
         {"mode": "check", "order": "reverse"},
         {"mode": "check", "order": "random"},
         {"contract": "fast"},
-        {"aligned": False},
+        {"logits": shifted(logits)},
     ):
-        again, _ = metal(logits, **kw, **options)
+        again, _ = metal(**({"logits": logits} | kw | options))
         assert all(np.array_equal(*map(np.array, pair)) for pair in zip(out, again, strict=True))
 
 
@@ -218,9 +217,10 @@ def test_merging_takes_candidates_of_any_slices():
     lists[0, :, rng.permutation(count)] = np.vstack([entries.reshape(count, slices)])
     flags = np.zeros((1, slices), np.uint32)
     flags[0, 33] = 1
-    launch = _ext.merge_candidates_launch(1, slices, count, 0.9, 0.01)
+    wide = mx.zeros((1, slices * SLICE))
+    merge = launches_of(ops.filter_logits(wide, top_k=count, top_p=0.9, min_p=0.01))[1]
     outputs, _ = workbench.run(
-        launch, {"candidates": lists, "slice_flags": flags}, mode="check", order="random"
+        merge, {"candidates": lists, "slice_flags": flags}, mode="check", order="random"
     )
     expected = ops.filter_logits(logits, top_k=count, top_p=0.9, min_p=0.01)
     out = Filtered(*(mx.array(outputs[name]) for name in Filtered._fields))
@@ -273,7 +273,8 @@ def test_switch_runs_it(monkeypatch):
 
 def test_lists_lie_between_the_launches():
     """What eval_gpu and the workbench are given, and what the first launch leaves the second."""
-    launches = _ext.filter_logits_launches(2, 5000, 64, 3, 1.0, 0.9, 0.0, True)
+    edits = Edits(mx.zeros(3, mx.int32), mx.ones((2, 3)), mx.zeros((2, 3)))
+    launches = launches_of(ops.filter_logits(mx.zeros((2, 5000)), edits=edits))
     read, written = _ext.launch_arguments(launches)
     assert [b.name for b in read] == ["logits", "edit_ids", "factors", "deltas"]
     assert [b.name for b in written] == ["ids", "probs", "flags"]
@@ -282,16 +283,21 @@ def test_lists_lie_between_the_launches():
     assert read[0].alignment == 16
     twice = _ext.launch_arguments(launches + launches)[0]
     assert [b.name for b in twice] == ["logits", "edit_ids", "factors", "deltas"]
-    ragged = _ext.filter_logits_launches(2, 5001, 64, None, 1.0, 0.9, 0.0, False)
-    assert [(b.name, b.alignment) for b in _ext.launch_arguments(ragged)[0]] == [("logits", 1)]
+    for logits in (mx.zeros((2, 5001)), shifted(mx.zeros((2, 5000)))):
+        ragged = launches_of(ops.filter_logits(logits))
+        assert [(b.name, b.alignment) for b in _ext.launch_arguments(ragged)[0]] == [("logits", 1)]
 
 
 def test_limits():
     """256 candidates of 262144 logits fill the merging threadgroup: 1024 threads of 16."""
-    assert _ext.filter_logits_has_launch(262144, 256)
-    assert not _ext.filter_logits_has_launch(262145, 256)
-    assert _ext.filter_logits_has_launch(2**20, 64)
-    assert not _ext.filter_logits_has_launch(5000, 5000)
-    launches = _ext.filter_logits_launches(6, 262144, 256, None, 1.0, 0.9, 0.0, True)
+    for V, top_k, fits in (
+        (262144, 256, True),
+        (262145, 256, False),
+        (2**20, 64, True),
+        (5000, 0, False),
+    ):
+        launches, _ = _ext.launches_of(ops.filter_logits(mx.zeros((1, V)), top_k=top_k))
+        assert (launches is not None) is fits
+    launches = launches_of(ops.filter_logits(mx.zeros((6, 262144)), top_k=256))
     assert [tuple(launch.grid) for launch in launches] == [(64, 6, 1), (6, 1, 1)]
     assert [tuple(launch.threadgroup) for launch in launches] == [(256, 1, 1), (1024, 1, 1)]

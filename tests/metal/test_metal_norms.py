@@ -7,14 +7,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from launched import launched, launches_of
 from matmuls import bits_of, normal
 from test_residual_norm import TOLERANCE as SUM_TOLERANCE
 from test_rms_norm import TOLERANCE
 
-import workbench
 from pyengine import _ext, ops
 from pyengine.ops import dispatch
-from pyengine.ops.workbench import to_mlx, to_numpy
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 # Single elements, odd rows, and all around a simdgroup's 64 and a piece's 1024; 31B's width; the
@@ -23,16 +22,8 @@ WIDTHS = [1, 2, 33, 63, 64, 66, 1023, 1024, 1025, 2050, 5376, 16384]
 FUSED = _ext.instruction_set() != "portable"  # which has no fused multiply-add
 
 
-def run(launch: Any, given: dict[str, mx.array | None], **options: Any) -> tuple[list, Any]:
-    arrays = {name: to_numpy(a) for name, a in given.items() if a is not None}
-    outputs, report = workbench.run(launch, arrays, **options)
-    dtype = launch.buffers[0].dtype
-    return [to_mlx(outputs[b.name], dtype) for b in launch.buffers if b.role == "out"], report
-
-
 def norm(x: mx.array, weight: mx.array | None, eps: float = 1e-6, **options: Any):
-    launch = _ext.rms_norm_launch(*x.shape, x.dtype, weight is not None, eps)
-    (out,), report = run(launch, {"x": x, "weight": weight}, **options)
+    (out,), report = launched(ops.rms_norm(x, weight, eps), **options)
     return out, report
 
 
@@ -44,10 +35,8 @@ def add(
     next_weight: mx.array | None = None,
     **options: Any,
 ):
-    has = scalar is not None, next_weight is not None
-    launch = _ext.residual_norm_launch(*h.shape, h.dtype, *has, 1e-6)
-    given = {"h": h, "y": y, "weight": weight, "scalar": scalar, "next_weight": next_weight}
-    return run(launch, given, **options)
+    total, _ = ops.residual_norm(h, y, weight, scalar=scalar, next_weight=next_weight)
+    return launched(total, **options)
 
 
 def inputs(T: int, E: int, dtype: mx.Dtype, seed: int = 0) -> tuple[mx.array, ...]:
@@ -162,11 +151,14 @@ def test_rows_are_read_once(T):
 
 def test_launches():
     """A row a threadgroup, 1024 elements a simdgroup; pairs need their alignment."""
-    launch = _ext.rms_norm_launch(5, 5376, mx.bfloat16, True, 1e-6)
+    x = mx.zeros((5, 5376), mx.bfloat16)
+    (launch,) = launches_of(ops.rms_norm(x, x[0]))
     assert launch.grid == [5, 1, 1] and launch.threadgroup == [32 * 6, 1, 1]
     assert launch.kernel == "rms_norm_bfloat16" and launch.buffers[0].alignment == 4
-    assert _ext.rms_norm_launch(5, 33, mx.bfloat16, True, 1e-6).buffers[1].alignment == 2
-    launch = _ext.residual_norm_launch(1, 1025, mx.float32, False, True, 1e-6)
+    (odd,) = launches_of(ops.rms_norm(x[:, :33], x[0, :33]))
+    assert odd.buffers[1].name == "weight" and odd.buffers[1].alignment == 2
+    h = mx.zeros((1, 1025))
+    (launch,) = launches_of(ops.residual_norm(h, h, h[0], next_weight=h[0])[0])
     assert launch.threadgroup == [64, 1, 1] and launch.buffers[0].alignment == 4
     assert [b.name for b in launch.buffers if b.role == "in"] == [
         *("h", "y", "weight", "weight", "next_weight")
@@ -175,9 +167,12 @@ def test_launches():
 
 def test_wider_rows_are_not_given_to_the_kernel(monkeypatch):
     limit = 16384
-    for has_launch in (_ext.rms_norm_has_launch, _ext.residual_norm_has_launch):
-        assert has_launch(1) and has_launch(limit)
-        assert not has_launch(limit + 1) and not has_launch(0)
+    assert launches_of(ops.rms_norm(mx.zeros((1, limit))))
+    assert _ext.launches_of(ops.rms_norm(mx.zeros((1, limit + 1))))[0] is None
+    for E in (1, limit, limit + 1):
+        h = mx.zeros((1, E))
+        launches, _ = _ext.launches_of(ops.residual_norm(h, h, h[0])[0])
+        assert (launches is None) is (limit < E)
     x = normal(1, 1, limit + 1)
     expected = ops.rms_norm(x)
     monkeypatch.setattr(dispatch, "_chosen", "workbench")

@@ -8,14 +8,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from launched import launched, launches_of
 from matmuls import bits_of, normal
 from test_norm_rope import assert_close, proportional, sliding
+from test_positions import unseen
 from test_prepare_qkv import arguments
 from test_write_cache import fresh
 
-import workbench
 from pyengine import _ext, ops
-from pyengine.ops.workbench import to_mlx, to_numpy
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 FUSED = _ext.instruction_set() != "portable"  # which has no fused multiply-add
@@ -31,23 +31,12 @@ SHAPES = [
 ]
 
 
-def run(launch: Any, given: dict[str, mx.array], **options: Any) -> tuple[list[mx.array], Any]:
-    arrays = {name: to_numpy(a) for name, a in given.items()}
-    outputs, report = workbench.run(launch, arrays, **options)
-    written = [b for b in launch.buffers if b.role in ("out", "inout")]
-    return [to_mlx(outputs[b.name], b.dtype) for b in written], report
-
-
 def prepare(given: dict[str, mx.array], **options: Any) -> tuple[list[mx.array], Any]:
-    (T, width), (_, K, C, D) = given["q"].shape, given["keys"].shape
-    launch = _ext.prepare_qkv_launch(T, width // D, K, C, D, given["q"].dtype, 1e-6)
-    return run(launch, given, **options)
+    return launched(ops.prepare_qkv(**given), **options)
 
 
 def turn(x, weight, offset: int, inv_freq, **options: Any) -> tuple[mx.array, Any]:
-    launch = _ext.norm_rope_launch(*x.shape, x.dtype, 1e-6)
-    given = {"x": x, "weight": weight, "offset": mx.array(offset), "inv_freq": inv_freq}
-    (out,), report = run(launch, given, **options)
+    (out,), report = launched(ops.norm_rope(x, weight, mx.array(offset), inv_freq), **options)
     return out, report
 
 
@@ -140,9 +129,7 @@ def test_the_cache_is_written_at_its_positions_and_nowhere_else():
 def test_write_cache_moves_its_rows(B, T, K, C, D, dtype):
     cache, new = fresh(B, K, C, D, dtype=dtype), normal(3, B, T, K, D, dtype=dtype)
     for offset in (0, 4, 100_003, -3):
-        launch = _ext.write_cache_launch(B, T, K, C, D, dtype)
-        given = {"new": new, "offset": mx.array(offset), "cache": cache}
-        (out,), report = run(launch, given, mode="count")
+        (out,), report = launched(ops.write_cache(cache, new, unseen(offset)), mode="count")
         expected = ops.write_cache_reference(cache, new, mx.array(offset))
         assert np.array_equal(bits_of(out), bits_of(expected))
         assert report.traffic["cache"].device_read_bytes == 0
@@ -171,7 +158,8 @@ def test_heads_are_read_once(T, H, K, D):
 
 
 def test_launches():
-    launch = _ext.prepare_qkv_launch(6, 32, 16, 100, 256, mx.bfloat16, 1e-6)
+    given = arguments(6, 32, 16, 100, 256, dtype=mx.bfloat16)
+    (launch,) = launches_of(ops.prepare_qkv(**given))
     assert launch.grid == [16, 6, 1] and launch.threadgroup == [128, 1, 1]
     assert launch.threadgroup_memory == [(0, 4 * 4 * 256)]
     roles = {b.name: b.role for b in launch.buffers}
@@ -181,7 +169,8 @@ def test_launches():
     assert [b.name for b in read] == names.split()
     assert [b.name for b in written] == ["out", "keys", "values"]
     assert all(b.alignment == 4 for b in launch.buffers if b.dtype == "bfloat16")
-    assert _ext.norm_rope_launch(2, 3, 5, 8, mx.float32, 1e-6).grid == [2, 3, 2]
+    turned = ops.norm_rope(mx.zeros((2, 3, 5, 8)), mx.zeros(8), mx.array(0), mx.zeros(4))
+    assert launches_of(turned)[0].grid == [2, 3, 2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,18 +3,15 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from launched import launched
 from matmuls import bits_of, normal
 
-import workbench
-from pyengine import _ext, ops
-from pyengine.ops.workbench import to_mlx, to_numpy
+from pyengine import ops
 
 
 def route(logits: mx.array, scales: mx.array, used: int, **options) -> list[np.ndarray]:
-    launch = _ext.route_experts_launch(*logits.shape, used)
-    arrays = {"logits": to_numpy(logits), "scales": to_numpy(scales)}
-    outputs, _ = workbench.run(launch, arrays, **options)
-    return [outputs["ids"], outputs["weights"].view(np.uint32)]
+    (ids, weights), _ = launched(list(ops.route_experts(logits, scales, used)), **options)
+    return [np.array(ids), bits_of(weights)]
 
 
 def logits_of(T: int, X: int) -> mx.array:
@@ -42,8 +39,6 @@ def test_experts_are_the_processors(X, used):
 def test_sums_are_the_processors(dtype):
     parts, weights = normal(5, 3, 8, 300), mx.abs(normal(6, 3, 8))
     want = bits_of(ops.weigh_experts(parts, weights, dtype))
-    launch = _ext.weigh_experts_launch(3, 8, 300, dtype)
-    arrays = {"parts": to_numpy(parts), "weights": to_numpy(weights)}
     for options in ({"mode": "check", "order": "random"}, {"mode": "fast", "contract": "fast"}):
-        outputs, _ = workbench.run(launch, arrays, **options)
-        assert np.array_equal(bits_of(to_mlx(outputs["out"], launch.buffers[2].dtype)), want)
+        (out,), _ = launched(ops.weigh_experts(parts, weights, dtype), **options)
+        assert np.array_equal(bits_of(out), want)

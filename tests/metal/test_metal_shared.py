@@ -3,11 +3,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from launched import launched, launches_of
 from matmuls import bits_of, normal
 
-import workbench
-from pyengine import _ext, ops
-from pyengine.ops.workbench import to_mlx, to_numpy
+from pyengine import ops
 
 NAMES = ("first_", "second_", "third_")
 PARTS = ("w", "scales", "biases")
@@ -31,25 +30,13 @@ def make(name: str):
 
 def metal(x, packed, group_size=64, bits=8, **options):
     """The outputs of one launch, and its report."""
-    columns = [matrix[0].shape[0] for matrix in packed]
-    launch = _ext.quantized_matmuls_launch(
-        *x.shape[:1], columns, x.shape[1], x.dtype, group_size, bits
-    )
-    arrays = {"x": to_numpy(x)}
-    for name, matrix in zip(NAMES, packed, strict=False):
-        arrays |= {name + part: to_numpy(a) for part, a in zip(PARTS, matrix, strict=True)}
-    outputs, report = workbench.run(launch, arrays, **options)
-    dtype = next(b.dtype for b in launch.buffers if b.name == "x")
-    return [to_mlx(outputs[name + "out"], dtype) for name in NAMES[: len(packed)]], report
+    return launched(ops.quantized_matmuls(x, packed, group_size, bits), **options)
 
 
 def separate(x, matrix, group_size=64, bits=8, **options):
     """The output of a quantized_matmul launch, and its report."""
-    N, (M, K) = matrix[0].shape[0], x.shape
-    launch = _ext.quantized_matmul_launch(M, N, K, x.dtype, x.dtype, group_size, bits)
-    arrays = {"x": to_numpy(x)} | {n: to_numpy(a) for n, a in zip(PARTS, matrix, strict=True)}
-    outputs, report = workbench.run(launch, arrays, **options)
-    return to_mlx(outputs["out"], launch.buffers[4].dtype), report
+    (out,), report = launched(ops.quantized_matmul(x, *matrix, group_size, bits), **options)
+    return out, report
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -121,13 +108,18 @@ def test_traffic_is_that_of_separate_launches(M):
 
 
 def test_launch_is_data():
-    launch = _ext.quantized_matmuls_launch(20, [100, 32, 1], 512, mx.bfloat16, 64, 8)
+    def launch_of(M, columns, K, dtype):
+        packed = [mx.quantize(mx.zeros((N, K), dtype), 64, 8) for N in columns]
+        (launch,) = launches_of(ops.quantized_matmuls(mx.zeros((M, K), dtype), packed))
+        return launch
+
+    launch = launch_of(20, [100, 32, 1], 512, mx.bfloat16)
     assert (launch.library, launch.kernel) == ("quantized_matmuls", "quantized_matmuls_bfloat16_8")
     assert tuple(launch.grid) == (4 + 1 + 1, 2, 1) and tuple(launch.threadgroup) == (128, 1, 1)
     assert launch.constants == {0: 16, 1: 1, 2: False, 3: 64, 4: True}
     assert [b.name for b in launch.buffers[3:8]] == [
         *("first_w", "first_scales", "first_biases", "first_out", "first_N"),
     ]
-    two = _ext.quantized_matmuls_launch(6, [64, 64], 512, mx.float32, 64, 8)
+    two = launch_of(6, [64, 64], 512, mx.float32)
     assert two.constants[4] is False and len(two.buffers) == 13
     assert tuple(two.grid) == (2, 1, 1)

@@ -45,8 +45,8 @@ def test_candidates_need_no_logits(tmp_path) -> None:
         sampler, drafts = Sampler(sampling, [5, 9], 300), mx.array([5, 7], dtype=mx.int32)
         out = sampler.filter(logits, drafts)
         graph = operations(list(out), tmp_path)
-        assert "QuantizedFilterLogits" in graph
-        assert "QuantizedMatmul" not in graph and "Softcap" not in graph
+        assert "quantized_filter_logits" in graph
+        assert "quantized_matmul" not in graph and "softcap" not in graph
         want = sampler.filter(logits.array, drafts)
         for a, b in zip(out, want, strict=True):
             assert np.array_equal(np.array(a.view(mx.uint32)), np.array(b.view(mx.uint32)))
@@ -57,13 +57,13 @@ def test_logits_are_made_where_all_are_wanted(tmp_path) -> None:
     x = mx.random.normal((3, 64), key=mx.random.key(1))
     waiting, dense = Logits(x, table(), 30.0), Logits(x, Linear(table().values()))
     cases = [
-        (waiting, Sampling(top_k=0), "QuantizedMatmul"),
-        (waiting, Sampling(logprobs=2), "QuantizedMatmul"),
-        (dense, Sampling(), "DenseMatmul"),
+        (waiting, Sampling(top_k=0), "quantized_matmul"),
+        (waiting, Sampling(logprobs=2), "quantized_matmul"),
+        (dense, Sampling(), "dense_matmul"),
     ]
     for logits, sampling, product in cases:
         graph = operations(list(Sampler(sampling, [], 300).filter(logits)), tmp_path)
-        assert product in graph and "QuantizedFilterLogits" not in graph
+        assert product in graph and "quantized_filter_logits" not in graph
     sampler, tokens = Sampler(Sampling(logprobs=2), [], 300), mx.array([1, 2, 3])
     want = sampler.logprobs(waiting.array, tokens)
     assert want is not None and mx.array_equal(sampler.logprobs(waiting, tokens), want)

@@ -99,6 +99,14 @@ def test_smallest_mass_is_drawn() -> None:
         assert draw_token_reference(ids, probs, at, SEED, shared=False).item() == 1
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_no_rows(shared: bool) -> None:
+    ids, probs = (a[:0] for a in rows(0, 1, 4))
+    for draw in (draw_token, draw_token_reference):
+        out = draw(ids, probs, mx.array(3), SEED, shared=shared)
+        assert (out.shape, out.dtype) == ((0,), mx.int32)
+
+
 def test_strided() -> None:
     ids, probs = rows(3, 8, 20)
     view = (ids[::2, 1::3], probs[::2, 1::3])
