@@ -220,12 +220,13 @@ def test_every_seed_may_be_drawn(monkeypatch: pytest.MonkeyPatch, last: bool) ->
     assert done.stats.seed == (2**32 - 1 if last else 0)
 
 
-def test_without_max_tokens_the_context_is_the_limit() -> None:
+@pytest.mark.parametrize(("context", "room"), [(300, 1), (300, 5), (300, 40), (None, 5)])
+def test_without_max_tokens_the_context_is_the_limit(context: int | None, room: int) -> None:
+    """The pair's own, and a shorter one."""
     pair = load()
-    context = pair.target.context
-    for room in (1, 5, 40):
-        ids = list(itertools.islice(itertools.cycle(range(20, 60)), context - room))
-        result = generate(ids, pair=pair, sampling={"temperature": 0, "suppress_tokens": (1, 106)})
-        stop = set(pair.generation.stop_ids) & set(result.tokens)
-        assert len(result.tokens) == room or stop
-        assert result.finish_reason == ("stop" if stop else "length")
+    pair.target.context = context = context or pair.target.context
+    ids = list(itertools.islice(itertools.cycle(range(20, 60)), context - room))
+    result = generate(ids, pair=pair, sampling={"temperature": 0, "suppress_tokens": (1, 106)})
+    stop = set(pair.generation.stop_ids) & set(result.tokens)
+    assert len(result.tokens) == room or stop
+    assert result.finish_reason == ("stop" if stop else "length")

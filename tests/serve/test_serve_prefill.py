@@ -17,7 +17,7 @@ from pyengine.sampling.settings import Sampling
 from pyengine.serve.protocol import Limits
 from pyengine.serve.queue import Job
 
-LONG = list(range(300, 900)) * 10  # token ids: twelve chunks
+LONG = list(range(300, 900)) * 3  # token ids: four chunks
 
 
 @pytest.fixture(scope="module")
