@@ -15,6 +15,7 @@ from pyengine.checkpoint.pair import Pair, load
 from pyengine.engine.prefix import MAX_MARKS, Prefix
 from pyengine.engine.score import score
 from pyengine.generation import generate, stream
+from pyengine.model.cache import CAPACITY_STEP
 from pyengine.model.config import TargetConfig
 from pyengine.model.memory import cache_bytes
 
@@ -70,7 +71,7 @@ def test_a_gpu_attends_to_many_rows_in_plain_mlx(
     with_ours = [pair.target.prompt_bytes(tokens, 8, 0) for tokens in (128, 129)]
     monkeypatch.setattr(memory.mx, "default_device", lambda: mx.gpu)
     few, many = (pair.target.prompt_bytes(tokens, 8, 0) for tokens in (128, 129))
-    scores = 3 * 4 * pair.target.config.num_heads * 129 * memory.CAPACITY_STEP
+    scores = 3 * 4 * pair.target.config.num_heads * 129 * CAPACITY_STEP
     assert [few, many - scores] == with_ours
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import models
 import numpy as np
 import pytest
 import roundings
@@ -221,7 +222,7 @@ def drafted(
     """What each layer of the assistant gives from ``streams``, logits, hidden vector."""
     stored, cache = reference(flavour), cache_of(flavour, pair.target)
     inputs = [given(stored[f"{step}.{name}"]) for name in ("embedding", "hidden_in")]
-    found, out = Forced(patch).run(streams, lambda: step(pair.assistant, *inputs, cache))
+    found, out = Forced(patch).run(streams, lambda: models.step(pair.assistant, *inputs, cache))
     return found, *map(values, out)
 
 

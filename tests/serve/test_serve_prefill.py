@@ -39,9 +39,9 @@ def test_a_client_that_leaves_ends_its_prompt(
     """After the chunk under way: the next request waits for no more of it."""
     cut = cuts(monkeypatch)
     body: dict[str, Any] = {"prompt": LONG, "stream": stream, "max_tokens": 5}
-    if echo:  # scored in blocks of 16 rows, all of them by verify
+    if echo:  # scored in blocks of 16 rows, all of them by forward
         body |= {"echo": True, "logprobs": 1, "max_tokens": 0}
-    gate = hold(monkeypatch, Target, "verify" if echo else "prefill")
+    gate = hold(monkeypatch, Target, "forward" if echo else "prefill")
     sock = server.raw(request(json.dumps(body).encode(), path="/v1/completions"))
     gate.wait()
     sock.close()
