@@ -143,7 +143,8 @@ def test_the_bench_compares_drafters(scripted: Any, tmp_path: Path) -> None:
     suite.write_text(json.dumps(case))
     words = "bench gemma-mtp --allow-unverified-gemma --repeats 1 --block-sizes 4 --temperature 0"
     given = ["--drafter", "lookup", "--prompt-suite", str(suite), "--output", str(out)]
-    done = CliRunner().invoke(cli.app, [*words.split(), *given])
+    # So wide that the table is no list, however long its figures
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [*words.split(), *given])
     assert done.exit_code == 0, done.output
     report = json.loads(out.read_text())
     assert [row["drafter"] for row in report["rows"]] == [None, "lookup"]
