@@ -405,7 +405,7 @@ def main() -> int:
     ask = [
         sys.executable,
         "-c",
-        "import pyengine, sys; print(sys.modules['pyengine._ext'].__file__)",
+        "from pyengine import _ext; print(_ext.__file__)",
     ]
     where = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True)
     extension = Path(where.stdout.strip())
