@@ -31,14 +31,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 bench_app = typer.Typer(
-    help="Time a pair against plain decoding; count what the Metal kernels move.",
-    epilog=common.ending("pyengine bench gemma-mtp", "pyengine bench kernels --count"),
+    help="Time a pair against plain decoding.",
+    epilog=common.ending("pyengine bench gemma-mtp"),
     no_args_is_help=True,
 )
 app.add_typer(bench_app, name="bench")
 COMMANDS: list[tuple[typer.Typer, str, Callable[..., None], tuple[str, ...]]] = [
     (bench_app, "gemma-mtp", bench.gemma_mtp, bench.EXAMPLES),
-    (bench_app, "kernels", bench.kernels, bench.KERNELS_EXAMPLES),
     (app, "generate", generate.run, generate.EXAMPLES),
     (app, "chat", chat.run, chat.EXAMPLES),
     (app, "convert", convert.run, convert.EXAMPLES),

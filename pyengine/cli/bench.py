@@ -1,4 +1,4 @@
-"""``pyengine bench``: time a pair against plain decoding; count what the Metal kernels move."""
+"""``pyengine bench``: time a pair against plain decoding."""
 
 from __future__ import annotations
 
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
     from pyengine.bench.gemma_mtp import Row
 
-KERNELS_EXAMPLES = (
-    "pyengine bench kernels --count",
-    "pyengine bench kernels --count --json > counts.json",
-)
 EXAMPLES = (
     "pyengine bench gemma-mtp",
     "pyengine bench gemma-mtp --target ./target --assistant ./assistant "
@@ -226,41 +222,6 @@ def _show(out: Console, title: str, rows: Sequence[Row]) -> None:
 
 def _figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def kernels(
-    count: Annotated[
-        bool, typer.Option("--count", help="Count device bytes in the workbench; times nothing.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as a JSON list.")] = False,
-) -> None:
-    """Count the bytes that each Metal kernel reads and writes, beside MLX's own, without a GPU.
-
-    Needs a checkout: the kernels are compiled for the processor, run and watched there, which
-    takes a few minutes. The launches of one round come last; with --json, their source is "round".
-    """
-    with common.sentences():
-        if not count:
-            raise ValueError("[bench] --count must be given: nothing here times an Apple GPU.")
-        from pyengine import attention_counts, kernel_counts, layer_counts, rule_counts
-
-        with common.progress("matrices", parts=10) as on_count:
-            counts = list(kernel_counts.count_kernels(on_count=on_count))
-        with common.progress("attention", parts=4) as on_count:
-            attention = list(attention_counts.count_attention(on_count=on_count))
-        with common.progress("layers", parts=2) as on_count:
-            layers = list(layer_counts.count_layers(on_count=on_count))
-        with common.progress("rules", parts=2) as on_count:
-            rules = list(rule_counts.count_rules(on_count=on_count))
-        round_ = rule_counts.count_round()
-        if as_json:
-            parts = (counts, attention, layers, rules, round_)
-            typer.echo(json.dumps([c.to_dict() for part in parts for c in part]))
-        else:
-            typer.echo(kernel_counts.markdown(counts))
-            typer.echo(attention_counts.markdown(attention))
-            typer.echo(layer_counts.markdown(layers))
-            typer.echo(rule_counts.markdown(rules, round_))
 
 
 def read_block_sizes(text: str) -> list[int]:

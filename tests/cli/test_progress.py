@@ -1,17 +1,16 @@
-"""Long work shows how far it is: reading weights and prompts, counting, converting."""
+"""Long work shows how far it is: reading weights and prompts, converting."""
 
 from __future__ import annotations
 
 import re
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from pyengine import attention_counts, cli, kernel_counts, layer_counts, rule_counts
+from pyengine import cli
 from pyengine.checkpoint.pair import load
 from pyengine.model.target import CHUNK
 
@@ -85,54 +84,6 @@ def test_ctrl_c_between_two_chunks_ends(monkeypatch: pytest.MonkeyPatch, moves: 
     assert done.exit_code == 130 and done.stdout == ""
     assert len(shares(done.stderr, "Reading the prompt")) == 1
     assert done.stderr.endswith("Interrupted.\n")
-
-
-class Ended(Exception):
-    """Enough was seen."""
-
-
-@pytest.mark.parametrize(
-    ("count", "steps"),
-    [
-        (kernel_counts.count_kernels, 5 * 3 + 16 + 16),
-        (attention_counts.count_attention, None),
-        (layer_counts.count_layers, 2),
-        (rule_counts.count_rules, 6),
-    ],
-)
-def test_counting_tells_each_step_before_it(
-    monkeypatch: pytest.MonkeyPatch, count: Any, steps: int | None
-) -> None:
-    """The kernels are not run here: tests/metal does that."""
-    module = __import__("sys").modules[count.__module__]
-    for name in ("_count", "_matmuls", "_experts", "_heads"):
-        if hasattr(module, name):
-            many = name in ("_matmuls", "_heads")
-            monkeypatch.setattr(module, name, lambda *a, many=many, **kw: [0] if many else 0)
-    if hasattr(module, "workbench"):
-        monkeypatch.setattr(module, "workbench", SimpleNamespace(to_numpy=lambda a: a))
-    told: list[tuple[int, int, str]] = []
-    rows = list(count(on_count=lambda *now: told.append(now)))
-    total = told[0][1]
-    assert [done for done, _, _ in told] == list(range(total)) and len(rows) >= total
-    assert all(every == total and label for _, every, label in told)
-    assert steps is None or total == steps
-
-
-def test_counting_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    def count(on_count: Any) -> Any:
-        for done in range(40):
-            on_count(done, 40, f"step {done}")
-            yield SimpleNamespace(to_dict=lambda: {})
-
-    modules = (kernel_counts, attention_counts, layer_counts, rule_counts)
-    for module, name in zip(modules, ("kernels", "attention", "layers", "rules"), strict=True):
-        monkeypatch.setattr(module, f"count_{name}", count)
-    monkeypatch.setattr(rule_counts, "count_round", list)
-    done = CliRunner().invoke(cli.app, ["bench", "kernels", "--count", "--json"])
-    assert done.exit_code == 0 and done.stdout.count("{}") == 160
-    for what in ("matrices", "attention", "layers", "rules"):
-        assert f"{what}: 50 % step 20" in done.stderr
 
 
 def test_converting_is_shown(tmp_path: Path) -> None:

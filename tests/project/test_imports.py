@@ -35,7 +35,6 @@ LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 # Modules that stand outside a folder of their room
 ROOM = {
     "evaluate": "serve",
-    **dict.fromkeys(("attention_counts", "kernel_counts", "layer_counts", "rule_counts"), "bench"),
     **dict.fromkeys(("arguments", "extension", "forked", "untrusted"), "base"),
 }
 # What lies below and is no business of theirs
