@@ -113,9 +113,10 @@ def import_seconds() -> float:
 
 
 def op_names(tree: Path) -> list[str]:
-    """As `pyengine.ops` exports them: those with a reference."""
-    text = (tree / "pyengine/ops/__init__.py").read_text()
-    return sorted(set(re.findall(r'"(\w+)_reference"', text)))
+    """Those with a reference."""
+    files = (tree / "pyengine/ops").glob("*.py")
+    found = (re.findall(r"^def (\w+)_reference\(", path.read_text(), re.M) for path in files)
+    return sorted(itertools.chain.from_iterable(found))
 
 
 def places(tree: Path) -> dict[str, list[str]]:

@@ -1,4 +1,7 @@
-"""The engine's ops: each a public function and its reference in plain MLX."""
+"""The engine's ops: each a public function and its reference in plain MLX.
+
+Generated from the files beside this one by `python .ci/ops_page.py`.
+"""
 
 from .accept_block import accept_block, accept_block_reference
 from .block_attention import block_attention, block_attention_reference

@@ -1,6 +1,8 @@
 """Which implementation the ops run."""
 
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import mlx.core as mx
@@ -16,29 +18,12 @@ Result = TypeVar("Result")
 _IMPLEMENTATIONS = ("native", "reference", "workbench")
 _chosen: Implementation = "native"
 
-# Every op; each has a Metal kernel
-OPS = (
-    "accept_block",
-    "block_attention",
-    "dense_matmul",
-    "draw_token",
-    "embed",
-    "filter_logits",
-    "geglu",
-    "norm_rope",
-    "prepare_qkv",
-    "quantized_expert_matmul",
-    "quantized_filter_logits",
-    "quantized_gated_matmul",
-    "quantized_matmul",
-    "quantized_matmuls",
-    "random_uniform",
-    "residual_norm",
-    "rms_norm",
-    "route_experts",
-    "softcap",
-    "weigh_experts",
-    "write_cache",
+# Every op: a file each, beside those that all of them use; each has a Metal kernel
+OPS = tuple(
+    sorted(
+        {path.stem for path in Path(__file__).parent.glob("*.py")}
+        - {"__init__", "dispatch", "workbench"}
+    )
 )
 
 
@@ -114,10 +99,6 @@ def in_place() -> bool:
     return _chosen == "native" and mx.default_device() == mx.cpu
 
 
-# Ops whose plain form has no reduction: MLX cannot choose an order for them by the number of rows.
-_ELEMENTWISE = ("embed", "geglu", "random_uniform", "softcap", "weigh_experts", "write_cache")
-
-
 def status() -> list[dict[str, Any]]:
     """What every op runs if it is called now, with arguments within the limits of its kernel.
 
@@ -137,7 +118,13 @@ def status() -> list[dict[str, Any]]:
             "op": op,
             "kernel": kernel[_chosen],
             "device": device,
-            "row_stable": _chosen != "reference" or op in _ELEMENTWISE,
+            "row_stable": _chosen != "reference" or _elementwise(op),
         }
         for op in OPS
     ]
+
+
+def _elementwise(op: str) -> bool:
+    """Whether the reference has no reduction: MLX cannot choose its order by the number of rows.
+    The module of such an op says so."""
+    return getattr(import_module(f"{__package__}.{op}"), "ELEMENTWISE", False)

@@ -45,6 +45,9 @@ def embed(
     return run(out, embed_reference, *args, scale=scale, out_dtype=out_dtype)
 
 
+ELEMENTWISE = True  # the reference has no reduction
+
+
 def embed_reference(
     ids: mx.array,
     table: Sequence[mx.array],

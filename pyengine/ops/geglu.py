@@ -28,6 +28,9 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
     return run(_ext.geglu(gate, up), geglu_reference, gate, up)
 
 
+ELEMENTWISE = True  # the reference has no reduction
+
+
 def geglu_reference(gate: mx.array, up: mx.array) -> mx.array:
     """The same in plain MLX."""
     g = gate.astype(mx.float32)

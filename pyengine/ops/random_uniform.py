@@ -38,6 +38,9 @@ def random_uniform(counters: mx.array, key: tuple[int, int]) -> mx.array:
     return run(out, random_uniform_reference, counters, key)
 
 
+ELEMENTWISE = True  # the reference has no reduction
+
+
 def random_uniform_reference(counters: mx.array, key: tuple[int, int]) -> mx.array:
     """The same in plain MLX, equal bit for bit."""
     return philox_uniform(counters, mx.array(key[0], dtype=mx.uint32), key[1])

@@ -23,6 +23,9 @@ def softcap(x: mx.array, cap: float) -> mx.array:
     return run(_ext.softcap(x, cap), softcap_reference, x, cap)
 
 
+ELEMENTWISE = True  # the reference has no reduction
+
+
 def softcap_reference(x: mx.array, cap: float) -> mx.array:
     """The same in plain MLX."""
     return cap * mx.tanh(x / cap)

@@ -26,6 +26,9 @@ def weigh_experts(parts: mx.array, weights: mx.array, out_dtype: mx.Dtype) -> mx
     return run(out, weigh_experts_reference, parts, weights, out_dtype)
 
 
+ELEMENTWISE = True  # the reference has no reduction
+
+
 def weigh_experts_reference(parts: mx.array, weights: mx.array, out_dtype: mx.Dtype) -> mx.array:
     """The same in plain MLX, equal bit for bit."""
     total = parts[:, 0] * weights[:, :1]

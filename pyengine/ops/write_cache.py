@@ -33,6 +33,9 @@ def write_cache(cache: mx.array, new: mx.array, offset: mx.array) -> mx.array:
     return run(_ext.write_cache(*args), write_cache_reference, *args)
 
 
+ELEMENTWISE = True  # the reference has no reduction
+
+
 def write_cache_reference(cache: mx.array, new: mx.array, offset: mx.array) -> mx.array:
     """The same in plain MLX, as a copy: older handles keep their content."""
     C = cache.shape[2]

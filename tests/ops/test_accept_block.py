@@ -10,6 +10,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import INT32, Call, Draw, exact
+from test_draw_token import candidates
 
 from pyengine.ops import accept_block, accept_block_reference, draw_token
 from pyengine.ops.accept_block import (
@@ -402,3 +404,29 @@ def test_errors(change: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError) as error:
         accept_block(**{**good_args(), **change})
     assert str(error.value) == f"[accept_block] {text}"
+
+
+def random_call(d: Draw) -> Call:
+    k = d.size(1, 2, 7)
+    n, m = (d.size(1, 3, 33, 256, 300) for _ in range(2))
+    vocab = max(n, m) + int(d.pick((0, 1, 50)))
+    p, q = candidates(d, k + 1, n, vocab), candidates(d, k, m, vocab)
+    drafts = d.ids((k,), vocab)
+    if m and k and d.chance(0.7):
+        drafts = mx.contiguous(q[0][:, d.rng.integers(m)])
+    position = d.whole(d.pick((*INT32, 0, 5)))
+    seed = d.whole(d.pick((0, 7, 2**32 - 1)), mx.uint32)
+    options = {"rule": d.pick(RULES), "vocab": d.integer(vocab, vocab, vocab, 1)}
+    return Call((*p, *q, drafts, position, seed), options, exact)
+
+
+def one_candidate(k: int) -> tuple[mx.array, mx.array]:
+    """A block of rows with one candidate, which is every draft."""
+    ids, probs = mx.zeros((k + 1, 1), mx.int32), mx.ones((k + 1, 1))
+    position, seed = mx.array(5), mx.array(1, dtype=mx.uint32)
+    drafted = (ids[1:], probs[1:], ids[1:, 0])
+    return accept_block(ids, probs, *drafted, position, seed, rule="block", vocab=9)
+
+
+# The largest call of a kind that the Metal kernel takes
+LIMITS = {"drafts": (128, one_candidate)}

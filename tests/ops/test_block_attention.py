@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import INT32, Call, Draw, near_sum
 
 from pyengine import _ext
 from pyengine.ops import block_attention, block_attention_reference, write_cache
@@ -284,3 +285,24 @@ def test_errors():
     refused(r"window must be at least 1 and below 2\*\*31 but got 0\.", q, k, k, offset, window=0)
     refused(r"start must have shape \[\] but got \[2\]\.", q, k, k, offset, start=mx.array([1, 2]))
     refused(r"start must be int32 but got uint32\.", q, k, k, offset, start=mx.array(1, mx.uint32))
+
+
+def random_call(d: Draw) -> Call:
+    B, K, G = d.size(1, 2), d.size(1, 2), d.size(1, 2, 5)
+    T, C, dtype = d.size(1, 2, 5, 17, 40), d.size(1, 5, 16, 64, 70, 600), d.dtype()
+    D = d.size(16, 32, 80, 256, 512, 24)
+    H = K * G if d.chance(0.97) else K * G + 1
+    q = d.array(B, T, H, D, dtype=dtype)
+    k, v = (d.array(B, K, C, D, dtype=dtype) for _ in range(2))
+    window = None if d.chance(0.5) else d.integer(1, 3, max(C - T + 1, 1), 512)
+    fitting = C - T if window is None or window >= C else 3 * C
+    offset = d.whole(d.offset(max(fitting, 0)))
+    start = None if d.chance(0.5) else d.whole(d.pick((*INT32, 0, 3, -5, C)))
+    options = {"scale": d.pick((0.0, 0.1, -1.0)), "window": window, "start": start}
+    return Call((q, k, v, offset), options, near_sum)
+
+
+# The largest call of a kind that the Metal kernel takes
+LIMITS = {
+    "positions": (128, lambda n: block_attention(*3 * [mx.zeros((1, n, n, 16))], mx.array(0)))
+}

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import Call, Draw, near_sum
 
 from pyengine import _ext, ops
 from pyengine.ops import dense_matmul, dense_matmul_reference, dispatch
@@ -222,3 +223,14 @@ def test_errors(x, w, out_dtype, text):
     with pytest.raises(ValueError) as error:
         dense_matmul(x, w, out_dtype=out_dtype)
     assert str(error.value) == f"[dense_matmul] {text}"
+
+
+def random_call(d: Draw) -> Call:
+    shape = d.pick(((), (1,), (5,), (16,), (17,), (2, 3), (0,), (2, 0)))
+    N, K, dtype = d.size(1, 5, 9, 40, 65), d.size(1, 15, 16, 17, 100, 1030), d.dtype()
+    x, w = d.array(*shape, K, dtype=dtype), d.array(N, K, dtype=dtype)
+    return Call((x, w), {"out_dtype": d.pick((None, mx.float32, dtype))}, near_sum)
+
+
+# The largest call of a kind that the Metal kernel takes
+LIMITS = {"rows": (128, lambda n: dense_matmul(mx.zeros((n, 64)), mx.zeros((32, 64))))}

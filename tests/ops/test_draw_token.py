@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import INT32, Call, Draw, exact
 
 from pyengine.ops import draw_token, draw_token_reference
 from pyengine.ops.draw_token import exponential, invert
@@ -149,3 +150,29 @@ def test_law_of_the_race_is_exact() -> None:
     for p in (0.5, 0.9, 0.03):
         share = (times[:, None] / p < times[None] / (1 - p)).mean()
         assert math.isclose(share, p, abs_tol=2e-4)
+
+
+def candidates(d: Draw, rows: int, count: int, vocab: int) -> tuple[mx.array, mx.array]:
+    """Ids once a row, some of them outside of the vocabulary, and probabilities."""
+    ids = np.stack([d.rng.permutation(vocab)[:count] for _ in range(rows)] or [np.zeros(count)])
+    ids = ids[:rows].astype(np.int64)
+    if count and d.chance(0.4):
+        outside = np.array([*INT32, vocab, vocab + 1, vocab + 2])
+        some = d.rng.permutation(count)[: min(3, count)]
+        ids[:, some] = d.rng.permutation(outside)[: len(some)]
+    probs = d.rng.random((rows, count)).astype(np.float32)
+    probs[d.rng.random((rows, count)) < 0.2] = 0
+    probs /= np.maximum(probs.sum(axis=-1, keepdims=True), 1e-6)
+    return d.laid_out(mx.array(ids.astype(np.int32))), d.laid_out(mx.array(probs))
+
+
+def random_call(d: Draw) -> Call:
+    T, n = d.size(1, 2, 17), d.size(1, 15, 16, 17, 100)
+    ids, probs = candidates(d, T, n, 2 * n + 1)
+    position = d.whole(d.pick((*INT32, 0, 5)))
+    seed = d.whole(d.pick((0, 7, 2**32 - 1)), mx.uint32)
+    options = {"index": d.integer(0, 1, 5), "shared": d.chance(0.5)}
+    return Call((ids, probs, position, seed), options, exact)
+
+
+LIMITS = {}  # the Metal kernel takes every call

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import Call, Draw, exact
 
 from pyengine import _ext
 from pyengine.ops import embed, embed_reference
@@ -168,3 +169,21 @@ def test_errors(change, message):
     with pytest.raises(ValueError) as error:
         embed(given.pop("ids"), given.pop("table"), **given)
     assert str(error.value).startswith(f"[embed] {message}")
+
+
+def random_call(d: Draw) -> Call:
+    V, dtype, shape = d.size(1, 5, 300), d.dtype(), d.pick(((), (0,), (1,), (7,), (2, 3)))
+    out_dtype = d.pick((None, mx.float32, dtype))
+    options = {"scale": d.number(1.0, 3.5), "out_dtype": out_dtype}
+    ids = d.ids(shape, V)
+    if d.chance(0.5):
+        table = (d.array(V, d.size(1, 5, 16, 33, 200), dtype=dtype),)
+        return Call((ids, table), options, exact)
+    group_size, bits = d.packing()
+    E = group_size * d.size(1, 3)
+    table = d.quantized(V, E, dtype=dtype, group_size=group_size, bits=bits)
+    given = d.integer(group_size), d.integer(bits)
+    return Call((ids, table, *given), options, exact)
+
+
+LIMITS = {}  # the Metal kernel takes every call

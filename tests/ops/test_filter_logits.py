@@ -1,10 +1,12 @@
 """filter_logits: kernel against reference, ties, edges, row-stability, errors."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import INT32, Call, Draw, as_numpy, exact, near
 
 from pyengine import ops
 from pyengine.ops import filter_logits, filter_logits_reference
@@ -241,3 +243,65 @@ def test_errors(logits: mx.array, kw: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError) as error:
         filter_logits(logits, **kw)
     assert str(error.value) == f"[filter_logits] {text}"
+
+
+def filter_settings(d: Draw, V: int) -> dict[str, Any]:
+    return {
+        "temperature": d.number(0.0, 0.5, 1.0),
+        "top_k": d.integer(0, 1, 5, 64, 256, 257),
+        "top_p": d.number(1.0, 0.9, 1e-9),
+        "min_p": d.number(0.0, 0.05),
+    }
+
+
+def edits(d: Draw, T: int, V: int) -> Edits | None:
+    if d.chance(0.5):
+        return None
+    L = d.size(1, 3, 20)
+    # Those within the vocabulary once each; of the others any
+    ids = d.rng.permutation(max(V, 1))[:L]
+    ids = np.concatenate([ids, d.rng.choice([*INT32, V, V + 1, -V], L - len(ids))])
+    if L and d.chance(0.5):
+        some = d.rng.random(L) < 0.4
+        ids = np.where(some, d.rng.choice([*INT32, V, V + 1, -max(V, 1)], L), ids)
+    deltas = d.array(T, L)
+    if d.chance(0.2):
+        deltas = deltas - mx.inf
+    return Edits(d.laid_out(mx.array(ids.astype(np.int32))), mx.abs(d.array(T, L)) + 0.5, deltas)
+
+
+def filtered_alike(settings: dict[str, Any]) -> Callable[..., bool] | None:
+    """Ids and flags equal bit for bit, probabilities nearly, where a float32 can hold them."""
+    if settings["temperature"] not in (0.0, 0.5, 1.0) or settings["top_p"] not in (1.0, 1e-9):
+        return None  # a prefix may end one candidate earlier
+
+    def alike(got: Sequence[mx.array], want: Sequence[mx.array]) -> bool:
+        flags = as_numpy(want[2])
+        if not np.array_equal(as_numpy(got[2]), flags):
+            return False
+        good = mx.array(flags < 2)
+        (ids, probs), (other_ids, other_probs) = (
+            [mx.where(good[:, None], a, 0) for a in out[:2]] for out in (got, want)
+        )
+        return exact([ids], [other_ids]) and near([probs], [other_probs])
+
+    return alike
+
+
+def random_call(d: Draw) -> Call:
+    T, V = d.size(1, 2, 5), d.size(1, 15, 16, 17, 100, 300, 5000)
+    logits = d.array(T, V)
+    if d.chance(0.3):
+        logits = mx.round(2 * logits)
+    if d.chance(0.2) and logits.size:
+        logits = mx.where(logits > 1.5, d.pick((mx.nan, mx.inf, -mx.inf)), logits)
+    settings = filter_settings(d, V)
+    options = {**settings, "edits": edits(d, T, V)}
+    return Call((logits,), options, filtered_alike(settings))
+
+
+# The largest call of a kind that the Metal kernel takes
+LIMITS = {
+    "candidates": (256, lambda n: filter_logits(mx.zeros((1, n)), top_k=0)),
+    "logits": (262144, lambda n: filter_logits(mx.zeros((1, n)), top_k=256)),
+}

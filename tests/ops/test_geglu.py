@@ -5,6 +5,7 @@ import threading
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import Call, Draw, near
 
 from pyengine.ops import geglu, geglu_reference
 
@@ -93,3 +94,12 @@ def test_errors():
         geglu(gate, gate[:1])
     with pytest.raises(ValueError, match=r"\[geglu\] up must .* but got float16\."):
         geglu(gate, gate.astype(mx.float16))
+
+
+def random_call(d: Draw) -> Call:
+    shape = d.pick(((), (1,), (15,), (16,), (17,), (3, 100), (0, 5), (70000,)))
+    dtype = d.dtype()
+    return Call((d.array(*shape, dtype=dtype), d.array(*shape, dtype=dtype)), {}, near)
+
+
+LIMITS = {}  # the Metal kernel takes every call

@@ -5,6 +5,7 @@ import threading
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import Call, Draw, near_sum
 
 from pyengine.ops import norm_rope, norm_rope_reference, rms_norm
 
@@ -146,3 +147,26 @@ def test_errors():
         norm_rope(x, weight, mx.array(1.0), inv_freq)
     with pytest.raises(ValueError, match=r"\[norm_rope\] eps must be positive but got -1"):
         norm_rope(x, weight, offset, inv_freq, -1.0)
+
+
+def turns_alike(offset: int) -> bool:
+    """Whether angles are small enough for two sines to agree."""
+    return 0 <= offset <= 2**14
+
+
+def frequencies(d: Draw, D: int) -> mx.array:
+    inv_freq = d.array(D // 2)
+    return inv_freq * d.pick((1.0, 0.0, 1e-3)) if inv_freq.dtype == mx.float32 else inv_freq
+
+
+def random_call(d: Draw) -> Call:
+    B, T, H = d.size(1, 2), d.size(1, 2, 17), d.size(1, 3, 8)
+    D, dtype = d.size(2, 6, 16, 34, 64, 256, 512, 1024, 1026, 7), d.dtype()
+    offset = d.offset(100)
+    x, weight = d.array(B, T, H, D, dtype=dtype), d.array(D, dtype=dtype)
+    alike = near_sum if turns_alike(offset) else None
+    args = (x, weight, d.whole(offset), frequencies(d, D), d.number(1e-6, 1.0))
+    return Call(args, {}, alike)
+
+
+LIMITS = {}  # the Metal kernel takes every call

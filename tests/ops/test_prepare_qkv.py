@@ -3,7 +3,16 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_norm_rope import assert_close, bits, normal, proportional, sliding
+from draw import Call, Draw, near_sum
+from test_norm_rope import (
+    assert_close,
+    bits,
+    frequencies,
+    normal,
+    proportional,
+    sliding,
+    turns_alike,
+)
 from test_write_cache import address, fresh
 
 from pyengine import ops
@@ -158,3 +167,23 @@ def test_a_strided_cache_is_refused_when_evaluated():
     mx.eval(given["keys"])
     with pytest.raises(RuntimeError, match="keys and values must be contiguous but got a strided"):
         mx.eval(prepare_qkv(**given))
+
+
+def random_call(d: Draw) -> Call:
+    H, K, C = d.size(1, 2, 4), d.size(1, 2, 3), d.size(1, 2, 9, 40)
+    T, D, dtype = d.pick((0, 1, 2, max(C - 1, 0), C)), d.size(2, 6, 16, 34, 64, 256), d.dtype()
+    offset = d.offset(3 * C)
+    q, k = d.array(T, H * D, dtype=dtype), d.array(T, K * D, dtype=dtype)
+    v = k if d.chance(0.2) else d.array(T, K * D, dtype=dtype)
+    weights = d.array(D, dtype=dtype), d.array(D, dtype=dtype)
+    keys, values = (d.cache(1, K, C, D, dtype=dtype) for _ in range(2))
+    # Angles are 0 where they would be too large to compare: slots still are
+    inv_freq = frequencies(d, D)
+    if not turns_alike(offset):
+        inv_freq = inv_freq * 0
+    position = d.whole(offset)
+    args = (q, k, v, *weights, inv_freq, keys, values, position, d.number(1e-6, 1.0))
+    return Call(args, {}, near_sum, written=(6, 7))
+
+
+LIMITS = {}  # the Metal kernel takes every call

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import Call, Draw, near_sum
 
 from pyengine import ops
 from pyengine.ops import (
@@ -160,3 +161,29 @@ def test_gate_needs_the_dtype_of_x():
     half = [FIRST[0], *(a.astype(mx.float16) for a in FIRST[1:])]
     with pytest.raises(ValueError, match="out_dtype must be the dtype of x where up is given"):
         quantized_expert_matmul(X.astype(mx.float16), half, IDS, up=half, out_dtype=mx.float32)
+
+
+def random_call(d: Draw) -> Call:
+    group_size, bits = d.packing()
+    X, N, K, dtype = d.size(1, 2, 5), d.size(1, 5, 17), group_size * d.size(1, 2, 3), d.dtype()
+    T, U = d.size(1, 2, 17), d.size(1, 2, 3, 33)
+    rows = (T, K) if d.chance(0.5) else (T, U, K)
+    packing = {"dtype": dtype, "group_size": group_size, "bits": bits}
+    up = d.quantized(X, N, K, **packing) if d.chance(0.5) else None
+    options = {"up": up, "out_dtype": d.pick((None, mx.float32, dtype))}
+    stack, ids = d.quantized(X, N, K, **packing), d.ids((T, U), X)
+    given = d.integer(group_size), d.integer(bits)
+    return Call((d.array(*rows, dtype=dtype), stack, ids, *given), options, near_sum)
+
+
+def of_one_expert(T: int, U: int) -> mx.array:
+    w, scales, biases = (a[None] for a in mx.quantize(mx.zeros((32, 64)), 64, 8))
+    ids = mx.zeros((T, U), mx.int32)
+    return ops.quantized_expert_matmul(mx.zeros((T, 64)), (w, scales, biases), ids)
+
+
+# The largest call of a kind that the Metal kernel takes
+LIMITS = {
+    "tokens": (128, lambda n: of_one_expert(n, 2)),
+    "experts": (32, lambda n: of_one_expert(2, n)),
+}

@@ -6,6 +6,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import Call, Draw, exact
+from test_filter_logits import edits, filter_settings
 
 from pyengine import _ext, ops
 from pyengine.ops import quantized_filter_logits, quantized_filter_logits_reference
@@ -318,3 +320,37 @@ def test_errors(change, text):
     with pytest.raises(ValueError) as error:
         quantized_filter_logits(**arguments)
     assert str(error.value) == f"[quantized_filter_logits] {text}"
+
+
+def head_of_three_ops(
+    x: mx.array, w: mx.array, scales: mx.array, biases: mx.array, *packing: int, **options: Any
+) -> Any:
+    """The ops it stands for: a sum of other order would choose other candidates."""
+    softcap = options.pop("softcap")
+    logits = ops.quantized_matmul(x, w, scales, biases, *packing, out_dtype=mx.float32)
+    logits = logits if softcap is None else ops.softcap(logits, softcap)
+    return ops.filter_logits(logits, **options)
+
+
+def random_call(d: Draw) -> Call:
+    group_size, bits = d.packing()
+    dtype, E = d.dtype(), group_size * d.size(1, 2)
+    T, V = d.size(1, 2, 17), d.size(1, 15, 16, 17, 100, 300)
+    x = d.array(T, E, dtype=dtype)
+    matrix = d.quantized(V, E, dtype=dtype, group_size=group_size, bits=bits)
+    options = {
+        **filter_settings(d, V),
+        "edits": edits(d, T, V),
+        "softcap": None if d.chance(0.5) else d.number(30.0),
+    }
+    given = d.integer(group_size), d.integer(bits)
+    return Call((x, *matrix, *given), options, exact, reference=head_of_three_ops)
+
+
+def many_candidates(T: int) -> Filtered:
+    matrix = mx.quantize(mx.zeros((300, 64)), 64, 8)
+    return quantized_filter_logits(mx.zeros((T, 64)), *matrix, top_k=256)
+
+
+# The largest call of a kind that the Metal kernel takes
+LIMITS = {"rows": (9, many_candidates)}

@@ -3,6 +3,8 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import Call, Draw, near_sum
+from test_quantized_matmul import packed_case
 
 from pyengine import _ext, ops
 from pyengine.ops import (
@@ -143,3 +145,22 @@ def test_errors(change, text):
     with pytest.raises(ValueError) as error:
         quantized_gated_matmul(**arguments)
     assert str(error.value) == f"[quantized_gated_matmul] {text}"
+
+
+def random_call(d: Draw) -> Call:
+    dtype, group_size, bits, K, shape = packed_case(d)
+    N = d.size(1, 5, 9, 40, 65)
+    gate, up = (d.quantized(N, K, dtype=dtype, group_size=group_size, bits=bits) for _ in range(2))
+    given = d.integer(group_size), d.integer(bits)
+    return Call((d.array(*shape, K, dtype=dtype), gate, up, *given), {}, near_sum)
+
+
+# The largest call of a kind that the Metal kernel takes
+LIMITS = {
+    "rows": (
+        128,
+        lambda n: quantized_gated_matmul(
+            mx.zeros((n, 64)), *2 * [mx.quantize(mx.zeros((32, 64)), 64, 8)]
+        ),
+    )
+}

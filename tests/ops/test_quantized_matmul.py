@@ -5,6 +5,7 @@ import threading
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import Call, Draw, near_sum
 
 from pyengine import _ext, ops
 from pyengine.ops import dispatch, quantized_matmul, quantized_matmul_reference
@@ -315,3 +316,26 @@ def test_errors(change, text):
     with pytest.raises(ValueError) as error:
         quantized_matmul(**arguments)
     assert str(error.value) == f"[quantized_matmul] {text}"
+
+
+def packed_case(d: Draw) -> tuple[mx.Dtype, int, int, int, tuple[int, ...]]:
+    group_size, bits = d.packing()
+    shape = d.pick(((1,), (2,), (5,), (16,), (17,), (2, 3), (0,), ()))
+    return d.dtype(), group_size, bits, group_size * d.size(1, 2, 3, 9), shape
+
+
+def random_call(d: Draw) -> Call:
+    dtype, group_size, bits, K, shape = packed_case(d)
+    matrix = d.quantized(d.size(1, 5, 9, 40, 65), K, dtype=dtype, group_size=group_size, bits=bits)
+    given = d.integer(group_size), d.integer(bits)
+    x = d.array(*shape, K, dtype=dtype)
+    return Call((x, *matrix, *given), {"out_dtype": d.pick((None, mx.float32, dtype))}, near_sum)
+
+
+# The largest call of a kind that the Metal kernel takes
+LIMITS = {
+    "rows": (
+        128,
+        lambda n: quantized_matmul(mx.zeros((n, 64)), *mx.quantize(mx.zeros((32, 64)), 64, 8)),
+    )
+}

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import Call, Draw, exact
 
 from pyengine.ops import random_uniform, random_uniform_reference
 
@@ -78,3 +79,13 @@ def test_errors():
         random_uniform(x, (-1, 0))
     with pytest.raises(ValueError, match=r"\[random_uniform\] key must .* but got 4294967296\."):
         random_uniform(x, (0, 2**32))
+
+
+def random_call(d: Draw) -> Call:
+    shape = d.pick(((4,), (0, 4), (7, 4), (2, 3, 4), (3,), ()))
+    counters = mx.array(d.rng.integers(0, 2**32, shape, dtype=np.uint32))
+    key = d.integer(0, 5, 2**32 - 1), d.integer(0, 5, 2**32 - 1)
+    return Call((d.laid_out(counters), key), {}, exact)
+
+
+LIMITS = {}  # the Metal kernel takes every call

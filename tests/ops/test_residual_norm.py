@@ -1,10 +1,12 @@
 """residual_norm: kernel against reference and against the ops it fuses, edges, errors."""
 
 import threading
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import Call, Draw, near_sum
 
 from pyengine.ops import residual_norm, residual_norm_reference, rms_norm
 
@@ -133,3 +135,19 @@ def test_errors():
         residual_norm(h, y, weight, next_weight=next_weight[:1])
     with pytest.raises(ValueError, match=r"\[residual_norm\] eps must be positive but got 0"):
         residual_norm(h, y, weight, eps=0.0)
+
+
+def random_call(d: Draw) -> Call:
+    shape = d.pick(((), (1,), (5,), (2, 3), (0,)))
+    E, dtype = d.size(1, 5, 16, 63, 64, 65, 1024, 1100), d.dtype()
+    h, y = (d.array(*shape, E, dtype=dtype) for _ in range(2))
+    options: dict[str, Any] = {"eps": d.number(1e-6, 1.0)}
+    if d.chance(0.5):
+        options["scalar"] = d.array(1, dtype=dtype)
+    if d.chance(0.5):
+        options["next_weight"] = d.array(E, dtype=dtype)
+    return Call((h, y, d.array(E, dtype=dtype)), options, near_sum)
+
+
+# The largest call of a kind that the Metal kernel takes
+LIMITS = {"elements": (16384, lambda n: residual_norm(*2 * [mx.zeros((1, n))], mx.ones(n)))}

@@ -5,6 +5,7 @@ import threading
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import Call, Draw, near_sum
 
 from pyengine.ops import rms_norm, rms_norm_reference
 
@@ -117,3 +118,14 @@ def test_errors():
         rms_norm(x, mx.ones(64, dtype=mx.bfloat16))
     with pytest.raises(ValueError, match=r"\[rms_norm\] eps must be positive but got 0"):
         rms_norm(x, eps=0.0)
+
+
+def random_call(d: Draw) -> Call:
+    shape = d.pick(((), (1,), (5,), (2, 3), (0,)))
+    D, dtype = d.size(1, 5, 16, 63, 64, 65, 1023, 1024, 1100, 3000), d.dtype()
+    x, weight = d.array(*shape, D, dtype=dtype), d.array(D, dtype=dtype)
+    return Call((x, None if d.chance(0.3) else weight, d.number(1e-6, 1.0)), {}, near_sum)
+
+
+# The largest call of a kind that the Metal kernel takes
+LIMITS = {"elements": (16384, lambda n: rms_norm(mx.zeros((1, n))))}

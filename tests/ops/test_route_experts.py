@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import Call, Draw, near
 
 from pyengine import _ext
 from pyengine.ops import route_experts, route_experts_reference
@@ -118,3 +119,15 @@ def test_errors(logits, scales, used, message):
     with pytest.raises(ValueError) as error:
         route_experts(logits, scales, used)
     assert str(error.value) == f"[route_experts] {message}"
+
+
+def random_call(d: Draw) -> Call:
+    T, X = d.size(1, 2, 17), d.size(1, 2, 31, 32, 33, 128)
+    logits = d.array(T, X)
+    if d.chance(0.3):  # ties
+        logits = mx.round(logits)
+    return Call((logits, d.array(X), d.integer(1, 2, 8, X)), {}, near)
+
+
+# The largest call of a kind that the Metal kernel takes
+LIMITS = {"experts": (32, lambda n: route_experts(mx.zeros((1, 64)), mx.zeros(64), n))}

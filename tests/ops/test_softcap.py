@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import Call, Draw, near
 
 from pyengine import _ext
 from pyengine.ops import softcap, softcap_reference
@@ -73,3 +74,12 @@ def test_errors():
     with pytest.raises(ValueError) as error:
         softcap(mx.zeros(3), 0.0)
     assert str(error.value) == "[softcap] cap must be above 0 but got 0."
+
+
+def random_call(d: Draw) -> Call:
+    shape = d.pick(((), (1,), (15,), (16,), (17,), (3, 100), (0, 5)))
+    cap = d.number(30.0, 1.0)
+    return Call((d.array(*shape) * 20, cap), {}, near if 1e-6 < cap < 1e9 else None)
+
+
+LIMITS = {}  # the Metal kernel takes every call

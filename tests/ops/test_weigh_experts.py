@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import Call, Draw, exact
 
 from pyengine import _ext
 from pyengine.ops import weigh_experts, weigh_experts_reference
@@ -113,3 +114,11 @@ def test_errors(parts, weights, out_dtype, message):
     with pytest.raises(ValueError) as error:
         weigh_experts(parts, weights, out_dtype)
     assert str(error.value) == f"[weigh_experts] {message}"
+
+
+def random_call(d: Draw) -> Call:
+    T, U, E = d.size(1, 2, 17), d.size(1, 2, 8), d.size(1, 15, 16, 17, 300)
+    return Call((d.array(T, U, E), d.array(T, U), d.dtype()), {}, exact)
+
+
+LIMITS = {}  # the Metal kernel takes every call

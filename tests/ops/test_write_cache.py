@@ -5,6 +5,7 @@ import threading
 import mlx.core as mx
 import numpy as np
 import pytest
+from draw import Call, Draw, exact
 
 from pyengine.ops import write_cache, write_cache_reference
 
@@ -154,3 +155,13 @@ def test_errors():
         write_cache(cache, new, offset[None])
     with pytest.raises(ValueError, match=r"\[write_cache\] offset must .* but got uint32\."):
         write_cache(cache, new, offset.astype(mx.uint32))
+
+
+def random_call(d: Draw) -> Call:
+    B, K, C = d.size(1, 2), d.size(1, 2, 3), d.size(1, 2, 7, 33)
+    D, T, dtype = d.size(1, 3, 16, 65), d.pick((0, 1, 2, max(C - 1, 0), C, C + 1)), d.dtype()
+    cache, new = d.cache(B, K, C, D, dtype=dtype), d.array(B, T, K, D, dtype=dtype)
+    return Call((cache, new, d.whole(d.offset(3 * C))), {}, exact, written=(0,))
+
+
+LIMITS = {}  # the Metal kernel takes every call

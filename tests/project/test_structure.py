@@ -17,7 +17,8 @@ FILES = {
     "    from pyengine import a\nfrom . import c\n\ndef g():\n    return c.h()\n",
     "pyengine/c.py": "def h():\n    from pyengine import a\n    return 1\n",
     "pyengine/ops/__init__.py": '__all__ = ["one", "one_reference", "two", "two_reference"]\n',
-    "pyengine/ops/one.py": "",
+    "pyengine/ops/one.py": "def one_reference():\n    return 1\n",
+    "pyengine/ops/two.py": "def two_reference():\n    return 2\n",
     "csrc/bindings.cpp": "bind_one(m);\nbind_two(m);\n",
     "csrc/ops/one.cpp": "struct One {};\n\n",
     "metal/one.metal": "// one\n",
@@ -48,7 +49,7 @@ def tree(tmp_path: Path) -> Path:
 
 def test_lines(structure: ModuleType, tree: Path) -> None:
     sizes = structure.lines(tree)
-    assert sizes == {"python": 18, "csrc": 4, "metal": 1, "product": 23}
+    assert sizes == {"python": 22, "csrc": 4, "metal": 1, "product": 27}
 
 
 def test_cycles_are_those_of_the_heads_of_modules(structure: ModuleType, tree: Path) -> None:
@@ -64,7 +65,7 @@ def test_places_are_files_of_the_op_and_lists_of_ops(structure: ModuleType, tree
     lists = ["csrc/bindings.cpp", "pyengine/ops/__init__.py"]
     own = ["csrc/ops/one.cpp", "metal/one.metal", "pyengine/ops/one.py"]
     assert sorted(places["one"]) == sorted(own + lists)
-    assert sorted(places["two"]) == lists
+    assert sorted(places["two"]) == [*lists, "pyengine/ops/two.py"]
 
 
 def test_crossings_are_calls_in_a_row_in_different_files(structure: ModuleType) -> None:
