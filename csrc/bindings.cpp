@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bind_ops.h"
 #include "built_from.h"
 #include "cpu/isa.h"
 #include "cpu/plan.h"
@@ -39,27 +40,7 @@ NB_MODULE(_ext, m) {
       .def_ro("work", &pyengine::Plan::work);
 
   pyengine::bind_launch(m);
-  pyengine::bind_dense_matmul(m);
-  pyengine::bind_quantized_matmul(m);
-  pyengine::bind_quantized_gated_matmul(m);
-  pyengine::bind_quantized_expert_matmul(m);
-  pyengine::bind_quantized_matmuls(m);
-  pyengine::bind_route_experts(m);
-  pyengine::bind_weigh_experts(m);
-  pyengine::bind_embed(m);
-  pyengine::bind_random_uniform(m);
-  pyengine::bind_rms_norm(m);
-  pyengine::bind_norm_rope(m);
-  pyengine::bind_residual_norm(m);
-  pyengine::bind_filter_logits(m);
-  pyengine::bind_quantized_filter_logits(m);
-  pyengine::bind_geglu(m);
-  pyengine::bind_softcap(m);
-  pyengine::bind_write_cache(m);
-  pyengine::bind_block_attention(m);
   pyengine::bind_mathfn(m);
-  pyengine::bind_draw_token(m);
-  pyengine::bind_accept_block(m);
-  pyengine::bind_prepare_qkv(m);
   pyengine::bind_recorded(m);
+  pyengine::bind_ops(m);
 }
