@@ -16,7 +16,7 @@ import mlx.core as mx
 import pytest
 
 from pyengine import _ext, ops
-from pyengine.model.config import PUBLISHED
+from pyengine.checkpoint.published import PUBLISHED
 
 TESTS = Path(__file__).parents[1]
 KEPT = json.loads((TESTS / "fixtures/op_bits.json").read_text())["ops"]
