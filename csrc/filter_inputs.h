@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/packed.h"
+#include "cpu/contiguous.h"
 #include "mlx/mlx.h"
 #include "ops/filter_logits_cpu.h"
 
@@ -73,23 +73,23 @@ inline FilterArgs filter_args(
 
 // The edits of a call, whose inputs end with them or have none. Copies live as
 // long as this object.
-class PackedEdits {
+class ContiguousEdits {
  public:
   // `first`: index of the edits if there are any
-  PackedEdits(const std::vector<mx::array>& inputs, size_t first) {
+  ContiguousEdits(const std::vector<mx::array>& inputs, size_t first) {
     for (size_t i = first; i < inputs.size(); ++i) {
-      packed_.emplace_back(inputs[i]);
+      arrays_.emplace_back(inputs[i]);
     }
-    count_ = packed_.empty() ? 0 : inputs[first].shape(0);
+    count_ = arrays_.empty() ? 0 : inputs[first].shape(0);
   }
 
   // To be called inside the task.
   void get(FilterArgs& args) {
     args.edits = count_;
     if (count_) {
-      args.edit_ids = static_cast<const int32_t*>(packed_[0].get());
-      args.edit_factors = static_cast<const float*>(packed_[1].get());
-      args.edit_deltas = static_cast<const float*>(packed_[2].get());
+      args.edit_ids = static_cast<const int32_t*>(arrays_[0].get());
+      args.edit_factors = static_cast<const float*>(arrays_[1].get());
+      args.edit_deltas = static_cast<const float*>(arrays_[2].get());
       sort(args.edit_ids);
       args.edit_order = order_.data();
     }
@@ -106,7 +106,7 @@ class PackedEdits {
     std::inplace_merge(order_.begin(), sorted, order_.end(), lower);
   }
 
-  std::vector<Packed> packed_;
+  std::vector<Contiguous> arrays_;
   int count_;
   std::vector<int32_t> order_; // positions in ids, lowest id first
 };

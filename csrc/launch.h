@@ -58,8 +58,8 @@ struct Launch {
 // "bfloat16": the dtype's part of a host name.
 std::string dtype_name(mx::Dtype dtype);
 
-// Kernels of a thread an element count them in 32 bits, and a grid's threads in
-// 31: whether so many elements are within that.
+// Kernels with one thread per element count elements in 32 bits, and a grid has
+// at most 2**31 threads: whether so many elements are within that.
 inline bool fits_grid(size_t size) {
   return size <= INT32_MAX;
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
 #include "cpu/plan.h"
 #include "cpu/rows_cpu.h"
@@ -14,18 +15,6 @@
 #include "mlx/mlx.h"
 
 namespace pyengine {
-
-// Weights are contiguous already unless the caller sliced them; only then, or
-// while that is not known yet, does the graph get a copy.
-inline mx::array whole(const mx::array& a, mx::Stream stream) {
-  bool known = a.is_available() && a.flags().row_contiguous;
-  return known ? a : mx::contiguous(a, false, stream);
-}
-
-// The processor kernels read rows of any strides, the Metal kernels do not.
-inline mx::array rows_of(const mx::array& x, mx::Stream stream) {
-  return stream.device == mx::Device::cpu ? x : whole(x, stream);
-}
 
 inline mx::Dtype check_out_dtype(
     const char* op,

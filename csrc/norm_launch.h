@@ -19,7 +19,7 @@ inline int pair_alignment(int width, mx::Dtype dtype) {
   return int(mx::size_of(dtype)) * (width % 2 == 0 ? 2 : 1);
 }
 
-// Without buffers: a threadgroup a row.
+// Without buffers: one threadgroup per row.
 inline Launch
 norm_launch(const std::string& op, int rows, int width, mx::Dtype dtype) {
   Launch launch;
@@ -30,8 +30,8 @@ norm_launch(const std::string& op, int rows, int width, mx::Dtype dtype) {
   return launch;
 }
 
-// Without buffers: four heads of a position a threadgroup, a simdgroup each,
-// with a head's floats of threadgroup memory.
+// Without buffers: one threadgroup per four heads of a position, one simdgroup
+// per head, with the head's floats in threadgroup memory.
 inline Launch heads_launch(
     const std::string& op,
     int heads,

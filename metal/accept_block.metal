@@ -7,7 +7,7 @@
 // thread. The first simdgroup then decides, and draws.
 //
 // A candidate of p finds its partner in q by looking at all m: with 64 of each,
-// 128 loads a lane and row, all from the cache.
+// 128 loads per lane and row, all from the cache.
 //
 // Limits: k at most 128; n at most 256.
 #include "rng.h"
@@ -207,6 +207,6 @@ template <ushort rule>
   }
 }
 
-INSTANTIATE("accept_block_residual", accept_block, residual)
-INSTANTIATE("accept_block_block", accept_block, block)
-INSTANTIATE("accept_block_coupled", accept_block, coupled)
+INSTANTIATE("accept_block_by_residual", accept_block, residual)
+INSTANTIATE("accept_block_by_block", accept_block, block)
+INSTANTIATE("accept_block_by_coupled", accept_block, coupled)

@@ -29,8 +29,8 @@
 //   tile before it works on this one.
 // * Values: 32 sums per lane; weights take 2 KiB per simdgroup, v 8 KiB: at 48
 //   rows a core has room for three threadgroups. A quad serves 11 fma of four.
-// * R rows make R / 2 fma of a byte of bfloat16: past 30 rows an M4 Max core,
-//   with 15 a byte, is bound by arithmetic, whatever is read.
+// * R rows make R / 2 fma per byte of bfloat16: past 30 rows an M4 Max core,
+//   with 15 per byte, is bound by arithmetic, whatever is read.
 //
 // Chunks of 64 and spans of 512 are cut at absolute positions, and all sums run
 // in the order of csrc/ops/block_attention_cpu.cpp. So the bits are those of

@@ -86,7 +86,7 @@ template <typename T, ushort bits>
     ushort simd [[simdgroup_index_in_threadgroup]],
     ushort simds [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr ushort lanes = chunk / Packed<bits>::run;
+  constexpr ushort lanes = chunk / Quantized<bits>::run;
   ushort p = lane % lanes;
   uint token = group.z * max_rows;
   uint pairs = min(tokens - token, uint(max_rows)) * slots;
@@ -103,9 +103,9 @@ template <typename T, ushort bits>
 
   // Four columns of one matrix, or two of each of two.
   ushort wide = gated ? lane_columns / 2 : lane_columns;
-  uint block = simds * (32 / lanes) * wide; // columns of a threadgroup
+  uint tile = simds * (32 / lanes) * wide; // columns of a threadgroup
   if (group.y == 0) {
-    uint begin = group.x * block, end = min(begin + block, N);
+    uint begin = group.x * tile, end = min(begin + tile, N);
     for (uint pair = token * slots; pair < token * slots + pairs; ++pair) {
       if (uint(ids[pair]) >= groups.y) { // negative ids become large
         for (uint c = begin + thread_index; c < end; c += simds * 32) {

@@ -11,9 +11,9 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/integer.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "op.h"
 #include "ops/accept_block_cpu.h"
 
@@ -40,7 +40,7 @@ struct AcceptBlock {
     }
     Launch launch;
     launch.library = op;
-    launch.kernel = std::string(op) + "_" + rule_names[int(rule)];
+    launch.kernel = std::string(op) + "_by_" + rule_names[int(rule)];
     launch.grid = {1, 1, 1};
     launch.threadgroup = {32 * std::min(k + 1, 32), 1, 1};
     launch.buffers = {
@@ -69,15 +69,15 @@ struct AcceptBlock {
     args.n = in[0].shape(1);
     args.m = in[2].shape(1);
     args.vocab = vocab;
-    std::vector<Packed> packed(in.begin(), in.end());
-    return [packed = std::move(packed), rule = rule, args]() mutable {
-      args.p_ids = static_cast<const int32_t*>(packed[0].get());
-      args.p_probs = static_cast<const float*>(packed[1].get());
-      args.q_ids = static_cast<const int32_t*>(packed[2].get());
-      args.q_probs = static_cast<const float*>(packed[3].get());
-      args.drafts = static_cast<const int32_t*>(packed[4].get());
-      args.position = uint32_t(*static_cast<const int32_t*>(packed[5].get()));
-      args.seed = *static_cast<const uint32_t*>(packed[6].get());
+    std::vector<Contiguous> arrays(in.begin(), in.end());
+    return [arrays = std::move(arrays), rule = rule, args]() mutable {
+      args.p_ids = static_cast<const int32_t*>(arrays[0].get());
+      args.p_probs = static_cast<const float*>(arrays[1].get());
+      args.q_ids = static_cast<const int32_t*>(arrays[2].get());
+      args.q_probs = static_cast<const float*>(arrays[3].get());
+      args.drafts = static_cast<const int32_t*>(arrays[4].get());
+      args.position = uint32_t(*static_cast<const int32_t*>(arrays[5].get()));
+      args.seed = *static_cast<const uint32_t*>(arrays[6].get());
       std::vector<float> weights(args.n);
       // Long rows find their partners through a table, short ones by looking
       std::vector<float> by_id(args.m > max_scanned ? args.vocab : 0);
@@ -85,11 +85,11 @@ struct AcceptBlock {
       args.by_id = by_id.empty() ? nullptr : by_id.data();
       switch (rule) {
         case Rule::residual:
-          return PYENGINE_PICK_KERNEL(accept_residual)(args);
+          return PYENGINE_PICK_KERNEL(accept_by_residual)(args);
         case Rule::block:
-          return PYENGINE_PICK_KERNEL(accept_whole_block)(args);
+          return PYENGINE_PICK_KERNEL(accept_by_block)(args);
         case Rule::coupled:
-          return PYENGINE_PICK_KERNEL(accept_coupled)(args);
+          return PYENGINE_PICK_KERNEL(accept_by_coupled)(args);
       }
     };
   }
@@ -153,11 +153,11 @@ Arrays accept_block(
       AcceptBlock{rule_of(rule), vocab},
       {{}, {1}},
       {mx::int32, mx::int32},
-      {packed_on_gpu(p_ids, stream),
-       packed_on_gpu(p_probs, stream),
-       packed_on_gpu(q_ids, stream),
-       packed_on_gpu(q_probs, stream),
-       packed_on_gpu(drafts, stream),
+      {contiguous_on_gpu(p_ids, stream),
+       contiguous_on_gpu(p_probs, stream),
+       contiguous_on_gpu(q_ids, stream),
+       contiguous_on_gpu(q_probs, stream),
+       contiguous_on_gpu(drafts, stream),
        position,
        seed});
 }

@@ -90,7 +90,7 @@ void finish(const AcceptBlockArgs& args, int accepted, float scale) {
 
 } // namespace
 
-void accept_residual(const AcceptBlockArgs& args) {
+void accept_by_residual(const AcceptBlockArgs& args) {
   int i = 0;
   for (; i < args.k; ++i) {
     int32_t d = args.drafts[i];
@@ -103,7 +103,7 @@ void accept_residual(const AcceptBlockArgs& args) {
   finish(args, i, 1);
 }
 
-void accept_whole_block(const AcceptBlockArgs& args) {
+void accept_by_block(const AcceptBlockArgs& args) {
   int accepted = 0;
   float scale = 1; // of the row that follows `accepted` drafts
   float a = 1;
@@ -126,7 +126,7 @@ void accept_whole_block(const AcceptBlockArgs& args) {
   finish(args, accepted, scale);
 }
 
-void accept_coupled(const AcceptBlockArgs& args) {
+void accept_by_coupled(const AcceptBlockArgs& args) {
   int32_t token = 0;
   int i = 0;
   for (;; ++i) {

@@ -12,9 +12,9 @@
 #include "../metal/block_attention_params.h"
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/integer.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/plan.h"
 #include "cpu/rows_cpu.h"
 #include "cpu/storage.h"
@@ -31,7 +31,7 @@ constexpr int64_t work_worth_waves = 1 << 22;
 
 // Keys or values: rows of D must be whole, the rest may have any strides.
 struct CacheView {
-  explicit CacheView(const mx::array& a) : packed(a) {
+  explicit CacheView(const mx::array& a) : contiguous(a) {
     if (a.strides(3) == 1 || a.shape(3) == 1) {
       direct = a.data<char>();
       std::copy_n(a.strides().begin(), 3, strides);
@@ -43,10 +43,10 @@ struct CacheView {
   }
 
   const void* get() const {
-    return direct ? direct : packed.get();
+    return direct ? direct : contiguous.get();
   }
 
-  Packed packed;
+  Contiguous contiguous;
   const char* direct = nullptr;
   int64_t strides[3];
 };
@@ -405,7 +405,7 @@ struct BlockAttention {
     args.scale = scale;
     int B = q.shape(0);
     auto plan = block_attention_plan(B, args.T, args.H, args.K, args.C, args.D);
-    return [q = Packed(q),
+    return [q = Contiguous(q),
             k = CacheView(k),
             v = CacheView(in.back()),
             offset = in[2].data<int32_t>(),
@@ -478,7 +478,7 @@ mx::array block_attention(
     }
   }
   auto stream = mx::to_stream({});
-  Arrays inputs = {packed_on_gpu(q, stream), k, offset};
+  Arrays inputs = {contiguous_on_gpu(q, stream), k, offset};
   if (start) {
     check_shape(op, "start", *start, {});
     check_dtype(op, "start", *start, mx::int32, "be int32");

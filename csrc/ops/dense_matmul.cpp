@@ -85,7 +85,7 @@ mx::array dense_matmul(
       DenseMatmul{},
       std::move(shape),
       dtype,
-      {rows_of(x, stream), whole(w, stream)});
+      {contiguous_on_gpu(x, stream), contiguous(w, stream)});
 }
 
 } // namespace

@@ -3,9 +3,9 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/integer.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "op.h"
 #include "ops/draw_token_cpu.h"
@@ -50,8 +50,8 @@ struct DrawToken {
     args.count = in[0].shape(1);
     args.index = index;
     args.shared = shared;
-    return [ids = Packed(in[0]),
-            probs = Packed(in[1]),
+    return [ids = Contiguous(in[0]),
+            probs = Contiguous(in[1]),
             rows = int64_t(out[0].size()),
             args]() mutable {
       args.ids = static_cast<const int32_t*>(ids.get());
@@ -96,8 +96,8 @@ mx::array draw_token(
       DrawToken{index, shared},
       {ids.shape(0)},
       mx::int32,
-      {packed_on_gpu(ids, stream),
-       packed_on_gpu(probs, stream),
+      {contiguous_on_gpu(ids, stream),
+       contiguous_on_gpu(probs, stream),
        position,
        seed});
 }

@@ -9,8 +9,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "matmul.h"
 #include "op.h"
@@ -48,10 +48,10 @@ struct Embed {
       launch.buffers.insert(
           launch.buffers.end(), 3, Buffer::array(Role::in, "w", {V, E}, dtype));
     } else {
-      mx::Shape packed = {V, packed_width(E, bits)};
+      mx::Shape weights = {V, quantized_width(E, bits)};
       mx::Shape factors = {V, E / group_size};
       launch.buffers.push_back(
-          Buffer::array(Role::in, "w", packed, mx::uint32));
+          Buffer::array(Role::in, "w", weights, mx::uint32));
       for (const char* name : {"scales", "biases"}) {
         launch.buffers.push_back(Buffer::array(Role::in, name, factors, dtype));
       }
@@ -80,7 +80,9 @@ struct Embed {
     args.group_size = group_size;
     args.bits = bits;
     args.scale = scale;
-    return [ids = Packed(in[0]), rows = int64_t(in[0].size()), args]() mutable {
+    return [ids = Contiguous(in[0]),
+            rows = int64_t(in[0].size()),
+            args]() mutable {
       args.ids = static_cast<const int32_t*>(ids.get());
       split_rows(rows, args.E, [&](int64_t begin, int64_t end) {
         PYENGINE_PICK_KERNEL(embed_rows)(args, begin, end);
@@ -92,7 +94,10 @@ struct Embed {
 constexpr auto op = Embed::op;
 
 // Width of the rows of a table of three arrays.
-int check_packed_table(const Arrays& table, Integer group_size, Integer bits) {
+int check_quantized_table(
+    const Arrays& table,
+    Integer group_size,
+    Integer bits) {
   const auto &w = table[0], &scales = table[1], &biases = table[2];
   check(bits == 4 || bits == 6 || bits == 8, op, "bits", "be 4, 6 or 8", bits);
   check(
@@ -115,7 +120,7 @@ int check_packed_table(const Arrays& table, Integer group_size, Integer bits) {
   check(width <= INT32_MAX, op, "E", "be below 2**31", width);
   int E = int(width);
   check_dtype(op, "w", w, mx::uint32, "be uint32");
-  check_shape(op, "w", w, {scales.shape(0), packed_width(E, bits)});
+  check_shape(op, "w", w, {scales.shape(0), quantized_width(E, bits)});
   return E;
 }
 
@@ -139,9 +144,9 @@ mx::array embed(
       "table",
       "be w alone or w, scales and biases",
       std::to_string(table.size()) + " arrays");
-  bool packed = table.size() == 3;
-  int E = packed ? check_packed_table(table, group_size, bits)
-                 : check_dense_table(table[0]);
+  bool quantized = table.size() == 3;
+  int E = quantized ? check_quantized_table(table, group_size, bits)
+                    : check_dense_table(table[0]);
   check(
       table[0].shape(0) > 0,
       op,
@@ -156,15 +161,15 @@ mx::array embed(
       "be float32 or the dtype of the table",
       dtype);
   auto stream = mx::to_stream({});
-  Arrays inputs = {packed_on_gpu(ids, stream)};
+  Arrays inputs = {contiguous_on_gpu(ids, stream)};
   for (const auto& a : table) {
-    inputs.push_back(whole(a, stream));
+    inputs.push_back(contiguous(a, stream));
   }
   auto shape = ids.shape();
   shape.push_back(E);
   return lazy_result(
       stream,
-      Embed{group_size, packed ? int(bits) : 0, scale},
+      Embed{group_size, quantized ? int(bits) : 0, scale},
       std::move(shape),
       dtype,
       std::move(inputs));

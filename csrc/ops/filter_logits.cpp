@@ -10,9 +10,9 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/integer.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "filter_inputs.h"
 #include "filter_launch.h"
@@ -75,8 +75,8 @@ struct FilterLogits {
   auto task(const Arrays& in, Arrays& out) const {
     FilterLogitsArgs args = {};
     args.filter = filter_args(out, in[0].shape(1), temperature, top_p, min_p);
-    return [logits = Packed(in[0]),
-            edits = PackedEdits(in, 1),
+    return [logits = Contiguous(in[0]),
+            edits = ContiguousEdits(in, 1),
             rows = int64_t(in[0].shape(0)),
             args]() mutable {
       args.logits = static_cast<const float*>(logits.get());
@@ -130,7 +130,7 @@ Arrays filter_logits(
   mx::Shape shape = {rows, top_k == 0 ? vocab : std::min<int>(top_k, vocab)};
   auto stream = mx::to_stream({});
   for (auto& input : inputs) {
-    input = packed_on_gpu(input, stream);
+    input = contiguous_on_gpu(input, stream);
   }
   return lazy_results(
       stream,

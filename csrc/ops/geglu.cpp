@@ -4,8 +4,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "cpu/storage.h"
 #include "op.h"
@@ -44,8 +44,8 @@ struct Geglu {
     GegluArgs args = {};
     args.out = out[0].data<void>();
     args.storage = storage_of(out[0].dtype());
-    return [gate = Packed(in[0]),
-            up = Packed(in[1]),
+    return [gate = Contiguous(in[0]),
+            up = Contiguous(in[1]),
             size = int64_t(out[0].size()),
             args]() mutable {
       args.gate = gate.get();
@@ -70,7 +70,7 @@ mx::array geglu(const mx::array& gate, const mx::array& up) {
       Geglu{},
       gate.shape(),
       gate.dtype(),
-      {packed_on_gpu(gate, stream), packed_on_gpu(up, stream)});
+      {contiguous_on_gpu(gate, stream), contiguous_on_gpu(up, stream)});
 }
 
 } // namespace

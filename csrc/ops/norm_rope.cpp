@@ -3,8 +3,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "cpu/storage.h"
 #include "norm_launch.h"
@@ -48,10 +48,10 @@ struct NormRope {
     args.H = out[0].shape(2);
     args.D = out[0].shape(3);
     args.eps = eps;
-    return [x = Packed(in[0]),
-            weight = Packed(in[1]),
+    return [x = Contiguous(in[0]),
+            weight = Contiguous(in[1]),
             offset = in[2].data<int32_t>(),
-            inv_freq = Packed(in[3]),
+            inv_freq = Contiguous(in[3]),
             rows = int64_t(out[0].shape(0)) * args.T,
             args]() mutable {
       args.x = x.get();
@@ -94,10 +94,10 @@ mx::array norm_rope(
       NormRope{eps},
       x.shape(),
       x.dtype(),
-      {packed_on_gpu(x, stream),
-       packed_on_gpu(weight, stream),
+      {contiguous_on_gpu(x, stream),
+       contiguous_on_gpu(weight, stream),
        offset,
-       packed_on_gpu(inv_freq, stream)});
+       contiguous_on_gpu(inv_freq, stream)});
 }
 
 } // namespace

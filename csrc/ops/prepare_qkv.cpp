@@ -5,8 +5,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "cpu/storage.h"
 #include "norm_launch.h"
@@ -82,12 +82,12 @@ struct PrepareQkv {
     args.K = out[1].shape(1);
     args.C = out[1].shape(2);
     args.eps = eps;
-    return [q = Packed(in[0]),
-            k = Packed(in[1]),
-            v = Packed(in[2]),
-            q_weight = Packed(in[3]),
-            k_weight = Packed(in[4]),
-            inv_freq = Packed(in[5]),
+    return [q = Contiguous(in[0]),
+            k = Contiguous(in[1]),
+            v = Contiguous(in[2]),
+            q_weight = Contiguous(in[3]),
+            k_weight = Contiguous(in[4]),
+            inv_freq = Contiguous(in[5]),
             offset = in[6].data<int32_t>(),
             args]() mutable {
       args.q = q.get();
@@ -174,12 +174,12 @@ Arrays prepare_qkv(
       PrepareQkv{eps},
       {{1, T, q.shape(1) / D, D}, keys.shape(), values.shape()},
       {q.dtype(), q.dtype(), q.dtype()},
-      {packed_on_gpu(q, stream),
-       packed_on_gpu(k, stream),
-       packed_on_gpu(v, stream),
-       packed_on_gpu(q_norm, stream),
-       packed_on_gpu(k_norm, stream),
-       packed_on_gpu(inv_freq, stream),
+      {contiguous_on_gpu(q, stream),
+       contiguous_on_gpu(k, stream),
+       contiguous_on_gpu(v, stream),
+       contiguous_on_gpu(q_norm, stream),
+       contiguous_on_gpu(k_norm, stream),
+       contiguous_on_gpu(inv_freq, stream),
        offset,
        keys,
        values});

@@ -11,8 +11,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/gated.h"
-#include "cpu/packed.h"
 #include "matmul.h"
 #include "matmul_launch.h"
 #include "op.h"
@@ -132,7 +132,7 @@ struct QuantizedExpertMatmul {
     bool gated = is_gated(in);
     bool shared = x.ndim() == 2; // one row of x for all experts of a token
     auto dtype = x.dtype(), out_dtype = out[0].dtype();
-    auto launch = packed_launch(
+    auto launch = quantized_launch(
         op, T, N, dtype, out_dtype, group_size, bits, gated ? 2 : 1);
     launch.grid = {launch.grid[0], X, launch.grid[1]};
     launch.constants[4] = gated;
@@ -157,30 +157,31 @@ struct QuantizedExpertMatmul {
     Rows rows(in[0]);
     Args args = {};
     args.gated = is_gated(in);
-    args.matrix = packed_args(&in[1], in[0], group_size, bits);
+    args.matrix = quantized_args(&in[1], in[0], group_size, bits);
     args.matrix.out_storage = storage_of(out[0].dtype());
     args.up = args.matrix;
     if (args.gated) {
-      args.up = packed_args(&in[4], in[0], group_size, bits);
+      args.up = quantized_args(&in[4], in[0], group_size, bits);
     }
     args.pairs = int(in.back().size());
     args.per_row = in[0].ndim() == 2 ? out[0].shape(1) : 1;
     args.experts = in[1].shape(0);
     args.N = out[0].shape(2);
     args.out = out[0].data<char>();
-    args.order = packed_order(bits);
-    return [rows = std::move(rows), ids = Packed(in.back()), args]() mutable {
-      args.ids = static_cast<const int32_t*>(ids.get());
-      auto groups = group_pairs(args);
-      spoil(args, groups.back());
-      for (int expert = 0; expert < args.experts; ++expert) {
-        const auto& pairs = groups[expert];
-        for (int first = 0; first < int(pairs.size()); first += max_rows) {
-          int count = std::min(int(pairs.size()) - first, max_rows);
-          run_expert(args, rows, expert, pairs.data() + first, count);
-        }
-      }
-    };
+    args.order = quantized_order(bits);
+    return
+        [rows = std::move(rows), ids = Contiguous(in.back()), args]() mutable {
+          args.ids = static_cast<const int32_t*>(ids.get());
+          auto groups = group_pairs(args);
+          spoil(args, groups.back());
+          for (int expert = 0; expert < args.experts; ++expert) {
+            const auto& pairs = groups[expert];
+            for (int first = 0; first < int(pairs.size()); first += max_rows) {
+              int count = std::min(int(pairs.size()) - first, max_rows);
+              run_expert(args, rows, expert, pairs.data() + first, count);
+            }
+          }
+        };
   }
 };
 
@@ -214,11 +215,11 @@ mx::array quantized_expert_matmul(
       "up",
       "have 3 arrays or none",
       up.size());
-  std::vector<PackedMatrix> stacks = {{"", stack[0], stack[1], stack[2]}};
+  std::vector<QuantizedMatrix> stacks = {{"", stack[0], stack[1], stack[2]}};
   if (!up.empty()) {
     stacks.push_back({"up_", up[0], up[1], up[2]});
   }
-  check_packed(op, x, stacks, group_size, bits, 3);
+  check_quantized(op, x, stacks, group_size, bits, 3);
   int X = stack[0].shape(0), N = stack[0].shape(1);
   check(X > 0, op, "w", "have at least 1 expert", X);
   mx::Dtype dtype = check_out_dtype(op, x, out_dtype);
@@ -230,13 +231,13 @@ mx::array quantized_expert_matmul(
       dtype);
 
   auto stream = mx::to_stream({});
-  Arrays inputs = {rows_of(x, stream)};
+  Arrays inputs = {contiguous_on_gpu(x, stream)};
   for (const auto* matrix : {&stack, &up}) {
     for (const auto& a : *matrix) {
-      inputs.push_back(whole(a, stream));
+      inputs.push_back(contiguous(a, stream));
     }
   }
-  inputs.push_back(packed_on_gpu(ids, stream));
+  inputs.push_back(contiguous_on_gpu(ids, stream));
   return lazy_result(
       stream,
       QuantizedExpertMatmul{group_size, bits},

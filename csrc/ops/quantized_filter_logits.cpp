@@ -160,15 +160,15 @@ struct QuantizedFilterLogits {
     const auto& x = in[0];
     int V = in[1].shape(0);
     Args args = {};
-    args.matmul = packed_args(&in[1], x, group_size, bits);
+    args.matmul = quantized_args(&in[1], x, group_size, bits);
     args.filter = filter_args(out, V, temperature, top_p, min_p);
     args.softcap = softcap;
     Rows rows(x);
     auto plan =
         quantized_matmul_plan(x.shape(0), V, x.shape(1), group_size, bits);
     return [rows = std::move(rows),
-            edits = PackedEdits(in, 4),
-            order = packed_order(bits),
+            edits = ContiguousEdits(in, 4),
+            order = quantized_order(bits),
             plan,
             args]() mutable {
       edits.get(args.filter);
@@ -204,7 +204,7 @@ Arrays quantized_filter_logits(
     const std::optional<mx::array>& edit_factors, // [T, L]
     const std::optional<mx::array>& edit_deltas) { // [T, L]
   constexpr auto op = QuantizedFilterLogits::op;
-  check_packed(op, x, {{"", w, scales, biases}}, group_size, bits);
+  check_quantized(op, x, {{"", w, scales, biases}}, group_size, bits);
   check(x.ndim() == 2, op, "x", "have shape [T, E]", x.shape());
   check(w.shape(0) > 0, op, "w", "have at least 1 row", w.shape());
   int T = x.shape(0), V = w.shape(0);
@@ -228,13 +228,13 @@ Arrays quantized_filter_logits(
   }
   auto stream = mx::to_stream({});
   Arrays inputs = {
-      rows_of(x, stream),
-      whole(w, stream),
-      whole(scales, stream),
-      whole(biases, stream)};
+      contiguous_on_gpu(x, stream),
+      contiguous(w, stream),
+      contiguous(scales, stream),
+      contiguous(biases, stream)};
   add_edits(op, T, edit_ids, edit_factors, edit_deltas, inputs);
   for (size_t i = 4; i < inputs.size(); ++i) {
-    inputs[i] = packed_on_gpu(inputs[i], stream);
+    inputs[i] = contiguous_on_gpu(inputs[i], stream);
   }
   mx::Shape shape = {T, std::min<int>(top_k, V)};
   return lazy_results(

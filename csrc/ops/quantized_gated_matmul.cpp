@@ -66,7 +66,7 @@ struct QuantizedGatedMatmul {
       return {};
     }
     auto dtype = in[0].dtype();
-    auto launch = packed_launch(op, M, N, dtype, dtype, group_size, bits, 2);
+    auto launch = quantized_launch(op, M, N, dtype, dtype, group_size, bits, 2);
     launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
     for (std::string matrix : {"gate_", "up_"}) {
       add_matrix(launch, matrix, {N}, K, dtype, group_size, bits);
@@ -79,13 +79,13 @@ struct QuantizedGatedMatmul {
   auto task(const Arrays& in, Arrays& out) const {
     Rows rows(in[0]);
     Args args = {};
-    args.gate = packed_args(&in[1], in[0], group_size, bits);
-    args.up = packed_args(&in[4], in[0], group_size, bits);
+    args.gate = quantized_args(&in[1], in[0], group_size, bits);
+    args.up = quantized_args(&in[4], in[0], group_size, bits);
     args.out = out[0].data<void>();
     args.out_storage = storage_of(out[0].dtype());
     args.N = out[0].shape(-1);
     auto plan = plan_of(rows.count(), args.N, args.gate.K, group_size, bits);
-    return [rows = std::move(rows), plan, args, order = packed_order(bits)] {
+    return [rows = std::move(rows), plan, args, order = quantized_order(bits)] {
       run_matmul(rows, plan, args, order, columns);
     };
   }
@@ -101,7 +101,7 @@ mx::array quantized_gated_matmul(
     const mx::array& up_biases,
     Integer group_size,
     Integer bits) {
-  check_packed(
+  check_quantized(
       QuantizedGatedMatmul::op,
       x,
       {{"gate_", gate_w, gate_scales, gate_biases},
@@ -112,10 +112,10 @@ mx::array quantized_gated_matmul(
   auto stream = mx::to_stream({});
   auto shape = x.shape();
   shape.back() = gate_w.shape(0);
-  Arrays inputs = {rows_of(x, stream)};
+  Arrays inputs = {contiguous_on_gpu(x, stream)};
   for (const auto* a :
        {&gate_w, &gate_scales, &gate_biases, &up_w, &up_scales, &up_biases}) {
-    inputs.push_back(whole(*a, stream));
+    inputs.push_back(contiguous(*a, stream));
   }
   return lazy_result(
       stream,

@@ -32,7 +32,8 @@ struct QuantizedMatmul {
       return {};
     }
     auto dtype = in[0].dtype(), out_dtype = out[0].dtype();
-    auto launch = packed_launch(op, M, N, dtype, out_dtype, group_size, bits);
+    auto launch =
+        quantized_launch(op, M, N, dtype, out_dtype, group_size, bits);
     launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
     add_matrix(launch, "", {N}, K, dtype, group_size, bits);
     launch.buffers.push_back(
@@ -43,12 +44,12 @@ struct QuantizedMatmul {
 
   auto task(const Arrays& in, Arrays& out) const {
     Rows rows(in[0]);
-    auto args = packed_args(&in[1], in[0], group_size, bits);
+    auto args = quantized_args(&in[1], in[0], group_size, bits);
     args.out = out[0].data<void>();
     args.out_storage = storage_of(out[0].dtype());
     auto plan =
         quantized_matmul_plan(rows.count(), args.N, args.K, group_size, bits);
-    return [rows = std::move(rows), plan, args, order = packed_order(bits)] {
+    return [rows = std::move(rows), plan, args, order = quantized_order(bits)] {
       auto kernel = PYENGINE_PICK_KERNEL(quantized_matmul_columns);
       run_matmul(rows, plan, args, order, kernel);
     };
@@ -64,7 +65,7 @@ mx::array quantized_matmul(
     Integer bits,
     std::optional<mx::Dtype> out_dtype) {
   constexpr auto op = QuantizedMatmul::op;
-  check_packed(op, x, {{"", w, scales, biases}}, group_size, bits);
+  check_quantized(op, x, {{"", w, scales, biases}}, group_size, bits);
   mx::Dtype dtype = check_out_dtype(op, x, out_dtype);
   auto stream = mx::to_stream({});
   auto shape = x.shape();
@@ -74,10 +75,10 @@ mx::array quantized_matmul(
       QuantizedMatmul{group_size, bits},
       std::move(shape),
       dtype,
-      {rows_of(x, stream),
-       whole(w, stream),
-       whole(scales, stream),
-       whole(biases, stream)});
+      {contiguous_on_gpu(x, stream),
+       contiguous(w, stream),
+       contiguous(scales, stream),
+       contiguous(biases, stream)});
 }
 
 } // namespace

@@ -16,9 +16,9 @@ namespace pyengine::PYENGINE_ISA {
 
 namespace {
 
-constexpr int block = 64; // weights unpacked together: four times 16 lanes
+constexpr int chunk = 64; // weights unpacked together: four times 16 lanes
 
-// The block of 64 as four F32x16, in the Order (rows_cpu.h) of its bit width.
+// The chunk of 64 as four F32x16, in the Order (rows_cpu.h) of its bit width.
 template <int bits>
 PYENGINE_INLINE F32x16 unpack(const uint8_t* w, int j) {
   if constexpr (bits == 8) {
@@ -60,7 +60,7 @@ void convert(
   }
 }
 
-// The factor of each lane. Groups of 32 have two factors per block, the second
+// The factor of each lane. Groups of 32 have two factors per chunk, the second
 // `second` = 1 after the first; larger groups have one, and `second` is 0.
 template <int bits>
 PYENGINE_INLINE F32x16 spread(const float* factors, int second, int j) {
@@ -88,9 +88,9 @@ struct Cursor {
   const float* biases[columns];
 };
 
-// Adds one block of 64 to the sums.
+// Adds one chunk of 64 to the sums.
 template <int bits, int rows, int columns>
-PYENGINE_INLINE void multiply_block(
+PYENGINE_INLINE void multiply_chunk(
     const Cursor<columns>& at,
     int second,
     const float* x,
@@ -127,7 +127,7 @@ void multiply_tile(
     const Group& group,
     int m,
     int n) {
-  constexpr int block_bytes = block * bits / 8;
+  constexpr int chunk_bytes = chunk * bits / 8;
   int64_t factors = args.K / args.group_size;
   int second = args.group_size == 32 ? 1 : 0;
   int pitch = lanes * args.M;
@@ -148,28 +148,28 @@ void multiply_tile(
   F32x16 acc[rows * columns] = {};
 
   int k = 0;
-  for (; k + block <= args.K; k += block) {
-    multiply_block<bits, rows, columns>(at, second, x, pitch, acc);
-    // Groups of 128 move on with every second block.
-    int step = args.group_size == 128 ? k / block % 2 : 1 + second;
+  for (; k + chunk <= args.K; k += chunk) {
+    multiply_chunk<bits, rows, columns>(at, second, x, pitch, acc);
+    // Groups of 128 move on with every second chunk.
+    int step = args.group_size == 128 ? k / chunk % 2 : 1 + second;
     PYENGINE_UNROLL
     for (int c = 0; c < columns; ++c) {
       prefetch(at.w[c] + ahead);
-      at.w[c] += block_bytes;
+      at.w[c] += chunk_bytes;
       at.scales[c] += step;
       at.biases[c] += step;
     }
     x += 4 * pitch;
   }
   if (k < args.K) {
-    // Half a block, one group of 32, is left: x is padded with zeros already.
-    uint8_t padded[columns][block_bytes] = {};
+    // Half a chunk, one group of 32, is left: x is padded with zeros already.
+    uint8_t padded[columns][chunk_bytes] = {};
     PYENGINE_UNROLL
     for (int c = 0; c < columns; ++c) {
-      memcpy(padded[c], at.w[c], block_bytes / 2);
+      memcpy(padded[c], at.w[c], chunk_bytes / 2);
       at.w[c] = padded[c];
     }
-    multiply_block<bits, rows, columns>(at, 0, x, pitch, acc);
+    multiply_chunk<bits, rows, columns>(at, 0, x, pitch, acc);
   }
 
   float results[rows * columns];

@@ -6,9 +6,9 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/integer.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "op.h"
 #include "ops/random_uniform_cpu.h"
@@ -46,7 +46,7 @@ struct RandomUniform {
 
   auto task(const Arrays& in, Arrays& out) const {
     RandomUniformArgs args = {nullptr, out[0].data<float>(), key0, key1};
-    return [counters = Packed(in[0]),
+    return [counters = Contiguous(in[0]),
             count = int64_t(out[0].size()),
             args]() mutable {
       args.counters = static_cast<const uint32_t*>(counters.get());
@@ -84,7 +84,7 @@ mx::array random_uniform(
       RandomUniform{uint32_t(key.first.wide()), uint32_t(key.second.wide())},
       std::move(shape),
       mx::float32,
-      {packed_on_gpu(counters, stream)});
+      {contiguous_on_gpu(counters, stream)});
 }
 
 } // namespace

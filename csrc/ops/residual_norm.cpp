@@ -8,8 +8,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "cpu/storage.h"
 #include "norm_launch.h"
@@ -67,11 +67,11 @@ struct ResidualNorm {
     args.storage = storage_of(out[0].dtype());
     args.E = out[0].shape(-1);
     args.eps = eps;
-    return [h = Packed(in[0]),
-            y = Packed(in[1]),
-            weight = Packed(in[2]),
-            scalar = Packed(in[has_scalar ? 3 : 2]),
-            next_weight = Packed(in.back()),
+    return [h = Contiguous(in[0]),
+            y = Contiguous(in[1]),
+            weight = Contiguous(in[2]),
+            scalar = Contiguous(in[has_scalar ? 3 : 2]),
+            next_weight = Contiguous(in.back()),
             has_scalar = has_scalar,
             has_next = has_next,
             rows = int64_t(out[0].size()) / args.E,
@@ -121,7 +121,7 @@ Arrays residual_norm(
 
   auto stream = mx::to_stream({});
   for (auto& input : inputs) {
-    input = packed_on_gpu(input, stream);
+    input = contiguous_on_gpu(input, stream);
   }
   size_t outputs = next_weight ? 2 : 1;
   return lazy_results(

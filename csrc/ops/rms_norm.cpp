@@ -6,8 +6,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "cpu/storage.h"
 #include "norm_launch.h"
@@ -53,8 +53,8 @@ struct RmsNorm {
     args.storage = storage_of(out[0].dtype());
     args.D = out[0].shape(-1);
     args.eps = eps;
-    return [x = Packed(in[0]),
-            weight = Packed(in.back()), // x again when there is none
+    return [x = Contiguous(in[0]),
+            weight = Contiguous(in.back()), // x again when there is none
             weighted = in.size() == 2,
             rows = int64_t(out[0].size()) / args.D,
             args]() mutable {
@@ -76,11 +76,11 @@ mx::array rms_norm(
   check(x.ndim() >= 1, op, "x", "have shape [..., D]", x.shape());
   check(eps > 0, op, "eps", "be positive", eps);
   auto stream = mx::to_stream({});
-  Arrays inputs = {packed_on_gpu(x, stream)};
+  Arrays inputs = {contiguous_on_gpu(x, stream)};
   if (weight) {
     check_shape(op, "weight", *weight, {x.shape(-1)});
     check_dtype(op, "weight", *weight, x.dtype(), "have the dtype of x");
-    inputs.push_back(packed_on_gpu(*weight, stream));
+    inputs.push_back(contiguous_on_gpu(*weight, stream));
   }
   return lazy_result(
       stream, RmsNorm{eps}, x.shape(), x.dtype(), std::move(inputs));

@@ -5,9 +5,9 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/integer.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "op.h"
 #include "ops/route_experts_cpu.h"
@@ -51,8 +51,8 @@ struct RouteExperts {
     args.weights = out[1].data<float>();
     args.X = in[0].shape(1);
     args.used = used;
-    return [logits = Packed(in[0]),
-            scales = Packed(in[1]),
+    return [logits = Contiguous(in[0]),
+            scales = Contiguous(in[1]),
             rows = int64_t(in[0].shape(0)),
             args]() mutable {
       args.logits = static_cast<const float*>(logits.get());
@@ -82,7 +82,7 @@ Arrays route_experts(
       RouteExperts{used},
       {{T, used}, {T, used}},
       {mx::int32, mx::float32},
-      {packed_on_gpu(logits, stream), packed_on_gpu(scales, stream)});
+      {contiguous_on_gpu(logits, stream), contiguous_on_gpu(scales, stream)});
 }
 
 } // namespace

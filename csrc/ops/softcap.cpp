@@ -4,8 +4,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "op.h"
 #include "ops/softcap_cpu.h"
@@ -40,7 +40,7 @@ struct Softcap {
   }
 
   auto task(const Arrays& in, Arrays& out) const {
-    return [x = Packed(in[0]),
+    return [x = Contiguous(in[0]),
             to = out[0].data<float>(),
             size = int64_t(out[0].size()),
             cap = cap] {
@@ -61,7 +61,11 @@ mx::array softcap(const mx::array& x, float cap) {
   check(cap > 0, op, "cap", "be above 0", cap);
   auto stream = mx::to_stream({});
   return lazy_result(
-      stream, Softcap{cap}, x.shape(), mx::float32, {packed_on_gpu(x, stream)});
+      stream,
+      Softcap{cap},
+      x.shape(),
+      mx::float32,
+      {contiguous_on_gpu(x, stream)});
 }
 
 } // namespace

@@ -3,8 +3,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "cpu/storage.h"
 #include "op.h"
@@ -45,8 +45,8 @@ struct WeighExperts {
     args.storage = storage_of(out[0].dtype());
     args.used = in[0].shape(1);
     args.E = in[0].shape(2);
-    return [parts = Packed(in[0]),
-            weights = Packed(in[1]),
+    return [parts = Contiguous(in[0]),
+            weights = Contiguous(in[1]),
             rows = int64_t(out[0].shape(0)),
             args]() mutable {
       args.parts = static_cast<const float*>(parts.get());
@@ -85,7 +85,7 @@ mx::array weigh_experts(
       WeighExperts{},
       {parts.shape(0), parts.shape(2)},
       out_dtype,
-      {packed_on_gpu(parts, stream), packed_on_gpu(weights, stream)});
+      {contiguous_on_gpu(parts, stream), contiguous_on_gpu(weights, stream)});
 }
 
 } // namespace

@@ -4,7 +4,7 @@
 
 #include "bindings.h"
 #include "check.h"
-#include "cpu/packed.h"
+#include "cpu/contiguous.h"
 #include "op.h"
 
 namespace pyengine {
@@ -61,7 +61,7 @@ struct WriteCache {
 
   // Since it only moves bytes, it has no kernel per instruction set.
   auto task(const Arrays& in, Arrays& out) const {
-    return [packed = Packed(in[0]),
+    return [rows = Contiguous(in[0]),
             offset = in[1].data<int32_t>(),
             to = out[0].data<char>(),
             B = out[0].shape(0),
@@ -69,7 +69,7 @@ struct WriteCache {
             K = out[0].shape(1),
             C = out[0].shape(2),
             row = size_t(out[0].shape(3)) * out[0].itemsize()] {
-      auto* from = static_cast<const char*>(packed.get());
+      auto* from = static_cast<const char*>(rows.get());
       for (int b = 0; b < B; ++b) {
         for (int t = 0; t < T; ++t) {
           int slot = slot_of_row(*offset, t, C);
@@ -112,7 +112,7 @@ mx::array write_cache(
       WriteCache{},
       cache.shape(),
       cache.dtype(),
-      {packed_on_gpu(new_rows, stream), offset, cache});
+      {contiguous_on_gpu(new_rows, stream), offset, cache});
 }
 
 } // namespace
