@@ -24,12 +24,12 @@ NB_MODULE(_ext, m) {
   m.def("instruction_set", [] {
     return pyengine::instruction_sets()[pyengine::instruction_set()];
   });
-  m.def("use_instruction_set", &pyengine::use_instruction_set, nb::arg("name"));
+  m.def("use_instruction_set", &pyengine::use_instruction_set, "name"_a);
   m.def("threads", [] { return pyengine::Pool::shared().threads(); });
   m.def(
       "set_threads",
       [](int threads) { pyengine::Pool::shared().set_threads(threads); },
-      nb::arg("threads"));
+      "threads"_a);
 
   nb::class_<pyengine::Plan>(m, "Plan")
       .def_ro("slices", &pyengine::Plan::slices)

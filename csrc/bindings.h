@@ -5,6 +5,7 @@
 #include <nanobind/nanobind.h>
 
 namespace nb = nanobind;
+using namespace nb::literals; // "x"_a: an argument named x
 
 namespace pyengine {
 

@@ -34,12 +34,12 @@ inline Launch matmul_launch(
   constexpr int chunk_bytes = 256 * 4; // of one staged row
   int rows = std::clamp(M, 1, max_rows);
   int chunks = std::max(1, 8 / rows);
-  Launch launch;
-  launch.library = std::move(library);
-  launch.kernel = std::move(kernel);
+  Launch launch(
+      std::move(library),
+      std::move(kernel),
+      {tile.threadgroups(N), (M + max_rows - 1) / max_rows, 1},
+      {32 * tile.simds, 1, 1});
   launch.constants = {{0, rows}, {1, chunks}};
-  launch.grid = {tile.threadgroups(N), (M + max_rows - 1) / max_rows, 1};
-  launch.threadgroup = {32 * tile.simds, 1, 1};
   launch.threadgroup_memory = {{0, rows * chunks * chunk_bytes}};
   return launch;
 }
@@ -86,7 +86,6 @@ inline void add_matrix(
     mx::Dtype dtype,
     int group_size,
     int bits) {
-  using Role = Buffer::Role;
   mx::Shape weights = rows, factors = rows;
   weights.push_back(int(int64_t(K) * bits / 32));
   factors.push_back(K / group_size);

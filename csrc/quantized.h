@@ -28,6 +28,17 @@ inline int quantized_width(int K, int bits) {
   return int(int64_t(K) * bits / 32);
 }
 
+inline void
+check_quantisation(const char* op, Integer group_size, Integer bits) {
+  check(bits == 4 || bits == 6 || bits == 8, op, "bits", "be 4, 6 or 8", bits);
+  check(
+      group_size == 32 || group_size == 64 || group_size == 128,
+      op,
+      "group_size",
+      "be 32, 64 or 128",
+      group_size);
+}
+
 // What all ops ask of x [..., K] and of their matrices [N, ...] or, with `ndim`
 // 3, stacks [X, N, ...]. They have the shape of the first unless `own_rows`.
 inline void check_quantized(
@@ -38,13 +49,7 @@ inline void check_quantized(
     Integer bits,
     int ndim = 2,
     bool own_rows = false) {
-  check(bits == 4 || bits == 6 || bits == 8, op, "bits", "be 4, 6 or 8", bits);
-  check(
-      group_size == 32 || group_size == 64 || group_size == 128,
-      op,
-      "group_size",
-      "be 32, 64 or 128",
-      group_size);
+  check_quantisation(op, group_size, bits);
   check_storage_dtype(op, "x", x);
   check(x.ndim() >= 1, op, "x", "have at least 1 dimension", x.ndim());
   check_rows(op, "x", x);

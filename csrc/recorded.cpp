@@ -320,8 +320,8 @@ std::vector<mx::array> Recorded::operator()(
 
 void bind_recorded(nb::module_& m) {
   nb::class_<Recorded>(m, "Recorded")
-      .def(nb::init<ArrayFunction>(), nb::arg("function"))
-      .def("__call__", &Recorded::operator(), nb::arg("inputs"))
+      .def(nb::init<ArrayFunction>(), "function"_a)
+      .def("__call__", &Recorded::operator(), "inputs"_a)
       .def_prop_ro("tapes", &Recorded::tapes)
       .def_prop_ro("nodes", &Recorded::nodes);
 }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "mlx/array.h"
+#include "mlx/device.h"
 #include "mlx/ops.h"
 
 namespace pyengine {
@@ -31,8 +32,10 @@ class Contiguous {
 
   // To be called inside the task: the data of a lazy input is not there before.
   // The pointer lives as long as this object.
-  const void* get() const {
-    return gather_ ? gather_->run(data_) : data_;
+  template <typename T = void>
+  const T* get() const {
+    const void* data = gather_ ? gather_->run(data_) : data_;
+    return static_cast<const T*>(data);
   }
 
  private:
@@ -80,14 +83,21 @@ class Contiguous {
 // The same as an array, for what reads an input where it lies: the graph gets
 // the node unless the input is known to be contiguous, as weights are that
 // nobody sliced.
-inline mx::array contiguous(const mx::array& a, mx::Stream stream) {
+inline mx::array made_contiguous(const mx::array& a) {
   bool known = a.is_available() && a.flags().row_contiguous;
-  return known ? a : mx::contiguous(a, false, stream);
+  return known ? a : mx::contiguous(a);
 }
 
 // Metal kernels read every input where it lies, processor kernels only some.
-inline mx::array contiguous_on_gpu(const mx::array& a, mx::Stream stream) {
-  return stream.device == mx::Device::cpu ? a : contiguous(a, stream);
+inline mx::array contiguous_on_gpu(const mx::array& a) {
+  return mx::default_device() == mx::Device::cpu ? a : made_contiguous(a);
+}
+
+inline std::vector<mx::array> contiguous_on_gpu(std::vector<mx::array> inputs) {
+  for (auto& input : inputs) {
+    input = contiguous_on_gpu(input);
+  }
+  return inputs;
 }
 
 } // namespace pyengine

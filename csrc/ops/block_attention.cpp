@@ -266,9 +266,8 @@ class SliceLaunches {
   }
 
   Launch fold() const {
-    Launch launch = kernel("fold");
-    launch.grid = {R_, B_ * params_.K, 1};
-    launch.threadgroup = {round_up(params_.D / 4, 32), 1, 1};
+    auto launch =
+        kernel("fold", {R_, B_ * params_.K, 1}, round_up(params_.D / 4, 32));
     launch.buffers = {
         offset(),
         value_list(Role::in),
@@ -284,8 +283,6 @@ class SliceLaunches {
   }
 
  private:
-  using Role = Buffer::Role;
-
   int itemsize() const {
     return int(mx::size_of(dtype_));
   }
@@ -294,19 +291,20 @@ class SliceLaunches {
     return pieces(params_.rows, score_rows);
   }
 
-  Launch kernel(const char* name) const {
-    Launch launch;
-    launch.library = "block_attention";
-    launch.kernel = launch.library + "_" + name + "_" + dtype_name(dtype_);
-    return launch;
+  // Without buffers.
+  Launch kernel(const char* name, std::array<int, 3> grid, int threads) const {
+    std::string library = "block_attention";
+    auto host_name = library + "_" + name + "_" + dtype_name(dtype_);
+    return {library, host_name, grid, {threads, 1, 1}};
   }
 
-  // Scores or values, without buffers: so many threadgroups per tile of rows.
+  // Scores or values: so many threadgroups per tile of rows.
   Launch stage(const char* name, int groups, int simds) const {
-    Launch launch = kernel(name);
+    auto launch = kernel(
+        name,
+        {groups, B_ * params_.K, pieces(R_, tile_rows)},
+        32 * std::max(simds, loading_simds));
     launch.constants = {{0, has_start_}};
-    launch.grid = {groups, B_ * params_.K, pieces(R_, tile_rows)};
-    launch.threadgroup = {32 * std::max(simds, loading_simds), 1, 1};
     return launch;
   }
 
@@ -455,10 +453,7 @@ mx::array block_attention(
   if (K == 0 || H % K != 0) {
     fail(op, "H", "be a multiple of K " + std::to_string(K), H);
   }
-  if (T > C) {
-    fail(op, "T", "be at most the capacity " + std::to_string(C), T);
-  }
-  check_offset(op, offset, T);
+  check_block(op, offset, T, C);
   if (window) {
     check(
         window->wide() >= 1 && window->wide() <= INT32_MAX,
@@ -477,8 +472,7 @@ mx::array block_attention(
       fail(op, "C", rule, C);
     }
   }
-  auto stream = mx::to_stream({});
-  Arrays inputs = {contiguous_on_gpu(q, stream), k, offset};
+  Arrays inputs = {contiguous_on_gpu(q), k, offset};
   if (start) {
     check_shape(op, "start", *start, {});
     check_dtype(op, "start", *start, mx::int32, "be int32");
@@ -486,11 +480,7 @@ mx::array block_attention(
   }
   inputs.push_back(v);
   return lazy_result(
-      stream,
-      BlockAttention{scale, window},
-      q.shape(),
-      q.dtype(),
-      std::move(inputs));
+      BlockAttention{scale, window}, q.shape(), q.dtype(), std::move(inputs));
 }
 
 } // namespace
@@ -499,22 +489,22 @@ void bind_block_attention(nb::module_& m) {
   m.def(
       "block_attention",
       &block_attention,
-      nb::arg("q"),
-      nb::arg("k"),
-      nb::arg("v"),
-      nb::arg("offset"),
-      nb::arg("scale"),
-      nb::arg("window").none(),
-      nb::arg("start").none());
+      "q"_a,
+      "k"_a,
+      "v"_a,
+      "offset"_a,
+      "scale"_a,
+      "window"_a.none(),
+      "start"_a.none());
   m.def(
       "block_attention_plan",
       &block_attention_plan,
-      nb::arg("B"),
-      nb::arg("T"),
-      nb::arg("H"),
-      nb::arg("K"),
-      nb::arg("C"),
-      nb::arg("D"));
+      "B"_a,
+      "T"_a,
+      "H"_a,
+      "K"_a,
+      "C"_a,
+      "D"_a);
 }
 
 } // namespace pyengine

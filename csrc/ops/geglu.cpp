@@ -20,18 +20,13 @@ struct Geglu {
   bool operator==(const Geglu&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     if (!fits_grid(out[0].size())) {
       return {};
     }
-    constexpr int threads = 256;
     int size = int(out[0].size());
     auto dtype = out[0].dtype();
-    Launch launch;
-    launch.library = op;
-    launch.kernel = std::string(op) + "_" + dtype_name(dtype);
-    launch.grid = {(size - 1) / threads + 1, 1, 1};
-    launch.threadgroup = {threads, 1, 1};
+    auto launch =
+        elementwise_launch(op, std::string(op) + "_" + dtype_name(dtype), size);
     launch.buffers = {
         Buffer::array(Role::in, "gate", {size}, dtype),
         Buffer::array(Role::in, "up", {size}, dtype),
@@ -64,19 +59,17 @@ mx::array geglu(const mx::array& gate, const mx::array& up) {
   check_storage_dtype(op, "gate", gate);
   check_shape(op, "up", up, gate.shape());
   check_dtype(op, "up", up, gate.dtype(), "have the dtype of gate");
-  auto stream = mx::to_stream({});
   return lazy_result(
-      stream,
       Geglu{},
       gate.shape(),
       gate.dtype(),
-      {contiguous_on_gpu(gate, stream), contiguous_on_gpu(up, stream)});
+      {contiguous_on_gpu(gate), contiguous_on_gpu(up)});
 }
 
 } // namespace
 
 void bind_geglu(nb::module_& m) {
-  m.def("geglu", &geglu, nb::arg("gate"), nb::arg("up"));
+  m.def("geglu", &geglu, "gate"_a, "up"_a);
 }
 
 } // namespace pyengine

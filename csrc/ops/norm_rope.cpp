@@ -22,7 +22,6 @@ struct NormRope {
   bool operator==(const NormRope&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     auto shape = out[0].shape(); // [B, T, H, D]
     auto dtype = out[0].dtype();
     int B = shape[0], T = shape[1], H = shape[2], D = shape[3];
@@ -56,12 +55,10 @@ struct NormRope {
             args]() mutable {
       args.x = x.get();
       args.weight = weight.get();
-      args.inv_freq = static_cast<const float*>(inv_freq.get());
+      args.inv_freq = inv_freq.get<float>();
       args.offset = *offset;
-      split_rows(
-          rows, int64_t(args.H) * args.D, [&](int64_t begin, int64_t end) {
-            PYENGINE_PICK_KERNEL(norm_rope_rows)(args, begin, end);
-          });
+      int64_t width = int64_t(args.H) * args.D;
+      split_rows(rows, width, PYENGINE_PICK_KERNEL(norm_rope_rows), args);
     };
   }
 };
@@ -88,16 +85,14 @@ mx::array norm_rope(
   check_shape(op, "inv_freq", inv_freq, {D / 2});
   check_dtype(op, "inv_freq", inv_freq, mx::float32, "be float32");
   check(eps > 0, op, "eps", "be positive", eps);
-  auto stream = mx::to_stream({});
   return lazy_result(
-      stream,
       NormRope{eps},
       x.shape(),
       x.dtype(),
-      {contiguous_on_gpu(x, stream),
-       contiguous_on_gpu(weight, stream),
+      {contiguous_on_gpu(x),
+       contiguous_on_gpu(weight),
        offset,
-       contiguous_on_gpu(inv_freq, stream)});
+       contiguous_on_gpu(inv_freq)});
 }
 
 } // namespace
@@ -106,11 +101,11 @@ void bind_norm_rope(nb::module_& m) {
   m.def(
       "norm_rope",
       &norm_rope,
-      nb::arg("x"),
-      nb::arg("weight"),
-      nb::arg("offset"),
-      nb::arg("inv_freq"),
-      nb::arg("eps"));
+      "x"_a,
+      "weight"_a,
+      "offset"_a,
+      "inv_freq"_a,
+      "eps"_a);
 }
 
 } // namespace pyengine

@@ -122,7 +122,6 @@ struct QuantizedExpertMatmul {
   }
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     const auto& x = in[0];
     int T = out[0].shape(0), U = out[0].shape(1), N = out[0].shape(2);
     int X = in[1].shape(0), K = x.shape(-1);
@@ -171,7 +170,7 @@ struct QuantizedExpertMatmul {
     args.order = quantized_order(bits);
     return
         [rows = std::move(rows), ids = Contiguous(in.back()), args]() mutable {
-          args.ids = static_cast<const int32_t*>(ids.get());
+          args.ids = ids.get<int32_t>();
           auto groups = group_pairs(args);
           spoil(args, groups.back());
           for (int expert = 0; expert < args.experts; ++expert) {
@@ -230,16 +229,14 @@ mx::array quantized_expert_matmul(
       "be the dtype of x where up is given",
       dtype);
 
-  auto stream = mx::to_stream({});
-  Arrays inputs = {contiguous_on_gpu(x, stream)};
+  Arrays inputs = {contiguous_on_gpu(x)};
   for (const auto* matrix : {&stack, &up}) {
     for (const auto& a : *matrix) {
-      inputs.push_back(contiguous(a, stream));
+      inputs.push_back(made_contiguous(a));
     }
   }
-  inputs.push_back(contiguous_on_gpu(ids, stream));
+  inputs.push_back(contiguous_on_gpu(ids));
   return lazy_result(
-      stream,
       QuantizedExpertMatmul{group_size, bits},
       {T, U, N},
       dtype,
@@ -252,13 +249,13 @@ void bind_quantized_expert_matmul(nb::module_& m) {
   m.def(
       "quantized_expert_matmul",
       &quantized_expert_matmul,
-      nb::arg("x"),
-      nb::arg("stack"),
-      nb::arg("up"),
-      nb::arg("ids"),
-      nb::arg("group_size"),
-      nb::arg("bits"),
-      nb::arg("out_dtype").none());
+      "x"_a,
+      "stack"_a,
+      "up"_a,
+      "ids"_a,
+      "group_size"_a,
+      "bits"_a,
+      "out_dtype"_a.none());
 }
 
 } // namespace pyengine

@@ -59,7 +59,6 @@ struct QuantizedGatedMatmul {
   bool operator==(const QuantizedGatedMatmul&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     int N = out[0].shape(-1), K = in[0].shape(-1);
     int M = int(out[0].size() / N);
     if (M > max_launch_rows) {
@@ -109,16 +108,14 @@ mx::array quantized_gated_matmul(
       group_size,
       bits);
 
-  auto stream = mx::to_stream({});
   auto shape = x.shape();
   shape.back() = gate_w.shape(0);
-  Arrays inputs = {contiguous_on_gpu(x, stream)};
+  Arrays inputs = {contiguous_on_gpu(x)};
   for (const auto* a :
        {&gate_w, &gate_scales, &gate_biases, &up_w, &up_scales, &up_biases}) {
-    inputs.push_back(contiguous(*a, stream));
+    inputs.push_back(made_contiguous(*a));
   }
   return lazy_result(
-      stream,
       QuantizedGatedMatmul{group_size, bits},
       std::move(shape),
       x.dtype(),
@@ -131,15 +128,15 @@ void bind_quantized_gated_matmul(nb::module_& m) {
   m.def(
       "quantized_gated_matmul",
       &quantized_gated_matmul,
-      nb::arg("x"),
-      nb::arg("gate_w"),
-      nb::arg("gate_scales"),
-      nb::arg("gate_biases"),
-      nb::arg("up_w"),
-      nb::arg("up_scales"),
-      nb::arg("up_biases"),
-      nb::arg("group_size"),
-      nb::arg("bits"));
+      "x"_a,
+      "gate_w"_a,
+      "gate_scales"_a,
+      "gate_biases"_a,
+      "up_w"_a,
+      "up_scales"_a,
+      "up_biases"_a,
+      "group_size"_a,
+      "bits"_a);
 }
 
 } // namespace pyengine

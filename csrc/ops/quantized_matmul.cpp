@@ -25,7 +25,6 @@ struct QuantizedMatmul {
   bool operator==(const QuantizedMatmul&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     int N = out[0].shape(-1), K = in[0].shape(-1);
     int M = int(out[0].size() / N);
     if (M > max_launch_rows) {
@@ -67,18 +66,16 @@ mx::array quantized_matmul(
   constexpr auto op = QuantizedMatmul::op;
   check_quantized(op, x, {{"", w, scales, biases}}, group_size, bits);
   mx::Dtype dtype = check_out_dtype(op, x, out_dtype);
-  auto stream = mx::to_stream({});
   auto shape = x.shape();
   shape.back() = w.shape(0);
   return lazy_result(
-      stream,
       QuantizedMatmul{group_size, bits},
       std::move(shape),
       dtype,
-      {contiguous_on_gpu(x, stream),
-       contiguous(w, stream),
-       contiguous(scales, stream),
-       contiguous(biases, stream)});
+      {contiguous_on_gpu(x),
+       made_contiguous(w),
+       made_contiguous(scales),
+       made_contiguous(biases)});
 }
 
 } // namespace
@@ -87,21 +84,21 @@ void bind_quantized_matmul(nb::module_& m) {
   m.def(
       "quantized_matmul",
       &quantized_matmul,
-      nb::arg("x"),
-      nb::arg("w"),
-      nb::arg("scales"),
-      nb::arg("biases"),
-      nb::arg("group_size"),
-      nb::arg("bits"),
-      nb::arg("out_dtype").none());
+      "x"_a,
+      "w"_a,
+      "scales"_a,
+      "biases"_a,
+      "group_size"_a,
+      "bits"_a,
+      "out_dtype"_a.none());
   m.def(
       "quantized_matmul_plan",
       &quantized_matmul_plan,
-      nb::arg("M"),
-      nb::arg("N"),
-      nb::arg("K"),
-      nb::arg("group_size"),
-      nb::arg("bits"));
+      "M"_a,
+      "N"_a,
+      "K"_a,
+      "group_size"_a,
+      "bits"_a);
 }
 
 } // namespace pyengine

@@ -47,7 +47,6 @@ struct QuantizedMatmuls {
   bool operator==(const QuantizedMatmuls&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     constexpr const char* names[] = {"first_", "second_", "third_"};
     int K = in[0].shape(-1);
     size_t size = 0, width = 0;
@@ -122,18 +121,16 @@ Arrays quantized_matmuls(
   }
   check_quantized(op, x, quantized, group_size, bits, 2, true);
 
-  auto stream = mx::to_stream({});
-  Arrays inputs = {contiguous_on_gpu(x, stream)};
+  Arrays inputs = {contiguous_on_gpu(x)};
   std::vector<mx::Shape> shapes;
   for (const auto& matrix : matrices) {
     for (const auto& a : matrix) {
-      inputs.push_back(contiguous(a, stream));
+      inputs.push_back(made_contiguous(a));
     }
     shapes.push_back(x.shape());
     shapes.back().back() = matrix[0].shape(0);
   }
   return lazy_results(
-      stream,
       QuantizedMatmuls{group_size, bits},
       std::move(shapes),
       std::vector<mx::Dtype>(matrices.size(), x.dtype()),
@@ -146,10 +143,10 @@ void bind_quantized_matmuls(nb::module_& m) {
   m.def(
       "quantized_matmuls",
       &quantized_matmuls,
-      nb::arg("x"),
-      nb::arg("matrices"),
-      nb::arg("group_size"),
-      nb::arg("bits"));
+      "x"_a,
+      "matrices"_a,
+      "group_size"_a,
+      "bits"_a);
 }
 
 } // namespace pyengine

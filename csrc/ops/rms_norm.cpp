@@ -25,7 +25,6 @@ struct RmsNorm {
   bool operator==(const RmsNorm&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     int D = out[0].shape(-1);
     if (!norm_fits(D)) {
       return {};
@@ -60,9 +59,7 @@ struct RmsNorm {
             args]() mutable {
       args.x = x.get();
       args.weight = weighted ? weight.get() : nullptr;
-      split_rows(rows, args.D, [&](int64_t begin, int64_t end) {
-        PYENGINE_PICK_KERNEL(rms_norm_rows)(args, begin, end);
-      });
+      split_rows(rows, args.D, PYENGINE_PICK_KERNEL(rms_norm_rows), args);
     };
   }
 };
@@ -75,26 +72,19 @@ mx::array rms_norm(
   check_storage_dtype(op, "x", x);
   check(x.ndim() >= 1, op, "x", "have shape [..., D]", x.shape());
   check(eps > 0, op, "eps", "be positive", eps);
-  auto stream = mx::to_stream({});
-  Arrays inputs = {contiguous_on_gpu(x, stream)};
+  Arrays inputs = {contiguous_on_gpu(x)};
   if (weight) {
     check_shape(op, "weight", *weight, {x.shape(-1)});
     check_dtype(op, "weight", *weight, x.dtype(), "have the dtype of x");
-    inputs.push_back(contiguous_on_gpu(*weight, stream));
+    inputs.push_back(contiguous_on_gpu(*weight));
   }
-  return lazy_result(
-      stream, RmsNorm{eps}, x.shape(), x.dtype(), std::move(inputs));
+  return lazy_result(RmsNorm{eps}, x.shape(), x.dtype(), std::move(inputs));
 }
 
 } // namespace
 
 void bind_rms_norm(nb::module_& m) {
-  m.def(
-      "rms_norm",
-      &rms_norm,
-      nb::arg("x"),
-      nb::arg("weight").none(),
-      nb::arg("eps"));
+  m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a);
 }
 
 } // namespace pyengine
