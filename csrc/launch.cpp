@@ -166,8 +166,8 @@ MTL::Size size_of(const std::array<int, 3>& size) {
 void run_one(
     const Launch& launch,
     const mx::Stream& stream,
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
+    const Arrays& inputs,
+    Arrays& outputs) {
   auto& device = mx::metal::device(stream.device);
   auto& encoder = mx::metal::get_command_encoder(stream);
   encoder.set_compute_pipeline_state(pipeline(launch, device));
@@ -205,32 +205,11 @@ void run_one(
 
 } // namespace
 
-#else
-
-namespace {
-
-mx::array temporary(const Buffer& buffer, const mx::Stream&) {
-  return mx::array(buffer.shape, buffer.dtype, nullptr, {});
-}
-
-void run_one(
-    const Launch& launch,
-    const mx::Stream&,
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[" + launch.library + "] was built without Metal; use mx.cpu.");
-}
-
-} // namespace
-
-#endif
-
 void run_on_gpu(
     const std::vector<Launch>& launches,
     const mx::Stream& stream,
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
+    const Arrays& inputs,
+    Arrays& outputs) {
   auto arguments = arguments_of(launches);
   if (inputs.size() != arguments.read.size() ||
       outputs.size() != arguments.written.size()) {
@@ -255,7 +234,7 @@ void run_on_gpu(
     return known.back().second;
   };
   for (const auto& launch : launches) {
-    std::vector<mx::array> read, written;
+    Arrays read, written;
     for (const auto& buffer : launch.buffers) {
       if (buffer.role != Role::bytes) {
         bool reads = buffer.role == Role::in;
@@ -265,6 +244,19 @@ void run_on_gpu(
     run_one(launch, stream, read, written);
   }
 }
+
+#else
+
+void run_on_gpu(
+    const std::vector<Launch>& launches,
+    const mx::Stream&,
+    const Arrays&,
+    Arrays&) {
+  throw std::runtime_error(
+      "[" + launches[0].library + "] was built without Metal; use mx.cpu.");
+}
+
+#endif
 
 namespace {
 

@@ -91,7 +91,7 @@ Arguments arguments_of(const std::vector<Launch>& launches);
 void run_on_gpu(
     const std::vector<Launch>& launches,
     const mx::Stream& stream,
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs);
+    const Arrays& inputs,
+    Arrays& outputs);
 
 } // namespace pyengine

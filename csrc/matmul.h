@@ -167,13 +167,8 @@ void run_matmul(
       plan,
       args.N,
       order,
-      [&](int first,
-          int count,
-          const float* x,
-          int begin,
-          int end,
-          float* own) {
-        kernel(at_rows(args, first, count, x), begin, end, own);
+      [&](int first, int count, const float* x, auto... columns) {
+        kernel(at_rows(args, first, count, x), columns...);
       });
 }
 

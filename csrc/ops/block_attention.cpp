@@ -88,51 +88,32 @@ size_t scratch_size(int64_t R, int64_t D, int64_t states) {
   return size_t(R * D + states * attention_state_size(R, D));
 }
 
-// One piece, its spans one after the other.
-void attend(const BlockAttentionArgs& args, const AttentionRows& rows) {
-  int R = rows.positions * (args.H / args.K);
-  float* q32 = scratch(scratch_size(R, args.D, 2));
-  float* total = q32 + size_t(R) * args.D;
-  float* next = total + attention_state_size(R, args.D);
-
-  PYENGINE_PICK_KERNEL(attention_load)(args, rows, q32);
-  auto [first, last] = spans_of(args, rows);
-  auto over_span = PYENGINE_PICK_KERNEL(attention_over_span);
-  over_span(args, rows, q32, first, total);
-  for (int64_t span = first + 1; span <= last; ++span) {
-    over_span(args, rows, q32, span, next);
-    PYENGINE_PICK_KERNEL(attention_fold)(R, args.D, total, next);
-  }
-  PYENGINE_PICK_KERNEL(attention_finish)(args, rows, total);
-}
-
-// One piece, a wave of its spans at a time: for few heads and a long cache.
-// Spans are folded in the order of `attend`, so the bits are the same.
-void attend_in_waves(
+// One piece, a wave of its spans at a time, which share the threads: for few
+// heads and a long cache. Spans are folded in their order, whatever the wave.
+void attend(
     const BlockAttentionArgs& args,
-    const AttentionRows& rows) {
+    const AttentionRows& rows,
+    int wave) {
   int R = rows.positions * (args.H / args.K);
   size_t state_size = attention_state_size(R, args.D);
-  int wave = 2 * Pool::shared().threads();
   float* q32 = scratch(scratch_size(R, args.D, wave + 1));
   float* total = q32 + size_t(R) * args.D;
   float* states = total + state_size;
 
   PYENGINE_PICK_KERNEL(attention_load)(args, rows, q32);
-  auto [first, last] = spans_of(args, rows);
-  for (int64_t span = first; span <= last; span += wave) {
-    int count = int(std::min<int64_t>(wave, last - span + 1));
+  auto [oldest, newest] = spans_of(args, rows);
+  auto state_of = [=, first = oldest](int64_t span) {
+    return span == first ? total : states + span % wave * state_size;
+  };
+  for (int64_t span = oldest; span <= newest; span += wave) {
+    int count = int(std::min<int64_t>(wave, newest - span + 1));
     Pool::shared().run(count, [&](int i) {
       PYENGINE_PICK_KERNEL(attention_over_span)
-      (args, rows, q32, span + i, states + i * state_size);
+      (args, rows, q32, span + i, state_of(span + i));
     });
-    for (int i = 0; i < count; ++i) {
-      float* next = states + i * state_size;
-      if (span == first && i == 0) {
-        std::copy_n(next, state_size, total);
-      } else {
-        PYENGINE_PICK_KERNEL(attention_fold)(R, args.D, total, next);
-      }
+    for (int64_t next = std::max(span, oldest + 1); next < span + count;
+         ++next) {
+      PYENGINE_PICK_KERNEL(attention_fold)(R, args.D, total, state_of(next));
     }
   }
   PYENGINE_PICK_KERNEL(attention_finish)(args, rows, total);
@@ -149,7 +130,7 @@ void run(const BlockAttentionArgs& args, const Plan& plan, int B) {
   }
   int64_t needed = std::min(args.offset, args.window - 1) + args.T;
   int pieces = plan.slices * plan.groups;
-  auto piece = [&](int i) { attend(args, rows_of(args, plan.groups, i)); };
+  auto piece = [&](int i) { attend(args, rows_of(args, plan.groups, i), 1); };
   // The plan counts the whole capacity, of which little may be in use.
   int64_t work = plan.work / args.C * needed * plan.slices;
   int threads = Pool::shared().threads();
@@ -157,7 +138,7 @@ void run(const BlockAttentionArgs& args, const Plan& plan, int B) {
     Pool::shared().run(pieces, piece);
   } else if (threads > 1 && pieces < threads && work >= work_worth_waves) {
     for (int i = 0; i < pieces; ++i) {
-      attend_in_waves(args, rows_of(args, plan.groups, i));
+      attend(args, rows_of(args, plan.groups, i), 2 * threads);
     }
   } else {
     for (int i = 0; i < pieces; ++i) {

@@ -179,7 +179,7 @@ struct QuantizedFilterLogits {
   }
 };
 
-// As filter_logits.h, n at most 256.
+// As filter_logits, n at most 256.
 Arrays quantized_filter_logits(
     const mx::array& x, // [T, E]
     const mx::array& w, // [V, E * bits / 32]

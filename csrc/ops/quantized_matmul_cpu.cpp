@@ -9,8 +9,9 @@
 
 #include "ops/quantized_matmul_cpu.h"
 
+#include "cpu/lanes.h"
 #include "cpu/rows_cpu.h"
-#include "cpu/simd.h"
+#include "cpu/tiles.h"
 
 namespace pyengine::PYENGINE_ISA {
 
@@ -40,24 +41,12 @@ void convert(
     int64_t first,
     int64_t count,
     float* to) {
-  auto copy = [&](auto values) {
-    int64_t i = 0;
-    for (; i + lanes <= count; i += lanes) {
-      store(to + i, load(values + first + i));
-    }
-    if (i < count) {
-      int rest = int(count - i);
-      store(to + i, load(values + first + i, rest), rest);
-    }
-  };
-  switch (storage) {
-    case Storage::float32:
-      return copy(static_cast<const float*>(from));
-    case Storage::float16:
-      return copy(static_cast<const Half*>(from));
-    case Storage::bfloat16:
-      return copy(static_cast<const BFloat*>(from));
-  }
+  with_storage(storage, [&]<typename T>(T*) {
+    auto* values = static_cast<const T*>(from) + first;
+    for_lanes(count, [&](int64_t i, int some) {
+      store_some(to + i, load_some(values + i, some), some);
+    });
+  });
 }
 
 // The factor of each lane. Groups of 32 have two factors per chunk, the second
@@ -106,15 +95,7 @@ PYENGINE_INLINE void multiply_chunk(
               spread<bits>(at.scales[c], second, j),
               spread<bits>(at.biases[c], second, j));
     }
-    PYENGINE_UNROLL
-    for (int r = 0; r < rows; ++r) {
-      F32x16 values = load(x + lanes * r);
-      pin(values);
-      PYENGINE_UNROLL
-      for (int c = 0; c < columns; ++c) {
-        acc[r * columns + c] = fma(values, weights[c], acc[r * columns + c]);
-      }
-    }
+    multiply_step<rows, columns>(weights, x, acc);
     x += pitch;
   }
 }
@@ -184,27 +165,11 @@ void multiply_tile(
   }
 }
 
-// Accumulators fill the registers: 16 of 32 for AVX-512, 8 of 16 for AVX2.
-constexpr int tile_rows = native == 16 ? 8 : 4;
-constexpr int tile_columns(int rows) {
-  return native == 16 ? (rows <= 4 ? 4 : 2) : native == 8 && rows <= 2 ? 2 : 1;
-}
-
 template <int bits>
 void multiply(const QuantizedMatmulArgs& args, const Group& group) {
-  // Rows beyond one tile read the group's weights again, from the cache.
-  int tiles = (args.M + tile_rows - 1) / tile_rows;
-  for (int tile = 0; tile < tiles; ++tile) {
-    int m = args.M * tile / tiles;
-    int rows = args.M * (tile + 1) / tiles - m;
-    with_constant<tile_rows>(rows, [&](auto constant) {
-      constexpr int tall = constant.value;
-      constexpr int wide = tile_columns(tall);
-      for (int n = group.begin; n < group.end; n += wide) {
-        multiply_tile<bits, tall, wide>(args, group, m, n);
-      }
-    });
-  }
+  for_tiles(args.M, group.begin, group.end, [&](auto tile, int m, int n) {
+    multiply_tile<bits, tile.rows, tile.columns>(args, group, m, n);
+  });
 }
 
 } // namespace
@@ -242,11 +207,7 @@ void quantized_matmul_columns(
     int end,
     float* scratch) {
   quantized_matmul_sums(args, begin, end, scratch);
-  int columns = end - begin;
-  for (int m = 0; m < args.M; ++m) {
-    int64_t at = int64_t(m) * args.N + begin;
-    store(args.out, args.out_storage, at, scratch + m * columns, columns);
-  }
+  store_columns(args, begin, end, scratch);
 }
 
 } // namespace pyengine::PYENGINE_ISA
