@@ -137,8 +137,8 @@ void run_slices(
     int N,
     Order order,
     const Work& work) {
-  static thread_local Scratch shared;
-  float* x = shared.floats(plan.scratch);
+  static thread_local Scratch of_slice;
+  float* x = of_slice.floats(plan.scratch);
   for (int slice = 0; slice < plan.slices; ++slice) {
     int first = slice * max_rows;
     int count = std::min(rows.count() - first, max_rows);
@@ -146,10 +146,10 @@ void run_slices(
       rows.load(first + row, order, count, x + 16 * row);
     }
     run_groups(plan, [&](int group) {
-      static thread_local Scratch own;
+      static thread_local Scratch of_group;
       int begin = group * plan.columns;
       int end = std::min(begin + plan.columns, N);
-      work(first, count, x, begin, end, own.floats(plan.group_scratch));
+      work(first, count, x, begin, end, of_group.floats(plan.group_scratch));
     });
   }
 }

@@ -20,8 +20,8 @@
 // An op that writes into the memory of its inputs has two more:
 //
 //     void share(const Arrays& in, Arrays& out) const; // copy_shared_buffer
-//     bool empty(const Arrays& in, const Arrays& out) const; // nothing to
-//     write
+//     // Whether there is nothing to write.
+//     bool empty(const Arrays& in, const Arrays& out) const;
 
 #include <algorithm>
 #include <memory>

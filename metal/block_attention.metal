@@ -520,12 +520,12 @@ template <typename T>
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      Range own = any.within(part_begin, part_end);
+      Range in_tile = any.within(part_begin, part_end);
       auto quads = (const threadgroup float4*)weights;
-      if (all.begin <= own.begin && own.end <= all.end) {
-        weigh<true>(values, quads, tile, own, seen_by, lane);
+      if (all.begin <= in_tile.begin && in_tile.end <= all.end) {
+        weigh<true>(values, quads, tile, in_tile, seen_by, lane);
       } else {
-        weigh<false>(values, quads, tile, own, seen_by, lane);
+        weigh<false>(values, quads, tile, in_tile, seen_by, lane);
       }
     }
   }

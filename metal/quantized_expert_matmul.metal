@@ -16,8 +16,7 @@
 using namespace pyengine;
 
 constant bool gated [[function_constant(4)]];
-constant bool shared
-    [[function_constant(5)]]; // one row of x for all of a token
+constant bool one_row [[function_constant(5)]]; // of x for all of a token
 
 // The rows that chose this expert: numbers of (token, slot) pairs from `first`
 // on.
@@ -131,7 +130,7 @@ template <typename T, ushort bits>
   // More than launch_rows pairs come only from ids that name an expert twice.
   for (uint start = 0; start < found; start += launch_rows) {
     ushort rows = min(found - start, uint(launch_rows));
-    Listed rows_of = {listed + start, token * slots, rows, shared ? slots : 1};
+    Listed rows_of = {listed + start, token * slots, rows, one_row ? slots : 1};
     Sums sums = {};
     multiply_columns<T, bits>(
         sums,

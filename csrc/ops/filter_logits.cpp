@@ -73,10 +73,10 @@ struct FilterLogits {
       int V = args.filter.V;
       bool sorts = args.filter.count > max_candidates;
       split_rows(rows, V, [&](int64_t begin, int64_t end) {
-        auto own = args;
+        auto with_scratch = args;
         std::vector<SortKey> scratch(sorts ? 2 * size_t(V) : 0);
-        own.scratch = scratch.data();
-        PYENGINE_PICK_KERNEL(filter_logits_rows)(own, begin, end);
+        with_scratch.scratch = scratch.data();
+        PYENGINE_PICK_KERNEL(filter_logits_rows)(with_scratch, begin, end);
       });
     };
   }

@@ -63,14 +63,14 @@ void run_expert(
     int expert,
     const int* pairs,
     int count) {
-  static thread_local Scratch shared;
+  static thread_local Scratch of_slice;
   int K = args.matrix.K;
   Plan plan = matmul_plan(
       count,
       args.N,
       K,
       (args.gated ? 2 : 1) * (int64_t(K) * args.matrix.bits / 8));
-  float* x = shared.floats(plan.scratch);
+  float* x = of_slice.floats(plan.scratch);
   for (int m = 0; m < count; ++m) {
     rows.load(pairs[m] / args.per_row, args.order, count, x + 16 * m);
   }
@@ -84,10 +84,10 @@ void run_expert(
   auto up = args.gated ? matrix_of(args.up) : matrix;
   size_t size = matrix.out_storage == Storage::float32 ? 4 : 2;
   run_groups(plan, [&](int group) {
-    static thread_local Scratch own;
+    static thread_local Scratch of_group;
     int begin = group * plan.columns;
     int columns = std::min(begin + plan.columns, args.N) - begin;
-    float* sums = own.floats(
+    float* sums = of_group.floats(
         gated_scratch(count, columns, K, matrix.group_size, args.gated));
     if (args.gated) {
       gated_columns(matrix, up, begin, begin + columns, sums, sums);
@@ -129,13 +129,13 @@ struct QuantizedExpertMatmul {
       return {};
     }
     bool gated = is_gated(in);
-    bool shared = x.ndim() == 2; // one row of x for all experts of a token
+    bool one_row = x.ndim() == 2; // of x for all experts of a token
     auto dtype = x.dtype(), out_dtype = out[0].dtype();
     auto launch = quantized_launch(
         op, T, N, dtype, out_dtype, group_size, bits, gated ? 2 : 1);
     launch.grid = {launch.grid[0], X, launch.grid[1]};
     launch.constants[4] = gated;
-    launch.constants[5] = shared;
+    launch.constants[5] = one_row;
     // The pairs of 16 tokens and their number, in whole 16 bytes.
     int list = 2 * (max_rows * U + 1);
     launch.threadgroup_memory.emplace_back(2, (list + 15) / 16 * 16);

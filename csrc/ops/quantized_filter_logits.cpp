@@ -35,8 +35,8 @@ void run_slice(const Plan& plan, const Args& args) {
   std::vector<Kept> kept(size_t(heaps) * M);
   std::atomic<int> next{0};
   pool.run(heaps, [&](int heap) {
-    static thread_local Scratch own;
-    float* scratch = own.floats(plan.group_scratch);
+    static thread_local Scratch of_group;
+    float* scratch = of_group.floats(plan.group_scratch);
     for (int group; (group = next.fetch_add(1)) < plan.groups;) {
       int begin = group * plan.columns;
       int end = std::min(begin + plan.columns, V);
@@ -164,8 +164,8 @@ struct QuantizedFilterLogits {
             plan,
             args]() mutable {
       edits.get(args.filter);
-      static thread_local Scratch shared;
-      float* x = shared.floats(plan.scratch);
+      static thread_local Scratch of_slice;
+      float* x = of_slice.floats(plan.scratch);
       args.matmul.x = x;
       for (int slice = 0; slice < plan.slices; ++slice) {
         args.first = slice * max_rows;
