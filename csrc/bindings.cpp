@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bind_ops.h"
 #include "built_from.h"
 #include "cpu/isa.h"
 #include "cpu/plan.h"
@@ -23,12 +24,12 @@ NB_MODULE(_ext, m) {
   m.def("instruction_set", [] {
     return pyengine::instruction_sets()[pyengine::instruction_set()];
   });
-  m.def("use_instruction_set", &pyengine::use_instruction_set, nb::arg("name"));
+  m.def("use_instruction_set", &pyengine::use_instruction_set, "name"_a);
   m.def("threads", [] { return pyengine::Pool::shared().threads(); });
   m.def(
       "set_threads",
       [](int threads) { pyengine::Pool::shared().set_threads(threads); },
-      nb::arg("threads"));
+      "threads"_a);
 
   nb::class_<pyengine::Plan>(m, "Plan")
       .def_ro("slices", &pyengine::Plan::slices)
@@ -39,27 +40,7 @@ NB_MODULE(_ext, m) {
       .def_ro("work", &pyengine::Plan::work);
 
   pyengine::bind_launch(m);
-  pyengine::bind_dense_matmul(m);
-  pyengine::bind_quantized_matmul(m);
-  pyengine::bind_quantized_gated_matmul(m);
-  pyengine::bind_quantized_expert_matmul(m);
-  pyengine::bind_quantized_matmuls(m);
-  pyengine::bind_route_experts(m);
-  pyengine::bind_weigh_experts(m);
-  pyengine::bind_embed(m);
-  pyengine::bind_random_uniform(m);
-  pyengine::bind_rms_norm(m);
-  pyengine::bind_norm_rope(m);
-  pyengine::bind_residual_norm(m);
-  pyengine::bind_filter_logits(m);
-  pyengine::bind_quantized_filter_logits(m);
-  pyengine::bind_geglu(m);
-  pyengine::bind_softcap(m);
-  pyengine::bind_write_cache(m);
-  pyengine::bind_block_attention(m);
   pyengine::bind_mathfn(m);
-  pyengine::bind_draw_token(m);
-  pyengine::bind_accept_block(m);
-  pyengine::bind_prepare_qkv(m);
   pyengine::bind_recorded(m);
+  pyengine::bind_ops(m);
 }

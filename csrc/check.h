@@ -18,17 +18,21 @@ namespace pyengine {
 
 namespace mx = mlx::core;
 
+inline std::string written(const mx::Shape& shape) {
+  std::string text = "[";
+  for (int extent : shape) {
+    text += (text.size() > 1 ? ", " : "") + std::to_string(extent);
+  }
+  return text + "]";
+}
+
 template <typename Rule, typename Got>
 [[noreturn]] void
 fail(const char* op, const char* what, const Rule& rule, const Got& got) {
   std::ostringstream text;
   text << "[" << op << "] " << what << " must " << rule << " but got ";
   if constexpr (std::is_same_v<Got, mx::Shape>) {
-    text << "[";
-    for (size_t i = 0; i < got.size(); ++i) {
-      text << (i ? ", " : "") << got[i];
-    }
-    text << "]";
+    text << written(got);
   } else {
     text << got;
   }
@@ -78,14 +82,23 @@ inline void check_shape(
     const mx::array& a,
     const mx::Shape& shape) {
   if (a.shape() != shape) [[unlikely]] {
-    std::ostringstream rule;
-    rule << "have shape [";
-    for (size_t i = 0; i < shape.size(); ++i) {
-      rule << (i ? ", " : "") << shape[i];
-    }
-    rule << "]";
-    fail(op, what, rule.str(), a.shape());
+    fail(op, what, "have shape " + written(shape), a.shape());
   }
+}
+
+// An array of this dtype and shape.
+inline void check_array(
+    const char* op,
+    const char* what,
+    const mx::array& a,
+    mx::Dtype dtype,
+    const mx::Shape& shape) {
+  if (a.dtype() != dtype) [[unlikely]] {
+    std::ostringstream rule;
+    rule << "be " << dtype;
+    fail(op, what, rule.str(), a.dtype());
+  }
+  check_shape(op, what, a, shape);
 }
 
 // Leading dimensions multiply to an int, though one of the others may be 0.
@@ -97,20 +110,25 @@ inline void check_rows(const char* op, const char* what, const mx::array& a) {
   }
 }
 
-inline void check_offset(const char* op, int32_t offset, int T) {
-  int last = max_positions - T;
-  if (offset < 0 || offset > last) [[unlikely]] {
-    fail(op, "offset", "be from 0 to " + std::to_string(last), offset);
-  }
-}
-
 // The position of row 0 of T. Its value is checked where the host has it.
 inline void check_offset(const char* op, const mx::array& offset, int T) {
   check_shape(op, "offset", offset, {});
   check_dtype(op, "offset", offset, mx::int32, "be int32");
-  if (offset.is_available()) {
-    check_offset(op, *offset.data<int32_t>(), T);
+  if (!offset.is_available()) {
+    return;
   }
+  int32_t first = *offset.data<int32_t>(), last = max_positions - T;
+  if (first < 0 || first > last) [[unlikely]] {
+    fail(op, "offset", "be from 0 to " + std::to_string(last), first);
+  }
+}
+
+// The T positions of a block, from `offset` on, in a cache of C.
+inline void check_block(const char* op, const mx::array& offset, int T, int C) {
+  if (T > C) [[unlikely]] {
+    fail(op, "T", "be at most the capacity " + std::to_string(C), T);
+  }
+  check_offset(op, offset, T);
 }
 
 } // namespace pyengine

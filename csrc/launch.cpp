@@ -46,6 +46,24 @@ Buffer Buffer::scalar(std::string name, float value) {
   return {std::move(name), Role::bytes, {}, mx::float32, 4, std::move(data)};
 }
 
+Launch::Launch(
+    std::string library,
+    std::string kernel,
+    std::array<int, 3> grid,
+    std::array<int, 3> threadgroup)
+    : library(std::move(library)),
+      kernel(std::move(kernel)),
+      grid(grid),
+      threadgroup(threadgroup) {}
+
+Launch
+elementwise_launch(std::string library, std::string kernel, size_t size) {
+  constexpr int threads = 256;
+  int groups = int((size - 1) / threads) + 1;
+  return {
+      std::move(library), std::move(kernel), {groups, 1, 1}, {threads, 1, 1}};
+}
+
 std::string dtype_name(mx::Dtype dtype) {
   std::ostringstream text;
   text << dtype;
@@ -77,7 +95,6 @@ bool names(const std::vector<const Buffer*>& buffers, const std::string& name) {
 } // namespace
 
 Arguments arguments_of(const std::vector<Launch>& launches) {
-  using Role = Buffer::Role;
   Arguments all;
   std::vector<const Buffer*> between;
   for (const auto& launch : launches) {
@@ -149,17 +166,17 @@ MTL::Size size_of(const std::array<int, 3>& size) {
 void run_one(
     const Launch& launch,
     const mx::Stream& stream,
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
+    const Arrays& inputs,
+    Arrays& outputs) {
   auto& device = mx::metal::device(stream.device);
   auto& encoder = mx::metal::get_command_encoder(stream);
   encoder.set_compute_pipeline_state(pipeline(launch, device));
   size_t input = 0, output = 0;
   for (int i = 0; i < int(launch.buffers.size()); ++i) {
     const auto& buffer = launch.buffers[i];
-    if (buffer.role == Buffer::Role::bytes) {
+    if (buffer.role == Role::bytes) {
       encoder.set_bytes(buffer.data.data(), int(buffer.data.size()), i);
-    } else if (buffer.role == Buffer::Role::in) {
+    } else if (buffer.role == Role::in) {
       const auto& a = inputs[input++];
       if (a.offset() % buffer.alignment != 0) {
         throw std::runtime_error(
@@ -188,32 +205,11 @@ void run_one(
 
 } // namespace
 
-#else
-
-namespace {
-
-mx::array temporary(const Buffer& buffer, const mx::Stream&) {
-  return mx::array(buffer.shape, buffer.dtype, nullptr, {});
-}
-
-void run_one(
-    const Launch& launch,
-    const mx::Stream&,
-    const std::vector<mx::array>&,
-    std::vector<mx::array>&) {
-  throw std::runtime_error(
-      "[" + launch.library + "] was built without Metal; use mx.cpu.");
-}
-
-} // namespace
-
-#endif
-
 void run_on_gpu(
     const std::vector<Launch>& launches,
     const mx::Stream& stream,
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
+    const Arrays& inputs,
+    Arrays& outputs) {
   auto arguments = arguments_of(launches);
   if (inputs.size() != arguments.read.size() ||
       outputs.size() != arguments.written.size()) {
@@ -238,16 +234,29 @@ void run_on_gpu(
     return known.back().second;
   };
   for (const auto& launch : launches) {
-    std::vector<mx::array> read, written;
+    Arrays read, written;
     for (const auto& buffer : launch.buffers) {
-      if (buffer.role != Buffer::Role::bytes) {
-        bool reads = buffer.role == Buffer::Role::in;
+      if (buffer.role != Role::bytes) {
+        bool reads = buffer.role == Role::in;
         (reads ? read : written).push_back(find(buffer));
       }
     }
     run_one(launch, stream, read, written);
   }
 }
+
+#else
+
+void run_on_gpu(
+    const std::vector<Launch>& launches,
+    const mx::Stream&,
+    const Arrays&,
+    Arrays&) {
+  throw std::runtime_error(
+      "[" + launches[0].library + "] was built without Metal; use mx.cpu.");
+}
+
+#endif
 
 namespace {
 
@@ -316,16 +325,16 @@ void bind_launch(nb::module_& m) {
         auto arguments = arguments_of(launches);
         return std::pair(copies(arguments.read), copies(arguments.written));
       },
-      nb::arg("launches"));
-  m.def("launches_of", &launches_of, nb::arg("result"));
+      "launches"_a);
+  m.def("launches_of", &launches_of, "result"_a);
   m.def(
       "launches_of",
       [](const Arrays& results) {
         return launches_of(results.empty() ? mx::array(0.0f) : results.front());
       },
-      nb::arg("results"));
+      "results"_a);
   m.attr("max_launch_rows") = max_launch_rows;
-  m.def("metal_source", &source_of, nb::arg("library"));
+  m.def("metal_source", &source_of, "library"_a);
 }
 
 } // namespace pyengine

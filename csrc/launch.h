@@ -45,7 +45,16 @@ struct Buffer {
   static Buffer scalar(std::string name, float value);
 };
 
+using Role = Buffer::Role;
+
 struct Launch {
+  // `grid` threadgroups of `threadgroup` threads; all else is left to add.
+  Launch(
+      std::string library,
+      std::string kernel,
+      std::array<int, 3> grid,
+      std::array<int, 3> threadgroup);
+
   std::string library; // quantized_matmul: metal/quantized_matmul.metal
   std::string kernel; // host name in that library
   std::map<int, std::variant<bool, int, float>> constants; // by index
@@ -58,11 +67,14 @@ struct Launch {
 // "bfloat16": the dtype's part of a host name.
 std::string dtype_name(mx::Dtype dtype);
 
-// Kernels of a thread an element count them in 32 bits, and a grid's threads in
-// 31: whether so many elements are within that.
+// Kernels with one thread per element count elements in 32 bits, and a grid has
+// at most 2**31 threads: whether so many elements are within that.
 inline bool fits_grid(size_t size) {
   return size <= INT32_MAX;
 }
+
+// A launch with one thread per element, of which there are 1 or more.
+Launch elementwise_launch(std::string library, std::string kernel, size_t size);
 
 // What launches that run in order read and write: each name once, in the order
 // in which they first name it. A buffer that one writes and a later one reads,
@@ -79,7 +91,7 @@ Arguments arguments_of(const std::vector<Launch>& launches);
 void run_on_gpu(
     const std::vector<Launch>& launches,
     const mx::Stream& stream,
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs);
+    const Arrays& inputs,
+    Arrays& outputs);
 
 } // namespace pyengine

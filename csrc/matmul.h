@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
 #include "cpu/plan.h"
 #include "cpu/rows_cpu.h"
@@ -14,18 +15,6 @@
 #include "mlx/mlx.h"
 
 namespace pyengine {
-
-// Weights are contiguous already unless the caller sliced them; only then, or
-// while that is not known yet, does the graph get a copy.
-inline mx::array whole(const mx::array& a, mx::Stream stream) {
-  bool known = a.is_available() && a.flags().row_contiguous;
-  return known ? a : mx::contiguous(a, false, stream);
-}
-
-// The processor kernels read rows of any strides, the Metal kernels do not.
-inline mx::array rows_of(const mx::array& x, mx::Stream stream) {
-  return stream.device == mx::Device::cpu ? x : whole(x, stream);
-}
 
 inline mx::Dtype check_out_dtype(
     const char* op,
@@ -148,8 +137,8 @@ void run_slices(
     int N,
     Order order,
     const Work& work) {
-  static thread_local Scratch shared;
-  float* x = shared.floats(plan.scratch);
+  static thread_local Scratch of_slice;
+  float* x = of_slice.floats(plan.scratch);
   for (int slice = 0; slice < plan.slices; ++slice) {
     int first = slice * max_rows;
     int count = std::min(rows.count() - first, max_rows);
@@ -157,10 +146,10 @@ void run_slices(
       rows.load(first + row, order, count, x + 16 * row);
     }
     run_groups(plan, [&](int group) {
-      static thread_local Scratch own;
+      static thread_local Scratch of_group;
       int begin = group * plan.columns;
       int end = std::min(begin + plan.columns, N);
-      work(first, count, x, begin, end, own.floats(plan.group_scratch));
+      work(first, count, x, begin, end, of_group.floats(plan.group_scratch));
     });
   }
 }
@@ -178,13 +167,8 @@ void run_matmul(
       plan,
       args.N,
       order,
-      [&](int first,
-          int count,
-          const float* x,
-          int begin,
-          int end,
-          float* own) {
-        kernel(at_rows(args, first, count, x), begin, end, own);
+      [&](int first, int count, const float* x, auto... columns) {
+        kernel(at_rows(args, first, count, x), columns...);
       });
 }
 

@@ -20,7 +20,7 @@ struct Tile {
   int columns;
 
   // Threadgroups that share N columns.
-  int blocks(int N) const {
+  int threadgroups(int N) const {
     return (N + simds * columns - 1) / (simds * columns);
   }
 };
@@ -34,24 +34,24 @@ inline Launch matmul_launch(
   constexpr int chunk_bytes = 256 * 4; // of one staged row
   int rows = std::clamp(M, 1, max_rows);
   int chunks = std::max(1, 8 / rows);
-  Launch launch;
-  launch.library = std::move(library);
-  launch.kernel = std::move(kernel);
+  Launch launch(
+      std::move(library),
+      std::move(kernel),
+      {tile.threadgroups(N), (M + max_rows - 1) / max_rows, 1},
+      {32 * tile.simds, 1, 1});
   launch.constants = {{0, rows}, {1, chunks}};
-  launch.grid = {tile.blocks(N), (M + max_rows - 1) / max_rows, 1};
-  launch.threadgroup = {32 * tile.simds, 1, 1};
   launch.threadgroup_memory = {{0, rows * chunks * chunk_bytes}};
   return launch;
 }
 
 // Of one matrix, or of two whose columns alternate.
-inline Tile packed_tile(mx::Dtype dtype, int bits, int matrices = 1) {
+inline Tile quantized_tile(mx::Dtype dtype, int bits, int matrices = 1) {
   bool long_rows = dtype == mx::float32 && bits != 4;
   return {long_rows ? 8 : 4, (bits == 4 ? 16 : 8) / matrices};
 }
 
 // Without buffers.
-inline Launch packed_launch(
+inline Launch quantized_launch(
     const std::string& op,
     int M,
     int N,
@@ -60,7 +60,7 @@ inline Launch packed_launch(
     int group_size,
     int bits,
     int matrices = 1) {
-  Tile tile = packed_tile(dtype, bits, matrices);
+  Tile tile = quantized_tile(dtype, bits, matrices);
   auto launch = matmul_launch(
       op,
       op + "_" + dtype_name(dtype) + "_" + std::to_string(bits),
@@ -86,14 +86,13 @@ inline void add_matrix(
     mx::Dtype dtype,
     int group_size,
     int bits) {
-  using Role = Buffer::Role;
-  mx::Shape packed = rows, factors = rows;
-  packed.push_back(int(int64_t(K) * bits / 32));
+  mx::Shape weights = rows, factors = rows;
+  weights.push_back(int(int64_t(K) * bits / 32));
   factors.push_back(K / group_size);
   launch.buffers.insert(
       launch.buffers.end(),
       {Buffer::array(
-           Role::in, matrix + "w", packed, mx::uint32, bits == 6 ? 4 : 16),
+           Role::in, matrix + "w", weights, mx::uint32, bits == 6 ? 4 : 16),
        Buffer::array(Role::in, matrix + "scales", factors, dtype, 16),
        Buffer::array(Role::in, matrix + "biases", factors, dtype, 16)});
 }

@@ -19,19 +19,19 @@ inline int pair_alignment(int width, mx::Dtype dtype) {
   return int(mx::size_of(dtype)) * (width % 2 == 0 ? 2 : 1);
 }
 
-// Without buffers: a threadgroup a row.
+// Without buffers: one threadgroup per row.
 inline Launch
 norm_launch(const std::string& op, int rows, int width, mx::Dtype dtype) {
-  Launch launch;
-  launch.library = op;
-  launch.kernel = op + "_" + dtype_name(dtype);
-  launch.grid = {rows, 1, 1};
-  launch.threadgroup = {32 * ((width + norm_piece - 1) / norm_piece), 1, 1};
+  Launch launch(
+      op,
+      op + "_" + dtype_name(dtype),
+      {rows, 1, 1},
+      {32 * ((width + norm_piece - 1) / norm_piece), 1, 1});
   return launch;
 }
 
-// Without buffers: four heads of a position a threadgroup, a simdgroup each,
-// with a head's floats of threadgroup memory.
+// Without buffers: one threadgroup per four heads of a position, one simdgroup
+// per head, with the head's floats in threadgroup memory.
 inline Launch heads_launch(
     const std::string& op,
     int heads,
@@ -40,11 +40,11 @@ inline Launch heads_launch(
     int D,
     mx::Dtype dtype) {
   constexpr int simds = 4;
-  Launch launch;
-  launch.library = op;
-  launch.kernel = op + "_" + dtype_name(dtype);
-  launch.grid = {(heads + simds - 1) / simds, T, B};
-  launch.threadgroup = {32 * simds, 1, 1};
+  Launch launch(
+      op,
+      op + "_" + dtype_name(dtype),
+      {(heads + simds - 1) / simds, T, B},
+      {32 * simds, 1, 1});
   launch.threadgroup_memory = {{0, simds * D * int(sizeof(float))}};
   return launch;
 }

@@ -20,8 +20,8 @@
 // An op that writes into the memory of its inputs has two more:
 //
 //     void share(const Arrays& in, Arrays& out) const; // copy_shared_buffer
-//     bool empty(const Arrays& in, const Arrays& out) const; // nothing to
-//     write
+//     // Whether there is nothing to write.
+//     bool empty(const Arrays& in, const Arrays& out) const;
 
 #include <algorithm>
 #include <memory>
@@ -140,16 +140,11 @@ class OpOf final : public AnyOp {
   std::vector<mx::Dtype> dtypes_;
 };
 
-// The result of an op, lazy.
+// The result of an op on the default stream, lazy.
 template <typename T>
-mx::array lazy_result(
-    mx::Stream stream,
-    T op,
-    mx::Shape shape,
-    mx::Dtype dtype,
-    Arrays inputs) {
+mx::array lazy_result(T op, mx::Shape shape, mx::Dtype dtype, Arrays inputs) {
   auto node = std::make_shared<OpOf<T>>(
-      stream,
+      mx::to_stream({}),
       std::move(op),
       std::vector<mx::Shape>{shape},
       std::vector<mx::Dtype>{dtype});
@@ -159,12 +154,12 @@ mx::array lazy_result(
 // The results of an op that has several.
 template <typename T>
 Arrays lazy_results(
-    mx::Stream stream,
     T op,
     std::vector<mx::Shape> shapes,
     const std::vector<mx::Dtype>& dtypes,
     const Arrays& inputs) {
-  auto node = std::make_shared<OpOf<T>>(stream, std::move(op), shapes, dtypes);
+  auto node = std::make_shared<OpOf<T>>(
+      mx::to_stream({}), std::move(op), shapes, dtypes);
   return mx::array::make_arrays(
       std::move(shapes), dtypes, std::move(node), inputs);
 }

@@ -17,27 +17,19 @@
 namespace pyengine {
 
 // A quantised matrix, or a stack of them, as an op is given it.
-struct PackedMatrix {
+struct QuantizedMatrix {
   std::string name; // stands before w, scales and biases in messages
   const mx::array& w;
   const mx::array& scales;
   const mx::array& biases;
 };
 
-inline int packed_width(int K, int bits) {
+inline int quantized_width(int K, int bits) {
   return int(int64_t(K) * bits / 32);
 }
 
-// What all ops ask of x [..., K] and of their matrices [N, ...] or, with `ndim`
-// 3, stacks [X, N, ...]. They have the shape of the first unless `own_rows`.
-inline void check_packed(
-    const char* op,
-    const mx::array& x,
-    const std::vector<PackedMatrix>& matrices,
-    Integer group_size,
-    Integer bits,
-    int ndim = 2,
-    bool own_rows = false) {
+inline void
+check_quantisation(const char* op, Integer group_size, Integer bits) {
   check(bits == 4 || bits == 6 || bits == 8, op, "bits", "be 4, 6 or 8", bits);
   check(
       group_size == 32 || group_size == 64 || group_size == 128,
@@ -45,6 +37,19 @@ inline void check_packed(
       "group_size",
       "be 32, 64 or 128",
       group_size);
+}
+
+// What all ops ask of x [..., K] and of their matrices [N, ...] or, with `ndim`
+// 3, stacks [X, N, ...]. They have the shape of the first unless `own_rows`.
+inline void check_quantized(
+    const char* op,
+    const mx::array& x,
+    const std::vector<QuantizedMatrix>& matrices,
+    Integer group_size,
+    Integer bits,
+    int ndim = 2,
+    bool own_rows = false) {
+  check_quantisation(op, group_size, bits);
   check_storage_dtype(op, "x", x);
   check(x.ndim() >= 1, op, "x", "have at least 1 dimension", x.ndim());
   check_rows(op, "x", x);
@@ -69,7 +74,7 @@ inline void check_packed(
   }
   for (const auto& [name, w, scales, biases] : matrices) {
     auto shape = (own_rows ? w : matrices.front().w).shape();
-    shape.back() = packed_width(K, bits);
+    shape.back() = quantized_width(K, bits);
     check_shape(op, (name + "w").c_str(), w, shape);
     shape.back() = K / group_size;
     for (auto [what, a] : {std::pair{"scales", &scales}, {"biases", &biases}}) {
@@ -83,7 +88,7 @@ inline void check_packed(
 }
 
 // The order in which a row lies beside weights of this width.
-inline Order packed_order(int bits) {
+inline Order quantized_order(int bits) {
   return bits == 8 ? Order::plain : bits == 6 ? Order::quads : Order::pairs;
 }
 
@@ -96,7 +101,7 @@ quantized_matmul_plan(int M, int N, int K, int group_size, int bits) {
 }
 
 // What a kernel needs to know of a matrix: w, scales and biases.
-inline QuantizedMatmulArgs packed_args(
+inline QuantizedMatmulArgs quantized_args(
     const mx::array* matrix,
     const mx::array& x,
     int group_size,

@@ -8,9 +8,9 @@
 // nothing is fused or reordered, so no bit can differ (mx.compile fuses, on
 // Linux with a C++ compiler at run time).
 //
-// On a processor the whole graph is one node to MLX, which would hand a second
-// task per node to the stream's thread and walk the graph several times. The
-// thread then always has the next kernel in its queue, and does not fall
+// On a processor the graph is one node to MLX (Played), which would hand a
+// second task per node to the stream's thread and walk the graph several times.
+// The thread then always has the next kernel in its queue, and does not fall
 // asleep between two.
 
 #include <functional>

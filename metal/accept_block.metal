@@ -7,7 +7,7 @@
 // thread. The first simdgroup then decides, and draws.
 //
 // A candidate of p finds its partner in q by looking at all m: with 64 of each,
-// 128 loads a lane and row, all from the cache.
+// 128 loads per lane and row, all from the cache.
 //
 // Limits: k at most 128; n at most 256.
 #include "rng.h"
@@ -92,7 +92,8 @@ template <ushort rule>
     ushort simd [[simdgroup_index_in_threadgroup]],
     ushort simds [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  threadgroup float own[max_drafts], other[max_drafts]; // p, q of the drafts
+  // Probabilities of the drafts
+  threadgroup float p_drafts[max_drafts], q_drafts[max_drafts];
   threadgroup float scales[max_drafts + 1]; // of the row after i drafts
   threadgroup float chances[max_drafts];
   threadgroup int tokens[max_drafts + 1];
@@ -131,8 +132,8 @@ template <ushort rule>
     float target = p.row(i).probability(drafts[i], lane);
     float assistant = q.row(i).probability(drafts[i], lane);
     if (lane == 0) {
-      own[i] = target;
-      other[i] = assistant;
+      p_drafts[i] = target;
+      q_drafts[i] = assistant;
       chances[i] = ratio(target, assistant);
     }
   }
@@ -143,7 +144,7 @@ template <ushort rule>
       float scale = 1.0f;
       scales[0] = scale;
       for (uint i = 0; i < k; ++i) {
-        scale = ratio(scale * own[i], other[i]);
+        scale = ratio(scale * p_drafts[i], q_drafts[i]);
         scales[i + 1] = scale;
       }
     }
@@ -207,6 +208,6 @@ template <ushort rule>
   }
 }
 
-INSTANTIATE("accept_block_residual", accept_block, residual)
-INSTANTIATE("accept_block_block", accept_block, block)
-INSTANTIATE("accept_block_coupled", accept_block, coupled)
+INSTANTIATE("accept_block_by_residual", accept_block, residual)
+INSTANTIATE("accept_block_by_block", accept_block, block)
+INSTANTIATE("accept_block_by_coupled", accept_block, coupled)

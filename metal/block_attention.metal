@@ -29,8 +29,8 @@
 //   tile before it works on this one.
 // * Values: 32 sums per lane; weights take 2 KiB per simdgroup, v 8 KiB: at 48
 //   rows a core has room for three threadgroups. A quad serves 11 fma of four.
-// * R rows make R / 2 fma of a byte of bfloat16: past 30 rows an M4 Max core,
-//   with 15 a byte, is bound by arithmetic, whatever is read.
+// * R rows make R / 2 fma per byte of bfloat16: past 30 rows an M4 Max core,
+//   with 15 per byte, is bound by arithmetic, whatever is read.
 //
 // Chunks of 64 and spans of 512 are cut at absolute positions, and all sums run
 // in the order of csrc/ops/block_attention_cpu.cpp. So the bits are those of
@@ -520,12 +520,12 @@ template <typename T>
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      Range own = any.within(part_begin, part_end);
+      Range in_tile = any.within(part_begin, part_end);
       auto quads = (const threadgroup float4*)weights;
-      if (all.begin <= own.begin && own.end <= all.end) {
-        weigh<true>(values, quads, tile, own, seen_by, lane);
+      if (all.begin <= in_tile.begin && in_tile.end <= all.end) {
+        weigh<true>(values, quads, tile, in_tile, seen_by, lane);
       } else {
-        weigh<false>(values, quads, tile, own, seen_by, lane);
+        weigh<false>(values, quads, tile, in_tile, seen_by, lane);
       }
     }
   }

@@ -2,9 +2,10 @@
 // in one pass over the weights.
 //
 // The tile of quantized_matmul.metal, whose header gives its reasons. 16 lanes
-// share a column; a chunk of 256 is two 16-byte loads a lane for 16-bit weights
-// and four for float32. A weight is two or four bytes here, so there is less
-// work a byte (M = 16: 9 and 4 operations) and every M is bound by bytes.
+// share a column; a chunk of 256 is two 16-byte loads per lane for 16-bit
+// weights and four for float32. A weight is two or four bytes here, so there is
+// less work per byte (M = 16: 9 and 4 operations) and every M is bound by
+// bytes.
 //
 // Limits: where rows do not start on 16 bytes (K odd, say) elements are loaded
 // one by one, in the same order of addition.

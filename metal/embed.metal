@@ -1,5 +1,5 @@
-// embed: rows of a table by token id, dequantised and scaled, four numbers of a
-// row a thread.
+// embed: rows of a table by token id, dequantised and scaled. A thread makes
+// four numbers of a row.
 //
 // A weight is q * scale + bias with both steps rounded, as the definition has
 // it. An id outside of the table gives NaN: nothing is read there.

@@ -45,11 +45,11 @@ template <ushort room>
 struct Selection {
   ulong list[room]; // what may be among the best, in no order
   atomic_uint found; // how many, even beyond room
-  uint parts[2][32]; // one number a simdgroup, twice: written while read
+  uint parts[2][32]; // one number per simdgroup, twice: written while read
 };
 
-// Adds one number a thread. Calls in a row take turns with `parts`, which saves
-// a barrier.
+// Adds one number per thread. Calls in a row take turns with `parts`, which
+// saves a barrier.
 inline uint group_sum(
     uint value,
     threadgroup uint* parts,

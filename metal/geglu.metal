@@ -1,4 +1,4 @@
-// geglu: gelu_tanh(gate) * up, one element a thread.
+// geglu: gelu_tanh(gate) * up, one element per thread.
 //
 // For gates that no matmul computes together with up; quantized_gated_matmul
 // gates its own.

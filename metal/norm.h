@@ -2,7 +2,7 @@
 // norm.h: the root mean square of a row, in the order of csrc/cpu/norm.h, so
 // that both give the same bits.
 //
-// A row is cut into pieces of 1024, a simdgroup each. Lane l holds elements
+// A row is cut into pieces of 1024, one per simdgroup. Lane l holds elements
 // 64 i + 2 l of a piece and their right neighbours, in registers: a load of the
 // simdgroup is one line of 128 bytes (16-bit elements), and a row is read once.
 // A lane adds the squares of its 16 pairs, one tree of shuffles adds the lanes,

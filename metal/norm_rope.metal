@@ -1,7 +1,7 @@
 // norm_rope: RMSNorm over each head, then half-split rotary embedding.
 //
-// A simdgroup a head (rope.h); four heads of a position share a threadgroup,
-// and so what they read of weight and inv_freq.
+// One simdgroup per head (rope.h); four heads of a position share a
+// threadgroup, and so what they read of weight and inv_freq.
 //
 // Limits: D even, at most 1024; x, weight and out on two elements.
 #include "rope.h"

@@ -2,11 +2,11 @@
 // keys and values straight to their slot of the cache: one launch where there
 // would be five of these kernels.
 //
-// A simdgroup a head (rope.h), four heads of a position a threadgroup: the
-// queries, then each key head and its value head, which are neighbours because
-// where keys double as values both read the same bytes. Positions of a call
-// have slots of their own, so no two threads write the same byte; the cache is
-// never read.
+// One simdgroup per head (rope.h), one threadgroup per four heads of a
+// position: the queries, then each key head and its value head, which are
+// neighbours because both read the same bytes where keys double as values.
+// Positions of a call have slots of their own, so no two threads write the same
+// byte; the cache is never read.
 //
 // Limits: D even, at most 1024; T at most C; all arrays on two elements.
 #include "rope.h"

@@ -13,10 +13,10 @@ namespace pyengine {
 // its quad j as floats. 8 and 4 bits fill 16 bytes; 6 bits would need 48 for
 // whole weights in whole loads, so a lane takes 12.
 template <ushort bits>
-struct Packed;
+struct Quantized;
 
 template <>
-struct Packed<8> {
+struct Quantized<8> {
   enum { run = 16, words = 4 };
   static void load(thread uint (&to)[4], const device uint* from) {
     uint4 raw = *(const device uint4*)from;
@@ -30,7 +30,7 @@ struct Packed<8> {
 };
 
 template <>
-struct Packed<6> {
+struct Quantized<6> {
   enum { run = 16, words = 3 };
   static void load(thread uint (&to)[3], const device uint* from) {
     packed_uint3 raw = *(const device packed_uint3*)from;
@@ -49,10 +49,10 @@ struct Packed<6> {
 };
 
 template <>
-struct Packed<4> {
+struct Quantized<4> {
   enum { run = 32, words = 4 };
   static void load(thread uint (&to)[4], const device uint* from) {
-    Packed<8>::load(to, from);
+    Quantized<8>::load(to, from);
   }
   static float4 quad(thread const uint (&from)[4], ushort j) {
     uint v = from[j / 2] >> (j % 2 * 16);
@@ -157,7 +157,7 @@ inline void multiply_chunk(
     uint k0,
     ushort rows,
     ushort p) {
-  typedef Packed<bits> P;
+  typedef Quantized<bits> P;
   constexpr ushort run = P::run;
   constexpr ushort lanes = chunk / run;
   uint k = k0 + p * run;
@@ -219,7 +219,7 @@ inline void multiply_columns(
     uint K,
     ushort thread_index,
     ushort threads) {
-  constexpr ushort run = Packed<bits>::run;
+  constexpr ushort run = Quantized<bits>::run;
   constexpr ushort lanes = chunk / run;
   ushort p = thread_index % lanes;
   threadgroup uint4* held = factors + thread_index / lanes * Factors<T>::loads;
@@ -248,30 +248,30 @@ struct Product {
 
 // Columns of a threadgroup that multiplies by one matrix.
 template <ushort bits>
-inline uint block_columns(ushort simds) {
-  constexpr ushort lanes = chunk / Packed<bits>::run;
+inline uint tile_columns(ushort simds) {
+  constexpr ushort lanes = chunk / Quantized<bits>::run;
   return simds * (32 / lanes) * lane_columns;
 }
 
 // One threadgroup's part of x [M, K] times a matrix: the 16 rows of `slice`,
-// the columns of `block`.
+// the columns of `tile`.
 template <typename T, ushort bits>
-inline void multiply_block(
+inline void multiply_tile(
     Product<T> product,
     const device T* x,
     uint M,
     uint K,
     threadgroup float4* staged,
     threadgroup uint4* factors,
-    uint block,
+    uint tile,
     uint slice,
     ushort thread_index,
     ushort simds) {
-  constexpr ushort lanes = chunk / Packed<bits>::run;
+  constexpr ushort lanes = chunk / Quantized<bits>::run;
   ushort p = thread_index % lanes;
   // A simdgroup has 32 / lanes sets of four columns side by side.
   uint n =
-      block * block_columns<bits>(simds) + thread_index / lanes * lane_columns;
+      tile * tile_columns<bits>(simds) + thread_index / lanes * lane_columns;
 
   ulong at = ulong(n) * (K / 32 * bits);
   Columns<T> columns = {

@@ -16,8 +16,7 @@
 using namespace pyengine;
 
 constant bool gated [[function_constant(4)]];
-constant bool shared
-    [[function_constant(5)]]; // one row of x for all of a token
+constant bool one_row [[function_constant(5)]]; // of x for all of a token
 
 // The rows that chose this expert: numbers of (token, slot) pairs from `first`
 // on.
@@ -86,7 +85,7 @@ template <typename T, ushort bits>
     ushort simd [[simdgroup_index_in_threadgroup]],
     ushort simds [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr ushort lanes = chunk / Packed<bits>::run;
+  constexpr ushort lanes = chunk / Quantized<bits>::run;
   ushort p = lane % lanes;
   uint token = group.z * max_rows;
   uint pairs = min(tokens - token, uint(max_rows)) * slots;
@@ -103,9 +102,9 @@ template <typename T, ushort bits>
 
   // Four columns of one matrix, or two of each of two.
   ushort wide = gated ? lane_columns / 2 : lane_columns;
-  uint block = simds * (32 / lanes) * wide; // columns of a threadgroup
+  uint tile = simds * (32 / lanes) * wide; // columns of a threadgroup
   if (group.y == 0) {
-    uint begin = group.x * block, end = min(begin + block, N);
+    uint begin = group.x * tile, end = min(begin + tile, N);
     for (uint pair = token * slots; pair < token * slots + pairs; ++pair) {
       if (uint(ids[pair]) >= groups.y) { // negative ids become large
         for (uint c = begin + thread_index; c < end; c += simds * 32) {
@@ -131,7 +130,7 @@ template <typename T, ushort bits>
   // More than launch_rows pairs come only from ids that name an expert twice.
   for (uint start = 0; start < found; start += launch_rows) {
     ushort rows = min(found - start, uint(launch_rows));
-    Listed rows_of = {listed + start, token * slots, rows, shared ? slots : 1};
+    Listed rows_of = {listed + start, token * slots, rows, one_row ? slots : 1};
     Sums sums = {};
     multiply_columns<T, bits>(
         sums,

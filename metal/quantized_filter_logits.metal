@@ -130,7 +130,7 @@ template <typename T, ushort bits>
     uint3 groups [[threadgroups_per_grid]],
     ushort thread_index [[thread_index_in_threadgroup]]) {
   threadgroup Rows known;
-  constexpr ushort lanes = chunk / Packed<bits>::run;
+  constexpr ushort lanes = chunk / Quantized<bits>::run;
   constexpr ushort tile = group_threads / lanes * lane_columns;
   ushort p = thread_index % lanes;
   ushort own_column = thread_index / lanes * lane_columns; // of four

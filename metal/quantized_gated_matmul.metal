@@ -32,7 +32,7 @@ template <typename T, ushort bits>
     ushort simd [[simdgroup_index_in_threadgroup]],
     ushort simds [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr ushort lanes = chunk / Packed<bits>::run;
+  constexpr ushort lanes = chunk / Quantized<bits>::run;
   ushort p = lane % lanes;
   uint n = ((group.x * simds + simd) * (32 / lanes) + lane / lanes) * 2;
 

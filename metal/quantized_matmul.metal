@@ -15,17 +15,17 @@
 // Why this tile. Figures of one core, from published measurements of M1 to M4:
 // 128 float32 lanes, 208 KiB of registers, some 60 KiB of threadgroup memory,
 // 32 of them at most for a threadgroup; an M4 Max feeds each of its 40
-// cores 13.7 bytes a ns.
+// cores 13.7 bytes per ns.
 // * Registers, M = 16: 64 sums, 16 packed and 16 dequantised weights, 4 of x, 8
 //   factors, some 16 for addresses: 124 of 4 bytes, so 208 KiB hold 13
 //   simdgroups. M = 6: 84, 19 simdgroups. Factors on their way take 4, before
 //   weights are dequantised.
-// * Threadgroup memory: M KiB for x (8 for fewer rows), 1 KiB a simdgroup for
+// * Threadgroup memory: M KiB for x (8 for fewer rows), 1 KiB per simdgroup for
 //   factors (2 for 4 bits): 20 KiB at M = 16, of which a core holds 3, 12
 //   simdgroups; 10 KiB at M = 6, 6 of them, more than the registers.
 // * Bytes in flight: a lane starts 4 loads of 16 bytes before it needs one,
-//   2 KiB a simdgroup, 24 KiB a core; factors are asked for behind the weights
-//   of their chunk. 13.7 bytes a ns times 1 us would need 14 KiB.
+//   2 KiB per simdgroup, 24 KiB per core; factors are asked for behind the
+//   weights of their chunk. 13.7 bytes per ns times 1 us would need 14 KiB.
 // * Work per 8-bit weight, which is a byte: M fma, one to dequantise, one
 //   conversion, M / 16 loads of four x from threadgroup memory. M = 6: 8.4
 //   operations a byte; M = 16: 19. An M4 Max core has 128 * 1.6 / 13.7 = 15 a
@@ -55,7 +55,7 @@ template <typename T, ushort bits>
     uint3 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simds [[simdgroups_per_threadgroup]]) {
-  multiply_block<T, bits>(
+  multiply_tile<T, bits>(
       {w, scales, biases, out, N},
       x,
       M,

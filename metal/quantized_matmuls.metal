@@ -38,22 +38,22 @@ template <typename T, ushort bits>
     uint3 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simds [[simdgroups_per_threadgroup]]) {
-  uint columns = block_columns<bits>(simds);
-  uint first_blocks = (first_N + columns - 1) / columns;
-  uint second_blocks = (second_N + columns - 1) / columns;
-  uint block = group.x;
+  uint columns = tile_columns<bits>(simds);
+  uint first_tiles = (first_N + columns - 1) / columns;
+  uint second_tiles = (second_N + columns - 1) / columns;
+  uint tile = group.x;
   Product<T> product = {
       first_w, first_scales, first_biases, first_out, first_N};
-  if (block >= first_blocks) {
-    block -= first_blocks;
+  if (tile >= first_tiles) {
+    tile -= first_tiles;
     product = {second_w, second_scales, second_biases, second_out, second_N};
-    if (has_third && block >= second_blocks) {
-      block -= second_blocks;
+    if (has_third && tile >= second_tiles) {
+      tile -= second_tiles;
       product = {third_w, third_scales, third_biases, third_out, third_N};
     }
   }
-  multiply_block<T, bits>(
-      product, x, M, K, staged, factors, block, group.y, thread_index, simds);
+  multiply_tile<T, bits>(
+      product, x, M, K, staged, factors, tile, group.y, thread_index, simds);
 }
 
 INSTANTIATE("quantized_matmuls_float32_8", quantized_matmuls, float, 8)

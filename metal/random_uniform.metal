@@ -1,4 +1,4 @@
-// random_uniform: one Philox number per counter, a thread each.
+// random_uniform: one Philox number per counter and thread.
 #include "rng.h"
 
 using namespace pyengine;

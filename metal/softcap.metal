@@ -1,4 +1,4 @@
-// softcap: cap * tanh(x / cap), one number a thread.
+// softcap: cap * tanh(x / cap), one number per thread.
 //
 // For those who want all logits; quantized_filter_logits caps its own.
 #include "common.h"

@@ -1,5 +1,5 @@
-// weigh_experts: the weighted sum of what a row's experts gave, one number a
-// thread, slot after slot, products and sums each rounded.
+// weigh_experts: the weighted sum of what a row's experts gave, one number
+// per thread, slot after slot, products and sums each rounded.
 #include "ordered_sum.h"
 
 using namespace pyengine;

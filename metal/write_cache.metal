@@ -1,5 +1,5 @@
 // write_cache: T rows of keys or values into a linear or ring cache, one
-// element a thread. Rows go to slots of their own; nothing else is touched.
+// element per thread. Rows go to slots of their own; nothing else is touched.
 //
 // Only prefill has use for it: a block's rows are written by prepare_qkv.
 #include "common.h"

@@ -61,3 +61,7 @@ constexpr int max_rows = 16;
   }
 #define PYENGINE_PICK_KERNEL(name) portable::name
 #endif
+
+// A kernel of rows [begin, end), or of elements.
+#define PYENGINE_DECLARE_ROWS(name, Args) \
+  PYENGINE_DECLARE_KERNEL(name, const Args& args, int64_t begin, int64_t end)

@@ -41,7 +41,7 @@ mx::array mathfn(const std::string& name, const mx::array& x) {
 } // namespace
 
 void bind_mathfn(nb::module_& m) {
-  m.def("mathfn", &mathfn, nb::arg("name"), nb::arg("x"));
+  m.def("mathfn", &mathfn, "name"_a, "x"_a);
 }
 
 } // namespace pyengine

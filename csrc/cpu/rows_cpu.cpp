@@ -49,21 +49,9 @@ void load_row(
     Order order,
     int rows,
     float* to) {
-  int step = int(order);
-  switch (storage) {
-    case Storage::float32: {
-      auto values = static_cast<const float*>(from);
-      return load_row(values, stride, width, step, rows, to);
-    }
-    case Storage::float16: {
-      auto values = static_cast<const Half*>(from);
-      return load_row(values, stride, width, step, rows, to);
-    }
-    case Storage::bfloat16: {
-      auto values = static_cast<const BFloat*>(from);
-      return load_row(values, stride, width, step, rows, to);
-    }
-  }
+  with_storage(storage, [&]<typename T>(T*) {
+    load_row(static_cast<const T*>(from), stride, width, int(order), rows, to);
+  });
 }
 
 void store_nan(void* to, Storage storage, int64_t at, int64_t count) {

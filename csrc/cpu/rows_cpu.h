@@ -11,7 +11,7 @@ namespace pyengine {
 // is cheaper than permuting every weight.
 enum class Order : uint8_t { plain = 1, pairs = 2, quads = 4 };
 
-// Scratch holds whole blocks of 64 elements, the rest of the last one 0.
+// Scratch holds whole chunks of 64 elements, the rest of the last one 0.
 constexpr int padded_width(int width) {
   return (width + 63) / 64 * 64;
 }

@@ -27,4 +27,16 @@ void split_rows(int64_t rows, int64_t width, const Work& work) {
   });
 }
 
+// The same for a kernel that is one call per range of rows.
+template <typename Args>
+void split_rows(
+    int64_t rows,
+    int64_t width,
+    void kernel(const Args&, int64_t begin, int64_t end),
+    const Args& args) {
+  split_rows(rows, width, [&](int64_t begin, int64_t end) {
+    kernel(args, begin, end);
+  });
+}
+
 } // namespace pyengine

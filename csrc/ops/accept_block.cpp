@@ -11,9 +11,9 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/integer.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "op.h"
 #include "ops/accept_block_cpu.h"
 
@@ -33,16 +33,15 @@ struct AcceptBlock {
   bool operator==(const AcceptBlock&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     int k = in[2].shape(0), n = in[0].shape(1), m = in[2].shape(1);
     if (k > max_launch_rows || std::max(n, m) > max_scanned) {
       return {};
     }
-    Launch launch;
-    launch.library = op;
-    launch.kernel = std::string(op) + "_" + rule_names[int(rule)];
-    launch.grid = {1, 1, 1};
-    launch.threadgroup = {32 * std::min(k + 1, 32), 1, 1};
+    Launch launch(
+        op,
+        std::string(op) + "_by_" + rule_names[int(rule)],
+        {1, 1, 1},
+        {32 * std::min(k + 1, 32), 1, 1});
     launch.buffers = {
         Buffer::array(Role::in, "p_ids", {k + 1, n}, mx::int32),
         Buffer::array(Role::in, "p_probs", {k + 1, n}, mx::float32),
@@ -69,15 +68,15 @@ struct AcceptBlock {
     args.n = in[0].shape(1);
     args.m = in[2].shape(1);
     args.vocab = vocab;
-    std::vector<Packed> packed(in.begin(), in.end());
-    return [packed = std::move(packed), rule = rule, args]() mutable {
-      args.p_ids = static_cast<const int32_t*>(packed[0].get());
-      args.p_probs = static_cast<const float*>(packed[1].get());
-      args.q_ids = static_cast<const int32_t*>(packed[2].get());
-      args.q_probs = static_cast<const float*>(packed[3].get());
-      args.drafts = static_cast<const int32_t*>(packed[4].get());
-      args.position = uint32_t(*static_cast<const int32_t*>(packed[5].get()));
-      args.seed = *static_cast<const uint32_t*>(packed[6].get());
+    std::vector<Contiguous> arrays(in.begin(), in.end());
+    return [arrays = std::move(arrays), rule = rule, args]() mutable {
+      args.p_ids = arrays[0].get<int32_t>();
+      args.p_probs = arrays[1].get<float>();
+      args.q_ids = arrays[2].get<int32_t>();
+      args.q_probs = arrays[3].get<float>();
+      args.drafts = arrays[4].get<int32_t>();
+      args.position = uint32_t(*arrays[5].get<int32_t>());
+      args.seed = *arrays[6].get<uint32_t>();
       std::vector<float> weights(args.n);
       // Long rows find their partners through a table, short ones by looking
       std::vector<float> by_id(args.m > max_scanned ? args.vocab : 0);
@@ -85,11 +84,11 @@ struct AcceptBlock {
       args.by_id = by_id.empty() ? nullptr : by_id.data();
       switch (rule) {
         case Rule::residual:
-          return PYENGINE_PICK_KERNEL(accept_residual)(args);
+          return PYENGINE_PICK_KERNEL(accept_by_residual)(args);
         case Rule::block:
-          return PYENGINE_PICK_KERNEL(accept_whole_block)(args);
+          return PYENGINE_PICK_KERNEL(accept_by_block)(args);
         case Rule::coupled:
-          return PYENGINE_PICK_KERNEL(accept_coupled)(args);
+          return PYENGINE_PICK_KERNEL(accept_by_coupled)(args);
       }
     };
   }
@@ -116,8 +115,7 @@ void check_rows(
     const char* shape) {
   check_dtype(op, ids_name, ids, mx::int32, "be int32");
   check(ids.ndim() == 2 && ids.size() > 0, op, ids_name, shape, ids.shape());
-  check_dtype(op, probs_name, probs, mx::float32, "be float32");
-  check_shape(op, probs_name, probs, ids.shape());
+  check_array(op, probs_name, probs, mx::float32, ids.shape());
 }
 
 // Drafts kept, int32 [], and the next token, int32 [1].
@@ -135,31 +133,23 @@ Arrays accept_block(
   check_rows("p_ids", p_ids, "p_probs", p_probs, "have shape [k + 1, n]");
   int k = q_ids.shape(0);
   check_shape(op, "p_ids", p_ids, {k + 1, p_ids.shape(1)});
-  check_dtype(op, "drafts", drafts, mx::int32, "be int32");
-  check_shape(op, "drafts", drafts, {k});
-  check_dtype(op, "position", position, mx::int32, "be int32");
-  check_shape(op, "position", position, {});
-  check_dtype(op, "seed", seed, mx::uint32, "be uint32");
-  check_shape(op, "seed", seed, {});
+  check_array(op, "drafts", drafts, mx::int32, {k});
+  check_array(op, "position", position, mx::int32, {});
+  check_array(op, "seed", seed, mx::uint32, {});
   check(
       vocab > 0 && vocab <= max_vocab,
       op,
       "vocab",
       "be positive and at most 2097152",
       vocab);
-  auto stream = mx::to_stream({});
+  auto inputs =
+      contiguous_on_gpu(Arrays{p_ids, p_probs, q_ids, q_probs, drafts});
+  inputs.insert(inputs.end(), {position, seed});
   return lazy_results(
-      stream,
       AcceptBlock{rule_of(rule), vocab},
       {{}, {1}},
       {mx::int32, mx::int32},
-      {packed_on_gpu(p_ids, stream),
-       packed_on_gpu(p_probs, stream),
-       packed_on_gpu(q_ids, stream),
-       packed_on_gpu(q_probs, stream),
-       packed_on_gpu(drafts, stream),
-       position,
-       seed});
+      inputs);
 }
 
 } // namespace
@@ -168,15 +158,15 @@ void bind_accept_block(nb::module_& m) {
   m.def(
       "accept_block",
       &accept_block,
-      nb::arg("p_ids"),
-      nb::arg("p_probs"),
-      nb::arg("q_ids"),
-      nb::arg("q_probs"),
-      nb::arg("drafts"),
-      nb::arg("position"),
-      nb::arg("seed"),
-      nb::arg("rule"),
-      nb::arg("vocab"));
+      "p_ids"_a,
+      "p_probs"_a,
+      "q_ids"_a,
+      "q_probs"_a,
+      "drafts"_a,
+      "position"_a,
+      "seed"_a,
+      "rule"_a,
+      "vocab"_a);
 }
 
 } // namespace pyengine

@@ -49,13 +49,14 @@ float fill_excess(const AcceptBlockArgs& args, int row, float scale) {
   const int32_t* q_ids = args.q_ids + int64_t(row) * args.m;
   const float* q = args.q_probs + int64_t(row) * args.m;
   auto known = [&](int32_t id) { return id >= 0 && id < args.vocab; };
-  if (args.by_id) {
-    for (int j = 0; j < args.m; ++j) {
+  auto fill_table = [&](bool clear) {
+    for (int j = 0; args.by_id && j < args.m; ++j) {
       if (known(q_ids[j])) {
-        args.by_id[q_ids[j]] = q[j];
+        args.by_id[q_ids[j]] = clear ? 0 : q[j];
       }
     }
-  }
+  };
+  fill_table(false);
   float mass = 0;
   for (int i = 0; i < args.n; ++i) {
     float other = !known(p_ids[i]) ? 0
@@ -65,13 +66,7 @@ float fill_excess(const AcceptBlockArgs& args, int row, float scale) {
     args.weights[i] = excess > 0 ? excess : 0;
     mass += args.weights[i];
   }
-  if (args.by_id) {
-    for (int j = 0; j < args.m; ++j) {
-      if (known(q_ids[j])) {
-        args.by_id[q_ids[j]] = 0;
-      }
-    }
-  }
+  fill_table(true);
   return mass;
 }
 
@@ -90,7 +85,7 @@ void finish(const AcceptBlockArgs& args, int accepted, float scale) {
 
 } // namespace
 
-void accept_residual(const AcceptBlockArgs& args) {
+void accept_by_residual(const AcceptBlockArgs& args) {
   int i = 0;
   for (; i < args.k; ++i) {
     int32_t d = args.drafts[i];
@@ -103,7 +98,7 @@ void accept_residual(const AcceptBlockArgs& args) {
   finish(args, i, 1);
 }
 
-void accept_whole_block(const AcceptBlockArgs& args) {
+void accept_by_block(const AcceptBlockArgs& args) {
   int accepted = 0;
   float scale = 1; // of the row that follows `accepted` drafts
   float a = 1;
@@ -126,7 +121,7 @@ void accept_whole_block(const AcceptBlockArgs& args) {
   finish(args, accepted, scale);
 }
 
-void accept_coupled(const AcceptBlockArgs& args) {
+void accept_by_coupled(const AcceptBlockArgs& args) {
   int32_t token = 0;
   int i = 0;
   for (;; ++i) {

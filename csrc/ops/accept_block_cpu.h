@@ -5,7 +5,7 @@
 
 namespace pyengine {
 
-// A row's scratch, and a model's vocabulary, are no larger (config.py).
+// A row's scratch, and a model's vocabulary, are no larger (config_json.py).
 constexpr int max_vocab = 1 << 21;
 
 // Longest row of q that is searched for every candidate of p.
@@ -29,8 +29,8 @@ struct AcceptBlockArgs {
   uint32_t seed;
 };
 
-PYENGINE_DECLARE_KERNEL(accept_residual, const AcceptBlockArgs& args)
-PYENGINE_DECLARE_KERNEL(accept_whole_block, const AcceptBlockArgs& args)
-PYENGINE_DECLARE_KERNEL(accept_coupled, const AcceptBlockArgs& args)
+PYENGINE_DECLARE_KERNEL(accept_by_residual, const AcceptBlockArgs& args)
+PYENGINE_DECLARE_KERNEL(accept_by_block, const AcceptBlockArgs& args)
+PYENGINE_DECLARE_KERNEL(accept_by_coupled, const AcceptBlockArgs& args)
 
 } // namespace pyengine

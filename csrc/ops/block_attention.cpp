@@ -12,9 +12,9 @@
 #include "../metal/block_attention_params.h"
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/integer.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/plan.h"
 #include "cpu/rows_cpu.h"
 #include "cpu/storage.h"
@@ -31,7 +31,7 @@ constexpr int64_t work_worth_waves = 1 << 22;
 
 // Keys or values: rows of D must be whole, the rest may have any strides.
 struct CacheView {
-  explicit CacheView(const mx::array& a) : packed(a) {
+  explicit CacheView(const mx::array& a) : contiguous(a) {
     if (a.strides(3) == 1 || a.shape(3) == 1) {
       direct = a.data<char>();
       std::copy_n(a.strides().begin(), 3, strides);
@@ -43,10 +43,10 @@ struct CacheView {
   }
 
   const void* get() const {
-    return direct ? direct : packed.get();
+    return direct ? direct : contiguous.get();
   }
 
-  Packed packed;
+  Contiguous contiguous;
   const char* direct = nullptr;
   int64_t strides[3];
 };
@@ -88,51 +88,32 @@ size_t scratch_size(int64_t R, int64_t D, int64_t states) {
   return size_t(R * D + states * attention_state_size(R, D));
 }
 
-// One piece, its spans one after the other.
-void attend(const BlockAttentionArgs& args, const AttentionRows& rows) {
-  int R = rows.positions * (args.H / args.K);
-  float* q32 = scratch(scratch_size(R, args.D, 2));
-  float* total = q32 + size_t(R) * args.D;
-  float* next = total + attention_state_size(R, args.D);
-
-  PYENGINE_PICK_KERNEL(attention_load)(args, rows, q32);
-  auto [first, last] = spans_of(args, rows);
-  auto over_span = PYENGINE_PICK_KERNEL(attention_over_span);
-  over_span(args, rows, q32, first, total);
-  for (int64_t span = first + 1; span <= last; ++span) {
-    over_span(args, rows, q32, span, next);
-    PYENGINE_PICK_KERNEL(attention_fold)(R, args.D, total, next);
-  }
-  PYENGINE_PICK_KERNEL(attention_finish)(args, rows, total);
-}
-
-// One piece, a wave of its spans at a time: for few heads and a long cache.
-// Spans are folded in the order of `attend`, so the bits are the same.
-void attend_in_waves(
+// One piece, a wave of its spans at a time, which share the threads: for few
+// heads and a long cache. Spans are folded in their order, whatever the wave.
+void attend(
     const BlockAttentionArgs& args,
-    const AttentionRows& rows) {
+    const AttentionRows& rows,
+    int wave) {
   int R = rows.positions * (args.H / args.K);
   size_t state_size = attention_state_size(R, args.D);
-  int wave = 2 * Pool::shared().threads();
   float* q32 = scratch(scratch_size(R, args.D, wave + 1));
   float* total = q32 + size_t(R) * args.D;
   float* states = total + state_size;
 
   PYENGINE_PICK_KERNEL(attention_load)(args, rows, q32);
-  auto [first, last] = spans_of(args, rows);
-  for (int64_t span = first; span <= last; span += wave) {
-    int count = int(std::min<int64_t>(wave, last - span + 1));
+  auto [oldest, newest] = spans_of(args, rows);
+  auto state_of = [=, first = oldest](int64_t span) {
+    return span == first ? total : states + span % wave * state_size;
+  };
+  for (int64_t span = oldest; span <= newest; span += wave) {
+    int count = int(std::min<int64_t>(wave, newest - span + 1));
     Pool::shared().run(count, [&](int i) {
       PYENGINE_PICK_KERNEL(attention_over_span)
-      (args, rows, q32, span + i, states + i * state_size);
+      (args, rows, q32, span + i, state_of(span + i));
     });
-    for (int i = 0; i < count; ++i) {
-      float* next = states + i * state_size;
-      if (span == first && i == 0) {
-        std::copy_n(next, state_size, total);
-      } else {
-        PYENGINE_PICK_KERNEL(attention_fold)(R, args.D, total, next);
-      }
+    for (int64_t next = std::max(span, oldest + 1); next < span + count;
+         ++next) {
+      PYENGINE_PICK_KERNEL(attention_fold)(R, args.D, total, state_of(next));
     }
   }
   PYENGINE_PICK_KERNEL(attention_finish)(args, rows, total);
@@ -149,7 +130,7 @@ void run(const BlockAttentionArgs& args, const Plan& plan, int B) {
   }
   int64_t needed = std::min(args.offset, args.window - 1) + args.T;
   int pieces = plan.slices * plan.groups;
-  auto piece = [&](int i) { attend(args, rows_of(args, plan.groups, i)); };
+  auto piece = [&](int i) { attend(args, rows_of(args, plan.groups, i), 1); };
   // The plan counts the whole capacity, of which little may be in use.
   int64_t work = plan.work / args.C * needed * plan.slices;
   int threads = Pool::shared().threads();
@@ -157,7 +138,7 @@ void run(const BlockAttentionArgs& args, const Plan& plan, int B) {
     Pool::shared().run(pieces, piece);
   } else if (threads > 1 && pieces < threads && work >= work_worth_waves) {
     for (int i = 0; i < pieces; ++i) {
-      attend_in_waves(args, rows_of(args, plan.groups, i));
+      attend(args, rows_of(args, plan.groups, i), 2 * threads);
     }
   } else {
     for (int i = 0; i < pieces; ++i) {
@@ -266,9 +247,8 @@ class SliceLaunches {
   }
 
   Launch fold() const {
-    Launch launch = kernel("fold");
-    launch.grid = {R_, B_ * params_.K, 1};
-    launch.threadgroup = {round_up(params_.D / 4, 32), 1, 1};
+    auto launch =
+        kernel("fold", {R_, B_ * params_.K, 1}, round_up(params_.D / 4, 32));
     launch.buffers = {
         offset(),
         value_list(Role::in),
@@ -284,8 +264,6 @@ class SliceLaunches {
   }
 
  private:
-  using Role = Buffer::Role;
-
   int itemsize() const {
     return int(mx::size_of(dtype_));
   }
@@ -294,19 +272,20 @@ class SliceLaunches {
     return pieces(params_.rows, score_rows);
   }
 
-  Launch kernel(const char* name) const {
-    Launch launch;
-    launch.library = "block_attention";
-    launch.kernel = launch.library + "_" + name + "_" + dtype_name(dtype_);
-    return launch;
+  // Without buffers.
+  Launch kernel(const char* name, std::array<int, 3> grid, int threads) const {
+    std::string library = "block_attention";
+    auto host_name = library + "_" + name + "_" + dtype_name(dtype_);
+    return {library, host_name, grid, {threads, 1, 1}};
   }
 
-  // Scores or values, without buffers: so many threadgroups per tile of rows.
+  // Scores or values: so many threadgroups per tile of rows.
   Launch stage(const char* name, int groups, int simds) const {
-    Launch launch = kernel(name);
+    auto launch = kernel(
+        name,
+        {groups, B_ * params_.K, pieces(R_, tile_rows)},
+        32 * std::max(simds, loading_simds));
     launch.constants = {{0, has_start_}};
-    launch.grid = {groups, B_ * params_.K, pieces(R_, tile_rows)};
-    launch.threadgroup = {32 * std::max(simds, loading_simds), 1, 1};
     return launch;
   }
 
@@ -405,7 +384,7 @@ struct BlockAttention {
     args.scale = scale;
     int B = q.shape(0);
     auto plan = block_attention_plan(B, args.T, args.H, args.K, args.C, args.D);
-    return [q = Packed(q),
+    return [q = Contiguous(q),
             k = CacheView(k),
             v = CacheView(in.back()),
             offset = in[2].data<int32_t>(),
@@ -455,10 +434,7 @@ mx::array block_attention(
   if (K == 0 || H % K != 0) {
     fail(op, "H", "be a multiple of K " + std::to_string(K), H);
   }
-  if (T > C) {
-    fail(op, "T", "be at most the capacity " + std::to_string(C), T);
-  }
-  check_offset(op, offset, T);
+  check_block(op, offset, T, C);
   if (window) {
     check(
         window->wide() >= 1 && window->wide() <= INT32_MAX,
@@ -477,8 +453,7 @@ mx::array block_attention(
       fail(op, "C", rule, C);
     }
   }
-  auto stream = mx::to_stream({});
-  Arrays inputs = {packed_on_gpu(q, stream), k, offset};
+  Arrays inputs = {contiguous_on_gpu(q), k, offset};
   if (start) {
     check_shape(op, "start", *start, {});
     check_dtype(op, "start", *start, mx::int32, "be int32");
@@ -486,11 +461,7 @@ mx::array block_attention(
   }
   inputs.push_back(v);
   return lazy_result(
-      stream,
-      BlockAttention{scale, window},
-      q.shape(),
-      q.dtype(),
-      std::move(inputs));
+      BlockAttention{scale, window}, q.shape(), q.dtype(), std::move(inputs));
 }
 
 } // namespace
@@ -499,22 +470,22 @@ void bind_block_attention(nb::module_& m) {
   m.def(
       "block_attention",
       &block_attention,
-      nb::arg("q"),
-      nb::arg("k"),
-      nb::arg("v"),
-      nb::arg("offset"),
-      nb::arg("scale"),
-      nb::arg("window").none(),
-      nb::arg("start").none());
+      "q"_a,
+      "k"_a,
+      "v"_a,
+      "offset"_a,
+      "scale"_a,
+      "window"_a.none(),
+      "start"_a.none());
   m.def(
       "block_attention_plan",
       &block_attention_plan,
-      nb::arg("B"),
-      nb::arg("T"),
-      nb::arg("H"),
-      nb::arg("K"),
-      nb::arg("C"),
-      nb::arg("D"));
+      "B"_a,
+      "T"_a,
+      "H"_a,
+      "K"_a,
+      "C"_a,
+      "D"_a);
 }
 
 } // namespace pyengine

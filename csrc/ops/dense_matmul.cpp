@@ -26,7 +26,6 @@ struct DenseMatmul {
   bool operator==(const DenseMatmul&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     int N = out[0].shape(-1), K = in[0].shape(-1);
     int M = int(out[0].size() / N);
     if (M > max_launch_rows) {
@@ -77,33 +76,26 @@ mx::array dense_matmul(
   check(w.ndim() == 2, op, "w", "have shape [N, K]", w.shape());
   check_shape(op, "w", w, {w.shape(0), x.shape(-1)});
   mx::Dtype dtype = check_out_dtype(op, x, out_dtype);
-  auto stream = mx::to_stream({});
   auto shape = x.shape();
   shape.back() = w.shape(0);
   return lazy_result(
-      stream,
       DenseMatmul{},
       std::move(shape),
       dtype,
-      {rows_of(x, stream), whole(w, stream)});
+      {contiguous_on_gpu(x), made_contiguous(w)});
 }
 
 } // namespace
 
 void bind_dense_matmul(nb::module_& m) {
-  m.def(
-      "dense_matmul",
-      &dense_matmul,
-      nb::arg("x"),
-      nb::arg("w"),
-      nb::arg("out_dtype").none());
+  m.def("dense_matmul", &dense_matmul, "x"_a, "w"_a, "out_dtype"_a.none());
   m.def(
       "dense_matmul_plan",
       &dense_matmul_plan,
-      nb::arg("M"),
-      nb::arg("N"),
-      nb::arg("K"),
-      nb::arg("itemsize"));
+      "M"_a,
+      "N"_a,
+      "K"_a,
+      "itemsize"_a);
 }
 
 } // namespace pyengine

@@ -7,7 +7,8 @@
 
 #include "ops/dense_matmul_cpu.h"
 
-#include "cpu/simd.h"
+#include "cpu/lanes.h"
+#include "cpu/tiles.h"
 
 namespace pyengine::PYENGINE_ISA {
 
@@ -19,22 +20,6 @@ struct Group {
   int end;
   float* sums; // [M, end - begin]
 };
-
-template <int rows, int columns>
-PYENGINE_INLINE void multiply_step(
-    const F32x16 (&weights)[columns],
-    const float* x,
-    F32x16 (&acc)[rows * columns]) {
-  PYENGINE_UNROLL
-  for (int r = 0; r < rows; ++r) {
-    F32x16 values = load(x + lanes * r);
-    pin(values);
-    PYENGINE_UNROLL
-    for (int c = 0; c < columns; ++c) {
-      acc[r * columns + c] = fma(values, weights[c], acc[r * columns + c]);
-    }
-  }
-}
 
 // Rows [m, m + rows) of `columns` columns from n on. At the end of the group
 // the last column is computed again in place of those that are missing.
@@ -87,29 +72,6 @@ void multiply_tile(
   }
 }
 
-// Accumulators fill the registers: 16 of 32 for AVX-512, 8 of 16 for AVX2.
-constexpr int tile_rows = native == 16 ? 8 : 4;
-constexpr int tile_columns(int rows) {
-  return native == 16 ? (rows <= 4 ? 4 : 2) : native == 8 && rows <= 2 ? 2 : 1;
-}
-
-template <typename T>
-void multiply(const DenseMatmulArgs& args, const Group& group) {
-  // Rows beyond one tile read the group's weights again, from the cache.
-  int tiles = (args.M + tile_rows - 1) / tile_rows;
-  for (int tile = 0; tile < tiles; ++tile) {
-    int m = args.M * tile / tiles;
-    int rows = args.M * (tile + 1) / tiles - m;
-    with_constant<tile_rows>(rows, [&](auto constant) {
-      constexpr int tall = constant.value;
-      constexpr int wide = tile_columns(tall);
-      for (int n = group.begin; n < group.end; n += wide) {
-        multiply_tile<T, tall, wide>(args, group, m, n);
-      }
-    });
-  }
-}
-
 } // namespace
 
 void dense_matmul_columns(
@@ -118,22 +80,12 @@ void dense_matmul_columns(
     int end,
     float* scratch) {
   Group group = {begin, end, scratch};
-  switch (args.storage) {
-    case Storage::float32:
-      multiply<float>(args, group);
-      break;
-    case Storage::float16:
-      multiply<Half>(args, group);
-      break;
-    case Storage::bfloat16:
-      multiply<BFloat>(args, group);
-      break;
-  }
-  int columns = end - begin;
-  for (int m = 0; m < args.M; ++m) {
-    int64_t at = int64_t(m) * args.N + begin;
-    store(args.out, args.out_storage, at, scratch + m * columns, columns);
-  }
+  with_storage(args.storage, [&]<typename T>(T*) {
+    for_tiles(args.M, begin, end, [&](auto tile, int m, int n) {
+      multiply_tile<T, tile.rows, tile.columns>(args, group, m, n);
+    });
+  });
+  store_columns(args, begin, end, scratch);
 }
 
 } // namespace pyengine::PYENGINE_ISA

@@ -3,9 +3,9 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/integer.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "op.h"
 #include "ops/draw_token_cpu.h"
@@ -22,14 +22,9 @@ struct DrawToken {
   bool operator==(const DrawToken&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     int T = in[0].shape(0), n = in[0].shape(1);
-    Launch launch;
-    launch.library = op;
-    launch.kernel = op;
+    Launch launch(op, op, {T, 1, 1}, {32, 1, 1});
     launch.constants = {{0, shared}};
-    launch.grid = {T, 1, 1};
-    launch.threadgroup = {32, 1, 1};
     launch.buffers = {
         Buffer::array(Role::in, "ids", {T, n}, mx::int32),
         Buffer::array(Role::in, "probs", {T, n}, mx::float32),
@@ -50,15 +45,13 @@ struct DrawToken {
     args.count = in[0].shape(1);
     args.index = index;
     args.shared = shared;
-    return [ids = Packed(in[0]),
-            probs = Packed(in[1]),
+    return [ids = Contiguous(in[0]),
+            probs = Contiguous(in[1]),
             rows = int64_t(out[0].size()),
             args]() mutable {
-      args.ids = static_cast<const int32_t*>(ids.get());
-      args.probs = static_cast<const float*>(probs.get());
-      split_rows(rows, args.count, [&](int64_t begin, int64_t end) {
-        PYENGINE_PICK_KERNEL(draw_token_rows)(args, begin, end);
-      });
+      args.ids = ids.get<int32_t>();
+      args.probs = probs.get<float>();
+      split_rows(rows, args.count, PYENGINE_PICK_KERNEL(draw_token_rows), args);
     };
   }
 };
@@ -78,28 +71,20 @@ mx::array draw_token(
       "ids",
       "have shape [T, n]",
       ids.shape());
-  check_dtype(op, "probs", probs, mx::float32, "be float32");
-  check_shape(op, "probs", probs, ids.shape());
-  check_dtype(op, "position", position, mx::int32, "be int32");
-  check_shape(op, "position", position, {});
-  check_dtype(op, "seed", seed, mx::uint32, "be uint32");
-  check_shape(op, "seed", seed, {});
+  check_array(op, "probs", probs, mx::float32, ids.shape());
+  check_array(op, "position", position, mx::int32, {});
+  check_array(op, "seed", seed, mx::uint32, {});
   check(
       index.wide() >= 0 && index.wide() < max_positions,
       op,
       "index",
       "be 0 or more and below 2**30",
       index);
-  auto stream = mx::to_stream({});
   return lazy_result(
-      stream,
       DrawToken{index, shared},
       {ids.shape(0)},
       mx::int32,
-      {packed_on_gpu(ids, stream),
-       packed_on_gpu(probs, stream),
-       position,
-       seed});
+      {contiguous_on_gpu(ids), contiguous_on_gpu(probs), position, seed});
 }
 
 } // namespace
@@ -108,12 +93,12 @@ void bind_draw_token(nb::module_& m) {
   m.def(
       "draw_token",
       &draw_token,
-      nb::arg("ids"),
-      nb::arg("probs"),
-      nb::arg("position"),
-      nb::arg("seed"),
-      nb::arg("index"),
-      nb::arg("shared"));
+      "ids"_a,
+      "probs"_a,
+      "position"_a,
+      "seed"_a,
+      "index"_a,
+      "shared"_a);
 }
 
 } // namespace pyengine

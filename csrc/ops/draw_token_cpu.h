@@ -16,10 +16,6 @@ struct DrawTokenArgs {
   bool shared;
 };
 
-PYENGINE_DECLARE_KERNEL(
-    draw_token_rows,
-    const DrawTokenArgs& args,
-    int64_t begin,
-    int64_t end)
+PYENGINE_DECLARE_ROWS(draw_token_rows, DrawTokenArgs)
 
 } // namespace pyengine

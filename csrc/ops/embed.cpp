@@ -9,8 +9,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "matmul.h"
 #include "op.h"
@@ -30,28 +30,27 @@ struct Embed {
   bool operator==(const Embed&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     constexpr int run = 4; // numbers of a row that a thread makes
     int T = int(in[0].size()), V = in[1].shape(0), E = out[0].shape(-1);
     auto dtype = in.back().dtype(), out_dtype = out[0].dtype();
     int threads = std::min(256, (E + 32 * run - 1) / (32 * run) * 32);
-    Launch launch;
-    launch.library = op;
-    launch.kernel = std::string(op) + "_" + dtype_name(dtype);
+    Launch launch(
+        op,
+        std::string(op) + "_" + dtype_name(dtype),
+        {(E + run * threads - 1) / (run * threads), T, 1},
+        {threads, 1, 1});
     launch.constants = {
         {0, out_dtype == mx::float32}, {1, bits}, {2, bits ? group_size : 1}};
-    launch.grid = {(E + run * threads - 1) / (run * threads), T, 1};
-    launch.threadgroup = {threads, 1, 1};
     launch.buffers = {Buffer::array(Role::in, "ids", {T}, mx::int32)};
     if (bits == 0) {
       // Given three times: the kernel has a place for factors
       launch.buffers.insert(
           launch.buffers.end(), 3, Buffer::array(Role::in, "w", {V, E}, dtype));
     } else {
-      mx::Shape packed = {V, packed_width(E, bits)};
+      mx::Shape weights = {V, quantized_width(E, bits)};
       mx::Shape factors = {V, E / group_size};
       launch.buffers.push_back(
-          Buffer::array(Role::in, "w", packed, mx::uint32));
+          Buffer::array(Role::in, "w", weights, mx::uint32));
       for (const char* name : {"scales", "biases"}) {
         launch.buffers.push_back(Buffer::array(Role::in, name, factors, dtype));
       }
@@ -80,11 +79,11 @@ struct Embed {
     args.group_size = group_size;
     args.bits = bits;
     args.scale = scale;
-    return [ids = Packed(in[0]), rows = int64_t(in[0].size()), args]() mutable {
-      args.ids = static_cast<const int32_t*>(ids.get());
-      split_rows(rows, args.E, [&](int64_t begin, int64_t end) {
-        PYENGINE_PICK_KERNEL(embed_rows)(args, begin, end);
-      });
+    return [ids = Contiguous(in[0]),
+            rows = int64_t(in[0].size()),
+            args]() mutable {
+      args.ids = ids.get<int32_t>();
+      split_rows(rows, args.E, PYENGINE_PICK_KERNEL(embed_rows), args);
     };
   }
 };
@@ -92,15 +91,12 @@ struct Embed {
 constexpr auto op = Embed::op;
 
 // Width of the rows of a table of three arrays.
-int check_packed_table(const Arrays& table, Integer group_size, Integer bits) {
+int check_quantized_table(
+    const Arrays& table,
+    Integer group_size,
+    Integer bits) {
   const auto &w = table[0], &scales = table[1], &biases = table[2];
-  check(bits == 4 || bits == 6 || bits == 8, op, "bits", "be 4, 6 or 8", bits);
-  check(
-      group_size == 32 || group_size == 64 || group_size == 128,
-      op,
-      "group_size",
-      "be 32, 64 or 128",
-      group_size);
+  check_quantisation(op, group_size, bits);
   check_storage_dtype(op, "scales", scales);
   check(
       scales.ndim() == 2,
@@ -114,8 +110,8 @@ int check_packed_table(const Arrays& table, Integer group_size, Integer bits) {
   int64_t width = int64_t(scales.shape(1)) * group_size;
   check(width <= INT32_MAX, op, "E", "be below 2**31", width);
   int E = int(width);
-  check_dtype(op, "w", w, mx::uint32, "be uint32");
-  check_shape(op, "w", w, {scales.shape(0), packed_width(E, bits)});
+  check_array(
+      op, "w", w, mx::uint32, {scales.shape(0), quantized_width(E, bits)});
   return E;
 }
 
@@ -139,9 +135,9 @@ mx::array embed(
       "table",
       "be w alone or w, scales and biases",
       std::to_string(table.size()) + " arrays");
-  bool packed = table.size() == 3;
-  int E = packed ? check_packed_table(table, group_size, bits)
-                 : check_dense_table(table[0]);
+  bool quantized = table.size() == 3;
+  int E = quantized ? check_quantized_table(table, group_size, bits)
+                    : check_dense_table(table[0]);
   check(
       table[0].shape(0) > 0,
       op,
@@ -155,16 +151,14 @@ mx::array embed(
       "out_dtype",
       "be float32 or the dtype of the table",
       dtype);
-  auto stream = mx::to_stream({});
-  Arrays inputs = {packed_on_gpu(ids, stream)};
+  Arrays inputs = {contiguous_on_gpu(ids)};
   for (const auto& a : table) {
-    inputs.push_back(whole(a, stream));
+    inputs.push_back(made_contiguous(a));
   }
   auto shape = ids.shape();
   shape.push_back(E);
   return lazy_result(
-      stream,
-      Embed{group_size, packed ? int(bits) : 0, scale},
+      Embed{group_size, quantized ? int(bits) : 0, scale},
       std::move(shape),
       dtype,
       std::move(inputs));
@@ -176,12 +170,12 @@ void bind_embed(nb::module_& m) {
   m.def(
       "embed",
       &embed,
-      nb::arg("ids"),
-      nb::arg("table"),
-      nb::arg("group_size"),
-      nb::arg("bits"),
-      nb::arg("scale"),
-      nb::arg("out_dtype").none());
+      "ids"_a,
+      "table"_a,
+      "group_size"_a,
+      "bits"_a,
+      "scale"_a,
+      "out_dtype"_a.none());
 }
 
 } // namespace pyengine

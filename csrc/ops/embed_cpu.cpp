@@ -30,7 +30,7 @@ PYENGINE_INLINE F32x16 unpack(const uint8_t* w, int bits) {
 }
 
 template <typename T>
-void packed_row(const EmbedArgs& args, int64_t id, int64_t at) {
+void quantized_row(const EmbedArgs& args, int64_t id, int64_t at) {
   auto* w = static_cast<const uint8_t*>(args.w) + id * args.E / 8 * args.bits;
   int64_t first = id * (args.E / args.group_size);
   auto* scales = static_cast<const T*>(args.scales) + first;
@@ -66,7 +66,7 @@ void embed_rows(const EmbedArgs& args, int64_t begin, int64_t end) {
       } else if (args.bits == 0) {
         dense_row<T>(args, id, at);
       } else {
-        packed_row<T>(args, id, at);
+        quantized_row<T>(args, id, at);
       }
     }
   });

@@ -20,10 +20,6 @@ struct EmbedArgs {
   float scale;
 };
 
-PYENGINE_DECLARE_KERNEL(
-    embed_rows,
-    const EmbedArgs& args,
-    int64_t begin,
-    int64_t end)
+PYENGINE_DECLARE_ROWS(embed_rows, EmbedArgs)
 
 } // namespace pyengine

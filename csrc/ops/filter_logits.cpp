@@ -10,12 +10,11 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/integer.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
-#include "filter_inputs.h"
-#include "filter_launch.h"
+#include "filter.h"
 #include "op.h"
 #include "ops/filter_logits_cpu.h"
 
@@ -36,7 +35,6 @@ struct FilterLogits {
 
   // Two: the candidates of slices of logits, which are merged.
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     int T = in[0].shape(0), V = in[0].shape(1), count = out[0].shape(1);
     int slices = (V - 1) / slice_size + 1;
     if (count > max_candidates || slices * count > max_merged) {
@@ -45,12 +43,9 @@ struct FilterLogits {
     bool edited = in.size() > 1;
     // Every row of logits starts on 16 bytes
     bool aligned = V % 4 == 0 && in[0].offset() % 16 == 0;
-    Launch launch;
-    launch.library = op;
-    launch.kernel = op;
+    Launch launch(
+        op, op, {slices, T, 1}, {slice_size / filter_thread_items, 1, 1});
     launch.constants = {{0, edited}, {1, aligned}};
-    launch.grid = {slices, T, 1};
-    launch.threadgroup = {slice_size / filter_thread_items, 1, 1};
     launch.buffers = {
         Buffer::array(
             Role::in, "logits", {T, V}, mx::float32, aligned ? 16 : 1),
@@ -60,13 +55,7 @@ struct FilterLogits {
         Buffer::scalar("count", uint32_t(count)),
         Buffer::scalar("temperature", temperature)};
     if (edited) {
-      int L = in[1].shape(0);
-      launch.buffers.insert(
-          launch.buffers.end(),
-          {Buffer::array(Role::in, "edit_ids", {L}, mx::int32),
-           Buffer::array(Role::in, "factors", {T, L}, mx::float32),
-           Buffer::array(Role::in, "deltas", {T, L}, mx::float32),
-           Buffer::scalar("L", uint32_t(L))});
+      add_edits(launch, T, in[1].shape(0));
     }
     launch.threadgroup_memory = {{0, edited ? slice_size * 4 : 16}};
     return {launch, merge_candidates_launch(T, slices, count, top_p, min_p)};
@@ -75,19 +64,19 @@ struct FilterLogits {
   auto task(const Arrays& in, Arrays& out) const {
     FilterLogitsArgs args = {};
     args.filter = filter_args(out, in[0].shape(1), temperature, top_p, min_p);
-    return [logits = Packed(in[0]),
-            edits = PackedEdits(in, 1),
+    return [logits = Contiguous(in[0]),
+            edits = ContiguousEdits(in, 1),
             rows = int64_t(in[0].shape(0)),
             args]() mutable {
-      args.logits = static_cast<const float*>(logits.get());
+      args.logits = logits.get<float>();
       edits.get(args.filter);
       int V = args.filter.V;
       bool sorts = args.filter.count > max_candidates;
       split_rows(rows, V, [&](int64_t begin, int64_t end) {
-        auto own = args;
+        auto with_scratch = args;
         std::vector<SortKey> scratch(sorts ? 2 * size_t(V) : 0);
-        own.scratch = scratch.data();
-        PYENGINE_PICK_KERNEL(filter_logits_rows)(own, begin, end);
+        with_scratch.scratch = scratch.data();
+        PYENGINE_PICK_KERNEL(filter_logits_rows)(with_scratch, begin, end);
       });
     };
   }
@@ -121,19 +110,14 @@ Arrays filter_logits(
       "be 0 (off) to 256",
       top_k);
   check_filter(op, temperature, top_p, min_p);
-  Arrays inputs = {logits};
+  Arrays inputs = {contiguous_on_gpu(logits)};
   add_edits(op, rows, edit_ids, edit_factors, edit_deltas, inputs);
   if (temperature == 0) { // greedy: the one best candidate, as it stands
     temperature = 1;
     top_k = 1;
   }
   mx::Shape shape = {rows, top_k == 0 ? vocab : std::min<int>(top_k, vocab)};
-  auto stream = mx::to_stream({});
-  for (auto& input : inputs) {
-    input = packed_on_gpu(input, stream);
-  }
   return lazy_results(
-      stream,
       FilterLogits{temperature, top_p, min_p},
       {shape, shape, {rows}},
       {mx::int32, mx::float32, mx::int32},
@@ -146,14 +130,14 @@ void bind_filter_logits(nb::module_& m) {
   m.def(
       "filter_logits",
       &filter_logits,
-      nb::arg("logits"),
-      nb::arg("temperature"),
-      nb::arg("top_k"),
-      nb::arg("top_p"),
-      nb::arg("min_p"),
-      nb::arg("edit_ids").none() = nb::none(),
-      nb::arg("edit_factors").none() = nb::none(),
-      nb::arg("edit_deltas").none() = nb::none());
+      "logits"_a,
+      "temperature"_a,
+      "top_k"_a,
+      "top_p"_a,
+      "min_p"_a,
+      "edit_ids"_a.none() = nb::none(),
+      "edit_factors"_a.none() = nb::none(),
+      "edit_deltas"_a.none() = nb::none());
 }
 
 } // namespace pyengine

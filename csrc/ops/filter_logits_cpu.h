@@ -49,10 +49,6 @@ struct Kept {
   Candidate heap[max_candidates];
 };
 
-PYENGINE_DECLARE_KERNEL(
-    filter_logits_rows,
-    const FilterLogitsArgs& args,
-    int64_t begin,
-    int64_t end)
+PYENGINE_DECLARE_ROWS(filter_logits_rows, FilterLogitsArgs)
 
 } // namespace pyengine

@@ -4,8 +4,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "cpu/storage.h"
 #include "op.h"
@@ -20,18 +20,13 @@ struct Geglu {
   bool operator==(const Geglu&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     if (!fits_grid(out[0].size())) {
       return {};
     }
-    constexpr int threads = 256;
     int size = int(out[0].size());
     auto dtype = out[0].dtype();
-    Launch launch;
-    launch.library = op;
-    launch.kernel = std::string(op) + "_" + dtype_name(dtype);
-    launch.grid = {(size - 1) / threads + 1, 1, 1};
-    launch.threadgroup = {threads, 1, 1};
+    auto launch =
+        elementwise_launch(op, std::string(op) + "_" + dtype_name(dtype), size);
     launch.buffers = {
         Buffer::array(Role::in, "gate", {size}, dtype),
         Buffer::array(Role::in, "up", {size}, dtype),
@@ -44,8 +39,8 @@ struct Geglu {
     GegluArgs args = {};
     args.out = out[0].data<void>();
     args.storage = storage_of(out[0].dtype());
-    return [gate = Packed(in[0]),
-            up = Packed(in[1]),
+    return [gate = Contiguous(in[0]),
+            up = Contiguous(in[1]),
             size = int64_t(out[0].size()),
             args]() mutable {
       args.gate = gate.get();
@@ -64,19 +59,17 @@ mx::array geglu(const mx::array& gate, const mx::array& up) {
   check_storage_dtype(op, "gate", gate);
   check_shape(op, "up", up, gate.shape());
   check_dtype(op, "up", up, gate.dtype(), "have the dtype of gate");
-  auto stream = mx::to_stream({});
   return lazy_result(
-      stream,
       Geglu{},
       gate.shape(),
       gate.dtype(),
-      {packed_on_gpu(gate, stream), packed_on_gpu(up, stream)});
+      {contiguous_on_gpu(gate), contiguous_on_gpu(up)});
 }
 
 } // namespace
 
 void bind_geglu(nb::module_& m) {
-  m.def("geglu", &geglu, nb::arg("gate"), nb::arg("up"));
+  m.def("geglu", &geglu, "gate"_a, "up"_a);
 }
 
 } // namespace pyengine

@@ -12,10 +12,6 @@ struct GegluArgs {
   Storage storage;
 };
 
-PYENGINE_DECLARE_KERNEL(
-    geglu_range,
-    const GegluArgs& args,
-    int64_t begin,
-    int64_t end)
+PYENGINE_DECLARE_ROWS(geglu_range, GegluArgs)
 
 } // namespace pyengine

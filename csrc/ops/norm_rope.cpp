@@ -3,8 +3,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "cpu/storage.h"
 #include "norm_launch.h"
@@ -22,7 +22,6 @@ struct NormRope {
   bool operator==(const NormRope&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     auto shape = out[0].shape(); // [B, T, H, D]
     auto dtype = out[0].dtype();
     int B = shape[0], T = shape[1], H = shape[2], D = shape[3];
@@ -48,20 +47,18 @@ struct NormRope {
     args.H = out[0].shape(2);
     args.D = out[0].shape(3);
     args.eps = eps;
-    return [x = Packed(in[0]),
-            weight = Packed(in[1]),
+    return [x = Contiguous(in[0]),
+            weight = Contiguous(in[1]),
             offset = in[2].data<int32_t>(),
-            inv_freq = Packed(in[3]),
+            inv_freq = Contiguous(in[3]),
             rows = int64_t(out[0].shape(0)) * args.T,
             args]() mutable {
       args.x = x.get();
       args.weight = weight.get();
-      args.inv_freq = static_cast<const float*>(inv_freq.get());
+      args.inv_freq = inv_freq.get<float>();
       args.offset = *offset;
-      split_rows(
-          rows, int64_t(args.H) * args.D, [&](int64_t begin, int64_t end) {
-            PYENGINE_PICK_KERNEL(norm_rope_rows)(args, begin, end);
-          });
+      int64_t width = int64_t(args.H) * args.D;
+      split_rows(rows, width, PYENGINE_PICK_KERNEL(norm_rope_rows), args);
     };
   }
 };
@@ -88,16 +85,14 @@ mx::array norm_rope(
   check_shape(op, "inv_freq", inv_freq, {D / 2});
   check_dtype(op, "inv_freq", inv_freq, mx::float32, "be float32");
   check(eps > 0, op, "eps", "be positive", eps);
-  auto stream = mx::to_stream({});
   return lazy_result(
-      stream,
       NormRope{eps},
       x.shape(),
       x.dtype(),
-      {packed_on_gpu(x, stream),
-       packed_on_gpu(weight, stream),
+      {contiguous_on_gpu(x),
+       contiguous_on_gpu(weight),
        offset,
-       packed_on_gpu(inv_freq, stream)});
+       contiguous_on_gpu(inv_freq)});
 }
 
 } // namespace
@@ -106,11 +101,11 @@ void bind_norm_rope(nb::module_& m) {
   m.def(
       "norm_rope",
       &norm_rope,
-      nb::arg("x"),
-      nb::arg("weight"),
-      nb::arg("offset"),
-      nb::arg("inv_freq"),
-      nb::arg("eps"));
+      "x"_a,
+      "weight"_a,
+      "offset"_a,
+      "inv_freq"_a,
+      "eps"_a);
 }
 
 } // namespace pyengine

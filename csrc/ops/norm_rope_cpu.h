@@ -21,10 +21,6 @@ struct NormRopeArgs {
 };
 
 // Rows are the B * T positions, all heads of each.
-PYENGINE_DECLARE_KERNEL(
-    norm_rope_rows,
-    const NormRopeArgs& args,
-    int64_t begin,
-    int64_t end)
+PYENGINE_DECLARE_ROWS(norm_rope_rows, NormRopeArgs)
 
 } // namespace pyengine

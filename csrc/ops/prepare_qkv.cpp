@@ -5,8 +5,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "cpu/storage.h"
 #include "norm_launch.h"
@@ -42,7 +42,6 @@ struct PrepareQkv {
   }
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     auto dtype = out[0].dtype();
     int T = out[0].shape(1), H = out[0].shape(2), D = out[0].shape(3);
     int K = out[1].shape(1), C = out[1].shape(2);
@@ -82,12 +81,12 @@ struct PrepareQkv {
     args.K = out[1].shape(1);
     args.C = out[1].shape(2);
     args.eps = eps;
-    return [q = Packed(in[0]),
-            k = Packed(in[1]),
-            v = Packed(in[2]),
-            q_weight = Packed(in[3]),
-            k_weight = Packed(in[4]),
-            inv_freq = Packed(in[5]),
+    return [q = Contiguous(in[0]),
+            k = Contiguous(in[1]),
+            v = Contiguous(in[2]),
+            q_weight = Contiguous(in[3]),
+            k_weight = Contiguous(in[4]),
+            inv_freq = Contiguous(in[5]),
             offset = in[6].data<int32_t>(),
             args]() mutable {
       args.q = q.get();
@@ -95,14 +94,10 @@ struct PrepareQkv {
       args.v = v.get();
       args.q_weight = q_weight.get();
       args.k_weight = k_weight.get();
-      args.inv_freq = static_cast<const float*>(inv_freq.get());
+      args.inv_freq = inv_freq.get<float>();
       args.offset = *offset;
-      split_rows(
-          args.T,
-          (args.H + 2 * int64_t(args.K)) * args.D,
-          [&](int64_t begin, int64_t end) {
-            PYENGINE_PICK_KERNEL(prepare_qkv_rows)(args, begin, end);
-          });
+      int64_t width = (args.H + 2 * int64_t(args.K)) * args.D;
+      split_rows(args.T, width, PYENGINE_PICK_KERNEL(prepare_qkv_rows), args);
     };
   }
 };
@@ -163,26 +158,15 @@ Arrays prepare_qkv(
   }
   check_shape(op, "inv_freq", inv_freq, {D / 2});
   check_dtype(op, "inv_freq", inv_freq, mx::float32, "be float32");
-  if (T > C) {
-    fail(op, "T", "be at most the capacity " + std::to_string(C), T);
-  }
-  check_offset(op, offset, T);
+  check_block(op, offset, T, C);
   check(eps > 0, op, "eps", "be positive", eps);
-  auto stream = mx::to_stream({});
+  auto inputs = contiguous_on_gpu(Arrays{q, k, v, q_norm, k_norm, inv_freq});
+  inputs.insert(inputs.end(), {offset, keys, values});
   return lazy_results(
-      stream,
       PrepareQkv{eps},
       {{1, T, q.shape(1) / D, D}, keys.shape(), values.shape()},
       {q.dtype(), q.dtype(), q.dtype()},
-      {packed_on_gpu(q, stream),
-       packed_on_gpu(k, stream),
-       packed_on_gpu(v, stream),
-       packed_on_gpu(q_norm, stream),
-       packed_on_gpu(k_norm, stream),
-       packed_on_gpu(inv_freq, stream),
-       offset,
-       keys,
-       values});
+      inputs);
 }
 
 } // namespace
@@ -191,16 +175,16 @@ void bind_prepare_qkv(nb::module_& m) {
   m.def(
       "prepare_qkv",
       &prepare_qkv,
-      nb::arg("q"),
-      nb::arg("k"),
-      nb::arg("v"),
-      nb::arg("q_norm"),
-      nb::arg("k_norm"),
-      nb::arg("inv_freq"),
-      nb::arg("keys"),
-      nb::arg("values"),
-      nb::arg("offset"),
-      nb::arg("eps"));
+      "q"_a,
+      "k"_a,
+      "v"_a,
+      "q_norm"_a,
+      "k_norm"_a,
+      "inv_freq"_a,
+      "keys"_a,
+      "values"_a,
+      "offset"_a,
+      "eps"_a);
 }
 
 } // namespace pyengine

@@ -26,10 +26,6 @@ struct PrepareQkvArgs {
 };
 
 // Rows are positions.
-PYENGINE_DECLARE_KERNEL(
-    prepare_qkv_rows,
-    const PrepareQkvArgs& args,
-    int64_t begin,
-    int64_t end)
+PYENGINE_DECLARE_ROWS(prepare_qkv_rows, PrepareQkvArgs)
 
 } // namespace pyengine

@@ -11,8 +11,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/gated.h"
-#include "cpu/packed.h"
 #include "matmul.h"
 #include "matmul_launch.h"
 #include "op.h"
@@ -63,14 +63,14 @@ void run_expert(
     int expert,
     const int* pairs,
     int count) {
-  static thread_local Scratch shared;
+  static thread_local Scratch of_slice;
   int K = args.matrix.K;
   Plan plan = matmul_plan(
       count,
       args.N,
       K,
       (args.gated ? 2 : 1) * (int64_t(K) * args.matrix.bits / 8));
-  float* x = shared.floats(plan.scratch);
+  float* x = of_slice.floats(plan.scratch);
   for (int m = 0; m < count; ++m) {
     rows.load(pairs[m] / args.per_row, args.order, count, x + 16 * m);
   }
@@ -84,10 +84,10 @@ void run_expert(
   auto up = args.gated ? matrix_of(args.up) : matrix;
   size_t size = matrix.out_storage == Storage::float32 ? 4 : 2;
   run_groups(plan, [&](int group) {
-    static thread_local Scratch own;
+    static thread_local Scratch of_group;
     int begin = group * plan.columns;
     int columns = std::min(begin + plan.columns, args.N) - begin;
-    float* sums = own.floats(
+    float* sums = of_group.floats(
         gated_scratch(count, columns, K, matrix.group_size, args.gated));
     if (args.gated) {
       gated_columns(matrix, up, begin, begin + columns, sums, sums);
@@ -122,7 +122,6 @@ struct QuantizedExpertMatmul {
   }
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     const auto& x = in[0];
     int T = out[0].shape(0), U = out[0].shape(1), N = out[0].shape(2);
     int X = in[1].shape(0), K = x.shape(-1);
@@ -130,13 +129,13 @@ struct QuantizedExpertMatmul {
       return {};
     }
     bool gated = is_gated(in);
-    bool shared = x.ndim() == 2; // one row of x for all experts of a token
+    bool one_row = x.ndim() == 2; // of x for all experts of a token
     auto dtype = x.dtype(), out_dtype = out[0].dtype();
-    auto launch = packed_launch(
+    auto launch = quantized_launch(
         op, T, N, dtype, out_dtype, group_size, bits, gated ? 2 : 1);
     launch.grid = {launch.grid[0], X, launch.grid[1]};
     launch.constants[4] = gated;
-    launch.constants[5] = shared;
+    launch.constants[5] = one_row;
     // The pairs of 16 tokens and their number, in whole 16 bytes.
     int list = 2 * (max_rows * U + 1);
     launch.threadgroup_memory.emplace_back(2, (list + 15) / 16 * 16);
@@ -157,30 +156,31 @@ struct QuantizedExpertMatmul {
     Rows rows(in[0]);
     Args args = {};
     args.gated = is_gated(in);
-    args.matrix = packed_args(&in[1], in[0], group_size, bits);
+    args.matrix = quantized_args(&in[1], in[0], group_size, bits);
     args.matrix.out_storage = storage_of(out[0].dtype());
     args.up = args.matrix;
     if (args.gated) {
-      args.up = packed_args(&in[4], in[0], group_size, bits);
+      args.up = quantized_args(&in[4], in[0], group_size, bits);
     }
     args.pairs = int(in.back().size());
     args.per_row = in[0].ndim() == 2 ? out[0].shape(1) : 1;
     args.experts = in[1].shape(0);
     args.N = out[0].shape(2);
     args.out = out[0].data<char>();
-    args.order = packed_order(bits);
-    return [rows = std::move(rows), ids = Packed(in.back()), args]() mutable {
-      args.ids = static_cast<const int32_t*>(ids.get());
-      auto groups = group_pairs(args);
-      spoil(args, groups.back());
-      for (int expert = 0; expert < args.experts; ++expert) {
-        const auto& pairs = groups[expert];
-        for (int first = 0; first < int(pairs.size()); first += max_rows) {
-          int count = std::min(int(pairs.size()) - first, max_rows);
-          run_expert(args, rows, expert, pairs.data() + first, count);
-        }
-      }
-    };
+    args.order = quantized_order(bits);
+    return
+        [rows = std::move(rows), ids = Contiguous(in.back()), args]() mutable {
+          args.ids = ids.get<int32_t>();
+          auto groups = group_pairs(args);
+          spoil(args, groups.back());
+          for (int expert = 0; expert < args.experts; ++expert) {
+            const auto& pairs = groups[expert];
+            for (int first = 0; first < int(pairs.size()); first += max_rows) {
+              int count = std::min(int(pairs.size()) - first, max_rows);
+              run_expert(args, rows, expert, pairs.data() + first, count);
+            }
+          }
+        };
   }
 };
 
@@ -214,11 +214,11 @@ mx::array quantized_expert_matmul(
       "up",
       "have 3 arrays or none",
       up.size());
-  std::vector<PackedMatrix> stacks = {{"", stack[0], stack[1], stack[2]}};
+  std::vector<QuantizedMatrix> stacks = {{"", stack[0], stack[1], stack[2]}};
   if (!up.empty()) {
     stacks.push_back({"up_", up[0], up[1], up[2]});
   }
-  check_packed(op, x, stacks, group_size, bits, 3);
+  check_quantized(op, x, stacks, group_size, bits, 3);
   int X = stack[0].shape(0), N = stack[0].shape(1);
   check(X > 0, op, "w", "have at least 1 expert", X);
   mx::Dtype dtype = check_out_dtype(op, x, out_dtype);
@@ -229,16 +229,14 @@ mx::array quantized_expert_matmul(
       "be the dtype of x where up is given",
       dtype);
 
-  auto stream = mx::to_stream({});
-  Arrays inputs = {rows_of(x, stream)};
+  Arrays inputs = {contiguous_on_gpu(x)};
   for (const auto* matrix : {&stack, &up}) {
     for (const auto& a : *matrix) {
-      inputs.push_back(whole(a, stream));
+      inputs.push_back(made_contiguous(a));
     }
   }
-  inputs.push_back(packed_on_gpu(ids, stream));
+  inputs.push_back(contiguous_on_gpu(ids));
   return lazy_result(
-      stream,
       QuantizedExpertMatmul{group_size, bits},
       {T, U, N},
       dtype,
@@ -251,13 +249,13 @@ void bind_quantized_expert_matmul(nb::module_& m) {
   m.def(
       "quantized_expert_matmul",
       &quantized_expert_matmul,
-      nb::arg("x"),
-      nb::arg("stack"),
-      nb::arg("up"),
-      nb::arg("ids"),
-      nb::arg("group_size"),
-      nb::arg("bits"),
-      nb::arg("out_dtype").none());
+      "x"_a,
+      "stack"_a,
+      "up"_a,
+      "ids"_a,
+      "group_size"_a,
+      "bits"_a,
+      "out_dtype"_a.none());
 }
 
 } // namespace pyengine

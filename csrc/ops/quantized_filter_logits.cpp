@@ -12,8 +12,7 @@
 
 #include "bindings.h"
 #include "check.h"
-#include "filter_inputs.h"
-#include "filter_launch.h"
+#include "filter.h"
 #include "matmul.h"
 #include "matmul_launch.h"
 #include "op.h"
@@ -36,8 +35,8 @@ void run_slice(const Plan& plan, const Args& args) {
   std::vector<Kept> kept(size_t(heaps) * M);
   std::atomic<int> next{0};
   pool.run(heaps, [&](int heap) {
-    static thread_local Scratch own;
-    float* scratch = own.floats(plan.group_scratch);
+    static thread_local Scratch of_group;
+    float* scratch = of_group.floats(plan.group_scratch);
     for (int group; (group = next.fetch_add(1)) < plan.groups;) {
       int begin = group * plan.columns;
       int end = std::min(begin + plan.columns, V);
@@ -116,7 +115,6 @@ struct QuantizedFilterLogits {
   // Two: the candidates of slices of the vocabulary, which merge_candidates
   // merges. None where a row's list does not fit in threadgroup memory.
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     int T = in[0].shape(0), V = in[1].shape(0), E = in[0].shape(1);
     int count = out[0].shape(1);
     auto dtype = in[0].dtype();
@@ -145,13 +143,7 @@ struct QuantizedFilterLogits {
     launch.buffers.push_back(Buffer::scalar("cap", softcap));
     launch.buffers.push_back(Buffer::scalar("temperature", temperature));
     if (edited) {
-      int L = in[4].shape(0);
-      launch.buffers.insert(
-          launch.buffers.end(),
-          {Buffer::array(Role::in, "edit_ids", {L}, mx::int32),
-           Buffer::array(Role::in, "factors", {T, L}, mx::float32),
-           Buffer::array(Role::in, "deltas", {T, L}, mx::float32),
-           Buffer::scalar("L", uint32_t(L))});
+      add_edits(launch, T, in[4].shape(0));
     }
     return {launch, merge_candidates_launch(T, slices, count, top_p, min_p)};
   }
@@ -160,20 +152,20 @@ struct QuantizedFilterLogits {
     const auto& x = in[0];
     int V = in[1].shape(0);
     Args args = {};
-    args.matmul = packed_args(&in[1], x, group_size, bits);
+    args.matmul = quantized_args(&in[1], x, group_size, bits);
     args.filter = filter_args(out, V, temperature, top_p, min_p);
     args.softcap = softcap;
     Rows rows(x);
     auto plan =
         quantized_matmul_plan(x.shape(0), V, x.shape(1), group_size, bits);
     return [rows = std::move(rows),
-            edits = PackedEdits(in, 4),
-            order = packed_order(bits),
+            edits = ContiguousEdits(in, 4),
+            order = quantized_order(bits),
             plan,
             args]() mutable {
       edits.get(args.filter);
-      static thread_local Scratch shared;
-      float* x = shared.floats(plan.scratch);
+      static thread_local Scratch of_slice;
+      float* x = of_slice.floats(plan.scratch);
       args.matmul.x = x;
       for (int slice = 0; slice < plan.slices; ++slice) {
         args.first = slice * max_rows;
@@ -187,7 +179,7 @@ struct QuantizedFilterLogits {
   }
 };
 
-// As filter_logits.h, n at most 256.
+// As filter_logits, n at most 256.
 Arrays quantized_filter_logits(
     const mx::array& x, // [T, E]
     const mx::array& w, // [V, E * bits / 32]
@@ -204,7 +196,7 @@ Arrays quantized_filter_logits(
     const std::optional<mx::array>& edit_factors, // [T, L]
     const std::optional<mx::array>& edit_deltas) { // [T, L]
   constexpr auto op = QuantizedFilterLogits::op;
-  check_packed(op, x, {{"", w, scales, biases}}, group_size, bits);
+  check_quantized(op, x, {{"", w, scales, biases}}, group_size, bits);
   check(x.ndim() == 2, op, "x", "have shape [T, E]", x.shape());
   check(w.shape(0) > 0, op, "w", "have at least 1 row", w.shape());
   int T = x.shape(0), V = w.shape(0);
@@ -226,19 +218,14 @@ Arrays quantized_filter_logits(
     temperature = 1;
     top_k = 1;
   }
-  auto stream = mx::to_stream({});
   Arrays inputs = {
-      rows_of(x, stream),
-      whole(w, stream),
-      whole(scales, stream),
-      whole(biases, stream)};
+      contiguous_on_gpu(x),
+      made_contiguous(w),
+      made_contiguous(scales),
+      made_contiguous(biases)};
   add_edits(op, T, edit_ids, edit_factors, edit_deltas, inputs);
-  for (size_t i = 4; i < inputs.size(); ++i) {
-    inputs[i] = packed_on_gpu(inputs[i], stream);
-  }
   mx::Shape shape = {T, std::min<int>(top_k, V)};
   return lazy_results(
-      stream,
       QuantizedFilterLogits{
           group_size, bits, softcap.value_or(0), temperature, top_p, min_p},
       {shape, shape, {T}},
@@ -252,20 +239,20 @@ void bind_quantized_filter_logits(nb::module_& m) {
   m.def(
       "quantized_filter_logits",
       &quantized_filter_logits,
-      nb::arg("x"),
-      nb::arg("w"),
-      nb::arg("scales"),
-      nb::arg("biases"),
-      nb::arg("group_size"),
-      nb::arg("bits"),
-      nb::arg("softcap").none(),
-      nb::arg("temperature"),
-      nb::arg("top_k"),
-      nb::arg("top_p"),
-      nb::arg("min_p"),
-      nb::arg("edit_ids").none() = nb::none(),
-      nb::arg("edit_factors").none() = nb::none(),
-      nb::arg("edit_deltas").none() = nb::none());
+      "x"_a,
+      "w"_a,
+      "scales"_a,
+      "biases"_a,
+      "group_size"_a,
+      "bits"_a,
+      "softcap"_a.none(),
+      "temperature"_a,
+      "top_k"_a,
+      "top_p"_a,
+      "min_p"_a,
+      "edit_ids"_a.none() = nb::none(),
+      "edit_factors"_a.none() = nb::none(),
+      "edit_deltas"_a.none() = nb::none());
 }
 
 } // namespace pyengine

@@ -59,14 +59,13 @@ struct QuantizedGatedMatmul {
   bool operator==(const QuantizedGatedMatmul&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     int N = out[0].shape(-1), K = in[0].shape(-1);
     int M = int(out[0].size() / N);
     if (M > max_launch_rows) {
       return {};
     }
     auto dtype = in[0].dtype();
-    auto launch = packed_launch(op, M, N, dtype, dtype, group_size, bits, 2);
+    auto launch = quantized_launch(op, M, N, dtype, dtype, group_size, bits, 2);
     launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
     for (std::string matrix : {"gate_", "up_"}) {
       add_matrix(launch, matrix, {N}, K, dtype, group_size, bits);
@@ -79,13 +78,13 @@ struct QuantizedGatedMatmul {
   auto task(const Arrays& in, Arrays& out) const {
     Rows rows(in[0]);
     Args args = {};
-    args.gate = packed_args(&in[1], in[0], group_size, bits);
-    args.up = packed_args(&in[4], in[0], group_size, bits);
+    args.gate = quantized_args(&in[1], in[0], group_size, bits);
+    args.up = quantized_args(&in[4], in[0], group_size, bits);
     args.out = out[0].data<void>();
     args.out_storage = storage_of(out[0].dtype());
     args.N = out[0].shape(-1);
     auto plan = plan_of(rows.count(), args.N, args.gate.K, group_size, bits);
-    return [rows = std::move(rows), plan, args, order = packed_order(bits)] {
+    return [rows = std::move(rows), plan, args, order = quantized_order(bits)] {
       run_matmul(rows, plan, args, order, columns);
     };
   }
@@ -101,7 +100,7 @@ mx::array quantized_gated_matmul(
     const mx::array& up_biases,
     Integer group_size,
     Integer bits) {
-  check_packed(
+  check_quantized(
       QuantizedGatedMatmul::op,
       x,
       {{"gate_", gate_w, gate_scales, gate_biases},
@@ -109,16 +108,14 @@ mx::array quantized_gated_matmul(
       group_size,
       bits);
 
-  auto stream = mx::to_stream({});
   auto shape = x.shape();
   shape.back() = gate_w.shape(0);
-  Arrays inputs = {rows_of(x, stream)};
+  Arrays inputs = {contiguous_on_gpu(x)};
   for (const auto* a :
        {&gate_w, &gate_scales, &gate_biases, &up_w, &up_scales, &up_biases}) {
-    inputs.push_back(whole(*a, stream));
+    inputs.push_back(made_contiguous(*a));
   }
   return lazy_result(
-      stream,
       QuantizedGatedMatmul{group_size, bits},
       std::move(shape),
       x.dtype(),
@@ -131,15 +128,15 @@ void bind_quantized_gated_matmul(nb::module_& m) {
   m.def(
       "quantized_gated_matmul",
       &quantized_gated_matmul,
-      nb::arg("x"),
-      nb::arg("gate_w"),
-      nb::arg("gate_scales"),
-      nb::arg("gate_biases"),
-      nb::arg("up_w"),
-      nb::arg("up_scales"),
-      nb::arg("up_biases"),
-      nb::arg("group_size"),
-      nb::arg("bits"));
+      "x"_a,
+      "gate_w"_a,
+      "gate_scales"_a,
+      "gate_biases"_a,
+      "up_w"_a,
+      "up_scales"_a,
+      "up_biases"_a,
+      "group_size"_a,
+      "bits"_a);
 }
 
 } // namespace pyengine

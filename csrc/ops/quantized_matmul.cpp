@@ -25,14 +25,14 @@ struct QuantizedMatmul {
   bool operator==(const QuantizedMatmul&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     int N = out[0].shape(-1), K = in[0].shape(-1);
     int M = int(out[0].size() / N);
     if (M > max_launch_rows) {
       return {};
     }
     auto dtype = in[0].dtype(), out_dtype = out[0].dtype();
-    auto launch = packed_launch(op, M, N, dtype, out_dtype, group_size, bits);
+    auto launch =
+        quantized_launch(op, M, N, dtype, out_dtype, group_size, bits);
     launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
     add_matrix(launch, "", {N}, K, dtype, group_size, bits);
     launch.buffers.push_back(
@@ -43,12 +43,12 @@ struct QuantizedMatmul {
 
   auto task(const Arrays& in, Arrays& out) const {
     Rows rows(in[0]);
-    auto args = packed_args(&in[1], in[0], group_size, bits);
+    auto args = quantized_args(&in[1], in[0], group_size, bits);
     args.out = out[0].data<void>();
     args.out_storage = storage_of(out[0].dtype());
     auto plan =
         quantized_matmul_plan(rows.count(), args.N, args.K, group_size, bits);
-    return [rows = std::move(rows), plan, args, order = packed_order(bits)] {
+    return [rows = std::move(rows), plan, args, order = quantized_order(bits)] {
       auto kernel = PYENGINE_PICK_KERNEL(quantized_matmul_columns);
       run_matmul(rows, plan, args, order, kernel);
     };
@@ -64,20 +64,18 @@ mx::array quantized_matmul(
     Integer bits,
     std::optional<mx::Dtype> out_dtype) {
   constexpr auto op = QuantizedMatmul::op;
-  check_packed(op, x, {{"", w, scales, biases}}, group_size, bits);
+  check_quantized(op, x, {{"", w, scales, biases}}, group_size, bits);
   mx::Dtype dtype = check_out_dtype(op, x, out_dtype);
-  auto stream = mx::to_stream({});
   auto shape = x.shape();
   shape.back() = w.shape(0);
   return lazy_result(
-      stream,
       QuantizedMatmul{group_size, bits},
       std::move(shape),
       dtype,
-      {rows_of(x, stream),
-       whole(w, stream),
-       whole(scales, stream),
-       whole(biases, stream)});
+      {contiguous_on_gpu(x),
+       made_contiguous(w),
+       made_contiguous(scales),
+       made_contiguous(biases)});
 }
 
 } // namespace
@@ -86,21 +84,21 @@ void bind_quantized_matmul(nb::module_& m) {
   m.def(
       "quantized_matmul",
       &quantized_matmul,
-      nb::arg("x"),
-      nb::arg("w"),
-      nb::arg("scales"),
-      nb::arg("biases"),
-      nb::arg("group_size"),
-      nb::arg("bits"),
-      nb::arg("out_dtype").none());
+      "x"_a,
+      "w"_a,
+      "scales"_a,
+      "biases"_a,
+      "group_size"_a,
+      "bits"_a,
+      "out_dtype"_a.none());
   m.def(
       "quantized_matmul_plan",
       &quantized_matmul_plan,
-      nb::arg("M"),
-      nb::arg("N"),
-      nb::arg("K"),
-      nb::arg("group_size"),
-      nb::arg("bits"));
+      "M"_a,
+      "N"_a,
+      "K"_a,
+      "group_size"_a,
+      "bits"_a);
 }
 
 } // namespace pyengine

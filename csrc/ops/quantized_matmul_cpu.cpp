@@ -9,16 +9,17 @@
 
 #include "ops/quantized_matmul_cpu.h"
 
+#include "cpu/lanes.h"
 #include "cpu/rows_cpu.h"
-#include "cpu/simd.h"
+#include "cpu/tiles.h"
 
 namespace pyengine::PYENGINE_ISA {
 
 namespace {
 
-constexpr int block = 64; // weights unpacked together: four times 16 lanes
+constexpr int chunk = 64; // weights unpacked together: four times 16 lanes
 
-// The block of 64 as four F32x16, in the Order (rows_cpu.h) of its bit width.
+// The chunk of 64 as four F32x16, in the Order (rows_cpu.h) of its bit width.
 template <int bits>
 PYENGINE_INLINE F32x16 unpack(const uint8_t* w, int j) {
   if constexpr (bits == 8) {
@@ -40,27 +41,15 @@ void convert(
     int64_t first,
     int64_t count,
     float* to) {
-  auto copy = [&](auto values) {
-    int64_t i = 0;
-    for (; i + lanes <= count; i += lanes) {
-      store(to + i, load(values + first + i));
-    }
-    if (i < count) {
-      int rest = int(count - i);
-      store(to + i, load(values + first + i, rest), rest);
-    }
-  };
-  switch (storage) {
-    case Storage::float32:
-      return copy(static_cast<const float*>(from));
-    case Storage::float16:
-      return copy(static_cast<const Half*>(from));
-    case Storage::bfloat16:
-      return copy(static_cast<const BFloat*>(from));
-  }
+  with_storage(storage, [&]<typename T>(T*) {
+    auto* values = static_cast<const T*>(from) + first;
+    for_lanes(count, [&](int64_t i, int some) {
+      store_some(to + i, load_some(values + i, some), some);
+    });
+  });
 }
 
-// The factor of each lane. Groups of 32 have two factors per block, the second
+// The factor of each lane. Groups of 32 have two factors per chunk, the second
 // `second` = 1 after the first; larger groups have one, and `second` is 0.
 template <int bits>
 PYENGINE_INLINE F32x16 spread(const float* factors, int second, int j) {
@@ -88,9 +77,9 @@ struct Cursor {
   const float* biases[columns];
 };
 
-// Adds one block of 64 to the sums.
+// Adds one chunk of 64 to the sums.
 template <int bits, int rows, int columns>
-PYENGINE_INLINE void multiply_block(
+PYENGINE_INLINE void multiply_chunk(
     const Cursor<columns>& at,
     int second,
     const float* x,
@@ -106,15 +95,7 @@ PYENGINE_INLINE void multiply_block(
               spread<bits>(at.scales[c], second, j),
               spread<bits>(at.biases[c], second, j));
     }
-    PYENGINE_UNROLL
-    for (int r = 0; r < rows; ++r) {
-      F32x16 values = load(x + lanes * r);
-      pin(values);
-      PYENGINE_UNROLL
-      for (int c = 0; c < columns; ++c) {
-        acc[r * columns + c] = fma(values, weights[c], acc[r * columns + c]);
-      }
-    }
+    multiply_step<rows, columns>(weights, x, acc);
     x += pitch;
   }
 }
@@ -127,7 +108,7 @@ void multiply_tile(
     const Group& group,
     int m,
     int n) {
-  constexpr int block_bytes = block * bits / 8;
+  constexpr int chunk_bytes = chunk * bits / 8;
   int64_t factors = args.K / args.group_size;
   int second = args.group_size == 32 ? 1 : 0;
   int pitch = lanes * args.M;
@@ -148,28 +129,28 @@ void multiply_tile(
   F32x16 acc[rows * columns] = {};
 
   int k = 0;
-  for (; k + block <= args.K; k += block) {
-    multiply_block<bits, rows, columns>(at, second, x, pitch, acc);
-    // Groups of 128 move on with every second block.
-    int step = args.group_size == 128 ? k / block % 2 : 1 + second;
+  for (; k + chunk <= args.K; k += chunk) {
+    multiply_chunk<bits, rows, columns>(at, second, x, pitch, acc);
+    // Groups of 128 move on with every second chunk.
+    int step = args.group_size == 128 ? k / chunk % 2 : 1 + second;
     PYENGINE_UNROLL
     for (int c = 0; c < columns; ++c) {
       prefetch(at.w[c] + ahead);
-      at.w[c] += block_bytes;
+      at.w[c] += chunk_bytes;
       at.scales[c] += step;
       at.biases[c] += step;
     }
     x += 4 * pitch;
   }
   if (k < args.K) {
-    // Half a block, one group of 32, is left: x is padded with zeros already.
-    uint8_t padded[columns][block_bytes] = {};
+    // Half a chunk, one group of 32, is left: x is padded with zeros already.
+    uint8_t padded[columns][chunk_bytes] = {};
     PYENGINE_UNROLL
     for (int c = 0; c < columns; ++c) {
-      memcpy(padded[c], at.w[c], block_bytes / 2);
+      memcpy(padded[c], at.w[c], chunk_bytes / 2);
       at.w[c] = padded[c];
     }
-    multiply_block<bits, rows, columns>(at, 0, x, pitch, acc);
+    multiply_chunk<bits, rows, columns>(at, 0, x, pitch, acc);
   }
 
   float results[rows * columns];
@@ -184,27 +165,11 @@ void multiply_tile(
   }
 }
 
-// Accumulators fill the registers: 16 of 32 for AVX-512, 8 of 16 for AVX2.
-constexpr int tile_rows = native == 16 ? 8 : 4;
-constexpr int tile_columns(int rows) {
-  return native == 16 ? (rows <= 4 ? 4 : 2) : native == 8 && rows <= 2 ? 2 : 1;
-}
-
 template <int bits>
 void multiply(const QuantizedMatmulArgs& args, const Group& group) {
-  // Rows beyond one tile read the group's weights again, from the cache.
-  int tiles = (args.M + tile_rows - 1) / tile_rows;
-  for (int tile = 0; tile < tiles; ++tile) {
-    int m = args.M * tile / tiles;
-    int rows = args.M * (tile + 1) / tiles - m;
-    with_constant<tile_rows>(rows, [&](auto constant) {
-      constexpr int tall = constant.value;
-      constexpr int wide = tile_columns(tall);
-      for (int n = group.begin; n < group.end; n += wide) {
-        multiply_tile<bits, tall, wide>(args, group, m, n);
-      }
-    });
-  }
+  for_tiles(args.M, group.begin, group.end, [&](auto tile, int m, int n) {
+    multiply_tile<bits, tile.rows, tile.columns>(args, group, m, n);
+  });
 }
 
 } // namespace
@@ -242,11 +207,7 @@ void quantized_matmul_columns(
     int end,
     float* scratch) {
   quantized_matmul_sums(args, begin, end, scratch);
-  int columns = end - begin;
-  for (int m = 0; m < args.M; ++m) {
-    int64_t at = int64_t(m) * args.N + begin;
-    store(args.out, args.out_storage, at, scratch + m * columns, columns);
-  }
+  store_columns(args, begin, end, scratch);
 }
 
 } // namespace pyengine::PYENGINE_ISA

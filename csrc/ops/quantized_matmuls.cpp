@@ -47,7 +47,6 @@ struct QuantizedMatmuls {
   bool operator==(const QuantizedMatmuls&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     constexpr const char* names[] = {"first_", "second_", "third_"};
     int K = in[0].shape(-1);
     size_t size = 0, width = 0;
@@ -60,15 +59,15 @@ struct QuantizedMatmuls {
       return {};
     }
     auto dtype = in[0].dtype();
-    auto launch = packed_launch(op, M, 0, dtype, dtype, group_size, bits);
+    auto launch = quantized_launch(op, M, 0, dtype, dtype, group_size, bits);
     launch.constants[4] = out.size() == 3;
     launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
     add_scalars(launch, {{"M", M}, {"K", K}});
     for (size_t i = 0; i < out.size(); ++i) {
       std::string name = names[i];
       int N = out[i].shape(-1);
-      // The blocks of columns of each matrix, side by side.
-      launch.grid[0] += packed_tile(dtype, bits).blocks(N);
+      // The tiles of each matrix, side by side.
+      launch.grid[0] += quantized_tile(dtype, bits).threadgroups(N);
       add_matrix(launch, name, {N}, K, dtype, group_size, bits);
       launch.buffers.push_back(
           Buffer::array(Role::out, name + "out", {M, N}, dtype));
@@ -81,7 +80,7 @@ struct QuantizedMatmuls {
     int N = 0;
     std::vector<QuantizedMatmulArgs> matrices;
     for (size_t i = 0; i < out.size(); ++i) {
-      auto args = packed_args(&in[1 + 3 * i], in[0], group_size, bits);
+      auto args = quantized_args(&in[1 + 3 * i], in[0], group_size, bits);
       args.out = out[i].data<void>();
       args.out_storage = args.storage;
       matrices.push_back(args);
@@ -94,7 +93,7 @@ struct QuantizedMatmuls {
             matrices = std::move(matrices),
             plan,
             N,
-            order = packed_order(bits)] {
+            order = quantized_order(bits)] {
       run_slices(
           rows, plan, N, order, [&](auto... at) { columns(matrices, at...); });
     };
@@ -113,27 +112,25 @@ Arrays quantized_matmuls(
       "matrices",
       "be 2 or 3",
       matrices.size());
-  std::vector<PackedMatrix> packed;
+  std::vector<QuantizedMatrix> quantized;
   for (size_t i = 0; i < matrices.size(); ++i) {
     std::string name = "matrices[" + std::to_string(i) + "]";
     const auto& m = matrices[i];
     check(m.size() == 3, op, name.c_str(), "have 3 arrays", m.size());
-    packed.push_back({name + " ", m[0], m[1], m[2]});
+    quantized.push_back({name + " ", m[0], m[1], m[2]});
   }
-  check_packed(op, x, packed, group_size, bits, 2, true);
+  check_quantized(op, x, quantized, group_size, bits, 2, true);
 
-  auto stream = mx::to_stream({});
-  Arrays inputs = {rows_of(x, stream)};
+  Arrays inputs = {contiguous_on_gpu(x)};
   std::vector<mx::Shape> shapes;
   for (const auto& matrix : matrices) {
     for (const auto& a : matrix) {
-      inputs.push_back(whole(a, stream));
+      inputs.push_back(made_contiguous(a));
     }
     shapes.push_back(x.shape());
     shapes.back().back() = matrix[0].shape(0);
   }
   return lazy_results(
-      stream,
       QuantizedMatmuls{group_size, bits},
       std::move(shapes),
       std::vector<mx::Dtype>(matrices.size(), x.dtype()),
@@ -146,10 +143,10 @@ void bind_quantized_matmuls(nb::module_& m) {
   m.def(
       "quantized_matmuls",
       &quantized_matmuls,
-      nb::arg("x"),
-      nb::arg("matrices"),
-      nb::arg("group_size"),
-      nb::arg("bits"));
+      "x"_a,
+      "matrices"_a,
+      "group_size"_a,
+      "bits"_a);
 }
 
 } // namespace pyengine

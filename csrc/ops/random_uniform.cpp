@@ -6,9 +6,9 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/integer.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "op.h"
 #include "ops/random_uniform_cpu.h"
@@ -24,17 +24,11 @@ struct RandomUniform {
   bool operator==(const RandomUniform&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     if (!fits_grid(out[0].size())) {
       return {};
     }
-    constexpr int threads = 256;
     int count = int(out[0].size());
-    Launch launch;
-    launch.library = op;
-    launch.kernel = op;
-    launch.grid = {(count - 1) / threads + 1, 1, 1};
-    launch.threadgroup = {threads, 1, 1};
+    auto launch = elementwise_launch(op, op, count);
     launch.buffers = {
         Buffer::array(Role::in, "counters", {count, 4}, mx::uint32),
         Buffer::array(Role::out, "out", {count}, mx::float32),
@@ -46,13 +40,11 @@ struct RandomUniform {
 
   auto task(const Arrays& in, Arrays& out) const {
     RandomUniformArgs args = {nullptr, out[0].data<float>(), key0, key1};
-    return [counters = Packed(in[0]),
+    return [counters = Contiguous(in[0]),
             count = int64_t(out[0].size()),
             args]() mutable {
-      args.counters = static_cast<const uint32_t*>(counters.get());
-      split_rows(count, 16, [&](int64_t begin, int64_t end) {
-        PYENGINE_PICK_KERNEL(random_uniform_rows)(args, begin, end);
-      });
+      args.counters = counters.get<uint32_t>();
+      split_rows(count, 16, PYENGINE_PICK_KERNEL(random_uniform_rows), args);
     };
   }
 };
@@ -78,19 +70,17 @@ mx::array random_uniform(
       counters.shape());
   auto shape = counters.shape();
   shape.pop_back();
-  auto stream = mx::to_stream({});
   return lazy_result(
-      stream,
       RandomUniform{uint32_t(key.first.wide()), uint32_t(key.second.wide())},
       std::move(shape),
       mx::float32,
-      {packed_on_gpu(counters, stream)});
+      {contiguous_on_gpu(counters)});
 }
 
 } // namespace
 
 void bind_random_uniform(nb::module_& m) {
-  m.def("random_uniform", &random_uniform, nb::arg("counters"), nb::arg("key"));
+  m.def("random_uniform", &random_uniform, "counters"_a, "key"_a);
 }
 
 } // namespace pyengine

@@ -12,10 +12,6 @@ struct RandomUniformArgs {
   uint32_t key1;
 };
 
-PYENGINE_DECLARE_KERNEL(
-    random_uniform_rows,
-    const RandomUniformArgs& args,
-    int64_t begin,
-    int64_t end)
+PYENGINE_DECLARE_ROWS(random_uniform_rows, RandomUniformArgs)
 
 } // namespace pyengine

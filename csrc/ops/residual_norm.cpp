@@ -8,8 +8,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "cpu/storage.h"
 #include "norm_launch.h"
@@ -29,7 +29,6 @@ struct ResidualNorm {
   bool operator==(const ResidualNorm&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     int E = out[0].shape(-1);
     if (!norm_fits(E)) {
       return {};
@@ -67,11 +66,11 @@ struct ResidualNorm {
     args.storage = storage_of(out[0].dtype());
     args.E = out[0].shape(-1);
     args.eps = eps;
-    return [h = Packed(in[0]),
-            y = Packed(in[1]),
-            weight = Packed(in[2]),
-            scalar = Packed(in[has_scalar ? 3 : 2]),
-            next_weight = Packed(in.back()),
+    return [h = Contiguous(in[0]),
+            y = Contiguous(in[1]),
+            weight = Contiguous(in[2]),
+            scalar = Contiguous(in[has_scalar ? 3 : 2]),
+            next_weight = Contiguous(in.back()),
             has_scalar = has_scalar,
             has_next = has_next,
             rows = int64_t(out[0].size()) / args.E,
@@ -81,9 +80,8 @@ struct ResidualNorm {
       args.weight = weight.get();
       args.scalar = has_scalar ? scalar.get() : nullptr;
       args.next_weight = has_next ? next_weight.get() : nullptr;
-      split_rows(rows, 2 * int64_t(args.E), [&](int64_t begin, int64_t end) {
-        PYENGINE_PICK_KERNEL(residual_norm_rows)(args, begin, end);
-      });
+      int64_t width = 2 * int64_t(args.E);
+      split_rows(rows, width, PYENGINE_PICK_KERNEL(residual_norm_rows), args);
     };
   }
 };
@@ -118,18 +116,12 @@ Arrays residual_norm(
   same("weight", weight);
   same("scalar", scalar.value_or(h));
   same("next_weight", next_weight.value_or(h));
-
-  auto stream = mx::to_stream({});
-  for (auto& input : inputs) {
-    input = packed_on_gpu(input, stream);
-  }
   size_t outputs = next_weight ? 2 : 1;
   return lazy_results(
-      stream,
       ResidualNorm{scalar.has_value(), next_weight.has_value(), eps},
       std::vector(outputs, h.shape()),
       std::vector(outputs, h.dtype()),
-      inputs);
+      contiguous_on_gpu(std::move(inputs)));
 }
 
 } // namespace
@@ -138,12 +130,12 @@ void bind_residual_norm(nb::module_& m) {
   m.def(
       "residual_norm",
       &residual_norm,
-      nb::arg("h"),
-      nb::arg("y"),
-      nb::arg("weight"),
-      nb::arg("scalar").none(),
-      nb::arg("next_weight").none(),
-      nb::arg("eps"));
+      "h"_a,
+      "y"_a,
+      "weight"_a,
+      "scalar"_a.none(),
+      "next_weight"_a.none(),
+      "eps"_a);
 }
 
 } // namespace pyengine

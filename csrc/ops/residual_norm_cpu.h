@@ -18,10 +18,6 @@ struct ResidualNormArgs {
   float eps;
 };
 
-PYENGINE_DECLARE_KERNEL(
-    residual_norm_rows,
-    const ResidualNormArgs& args,
-    int64_t begin,
-    int64_t end)
+PYENGINE_DECLARE_ROWS(residual_norm_rows, ResidualNormArgs)
 
 } // namespace pyengine

@@ -6,8 +6,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "cpu/storage.h"
 #include "norm_launch.h"
@@ -25,7 +25,6 @@ struct RmsNorm {
   bool operator==(const RmsNorm&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     int D = out[0].shape(-1);
     if (!norm_fits(D)) {
       return {};
@@ -53,16 +52,14 @@ struct RmsNorm {
     args.storage = storage_of(out[0].dtype());
     args.D = out[0].shape(-1);
     args.eps = eps;
-    return [x = Packed(in[0]),
-            weight = Packed(in.back()), // x again when there is none
+    return [x = Contiguous(in[0]),
+            weight = Contiguous(in.back()), // x again when there is none
             weighted = in.size() == 2,
             rows = int64_t(out[0].size()) / args.D,
             args]() mutable {
       args.x = x.get();
       args.weight = weighted ? weight.get() : nullptr;
-      split_rows(rows, args.D, [&](int64_t begin, int64_t end) {
-        PYENGINE_PICK_KERNEL(rms_norm_rows)(args, begin, end);
-      });
+      split_rows(rows, args.D, PYENGINE_PICK_KERNEL(rms_norm_rows), args);
     };
   }
 };
@@ -75,26 +72,19 @@ mx::array rms_norm(
   check_storage_dtype(op, "x", x);
   check(x.ndim() >= 1, op, "x", "have shape [..., D]", x.shape());
   check(eps > 0, op, "eps", "be positive", eps);
-  auto stream = mx::to_stream({});
-  Arrays inputs = {packed_on_gpu(x, stream)};
+  Arrays inputs = {contiguous_on_gpu(x)};
   if (weight) {
     check_shape(op, "weight", *weight, {x.shape(-1)});
     check_dtype(op, "weight", *weight, x.dtype(), "have the dtype of x");
-    inputs.push_back(packed_on_gpu(*weight, stream));
+    inputs.push_back(contiguous_on_gpu(*weight));
   }
-  return lazy_result(
-      stream, RmsNorm{eps}, x.shape(), x.dtype(), std::move(inputs));
+  return lazy_result(RmsNorm{eps}, x.shape(), x.dtype(), std::move(inputs));
 }
 
 } // namespace
 
 void bind_rms_norm(nb::module_& m) {
-  m.def(
-      "rms_norm",
-      &rms_norm,
-      nb::arg("x"),
-      nb::arg("weight").none(),
-      nb::arg("eps"));
+  m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a);
 }
 
 } // namespace pyengine

@@ -14,10 +14,6 @@ struct RmsNormArgs {
   float eps;
 };
 
-PYENGINE_DECLARE_KERNEL(
-    rms_norm_rows,
-    const RmsNormArgs& args,
-    int64_t begin,
-    int64_t end)
+PYENGINE_DECLARE_ROWS(rms_norm_rows, RmsNormArgs)
 
 } // namespace pyengine

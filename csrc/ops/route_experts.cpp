@@ -5,9 +5,9 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/integer.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "op.h"
 #include "ops/route_experts_cpu.h"
@@ -25,16 +25,11 @@ struct RouteExperts {
   bool operator==(const RouteExperts&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     int T = in[0].shape(0), X = in[0].shape(1);
     if (used > max_launch_used) {
       return {};
     }
-    Launch launch;
-    launch.library = op;
-    launch.kernel = op;
-    launch.grid = {T, 1, 1};
-    launch.threadgroup = {32, 1, 1};
+    Launch launch(op, op, {T, 1, 1}, {32, 1, 1});
     launch.buffers = {
         Buffer::array(Role::in, "logits", {T, X}, mx::float32),
         Buffer::array(Role::in, "scales", {X}, mx::float32),
@@ -51,15 +46,17 @@ struct RouteExperts {
     args.weights = out[1].data<float>();
     args.X = in[0].shape(1);
     args.used = used;
-    return [logits = Packed(in[0]),
-            scales = Packed(in[1]),
+    return [logits = Contiguous(in[0]),
+            scales = Contiguous(in[1]),
             rows = int64_t(in[0].shape(0)),
             args]() mutable {
-      args.logits = static_cast<const float*>(logits.get());
-      args.scales = static_cast<const float*>(scales.get());
-      split_rows(rows, 16 * int64_t(args.X), [&](int64_t begin, int64_t end) {
-        PYENGINE_PICK_KERNEL(route_experts_rows)(args, begin, end);
-      });
+      args.logits = logits.get<float>();
+      args.scales = scales.get<float>();
+      split_rows(
+          rows,
+          16 * int64_t(args.X),
+          PYENGINE_PICK_KERNEL(route_experts_rows),
+          args);
     };
   }
 };
@@ -72,28 +69,20 @@ Arrays route_experts(
   check_dtype(op, "logits", logits, mx::float32, "be float32");
   check(logits.ndim() == 2, op, "logits", "have shape [T, X]", logits.shape());
   int T = logits.shape(0), X = logits.shape(1);
-  check_dtype(op, "scales", scales, mx::float32, "be float32");
-  check_shape(op, "scales", scales, {X});
+  check_array(op, "scales", scales, mx::float32, {X});
   check(
       1 <= used && used <= X, op, "used", "be at least 1 and at most X", used);
-  auto stream = mx::to_stream({});
   return lazy_results(
-      stream,
       RouteExperts{used},
       {{T, used}, {T, used}},
       {mx::int32, mx::float32},
-      {packed_on_gpu(logits, stream), packed_on_gpu(scales, stream)});
+      {contiguous_on_gpu(logits), contiguous_on_gpu(scales)});
 }
 
 } // namespace
 
 void bind_route_experts(nb::module_& m) {
-  m.def(
-      "route_experts",
-      &route_experts,
-      nb::arg("logits"),
-      nb::arg("scales"),
-      nb::arg("used"));
+  m.def("route_experts", &route_experts, "logits"_a, "scales"_a, "used"_a);
 }
 
 } // namespace pyengine

@@ -14,10 +14,6 @@ struct RouteExpertsArgs {
   int used;
 };
 
-PYENGINE_DECLARE_KERNEL(
-    route_experts_rows,
-    const RouteExpertsArgs& args,
-    int64_t begin,
-    int64_t end)
+PYENGINE_DECLARE_ROWS(route_experts_rows, RouteExpertsArgs)
 
 } // namespace pyengine

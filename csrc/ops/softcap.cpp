@@ -4,8 +4,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "op.h"
 #include "ops/softcap_cpu.h"
@@ -20,17 +20,11 @@ struct Softcap {
   bool operator==(const Softcap&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     if (!fits_grid(out[0].size())) {
       return {};
     }
-    constexpr int threads = 256;
     int size = int(out[0].size());
-    Launch launch;
-    launch.library = op;
-    launch.kernel = op;
-    launch.grid = {(size - 1) / threads + 1, 1, 1};
-    launch.threadgroup = {threads, 1, 1};
+    auto launch = elementwise_launch(op, op, size);
     launch.buffers = {
         Buffer::array(Role::in, "x", {size}, mx::float32),
         Buffer::array(Role::out, "out", {size}, mx::float32),
@@ -40,11 +34,11 @@ struct Softcap {
   }
 
   auto task(const Arrays& in, Arrays& out) const {
-    return [x = Packed(in[0]),
+    return [x = Contiguous(in[0]),
             to = out[0].data<float>(),
             size = int64_t(out[0].size()),
             cap = cap] {
-      auto* from = static_cast<const float*>(x.get());
+      auto* from = x.get<float>();
       // Elements are independent: rows of 16 keep every piece whole vectors.
       split_rows((size + 15) / 16, 64, [&](int64_t begin, int64_t end) {
         int64_t first = 16 * begin, last = std::min(16 * end, size);
@@ -59,15 +53,14 @@ mx::array softcap(const mx::array& x, float cap) {
   constexpr auto op = Softcap::op;
   check_dtype(op, "x", x, mx::float32, "be float32");
   check(cap > 0, op, "cap", "be above 0", cap);
-  auto stream = mx::to_stream({});
   return lazy_result(
-      stream, Softcap{cap}, x.shape(), mx::float32, {packed_on_gpu(x, stream)});
+      Softcap{cap}, x.shape(), mx::float32, {contiguous_on_gpu(x)});
 }
 
 } // namespace
 
 void bind_softcap(nb::module_& m) {
-  m.def("softcap", &softcap, nb::arg("x"), nb::arg("cap"));
+  m.def("softcap", &softcap, "x"_a, "cap"_a);
 }
 
 } // namespace pyengine

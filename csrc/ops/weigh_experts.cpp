@@ -3,8 +3,8 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "cpu/contiguous.h"
 #include "cpu/isa.h"
-#include "cpu/packed.h"
 #include "cpu/split.h"
 #include "cpu/storage.h"
 #include "op.h"
@@ -20,15 +20,14 @@ struct WeighExperts {
   bool operator==(const WeighExperts&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     constexpr int threads = 256;
     int T = in[0].shape(0), used = in[0].shape(1), E = in[0].shape(2);
     auto out_dtype = out[0].dtype();
-    Launch launch;
-    launch.library = op;
-    launch.kernel = std::string(op) + "_" + dtype_name(out_dtype);
-    launch.grid = {(E + threads - 1) / threads, T, 1};
-    launch.threadgroup = {threads, 1, 1};
+    Launch launch(
+        op,
+        std::string(op) + "_" + dtype_name(out_dtype),
+        {(E + threads - 1) / threads, T, 1},
+        {threads, 1, 1});
     launch.buffers = {
         Buffer::array(Role::in, "parts", {T, used, E}, mx::float32),
         Buffer::array(Role::in, "weights", {T, used}, mx::float32),
@@ -45,16 +44,14 @@ struct WeighExperts {
     args.storage = storage_of(out[0].dtype());
     args.used = in[0].shape(1);
     args.E = in[0].shape(2);
-    return [parts = Packed(in[0]),
-            weights = Packed(in[1]),
+    return [parts = Contiguous(in[0]),
+            weights = Contiguous(in[1]),
             rows = int64_t(out[0].shape(0)),
             args]() mutable {
-      args.parts = static_cast<const float*>(parts.get());
-      args.weights = static_cast<const float*>(weights.get());
+      args.parts = parts.get<float>();
+      args.weights = weights.get<float>();
       int64_t width = int64_t(args.used) * args.E;
-      split_rows(rows, width, [&](int64_t begin, int64_t end) {
-        PYENGINE_PICK_KERNEL(weigh_experts_rows)(args, begin, end);
-      });
+      split_rows(rows, width, PYENGINE_PICK_KERNEL(weigh_experts_rows), args);
     };
   }
 };
@@ -71,32 +68,25 @@ mx::array weigh_experts(
       "parts",
       "have shape [T, U, E]",
       parts.shape());
-  check_dtype(op, "weights", weights, mx::float32, "be float32");
-  check_shape(op, "weights", weights, {parts.shape(0), parts.shape(1)});
+  check_array(
+      op, "weights", weights, mx::float32, {parts.shape(0), parts.shape(1)});
   check(
       is_storage_dtype(out_dtype),
       op,
       "out_dtype",
       "be float32, float16 or bfloat16",
       out_dtype);
-  auto stream = mx::to_stream({});
   return lazy_result(
-      stream,
       WeighExperts{},
       {parts.shape(0), parts.shape(2)},
       out_dtype,
-      {packed_on_gpu(parts, stream), packed_on_gpu(weights, stream)});
+      {contiguous_on_gpu(parts), contiguous_on_gpu(weights)});
 }
 
 } // namespace
 
 void bind_weigh_experts(nb::module_& m) {
-  m.def(
-      "weigh_experts",
-      &weigh_experts,
-      nb::arg("parts"),
-      nb::arg("weights"),
-      nb::arg("out_dtype"));
+  m.def("weigh_experts", &weigh_experts, "parts"_a, "weights"_a, "out_dtype"_a);
 }
 
 } // namespace pyengine

@@ -14,10 +14,6 @@ struct WeighExpertsArgs {
   int E;
 };
 
-PYENGINE_DECLARE_KERNEL(
-    weigh_experts_rows,
-    const WeighExpertsArgs& args,
-    int64_t begin,
-    int64_t end)
+PYENGINE_DECLARE_ROWS(weigh_experts_rows, WeighExpertsArgs)
 
 } // namespace pyengine

@@ -4,7 +4,7 @@
 
 #include "bindings.h"
 #include "check.h"
-#include "cpu/packed.h"
+#include "cpu/contiguous.h"
 #include "op.h"
 
 namespace pyengine {
@@ -33,20 +33,15 @@ struct WriteCache {
   }
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    using Role = Buffer::Role;
     if (!fits_grid(in[0].size())) {
       return {};
     }
-    constexpr int threads = 256;
     const auto &rows = in[0].shape(), &cache = out[0].shape();
     auto dtype = out[0].dtype();
     int size = int(in[0].size());
     bool wide = mx::size_of(dtype) == 4;
-    Launch launch;
-    launch.library = op;
-    launch.kernel = std::string(op) + (wide ? "_uint32" : "_uint16");
-    launch.grid = {(size - 1) / threads + 1, 1, 1};
-    launch.threadgroup = {threads, 1, 1};
+    auto launch = elementwise_launch(
+        op, std::string(op) + (wide ? "_uint32" : "_uint16"), size);
     launch.buffers = {
         Buffer::array(Role::in, "new", rows, dtype),
         Buffer::array(Role::in, "offset", {}, mx::int32),
@@ -61,7 +56,7 @@ struct WriteCache {
 
   // Since it only moves bytes, it has no kernel per instruction set.
   auto task(const Arrays& in, Arrays& out) const {
-    return [packed = Packed(in[0]),
+    return [rows = Contiguous(in[0]),
             offset = in[1].data<int32_t>(),
             to = out[0].data<char>(),
             B = out[0].shape(0),
@@ -69,7 +64,7 @@ struct WriteCache {
             K = out[0].shape(1),
             C = out[0].shape(2),
             row = size_t(out[0].shape(3)) * out[0].itemsize()] {
-      auto* from = static_cast<const char*>(packed.get());
+      auto* from = rows.get<char>();
       for (int b = 0; b < B; ++b) {
         for (int t = 0; t < T; ++t) {
           int slot = slot_of_row(*offset, t, C);
@@ -102,28 +97,18 @@ mx::array write_cache(
   check_shape(
       op, "new", new_rows, {cache.shape(0), T, cache.shape(1), cache.shape(3)});
   check_dtype(op, "new", new_rows, cache.dtype(), "have the dtype of cache");
-  if (T > C) {
-    fail(op, "T", "be at most the capacity " + std::to_string(C), T);
-  }
-  check_offset(op, offset, T);
-  auto stream = mx::to_stream({});
+  check_block(op, offset, T, C);
   return lazy_result(
-      stream,
       WriteCache{},
       cache.shape(),
       cache.dtype(),
-      {packed_on_gpu(new_rows, stream), offset, cache});
+      {contiguous_on_gpu(new_rows), offset, cache});
 }
 
 } // namespace
 
 void bind_write_cache(nb::module_& m) {
-  m.def(
-      "write_cache",
-      &write_cache,
-      nb::arg("cache"),
-      nb::arg("new"),
-      nb::arg("offset"));
+  m.def("write_cache", &write_cache, "cache"_a, "new"_a, "offset"_a);
 }
 
 } // namespace pyengine

@@ -133,5 +133,5 @@ def test_switch_runs_it_within_its_limits(monkeypatch):
         ops.accept_block(*wide, rule="block", vocab=wide_vocab)
     finally:
         ops.use("native")
-    assert ran == [f"accept_block_{rule}" for rule in RULES]
+    assert ran == [f"accept_block_by_{rule}" for rule in RULES]
     assert out == [result(ops.accept_block(*args, rule=rule, vocab=vocab)) for rule in RULES]

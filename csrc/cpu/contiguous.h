@@ -1,5 +1,5 @@
 #pragma once
-// packed.h: an input as row-contiguous memory, whatever its strides.
+// contiguous.h: an input as row-contiguous memory, whatever its strides.
 //
 // mx::contiguous would do it too, as one more node in the graph for every call;
 // a forward pass has hundreds of calls and almost no strided input. So a
@@ -11,15 +11,16 @@
 #include <vector>
 
 #include "mlx/array.h"
+#include "mlx/device.h"
 #include "mlx/ops.h"
 
 namespace pyengine {
 
 namespace mx = mlx::core;
 
-class Packed {
+class Contiguous {
  public:
-  explicit Packed(const mx::array& a) : data_(a.data<char>()) {
+  explicit Contiguous(const mx::array& a) : data_(a.data<char>()) {
     if (!a.flags().row_contiguous) {
       gather_ = std::make_shared<Gather>(Gather{
           {a.shape().begin(), a.shape().end()},
@@ -31,8 +32,10 @@ class Packed {
 
   // To be called inside the task: the data of a lazy input is not there before.
   // The pointer lives as long as this object.
-  const void* get() const {
-    return gather_ ? gather_->run(data_) : data_;
+  template <typename T = void>
+  const T* get() const {
+    const void* data = gather_ ? gather_->run(data_) : data_;
+    return static_cast<const T*>(data);
   }
 
  private:
@@ -40,19 +43,19 @@ class Packed {
     std::vector<int64_t> shape;
     std::vector<int64_t> strides;
     size_t itemsize;
-    std::vector<char> packed;
+    std::vector<char> gathered;
 
     const char* run(const char* from) {
       size_t bytes = itemsize;
       for (int64_t extent : shape) {
         bytes *= size_t(extent);
       }
-      packed.resize(bytes);
-      char* to = packed.data();
+      gathered.resize(bytes);
+      char* to = gathered.data();
       if (bytes > 0) {
         copy(0, from, to);
       }
-      return packed.data();
+      return gathered.data();
     }
 
     void copy(size_t axis, const char* from, char*& to) {
@@ -77,14 +80,24 @@ class Packed {
   std::shared_ptr<Gather> gather_; // a task must be copyable
 };
 
-// The same for a Metal kernel, which reads an input where it lies: there the
-// graph does get the node, unless the input is known to be contiguous.
-inline mx::array packed_on_gpu(const mx::array& a, mx::Stream stream) {
-  if (stream.device == mx::Device::cpu ||
-      (a.is_available() && a.flags().row_contiguous)) {
-    return a;
+// The same as an array, for what reads an input where it lies: the graph gets
+// the node unless the input is known to be contiguous, as weights are that
+// nobody sliced.
+inline mx::array made_contiguous(const mx::array& a) {
+  bool known = a.is_available() && a.flags().row_contiguous;
+  return known ? a : mx::contiguous(a);
+}
+
+// Metal kernels read every input where it lies, processor kernels only some.
+inline mx::array contiguous_on_gpu(const mx::array& a) {
+  return mx::default_device() == mx::Device::cpu ? a : made_contiguous(a);
+}
+
+inline std::vector<mx::array> contiguous_on_gpu(std::vector<mx::array> inputs) {
+  for (auto& input : inputs) {
+    input = contiguous_on_gpu(input);
   }
-  return mx::contiguous(a, false, stream);
+  return inputs;
 }
 
 } // namespace pyengine

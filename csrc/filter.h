@@ -1,6 +1,7 @@
 #pragma once
-// filter_inputs.h: what filter_logits and quantized_filter_logits take alike:
-// settings and edits, their checks, and how the processor kernels get them.
+// filter.h: what filter_logits and quantized_filter_logits take alike: settings
+// and edits, their checks, how the kernels get them; and the launch that merges
+// the candidates of slices of a row.
 
 #include <algorithm>
 #include <numeric>
@@ -8,8 +9,8 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/packed.h"
-#include "mlx/mlx.h"
+#include "cpu/contiguous.h"
+#include "launch.h"
 #include "ops/filter_logits_cpu.h"
 
 namespace pyengine {
@@ -23,14 +24,15 @@ check_filter(const char* op, float temperature, float top_p, float min_p) {
       min_p >= 0 && min_p < 1, op, "min_p", "be 0 or more and below 1", min_p);
 }
 
-// Checks the edits of `rows` rows and appends them, if any, to a node's inputs.
+// Checks the edits of `rows` rows and appends them, if any, to a node's inputs,
+// which on a GPU are contiguous.
 inline void add_edits(
     const char* op,
     int rows,
     const std::optional<mx::array>& ids, // [L]
     const std::optional<mx::array>& factors, // [rows, L]
     const std::optional<mx::array>& deltas, // [rows, L]
-    std::vector<mx::array>& inputs) {
+    Arrays& inputs) {
   if (!ids && !factors && !deltas) {
     return;
   }
@@ -48,13 +50,14 @@ inline void add_edits(
   check_shape(op, "edit factors", *factors, shape);
   check_shape(op, "edit deltas", *deltas, shape);
   if (ids->size() > 0) {
-    inputs.insert(inputs.end(), {*ids, *factors, *deltas});
+    auto edits = contiguous_on_gpu(Arrays{*ids, *factors, *deltas});
+    inputs.insert(inputs.end(), edits.begin(), edits.end());
   }
 }
 
 // ids, probabilities and flags, which have their memory.
 inline FilterArgs filter_args(
-    std::vector<mx::array>& outputs,
+    Arrays& outputs,
     int vocab,
     float temperature,
     float top_p,
@@ -73,23 +76,23 @@ inline FilterArgs filter_args(
 
 // The edits of a call, whose inputs end with them or have none. Copies live as
 // long as this object.
-class PackedEdits {
+class ContiguousEdits {
  public:
   // `first`: index of the edits if there are any
-  PackedEdits(const std::vector<mx::array>& inputs, size_t first) {
+  ContiguousEdits(const Arrays& inputs, size_t first) {
     for (size_t i = first; i < inputs.size(); ++i) {
-      packed_.emplace_back(inputs[i]);
+      arrays_.emplace_back(inputs[i]);
     }
-    count_ = packed_.empty() ? 0 : inputs[first].shape(0);
+    count_ = arrays_.empty() ? 0 : inputs[first].shape(0);
   }
 
   // To be called inside the task.
   void get(FilterArgs& args) {
     args.edits = count_;
     if (count_) {
-      args.edit_ids = static_cast<const int32_t*>(packed_[0].get());
-      args.edit_factors = static_cast<const float*>(packed_[1].get());
-      args.edit_deltas = static_cast<const float*>(packed_[2].get());
+      args.edit_ids = arrays_[0].get<int32_t>();
+      args.edit_factors = arrays_[1].get<float>();
+      args.edit_deltas = arrays_[2].get<float>();
       sort(args.edit_ids);
       args.edit_order = order_.data();
     }
@@ -106,9 +109,48 @@ class PackedEdits {
     std::inplace_merge(order_.begin(), sorted, order_.end(), lower);
   }
 
-  std::vector<Packed> packed_;
+  std::vector<Contiguous> arrays_;
   int count_;
   std::vector<int32_t> order_; // positions in ids, lowest id first
 };
+
+// The tiles of metal/filter_logits.metal and metal/merge_candidates.metal.
+constexpr int filter_thread_items = 16;
+constexpr int max_merged = filter_thread_items * 1024; // of a threadgroup
+
+// The buffers of L edits of T rows.
+inline void add_edits(Launch& launch, int T, int L) {
+  launch.buffers.insert(
+      launch.buffers.end(),
+      {Buffer::array(Role::in, "edit_ids", {L}, mx::int32),
+       Buffer::array(Role::in, "factors", {T, L}, mx::float32),
+       Buffer::array(Role::in, "deltas", {T, L}, mx::float32),
+       Buffer::scalar("L", uint32_t(L))});
+}
+
+// Candidates uint64 [T, slices, count] and flags uint32 [T, slices], as
+// metal/filter.h has them; slices * count at most max_merged.
+inline Launch merge_candidates_launch(
+    int T,
+    int slices,
+    int count,
+    float top_p,
+    float min_p) {
+  int simdgroup_items = 32 * filter_thread_items;
+  int simds = (slices * count + simdgroup_items - 1) / simdgroup_items;
+  Launch launch(
+      "merge_candidates", "merge_candidates", {T, 1, 1}, {32 * simds, 1, 1});
+  launch.buffers = {
+      Buffer::array(Role::in, "candidates", {T, slices, count}, mx::uint64),
+      Buffer::array(Role::in, "slice_flags", {T, slices}, mx::uint32),
+      Buffer::array(Role::out, "ids", {T, count}, mx::int32),
+      Buffer::array(Role::out, "probs", {T, count}, mx::float32),
+      Buffer::array(Role::out, "flags", {T}, mx::int32),
+      Buffer::scalar("slices", uint32_t(slices)),
+      Buffer::scalar("count", uint32_t(count)),
+      Buffer::scalar("top_p", top_p),
+      Buffer::scalar("min_p", min_p)};
+  return launch;
+}
 
 } // namespace pyengine
