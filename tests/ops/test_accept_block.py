@@ -430,3 +430,7 @@ def one_candidate(k: int) -> tuple[mx.array, mx.array]:
 
 # The largest call of a kind that the Metal kernel takes
 LIMITS = {"drafts": (128, one_candidate)}
+
+# What bench/bench_accept_block.py has to say that its SMALL call moves: 6 rows of 64 candidates and
+# 5, 8 bytes each; 5 drafts; position, seed; two results
+BENCH_BYTES = 11 * 64 * 8 + 5 * 4 + 2 * 4 + 2 * 4

@@ -305,3 +305,7 @@ LIMITS = {
     "candidates": (256, lambda n: filter_logits(mx.zeros((1, n)), top_k=0)),
     "logits": (262144, lambda n: filter_logits(mx.zeros((1, n)), top_k=256)),
 }
+
+# What bench/bench_filter_logits.py has to say that its SMALL call moves: 6 rows of 8192 logits, 64
+# candidates of 8 bytes and a flag
+BENCH_BYTES = 6 * (8192 * 4 + 64 * 8 + 4)
