@@ -37,6 +37,4 @@ def test_quantized_expert_matmul(benchmark, N, K, T):
     gate, up = turns[0]
     expected = quantized_expert_matmul_reference(x, gate, ids, GROUP, BITS, up=up)
     timing.check(kernel(gate, up), expected, rtol=2**-5, atol=8)
-    # On a processor MLX adds in bfloat16
-    timing.check(mlx(gate, up), expected, atol=2**-4 * mx.abs(expected).max().item())
     timing.compare(benchmark, kernel, mlx, turns, nbytes=nbytes, baseline_calls=1, N=N, K=K, T=T)

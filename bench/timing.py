@@ -38,9 +38,11 @@ def check(out: Any, expected: Any, *, rtol: float = 0.0, atol: float = 0.0) -> N
     """Fail unless two results of an op agree: bit for bit if no tolerance is given."""
     pairs = [(out, expected)] if isinstance(out, mx.array) else zip(out, expected, strict=True)
     for a, b in pairs:
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        kinds = f"{a.shape} {a.dtype}", f"{b.shape} {b.dtype}"
+        assert kinds[0] == kinds[1], " is not ".join(kinds)
         a, b = a.astype(mx.float32), b.astype(mx.float32)
-        assert mx.allclose(a, b, rtol=rtol, atol=atol), mx.abs(a - b).max().item()
+        most = mx.abs(a - b).max().item()
+        assert mx.allclose(a, b, rtol=rtol, atol=atol), f"they differ by up to {most}"
 
 
 def compare(
@@ -105,8 +107,13 @@ def normal(seed: int, *shape: int, dtype: mx.Dtype = mx.bfloat16) -> mx.array:
 def quantized(
     seed: int, *shape: int, group_size: int = 64, bits: int = 8
 ) -> tuple[mx.array, mx.array, mx.array]:
-    w, scales, biases = mx.quantize(normal(seed, *shape), group_size, bits)
-    return w, scales, biases
+    """Weights from -1 to 1, packed as `mx.quantize` packs them, which takes longer."""
+    *rows, K = shape
+    halves = mx.random.randint(0, 2**16, (*rows, K * bits // 16), key=mx.random.key(seed))
+    w = halves.astype(mx.uint16).view(mx.uint32)
+    factors = mx.abs(normal(seed, *rows, K // group_size)) + 0.5
+    scales = factors * 2.0**-bits
+    return w, scales, factors * -0.5
 
 
 def candidates(seed: int, rows: int, count: int) -> tuple[mx.array, mx.array]:

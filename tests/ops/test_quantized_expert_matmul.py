@@ -185,7 +185,7 @@ def of_one_expert(T: int, U: int) -> mx.array:
 # The largest call of a kind that the Metal kernel takes
 LIMITS = {
     "tokens": (128, lambda n: of_one_expert(n, 2)),
-    "experts": (32, lambda n: of_one_expert(2, n)),
+    "experts of a token": (32, lambda n: of_one_expert(2, n)),
 }
 
 # What bench/bench_quantized_expert_matmul.py has to say that its SMALL call moves: 13 experts of
