@@ -5,42 +5,29 @@ Run: pytest bench/bench_quantized_filter_logits.py --benchmark-columns=median,iq
 
 import mlx.core as mx
 import pytest
-from timing import compare
+import timing
 
 from pyengine import ops
 
-V, E, GROUP = 262144, 1536, 64
-
-
-@pytest.fixture(scope="module")
-def head():
-    w = mx.random.randint(0, 2**31, (V, E // 4), key=mx.random.key(0)).astype(mx.uint32)
-    scales = (mx.random.normal((V, E // GROUP)) * 1e-4).astype(mx.bfloat16)
-    q = (w, scales, scales * -128)
-    mx.eval(q)
-    return q
+# The call of docs/ops.md
+SMALL = {"V": 512, "E": 256, "T": 4}
+GROUP, TOP_K = 64, 64
 
 
 @pytest.mark.parametrize("T", [1, 4, 6, 16])
-def test_quantized_filter_logits(benchmark, head, T):
-    x = mx.random.normal((T, E), key=mx.random.key(T)).astype(mx.bfloat16)
+@pytest.mark.parametrize("V, E", [(262144, 1536)])
+def test_quantized_filter_logits(benchmark, V, E, T):
+    # Weights, scales, biases and x; ids, probabilities and flags
+    nbytes = V * E + 2 * V * E // GROUP * 2 + T * E * 2 + T * TOP_K * (4 + 4) + 4 * T
+    x = timing.normal(0, T, E)
+    turns = timing.turns(*timing.quantized(1, V, E), nbytes=nbytes)
 
-    def fused():
-        return ops.quantized_filter_logits(x, *head, softcap=30.0, top_p=0.95)
+    def kernel(*head):
+        return ops.quantized_filter_logits(x, *head, softcap=30.0, top_k=TOP_K, top_p=0.95)
 
-    def unfused():
+    def separate(*head):
         logits = ops.softcap(ops.quantized_matmul(x, *head, out_dtype=mx.float32), 30.0)
-        return ops.filter_logits(logits, top_p=0.95)
+        return ops.filter_logits(logits, top_k=TOP_K, top_p=0.95)
 
-    assert all(mx.array_equal(*pair) for pair in zip(fused(), unfused(), strict=True))
-    compare(
-        benchmark,
-        lambda: mx.eval(fused()),
-        lambda: mx.eval(unfused()),
-        calls=1,
-        nbytes=sum(a.nbytes for a in head),
-        rounds=15,
-        T=T,
-        V=V,
-        E=E,
-    )
+    timing.check(kernel(*turns[0]), separate(*turns[0]))
+    timing.compare(benchmark, kernel, separate, turns, nbytes=nbytes, rounds=15, V=V, E=E, T=T)

@@ -1,39 +1,35 @@
-"""residual_norm against the same in MLX's own ops: at these sizes the cost is that of a call.
+"""residual_norm against MLX's norms and an addition: at these sizes the cost is that of a call.
 
 Run: pytest bench/bench_residual_norm.py --benchmark-columns=median,iqr,rounds
 """
 
 import mlx.core as mx
 import pytest
+import timing
 
-from pyengine.ops import residual_norm
+from pyengine.ops import residual_norm, residual_norm_reference
 
-CALLS = 200  # a chain, as in a forward pass: each call reads what the last one wrote
+# The call of docs/ops.md
+SMALL = {"E": 1536, "T": 6}
 
 
-@pytest.mark.parametrize("implementation", ["mlx", "native"])
 @pytest.mark.parametrize("T", [1, 5])
-@pytest.mark.parametrize("width", [128, 5376])
-def test_residual_norm(benchmark, width, T, implementation):
-    h, y = (mx.random.normal((T, width), key=mx.random.key(i)).astype(mx.bfloat16) for i in (0, 1))
-    weight = mx.ones(width, dtype=mx.bfloat16)
-    mx.eval(h, y, weight)
+@pytest.mark.parametrize("E", [128, 5376])
+def test_residual_norm(benchmark, E, T):
+    # Stream and branch, their sum and its norm; two weights
+    nbytes = 4 * T * E * 2 + 2 * E * 2
+    weights = timing.normal(2, E), timing.normal(3, E)
+    turns = timing.turns(timing.normal(0, T, E), timing.normal(1, T, E), *weights, nbytes=nbytes)
 
-    def native(h: mx.array) -> mx.array:
-        return residual_norm(h, y, weight, next_weight=weight)[1]
+    def kernel(h, y, weight, next_weight):
+        return residual_norm(h, y, weight, next_weight=next_weight)
 
-    def mlx(h: mx.array) -> mx.array:
-        return mx.fast.rms_norm(h + mx.fast.rms_norm(y, weight, 1e-6), weight, 1e-6)
+    def mlx(h, y, weight, next_weight):
+        total = h + mx.fast.rms_norm(y, weight, 1e-6)
+        return total, mx.fast.rms_norm(total, next_weight, 1e-6)
 
-    assert mx.allclose(native(h), mlx(h), atol=2**-5)
-    step = native if implementation == "native" else mlx
-
-    def chain() -> None:
-        x = h
-        for _ in range(CALLS):
-            x = step(x)
-        mx.eval(x)
-
-    benchmark.group = f"E={width} T={T}"
-    benchmark.pedantic(chain, warmup_rounds=2, rounds=9)
-    benchmark.extra_info["us per call"] = round(benchmark.stats.stats.median / CALLS * 1e6, 2)
+    *arrays, following = turns[0]
+    expected = residual_norm_reference(*arrays, next_weight=following)
+    timing.check(kernel(*turns[0]), expected, rtol=2**-7, atol=2**-7)
+    timing.check(mlx(*turns[0]), expected, rtol=2**-5, atol=2**-3)
+    timing.compare(benchmark, kernel, mlx, turns, nbytes=nbytes, E=E, T=T)

@@ -1,13 +1,18 @@
-"""What the op benches share: a cold working set, and baseline and kernel in alternation."""
+"""What the op benches share: a cold working set, the check, baseline and kernel in alternation."""
 
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+from mlx.utils import tree_map
+
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+CALLS = 200  # of an op whose arguments stay in the cache, as they do when a model runs
 ROWS: list[dict[str, Any]] = []  # what conftest.py prints at the end
 
 
@@ -17,41 +22,71 @@ def cold_copies(nbytes: int) -> int:
     return math.ceil(4 * cache / nbytes)
 
 
+def turns(*arguments: Any, nbytes: int) -> list[tuple[Any, ...]]:
+    """Arguments of the calls of a round, evaluated: copies that no cache holds, or the same ones
+    where more than `CALLS` copies would be needed."""
+    mx.eval(arguments)
+    count = cold_copies(nbytes)
+    if count > CALLS:
+        return [arguments] * CALLS
+    copies = [arguments, *(tree_map(lambda a: a + 0, arguments) for _ in range(count - 1))]
+    mx.eval(copies)
+    return copies
+
+
+def check(out: Any, expected: Any, *, rtol: float = 0.0, atol: float = 0.0) -> None:
+    """Fail unless two results of an op agree: bit for bit if no tolerance is given."""
+    pairs = [(out, expected)] if isinstance(out, mx.array) else zip(out, expected, strict=True)
+    for a, b in pairs:
+        kinds = f"{a.shape} {a.dtype}", f"{b.shape} {b.dtype}"
+        assert kinds[0] == kinds[1], " is not ".join(kinds)
+        a, b = a.astype(mx.float32), b.astype(mx.float32)
+        most = mx.abs(a - b).max().item()
+        assert mx.allclose(a, b, rtol=rtol, atol=atol), f"they differ by up to {most}"
+
+
 def compare(
     benchmark: Any,
-    kernel: Callable[[], object],
-    baseline: Callable[[], object],
+    kernel: Callable[..., object],
+    baseline: Callable[..., object],
+    arguments: Sequence[tuple[Any, ...]],
     *,
-    calls: int,
     nbytes: int,
-    baseline_calls: int = 1,
+    baseline_calls: int | None = None,
     rounds: int = 5,
     **labels: object,
 ) -> None:
     """Time `kernel` with pytest-benchmark and `baseline` before each of its rounds.
 
-    `kernel` makes `calls` calls and evaluates them, `baseline` as many as it says; a call must read
+    A round of `kernel` is a call with each of `arguments`, evaluated together inside the clock; of
+    `baseline` as many, or `baseline_calls`, which go on where the last ones ended. A call must move
     `nbytes`.
     """
     before: list[float] = []
+    cold, theirs = itertools.cycle(arguments), baseline_calls or len(arguments)
+
+    def run_kernel() -> None:
+        mx.eval([kernel(*turn) for turn in arguments])
 
     def run_baseline() -> None:
+        some = [next(cold) for _ in range(theirs)]
         start = time.perf_counter()
-        baseline()
+        mx.eval([baseline(*turn) for turn in some])
         before.append(time.perf_counter() - start)
 
-    baseline()
-    benchmark.pedantic(kernel, setup=run_baseline, rounds=rounds, warmup_rounds=1)
+    run_baseline()
+    before.clear()
+    benchmark.pedantic(run_kernel, setup=run_baseline, rounds=rounds, warmup_rounds=1)
     stats = benchmark.stats.stats
-    median, theirs = stats.median / calls, statistics.median(before) / baseline_calls
+    median, their_median = stats.median / len(arguments), statistics.median(before) / theirs
     row = {
         **labels,
         "us": round(median * 1e6, 1),
-        "us_iqr": round(stats.iqr / calls * 1e6, 1),
+        "us_iqr": round(stats.iqr / len(arguments) * 1e6, 1),
         "gb_s": round(nbytes / median / 1e9, 2),
-        "baseline_us": round(theirs * 1e6, 1),
-        "baseline_us_iqr": round(iqr(before) / baseline_calls * 1e6, 1),
-        "speedup": round(theirs / median, 2),
+        "baseline_us": round(their_median * 1e6, 1),
+        "baseline_us_iqr": round(iqr(before) / theirs * 1e6, 1),
+        "speedup": round(their_median / median, 2),
     }
     benchmark.extra_info.update(row)
     ROWS.append(row)
@@ -60,3 +95,28 @@ def compare(
 def iqr(times: list[float]) -> float:
     quarters = statistics.quantiles(times, n=4)
     return quarters[2] - quarters[0]
+
+
+# ---- Arguments
+
+
+def normal(seed: int, *shape: int, dtype: mx.Dtype = mx.bfloat16) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def quantized(
+    seed: int, *shape: int, group_size: int = 64, bits: int = 8
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Weights from -1 to 1, packed as `mx.quantize` packs them, which takes longer."""
+    *rows, K = shape
+    halves = mx.random.randint(0, 2**16, (*rows, K * bits // 16), key=mx.random.key(seed))
+    w = halves.astype(mx.uint16).view(mx.uint32)
+    factors = mx.abs(normal(seed, *rows, K // group_size)) + 0.5
+    scales = factors * 2.0**-bits
+    return w, scales, factors * -0.5
+
+
+def candidates(seed: int, rows: int, count: int) -> tuple[mx.array, mx.array]:
+    """Ids, which are the same in every row, and probabilities."""
+    ids = mx.broadcast_to(mx.arange(count, dtype=mx.int32), (rows, count))
+    return mx.contiguous(ids), mx.softmax(normal(seed, rows, count, dtype=mx.float32), axis=-1)

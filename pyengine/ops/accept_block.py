@@ -38,7 +38,7 @@ def accept_block(
 
     After k kept drafts the next token is drawn from p's last row. Where a correction has no mass
     (p = q), the row of p stands in. Uniforms come from the counter (position, index). On a GPU
-    plain MLX serves rows of more than 256 candidates, with an order of addition of its own.
+    plain MLX serves more than 128 drafts or 256 candidates, with an order of addition of its own.
 
     Args:
         p_ids: The target's candidates, int32 ``[k + 1, n]``; row i follows i drafts.

@@ -20,7 +20,7 @@ def quantized_gated_matmul(
 
     ``out = gelu_tanh(x @ gate.T) * (x @ up.T)``. Each product is that of ``quantized_matmul``,
     rounded to the dtype of ``x``, and their meeting that of ``geglu``: the bits are those of the
-    three ops. On a GPU those serve more than 128 rows.
+    three ops. On a GPU these three serve more than 128 rows.
 
     Args:
         x: ``[..., K]``, float32, float16 or bfloat16; K is a multiple of the group size.

@@ -5,17 +5,21 @@ The benches lie beside the package, and time nothing here: `compare` is what mak
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import io
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from scripted_runs import Clock
+
+from pyengine.ops import dispatch
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -61,22 +65,25 @@ def test_every_figure_of_a_comparison(timing: ModuleType, monkeypatch: pytest.Mo
     monkeypatch.setattr("time.perf_counter", clock)
     # One to warm up, untimed; then one before the kernel's own warm-up and before each round
     seconds = [1e9, 0.016, 0.006, 0.024, 0.012, 0.004, 0.008]
-    order: list[str] = []
+    order: list[tuple[str, int]] = []
 
-    def baseline() -> None:
-        order.append("baseline")
-        clock.now += seconds.pop(0)
+    def baseline(turn: int) -> mx.array:
+        if turn % 40 == 0:
+            clock.now += seconds.pop(0)
+        order.append(("baseline", turn))
+        return mx.array(0)
 
-    def kernel() -> None:
-        order.append("kernel")
+    def kernel(turn: int) -> mx.array:
+        order.append(("kernel", turn))
         clock.now += 1e6
+        return mx.array(0)
 
     benchmark = Benchmark(median=0.01, iqr=0.002)
     timing.compare(
         benchmark,
         kernel,
         baseline,
-        calls=200,
+        [(turn,) for turn in range(200)],
         nbytes=400_000,
         baseline_calls=40,
         rounds=5,
@@ -94,7 +101,10 @@ def test_every_figure_of_a_comparison(timing: ModuleType, monkeypatch: pytest.Mo
         "speedup": 5.0,
     }
     assert (timing.ROWS, benchmark.extra_info) == ([want], want)
-    assert order == ["baseline", *["baseline", "kernel"] * 6]
+    # The baseline takes the next 40 arguments each time
+    theirs = [[("baseline", turn % 200) for turn in range(n, n + 40)] for n in range(0, 280, 40)]
+    ours = [("kernel", turn) for turn in range(200)]
+    assert order == [*theirs[0], *(call for some in theirs[1:] for call in (*some, *ours))]
     assert benchmark.asked["rounds"] == 5 and benchmark.asked["warmup_rounds"] == 1
 
 
@@ -104,12 +114,14 @@ def test_a_slower_kernel_has_a_speedup_below_one(
     clock = Clock()
     monkeypatch.setattr("time.perf_counter", clock)
 
-    def baseline() -> None:
-        clock.now += 0.5
+    def baseline(x: mx.array) -> mx.array:
+        clock.now += 0.25
+        return x
 
-    timing.compare(Benchmark(4.0, 0.0), lambda: None, baseline, calls=2, nbytes=10**9, rounds=3)
+    turns = [(mx.array(0),)] * 2
+    timing.compare(Benchmark(4.0, 0.0), lambda x: x, baseline, turns, nbytes=10**9, rounds=3)
     row = timing.ROWS[0]
-    assert (row["us"], row["baseline_us"], row["speedup"]) == (2e6, 5e5, 0.25)
+    assert (row["us"], row["baseline_us"], row["speedup"]) == (2e6, 2.5e5, 0.12)
     assert (row["gb_s"], row["us_iqr"], row["baseline_us_iqr"]) == (0.5, 0.0, 0.0)
 
 
@@ -129,114 +141,72 @@ def test_copies_that_no_cache_holds(
     assert timing.cold_copies(1 << 20) == 4 and timing.cold_copies(3 << 20) == 2
 
 
-def compared(name: str, monkeypatch: pytest.MonkeyPatch, timing: ModuleType) -> Any:
-    """A bench whose comparison is recorded, and not made; its working set is one copy."""
+def test_turns_are_cold_or_as_many_as_there_are(
+    timing: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, pair = mx.arange(4), (mx.arange(3), mx.arange(2))
+    monkeypatch.setattr(timing, "cold_copies", lambda nbytes: nbytes)
+    copies = timing.turns(a, pair, nbytes=3)
+    assert len(copies) == 3 and len({id(turn[0]) for turn in copies}) == 3
+    assert all(mx.array_equal(turn[1][0], pair[0]) for turn in copies)
+    same = timing.turns(a, nbytes=timing.CALLS + 1)
+    assert len(same) == timing.CALLS and all(turn[0] is a for turn in same)
+
+
+def test_a_check_sees_a_bit_a_shape_and_a_dtype(timing: ModuleType) -> None:
+    a = mx.array([1.0, 2.0])
+    timing.check([a, a], (a, a))
+    timing.check(a + 2**-8, a, rtol=2**-7)
+    for other, text in (
+        (a + 2**-20, "they differ by up to 9.53"),
+        (a[None], r"\(2,\) .*float32 is not \(1, 2\)"),
+        (a.astype(mx.float16), "float32 is not .*float16"),
+    ):
+        with pytest.raises(AssertionError, match=text):
+            timing.check(a, other)
+    with pytest.raises(ValueError, match=r"zip\(\) argument 2 is shorter"):
+        timing.check([a, a], [a])
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_a_bench_checks_its_op_and_says_what_a_call_moves(
+    op: str, timing: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are worked out by hand beside the op's tests."""
+    checked: set[str] = set()
+    check = timing.check
+
+    def recorded(out: Any, expected: Any, **tolerance: float) -> None:
+        checked.update(nodes(out))
+        check(out, expected, **tolerance)
+
+    compared: list[tuple[Any, ...]] = []
+
+    def compare(_: Any, kernel: Any, baseline: Any, turns: Any, **asked: Any) -> None:
+        compared.append((kernel, baseline, turns, asked))
+
     monkeypatch.setattr(timing, "cold_copies", lambda nbytes: 2)
-    kept: dict[str, Any] = {}
-
-    def compare(benchmark: Any, kernel: Any, baseline: Any, **asked: Any) -> None:
-        kept.update(asked, kernel=kernel, baseline=baseline)
-
+    monkeypatch.setattr(timing, "check", recorded)
     monkeypatch.setattr(timing, "compare", compare)
-    return module(name), kept
+    bench = module(f"bench_{op}")
+    getattr(bench, f"test_{op}")(None, **bench.SMALL)
+    ((kernel, baseline, turns, asked),) = compared
+    assert asked["nbytes"] == importlib.import_module(f"test_{op}").BENCH_BYTES
+    assert {name: str(value) for name, value in bench.SMALL.items()}.items() <= {
+        name: f"mlx.core.{value}" if name == "dtype" else str(value)
+        for name, value in asked.items()
+    }.items()
+    # What is timed is the op, and it was checked
+    assert {name for name in nodes(kernel(*turns[0])) if name in dispatch.OPS} == {op}
+    assert op in checked
+    assert op not in nodes(baseline(*turns[0]))
 
 
-@pytest.mark.parametrize("bits", [8, 6, 4])
-def test_bytes_of_quantised_weights(
-    timing: ModuleType, monkeypatch: pytest.MonkeyPatch, bits: int
-) -> None:
-    """4096 weights, and for each 64 a scale and a bias of two bytes."""
-    bench, asked = compared("bench_quantized_matmul", monkeypatch, timing)
-    bench.test_quantized_matmul(None, N=32, K=128, bits=bits, M=2)
-    assert asked["nbytes"] == {8: 4096, 6: 3072, 4: 2048}[bits] + 256
-    assert (asked["calls"], asked.get("baseline_calls", 1)) == (2, 1)
-    assert [asked[key] for key in ("N", "K", "bits", "M")] == [32, 128, bits, 2]
-    runs(asked)
-
-
-def runs(asked: dict[str, Any]) -> None:
-    """What would be timed works; neither hands anything out."""
-    assert asked["kernel"]() is asked["baseline"]() is None
-
-
-@pytest.mark.parametrize(("dtype", "nbytes"), [(mx.bfloat16, 8192), (mx.float32, 16384)])
-def test_bytes_of_dense_weights(
-    timing: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype, nbytes: int
-) -> None:
-    bench, asked = compared("bench_dense_matmul", monkeypatch, timing)
-    bench.test_dense_matmul(None, N=32, K=128, dtype=dtype, M=3)
-    assert asked["nbytes"] == nbytes and asked["calls"] == 2
-    assert [asked[key] for key in ("N", "K", "M")] == [32, 128, 3]
-    assert asked["dtype"] in ("bfloat16", "float32")
-    runs(asked)
-
-
-def test_bytes_of_shared_weights(timing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 + 32 + 32 columns of 128 at 8 bits, and 2 * 2 bytes for each 64 of them."""
-    bench, asked = compared("bench_quantized_matmuls", monkeypatch, timing)
-    monkeypatch.setitem(bench.SHAPES, "small", ((64, 32, 32), 128))
-    bench.test_quantized_matmuls(None, name="small", M=2)
-    assert asked["nbytes"] == 16384 + 1024
-    assert (asked["calls"], asked["baseline_calls"]) == (2, 2)
-    assert (asked["shape"], asked["M"]) == ("small", 2)
-    runs(asked)
-
-
-@pytest.mark.parametrize(("bits", "nbytes"), [(8, 3 * 136), (4, 3 * 72)])
-def test_bytes_of_rows_that_are_looked_up(
-    timing: ModuleType, monkeypatch: pytest.MonkeyPatch, bits: int, nbytes: int
-) -> None:
-    """Rows of 128 weights and 2 * 2 numbers of two bytes; three of them a call."""
-    bench, asked = compared("bench_embed", monkeypatch, timing)
-    bench.test_embed(None, E=128, T=3, bits=bits)
-    assert asked["nbytes"] == nbytes
-    assert (asked["calls"], asked["baseline_calls"]) == (200, 200)
-    runs(asked)
-
-
-def test_bytes_of_the_head(timing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """512 rows of 128 weights at 8 bits, and 2 * 2 numbers of two bytes a row."""
-    bench, asked = compared("bench_quantized_filter_logits", monkeypatch, timing)
-    monkeypatch.setattr(bench, "E", 128)
-    rng = np.random.default_rng(0)
-    w = mx.array(rng.normal(size=(512, 128)).astype(np.float32)).astype(mx.bfloat16)
-    bench.test_quantized_filter_logits(None, mx.quantize(w, 64, 8), T=2)
-    assert (asked["nbytes"], asked["calls"]) == (512 * 136, 1)
-    runs(asked)
-
-
-def test_bytes_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys and values of 12 places (window 8 and a block of 5) for 2 heads of 256, two bytes a
-    number: 12,288 bytes each. Queries in and results out, 5 for 4 heads: 10,240 bytes each. That is
-    45,056 bytes in 2 us."""
-    bench = module("bench_block_attention")
-    monkeypatch.setitem(bench.SHAPES, "small", (4, 2, 256, 8, 8))
-    for implementation in ("mlx", "native"):
-        benchmark = Benchmark(median=2e-6, iqr=0.0)
-        bench.test_block_attention(benchmark, "small", 5, implementation)
-        assert benchmark.extra_info == {"GB/s": 22.53}
-
-
-def test_microseconds_of_a_call_in_a_chain() -> None:
-    """200 of them take 5 ms."""
-    bench = module("bench_residual_norm")
-    for implementation in ("mlx", "native"):
-        benchmark = Benchmark(median=0.005, iqr=0.0)
-        bench.test_residual_norm(benchmark, 128, 1, implementation)
-        assert benchmark.extra_info == {"us per call": 25.0}
-
-
-def test_every_bench_has_its_figures_checked() -> None:
-    """A new bench without a test here fails."""
-    checked = {
-        "embed",
-        "quantized_matmul",
-        "dense_matmul",
-        "quantized_matmuls",
-        "quantized_filter_logits",
-    }
-    checked |= {"block_attention", "residual_norm"}
-    assert {path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py")} == checked
+def nodes(result: Any) -> set[str]:
+    """Names in the graph of a lazy result."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *([result] if isinstance(result, mx.array) else result))
+    return set(re.findall(r'label ="(\w+)', graph.getvalue()))
 
 
 def test_rows_are_printed_as_a_table_and_as_json(

@@ -420,13 +420,21 @@ def random_call(d: Draw) -> Call:
     return Call((*p, *q, drafts, position, seed), options, exact)
 
 
-def one_candidate(k: int) -> tuple[mx.array, mx.array]:
-    """A block of rows with one candidate, which is every draft."""
-    ids, probs = mx.zeros((k + 1, 1), mx.int32), mx.ones((k + 1, 1))
+def of_candidates(k: int, n: int) -> tuple[mx.array, mx.array]:
+    """k drafts, each the first of n candidates."""
+    ids = mx.broadcast_to(mx.arange(n, dtype=mx.int32), (k + 1, n))
+    probs = mx.full((k + 1, n), 1 / n)
     position, seed = mx.array(5), mx.array(1, dtype=mx.uint32)
     drafted = (ids[1:], probs[1:], ids[1:, 0])
-    return accept_block(ids, probs, *drafted, position, seed, rule="block", vocab=9)
+    return accept_block(ids, probs, *drafted, position, seed, rule="block", vocab=300)
 
 
 # The largest call of a kind that the Metal kernel takes
-LIMITS = {"drafts": (128, one_candidate)}
+LIMITS = {
+    "drafts": (128, lambda k: of_candidates(k, 1)),
+    "candidates": (256, lambda n: of_candidates(1, n)),
+}
+
+# What bench/bench_accept_block.py has to say that its SMALL call moves: 6 rows of 64 candidates and
+# 5, 8 bytes each; 5 drafts; position, seed; two results
+BENCH_BYTES = 11 * 64 * 8 + 5 * 4 + 2 * 4 + 2 * 4

@@ -306,3 +306,7 @@ def random_call(d: Draw) -> Call:
 LIMITS = {
     "positions": (128, lambda n: block_attention(*3 * [mx.zeros((1, n, n, 16))], mx.array(0)))
 }
+
+# What bench/bench_block_attention.py has to say that its SMALL call moves: keys and values of 260
+# places of 256, queries and results of 5 * 4; the offset
+BENCH_BYTES = 2 * 260 * 512 + 2 * 20 * 512 + 4

@@ -234,3 +234,7 @@ def random_call(d: Draw) -> Call:
 
 # The largest call of a kind that the Metal kernel takes
 LIMITS = {"rows": (128, lambda n: dense_matmul(mx.zeros((n, 64)), mx.zeros((32, 64))))}
+
+# What bench/bench_dense_matmul.py has to say that its SMALL call moves: 128 rows of 1536 weights, 6
+# rows of x, 6 * 128 results, all of two bytes
+BENCH_BYTES = (128 * 1536 + 6 * 1536 + 6 * 128) * 2

@@ -176,3 +176,7 @@ def random_call(d: Draw) -> Call:
 
 
 LIMITS = {}  # the Metal kernel takes every call
+
+# What bench/bench_draw_token.py has to say that its SMALL call moves: 6 rows of 64 candidates of 8
+# bytes; position and seed; 6 tokens
+BENCH_BYTES = 6 * 64 * 8 + 8 + 24

@@ -302,6 +302,10 @@ def random_call(d: Draw) -> Call:
 
 # The largest call of a kind that the Metal kernel takes
 LIMITS = {
-    "candidates": (256, lambda n: filter_logits(mx.zeros((1, n)), top_k=0)),
-    "logits": (262144, lambda n: filter_logits(mx.zeros((1, n)), top_k=256)),
+    "candidates with `top_k` 0": (256, lambda n: filter_logits(mx.zeros((1, n)), top_k=0)),
+    "logits with `top_k` 256": (262144, lambda n: filter_logits(mx.zeros((1, n)), top_k=256)),
 }
+
+# What bench/bench_filter_logits.py has to say that its SMALL call moves: 6 rows of 8192 logits, 64
+# candidates of 8 bytes and a flag
+BENCH_BYTES = 6 * (8192 * 4 + 64 * 8 + 4)

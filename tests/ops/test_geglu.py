@@ -103,3 +103,7 @@ def random_call(d: Draw) -> Call:
 
 
 LIMITS = {}  # the Metal kernel takes every call
+
+# What bench/bench_geglu.py has to say that its SMALL call moves: gate, up and product: 6 rows of
+# 6144 numbers of two bytes each
+BENCH_BYTES = 3 * 6 * 12288

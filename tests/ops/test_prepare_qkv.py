@@ -187,3 +187,7 @@ def random_call(d: Draw) -> Call:
 
 
 LIMITS = {}  # the Metal kernel takes every call
+
+# What bench/bench_prepare_qkv.py has to say that its SMALL call moves: 48 heads of queries and 24
+# of keys and values, 512 bytes each, in and out; two weights, 128 frequencies, the offset
+BENCH_BYTES = 2 * (48 + 24) * 512 + 2 * 512 + 512 + 4

@@ -185,5 +185,9 @@ def of_one_expert(T: int, U: int) -> mx.array:
 # The largest call of a kind that the Metal kernel takes
 LIMITS = {
     "tokens": (128, lambda n: of_one_expert(n, 2)),
-    "experts": (32, lambda n: of_one_expert(2, n)),
+    "experts of a token": (32, lambda n: of_one_expert(2, n)),
 }
+
+# What bench/bench_quantized_expert_matmul.py has to say that its SMALL call moves: 13 experts of
+# two matrices: 64 * 512 weights with 512 scales and biases; 6 rows of x, 48 ids, 48 rows of results
+BENCH_BYTES = 13 * 2 * (32768 + 512 * 4) + 6 * 1024 + 48 * 4 + 48 * 128

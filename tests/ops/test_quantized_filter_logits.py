@@ -353,4 +353,8 @@ def many_candidates(T: int) -> Filtered:
 
 
 # The largest call of a kind that the Metal kernel takes
-LIMITS = {"rows": (9, many_candidates)}
+LIMITS = {"rows with `top_k` 256": (9, many_candidates)}
+
+# What bench/bench_quantized_filter_logits.py has to say that its SMALL call moves: 512 rows of 256
+# weights with 4 scales and biases; 4 rows of x, of 64 candidates and a flag
+BENCH_BYTES = 512 * (256 + 4 * 4) + 4 * (512 + 64 * 8 + 4)

@@ -164,3 +164,7 @@ LIMITS = {
         ),
     )
 }
+
+# What bench/bench_quantized_gated_matmul.py has to say that its SMALL call moves: twice 128 rows of
+# 1536 weights with 24 scales and biases; 6 rows of x and of results
+BENCH_BYTES = 2 * 128 * (1536 + 24 * 4) + 6 * (3072 + 256)

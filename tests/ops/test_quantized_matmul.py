@@ -339,3 +339,7 @@ LIMITS = {
         lambda n: quantized_matmul(mx.zeros((n, 64)), *mx.quantize(mx.zeros((32, 64)), 64, 8)),
     )
 }
+
+# What bench/bench_quantized_matmul.py has to say that its SMALL call moves: 128 rows of 1536
+# weights with 24 scales and biases; 6 rows of x and of results
+BENCH_BYTES = 128 * (1536 + 24 * 4) + 6 * (3072 + 256)

@@ -196,3 +196,7 @@ LIMITS = {
         ),
     )
 }
+
+# What bench/bench_quantized_matmuls.py has to say that its SMALL call moves: 768 rows of 128
+# weights with 2 scales and biases; 6 rows of x and of results
+BENCH_BYTES = 768 * (128 + 2 * 4) + 6 * (256 + 1536)

@@ -89,3 +89,7 @@ def random_call(d: Draw) -> Call:
 
 
 LIMITS = {}  # the Metal kernel takes every call
+
+# What bench/bench_random_uniform.py has to say that its SMALL call moves: 1024 counters of four
+# words, and a number each
+BENCH_BYTES = 1024 * (16 + 4)

@@ -150,4 +150,10 @@ def random_call(d: Draw) -> Call:
 
 
 # The largest call of a kind that the Metal kernel takes
-LIMITS = {"elements": (16384, lambda n: residual_norm(*2 * [mx.zeros((1, n))], mx.ones(n)))}
+LIMITS = {
+    "elements of a row": (16384, lambda n: residual_norm(*2 * [mx.zeros((1, n))], mx.ones(n)))
+}
+
+# What bench/bench_residual_norm.py has to say that its SMALL call moves: stream, branch, sum and
+# norm: 6 rows of 3072 bytes each; two weights
+BENCH_BYTES = 4 * 6 * 3072 + 2 * 3072

@@ -83,3 +83,7 @@ def random_call(d: Draw) -> Call:
 
 
 LIMITS = {}  # the Metal kernel takes every call
+
+# What bench/bench_softcap.py has to say that its SMALL call moves: 6 rows of 8192 numbers of four
+# bytes, in and out
+BENCH_BYTES = 2 * 6 * 32768
