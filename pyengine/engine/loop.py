@@ -35,7 +35,7 @@ class Round(NamedTuple):
     finish_reason: str | None  # "stop", "length", or None while it goes on
     num_drafted: int
     num_accepted: int
-    logprobs: list[Logprob] | None = None  # one a token, where the settings ask for it
+    logprobs: list[Logprob] | None = None  # one per token, where the settings ask for them
     prompt_done: int | None = None
 
 

@@ -170,7 +170,7 @@ def count_accepted(rule: Rule, passed: mx.array) -> mx.array:
 
 
 def probability_of(rows: Rows, tokens: mx.array) -> mx.array:
-    """Probability of one token a row, ``[..., T]``; 0 for a token that is no candidate."""
+    """Probability of one token per row, ``[..., T]``; 0 for a token that is no candidate."""
     return mx.where(rows.ids == tokens[..., None], rows.probs, 0).sum(axis=-1)
 
 

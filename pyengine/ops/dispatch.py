@@ -103,7 +103,7 @@ def status() -> list[dict[str, Any]]:
     """What every op runs if it is called now, with arguments within the limits of its kernel.
 
     Returns:
-        One row an op: ``op``; ``kernel``, "SIMD (...)" with the instruction set, "Metal",
+        One row per op: ``op``; ``kernel``, "SIMD (...)" with the instruction set, "Metal",
         "Metal (workbench)" or "reference"; ``device``; ``row_stable``, whether a row's bits
         depend on that row alone.
     """

@@ -10,7 +10,7 @@ def route_experts(logits: mx.array, scales: mx.array, used: int) -> tuple[mx.arr
 
     Ties go to the lower id. A weight is the softmax over the chosen logits, added in the order of
     the ids, times the expert's scale. All in float32. Where logits are NaN so are weights. On a GPU
-    plain MLX serves more than 32 experts a row.
+    plain MLX serves more than 32 experts per row.
 
     Args:
         logits: The router's, float32 ``[T, X]``, any strides.
