@@ -2,7 +2,7 @@
 
 Jinja's own sandbox keeps a template away from Python's insides, not from running for ever: a few
 lines of literals, loops and ``~`` build a value of any size. Here each operation is paid for before
-it happens, by its own formula (``template_costs``) from one account (``template_meter``); what has
+it happens, by its own formula (``costs``) from one account (``meter``); what has
 no formula is refused. Nothing is computed while compiling.
 """
 
