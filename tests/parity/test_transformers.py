@@ -5,6 +5,7 @@ The committed fixtures freeze the same comparison at smaller shapes; this one ne
 """
 
 import mlx.core as mx
+import models
 import numpy as np
 import pytest
 from models import verify
@@ -104,7 +105,7 @@ def test_drafts(tiny, pairs, length, position):
         embedding, hidden = (
             mx.array(wanted[f"{at}.{name}"].numpy()) for name in ("embedding", "hidden_in")
         )
-        logits, hidden = step(pair.assistant, embedding, hidden, cache)
+        logits, hidden = models.step(pair.assistant, embedding, hidden, cache)
         seen = np.isfinite(np.array(logits))
         theirs = np.where(seen, wanted[f"{at}.logits"].numpy(), 0)
         ours = np.where(seen, np.array(logits), 0)
