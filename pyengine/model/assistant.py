@@ -14,6 +14,7 @@ from pyengine import ops
 from pyengine.model.cache import Cache
 from pyengine.model.config import AssistantConfig, LayerConfig, TargetConfig
 from pyengine.model.head import Logits
+from pyengine.model.layers import residual
 from pyengine.model.linear import Linear, Weights, gated
 
 # Where the assistant's query sits when n tokens are known, the newest one unprocessed: at that
@@ -92,9 +93,9 @@ class Assistant:
             q = layer.q(x).reshape(1, 1, -1, layer.config.head_dim)
             q = ops.norm_rope(q, layer.q_norm, position, layer.inv_freq, eps)
             y = self._attend(layer, q, cache)
-            h, x = _residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)
+            h, x = residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)
             y = layer.down(gated(layer.gate, layer.up, x))
-            h, x = _residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
+            h, x = residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
         logits, hidden = self._head(x), self.post_projection(x)
         cache.note_read(hidden)
         return logits, hidden
@@ -117,19 +118,6 @@ class Assistant:
         selected = self.table.take(ids)(x, mx.float32)[0]
         logits = mx.full((self.config.vocab_size,), -mx.inf, dtype=mx.float32)
         return mx.put_along_axis(logits, ids, selected, axis=0)[None]
-
-
-def _residual(
-    h: mx.array,
-    y: mx.array,
-    weight: mx.array,
-    next_weight: mx.array,
-    eps: float,
-    scalar: mx.array | None = None,
-) -> tuple[mx.array, mx.array]:
-    h, x = ops.residual_norm(h, y, weight, scalar=scalar, next_weight=next_weight, eps=eps)
-    assert x is not None
-    return h, x
 
 
 def _layer(config: AssistantConfig, target: TargetConfig, weights: Weights, i: int) -> Layer:

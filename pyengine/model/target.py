@@ -14,12 +14,10 @@ from pyengine import ops
 from pyengine.model import memory
 from pyengine.model.cache import CHUNK, Cache
 from pyengine.model.config import LayerConfig, TargetConfig
+from pyengine.model.experts import Experts, with_experts
 from pyengine.model.head import Logits
-from pyengine.model.linear import Linear, Weights, gated, side_by_side
-
-# Up to this many rows, routed experts that are not quantised are fetched row by row; beyond, every
-# expert sees every row.
-ROWS_BY_SLOT = 16
+from pyengine.model.layers import MLP, residual
+from pyengine.model.linear import Linear, Weights, side_by_side
 
 
 @dataclass(frozen=True)
@@ -34,31 +32,6 @@ class Attention:
     q_norm: mx.array
     k_norm: mx.array | None
     inv_freq: mx.array
-
-
-@dataclass(frozen=True)
-class MLP:
-    gate: Linear
-    up: Linear
-    down: Linear
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down(gated(self.gate, self.up, x))
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The 26B's routed experts and their router; gate, up and down are stacks."""
-
-    router: Linear
-    router_norm: mx.array
-    scales: mx.array
-    gate: Linear
-    up: Linear
-    down: Linear
-    pre_norm: mx.array
-    dense_norm: mx.array
-    routed_norm: mx.array
 
 
 @dataclass(frozen=True)
@@ -186,17 +159,17 @@ class Target:
             is_last = i + 1 == len(self.layers)
             next_norm = self.norm if is_last else self.layers[i + 1].input_norm
             y = self._attention(i, x, cache, seen)
-            h, x = _residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)
+            h, x = residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)
             y = layer.mlp(x)
             if layer.experts is not None:
-                y = _with_experts(layer.experts, h, y, self.config.num_experts_used, eps)
+                y = with_experts(layer.experts, h, y, self.config.num_experts_used, eps)
             if layer.per_layer is None or per_layer is None:
-                h, x = _residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
+                h, x = residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
             else:
                 h, _ = ops.residual_norm(h, y, layer.post_mlp_norm, eps=eps)
                 y = ops.geglu(layer.per_layer.gate(h), per_layer[i])
                 y = layer.per_layer.projection(y)
-                h, x = _residual(h, y, layer.per_layer.norm, next_norm, eps, layer.scalar)
+                h, x = residual(h, y, layer.per_layer.norm, next_norm, eps, layer.scalar)
         cache.note_read(x)
         return x
 
@@ -256,83 +229,6 @@ def check_ids(what: str, ids: list[int], vocab_size: int) -> None:
 def _rounded(value: float, dtype: mx.Dtype) -> float:
     """value as a number of that dtype. Evaluates."""
     return cast(float, mx.array(value, dtype=dtype).astype(mx.float32).item())
-
-
-def _residual(
-    h: mx.array,
-    y: mx.array,
-    weight: mx.array,
-    next_weight: mx.array,
-    eps: float,
-    scalar: mx.array | None = None,
-) -> tuple[mx.array, mx.array]:
-    h, x = ops.residual_norm(h, y, weight, scalar=scalar, next_weight=next_weight, eps=eps)
-    assert x is not None
-    return h, x
-
-
-def _with_experts(
-    experts: Experts, h: mx.array, dense: mx.array, num_used: int, eps: float
-) -> mx.array:
-    """The dense branch's output plus that of the routed experts, both normed. h is the stream."""
-    ids, weights = _route(experts, h, num_used, eps)
-    x = ops.rms_norm(h, experts.pre_norm, eps)
-    if experts.gate.packed_like(experts.up) and experts.down.packed:
-        run = _experts_packed
-    else:
-        run = _experts_by_slot if x.shape[0] <= ROWS_BY_SLOT else _experts_by_expert
-    routed = run(experts, x, ids, weights).astype(h.dtype)
-    dense = ops.rms_norm(dense, experts.dense_norm, eps)
-    return dense + ops.rms_norm(routed, experts.routed_norm, eps)
-
-
-def _route(experts: Experts, h: mx.array, num_used: int, eps: float) -> tuple[mx.array, mx.array]:
-    """The chosen experts [T, num_used] in ascending order, and their weights; all in float32."""
-    x = ops.rms_norm(h.astype(mx.float32), experts.router_norm, eps)
-    return ops.route_experts(experts.router(x), experts.scales, num_used)
-
-
-def _experts_packed(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
-    """Weighted sum [T, E] over each row's own experts, slot by slot; quantised stacks."""
-    gate, up, down = experts.gate.packed, experts.up.packed, experts.down.packed
-    assert gate is not None and up is not None and down is not None
-    packing = (experts.gate.group_size, experts.gate.bits)
-    y = ops.quantized_expert_matmul(x, gate, ids, *packing, up=up)  # [T, num_used, F]
-    packing = (experts.down.group_size, experts.down.bits)
-    parts = ops.quantized_expert_matmul(y, down, ids, *packing, out_dtype=mx.float32)
-    return ops.weigh_experts(parts, weights, x.dtype)
-
-
-def _experts_by_slot(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
-    """Weighted sum [T, E], float32, over each row's own experts; reads only those."""
-    gate, up, down = experts.gate, experts.up, experts.down
-    rows = []
-    for t in range(x.shape[0]):
-        row = x[t : t + 1]
-        y = ops.geglu(gate.take(ids[t]).joined()(row), up.take(ids[t]).joined()(row))
-        y = y.reshape(ids.shape[1], -1)
-        mine = down.take(ids[t])
-        total = None
-        for slot in range(ids.shape[1]):
-            part = mine.member(slot)(y[slot : slot + 1], mx.float32) * weights[t, slot]
-            total = part if total is None else total + part
-        assert total is not None
-        rows.append(total)
-    return mx.concatenate(rows)
-
-
-def _experts_by_expert(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
-    """The same sum for many rows: each expert sees all of them and counts where it was chosen.
-
-    Adding in the order of experts, zeros included, gives the bits of `_experts_by_slot`.
-    """
-    total = mx.zeros(x.shape, mx.float32)
-    for expert in range(experts.gate.weight.shape[0]):
-        weight = mx.where(ids == expert, weights, 0.0)  # [T, num_used], at most one not zero
-        mlp = MLP(*(stack.member(expert) for stack in (experts.gate, experts.up, experts.down)))
-        y = mlp.down(ops.geglu(mlp.gate(x), mlp.up(x)), mx.float32)
-        total = total + y * weight.sum(axis=-1, keepdims=True)
-    return total
 
 
 def _layer(config: TargetConfig, weights: Weights, i: int, inv_freq: mx.array) -> Layer:

@@ -19,6 +19,7 @@ from tiny_pairs import (
 )
 
 from pyengine import ops
+from pyengine.model import experts as routed
 from pyengine.model import target
 from pyengine.model.linear import Linear
 from pyengine.model.target import Target
@@ -231,13 +232,13 @@ def test_a_quantised_row_is_looked_up_unrounded():
     np.testing.assert_allclose(np.array(rows[0]), exact, rtol=1e-6, atol=1e-6)
 
 
-def experts_of(num_experts: int, *, quantised: bool, scale_sign: float = 1.0) -> target.Experts:
+def experts_of(num_experts: int, *, quantised: bool, scale_sign: float = 1.0) -> routed.Experts:
     def stack(seed, *shape):
         w = mx.random.normal(shape, key=mx.random.key(seed)) * shape[-1] ** -0.5
         return Linear(*mx.quantize(w, 64, 8), 8, 64) if quantised else Linear(w)
 
     E, m = 64, 128
-    return target.Experts(
+    return routed.Experts(
         router=Linear(mx.random.normal((num_experts, E), key=mx.random.key(9))),
         router_norm=mx.ones(E) * E**-0.5,
         scales=scale_sign * mx.arange(1, num_experts + 1, dtype=mx.float32) / num_experts,
@@ -254,9 +255,9 @@ def experts_of(num_experts: int, *, quantised: bool, scale_sign: float = 1.0) ->
 def test_experts_by_slot_and_by_expert_agree_bit_for_bit(quantised):
     experts = experts_of(8, quantised=quantised, scale_sign=-1.0)
     h = mx.random.normal((5, 64), key=mx.random.key(4))
-    ids, weights = target._route(experts, h, 3, 1e-6)
-    by_slot = target._experts_by_slot(experts, h, ids, weights)
-    by_expert = target._experts_by_expert(experts, h, ids, weights)
+    ids, weights = routed._route(experts, h, 3, 1e-6)
+    by_slot = routed._by_slot(experts, h, ids, weights)
+    by_expert = routed._by_expert(experts, h, ids, weights)
     assert np.array_equal(bits(by_slot), bits(by_expert))
 
     # And both are the sum the router asks for, in float64
@@ -277,7 +278,7 @@ def test_experts_by_slot_and_by_expert_agree_bit_for_bit(quantised):
 def test_router_weights_sum_to_one_before_the_expert_scale():
     experts = dataclasses.replace(experts_of(8, quantised=False), scales=mx.ones(8))
     h = mx.random.normal((6, 64), key=mx.random.key(4))
-    ids, weights = target._route(experts, h, 3, 1e-6)
+    ids, weights = routed._route(experts, h, 3, 1e-6)
     np.testing.assert_allclose(np.array(weights.sum(axis=-1)), 1.0, rtol=1e-6)
     logits = np.array(experts.router(ops.rms_norm(h, experts.router_norm, 1e-6)))
     for t in range(6):
@@ -290,7 +291,7 @@ def test_router_weights_sum_to_one_before_the_expert_scale():
 def test_router_ties_go_to_the_lower_expert():
     experts = experts_of(8, quantised=False)
     tied = dataclasses.replace(experts, router=Linear(mx.ones((8, 64))))
-    ids, _ = target._route(tied, mx.ones((3, 64)), 3, 1e-6)
+    ids, _ = routed._route(tied, mx.ones((3, 64)), 3, 1e-6)
     assert ids.tolist() == [[0, 1, 2]] * 3
 
 
