@@ -33,6 +33,7 @@ STAGES = ("arguments and prompt", "prefill", "first round", "a later round")
 IMPORT = "import time; a = time.process_time(); import pyengine; print(time.process_time() - a)"
 # Names ops without having to: history, results
 NO_LIST = ("CHANGELOG.md", "NOTES.md", "KERNELS.md", "op_bits.py", "mutants.json")
+FOLDERS = (".ci", "bench", "cmake", "csrc", "docs", "metal", "pyengine", "tests")
 KNOWN = 0.6  # of all ops: a file that names so many is a list of them
 
 
@@ -122,12 +123,11 @@ def op_names(tree: Path) -> list[str]:
 def places(tree: Path) -> dict[str, list[str]]:
     """Files to write or edit for an op, for each of those that are there."""
     names = op_names(tree)
-    tracked = subprocess.check_output(["git", "ls-files"], cwd=tree, text=True).splitlines()
+    inside = (path for folder in FOLDERS for path in sorted((tree / folder).rglob("*")))
     texts = {}
-    for file in tracked:
-        path = tree / file
+    for path in (*sorted(tree.glob("*")), *inside):  # not by git, which a machine may lack
         if path.suffix in (".py", ".h", ".cpp", ".md", ".txt", ".metal") and path.is_file():
-            texts[file] = path.read_text()
+            texts[path.relative_to(tree).as_posix()] = path.read_text()
 
     spellings = [{name, name.title().replace("_", ""), f"bind_{name}"} for name in names]
 

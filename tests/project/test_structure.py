@@ -1,7 +1,6 @@
 """`.ci/structure.py`: what it counts, on a package made for it."""
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -42,8 +41,6 @@ def tree(tmp_path: Path) -> Path:
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    subprocess.check_call(["git", "init", "-q", tmp_path])
-    subprocess.check_call(["git", "add", "."], cwd=tmp_path)
     return tmp_path
 
 
