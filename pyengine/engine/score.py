@@ -124,7 +124,7 @@ def _rows(
         for at in range(begin, len(whole) - 1, SCORE_BLOCK):
             block = mx.array(whole[at : at + SCORE_BLOCK][: len(whole) - 1 - at], dtype=mx.int32)
             following = mx.array(whole[at + 1 : at + 1 + block.size], dtype=mx.int32)
-            logits, _ = target.forward(block, cache)
+            logits, _ = target.forward([block], [cache])
             rows = logits.array
             cache.commit(mx.array(block.size, dtype=mx.int32), cache.length_limit + block.size)
             mx.eval(rows, cache.length)

@@ -199,10 +199,12 @@ class ScriptTarget:
         return self.rows[0], hidden
 
     def forward(
-        self, ids: mx.array, cache: LengthCache, taps: tuple[int, ...] = ()
+        self, ids: list[mx.array], caches: list[LengthCache], taps: tuple[int, ...] = ()
     ) -> tuple[mx.array, mx.array]:
-        first = cache.length - len(self.prompt) + 1
-        places = first + mx.arange(ids.shape[0], dtype=mx.int32)
+        firsts = [cache.length - len(self.prompt) + 1 for cache in caches]
+        places = mx.concatenate(
+            [first + mx.arange(own.size) for first, own in zip(firsts, ids, strict=True)]
+        )
         return self.rows[places % len(self.script)], places[:, None]
 
 
@@ -216,7 +218,7 @@ class ScriptAssistant:
         self.config = SimpleNamespace(quantization=None)
 
     def forward(
-        self, embedding: mx.array, hidden: mx.array, cache: LengthCache
+        self, embedding: mx.array, hidden: mx.array, caches: list[LengthCache]
     ) -> tuple[mx.array, mx.array]:
         place = hidden + 1
         rows = self.target.rows[place[0] % len(self.target.script)]
