@@ -31,8 +31,9 @@ except ModuleNotFoundError as error:
 from pyengine.checkpoint.pair import load
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import score
-from pyengine.generation import generate, resolve_sampling
+from pyengine.generation import generate
 from pyengine.sampling.settings import Sampling
+from pyengine.task import resolve_sampling
 
 MAX_NEW_TOKENS = 256  # lm-eval's own default
 

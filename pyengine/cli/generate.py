@@ -41,7 +41,7 @@ from pyengine.cli.options import (
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
-    from pyengine.generation import Result
+    from pyengine.task import Result
 
 
 EXAMPLES = (

@@ -94,11 +94,11 @@ def run(
                 )
         if max_tokens < 1:
             raise ValueError(f"[serve] max_tokens must be at least 1 but got {max_tokens}.")
-        from pyengine.generation import check_drafter
         from pyengine.serve.front import allowed_names, is_loopback
         from pyengine.serve.http import Server, open_files
         from pyengine.serve.protocol import Limits
         from pyengine.serve.server import make_app
+        from pyengine.task import check_drafter
 
         # Before the weights are read, so that a wrong argument is told early
         open_files()

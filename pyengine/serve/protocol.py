@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from pyengine.arguments import TooLong
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs
-from pyengine.generation import Result, Step, Stream, prompt_ids, resolve_sampling, stream
+from pyengine.generation import Stream, stream
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import MAX_SEED, Sampling
+from pyengine.task import Result, Step, prompt_ids, resolve_sampling
 from pyengine.text.prompt import Prompt
 from pyengine.untrusted import kind, shown
 

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.stats import Stats
-from pyengine.generation import Result, Step
 from pyengine.serve.protocol import Ask, Refused
+from pyengine.task import Result, Step
 
 MAX_UNHEARD = 64  # steps that a generation may be ahead of its client
 

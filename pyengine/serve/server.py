@@ -19,10 +19,10 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from pyengine.generation import Result, Step
 from pyengine.serve.front import Front, allowed_names, error_body, error_response, note
 from pyengine.serve.protocol import Ask, Limits, Refused, Reply, no_such_model, read_request
 from pyengine.serve.queue import Job, Worker
+from pyengine.task import Result, Step
 from pyengine.untrusted import kind, parse
 
 if TYPE_CHECKING:

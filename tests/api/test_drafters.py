@@ -15,9 +15,10 @@ import pyengine
 from pyengine import cli
 from pyengine.chat import Chat
 from pyengine.checkpoint.pair import load
-from pyengine.generation import LOOKUP_BLOCK, generate, stream
+from pyengine.generation import generate, stream
 from pyengine.sampling import Sampling
 from pyengine.serve.protocol import Limits, read_request
+from pyengine.task import LOOKUP_BLOCK
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
 # It comes back to its own words, so that lookup finds some

@@ -23,10 +23,11 @@ from pyengine import cli, generation
 from pyengine.chat import Chat
 from pyengine.checkpoint.defaults import GenerationDefaults, read_generation
 from pyengine.engine.loop import Round
-from pyengine.generation import generate, resolve_sampling, stream
+from pyengine.generation import generate, stream
 from pyengine.model.config import TargetConfig
 from pyengine.sampling.settings import Sampling
 from pyengine.serve.protocol import Limits, read_request
+from pyengine.task import resolve_sampling
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
 # Fields of Sampling that a pair may set: our value, the pair's, and what a caller gives against

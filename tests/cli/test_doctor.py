@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pyengine import cli, generation, ops
+from pyengine import cli, generation, ops, task
 from pyengine.cli import doctor
 from pyengine.cli.doctor import EXTRAS, examine
 
@@ -56,7 +56,7 @@ def test_an_engine_that_fails_is_exit_1(monkeypatch: pytest.MonkeyPatch) -> None
     def fail() -> Any:
         raise ValueError("[load] the header of x is damaged.")
 
-    monkeypatch.setattr(generation, "embedded_pair", fail)
+    monkeypatch.setattr(task, "embedded_pair", fail)
     done = run()
     assert done.exit_code == 1 and "pip install --force-reinstall ." in done.stdout
     monkeypatch.undo()

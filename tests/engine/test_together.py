@@ -17,9 +17,9 @@ from pyengine.engine import round as on_device
 from pyengine.engine.loop import Round, Rounds
 from pyengine.engine.recorded import Recorded
 from pyengine.engine.report import NonFinite
-from pyengine.generation import embedded_pair
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.sampling.settings import Sampling
+from pyengine.task import embedded_pair
 
 pytestmark = pytest.mark.engine
 

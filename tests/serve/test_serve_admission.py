@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from serving import GAME, Server, asking, everything, request
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.generation import embedded_pair
 from pyengine.serve import protocol
 from pyengine.serve import server as module
 from pyengine.serve.protocol import Limits, Refused, read_request
+from pyengine.task import embedded_pair
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
 HEAD = {"content-type": "application/json"}

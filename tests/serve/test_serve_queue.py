@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pyengine.generation import Step
 from pyengine.serve.queue import MAX_UNHEARD, Job
+from pyengine.task import Step
 
 
 def test_a_generation_that_is_too_far_ahead_goes_on_when_its_client_reads(

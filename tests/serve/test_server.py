@@ -28,11 +28,12 @@ from typer.testing import CliRunner
 
 from pyengine import cli
 from pyengine.checkpoint.pair import Pair, load
-from pyengine.generation import Step, generate
+from pyengine.generation import generate
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import Sampling
 from pyengine.serve.protocol import Limits, Reply, read_request
 from pyengine.serve.server import make_app
+from pyengine.task import Step
 from pyengine.text.tokenizer import load_tokenizer
 
 GAME = [{"role": "user", "content": "Create a single-file HTML5 canvas Snake game."}]

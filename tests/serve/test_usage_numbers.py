@@ -9,8 +9,9 @@ import pytest
 from test_stats_numbers import STATS
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.generation import Result, generate
+from pyengine.generation import generate
 from pyengine.serve.protocol import Ask, Limits, Reply, read_request, usage_of
+from pyengine.task import Result
 from pyengine.text.tokenizer import load_tokenizer
 
 BODY: dict[str, Any] = {"prompt": [5, 6, 7, 8, 9, 10, 11], "seed": 2**32 - 3, "max_tokens": 9}
