@@ -50,14 +50,12 @@ class Request(Iterator[str]):
         self.prefix: Prefix | None = None  # while it is active
         self.at_end = ExitStack()
         self._engine = engine
-        # Not a generator, which an error would end: who asks again shall hear of it again
-        self._steps = iter(self._next_step, None)
 
     def __next__(self) -> str:
-        while True:
-            step = next(self._steps)
+        for step in self.steps():
             if step.text:
                 return step.text
+        raise StopIteration
 
     def __enter__(self) -> Request:
         return self
@@ -67,7 +65,8 @@ class Request(Iterator[str]):
 
     def steps(self) -> Iterator[Step]:
         """What each round adds, and each chunk of a long prompt; see :class:`Stream`."""
-        return self._steps
+        # No generator, which an error would end: who asks again shall hear of it again
+        return iter(self._next_step, None)
 
     def cancel(self) -> None:
         """End it after the round under way. :attr:`result` keeps what there is."""
@@ -89,15 +88,8 @@ class Request(Iterator[str]):
         return self.most_unheard is not None and len(self.unheard) >= self.most_unheard
 
     def take(self) -> list[Step]:
-        """What was made since and not heard yet; does not wait.
-
-        Raises:
-            Exception: It failed, and all before was heard.
-        """
-        taken = [self.unheard.popleft() for _ in range(len(self.unheard))]
-        if not taken and self.error is not None:
-            raise self.error
-        return taken
+        """What was made since and not heard yet; does not wait, and does not raise ``error``."""
+        return [self.unheard.popleft() for _ in range(len(self.unheard))]
 
     def _next_step(self) -> Step | None:
         while not self.cancelled:
@@ -190,6 +182,14 @@ class Engine:
             return self.add(task)
         return [self.add(one) for one in several(task, n)]
 
+    def check(self, task: Task) -> None:
+        """Refuse what would not fit if it were alone.
+
+        Raises:
+            ValueError: The message says what would.
+        """
+        self._needs(task)
+
     def add(self, task: Task, most_unheard: int | None = None) -> Request:
         """Add a request that was checked. It is held while so many of its steps are unheard."""
         request = Request(self, task, self._needs(task), most_unheard)
@@ -259,6 +259,7 @@ class Engine:
             for request in [*self._incoming, *self._waiting, *self._active]:
                 request.cancelled = True
             self._leave_out_cancelled()
+            self._slots.shrink(0)
 
     def __enter__(self) -> Engine:
         return self

@@ -43,6 +43,14 @@ def run(
         typer.Option(help="Maximum number of new tokens per request, and the default."),
     ] = 8192,
     drafter: DrafterName = None,
+    streams: Annotated[
+        int,
+        typer.Option(
+            help="Maximum number of texts generated at once; memory may allow fewer.",
+            min=1,
+            max=128,
+        ),
+    ] = 8,
     waiting: Annotated[
         int, typer.Option(help="Maximum number of waiting requests; further ones get 429.", min=1)
     ] = 16,
@@ -74,16 +82,18 @@ def run(
 ) -> None:
     """Serve a pair to OpenAI clients: chat and text completions, streamed or whole.
 
-    The server runs one generation at a time; when a client disconnects, its generation ends. There
-    is no password: stay on loopback, or put a proxy in front.
+    Several texts are generated at once, each the one it is alone: `pyengine generate` with the
+    request's settings, the seed in its usage and `--verify coupled` repeats it. When a client
+    disconnects, its generation ends. There is no password: stay on loopback, or put a proxy in
+    front.
 
     A stream sends its headers at once, and a comment after every five seconds of silence. An answer
     that is not streamed sends nothing before its end, so use streams where a proxy times out. A
     request's head must arrive within 10 s and its body within 60 s; an answer that is not read for
     20 s is dropped.
 
-    All clients share one prefix cache: `cached_tokens` and the time to the first token tell a
-    client whether somebody else's prompt began like its own.
+    Clients share prefix caches, one per stream: `cached_tokens` and the time to the first token
+    tell a client whether somebody else's prompt began like its own.
     """
     with common.sentences():
         for module in ("fastapi", "uvicorn"):
@@ -108,6 +118,7 @@ def run(
         pair = common.load_pair(target, assistant, bundle, dtype, Position.last)
         limits = Limits(
             waiting=waiting,
+            streams=streams,
             max_tokens=max_tokens,
             any_model=any_model,
             cached_tokens=not no_cached_tokens,

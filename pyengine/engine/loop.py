@@ -98,7 +98,10 @@ def decode(
     while sequence.finish_reason is None:
         [done] = rounds.play([sequence])
         if isinstance(done, Exception):
-            raise done
+            try:
+                raise done
+            finally:
+                del done  # its trace holds this frame: a cycle would keep the cache
         yield done
 
 
@@ -245,7 +248,7 @@ class Rounds:
             try:
                 sequence.prepare()
             except RuntimeError as error:
-                done[sequence] = error
+                done[sequence] = error.with_traceback(None)  # which would hold the caches
         # In one order whoever came first, so that fewer graphs are recorded
         going = sorted((s for s in sequences if s not in done), key=self._rank)
         if going:
@@ -264,7 +267,7 @@ class Rounds:
                 try:
                     done[sequence] = sequence.commit(own)
                 except NonFinite as error:
-                    done[sequence] = error
+                    done[sequence] = error.with_traceback(None)
         return [done[sequence] for sequence in sequences]
 
     def _rank(self, sequence: TokenSequence) -> tuple[int, int]:

@@ -26,16 +26,12 @@ class Slots:
     def take(self, prompt: Sequence[int]) -> Prefix:
         """An idle prefix for a prompt.
 
-        One that spares more tokens than the prompt makes it forget; else an empty one; else the one
-        that was used least recently.
+        The one that spares most of it, if that is half or more; else an empty one, so that
+        conversations by turns do not make each other forget; else the least recently used.
         """
-
-        def gain(prefix: Prefix) -> int:
-            known = prefix.tokens
-            return 2 * _shared(known, prompt) - len(known)
-
-        best = max(self._idle, key=gain)
-        if gain(best) <= 0:
+        shared = [_shared(prefix.tokens, prompt) for prefix in self._idle]
+        best = self._idle[shared.index(max(shared))]
+        if 2 * max(shared) < len(prompt):
             empty = (prefix for prefix in self._idle if not prefix.tokens)
             best = next(empty, self._idle[0])
         self._idle.remove(best)
