@@ -21,19 +21,20 @@ if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
 
 
+# Of a terminal of 80 columns; times in milliseconds
 HEADS = (
     "streams",
     "block",
     "tok/s",
     "gain",
-    "per stream",
-    "first ms",
-    "gap p50",
+    "each",
+    "first",
+    "p50",
     "p95",
-    "max ms",
+    "max",
     "rows",
-    "acceptance",
-    "as alone",
+    "acc.",
+    "same",
 )
 
 
@@ -226,15 +227,15 @@ def cells(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
         (
             str(row["streams"]),
             "plain" if row["block_size"] == 1 else str(row["block_size"]),
-            f"{row['tok_s']:.1f}",
+            f"{row['tok_s']:.0f}",
             "-" if row["gain"] is None else f"{row['gain']:.2f}",
-            f"{row['stream_tok_s']:.1f}",
+            f"{row['stream_tok_s']:.0f}",
             f"{row['first_token_ms']:.0f}",
             f"{row['gap_p50_ms']:.1f}",
             f"{row['gap_p95_ms']:.1f}",
-            f"{row['gap_max_ms']:.1f}",
+            f"{row['gap_max_ms']:.0f}",
             f"{row['rows_per_round']:.1f}",
-            "-" if row["block_size"] == 1 else f"{row['acceptance']:.3f}",
+            "-" if row["block_size"] == 1 else f"{row['acceptance']:.2f}",
             "yes" if row["texts_equal_to_alone"] else "NO",
         )
         for row in rows

@@ -231,8 +231,10 @@ def streams(
 ) -> None:
     """Time many texts at once: in all, per text, to the first token, between tokens.
 
-    tok/s counts the tokens of all texts over the time of the rounds; gain is over one text at the
-    same block size. The last column says whether every text is the one it is alone.
+    tok/s counts the tokens of all texts over the time of the rounds, and gain compares it with one
+    text at that block size. Then: tok/s of each text; milliseconds to the first token, and between
+    a text's rounds (p50, p95, max); rows per round; acceptance; whether every text is the same as
+    alone.
     """
     with common.sentences():
         counts = read_numbers("--streams", streams)
