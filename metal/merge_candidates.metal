@@ -10,7 +10,7 @@
 #include "filter.h"
 #include "ordered_sum.h"
 
-using namespace pyengine;
+namespace pyengine {
 
 constant constexpr ushort thread_items = 16;
 constant constexpr ushort max_count = 256;
@@ -34,7 +34,9 @@ inline float sum_of(
   return sum;
 }
 
-[[kernel]] void merge_candidates(
+[[host_name("merge_candidates")]]
+[[kernel, max_total_threads_per_threadgroup(1024)]] void
+merge_candidates(
     const device ulong* candidates [[buffer(0)]], // [T, slices, count]
     const device uint* slice_flags [[buffer(1)]], // [T, slices]
     device int* ids [[buffer(2)]], // [T, count]
@@ -118,3 +120,5 @@ inline float sum_of(
     }
   }
 }
+
+} // namespace pyengine
