@@ -1,26 +1,24 @@
-"""What each kernel's source makes a GPU compiler do: `python -m workbench isa --help`."""
+"""What a kernel's source forces on a GPU compiler, as rows of numbers."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import json
 import re
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import gcn, gcn_run
-from .launch import DTYPES, LaunchLike
-from .run import run
-from .toolchain import CompileError
+from ..launch import DTYPES, LaunchLike
+from ..run import run
+from . import machine
+from .calls import matmul_calls, small_call
+from .compile import program_of
+from .program import Program
+from .simdgroup import Memory
 
 ROWS = (1, 2, 4, 6, 8, 16)
 BITS = (8, 6, 4)
@@ -28,16 +26,13 @@ COLUMNS = 21504  # of the 31B's feed-forward layer
 # The cost of a byte is the difference of these two: what comes before and after the loop is in
 # both. Scales, biases and staged rows come round every 2048 k at most.
 WIDTHS = (2048, 4096)
-GROUP_SIZE = 64
-WEIGHTS = re.compile(r"(.*_)?w(_\d)?")
+WEIGHTS = re.compile(r"(.*_)?w")  # names of buffers
 
-# Lanes that issue at once do not always: see `cycles`.
-ISSUE = 1.2
-SLOW_CYCLES = 4
+ISSUE, SLOW_CYCLES = 1.2, 4  # see `cycles`
 
 CAVEAT = (
-    "Counted in what clang makes of the source for gfx1030, another GPU with 32 lanes per simdgroup.\n"
-    "It shows what the source forces on any compiler; it is not what a Mac does, and no time."
+    "Counted in what clang makes of the source for gfx1030, another GPU of 32 lanes per simdgroup."
+    "\nIt is what the source forces on any compiler, not what a Mac does, and no time."
 )
 
 # Kind of an instruction by its name: the first pattern that fits
@@ -77,13 +72,15 @@ class Row:
         kernel: Its name without dtype and bits; the dtype is bfloat16 wherever there is a choice.
         bits: Of a weight; None if the kernel is no matmul.
         M: Rows; None if the call has none.
-        registers: Of 32 bits, of each thread. The compiler may use what M1 has for as many threads.
+        registers: Of 32 bits, of each thread. The compiler may use 128, or what M1 has for a
+            threadgroup of as many threads as the kernel says.
         spills: Bytes of memory per thread, for values that no register is found for.
-        loads_in_flight: Loads of weights (of any input, if the kernel is no matmul) of a simdgroup
-            under way when it first waits for one: the median of all such waits.
-        instructions_per_byte: Executed by the lanes of a threadgroup, for each byte of weights that
-            it loads. Prologue and epilogue are left out, rows on their way to threadgroup memory are
-            not. If the kernel is no matmul: all, for each byte that it loads or stores.
+        loads_in_flight: Loads of weights (of any input, if the kernel is no matmul) that a
+            simdgroup has under way when it first waits for one: the median of all such waits.
+        instructions_per_byte: Executed by the lanes of the first threadgroup, for each byte of
+            weights that it loads: how many more for longer rows, so what comes once is left out,
+            and what comes with every so many k is not. If the kernel is no matmul: all of them,
+            for each byte that it loads or stores.
         cycles_per_byte: See :func:`cycles`.
         by_kind: instructions_per_byte by kind (`KINDS`).
     """
@@ -114,104 +111,15 @@ def kinds_of(executed: Counter[str]) -> Counter[str]:
 def cycles(by_kind: dict[str, float]) -> float:
     """Cycles of one of a core's 128 lanes for these instructions, by rates published for M1 and M2.
 
-    Conversions, shifts, extracts and integer multiplications take 4 cycles on a pipe of their own.
-    All others take one, and so does handing out each of the slow ones; of 128 lanes 1.2 cycles on
-    average, since too few simdgroups are ready. The slower of the two pipes decides.
+    Conversions, shifts, extracts, integer multiplications and reciprocals take 4 cycles on a pipe
+    of their own, which runs beside the one of all others. To issue an instruction of either takes
+    one cycle, and 1.2 on average where no more than some 16 simdgroups take turns. The slower of
+    the two decides: issuing, or the pipe of the slow ones.
 
-    Source: philipturner/metal-benchmarks, README.md (MIT).
+    Source: the tables of philipturner/metal-benchmarks (MIT).
     """
     slow = SLOW_CYCLES * sum(by_kind.get(kind, 0.0) for kind in SLOW)
     return max(ISSUE * sum(by_kind.values()), slow)
-
-
-# Calls
-
-
-def matmul_calls(columns: int) -> dict[str, Callable[[int, int, int], Any]]:
-    """By op: its lazy result for M rows of width K and a number of bits."""
-    import mlx.core as mx
-
-    from pyengine import ops
-
-    def rows(M: int, K: int) -> mx.array:
-        return mx.zeros((M, K), mx.bfloat16)
-
-    def matrix(N: int, K: int, bits: int, *stack: int) -> tuple[mx.array, mx.array, mx.array]:
-        factors = mx.zeros((*stack, N, K // GROUP_SIZE), mx.bfloat16)
-        return mx.zeros((*stack, N, K * bits // 32), mx.uint32), factors, factors
-
-    def matmul(M: int, K: int, bits: int) -> Any:
-        return ops.quantized_matmul(rows(M, K), *matrix(columns, K, bits), GROUP_SIZE, bits)
-
-    def matmuls(M: int, K: int, bits: int) -> Any:
-        parts = [matrix(columns // n, K, bits) for n in (2, 4, 4)]
-        return ops.quantized_matmuls(rows(M, K), parts, GROUP_SIZE, bits)
-
-    def gated(M: int, K: int, bits: int) -> Any:
-        both = [matrix(columns, K, bits) for _ in range(2)]
-        return ops.quantized_gated_matmul(rows(M, K), *both, GROUP_SIZE, bits)
-
-    def expert(M: int, K: int, bits: int) -> Any:
-        """All tokens use the one expert."""
-        stack, up = (matrix(704, K, bits, 1) for _ in range(2))
-        ids = mx.zeros((M, 1), mx.int32)
-        return ops.quantized_expert_matmul(rows(M, K), stack, ids, GROUP_SIZE, bits, up=up)
-
-    def head(M: int, K: int, bits: int) -> Any:
-        """A slice has four tiles at least."""
-        return ops.quantized_filter_logits(rows(M, K), *matrix(128, K, bits), GROUP_SIZE, bits)
-
-    def dense(M: int, K: int, bits: int) -> Any:
-        return ops.dense_matmul(rows(M, K), mx.zeros((columns, K), mx.bfloat16))
-
-    return {
-        "quantized_matmul": matmul,
-        "quantized_matmuls": matmuls,
-        "quantized_gated_matmul": gated,
-        "quantized_expert_matmul": expert,
-        "quantized_filter_logits": head,
-        "dense_matmul": dense,
-    }
-
-
-def attention() -> Any:
-    """A block of six against a full layer of the 31B."""
-    import mlx.core as mx
-
-    from pyengine import ops
-
-    T, H, K, D, C = 6, 32, 4, 512, 1024
-    q = mx.ones((1, T, H, D), mx.bfloat16)
-    k, v = (mx.ones((1, K, C, D), mx.bfloat16) for _ in range(2))
-    return ops.block_attention(q, k, v, mx.array(C - T, mx.int32), scale=1.0)
-
-
-def small_call(op: str) -> tuple[Any, int | None]:
-    """The SMALL call of its bench, whose first threadgroup has work, and its rows."""
-    if op == "block_attention":
-        return attention(), 6
-    import timing  # of the bench folder
-
-    bench: Any = importlib.import_module(f"bench_{op}")
-    kept: list[Any] = []
-
-    def compare(_: Any, kernel: Any, baseline: Any, turns: Any, **rest: Any) -> None:
-        kept.append(kernel(*turns[0]))
-
-    def check(*_: Any, **rest: Any) -> None:
-        pass
-
-    replaced = {"compare": compare, "check": check, "cold_copies": lambda nbytes: 1}
-    own = {name: getattr(timing, name) for name in replaced}
-    vars(timing).update(replaced)
-    try:
-        getattr(bench, f"test_{op}")(None, **bench.SMALL)
-    finally:
-        vars(timing).update(own)
-    return kept[0], bench.SMALL.get("T")
-
-
-# Rows
 
 
 def matmul_row(call: Callable[[int, int, int], Any], M: int, bits: int) -> Row:
@@ -225,7 +133,7 @@ def matmul_row(call: Callable[[int, int, int], Any], M: int, bits: int) -> Row:
         assert launches
         launch = launches[0]
         weights = [i for i, b in enumerate(launch.buffers) if WEIGHTS.fullmatch(b.name)]
-        program = gcn.program(launch)
+        program = program_of(launch)
         counts, memory = _run(program, launch, {}, weights)
         executed.append(kinds_of(counts.executed))
         loaded.append(sum(memory.touched(i) for i in weights))
@@ -246,7 +154,7 @@ def rows_of(op: str) -> Iterator[Row]:
         if i > 0:  # on what the ones before it leave
             arrays |= run(launches[:i], arrays)[0]
         read = [n for n, b in enumerate(launch.buffers) if b.role in ("in", "inout")]
-        program = gcn.program(launch)
+        program = program_of(launch)
         counts, memory = _run(program, launch, arrays, read)
         of_arrays = [n for n, b in enumerate(launch.buffers) if b.role != "bytes"]
         moved = sum(memory.touched(n) for n in of_arrays)
@@ -255,11 +163,11 @@ def rows_of(op: str) -> Iterator[Row]:
 
 
 def _run(
-    program: gcn_run.Program,
+    program: Program,
     launch: LaunchLike,
     arrays: dict[str, Any],
     watched: Sequence[int],
-) -> tuple[gcn_run.Counts, gcn_run.Memory]:
+) -> tuple[machine.Counts, Memory]:
     buffers: list[Any] = []
     for buffer in launch.buffers:
         if buffer.role == "bytes":
@@ -268,7 +176,7 @@ def _run(
             buffers.append(np.ascontiguousarray(arrays[buffer.name]))
         else:  # zeros
             buffers.append(prod(buffer.shape) * DTYPES[buffer.dtype].itemsize)
-    return gcn_run.run(
+    return machine.run(
         program,
         buffers,
         group=(0, 0, 0),
@@ -282,8 +190,8 @@ def _row(
     launch: LaunchLike,
     bits: int | None,
     M: int | None,
-    program: gcn_run.Program,
-    counts: gcn_run.Counts,
+    program: Program,
+    counts: machine.Counts,
     executed: dict[str, float],
     nbytes: int,
 ) -> Row:
@@ -313,8 +221,6 @@ def table(
         RuntimeError: The package ziglang is not installed.
         ValueError: No op has such a name.
     """
-    root = Path(__file__).parents[1]
-    sys.path += [str(root / part) for part in ("bench",) if str(root / part) not in sys.path]
     from pyengine.ops import dispatch
 
     wanted = [op for op in dispatch.OPS if not kernels or op.startswith(tuple(kernels))]
@@ -328,52 +234,3 @@ def table(
                     yield matmul_row(calls[op], M, b)
         else:
             yield from rows_of(op)
-
-
-def main(arguments: list[str]) -> int:
-    """The command; prints each row when it is there."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workbench isa",
-        description="Compile kernels for a GPU of 32 lanes and count what a threadgroup executes.",
-        epilog=f"""
-{CAVEAT}
-
-examples:
-    python -m workbench isa --kernel quantized_matmul --bits 8 4 --rows 1 6 16
-    python -m workbench isa --kernel block_attention
-    python -m workbench isa --json > isa.json      # all kernels, some minutes
-""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--kernel", nargs="+", default=[], help="starts of ops' names; default all")
-    parser.add_argument("--rows", nargs="+", type=int, default=ROWS, metavar="M")
-    parser.add_argument("--bits", nargs="+", type=int, default=BITS, choices=BITS)
-    parser.add_argument("--columns", type=int, default=COLUMNS, metavar="N", help="of a matrix")
-    parser.add_argument("--json", action="store_true", help="a list of rows, each an object")
-    given = parser.parse_args(arguments)
-    try:
-        rows = table(given.kernel, given.rows, given.bits, given.columns)
-        if given.json:
-            print(json.dumps([asdict(row) for row in rows], indent=1))
-            return 0
-        print(CAVEAT)
-        print(
-            f"\n{'kernel':28}{'bits':>5}{'M':>4}{'registers':>10}{'spills':>7}{'loads':>6}", end=""
-        )
-        print(f"{'instr/byte':>11}{'cycles/byte':>12}  by kind")
-        for row in rows:
-            print(_line(row), flush=True)
-    except (ValueError, CompileError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-def _line(row: Row) -> str:
-    parts = sorted(row.by_kind.items(), key=lambda part: -part[1])
-    kinds = ", ".join(f"{kind} {n:.2f}" for kind, n in parts if n >= 0.005)
-    return (
-        f"{row.kernel:28}{row.bits or '':>5}{row.M or '':>4}{row.registers:10}{row.spills:7}"
-        f"{row.loads_in_flight:6}{row.instructions_per_byte:11.2f}{row.cycles_per_byte:12.2f}"
-        f"  {kinds}"
-    )
