@@ -21,16 +21,21 @@ def _signed(a: Any) -> Any:
     return a.view(np.int32)
 
 
+_HALFWAY, _BELOW_FLOAT32 = np.int64(1 << 28), np.int64((1 << 29) - 1)
+
+
 def _fma(a: Any, b: Any, c: Any) -> Any:
-    """Exact product, sum rounded to odd in float64, so that rounding again to float32 is right."""
+    """Rounded once. The product is exact in float64; the sum is not, but rounding it again, to
+    float32, goes wrong only where it lies halfway between two of them."""
     x = a.astype(np.float64) * b
-    y = c.astype(np.float64)
-    total = x + y
-    big = np.where(np.abs(x) >= np.abs(y), x, y)
-    small = np.where(np.abs(x) >= np.abs(y), y, x)
-    error = small - (total - big)
+    total = x + c
     bits = total.view(np.int64)
-    inexact = np.isfinite(total) & (error != 0) & (bits & 1 == 0)
+    if not (bits & _BELOW_FLOAT32 == _HALFWAY).any():
+        return total.astype(np.float32)
+    y = c.astype(np.float64)
+    big = np.where(np.abs(x) >= np.abs(y), x, y)
+    error = np.where(np.abs(x) >= np.abs(y), y, x) - (total - big)
+    inexact = np.isfinite(total) & (error != 0)
     towards = np.where((error > 0) == (total > 0), 1, -1)
     return np.where(inexact, bits + towards, bits).view(np.float64).astype(np.float32)
 
