@@ -73,14 +73,16 @@ def test_the_compiled_code_computes_the_bits_of_the_kernel(op):
     arrays = named(launches, inputs)
     for i, one in enumerate(launches):
         expected, _ = workbench.run(launches[: i + 1], arrays)
+        wrote = set()
         for group in np.ndindex(*one.grid):
             _, memory = run(one, arrays, group)
             for n, buffer in enumerate(one.buffers):
                 if buffer.role in ("out", "inout"):
                     written = memory.written[memory.starts[n] : memory.ends[n]]
-                    assert written.any()
                     right = np.ascontiguousarray(expected[buffer.name]).reshape(-1).view(np.uint8)
                     assert np.array_equal(memory.buffer(n)[written], right[written])
+                    wrote |= {buffer.name} if written.any() else set()
+        assert wrote == {b.name for b in one.buffers if b.role in ("out", "inout")}
         arrays |= expected
 
 

@@ -44,7 +44,7 @@ examples:
         print(f"{'instr/byte':>11}{'cycles/byte':>12}  by kind")
         for row in rows:
             print(_line(row), flush=True)
-    except (ValueError, CompileError, RuntimeError) as error:
+    except (ValueError, CompileError, RuntimeError, NotImplementedError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -39,6 +39,7 @@ CAVEAT = (
 KINDS: tuple[tuple[str, str], ...] = (
     ("wait", r"s_waitcnt.*|s_clause|s_inst_prefetch|s_nop|s_denorm_mode|buffer_gl0_inv|s_endpgm"),
     ("fma", r"v_fma.*"),
+    ("float", r"v_cvt_f32_f16"),  # Apple's GPUs read operands of 16 bits
     ("convert", r"v_cvt_.*"),
     ("shift", r"v_(lshl|lshr|ashr)rev_.*|v_bfe_.*|v_bfi_.*|v_perm_.*|v_alignbit_.*|v_bfrev_.*"),
     ("multiply", r"v_mul_(lo|hi)_.*|v_mul_u32_u24|v_mad_.*|v_mul_lo_u16"),
@@ -61,6 +62,7 @@ TWICE = {
     **{"v_add3_u32": "integer", "v_or3_b32": "integer", "v_xor3_b32": "integer"},
     **{"v_and_or_b32": "integer", "v_lshl_or_b32": "shift", "v_add_lshl_u32": "shift"},
     **{"v_max3_f32": "float", "v_max3_u32": "integer", "v_min3_u32": "integer"},
+    **{"v_max3_i32": "integer", "v_min3_i32": "integer", "v_med3_i32": "integer"},
 }
 
 

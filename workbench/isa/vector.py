@@ -48,6 +48,12 @@ def _extract(a: Any, offset: Any, width: Any) -> Any:
     return a >> (offset & 31) & ((np.uint32(1) << (width & 31)) - np.uint32(1))
 
 
+def _extract_signed(a: Any, offset: Any, width: Any) -> Any:
+    left = (np.uint32(32) - (width & 31)).astype(np.uint32)
+    shifted = (_extract(a, offset, width) << left).view(np.int32)
+    return (shifted >> left.astype(np.int32)).view(np.uint32)
+
+
 def _permute(a: Any, b: Any, selector: Any) -> Any:
     both = b | a.astype(np.uint64) << np.uint64(32)
     result = np.zeros(32, np.uint32)
@@ -90,6 +96,7 @@ _INTEGER: dict[str, Callable[..., Any]] = {
     "v_lshl_or_b32": lambda a, b, c: _shift_left(a, b) | c,
     "v_xad_u32": lambda a, b, c: (a ^ b) + c,
     "v_bfe_u32": _extract,
+    "v_bfe_i32": _extract_signed,
     "v_bfi_b32": lambda a, b, c: a & b | ~a & c,
     "v_alignbit_b32": lambda a, b, c: (
         (b | a.astype(np.uint64) << np.uint64(32)) >> (c & 31).astype(np.uint64)
@@ -106,6 +113,10 @@ _INTEGER: dict[str, Callable[..., Any]] = {
     "v_max_i32": lambda a, b: np.maximum(_signed(a), _signed(b)).view(np.uint32),
     "v_max3_u32": lambda a, b, c: np.maximum(np.maximum(a, b), c),
     "v_min3_u32": lambda a, b, c: np.minimum(np.minimum(a, b), c),
+    "v_max3_i32": lambda *abc: np.maximum.reduce([_signed(x) for x in abc]).view(np.uint32),
+    "v_min3_i32": lambda *abc: np.minimum.reduce([_signed(x) for x in abc]).view(np.uint32),
+    "v_med3_i32": lambda *abc: np.sort([_signed(x) for x in abc], axis=0)[1].view(np.uint32),
+    "v_med3_u32": lambda *abc: np.sort(abc, axis=0)[1],
     "v_mbcnt_lo_u32_b32": lambda a, b: (
         b + np.array([(int(a[0]) & ((1 << lane) - 1)).bit_count() for lane in range(32)], np.uint32)
     ),
