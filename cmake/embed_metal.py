@@ -40,7 +40,7 @@ def kernels_of(text: str) -> tuple[str, dict[str, str]]:
         found[name] = f"namespace pyengine {{\n{statement}\n}} // namespace pyengine\n"
         text = text.replace(statement + "\n", "")
     plain = re.findall(r'^\[\[host_name\(\s*"(\w+)"\)\]\]', text, re.MULTILINE)
-    return text, found | dict.fromkeys(plain, "")
+    return text.rstrip() + "\n", found | dict.fromkeys(plain, "")
 
 
 def main(output: Path, files: list[Path]) -> None:

@@ -15,7 +15,6 @@
 
 #include "bindings.h"
 #ifdef __APPLE__
-#include "mlx/backend/gpu/copy.h"
 #include "mlx/backend/metal/device.h"
 #endif
 
@@ -396,9 +395,11 @@ class MetalEncoder final : public Encoder {
     encoder_.add_temporary(a);
   }
   mx::array contiguous(const mx::array& a) override {
-    auto copy = mx::contiguous_copy_gpu(a, stream_);
-    encoder_.add_temporary(copy);
-    return copy;
+    // Run where it is needed: libmlx exports no copy to call
+    Arrays copy = {mx::contiguous(a, false, stream_)};
+    copy[0].primitive().eval_gpu({a}, copy);
+    encoder_.add_temporary(copy[0]);
+    return copy[0];
   }
 
  private:
