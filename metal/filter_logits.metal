@@ -107,12 +107,12 @@ filter_logits(
   }
 
   // Select
-  ulong entries[slice_items];
+  Held<slice_items> entries;
 #pragma unroll
   for (ushort i = 0; i < slice_items; ++i) {
     uint id = begin + item_at(i, thread_index);
     ulong entry = entry_of(quads[i / 4][i % 4] / temperature, id);
-    entries[i] = id < V ? entry : no_entry;
+    entries.of[i] = id < V ? entry : no_entry;
   }
   uint slice = group.y * groups.x + group.x;
   select_best(
