@@ -71,7 +71,6 @@ constant constexpr ushort slice_quads = 32;
 // Loads of 16 bytes of the next tile that a thread starts before it works on
 // the one at hand; each takes four registers.
 constant constexpr ushort ahead = 2;
-constant constexpr ushort fold_ahead = 4; // spans
 
 // Positions [begin, end).
 struct Range {
@@ -728,6 +727,49 @@ template <typename T>
   }
 }
 
+// What the spans of a row have come to, in a thread's four columns.
+struct Folded {
+  float4 total;
+  float largest;
+  float sum;
+
+  // The side with the lower peak fades.
+  void add(float4 value, float2 state, float minus_zero) {
+    bool grows = state.x > largest;
+    float fade = pyengine::exp(grows ? largest - state.x : state.x - largest);
+    float keep = grows ? fade : 1.0f, take = grows ? 1.0f : fade;
+    total = product(total, keep, minus_zero) + product(value, take, minus_zero);
+    sum = product(sum, keep, minus_zero) + product(state.y, take, minus_zero);
+    largest = grows ? state.x : largest;
+  }
+};
+
+// Where the next span of a row lies, for a thread.
+struct SpanCursor {
+  const device float4* value;
+  const device float2* state;
+  uint R;
+  uint width; // of a row, in four columns
+
+  // Folds n spans, whose loads start together: folding must wait for each.
+  template <ushort n>
+  void fold(thread Folded& folded, float minus_zero) {
+    float4 values[n];
+    float2 states[n];
+#pragma unroll
+    for (ushort i = 0; i < n; ++i) {
+      values[i] = value[i * R * width];
+      states[i] = state[i * R];
+    }
+    value += n * R * width;
+    state += n * R;
+#pragma unroll
+    for (ushort i = 0; i < n; ++i) {
+      folded.add(values[i], states[i], minus_zero);
+    }
+  }
+};
+
 // A threadgroup owns a row, a thread four of its columns.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(128)]] void block_attention_fold(
@@ -755,39 +797,23 @@ template <typename T>
   int base = first_span(p, offset);
   Range seen = visible(p, position_of(p, offset, row));
   int first = seen.begin / span - base;
-  int last = (seen.end + span - 1) / span - base;
+  int left = (seen.end + span - 1) / span - base - first;
 
-  float4 total = 0.0f;
-  float largest = -INFINITY, sum = 0.0f;
-  for (int begin = first; begin < last; begin += fold_ahead) {
-    // Loads of a few spans start together: folding must wait for each
-    float4 value[fold_ahead];
-    float2 state[fold_ahead];
-#pragma unroll
-    for (ushort j = 0; j < fold_ahead; ++j) {
-      if (begin + j < last) {
-        ulong at = (ulong(head) * p.spans + begin + j) * R + row;
-        value[j] = values[at * (p.D / 4) + thread_index];
-        state[j] = states[at];
-      }
-    }
-#pragma unroll
-    for (ushort j = 0; j < fold_ahead; ++j) {
-      if (begin + j < last) {
-        // The side with the lower peak fades
-        bool grows = state[j].x > largest;
-        float fade =
-            pyengine::exp(grows ? largest - state[j].x : state[j].x - largest);
-        float keep = grows ? fade : 1.0f, take = grows ? 1.0f : fade;
-        total = product(total, keep, p.minus_zero) +
-            product(value[j], take, p.minus_zero);
-        sum = product(sum, keep, p.minus_zero) +
-            product(state[j].y, take, p.minus_zero);
-        largest = grows ? state[j].x : largest;
-      }
-    }
+  uint width = p.D / 4;
+  ulong at = (ulong(head) * p.spans + first) * R + row;
+  SpanCursor next = {
+      values + at * width + thread_index, states + at, uint(R), width};
+  Folded folded = {0.0f, -INFINITY, 0.0f};
+  for (; left >= 4; left -= 4) {
+    next.template fold<4>(folded, p.minus_zero);
   }
-  float4 mean = total / sum;
+  if (left >= 2) {
+    next.template fold<2>(folded, p.minus_zero);
+  }
+  if (left % 2 == 1) {
+    next.template fold<1>(folded, p.minus_zero);
+  }
+  float4 mean = folded.total / folded.sum;
   for (ushort i = 0; i < 4; ++i) {
     to[i] = T(mean[i]);
   }

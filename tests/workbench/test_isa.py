@@ -151,6 +151,7 @@ def test_cycles_are_those_of_the_slower_pipe():
 @pytest.mark.parametrize("kernel, bits, M", BOUNDS)
 def test_kernels_keep_to_their_bounds(kernel, bits, M):
     row = matmul_row(matmul_calls(21504)[kernel], M, bits)
+    assert row
     registers, spills, loads, instructions, most = BOUNDS[kernel, bits, M]
     assert row.registers <= registers and row.spills <= spills
     assert row.loads_in_flight >= loads

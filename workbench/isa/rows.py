@@ -124,15 +124,16 @@ def cycles(by_kind: dict[str, float]) -> float:
     return max(ISSUE * sum(by_kind.values()), slow)
 
 
-def matmul_row(call: Callable[[int, int, int], Any], M: int, bits: int) -> Row:
-    """Of the first launch, which reads the weights."""
+def matmul_row(call: Callable[[int, int, int], Any], M: int, bits: int) -> Row | None:
+    """Of the first launch, which reads the weights; None where no kernel takes so many rows."""
     from pyengine import _ext
 
     executed: list[Counter[str]] = []
     loaded: list[int] = []
     for K in WIDTHS:
         launches, _ = _ext.launches_of(call(M, K, bits))
-        assert launches
+        if launches is None:
+            return None
         launch = launches[0]
         weights = [i for i, b in enumerate(launch.buffers) if WEIGHTS.fullmatch(b.name)]
         program = program_of(launch)
@@ -232,7 +233,7 @@ def table(
     for op in wanted:
         if op in calls:
             for b in bits if op != "dense_matmul" else (16,):
-                for M in rows:
-                    yield matmul_row(calls[op], M, b)
+                found = (matmul_row(calls[op], M, b) for M in rows)
+                yield from (row for row in found if row is not None)
         else:
             yield from rows_of(op)
