@@ -202,8 +202,6 @@ struct ScoreTile {
   }
 };
 
-typedef float4 ScoreSums[lane_rows][lane_keys];
-
 // A lane's place in a staged tile: its quad of a step, of its rows and of every
 // eighth key. Quads of odd steps are where even ones would be in rows of the
 // other parity (ScoreTile::at).
@@ -221,7 +219,8 @@ struct ScoreLane {
     odd = tile.staged + tile.at(first, 4 + quarter);
   }
 
-  void multiply(thread ScoreSums& sums, ushort step) const {
+  void multiply(thread float4 (&sums)[lane_rows][lane_keys], ushort step)
+      const {
     constexpr ushort pitch = ScoreTile<T>::quads;
     const threadgroup float4* keys = step & 1 ? odd : even;
     float4 key[lane_keys];
@@ -244,7 +243,7 @@ struct ScoreLane {
 // on one, the next one's first loads are under way.
 template <bool whole, typename T>
 inline void multiply_tiles(
-    thread ScoreSums& sums,
+    thread float4 (&sums)[lane_rows][lane_keys],
     ScoreTile<T> tile,
     ScoreLane<T> own,
     bool works,
@@ -360,7 +359,7 @@ template <typename T>
   ushort own_key = simd / row_groups * simd_keys;
   bool works = own_key < p.keys;
   ushort parts = all * Tile::loads;
-  ScoreSums sums = {};
+  float4 sums[lane_rows][lane_keys] = {};
   ScoreLane<T> own(tile, own_row, own_key, lane);
   if (seen.end - seen.begin == p.keys && p.D % Tile::width == 0) {
     multiply_tiles<true>(sums, tile, own, works, parts, thread_index, threads);
