@@ -73,7 +73,10 @@ def test_geometries_are_the_published_ones() -> None:
         assert sum(map(bounds.prod, shapes)) / 1e9 == pytest.approx(billions, abs=0.006), name
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/ops.md"])
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/design.md", "docs/ops.md", "docs/isa.md")
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere_and_lines_are_short(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)#:]+)\)", text)
