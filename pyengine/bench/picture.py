@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT, DPI = 1920, 1080, 160  # pixels
+LONGEST = 240  # letters that a line may have
 RIGHT = 0.97  # where text and plots end, of the width
 INK, FAINT, GRID = "#1a1a1a", "#5f6368", "#e3e5e8"
 # Okabe and Ito's colours, which the colour-blind tell apart too
@@ -73,7 +74,7 @@ def _text(figure: Figure, x: float, y: float, text: str, **how: Any) -> None:
     """Text on one line, cut where the picture ends."""
     how = {"color": INK, **how}
     drawn = figure.text(x, y, text, parse_math=False, va="baseline", **how)
-    for most in range(len(text) - 4, 0, -1):
+    for most in range(min(len(text), LONGEST) - 4, 0, -4):
         if drawn.get_window_extent().x1 <= RIGHT * WIDTH:
             break
         drawn.set_text(f"{text[:most]}...")
