@@ -22,10 +22,15 @@ def cold_copies(nbytes: int) -> int:
 def turns(*arguments: Any, nbytes: int) -> list[tuple[Any, ...]]:
     """Arguments of the calls of a round, evaluated: copies that no cache holds, or the same ones
     where more than `CALLS` copies would be needed."""
-    mx.eval(arguments)
-    count = cold_copies(nbytes)
-    if count > CALLS:
+    if cold_copies(nbytes) > CALLS:
+        mx.eval(arguments)
         return [arguments] * CALLS
+    return cold(*arguments, nbytes=nbytes)
+
+
+def cold(*arguments: Any, nbytes: int) -> list[tuple[Any, ...]]:
+    """Arguments in as many copies as no cache holds, evaluated."""
+    count = cold_copies(nbytes)
     copies = [arguments, *(tree_map(lambda a: a + 0, arguments) for _ in range(count - 1))]
     mx.eval(copies)
     return copies

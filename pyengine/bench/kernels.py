@@ -213,7 +213,7 @@ def _call(
 ) -> Call:
     """A call that reads all of ``fixed`` and ``moved``, the second from memory."""
     mx.eval(fixed)
-    turns = arrays.turns(*moved, nbytes=_nbytes(moved))
+    turns = arrays.cold(*moved, nbytes=_nbytes(moved))
     nbytes = _nbytes(fixed) + _nbytes(moved) + _nbytes(kernel(*moved))
     return Call(place, op, shape, nbytes, turns, kernel, mlx)
 

@@ -96,7 +96,8 @@ def run(
                 repeats=repeats,
                 on_run=on_run,
             )
-        limit = bandwidth.bandwidth(run_on["machine"]["chip"])
+        chip = run_on["machine"]["chip"]
+        limit = bandwidth.bandwidth(chip)
         shapes = kernels.shapes_of(pair)
         with common.progress() as on_run:
             timed = kernels.time_kernels(
@@ -105,6 +106,7 @@ def run(
                 QUICK_ROUNDS if quick else ROUNDS,
                 on_run,
             )
+        limit = max(limit, bandwidth.bandwidth(chip))  # where it is measured, on a busy machine
         settings = {
             "prompt_suite": suite.EMBEDDED.name,
             "max_tokens": tokens,
