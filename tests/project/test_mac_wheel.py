@@ -107,7 +107,7 @@ def replaced(name: str, old: bytes, new: bytes) -> Callable[[Files], None]:
         (replaced("METADATA", b"\nVersion: ", b"\nVersion: 9"), "METADATA: Version must be"),
         (replaced("METADATA", b">=3.10", b">=3.9"), "METADATA: Requires-Python must be"),
         (
-            replaced("METADATA", b"sys_platform == 'darwin'", b"sys_platform == 'win32'"),
+            replaced("METADATA", b'sys_platform == "darwin"', b'sys_platform == "win32"'),
             "what macOS needs of mlx must be mlx==",
         ),
         (
