@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLATFORM, OLDEST = "macosx_14_0_arm64", [14, 0, 0]
 RPATH, LIBRARY = "@loader_path/../mlx/lib", "@rpath/libmlx.dylib"
 SYSTEM = ("/usr/lib/", "/System/Library/Frameworks/")
+lief.logging.disable()  # what it cannot read is told below
 EXTENSION = re.compile(r"pyengine/_ext\.cpython-(3\d+)-darwin\.so")
 
 

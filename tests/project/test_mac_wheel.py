@@ -6,6 +6,8 @@ import base64
 import hashlib
 import importlib.util
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +163,76 @@ def test_what_is_no_extension_of_a_mac(script: ModuleType) -> None:
     for data in (b"no Mach-O", Path(str(ours)).read_bytes()):
         found = script.mach_problems(data, "_ext.so", None)
         assert found == ["must be a Mach-O file of one architecture but is not"]
+
+
+class Linker:
+    """Links an extension for a Mac by zig, as .ci/cross_link.sh does, to a stand-in of libmlx."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "mlx.c").write_text("int mlx_it(void) { return 1; }")
+        (folder / "other.c").write_text("int other(void) { return 1; }")
+        code = "int mlx_it(void); void *PyInit__ext(void) { return (void *)(long)mlx_it(); }"
+        (folder / "ext.c").write_text(code)
+        (folder / "noinit.c").write_text(code.replace("PyInit", "Init"))
+        foreign = code.replace("(void) { return", "(void) { other(); return")
+        (folder / "foreign.c").write_text(f"int other(void); {foreign}")
+        (folder / "alone.c").write_text("void *PyInit__ext(void) { return 0; }")
+        (folder / "mlx" / "lib").mkdir(parents=True)
+        self.link("mlx/lib/libmlx.dylib", "-Wl,-install_name,@rpath/libmlx.dylib", "mlx.c")
+        self.link("libother.dylib", "-Wl,-install_name,/opt/libother.dylib", "other.c")
+
+    def link(self, out: str, *arguments: str, target: str = "aarch64-macos.14.0") -> Path:
+        zig = [sys.executable, "-m", "ziglang", "cc", "-target", target, "-shared", "-o", out]
+        subprocess.run([*zig, *arguments], cwd=self.folder, check=True, capture_output=True)
+        return self.folder / out
+
+    def extension(self, *arguments: str, target: str = "aarch64-macos.14.0") -> bytes:
+        return self.link("_ext.cpython-311-darwin.so", *arguments, target=target).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def linker(tmp_path_factory: pytest.TempPathFactory) -> Linker:
+    return Linker(tmp_path_factory.mktemp("zig"))
+
+
+RPATH, MLX = "-Wl,-rpath,@loader_path/../mlx/lib", "mlx/lib/libmlx.dylib"
+
+
+def test_an_extension_of_a_mac(script: ModuleType, linker: Linker, tmp_path: Path) -> None:
+    data = linker.extension(RPATH, "ext.c", MLX)
+    name = Path(EXTENSION).name
+    assert script.mach_problems(data, name, linker.folder) == []
+    (found,) = script.mach_problems(data, name, tmp_path)
+    assert found.endswith("mlx/lib/libmlx.dylib must be @rpath/libmlx.dylib but is None")
+    (tmp_path / "mlx" / "lib").mkdir(parents=True)
+    shutil.copy(linker.folder / "libother.dylib", tmp_path / MLX)
+    (found,) = script.mach_problems(data, name, tmp_path)
+    assert found.endswith("must be @rpath/libmlx.dylib but is /opt/libother.dylib")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "target", "text"),
+    [
+        (["ext.c", MLX], "aarch64-macos.14.0", "rpaths must be ['@loader_path/../mlx/lib'] but"),
+        ([RPATH, "-Wl,-rpath,/usr/local/lib", "ext.c", MLX], "aarch64-macos.14.0", "rpaths must"),
+        ([RPATH, "ext.c", MLX], "aarch64-macos.15.0", "oldest macOS must be [14, 0, 0] but is [15"),
+        ([RPATH, "ext.c", "mlx.c"], "x86_64-macos.14.0", "architecture must be "),
+        ([RPATH, "noinit.c", MLX], "aarch64-macos.14.0", "export of its init function must be"),
+        ([RPATH, "alone.c"], "aarch64-macos.14.0", "times it loads libmlx must be 1 but is 0"),
+        (
+            [RPATH, "foreign.c", MLX, "libother.dylib"],
+            "aarch64-macos.14.0",
+            "libraries that no Mac has must be [] but is ['/opt/libother.dylib']",
+        ),
+    ],
+)
+def test_each_fault_of_an_extension(
+    script: ModuleType, linker: Linker, arguments: list[str], target: str, text: str
+) -> None:
+    data = linker.extension(*arguments, target=target)
+    found = script.mach_problems(data, Path(EXTENSION).name, None)
+    assert any(text in line for line in found), found
 
 
 @pytest.mark.parametrize("name", ["_ext.cpython-311-x86_64-linux-gnu.so", "ext.so"])
