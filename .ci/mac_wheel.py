@@ -48,10 +48,12 @@ def build(extension: Path, folder: Path) -> Path:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-Cwheel.cmake=false"]
-        subprocess.run([*pip, "--wheel-dir", str(work), str(ROOT)], check=True)
+        subprocess.run([*pip, "--wheel-dir", str(work), str(ROOT)], check=True, stdout=sys.stderr)
         (plain,) = work.glob("*.whl")
         wheel = [sys.executable, "-m", "wheel"]
-        subprocess.run([*wheel, "unpack", "--dest", name, str(plain)], check=True)
+        subprocess.run(
+            [*wheel, "unpack", "--dest", name, str(plain)], check=True, stdout=sys.stderr
+        )
         (unpacked,) = (path for path in work.iterdir() if path.is_dir())
         shutil.copy(extension, unpacked / "pyengine")
         (described,) = unpacked.glob("*.dist-info/WHEEL")
@@ -62,7 +64,9 @@ def build(extension: Path, folder: Path) -> Path:
         ]
         described.write_text("\n".join([*lines, f"Tag: {python}-{python}-{PLATFORM}", ""]))
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run([*wheel, "pack", "--dest-dir", name, str(unpacked)], check=True)
+        subprocess.run(
+            [*wheel, "pack", "--dest-dir", name, str(unpacked)], check=True, stdout=sys.stderr
+        )
         plain.unlink()
         (made,) = work.glob("*.whl")
         return Path(shutil.copy(made, folder))
