@@ -108,8 +108,15 @@ def _ending(figure: Figure, card: dict[str, Any]) -> None:
 def _axes(axes: Axes, title: str, explained: str, along: str) -> None:
     """What the three plots have in common; values lie along one axis."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=26)
-    place = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    axes.annotate(explained, (0, 1), (0, 10), fontsize=8.5, color=FAINT, **place)
+    axes.annotate(
+        explained,
+        (0, 1),
+        (0, 10),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=8.5,
+        color=FAINT,
+    )
     axes.set_axisbelow(True)
     axes.grid(axis="x" if along == "x" else "y", color=GRID, linewidth=0.8)
     for side in ("top", "right", "left" if along == "y" else "bottom"):
