@@ -18,6 +18,7 @@ EXAMPLES = ("pyengine doctor", "pyengine doctor --json")
 EXTRAS = {
     "hub": (("huggingface_hub",), "names of the Hugging Face hub in place of folders"),
     "serve": (("fastapi", "uvicorn"), "pyengine serve"),
+    "plot": (("matplotlib",), "the picture of pyengine bench card"),
     "eval": (("lm_eval",), "python -m pyengine.evaluate, for lm-eval"),
 }
 CHECK_TOKENS = 24
