@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from pyengine.cli import common, tables
-from pyengine.cli.options import AssistantDir, BundleDir, Position, TargetDir
+from pyengine.cli.options import AssistantDir, BundleDir, OpsName, Position, TargetDir
 from pyengine.cli.output import check_output
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def gemma_mtp(
     target: TargetDir = None,
     assistant: AssistantDir = None,
     bundle: BundleDir = None,
+    ops: OpsName = None,
     prompt_suite: Annotated[
         Path | None,
         typer.Option(
@@ -124,7 +125,7 @@ def gemma_mtp(
             )
         if output:
             check_output("bench", output)
-        pair = common.load_pair(target, assistant, bundle, None, Position.last)
+        pair = common.load_pair(target, assistant, bundle, None, Position.last, ops)
         if not (pair.verified or pair.embedded or allow_unverified_gemma):
             raise ValueError(
                 "[bench] the pair must be one of the five published geometries, or "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pyengine.cli.options import Dtype, Position
+from pyengine.cli.options import Dtype, Ops, Position
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,11 +130,16 @@ def load_pair(
     bundle: str | None,
     dtype: Dtype | None,
     position: Position,
+    implementation: Ops | None,
 ) -> Pair:
+    """Choose what runs the ops, and read a pair."""
     import mlx.core as mx
 
+    from pyengine import ops
     from pyengine.checkpoint.pair import load
 
+    if implementation is not None:
+        ops.use(implementation.value)
     with waiting("Reading the weights") as tell:
         return load(
             target,
