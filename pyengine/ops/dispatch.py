@@ -86,7 +86,7 @@ def run(
         out: What ``_ext`` made of the arguments: lazy and checked; a list where it is several.
         reference: Makes the same of them in plain MLX.
         *args: Arguments of the reference.
-        otherwise: Makes it of the same arguments with MLX's own kernels: where these are chosen, and
+        otherwise: Makes it of the same arguments with MLX's own kernels, where these are chosen and
             on a GPU past the limits of ours; the reference, if None.
         **kwargs: More of them.
     """

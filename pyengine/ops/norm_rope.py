@@ -47,8 +47,11 @@ def _mlx(
 ) -> mx.array:
     """MLX's own kernels, which round once more; they want wavelengths, and heads before rows."""
     n = rms_norm(x, weight, eps).swapaxes(1, 2)
-    options = {"traditional": False, "base": None, "scale": 1.0, "freqs": 1 / inv_freq}
-    return mx.fast.rope(n, x.shape[-1], offset=offset, **options).swapaxes(1, 2)
+    lengths = 1 / inv_freq  # infinite where nothing turns
+    turned = mx.fast.rope(
+        n, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=lengths
+    )
+    return turned.swapaxes(1, 2)
 
 
 def norm_rope_reference(
