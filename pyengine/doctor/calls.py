@@ -245,9 +245,7 @@ def quantized_matmuls(K: int, columns: Sequence[int], group: int, bits: int, dty
 
 def quantized_gated_matmul(N: int, K: int, group: int, bits: int, dtype: str) -> Call:
     x = normal(1, MOST, K, dtype=dtype)
-    gate, up = (
-        quantized(i, N, K, group=group, bits=bits, dtype=dtype) for i in (2, 3)
-    )
+    gate, up = (quantized(i, N, K, group=group, bits=bits, dtype=dtype) for i in (2, 3))
     return Call(
         lambda b, e: [ops.quantized_gated_matmul(x[b:e], gate, up, group, bits)],
         first,
@@ -353,9 +351,7 @@ def softcap(V: int, cap: float) -> Call:
 
 def _of_candidates(results: Results) -> Results:
     """Ids and flags are equal in all orders of addition; probabilities nearly."""
-    return [
-        mx.zeros(a.shape) if a.dtype == mx.int32 else 1e-4 * abs(a) + 1e-6 for a in results
-    ]
+    return [mx.zeros(a.shape) if a.dtype == mx.int32 else 1e-4 * abs(a) + 1e-6 for a in results]
 
 
 def filter_logits(V: int, filter: str) -> Call:
@@ -430,7 +426,9 @@ def random_uniform(each: int) -> Call:
     words = mx.random.randint(0, 2**31 - 1, (MOST, each, 4), key=mx.random.key(1))
     counters = words.astype(mx.uint32)
     return Call(
-        lambda b, e: [ops.random_uniform(counters[b:e], (3, 2**32 - 5))], first, exact_definition=True
+        lambda b, e: [ops.random_uniform(counters[b:e], (3, 2**32 - 5))],
+        first,
+        exact_definition=True,
     )
 
 

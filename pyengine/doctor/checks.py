@@ -14,7 +14,7 @@ from pyengine import _ext, ops
 from pyengine.doctor import calls
 from pyengine.doctor.calls import MOST, Call, Results
 from pyengine.doctor.device import Device, Refused, using
-from pyengine.doctor.shapes import Case
+from pyengine.doctor.shapes import PROBE, Case
 
 POISON = 0xAAAA  # twice a byte of what results begin as
 LOG = 4000  # characters of a compiler's log that are kept
@@ -31,7 +31,7 @@ class Wrong(Exception):
         self.verdict, self.more = verdict, more
 
 
-def examine(case: Case, device: Device, tell: Tell, *, timed: bool, alone: bool) -> dict[str, Any]:
+def examine(case: Case, device: Device, tell: Tell, *, timed: bool) -> dict[str, Any]:
     """One case.
 
     Returns:
@@ -54,7 +54,7 @@ def examine(case: Case, device: Device, tell: Tell, *, timed: bool, alone: bool)
         tell("compare")
         _compare(call, device, results[MOST], row)
         tell("rows")
-        _rows(call, device, results, alone)
+        _rows(call, device, results)
         if timed and device.clock is not None:
             tell("time")
             row["times"] = [_time(call, device, T) for T in TIMED_ROWS if T in call.rows]
@@ -130,7 +130,9 @@ def judge(
     Raises:
         Wrong: It is more than is allowed, which is nothing if `allowed` is None.
     """
-    same = (got == want) | (np.isnan(got) & np.isnan(want)) if got.dtype.kind == "f" else got == want
+    same = (
+        (got == want) | (np.isnan(got) & np.isnan(want)) if got.dtype.kind == "f" else got == want
+    )
     if got.size == 0 or (allowed is None and same.all()):
         return
     with np.errstate(invalid="ignore", over="ignore"):
@@ -156,7 +158,7 @@ def judge(
     raise Wrong("wrong", f"{count} differ, from {list(at)} on: {first['got']}", first=first)
 
 
-def _rows(call: Call, device: Device, results: dict[int, Results], alone: bool) -> None:
+def _rows(call: Call, device: Device, results: dict[int, Results]) -> None:
     """Rows of 16 against the same rows among fewer, and against themselves alone."""
     if call.row is None:
         return
@@ -164,7 +166,7 @@ def _rows(call: Call, device: Device, results: dict[int, Results], alone: bool) 
     for T, own in results.items():
         for t in range(T if T < MOST else 0):
             _same_row(call.row(own, t, t), call.row(whole, t, t), t, T)
-    if alone and call.alone:
+    if call.alone:
         for t in range(device.stride, MOST, device.stride):
             own = device.run(lambda t=t: call.run(t, t + 1))
             _same_row(call.row(own, 0, t), call.row(whole, t, t), t, 1)
@@ -206,7 +208,7 @@ def probe(op: str, device: Device, tell: Tell) -> dict[str, Any]:
     """
     began = time.perf_counter()
     D, n = 256, device.probes
-    row: dict[str, Any] = {"op": op, "case": f"{op} {n} writes of one slot", "where": ["probe"]}
+    row: dict[str, Any] = {"op": op, "case": f"{op} {n} writes of one slot", "where": [PROBE]}
     row |= {"scaled": {}, "verdict": "ok", "max_error": 0.0, "of_bound": 0.0}
     tell("hazards")
     rows, q = calls.normal(1, n, 1, 1, 1, D, dtype="bfloat16"), calls.normal(2, 1, 1, 1, D)

@@ -45,11 +45,19 @@ class Device(Protocol):
     """Where ops run. ``expected`` names what they are compared with."""
 
     name: str
+    kernel: str
     expected: str
     bits: bool  # whether that gives the same bits where an op promises them
     clock: str | None  # what times are of; None where they would mean nothing
     stride: int  # of the rows that are run alone
     probes: int  # writes of the probe for hazards
+
+    def check(self) -> None:
+        """Whether it is there.
+
+        Raises:
+            RuntimeError: It is not.
+        """
 
     def limits(self) -> Limits: ...
 
@@ -101,7 +109,11 @@ class Processor:
     """Our processor kernels, which are compiled already, against the plain definitions."""
 
     name, expected = "processor", "plain definitions in MLX"
+    kernel = "SIMD kernels"
     bits, clock, stride, probes = False, "processor", 7, 200
+
+    def check(self) -> None:
+        pass
 
     def limits(self) -> Limits:
         return Limits(12e6)
@@ -122,7 +134,14 @@ class Metal:
     """Our Metal kernels on a GPU against our processor kernels."""
 
     name, expected = "gpu", "processor kernels"
+    kernel = "Metal kernels"
     bits, clock, stride, probes = True, "gpu", 1, 1000
+
+    def check(self) -> None:
+        if not mx.metal.is_available():
+            raise RuntimeError(
+                "[doctor] --device gpu must have a GPU with Metal but there is none."
+            )
 
     def limits(self) -> Limits:
         """All of a matrix where a sixteenth of the memory holds it."""
@@ -158,7 +177,13 @@ class Workbench:
     """Our Metal kernels on the processor, from a checkout, against our processor kernels."""
 
     name, expected = "workbench", "processor kernels"
+    kernel = "Metal kernels on the processor"
     bits, clock, stride, probes = True, None, 15, 3
+
+    def check(self) -> None:
+        from pyengine.ops import workbench
+
+        workbench.load()
 
     def limits(self) -> Limits:
         return Limits(4e6, 128)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
 
 EMBEDDED = "embedded"
+PROBE = "probe"  # in place of a pair: no shape of one, but the probe for hazards
+PROBED = ("prepare_qkv", "write_cache")
 FULL_OFFSET = 700  # positions before a block in a full layer; two of block_attention's spans
 RING_ROOM = 16  # slots of a ring beside its window
 FILTERS = ("greedy", "64", "256")
@@ -232,9 +234,7 @@ def _matrices(
                 yield "quantized_matmul", settings | packed, _scaled("N", N, fit)
 
 
-def _embeddings(
-    E: int, V: int, packing: Packing, dtype: str, limits: Limits
-) -> Iterator[Found]:
+def _embeddings(E: int, V: int, packing: Packing, dtype: str, limits: Limits) -> Iterator[Found]:
     fit = limits.fitting(V, _row_bytes(E, packing))
     group, bits = packing or (64, 16)
     settings = {"V": fit, "E": E, "group": group, "bits": bits, "dtype": dtype}
