@@ -101,7 +101,7 @@ def examine(
         A report ready for JSON. ``ok`` says that all works here; ``problems`` lists what does not,
         each with the line that fixes it, and ``hints`` what is merely absent.
     """
-    from pyengine import _ext, __version__, ops
+    from pyengine import __version__, _ext, ops
     from pyengine.checkpoint import memory
     from pyengine.doctor import device as devices
     from pyengine.doctor import examination, first_use, quarantine
