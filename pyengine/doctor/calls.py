@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from pyengine import ops
+from pyengine.ops.quantized_gated_matmul import Matrix
+from pyengine.ops.quantized_matmul import dequantized
 
 MOST = 16  # rows
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -96,11 +98,11 @@ def absolute_sums(x: mx.array, w: Sequence[mx.array], packing: tuple[int, int] |
     parts = []
     x = abs(x.astype(mx.float32))
     for begin in range(0, w[0].shape[0], 2048):
-        some = [a[begin : begin + 2048] for a in w]
+        some, *factors = (a[begin : begin + 2048] for a in w)
         if packing is not None:
-            some[1:] = [a.astype(mx.float32) for a in some[1:]]
-            some = [mx.dequantize(*some, *packing)]
-        parts.append(x @ abs(some[0].astype(mx.float32)).T)
+            scales, biases = factors
+            some = dequantized(some, scales, biases, *packing)
+        parts.append(x @ abs(some.astype(mx.float32)).T)
         mx.eval(parts)
     return mx.concatenate(parts, axis=-1)
 
@@ -258,8 +260,8 @@ def quantized_gated_matmul(N: int, K: int, group: int, bits: int, dtype: str) ->
 def _of_gate(
     out: mx.array,
     x: mx.array,
-    gate: Sequence[mx.array],
-    up: Sequence[mx.array],
+    gate: Matrix,
+    up: Matrix,
     K: int,
     packing: tuple[int, int],
 ) -> mx.array:
@@ -289,21 +291,22 @@ def quantized_expert_matmul(
         """Expert by expert, for the rows that chose it."""
         (out,) = results
         parts = mx.zeros(out.shape)
-        for expert in sorted(set(ids.reshape(-1).tolist())):
-            own = [a[expert] for a in stack]
+        for expert in range(X):
+            own = stack[0][expert], stack[1][expert], stack[2][expert]
             rows = x[:, None] if gated else x
             if up is None:
                 sums = absolute_sums(rows, own, (group, bits))
                 (part,) = of_sums(results, [sums], K)
             else:
-                part = _of_gate(out, rows, own, [a[expert] for a in up], K, (group, bits))
+                second = up[0][expert], up[1][expert], up[2][expert]
+                part = _of_gate(out, rows, own, second, K, (group, bits))
             parts = mx.where((ids == expert)[..., None], part, parts)
             mx.eval(parts)
         return [parts]
 
     def run(b: int, e: int) -> Results:
-        options = {"up": up, "out_dtype": out_dtype}
-        return [ops.quantized_expert_matmul(x[b:e], stack, ids[b:e], group, bits, **options)]
+        rows = x[b:e], stack, ids[b:e]
+        return [ops.quantized_expert_matmul(*rows, group, bits, up=up, out_dtype=out_dtype)]
 
     return Call(run, first, slack, same_bits=False)
 
@@ -412,7 +415,7 @@ def accept_block(n: int, rule: str, vocab: int) -> Call:
     def run(b: int, e: int) -> Results:
         own = drafts[: e - 1]
         if rule == "coupled":  # what is drawn, up to the third
-            drawn = ops.draw_token(ids[: e - 1], p[: e - 1], *state, index=1, shared=True)
+            drawn = ops.draw_token_reference(ids[: e - 1], p[: e - 1], *state, index=1, shared=True)
             own = mx.where(mx.arange(e - 1) < 2, drawn, own)
         rows = ids[:e], p[:e], ids[: e - 1], q[: e - 1], own
         return list(ops.accept_block(*rows, *state, rule=rule, vocab=vocab))

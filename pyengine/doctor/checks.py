@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -50,7 +51,7 @@ def examine(case: Case, device: Device, tell: Tell, *, timed: bool) -> dict[str,
         tell("compile")
         row["compile"] = _compile(call, device)
         tell("run")
-        results = {T: device.run(lambda T=T: call.run(0, T)) for T in call.rows}
+        results = {T: device.run(partial(call.run, 0, T)) for T in call.rows}
         tell("compare")
         _compare(call, device, results[MOST], row)
         tell("rows")
@@ -71,7 +72,7 @@ def examine(case: Case, device: Device, tell: Tell, *, timed: bool) -> dict[str,
 
 def _compile(call: Call, device: Device) -> dict[str, Any] | None:
     """All numbers of rows: each is a pipeline of its own."""
-    made = [device.compile(lambda T=T: call.run(0, T)) for T in call.rows]
+    made = [device.compile(partial(call.run, 0, T)) for T in call.rows]
     found = [one for one in made if one is not None]
     if not found:
         return None
@@ -104,7 +105,7 @@ def refusal(fault: Refused) -> dict[str, Any]:
 
 
 def _compare(call: Call, device: Device, got: Results, row: dict[str, Any]) -> None:
-    want = device.right(lambda: call.run(0, MOST))
+    want = device.right(partial(call.run, 0, MOST))
     fused = _ext.instruction_set() != "portable"  # which has no fused multiply-add
     exact = call.exact_definition or (device.bits and call.same_bits and fused)
     slack = None if exact or call.slack is None else call.slack(want)
@@ -168,7 +169,7 @@ def _rows(call: Call, device: Device, results: dict[int, Results]) -> None:
             _same_row(call.row(own, t, t), call.row(whole, t, t), t, T)
     if call.alone:
         for t in range(device.stride, MOST, device.stride):
-            own = device.run(lambda t=t: call.run(t, t + 1))
+            own = device.run(partial(call.run, t, t + 1))
             _same_row(call.row(own, 0, t), call.row(whole, t, t), t, 1)
 
 

@@ -78,16 +78,15 @@ class Device(Protocol):
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Fresh results of our ops begin as 0xAA: one that was never written shows."""
-    switch = getattr(_ext, "poison_outputs", lambda on: None)
-    switch(True)
+    _ext.poison_outputs(True)
     try:
         yield
     finally:
-        switch(False)
+        _ext.poison_outputs(False)
 
 
 @contextmanager
-def using(implementation: str, device: mx.Device | None = None) -> Iterator[None]:
+def using(implementation: str, device: mx.DeviceType | None = None) -> Iterator[None]:
     before, place = ops.dispatch.chosen(), mx.default_device()
     ops.use(implementation)  # type: ignore[arg-type]
     if device is not None:
@@ -110,7 +109,8 @@ class Processor:
 
     name, expected = "processor", "plain definitions in MLX"
     kernel = "SIMD kernels"
-    bits, clock, stride, probes = False, "processor", 7, 200
+    bits, stride, probes = False, 7, 200
+    clock: str | None = "processor"
 
     def check(self) -> None:
         pass
@@ -135,7 +135,8 @@ class Metal:
 
     name, expected = "gpu", "processor kernels"
     kernel = "Metal kernels"
-    bits, clock, stride, probes = True, "gpu", 1, 1000
+    bits, stride, probes = True, 1, 1000
+    clock: str | None = "gpu"
 
     def check(self) -> None:
         if not mx.metal.is_available():
@@ -178,7 +179,8 @@ class Workbench:
 
     name, expected = "workbench", "processor kernels"
     kernel = "Metal kernels on the processor"
-    bits, clock, stride, probes = True, None, 15, 3
+    bits, stride, probes = True, 15, 3
+    clock: str | None = None
 
     def check(self) -> None:
         from pyengine.ops import workbench
@@ -221,7 +223,11 @@ class Workbench:
             return evaluated(run)
 
 
-DEVICES: dict[str, type[Device]] = {kind.name: kind for kind in (Processor, Metal, Workbench)}
+DEVICES: dict[str, Callable[[], Device]] = {
+    Processor.name: Processor,
+    Metal.name: Metal,
+    Workbench.name: Workbench,
+}
 
 
 def default() -> str:

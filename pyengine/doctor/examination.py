@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from pyengine.checkpoint.published import PUBLISHED
 from pyengine.doctor import device, machine, quarantine, runner, shapes
 from pyengine.ops.dispatch import OPS
 from pyengine.untrusted import shown
@@ -50,7 +51,7 @@ def examine(
             if bandwidth and "gb_s" in one and kind.clock == "gpu":
                 one["of_bandwidth"] = round(one["gb_s"] / bandwidth, 3)
     quarantine.update(name, rows, tell)
-    said = "embedded" if quick else f"embedded, {', '.join(shapes.PUBLISHED)}"
+    said = "embedded" if quick else f"embedded, {', '.join(PUBLISHED)}"
     return {
         "device": name,
         "kernel": kind.kernel,

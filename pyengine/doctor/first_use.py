@@ -19,6 +19,7 @@ EXAMINED_ON = ("gpu",)  # a processor's kernels are compiled, and tested where t
 
 _lock = threading.Lock()
 _asked: set[str] = set()  # devices and cases that this process has dealt with
+_told: set[str] = set()  # the ops that it has named
 
 
 def warn(line: str) -> None:
@@ -57,9 +58,11 @@ def ready(
 
 
 def set_aside(record: quarantine.Record, tell: Tell) -> None:
-    """Let what failed run MLX's own, and say so in a line."""
+    """Let what failed run MLX's own, and say so in a line, once."""
+    global _told
     ops.dispatch.set_aside(record.failed)
-    if record.failed:
+    if record.failed and set(record.failed) != _told:
+        _told = set(record.failed)
         names = ", ".join(sorted(record.failed))
         verb = "runs" if len(record.failed) == 1 else "run"
         tell(

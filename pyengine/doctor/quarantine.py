@@ -75,9 +75,10 @@ def _record(value: Any, device: str) -> Record:
     if value.get("key") != machine.key(device):
         raise ValueError("it is of another machine, system or build")
     failed, checked = value.get("failed"), value.get("checked")
-    sound = isinstance(failed, dict) and isinstance(checked, list)
-    if not sound or not all(isinstance(name, str) for name in checked):
+    if not isinstance(failed, dict) or not isinstance(checked, list):
         raise ValueError("it must have `failed` and `checked`")
+    if not all(isinstance(name, str) for name in checked):
+        raise ValueError("`checked` must hold digests")
     for op, why in failed.items():
         texts = isinstance(why, dict) and all(isinstance(text, str) for text in why.values())
         if op not in OPS or not texts or set(why) != {"verdict", "case", "detail"}:

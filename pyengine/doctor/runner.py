@@ -13,11 +13,18 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import IO, Any
 
 from pyengine.doctor.shapes import PROBE, PROBED, Case
 
-COMMAND = (sys.executable, "-m", "pyengine.doctor.worker")
+# Of this very package, wherever the process stands
+COMMAND = (
+    sys.executable,
+    "-c",
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+    "from pyengine.doctor.worker import main; main()",
+)
 STEP_LIMIT_S = 120.0  # for one step of a case: compiling 16 rows on a GPU takes seconds
 START_LIMIT_S = 120.0  # for imports, on a cold disk
 LOG = 4000  # characters of what a worker wrote last that are kept
@@ -55,7 +62,7 @@ def examine(
         if probes:
             jobs += [Case(op, {}, [PROBE]) for op in group if op in PROBED]
             jobs.sort(key=lambda case: case.op)
-        job = {"device": device, "timed": list(timed)}
+        job: Row = {"device": device, "timed": list(timed)}
         job["cases"] = [asdict(case) for case in jobs]
         current = left[0]
         for row in _watch(job):
@@ -63,6 +70,8 @@ def examine(
                 current = row["op"]
                 on_op(names.index(current), len(names), current)
             results[current].append(row)
+            if shared and row["verdict"] != "ok":
+                break  # a fault may spoil what follows it in one process
         # What a worker that ended early did not reach is left for the next
         last = names.index(current if shared else group[-1])
         left = names[last + 1 :]
@@ -132,8 +141,8 @@ def _watch(job: Row) -> Iterator[Row]:
                 if not ready:
                     said = _tail(errors).strip().splitlines() or ["nothing"]
                     raise RuntimeError(
-                        f"[doctor] a worker must start but {' '.join(COMMAND)} ended with {code}, "
-                        f"saying {said[-1]}."
+                        f"[doctor] a worker must start but {COMMAND[0]} ended with "
+                        f"{_ending(code)}, saying {said[-1]}."
                     )
                 at = at or {"op": job["cases"][0]["op"], "case": "", "step": "between cases"}
                 yield _death(kind, code, at, time.monotonic() - began, _tail(errors))

@@ -21,6 +21,8 @@ FULL_OFFSET = 700  # positions before a block in a full layer; two of block_atte
 RING_ROOM = 16  # slots of a ring beside its window
 FILTERS = ("greedy", "64", "256")
 Settings = dict[str, Any]
+Packing = tuple[int, int] | None  # group size and bits; None is not quantised
+Found = tuple[str, Settings, dict[str, int]]  # op, settings, what is scaled
 
 
 class Limits(NamedTuple):
@@ -66,7 +68,7 @@ def embedded(limits: Limits) -> list[Case]:
     packings = _packings(target) | _packings(assistant)
     found = list(_of_pair(target, assistant, packings, "bfloat16", limits))
     found += _experts(hidden=128, width=64, count=8, used=2, packings={(64, 8)}, limits=limits)
-    found += _matrices({128: 128}, {None}, "bfloat16", limits)
+    found += _matrices([(128, 128)], {None}, "bfloat16", limits)
     return _merged([(EMBEDDED, found)])
 
 
@@ -75,7 +77,7 @@ def real(limits: Limits) -> list[Case]:
     found = []
     for name in PUBLISHED:
         target, assistant = published(name)
-        packings = {(64, 8), (64, 4)} if name == "E2B" else {(64, 8)}
+        packings: set[Packing] = {(64, 8), (64, 4)} if name == "E2B" else {(64, 8)}
         found.append((name, list(_of_pair(target, assistant, packings, "bfloat16", limits))))
     return _merged(found)
 
@@ -89,10 +91,6 @@ def of_loaded(pair: Pair, limits: Limits) -> list[Case]:
     dtype = str(target.dtype).rpartition(".")[2]
     own = None if assistant is None else assistant.config
     return _merged([(pair.name, list(_of_pair(target.config, own, packings, dtype, limits)))])
-
-
-Packing = tuple[int, int] | None  # group size and bits; None is not quantised
-Found = tuple[str, Settings, dict[str, int]]  # op, settings, what is scaled
 
 
 def _packings(config: TextConfig) -> set[Packing]:
@@ -124,20 +122,20 @@ def _of_pair(
 ) -> Iterator[Found]:
     E, H, V = target.hidden_size, target.num_heads, target.vocab_size
     layers = list({_geometry(n, i): n for i, n in enumerate(target.layers)}.items())
-    widths = {width: E for layer in target.layers for width in (layer.ffn_width,)}
-    widths |= {H * n.head_dim: E for n in target.layers}
+    matrices = [(n.ffn_width, E) for n in target.layers]  # K, N
+    matrices += [(H * n.head_dim, E) for n in target.layers]
     streams, activations = [E], sorted({n.ffn_width for n in target.layers})
     if target.per_layer_width:
-        widths |= {E: target.per_layer_width, target.per_layer_width: E}
+        matrices += [(E, target.per_layer_width), (target.per_layer_width, E)]
         activations.append(target.per_layer_width)
-        size = {"D": target.per_layer_width, "heads": len(target.layers), "dtype": "float32"}
-        yield "rms_norm", size, {}
+        slices = {"D": target.per_layer_width, "heads": len(target.layers), "dtype": "float32"}
+        yield "rms_norm", slices, {}
     if assistant is not None:
         own, heads = assistant.hidden_size, assistant.num_heads
         streams.append(own)
         activations += sorted({n.ffn_width for n in assistant.layers})
-        widths |= {2 * E: own} | {n.ffn_width: own for n in assistant.layers}
-        widths |= {heads * n.head_dim: own for n in assistant.layers}
+        matrices += [(2 * E, own), *((n.ffn_width, own) for n in assistant.layers)]
+        matrices += [(heads * n.head_dim, own) for n in assistant.layers]
         for D in sorted({n.head_dim for n in assistant.layers}):
             yield "norm_rope", {"H": heads, "D": D, "dtype": dtype}, {}
     for size in streams:
@@ -161,7 +159,11 @@ def _of_pair(
             narrow = None if window is None else window - 1
             yield "block_attention", {"H": assistant.num_heads, "window": narrow, **cache}, {}
 
-    yield from _matrices(widths, packings, dtype, limits)
+    yield from _matrices(matrices, packings - {None}, dtype, limits)
+    if None in packings:  # what is fused where it is quantised
+        apart = [(E, n.ffn_width) for n in target.layers]
+        apart += [(E, n * D) for (_, D, K, _, _), _ in layers for n in (H, K)] + [(E, V)]
+        yield from _matrices(matrices + apart, {None}, dtype, limits)
     for packing in _sorted(packings):
         yield from _embeddings(E, V, packing, dtype, limits)
         if packing is None:
@@ -174,12 +176,12 @@ def _of_pair(
                 columns = true if share == 1 else [max(64, int(n * share) // 64 * 64) for n in true]
                 settings = {"K": E, "columns": columns, **options}
                 yield "quantized_matmuls", settings, _scaled("columns", sum(true), sum(columns))
-        gates = {E: max(n.ffn_width for n in target.layers)}
-        heads_of = {E: FILTERS}
+        gates = {(E, n.ffn_width) for n in target.layers}
+        heads_of: dict[int, tuple[str, ...]] = {E: FILTERS}
         if assistant is not None:
-            gates |= {assistant.hidden_size: max(n.ffn_width for n in assistant.layers)}
+            gates |= {(assistant.hidden_size, n.ffn_width) for n in assistant.layers}
             heads_of.setdefault(assistant.hidden_size, ("64",))
-        for K, N in gates.items():
+        for K, N in sorted(gates):
             fit = limits.fitting(N, 2 * _row_bytes(K, packing))
             yield "quantized_gated_matmul", {"N": fit, "K": K, **options}, _scaled("N", N, fit)
         for K, filters in heads_of.items():
@@ -220,11 +222,11 @@ def _sorted(packings: Iterable[Packing]) -> list[Packing]:
 
 
 def _matrices(
-    widths: dict[int, int], packings: set[Packing], dtype: str, limits: Limits
+    matrices: Iterable[tuple[int, int]], packings: set[Packing], dtype: str, limits: Limits
 ) -> Iterator[Found]:
-    """Matrices by their width K, with their columns."""
+    """Of width K and so many columns each."""
     for packing in _sorted(packings):
-        for K, N in widths.items():
+        for K, N in sorted(set(matrices)):
             fit = limits.fitting(N, _row_bytes(K, packing))
             settings: Settings = {"N": fit, "K": K, "dtype": dtype}
             if packing is None:

@@ -1,7 +1,7 @@
 """Which implementation the ops run."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -95,16 +95,28 @@ def run(
         return reference(*args, **kwargs)
     if implementation == "native" and mx.default_device() == mx.cpu:
         return cast(Result, out)
-    launches, inputs = _ext.launches_of(out)
+    launches: list[_ext.Launch] | None = None
+    if implementation != "mlx":
+        launches, inputs = _ext.launches_of(out)
     if implementation == "mlx" or (implementation == "native" and launches is None):
-        nothing = launches == [] or not all(a.size for a in inputs)  # some of MLX's would crash
-        return (reference if nothing or otherwise is None else otherwise)(*args, **kwargs)
+        # Some of MLX's own crash where there is nothing to compute
+        plain = reference if otherwise is None or _some_empty(args) else otherwise
+        return plain(*args, **kwargs)
     if implementation == "native" or not launches:  # the workbench leaves the rest to the processor
         return cast(Result, out)
     made = workbench.run(launches, *inputs)
     if isinstance(out, mx.array):
         return cast(Result, made[0].reshape(out.shape))
     return cast(Result, [a.reshape(b.shape) for a, b in zip(made, out, strict=True)])
+
+
+def _some_empty(args: Sequence[Any]) -> bool:
+    """Whether an array has no elements, among arguments or in lists of them."""
+    return any(
+        a.size == 0 if isinstance(a, mx.array) else _some_empty(a)
+        for a in args
+        if isinstance(a, (mx.array, list, tuple))
+    )
 
 
 def chosen() -> Implementation:
