@@ -116,7 +116,7 @@ class Processor:
         pass
 
     def limits(self) -> Limits:
-        return Limits(12e6)
+        return Limits(6e6)
 
     def compile(self, run: Run) -> Compiled | None:
         return None

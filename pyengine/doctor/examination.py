@@ -50,7 +50,7 @@ def examine(
         for one in row.get("times", ()):
             if bandwidth and "gb_s" in one and kind.clock == "gpu":
                 one["of_bandwidth"] = round(one["gb_s"] / bandwidth, 3)
-    quarantine.update(name, rows, tell)
+    quarantine.update(name, rows, tell, whole=not quick)
     said = "embedded" if quick else f"embedded, {', '.join(PUBLISHED)}"
     return {
         "device": name,

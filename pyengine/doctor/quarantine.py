@@ -6,6 +6,7 @@ another says nothing here. A file that cannot be what it should be is left out, 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -86,9 +87,16 @@ def _record(value: Any, device: str) -> Record:
     return Record(failed, checked)
 
 
-def update(device: str, rows: Iterable[dict[str, Any]], tell: Tell, checked: str = "") -> Record:
+def update(
+    device: str,
+    rows: Iterable[dict[str, Any]],
+    tell: Tell,
+    *,
+    checked: str = "",
+    whole: bool = False,
+) -> Record:
     """Keep what the doctor found: an op that failed is added; one that did well is taken out if the
-    case that had shown its failure was among those examined."""
+    case that had shown its failure was among those examined, or `whole` says that all were."""
     record = read(device, tell)
     before = (dict(record.failed), list(record.checked))
     for row in rows:
@@ -97,7 +105,7 @@ def update(device: str, rows: Iterable[dict[str, Any]], tell: Tell, checked: str
             first = row["failed"][0]
             why = {name: str(first[name])[:SHOWN] for name in ("verdict", "case", "detail")}
             record.failed[op] = why
-        elif known is not None and known["case"] in row["shapes"]:
+        elif known is not None and (whole or known["case"] in row["shapes"]):
             del record.failed[op]
     if checked and checked not in record.checked:
         record.checked.append(checked)
@@ -107,8 +115,6 @@ def update(device: str, rows: Iterable[dict[str, Any]], tell: Tell, checked: str
 
 
 def _write(device: str, record: Record, tell: Tell) -> None:
-    import json
-
     file = path(device)
     whole = {"format": FORMAT, "key": machine.key(device), **vars(record)}
     try:

@@ -34,7 +34,7 @@ class Limits(NamedTuple):
     def fitting(self, columns: int, row_bytes: float, least: int = 64) -> int:
         """Columns of a matrix with that many bytes per column: at least `least`, else multiples of
         64. Columns do not depend on each other, and only time grows with them."""
-        most = min(self.columns, int(self.matrix_bytes / row_bytes))
+        most = int(min(self.columns, self.matrix_bytes / row_bytes))
         return columns if columns <= most else max(least, most // 64 * 64)
 
 

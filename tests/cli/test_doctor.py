@@ -271,7 +271,8 @@ def test_the_compilers_log_names_lines_of_the_source(
     with pytest.raises(device.Refused, match="no such thing") as refused:
         metal.compile(functools.partial(call("softcap").run, 0, 1))
     said = checks.refusal(refused.value)
-    assert said["source_lines"] == {"7": _ext.metal_source("softcap").splitlines()[6]}
+    source = _ext.metal_source("softcap", refused.value.kernel).splitlines()
+    assert said["source_lines"] == {"7": source[6]}
     assert said["detail"].endswith("program_source:7:3: error: no such thing")
 
 

@@ -118,8 +118,9 @@ def test_what_is_known_of_each(examined: dict[str, Any]) -> None:
     assert failed["residual_norm"]["first"]["rows"] == [6, 16]
     # 16 rows of 384, the third number from the end
     assert failed["geglu"]["first"]["index"] == [15, 381]
-    source = _ext.metal_source("quantized_matmul").splitlines()
     refused = failed["quantized_matmul"]
+    kernel = refused["detail"].partition(":")[0]
+    source = _ext.metal_source("quantized_matmul", kernel).splitlines()
     assert refused["source_lines"] == {"1": source[0], "12": source[11]}
     assert "undeclared identifier 'lane'" in refused["detail"] and "note:" in refused["log"]
     assert "16 writes" not in failed["write_cache"]["case"] and "of one slot" in str(failed)
@@ -160,7 +161,7 @@ def test_text_is_right_after_a_quarantine(
 ) -> None:
     """In this process the ops themselves are broken, so what is not set aside would show."""
     for op in ("geglu", "residual_norm"):
-        broken = faulty_worker.dropped(getattr(_ext, op))
+        broken = faulty_worker.blank(getattr(_ext, op))
         monkeypatch.setattr(_ext, op, broken)
     ask = functools.partial(generation.generate, PROMPT, sampling=GREEDY, max_tokens=24)
     with warnings.catch_warnings(record=True) as seen:
@@ -258,6 +259,8 @@ def test_what_does_well_again_is_taken_out(own: Path) -> None:
     own.write_text(json.dumps(kept()))
     row = {"op": "geglu", "verdict": "ok", "shapes": ["geglu F=512"]}
     assert set(quarantine.update("processor", [row], fail).failed) == {"geglu"}
+    assert quarantine.update("processor", [row], fail, whole=True).failed == {}
+    own.write_text(json.dumps(kept()))
     row["shapes"] = ["geglu F=512", "geglu F=384"]
     assert quarantine.update("processor", [row], fail).failed == {}
     assert quarantine.read("processor", fail) == quarantine.Record()
