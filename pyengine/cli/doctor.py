@@ -155,8 +155,12 @@ def examine(
             )
     if bad:
         report["problems"].append(
-            f"{', '.join(bad)}: please report this text and the JSON. generate and the other "
-            "commands run MLX's own in their place; `--ops mlx` does so for all ops"
+            f"{len(bad)} of {len(report['ops'])} ops failed; please report this text and the JSON. "
+            + (
+                "All commands run MLX's own in their place from now on."
+                if name == devices.default()
+                else "They are not what other commands run here."
+            )
         )
     if not only:
         _run_pair(report)

@@ -156,7 +156,8 @@ def judge(
         left = int((bad & poisoned).sum())
         text = f"{left} of {bad.size} numbers of {what} were never written"
         raise Wrong("dropped", text, first=first)
-    raise Wrong("wrong", f"{count} differ, from {list(at)} on: {first['got']}", first=first)
+    text = f"{count} differ, first {list(at)}: {first['got']} in place of {first['expected']}"
+    raise Wrong("wrong", text, first=first)
 
 
 def _rows(call: Call, device: Device, results: dict[int, Results]) -> None:

@@ -47,7 +47,9 @@ def examine(
     Returns:
         A row per op, in order: ``op``; ``verdict``, "ok" or that of its first case that failed (see
         `checks.examine`), "crashed" or "hung"; ``max_error``, ``of_bound`` and ``seconds``;
-        ``cases``, ``failed`` with what is known of the failure, and ``compile`` and ``times``.
+        ``cases``, how many; ``shapes``, each case with the pairs that have it, and ``scaled``, what
+        of them is smaller than there; ``failed``, what is known of each failure; ``compile`` and
+        ``times`` where there are any.
 
     Raises:
         RuntimeError: No worker starts.
@@ -88,7 +90,7 @@ def _row(op: str, found: list[Row], cases: Sequence[Case]) -> Row:
         "of_bound": max(row["of_bound"] for row in found),
         "seconds": round(sum(row["seconds"] for row in found), 3),
         "cases": len(found),
-        "shapes": [row["case"] for row in found],
+        "shapes": {row["case"]: row["where"] for row in found},
         "scaled": {row["case"]: row["scaled"] for row in found if row["scaled"]},
     }
     compiled = [row["compile"] for row in found if row.get("compile")]

@@ -102,12 +102,14 @@ def _packings(config: TextConfig) -> set[Packing]:
 
 
 def _merged(found: Iterable[tuple[str, list[Found]]]) -> list[Case]:
-    """Each shape once, whichever pairs have it, by op."""
+    """Each shape once, whichever pairs have it, by op. Scaled down, several may be one."""
     cases: dict[str, Case] = {}
     for where, own in found:
         for op, settings, scaled in own:
             case = Case(op, settings, [], scaled)
-            kept = cases.setdefault(f"{case.name} {sorted(scaled.items())}", case)
+            kept = cases.setdefault(case.name, case)
+            for name, true in scaled.items():
+                kept.scaled[name] = max(true, kept.scaled.get(name, 0))
             if where not in kept.where:
                 kept.where.append(where)
     return sorted(cases.values(), key=lambda case: case.op)
