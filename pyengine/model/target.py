@@ -6,7 +6,7 @@ elementwise operations only. Values are kept in the checkpoint's dtype, rounded 
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import mlx.core as mx
 
@@ -57,6 +57,28 @@ class Layer:
     scalar: mx.array
 
 
+class Reader(Protocol):
+    """Who is told of the rows that the target processes: a drafter."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The target's layers, from 0, whose output it reads too; () for none."""
+        ...
+
+    def read(self, hidden: mx.array, accepted: mx.array) -> None:
+        """Rows that the target has processed: of each call of the prefill, and of each round.
+
+        Args:
+            hidden: The target's hidden vectors, after its last norm, ``[T, E]``. With n taps
+                ``[T, (1 + n) * E]``: behind them in each row those that left the tapped layers,
+                in the order of ``taps``.
+            accepted: int32 ``[]``; rows 0 to ``accepted`` are committed, and what follows row
+                ``accepted`` is the next primary token: after the prefill's last call and after a
+                round.
+        """
+        ...
+
+
 class Target:
     """A Gemma 4 target model, batch 1. T rows are T consecutive positions."""
 
@@ -97,9 +119,15 @@ class Target:
         return memory.prompt_bytes(self.config, tokens, max_block, marks, self.dtype.size)
 
     def prefill(
-        self, ids: list[int], cache: Cache, chunk: int = CHUNK
+        self, ids: list[int], cache: Cache, chunk: int = CHUNK, reader: Reader | None = None
     ) -> tuple[mx.array, mx.array]:
         """Process and commit a prompt. Evaluates after each chunk, so that memory stays level.
+
+        Args:
+            ids: The prompt, or its next part.
+            cache: What stands before it; gets its keys and values.
+            chunk: Tokens a call.
+            reader: Is given each chunk's rows.
 
         Returns:
             Logits of the last position [V], float32, not evaluated: most callers that hand over a
@@ -113,18 +141,23 @@ class Target:
             raise ValueError(f"[prefill] chunk must be at least 1 but got {chunk}.")
         for begin in range(0, len(ids), chunk):
             part = mx.array(ids[begin : begin + chunk], dtype=mx.int32)
-            hidden = self._hidden(part, cache)
+            hidden, tapped = self._hidden(part, cache, () if reader is None else reader.taps)
             cache.commit(mx.array(part.size, dtype=mx.int32), cache.length_limit + part.size)
-            mx.eval(hidden, cache.arrays)
+            mx.eval(tapped, cache.arrays)
+            if reader is not None:
+                reader.read(tapped, mx.array(part.size - 1, dtype=mx.int32))
         hidden = hidden[-1:]
         return self._head(hidden).array[0], hidden
 
-    def forward(self, ids: mx.array, cache: Cache) -> tuple[Logits, mx.array]:
+    def forward(
+        self, ids: mx.array, cache: Cache, taps: tuple[int, ...] = ()
+    ) -> tuple[Logits, mx.array]:
         """Run ids [T] behind the committed positions; writes keys and values, commits nothing.
 
         Returns:
             Logits [T, V], float32, after the softcap, none of them made until they are asked for;
-            hidden vectors [T, E], after the last norm.
+            hidden vectors [T, E], after the last norm; with n taps [T, (1 + n) * E], behind them
+            those that left the tapped layers.
 
         Raises:
             ValueError: T is more than the cache's max_block.
@@ -134,20 +167,23 @@ class Target:
                 f"[verify] T must be at most the cache's max_block {cache.max_block} but got "
                 f"{ids.size}."
             )
-        hidden = self._hidden(ids, cache)
-        return self._head(hidden), hidden
+        hidden, tapped = self._hidden(ids, cache, taps)
+        return self._head(hidden), tapped
 
     def logits(self, ids: list[int]) -> mx.array:
         """Logits [T, V], float32, of every position of ids."""
         check_ids("logits", ids, self.config.vocab_size)
-        hidden = self._hidden(mx.array(ids, dtype=mx.int32), self.new_cache(1))
+        hidden, _ = self._hidden(mx.array(ids, dtype=mx.int32), self.new_cache(1))
         return self._head(hidden).array
 
     def _head(self, x: mx.array) -> Logits:
         return Logits(x, self.table, self.config.softcap)
 
-    def _hidden(self, ids: mx.array, cache: Cache) -> mx.array:
-        """Post-final-norm hidden vectors [T, E]; keys and values go to the cache."""
+    def _hidden(
+        self, ids: mx.array, cache: Cache, taps: tuple[int, ...] = ()
+    ) -> tuple[mx.array, mx.array]:
+        """Post-final-norm hidden vectors [T, E]; the same with what left the tapped layers behind
+        them, [T, (1 + taps) * E]. Keys and values go to the cache."""
         cache.reserve(ids.size)
         ids = cache.after_reads(ids)
         eps = self.config.eps
@@ -155,6 +191,7 @@ class Target:
         per_layer = self._per_layer_inputs(ids, h) if self.config.per_layer_width else None
         x = ops.rms_norm(h, self.layers[0].input_norm, eps)
         seen: dict[int, tuple[mx.array, mx.array, mx.array | None]] = {}
+        left: list[mx.array] = []  # by layer, the residual stream behind it
         for i, layer in enumerate(self.layers):
             is_last = i + 1 == len(self.layers)
             next_norm = self.norm if is_last else self.layers[i + 1].input_norm
@@ -170,8 +207,9 @@ class Target:
                 y = ops.geglu(layer.per_layer.gate(h), per_layer[i])
                 y = layer.per_layer.projection(y)
                 h, x = residual(h, y, layer.per_layer.norm, next_norm, eps, layer.scalar)
+            left.append(h)
         cache.note_read(x)
-        return x
+        return x, mx.concatenate([x, *(left[tap] for tap in taps)], axis=-1) if taps else x
 
     def _attention(
         self,
