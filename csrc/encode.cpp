@@ -16,6 +16,7 @@
 #include "bindings.h"
 #ifdef __APPLE__
 #include "mlx/backend/metal/device.h"
+#include "mlx/primitives.h"
 #endif
 
 namespace pyengine {

@@ -102,7 +102,7 @@ def examine(
         each with the line that fixes it, and ``hints`` what is merely absent.
     """
     from pyengine import __version__, _ext, ops
-    from pyengine.checkpoint import memory
+    from pyengine.checkpoint import memory, on_metal
     from pyengine.doctor import device as devices
     from pyengine.doctor import examination, first_use, quarantine
 
@@ -164,6 +164,7 @@ def examine(
         )
     if not only:
         _run_pair(report)
+    report["machine"]["wired"] = on_metal.wired_line()
     report["seconds"] = round(time.perf_counter() - began, 1)
     report["ok"] = not report["problems"]
     return report

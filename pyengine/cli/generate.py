@@ -180,6 +180,7 @@ def finish(pair: Pair, result: Result, as_json: bool, stats: bool, max_tokens: i
 
 def print_stats(result: Result, more: Mapping[str, str] | None = None) -> None:
     """Counts and speed of one generation, on standard error; ``more`` rows come last."""
+    from pyengine.checkpoint import on_metal
     from pyengine.ops import dispatch
 
     s = result.stats
@@ -197,6 +198,8 @@ def print_stats(result: Result, more: Mapping[str, str] | None = None) -> None:
     if not dispatch.exact():
         rows["ops"] = f"{plain_ops()}: not row-stable, so exactness is not promised"
     rows["peak memory"] = f"{s.peak_memory_bytes / 1e6:.0f} MB"
+    if on_metal.wired_bytes():
+        rows["wired memory"] = on_metal.wired_line()
     tables.two_columns(common.console(sys.stderr), "", {**rows, **(more or {})})
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import hashlib
 import json
 import os
 import platform
+import subprocess
 import sys
 from functools import cache
 from importlib import metadata
@@ -57,7 +56,7 @@ def facts() -> dict[str, Any]:
 
 
 def gpu() -> dict[str, Any]:
-    """What Metal says of the GPU, and how much memory may be wired."""
+    """What Metal says of the GPU, and how much memory the user lets be wired."""
     info = dict(mx.device_info())
     return {
         "gpu": info.get("device_name"),
@@ -82,6 +81,7 @@ def chip() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+@cache
 def os_build() -> str:
     """macOS's build, which its drivers and its Metal compiler come with; elsewhere the kernel."""
     return (_sysctl("kern.osversion") if sys.platform == "darwin" else None) or platform.release()
@@ -106,17 +106,11 @@ def digest(key: dict[str, str]) -> str:
 
 
 def _sysctl(name: str) -> str | None:
-    """A value of the kernel's, text or a number; None where there is none of that name."""
-    library = ctypes.util.find_library("c")
-    if sys.platform != "darwin" or library is None:
+    """A value of the kernel's; None where there is none of that name."""
+    if sys.platform != "darwin":
         return None
-    call = ctypes.CDLL(library).sysctlbyname
-    size = ctypes.c_size_t(0)
-    if call(name.encode(), None, ctypes.byref(size), None, ctypes.c_size_t(0)):
+    try:
+        done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    value = ctypes.create_string_buffer(size.value)
-    if call(name.encode(), value, ctypes.byref(size), None, ctypes.c_size_t(0)):
-        return None
-    if size.value in (4, 8) and not value.raw.rstrip(b"\0").isalnum():
-        return str(int.from_bytes(value.raw[: size.value], sys.byteorder))
-    return value.value.decode("utf-8", "replace")
+    return done.stdout.strip() or None

@@ -47,7 +47,8 @@ def _memory(machine: dict[str, Any]) -> str:
             parts.append(f"{machine[key] / 1e9:.1f} GB {name}")
     if "gpu" in machine:
         limit = machine["wired_limit_mb"]
-        parts.append(f"wired limit {limit if limit not in (None, '0') else 'the system default'}")
+        own = "the system's" if limit in (None, "0") else f"{limit} MB"
+        parts.append(f"wired limit {own}, {machine['wired']}")
         parts.append(f"GPU {machine['gpu']} ({machine['architecture']})")
     else:
         parts.append(f"no Metal, {machine['instruction_set']}")
