@@ -49,6 +49,7 @@ class Device(Protocol):
     expected: str
     bits: bool  # whether that gives the same bits where an op promises them
     clock: str | None  # what times are of; None where they would mean nothing
+    chain: int  # calls that are timed together
     stride: int  # of the rows that are run alone
     probes: int  # writes of the probe for hazards
 
@@ -109,7 +110,7 @@ class Processor:
 
     name, expected = "processor", "plain definitions in MLX"
     kernel = "SIMD kernels"
-    bits, stride, probes = False, 7, 200
+    bits, chain, stride, probes = False, 1, 7, 200
     clock: str | None = "processor"
 
     def check(self) -> None:
@@ -135,7 +136,7 @@ class Metal:
 
     name, expected = "gpu", "processor kernels"
     kernel = "Metal kernels"
-    bits, stride, probes = True, 1, 1000
+    bits, chain, stride, probes = True, 20, 1, 1000
     clock: str | None = "gpu"
 
     def check(self) -> None:
@@ -179,7 +180,7 @@ class Workbench:
 
     name, expected = "workbench", "processor kernels"
     kernel = "Metal kernels on the processor"
-    bits, stride, probes = True, 15, 3
+    bits, chain, stride, probes = True, 1, 15, 3
     clock: str | None = None
 
     def check(self) -> None:

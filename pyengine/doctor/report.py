@@ -41,15 +41,14 @@ def _memory(machine: dict[str, Any]) -> str:
     for key, name in (
         ("available_bytes", "free"),
         ("memory_bytes", "in all"),
-        ("working_set_bytes", "recommended working set"),
+        ("working_set_bytes", "working set"),
     ):
         if machine.get(key) is not None:
             parts.append(f"{machine[key] / 1e9:.1f} GB {name}")
     if "gpu" in machine:
         limit = machine["wired_limit_mb"]
         own = "the system's" if limit in (None, "0") else f"{limit} MB"
-        parts.append(f"wired limit {own}, {machine['wired']}")
-        parts.append(f"GPU {machine['gpu']} ({machine['architecture']})")
+        parts.append(f"{machine['architecture']}, wired limit {own}: {machine['wired']}")
     else:
         parts.append(f"no Metal, {machine['instruction_set']}")
     return f"memory: {', '.join(parts) or 'unknown'}"

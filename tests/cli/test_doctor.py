@@ -285,3 +285,18 @@ def test_the_workbench_stands_in_for_a_gpu(tmp_path: Path) -> None:
     for row in found["ops"]:
         assert row["compile"]["threads"] == 1024 and "times" not in row
         assert row["max_error"] == 0 or _ext.instruction_set() == "portable"
+
+
+def test_the_text_of_a_mac(quick: dict[str, Any]) -> None:
+    whole = json.loads(json.dumps(quick["printed"]))
+    whole["machine"] |= {
+        "gpu": "Apple M4 Max",
+        "architecture": "applegpu_g16s",
+        "memory_bytes": 64e9,
+        "working_set_bytes": 51e9,
+        "wired_limit_mb": "0",
+        "wired": "nothing is wired until a pair is loaded",
+    }
+    (line,) = [line for line in report.lines(whole) if line.startswith("memory: ")]
+    for words in ("51.0 GB working set", "wired limit the system's", "applegpu_g16s"):
+        assert words in line
