@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from pyengine.cli import common, tables
-from pyengine.cli.options import AssistantDir, BundleDir, Position, TargetDir
+from pyengine.cli.options import AssistantDir, BundleDir, OpsName, Position, TargetDir
 from pyengine.cli.output import check_output
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def gemma_mtp(
     target: TargetDir = None,
     assistant: AssistantDir = None,
     bundle: BundleDir = None,
+    ops: OpsName = None,
     prompt_suite: Annotated[
         Path | None,
         typer.Option(
@@ -125,7 +126,7 @@ def gemma_mtp(
             )
         if output:
             check_output("bench", output)
-        pair = common.load_pair(target, assistant, bundle, None, Position.last)
+        pair = common.load_pair(target, assistant, bundle, None, Position.last, ops)
         check_published(pair, allow_unverified_gemma)
         run_on = report.environment()
         for line in report.heading(run_on, pair):

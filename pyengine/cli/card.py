@@ -79,7 +79,7 @@ def run(
         check_folder("card", output)
         if plot:
             picture.check_available()
-        pair = common.load_pair(target, assistant, bundle, None, Position.last)
+        pair = common.load_pair(target, assistant, bundle, None, Position.last, None)
         check_published(pair, allow_unverified_gemma)
         cases = suite.load_suite(suite.EMBEDDED)
         sampling = Sampling(temperature=1.0, top_p=0.95, top_k=64, seed=0)

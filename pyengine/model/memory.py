@@ -7,7 +7,7 @@ import mlx.core as mx
 from pyengine import _ext
 from pyengine.model.cache import CAPACITY_STEP, CHUNK
 from pyengine.model.config import TargetConfig
-from pyengine.ops.dispatch import chosen
+from pyengine.ops.dispatch import runs
 
 IN_FLIGHT = 24  # arrays of a chunk that are alive at once, measured: MLX runs ahead of its results
 
@@ -42,8 +42,9 @@ def prompt_bytes(config: TargetConfig, tokens: int, max_block: int, marks: int, 
         *(2 * n.ffn_width for n in config.layers),
         *(config.num_heads * n.head_dim for n in config.layers),
     )
-    on_gpu = chosen() == "native" and mx.default_device() == mx.gpu
-    plain = chosen() == "reference" or (on_gpu and rows > _ext.max_launch_rows)
+    attention = runs("block_attention")
+    on_gpu = attention == "native" and mx.default_device() == mx.gpu
+    plain = attention in ("mlx", "reference") or (on_gpu and rows > _ext.max_launch_rows)
     scores = 3 * 4 * config.num_heads * rows * steps if plain else 0
     chunk = (IN_FLIGHT * rows * widest + 2 * layer) * size + scores
     return cache_bytes(config, tokens, max_block, size) + marks * rings + chunk

@@ -55,7 +55,24 @@ def block_attention(
     """
     out = _ext.block_attention(q, k, v, offset, scale, window, start)
     args = (q, k, v, offset)
-    return run(out, block_attention_reference, *args, scale=scale, window=window, start=start)
+    options = {"scale": scale, "window": window, "start": start}
+    return run(out, block_attention_reference, *args, otherwise=_mlx, **options)
+
+
+def _mlx(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    offset: mx.array,
+    *,
+    scale: float,
+    window: int | None,
+    start: mx.array | None,
+) -> mx.array:
+    """MLX's own kernel."""
+    visible, whole = _visible(q.shape[1], k.shape[2], offset, window, start)
+    out = mx.fast.scaled_dot_product_attention(q.swapaxes(1, 2), k, v, scale=scale, mask=visible)
+    return mx.where(whole, out, mx.nan).astype(q.dtype).swapaxes(1, 2)
 
 
 def block_attention_reference(
@@ -71,6 +88,21 @@ def block_attention_reference(
     """The same in plain MLX."""
     B, T, H, D = q.shape
     K, C = k.shape[1], k.shape[2]
+    visible, whole = _visible(T, C, offset, window, start)
+
+    q32 = q.astype(mx.float32).reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
+    k32 = k.astype(mx.float32)[:, :, None]  # [B, K, 1, C, D]
+    v32 = v.astype(mx.float32)[:, :, None]
+    scores = scale * (q32 @ k32.swapaxes(-1, -2))  # [B, K, H / K, T, C]
+    weights = mx.softmax(mx.where(visible, scores, -mx.inf), axis=-1)
+    out = mx.where(whole, weights @ v32, mx.nan)  # [B, K, H / K, T, D]
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D).astype(q.dtype)
+
+
+def _visible(
+    T: int, C: int, offset: mx.array, window: int | None, start: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """Which slots each row sees, ``[T, C]``; whether all that it should see is held, ``[]``."""
     before = offset if window is None else mx.minimum(offset, window - 1)
     whole = (offset >= 0) & (offset <= MAX_POSITIONS - T) & (before <= C - T)
     last = offset + (T - 1)
@@ -80,11 +112,4 @@ def block_attention_reference(
     visible = (held >= 0) & (held <= rows)
     if window is not None:
         visible = visible & (held > rows - window)
-
-    q32 = q.astype(mx.float32).reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
-    k32 = k.astype(mx.float32)[:, :, None]  # [B, K, 1, C, D]
-    v32 = v.astype(mx.float32)[:, :, None]
-    scores = scale * (q32 @ k32.swapaxes(-1, -2))  # [B, K, H / K, T, C]
-    weights = mx.softmax(mx.where(visible, scores, -mx.inf), axis=-1)
-    out = mx.where(whole, weights @ v32, mx.nan)  # [B, K, H / K, T, D]
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D).astype(q.dtype)
+    return visible, whole
