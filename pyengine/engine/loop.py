@@ -19,7 +19,8 @@ from pyengine.engine import round as on_device
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.report import NonFinite, Report
 from pyengine.engine.stats import Stats
-from pyengine.model.cache import CHUNK, Cache
+from pyengine.model.cache import Cache
+from pyengine.model.plan import chunk_end
 from pyengine.sampling.sampler import Logprob, Sampler
 from pyengine.sampling.settings import Sampling, seeded
 
@@ -156,7 +157,7 @@ def prefill(
     parting, done = 0 if prefix is None else prefix.parting, known
     while done < len(prompt):
         forked.check("generate")
-        end = min(done + CHUNK, len(prompt))
+        end = chunk_end(done, len(prompt))
         if done < parting < end:
             end = parting
         if prefix is not None and (done == parting or end == len(prompt)):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 
 from pyengine import _ext
-from pyengine.model.cache import CAPACITY_STEP, CHUNK
+from pyengine.model.cache import CAPACITY_STEP
 from pyengine.model.config import TargetConfig
+from pyengine.model.plan import CHUNK
 from pyengine.ops.dispatch import chosen
 
 IN_FLIGHT = 24  # arrays of a chunk that are alive at once, measured: MLX runs ahead of its results
