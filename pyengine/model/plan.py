@@ -1,4 +1,4 @@
-"""Which calls of the forward pass a prompt causes: a function of absolute positions, not of history.
+"""Which calls of the forward pass a prompt causes: by absolute positions, never by history.
 
 A processor's kernels are row-stable at any number of rows, so there calls are as long as a chunk.
 On a GPU a whole chunk runs MLX's kernels, which are faster and whose bits go with the shape of the
@@ -50,6 +50,11 @@ def plan(start: int, stop: int, borrows: bool, chunk: int | None = None) -> list
 def chunk_end(start: int, stop: int) -> int:
     """Where the chunk that ``start`` lies in ends, or the prompt."""
     return min(start - start % CHUNK + CHUNK, stop)
+
+
+def last_chunk(start: int, stop: int) -> int:
+    """Where, from ``start`` on, no more than a chunk of a prompt is left."""
+    return start if stop - start <= CHUNK else (stop - 1) // CHUNK * CHUNK
 
 
 def whole(stop: int, borrows: bool) -> int:

@@ -82,7 +82,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_what_fits(
     free = pair.target.prompt_bytes(2500, 4, 0)
     with_free(monkeypatch, free)
     calls: list[Any] = []
-    monkeypatch.setattr(type(pair.target), "prefill", lambda *args: calls.append(args))
+    monkeypatch.setattr(type(pair.target), "prefill", lambda *args, **_: calls.append(args))
     with pytest.raises(ValueError) as error:
         generate(long, pair=pair)
     assert not calls

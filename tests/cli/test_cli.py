@@ -225,7 +225,7 @@ def test_a_failing_machine_exits_1_and_keeps_the_text(pair: Any) -> None:
 
 
 def test_a_failure_before_the_first_token_prints_nothing(pair: Any) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("[prefill] the machine failed.")
 
     pair.target.prefill = fail
