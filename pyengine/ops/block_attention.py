@@ -30,9 +30,9 @@ def block_attention(
     Sums run over absolute position in a fixed tree, so the bits of a row depend on that row and its
     visible keys alone: not on T, C, ``start`` or threads. The Metal kernels give the bits of
     processors with fused multiply-adds, for up to 128 positions. A GPU runs longer blocks, which
-    are prefill, as plain MLX, 512 keys at a time: scores are never larger than ``[H, T, 512]``, and
-    the result is within ``2**-18`` of the largest value, where MLX multiplies in float32; an M5
-    rounds weights to 11 bits first.
+    are prefill, as plain MLX, 512 keys at a time: scores are never larger than ``[H, T, 512]``.
+    With scores of up to 64 in size the result is then within ``2**-16`` of the largest value; on an
+    M5 within ``2**-10``, as MLX's tensor units keep 11 bits of a float32 factor.
 
     ``offset`` is from 0 to 2**30 - T, and C is at least ``T + min(offset, window - 1)``, so that
     every visible position is still held. Where that turns out wrong only on the device, all of the
