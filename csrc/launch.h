@@ -2,9 +2,9 @@
 // launch.h: how one Metal kernel is started, as data.
 //
 // An op (op.h) computes its Launches from shapes and dtypes alone. eval_gpu
-// hands them to MLX's command encoder, the workbench to the same kernels
-// compiled for the processor: what is tested without a Mac is what runs on one.
-// The processor kernels have a Plan of their own (plan.h).
+// hands them to MLX's command encoder (encode.h), the workbench to the same
+// kernels compiled for the processor: what is tested without a Mac is what runs
+// on one. The processor kernels have a Plan of their own (plan.h).
 
 #include <array>
 #include <cstdint>
@@ -86,12 +86,7 @@ struct Arguments {
 
 Arguments arguments_of(const std::vector<Launch>& launches);
 
-// Runs launches in order on a GPU stream; `inputs` and `outputs` stand for
-// their arguments, and outputs have memory.
-void run_on_gpu(
-    const std::vector<Launch>& launches,
-    const mx::Stream& stream,
-    const Arrays& inputs,
-    Arrays& outputs);
+// The text of a library, with the headers that it includes.
+std::string metal_source(const std::string& library);
 
 } // namespace pyengine

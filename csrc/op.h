@@ -30,6 +30,7 @@
 #include <utility>
 #include <vector>
 
+#include "encode.h"
 #include "launch.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/mlx.h"
@@ -81,6 +82,9 @@ class OpOf final : public AnyOp {
     if (empty(in, out)) {
       return;
     }
+    if (rehearsing()) {
+      return encode(T::op, checked_launches(in, out), rehearsal(), in, out);
+    }
     auto& encoder = mx::cpu::get_command_encoder(stream());
     for (const auto& a : in) {
       encoder.set_input_array(a);
@@ -96,14 +100,7 @@ class OpOf final : public AnyOp {
     if (empty(in, out)) {
       return;
     }
-    auto launches = op_.launches(in, out);
-    if (launches.empty()) {
-      throw std::runtime_error(
-          std::string("[") + T::op +
-          "] has no Metal kernel for these arguments; pyengine.ops." + T::op +
-          " runs plain MLX there.");
-    }
-    run_on_gpu(launches, stream(), in, out);
+    run_on_gpu(T::op, checked_launches(in, out), stream(), in, out);
   }
 
   // mx.compile makes one node of two that are equivalent and have the same
@@ -124,13 +121,25 @@ class OpOf final : public AnyOp {
         op.share(in, out);
       };
 
+  std::vector<Launch> checked_launches(const Arrays& in, const Arrays& out)
+      const {
+    auto launches = op_.launches(in, out);
+    if (launches.empty()) {
+      throw std::runtime_error(
+          std::string("[") + T::op +
+          "] has no Metal kernel for these arguments; pyengine.ops." + T::op +
+          " runs plain MLX there.");
+    }
+    return launches;
+  }
+
   void allocate(const Arrays& in, Arrays& out) const {
     if constexpr (in_place) {
       op_.share(in, out);
     }
     for (auto& a : out) {
       if (!a.data_shared_ptr()) {
-        a.set_data(mx::allocator::malloc(a.nbytes()));
+        pyengine::allocate(a);
       }
     }
   }

@@ -44,9 +44,9 @@
 #include "ordered_sum.h"
 #include "positions.h"
 
-using namespace pyengine;
-
 constant bool has_start [[function_constant(0)]];
+
+namespace pyengine {
 
 typedef BlockAttentionParams Params;
 
@@ -233,8 +233,8 @@ template <typename T>
     start = *first_slot;
   }
   Slots slots(p, head, seen.begin, start);
-  ScoreTile<T> tile = {
-      q, k, begins, staged, ushort(row_groups * lane_rows), p.D};
+  typedef ScoreTile<T> Tile;
+  Tile tile = {q, k, begins, staged, ushort(row_groups * lane_rows), p.D};
   ushort threads = simds * 32;
   ushort all = tile.rows + p.keys;
   for (ushort i = thread_index; i < all; i += threads) {
@@ -254,7 +254,7 @@ template <typename T>
   ushort own_row = simd % row_groups * lane_rows;
   ushort own_key = simd / row_groups * simd_keys;
   bool works = own_key < p.keys;
-  ushort parts = all * tile.loads;
+  ushort parts = all * Tile::loads;
   float4 sums[lane_rows][lane_keys] = {};
   uint4 next[ahead];
 #pragma unroll
@@ -262,14 +262,14 @@ template <typename T>
     ushort part = thread_index + i * threads;
     next[i] = part < parts ? tile.load(part, 0) : uint4(0);
   }
-  for (int d = 0; d < p.D; d += tile.width) {
+  for (int d = 0; d < p.D; d += Tile::width) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
     for (ushort i = 0; i < ahead; ++i) {
       ushort part = thread_index + i * threads;
       if (part < parts) {
         tile.store(part, next[i]);
-        next[i] = tile.load(part, d + tile.width);
+        next[i] = tile.load(part, d + Tile::width);
       }
     }
     for (ushort part = thread_index + ahead * threads; part < parts;
@@ -278,7 +278,7 @@ template <typename T>
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    ushort steps = works ? min(int(tile.width), p.D - d) / 16 : 0;
+    ushort steps = works ? min(int(Tile::width), p.D - d) / 16 : 0;
     for (ushort step = 0; step < steps; ++step) {
       ushort quad = 4 * step + quarter;
       float4 key[lane_keys];
@@ -454,7 +454,7 @@ template <typename T>
   Range any = {base, base}, all = {base, base + span};
 #pragma unroll
   for (ushort r = 0; r < simd_rows; ++r) {
-    seen_by[r] = {base, base};
+    seen_by[r] = Range{base, base};
     if (r < rows) {
       int position = position_of(p, offset, own_row + r);
       seen_by[r] = visible(p, position).within(base, base + span);
@@ -472,16 +472,16 @@ template <typename T>
     start = *first_slot;
   }
   ushort threads = simds * 32;
-  ValueTile<T> tile = {
-      v, staged, Slots(p, head, seen.begin, start), seen, column};
+  typedef ValueTile<T> Tile;
+  Tile tile = {v, staged, Slots(p, head, seen.begin, start), seen, column};
   State states[simd_rows] = {};
   float4 values[simd_rows] = {};
-  int part_begin = seen.begin / tile.positions * tile.positions;
+  int part_begin = seen.begin / Tile::positions * Tile::positions;
   uint4 next[ahead];
 #pragma unroll
   for (ushort i = 0; i < ahead; ++i) {
     ushort part = thread_index + i * threads;
-    next[i] = part < tile.parts ? tile.load(part, part_begin) : uint4(0);
+    next[i] = part < Tile::parts ? tile.load(part, part_begin) : uint4(0);
   }
   for (int at = seen.begin / chunk * chunk; at < seen.end; at += chunk) {
     // Turn scores into weights
@@ -508,13 +508,13 @@ template <typename T>
 
     // Add values
     for (; part_begin < min(at + chunk, seen.end);
-         part_begin += tile.positions) {
-      int part_end = part_begin + tile.positions;
+         part_begin += Tile::positions) {
+      int part_end = part_begin + Tile::positions;
       threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
       for (ushort i = 0; i < ahead; ++i) {
         ushort part = thread_index + i * threads;
-        if (part < tile.parts) {
+        if (part < Tile::parts) {
           tile.store(part, next[i]);
           next[i] = tile.load(part, part_end);
         }
@@ -547,7 +547,7 @@ template <typename T>
 
 // A threadgroup owns a row, a thread four of its columns.
 template <typename T>
-[[kernel]] void block_attention_fold(
+[[kernel, max_total_threads_per_threadgroup(128)]] void block_attention_fold(
     const device int* offset_of_block [[buffer(0)]],
     const device float4* values [[buffer(1)]], // [B * K, spans, R, D / 4]
     const device float2* states [[buffer(2)]], // [B * K, spans, R]
@@ -619,3 +619,5 @@ INSTANTIATE("block_attention_values_bfloat16", block_attention_values, bfloat)
 INSTANTIATE("block_attention_fold_float32", block_attention_fold, float)
 INSTANTIATE("block_attention_fold_float16", block_attention_fold, half)
 INSTANTIATE("block_attention_fold_bfloat16", block_attention_fold, bfloat)
+
+} // namespace pyengine

@@ -6,14 +6,14 @@
 // Limits: none.
 #include "ordered_sum.h"
 
-using namespace pyengine;
-
 constant bool float_out [[function_constant(0)]];
 constant int bits [[function_constant(1)]]; // 0 for a table of floats
 constant int group_size [[function_constant(2)]];
 
+namespace pyengine {
+
 template <typename T>
-[[kernel]] void embed(
+[[kernel, max_total_threads_per_threadgroup(256)]] void embed(
     const device int* ids [[buffer(0)]], // [T]
     const device uchar* w [[buffer(1)]], // [V, E * bits / 8] bytes, or T
     const device T* scales [[buffer(2)]], // [V, E / group_size]
@@ -66,3 +66,5 @@ template <typename T>
 INSTANTIATE("embed_float32", embed, float)
 INSTANTIATE("embed_float16", embed, half)
 INSTANTIATE("embed_bfloat16", embed, bfloat)
+
+} // namespace pyengine

@@ -13,10 +13,10 @@
 // Limits: count at most 256.
 #include "filter.h"
 
-using namespace pyengine;
-
 constant bool has_edits [[function_constant(0)]];
 constant bool aligned [[function_constant(1)]]; // rows start on 16 bytes
+
+namespace pyengine {
 
 constant constexpr ushort slice_items = 16;
 constant constexpr ushort slice_threads = 256;
@@ -27,7 +27,9 @@ inline uint item_at(ushort i, ushort thread_index) {
   return (i / 4 * slice_threads + thread_index) * 4 + i % 4;
 }
 
-[[kernel]] void filter_logits(
+[[host_name(
+    "filter_logits")]] [[kernel, max_total_threads_per_threadgroup(256)]] void
+filter_logits(
     const device float* logits [[buffer(0)]], // [T, V]
     device ulong* candidates [[buffer(1)]], // [T, slices, count]
     device uint* slice_flags [[buffer(2)]], // [T, slices]
@@ -105,12 +107,12 @@ inline uint item_at(ushort i, ushort thread_index) {
   }
 
   // Select
-  ulong entries[slice_items];
+  Held<slice_items> entries;
 #pragma unroll
   for (ushort i = 0; i < slice_items; ++i) {
     uint id = begin + item_at(i, thread_index);
     ulong entry = entry_of(quads[i / 4][i % 4] / temperature, id);
-    entries[i] = id < V ? entry : no_entry;
+    entries.of[i] = id < V ? entry : no_entry;
   }
   uint slice = group.y * groups.x + group.x;
   select_best(
@@ -129,3 +131,5 @@ inline uint item_at(ushort i, ushort thread_index) {
     slice_flags[slice] = flag;
   }
 }
+
+} // namespace pyengine

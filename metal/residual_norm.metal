@@ -10,12 +10,12 @@
 #include "norm.h"
 #include "ordered_sum.h"
 
-using namespace pyengine;
-
 constant bool has_next [[function_constant(0)]];
 
+namespace pyengine {
+
 template <typename T>
-[[kernel]] void residual_norm(
+[[kernel, max_total_threads_per_threadgroup(512)]] void residual_norm(
     const device T* h [[buffer(0)]], // [rows, E]
     const device T* y [[buffer(1)]], // [rows, E]
     const device T* weight [[buffer(2)]], // [E]
@@ -78,3 +78,5 @@ template <typename T>
 INSTANTIATE("residual_norm_float32", residual_norm, float)
 INSTANTIATE("residual_norm_float16", residual_norm, half)
 INSTANTIATE("residual_norm_bfloat16", residual_norm, bfloat)
+
+} // namespace pyengine

@@ -6,10 +6,10 @@
 // Limits: D at most 16384; for an even D all arrays start on whole pairs.
 #include "norm.h"
 
-using namespace pyengine;
+namespace pyengine {
 
 template <typename T>
-[[kernel]] void rms_norm(
+[[kernel, max_total_threads_per_threadgroup(512)]] void rms_norm(
     const device T* x [[buffer(0)]], // [rows, D]
     const device T* weight [[buffer(1)]], // [D]
     device T* out [[buffer(2)]], // [rows, D]
@@ -46,3 +46,5 @@ template <typename T>
 INSTANTIATE("rms_norm_float32", rms_norm, float)
 INSTANTIATE("rms_norm_float16", rms_norm, half)
 INSTANTIATE("rms_norm_bfloat16", rms_norm, bfloat)
+
+} // namespace pyengine

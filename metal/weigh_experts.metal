@@ -2,10 +2,10 @@
 // per thread, slot after slot, products and sums each rounded.
 #include "ordered_sum.h"
 
-using namespace pyengine;
+namespace pyengine {
 
 template <typename T>
-[[kernel]] void weigh_experts(
+[[kernel, max_total_threads_per_threadgroup(256)]] void weigh_experts(
     const device float* parts [[buffer(0)]], // [T, used, E]
     const device float* weights [[buffer(1)]], // [T, used]
     device T* out [[buffer(2)]], // [T, E]
@@ -31,3 +31,5 @@ template <typename T>
 INSTANTIATE("weigh_experts_float32", weigh_experts, float)
 INSTANTIATE("weigh_experts_float16", weigh_experts, half)
 INSTANTIATE("weigh_experts_bfloat16", weigh_experts, bfloat)
+
+} // namespace pyengine

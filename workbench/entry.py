@@ -39,6 +39,7 @@ class Entry:
     buffers: dict[int, str]  # index -> name
     optional: list[int]  # buffers that some launches do not have
     threadgroup: dict[int, str]
+    threads: int  # most of a threadgroup; 0 where the kernel does not say
 
 
 def entry_point(unit: Unit, kernel: str) -> Entry:
@@ -63,7 +64,14 @@ def entry_point(unit: Unit, kernel: str) -> Entry:
         f'extern "C" __attribute__((visibility("default"))) MSL_UNCHECKED void\n'
         f"{SYMBOL}(void* const* b, const msl_context* t) {{\n  {target}({arguments});\n}}\n"
     )
-    return Entry(code, slots.buffers, slots.optional, slots.threadgroup)
+    code = within(unit.namespaces[name], code)
+    threads = unit.threads.get(name, 0)
+    return Entry(code, slots.buffers, slots.optional, slots.threadgroup, threads)
+
+
+def within(namespace: str, code: str) -> str:
+    """Code in a namespace; in none if that is the empty text."""
+    return f"\nnamespace {namespace} {{{code}}}\n" if namespace else code
 
 
 class _Slots:

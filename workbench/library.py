@@ -74,6 +74,7 @@ class Kernel:
     buffers: dict[int, str]  # index -> name
     optional: list[int]  # those that some launches do not have
     threadgroup: dict[int, str]
+    threads: int  # most of a threadgroup, as the kernel says; 0 where it does not
     lines: LineTable
     _object: ctypes.CDLL
 
@@ -143,6 +144,7 @@ def _load(
         buffers={int(i): name for i, name in about["buffers"].items()},
         optional=about["optional"],
         threadgroup={int(i): name for i, name in about["threadgroup"].items()},
+        threads=about["threads"],
         lines=LineTable(path, native.load_address(handle)),
         _object=handle,
     )
@@ -177,6 +179,7 @@ def _compile(
         "buffers": entry.buffers,
         "optional": entry.optional,
         "threadgroup": entry.threadgroup,
+        "threads": entry.threads,
     }
     # The object comes last and whole: where it exists, the rest does.
     unfinished = target.with_suffix(f".{os.getpid()}.json")

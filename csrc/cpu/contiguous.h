@@ -10,6 +10,7 @@
 #include <memory>
 #include <vector>
 
+#include "encode.h"
 #include "mlx/array.h"
 #include "mlx/device.h"
 #include "mlx/ops.h"
@@ -90,7 +91,8 @@ inline mx::array made_contiguous(const mx::array& a) {
 
 // Metal kernels read every input where it lies, processor kernels only some.
 inline mx::array contiguous_on_gpu(const mx::array& a) {
-  return mx::default_device() == mx::Device::cpu ? a : made_contiguous(a);
+  bool on_gpu = mx::default_device() != mx::Device::cpu || rehearsing();
+  return on_gpu ? made_contiguous(a) : a;
 }
 
 inline std::vector<mx::array> contiguous_on_gpu(std::vector<mx::array> inputs) {
