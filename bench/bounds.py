@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
+from pyengine.bench.bandwidth import of_chip
 from pyengine.checkpoint.memory import GB
 from pyengine.checkpoint.published import published
 from pyengine.checkpoint.weights import Layout, assistant_layout, target_layout
@@ -29,15 +30,15 @@ CONTEXTS = {"8k": 8192, "32k": 32768, "128k": 131072}
 GROUP = 64
 BLOCK, ACCEPTANCES = 6, (0.4, 0.8)
 
-# GB/s, from the technical specifications that Apple publishes; chips whose Macs may have 48 GB
+# GB/s of the chips whose Macs may have 48 GB
 CHIPS = {
-    "M1 Max, M2 Max, M3 Max (40-core GPU)": 400,
-    "M1 Ultra, M2 Ultra": 800,
-    "M3 Ultra": 819,
-    "M4 Pro": 273,
-    "M4 Max (40-core GPU)": 546,
-    "M5 Pro": 307,
-    "M5 Max (40-core GPU)": 614,
+    "M1 Max, M2 Max, M3 Max (40-core GPU)": of_chip("Apple M1 Max"),
+    "M1 Ultra, M2 Ultra": of_chip("Apple M1 Ultra"),
+    "M3 Ultra": of_chip("Apple M3 Ultra"),
+    "M4 Pro": of_chip("Apple M4 Pro"),
+    "M4 Max (40-core GPU)": of_chip("Apple M4 Max", 40),
+    "M5 Pro": of_chip("Apple M5 Pro"),
+    "M5 Max (40-core GPU)": of_chip("Apple M5 Max", 40),
 }
 
 
