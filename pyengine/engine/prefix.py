@@ -17,6 +17,8 @@ import mlx.core as mx
 
 from pyengine.drafters.drafter import TargetLike
 from pyengine.model.cache import Cache
+from pyengine.model.plan import border, reusable, whole
+from pyengine.ops.dispatch import borrows
 from pyengine.untrusted import shown
 
 MAX_MARKS = 3
@@ -53,6 +55,7 @@ class Prefix:
         self.parting = 0
         self._busy = False
         self._ids: list[int] = []
+        self._whole = 0  # positions of the newest prompt in calls of MLX's kernels
         self._target: TargetLike | None = None
         self._cache: Cache | None = None
         self._marks: list[_Mark] = []
@@ -95,27 +98,40 @@ class Prefix:
         """Twice the block: the last round's tail can be taken back without a mark."""
         return 2 * block_size
 
-    def open(self, target: TargetLike, prompt: Sequence[int], block_size: int) -> tuple[Cache, int]:
+    def open(
+        self,
+        target: TargetLike,
+        prompt: Sequence[int],
+        block_size: int,
+        stop: int | None = None,
+    ) -> tuple[Cache, int]:
         """A cache that holds the first n tokens of a prompt, and n. Evaluates.
 
         At least one token is left to process, for its logits. The prompt counts as known as far as
         it gets into the cache, until :meth:`keep` tells more. ``parting`` is where this
-        prompt and the one before part if that is worth a mark, else 0.
+        prompt and the one before part if that is worth a mark, else 0. What other calls had made
+        than will make this prompt's is not reused; ``stop`` is where those calls end, if not with
+        the prompt.
         """
+        mlx, end = borrows(), len(prompt) if stop is None else stop
+
+        def alike(length: int) -> int:
+            return reusable(length, self._whole, end, mlx)
+
         max_block = self.max_block(block_size)
         cache, shared = self._cache, self._shared(prompt)
         if target is not self._target or cache is None or cache.max_block < max_block:
             cache, shared = None, 0
         self._ids = []  # nothing is known if Ctrl-C comes in here
-        self._marks = [
-            m._replace(length=min(m.length, shared)) for m in self._marks if m.least <= shared
-        ]
-        self.reused = 0 if cache is None else self._rewind(cache, shared)
+        marks = [m._replace(length=alike(min(m.length, shared))) for m in self._marks]
+        self._marks = [m for m in marks if m.least <= m.length]
+        self.reused = 0 if cache is None else self._rewind(cache, alike(shared))
         if cache is None or not self.reused:
             cache = self._cache = target.new_cache(max_block)
             self._marks = []
-        self._target, self._ids = target, list(prompt)
-        self.parting = shared if shared - self.reused >= WORTH_A_MARK else 0
+        self._target, self._ids, self._whole = target, list(prompt), whole(end, mlx)
+        parting = border(shared, end, mlx)
+        self.parting = parting if parting - self.reused >= WORTH_A_MARK else 0
         return cache, self.reused
 
     def mark(self, length: int) -> None:

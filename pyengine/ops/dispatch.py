@@ -18,6 +18,7 @@ Result = TypeVar("Result")
 
 VARIABLE = "PYENGINE_OPS"  # of the environment: what runs until `use` says otherwise
 _IMPLEMENTATIONS = ("native", "mlx", "reference", "workbench")
+_gpu_rules = False  # set by tests: a processor then calls what a GPU would
 
 # Every op: a file each, beside those that all of them use; each has a Metal kernel
 OPS = tuple(
@@ -93,7 +94,7 @@ def run(
     implementation = runs(reference.__name__.removesuffix("_reference"))
     if implementation == "reference":
         return reference(*args, **kwargs)
-    if implementation == "native" and mx.default_device() == mx.cpu:
+    if implementation == "native" and not borrows():
         return cast(Result, out)
     launches: list[_ext.Launch] | None = None
     if implementation != "mlx":
@@ -138,6 +139,12 @@ def runs(op: str) -> Implementation:
 def exact() -> bool:
     """Whether every op is row-stable, so that speculative greedy text is plain decoding's."""
     return _chosen in ("native", "workbench") and not _aside
+
+
+def borrows() -> bool:
+    """Whether calls past the limits of our kernels run MLX's, whose bits go with the shape of the
+    call: on a GPU. A processor's kernels have no such limits."""
+    return _chosen == "native" and (_gpu_rules or mx.default_device() == mx.gpu)
 
 
 def lazy() -> bool:

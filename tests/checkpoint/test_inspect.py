@@ -96,7 +96,7 @@ def test_a_template_that_stops_every_chat_is_told(tmp_path: Path) -> None:
 def test_whether_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = inspect(NANO)["memory"]
     for free, fits in ((0, False), (1, True), (None, None)):
-        total = needed["weights"] + needed["cache"]
+        total = needed["weights"] + needed["cache"] + needed["prompt"]
         there = None if free is None else total - 1 + free
         monkeypatch.setattr(memory, "available_bytes", lambda there=there: there)
         assert inspect(NANO)["memory"]["fits"] is fits
