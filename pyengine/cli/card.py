@@ -11,7 +11,7 @@ import typer
 
 from pyengine.cli import common, tables
 from pyengine.cli.bench import check_published, read_block_sizes, show_settings
-from pyengine.cli.options import AssistantDir, BundleDir, Position, TargetDir
+from pyengine.cli.options import AssistantDir, BundleDir, OpsName, Position, TargetDir
 from pyengine.cli.output import check_folder
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def run(
     target: TargetDir = None,
     assistant: AssistantDir = None,
     bundle: BundleDir = None,
+    ops: OpsName = None,
     block_sizes: Annotated[
         str, typer.Option(help="Block sizes to compare with plain decoding.")
     ] = "2,4,6",
@@ -79,7 +80,7 @@ def run(
         check_folder("card", output)
         if plot:
             picture.check_available()
-        pair = common.load_pair(target, assistant, bundle, None, Position.last, None)
+        pair = common.load_pair(target, assistant, bundle, None, Position.last, ops)
         check_published(pair, allow_unverified_gemma)
         cases = suite.load_suite(suite.EMBEDDED)
         sampling = Sampling(temperature=1.0, top_p=0.95, top_k=64, seed=0)

@@ -122,6 +122,8 @@ def examine(
             on_op=lambda done, total, op: on_run(done + 1, total, op),
         )
     found["machine"]["available_bytes"] = memory.available_bytes()
+    if name == devices.Metal.name:
+        _compare_with_bandwidth(found)
     report: dict[str, Any] = {
         "versions": {
             "pyengine": __version__,
@@ -169,6 +171,18 @@ def examine(
     report["seconds"] = round(time.perf_counter() - began, 1)
     report["ok"] = not report["problems"]
     return report
+
+
+def _compare_with_bandwidth(found: dict[str, Any]) -> None:
+    """Add what part of the bandwidth that Apple publishes for the chip a kernel has."""
+    from pyengine.bench import bandwidth
+
+    limit = bandwidth.of_chip(found["machine"]["chip"], bandwidth.gpu_cores())
+    found["machine"]["bandwidth_gb_s"] = limit
+    for row in found["ops"]:
+        for one in row.get("times", ()):
+            if limit and "gb_s" in one:
+                one["of_bandwidth"] = round(one["gb_s"] / limit, 3)
 
 
 def _run_pair(report: dict[str, Any]) -> None:

@@ -44,12 +44,6 @@ def examine(
     rows = runner.examine(
         cases, name, timed=_timed(cases, kind), probes=True, shared=False, on_op=on_op
     )
-    facts = machine.facts()
-    bandwidth = facts.get("bandwidth_gb_s")
-    for row in rows:
-        for one in row.get("times", ()):
-            if bandwidth and "gb_s" in one and kind.clock == "gpu":
-                one["of_bandwidth"] = round(one["gb_s"] / bandwidth, 3)
     quarantine.update(name, rows, tell, whole=not quick)
     said = "embedded" if quick else f"embedded, {', '.join(PUBLISHED)}"
     return {
@@ -57,7 +51,7 @@ def examine(
         "kernel": kind.kernel,
         "compared_with": kind.expected,
         "shapes": said,
-        "machine": facts,
+        "machine": machine.facts(),
         "key": machine.key(name),
         "ops": rows,
     }

@@ -18,28 +18,6 @@ import mlx.core as mx
 from pyengine import _ext
 from pyengine.doctor.device import Metal
 
-# GB/s, from the technical specifications that Apple publishes, of the chip with the most GPU cores
-BANDWIDTH = {
-    "Apple M1": 68,
-    "Apple M1 Pro": 200,
-    "Apple M1 Max": 400,
-    "Apple M1 Ultra": 800,
-    "Apple M2": 100,
-    "Apple M2 Pro": 200,
-    "Apple M2 Max": 400,
-    "Apple M2 Ultra": 800,
-    "Apple M3": 100,
-    "Apple M3 Pro": 150,
-    "Apple M3 Max": 400,
-    "Apple M3 Ultra": 819,
-    "Apple M4": 120,
-    "Apple M4 Pro": 273,
-    "Apple M4 Max": 546,
-    "Apple M5": 153,
-    "Apple M5 Pro": 307,
-    "Apple M5 Max": 614,
-}
-
 
 def facts() -> dict[str, Any]:
     """Chip, cores, system, memory; on a Mac with the GPU's."""
@@ -64,7 +42,6 @@ def gpu() -> dict[str, Any]:
         "memory_bytes": info.get("memory_size"),
         "working_set_bytes": info.get("max_recommended_working_set_size"),
         "wired_limit_mb": _sysctl("iogpu.wired_limit_mb"),
-        "bandwidth_gb_s": BANDWIDTH.get(str(info.get("device_name"))),
     }
 
 

@@ -300,3 +300,14 @@ def test_the_text_of_a_mac(quick: dict[str, Any]) -> None:
     (line,) = [line for line in report.lines(whole) if line.startswith("memory: ")]
     for words in ("51.0 GB working set", "wired limit the system's", "applegpu_g16s"):
         assert words in line
+
+
+def test_figures_of_a_gpu_stand_beside_its_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyengine.bench import bandwidth
+
+    monkeypatch.setattr(bandwidth, "gpu_cores", lambda: 40)
+    one = {"gb_s": 273.0, "clock": "gpu", "us": 450.0, "mlx_us": 900.0}
+    found: dict[str, Any] = {"machine": {"chip": "Apple M4 Max"}, "ops": [{"times": [one]}]}
+    doctor._compare_with_bandwidth(found)
+    assert found["machine"]["bandwidth_gb_s"] == 546 and one["of_bandwidth"] == 0.5
+    assert report._time({"times": [one]}) == "450 us, 273.0 GB/s (50%), MLX 900 us [gpu]"

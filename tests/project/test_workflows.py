@@ -126,7 +126,7 @@ def test_a_mac_does_what_the_readme_says() -> None:
     job = jobs("ci.yml")["macos"]
     run = [step["run"].strip() for step in job["steps"] if "run" in step]
     assert len(wanted) == 2 and set(wanted) <= set(run)
-    assert any("pyengine doctor --json > outputs/" in text for text in run)
+    assert any("pyengine doctor --output outputs/" in text for text in run)
     assert any("pyengine bench card --quick --output outputs" in text for text in run)
     kept = job["steps"][-1]
     assert kept["uses"].startswith("actions/upload-artifact@") and kept["with"]["path"] == "outputs"
