@@ -24,28 +24,27 @@ from dataclasses import replace
 from math import ceil, prod
 from typing import NamedTuple
 
+from pyengine.bench.bandwidth import of_chip
 from pyengine.checkpoint.memory import GB
-from pyengine.checkpoint.published import PUBLISHED
+from pyengine.checkpoint.published import published
 from pyengine.checkpoint.weights import Layout, assistant_layout, target_layout
-from pyengine.model.config import AssistantConfig, LayerConfig, Rope, TargetConfig
 from pyengine.model.memory import cache_bytes
 from pyengine.model.plan import Call, plan, reusable, whole
 
 PAIRS = ("31B", "26B-A4B", "12B", "E4B", "E2B")
 CONTEXTS = {"8k": 8192, "32k": 32768, "128k": 131072}
-VOCABULARY, GROUP = 262144, 64
-EXPERTS_USED, EXPERT_WIDTH = 8, 704  # of 26B-A4B, the only mixture
+GROUP = 64
 BLOCK, ACCEPTANCES = 6, (0.4, 0.8)
 
-# GB/s, from the technical specifications that Apple publishes; chips whose Macs may have 48 GB
+# GB/s of the chips whose Macs may have 48 GB
 CHIPS = {
-    "M1 Max, M2 Max, M3 Max (40-core GPU)": 400,
-    "M1 Ultra, M2 Ultra": 800,
-    "M3 Ultra": 819,
-    "M4 Pro": 273,
-    "M4 Max (40-core GPU)": 546,
-    "M5 Pro": 307,
-    "M5 Max (40-core GPU)": 614,
+    "M1 Max, M2 Max, M3 Max (40-core GPU)": of_chip("Apple M1 Max"),
+    "M1 Ultra, M2 Ultra": of_chip("Apple M1 Ultra"),
+    "M3 Ultra": of_chip("Apple M3 Ultra"),
+    "M4 Pro": of_chip("Apple M4 Pro"),
+    "M4 Max (40-core GPU)": of_chip("Apple M4 Max", 40),
+    "M5 Pro": of_chip("Apple M5 Pro"),
+    "M5 Max (40-core GPU)": of_chip("Apple M5 Max", 40),
 }
 
 
@@ -78,66 +77,6 @@ SLICE = 16  # rows for which our kernels read the weights once
 # Clocks of a core's lane for a weight byte at 16 rows: the instructions of the compiled loop at 8
 # bits, 4.7 + 1.19 for each row, by their published rates, with 1.2 for issue losses
 CLOCKS_PER_BYTE = 28.5
-
-
-def published(name: str) -> tuple[TargetConfig, AssistantConfig]:
-    """The geometry of a published pair; what no tensor's shape depends on is left at nothing."""
-    ours, theirs = PUBLISHED[name]
-    count, hidden, heads, kv_sliding, kv_full, window, ffn, per_layer, shared, experts = ours
-    every = 5 if name == "E2B" else 6  # each such layer is full
-    key_is_value = not per_layer
-    last: dict[bool, int] = {}
-    layers = []
-    for i in range(count):
-        sliding = i % every != every - 1
-        if i < count - shared:
-            last[sliding] = i
-        wide = name == "E2B" and i >= count - shared
-        layers.append(
-            LayerConfig(
-                sliding=sliding,
-                head_dim=256 if sliding else 512,
-                num_kv_heads=kv_sliding if sliding else kv_full,
-                ffn_width=ffn * (2 if wide else 1),
-                kv_source=last[sliding],
-                key_is_value=key_is_value and not sliding,
-            )
-        )
-    rope = Rope(1e4, 1.0, 1.0)
-    common = {
-        "model_type": "",
-        "vocab_size": VOCABULARY,
-        "window": window,
-        "eps": 1e-6,
-        "context_limit": 131072 if per_layer else 262144,
-        "rope_sliding": rope,
-        "rope_full": rope,
-        "eos_ids": (),
-        "quantization": None,
-    }
-    target = TargetConfig(
-        **common,
-        hidden_size=hidden,
-        num_heads=heads,
-        layers=tuple(layers),
-        softcap=30.0,
-        per_layer_width=per_layer,
-        num_experts=experts,
-        num_experts_used=EXPERTS_USED if experts else 0,
-        expert_width=EXPERT_WIDTH if experts else 0,
-    )
-    own_hidden, own_heads, own_ffn, centroids = theirs
-    sources = [layers[last[True]]] * 3 + [layers[last[False]]]
-    assistant = AssistantConfig(
-        **common,
-        hidden_size=own_hidden,
-        num_heads=own_heads,
-        layers=tuple(replace(n, ffn_width=own_ffn, kv_source=-1) for n in sources),
-        backbone_size=hidden,
-        num_centroids=centroids,
-        num_centroids_used=32 if centroids else 0,
-    )
-    return target, assistant
 
 
 def weight_bytes(layout: Layout, bits: int) -> float:

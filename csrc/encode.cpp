@@ -16,6 +16,7 @@
 #include "bindings.h"
 #ifdef __APPLE__
 #include "mlx/backend/metal/device.h"
+#include "mlx/primitives.h"
 #endif
 
 namespace pyengine {
@@ -36,24 +37,18 @@ int threadgroup_bytes(const Launch& launch, const Pipeline& pipeline) {
   return bytes;
 }
 
-// MLX keeps libraries and pipelines by name alone, so the name of a library
-// carries the hash of its text, and that of a pipeline its constants.
-struct Names {
-  std::string source;
-  std::string library;
-  std::string pipeline;
-};
-
-Names names_of(const Launch& launch) {
-  Names names = {metal_source(launch.library), {}, launch.kernel};
-  names.library = "pyengine_" + launch.library + "_" +
-      std::to_string(std::hash<std::string>()(names.source));
+// MLX keeps libraries and pipelines by name alone, so that of a library carries
+// the hash of its text, and that of a pipeline its constants.
+std::string pipeline_name(const Launch& launch) {
+  std::string name = launch.kernel;
   for (const auto& [index, value] : launch.constants) {
-    std::visit(
-        [&](const auto& v) { names.pipeline += "_" + std::to_string(v); },
-        value);
+    std::visit([&](const auto& v) { name += "_" + std::to_string(v); }, value);
   }
-  return names;
+  return name;
+}
+
+bool is_contiguous(const mx::array& a) {
+  return a.size() <= 1 || a.flags().row_contiguous;
 }
 
 } // namespace
@@ -86,95 +81,166 @@ std::string refusal(
   return {};
 }
 
-namespace {
-
-// `inputs` and `outputs` stand for the buffers of those roles, in order; an
-// inout buffer is an output.
-void encode_one(
-    const std::string& op,
-    const Launch& launch,
-    Encoder& encoder,
+Prepared::Prepared(
+    const char* op,
+    std::vector<Launch> launches,
     const Arrays& inputs,
-    Arrays& outputs) {
-  auto pipeline = encoder.pipeline(launch);
-  auto problem = refusal(op, launch, pipeline, encoder.threadgroup_memory());
-  if (!problem.empty()) {
-    throw std::runtime_error(problem);
+    size_t outputs)
+    : op_(op) {
+  auto arguments = arguments_of(launches);
+  if (inputs.size() != arguments.read.size() ||
+      outputs != arguments.written.size()) {
+    throw std::logic_error(
+        std::string("[") + op + "] launches name other arguments.");
   }
-  encoder.set_pipeline(pipeline);
-  size_t input = 0, output = 0;
-  for (int i = 0; i < int(launch.buffers.size()); ++i) {
-    const auto& buffer = launch.buffers[i];
-    if (buffer.role == Role::bytes) {
-      encoder.set_bytes(buffer.data, i);
-    } else if (buffer.role == Role::in) {
-      const auto& a = inputs[input++];
-      if (a.offset() % buffer.alignment != 0) {
-        throw std::runtime_error(
-            "[" + op + "] " + buffer.name + " must start on " +
-            std::to_string(buffer.alignment) + " bytes but starts at byte " +
-            std::to_string(a.offset()) + " of its memory; pass a copy of it.");
+  for (const auto& a : inputs) {
+    inputs_.emplace_back(a.size(), a.offset() % 16);
+  }
+  // An array that is written in place is an output
+  std::vector<std::pair<std::string, int>> known;
+  int count = int(inputs.size() + outputs);
+  for (size_t i = 0; i < outputs; ++i) {
+    known.emplace_back(arguments.written[i]->name, int(inputs.size() + i));
+  }
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    known.emplace_back(arguments.read[i]->name, int(i));
+  }
+  auto number_of = [&](const Buffer& buffer) {
+    for (const auto& [name, number] : known) {
+      if (name == buffer.name) {
+        return number;
       }
-      // A copy of a whole cache for every block would go unnoticed
-      if (a.size() > 1 && !a.flags().row_contiguous) {
-        throw std::runtime_error(
-            "[" + op + "] " + buffer.name +
-            " must be contiguous on a GPU but got a strided view; pass "
-            "mx.contiguous of it.");
-      }
-      encoder.set_input(a, i);
-    } else {
-      encoder.set_output(outputs[output++], i);
+    }
+    known.emplace_back(buffer.name, count + int(temporaries_.size()));
+    temporaries_.push_back(buffer);
+    return known.back().second;
+  };
+  for (auto& launch : launches) {
+    std::vector<int> arrays;
+    for (const auto& buffer : launch.buffers) {
+      arrays.push_back(buffer.role == Role::bytes ? -1 : number_of(buffer));
+    }
+    launches_.push_back({std::move(launch), std::move(arrays)});
+  }
+}
+
+bool Prepared::fits(const Arrays& inputs) const {
+  if (!op_ || inputs.size() != inputs_.size()) {
+    return false;
+  }
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    auto [size, past] = inputs_[i];
+    if (inputs[i].size() != size || inputs[i].offset() % 16 != past) {
+      return false;
     }
   }
-  for (auto [index, bytes] : launch.threadgroup_memory) {
-    encoder.set_threadgroup_memory(bytes, index);
+  return true;
+}
+
+namespace {
+
+// An input as a kernel may read it. A copy of a whole cache for every block
+// would go unnoticed, and a write would miss it.
+mx::array readable(
+    const char* op,
+    const Buffer& buffer,
+    const mx::array& a,
+    Encoder& encoder) {
+  if (!is_contiguous(a)) {
+    if (buffer.state) {
+      throw std::runtime_error(
+          std::string("[") + op + "] " + buffer.name +
+          " must be contiguous on a GPU but got a strided view; pass "
+          "mx.contiguous of it.");
+    }
+    return encoder.contiguous(a);
   }
-  encoder.dispatch(launch);
+  if (a.offset() % buffer.alignment != 0) {
+    throw std::runtime_error(
+        std::string("[") + op + "] " + buffer.name + " must start on " +
+        std::to_string(buffer.alignment) + " bytes but starts at byte " +
+        std::to_string(a.offset()) + " of its memory; pass a copy of it.");
+  }
+  return a;
 }
 
 } // namespace
 
 void encode(
-    const std::string& op,
-    const std::vector<Launch>& launches,
+    Prepared& prepared,
     Encoder& encoder,
     const Arrays& inputs,
     Arrays& outputs) {
-  auto arguments = arguments_of(launches);
-  if (inputs.size() != arguments.read.size() ||
-      outputs.size() != arguments.written.size()) {
-    throw std::logic_error("[" + op + "] launches name other arguments.");
+  // Inputs that had to be copied, by number; the rest are read where they are
+  std::vector<std::pair<int, mx::array>> copies;
+  Arrays temporaries;
+  for (const auto& buffer : prepared.temporaries_) {
+    temporaries.emplace_back(
+        buffer.shape, buffer.dtype, nullptr, std::vector<mx::array>{});
+    allocate(temporaries.back());
+    encoder.add_temporary(temporaries.back());
   }
-  // An array that is written in place is an output
-  std::vector<std::pair<std::string_view, mx::array>> known;
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    known.emplace_back(arguments.written[i]->name, outputs[i]);
-  }
-  for (size_t i = 0; i < arguments.read.size(); ++i) {
-    known.emplace_back(arguments.read[i]->name, inputs[i]);
-  }
-  auto find = [&](const Buffer& buffer) {
-    for (const auto& [name, a] : known) {
-      if (name == buffer.name) {
+  int read = int(inputs.size()), made = read + int(outputs.size());
+  auto input = [&](const Buffer& buffer, int number) {
+    for (const auto& [copied, a] : copies) {
+      if (copied == number) {
         return a;
       }
     }
-    mx::array a(buffer.shape, buffer.dtype, nullptr, {});
-    allocate(a);
-    encoder.add_temporary(a);
-    known.emplace_back(buffer.name, a);
+    auto a = readable(prepared.op_, buffer, inputs[number], encoder);
+    if (a.id() != inputs[number].id()) {
+      copies.emplace_back(number, a);
+    }
     return a;
   };
-  for (const auto& launch : launches) {
-    Arrays read, written;
-    for (const auto& buffer : launch.buffers) {
-      if (buffer.role != Role::bytes) {
-        bool reads = buffer.role == Role::in;
-        (reads ? read : written).push_back(find(buffer));
+  for (auto& [launch, arrays, pipeline] : prepared.launches_) {
+    if (!pipeline.state) {
+      auto compiled = encoder.pipeline(launch);
+      int memory = encoder.threadgroup_memory();
+      auto problem = refusal(prepared.op_, launch, compiled, memory);
+      if (!problem.empty()) {
+        throw std::runtime_error(problem);
+      }
+      pipeline = compiled;
+    }
+    // Copies are launches of their own, which must come first
+    for (int i = 0; i < int(arrays.size()); ++i) {
+      if (launch.buffers[i].role == Role::in && arrays[i] < read) {
+        input(launch.buffers[i], arrays[i]);
       }
     }
-    encode_one(op, launch, encoder, read, written);
+    encoder.set_pipeline(pipeline);
+    for (int i = 0; i < int(arrays.size()); ++i) {
+      const auto& buffer = launch.buffers[i];
+      int number = arrays[i];
+      if (buffer.role == Role::bytes) {
+        encoder.set_bytes(buffer.data, i);
+      } else if (number >= made) {
+        auto& a = temporaries[number - made];
+        buffer.role == Role::in ? encoder.set_input(a, i)
+                                : encoder.set_output(a, i);
+      } else if (number >= read) {
+        auto& a = outputs[number - read];
+        if (!is_contiguous(a)) {
+          throw std::runtime_error(
+              std::string("[") + prepared.op_ + "] " + buffer.name +
+              " must be contiguous on a GPU to be written in place but got a "
+              "strided view.");
+        }
+        buffer.role == Role::in ? encoder.set_input(a, i)
+                                : encoder.set_output(a, i);
+      } else {
+        auto a = input(buffer, number);
+        encoder.set_input(a, i);
+        if (buffer.state) {
+          encoder.register_output(a);
+        }
+      }
+    }
+    for (auto [index, bytes] : launch.threadgroup_memory) {
+      encoder.set_threadgroup_memory(bytes, index);
+    }
+    encoder.dispatch(launch);
   }
 }
 
@@ -187,9 +253,8 @@ class Rehearsal final : public Encoder {
   using Call = std::tuple<std::string, int, uint64_t>;
 
   Pipeline pipeline(const Launch& launch) override {
-    auto names = names_of(launch);
-    auto& of_library = libraries_[names.library];
-    auto [found, unknown] = of_library.try_emplace(names.pipeline, 0);
+    auto& of_library = libraries_[compiled_name(launch.library, launch.kernel)];
+    auto [found, unknown] = of_library.try_emplace(pipeline_name(launch), 0);
     return {&found->second, limits.max_threads, 0};
   }
   int threadgroup_memory() override {
@@ -209,6 +274,9 @@ class Rehearsal final : public Encoder {
       std::memset(a.data<char>(), 0, a.nbytes());
     }
   }
+  void register_output(const mx::array& a) override {
+    note("register", -1, &a);
+  }
   void set_threadgroup_memory(int, int index) override {
     note("threadgroup", index);
   }
@@ -219,6 +287,13 @@ class Rehearsal final : public Encoder {
     }
   }
   void add_temporary(const mx::array&) override {}
+  mx::array contiguous(const mx::array& a) override {
+    ++launches;
+    note("copy", -1, &a);
+    mx::array copy(a.shape(), a.dtype(), nullptr, {});
+    allocate(copy);
+    return copy;
+  }
 
   bool on = false;
   bool notes = false;
@@ -260,11 +335,11 @@ namespace {
 class MetalEncoder final : public Encoder {
  public:
   explicit MetalEncoder(const mx::Stream& stream)
-      : device_(mx::metal::device(stream.device)),
+      : stream_(stream),
+        device_(mx::metal::device(stream.device)),
         encoder_(mx::metal::get_command_encoder(stream)) {}
 
   static Pipeline compiled(const Launch& launch, mx::metal::Device& device) {
-    auto names = names_of(launch);
     mx::metal::MTLFCList constants;
     for (const auto& [index, value] : launch.constants) {
       std::visit(
@@ -277,10 +352,11 @@ class MetalEncoder final : public Encoder {
           },
           value);
     }
-    auto* library =
-        device.get_library(names.library, [&] { return names.source; });
-    auto* state =
-        device.get_kernel(launch.kernel, library, names.pipeline, constants);
+    auto* library = device.get_library(
+        compiled_name(launch.library, launch.kernel),
+        [&] { return metal_source(launch.library, launch.kernel); });
+    auto* state = device.get_kernel(
+        launch.kernel, library, pipeline_name(launch), constants);
     return {
         state,
         int(state->maxTotalThreadsPerThreadgroup()),
@@ -306,6 +382,9 @@ class MetalEncoder final : public Encoder {
   void set_output(mx::array& a, int index) override {
     encoder_.set_output_array(a, index);
   }
+  void register_output(const mx::array& a) override {
+    encoder_.register_output_array(a);
+  }
   void set_threadgroup_memory(int bytes, int index) override {
     encoder_.set_threadgroup_memory_length(bytes, index);
   }
@@ -316,12 +395,20 @@ class MetalEncoder final : public Encoder {
   void add_temporary(const mx::array& a) override {
     encoder_.add_temporary(a);
   }
+  mx::array contiguous(const mx::array& a) override {
+    // Run where it is needed: libmlx exports no copy to call
+    Arrays copy = {mx::contiguous(a, false, stream_)};
+    copy[0].primitive().eval_gpu({a}, copy);
+    encoder_.add_temporary(copy[0]);
+    return copy[0];
+  }
 
  private:
   static MTL::Size size_of(const std::array<int, 3>& size) {
     return MTL::Size(size[0], size[1], size[2]);
   }
 
+  mx::Stream stream_;
   mx::metal::Device& device_;
   mx::metal::CommandEncoder& encoder_;
 };
@@ -329,13 +416,12 @@ class MetalEncoder final : public Encoder {
 } // namespace
 
 void run_on_gpu(
-    const std::string& op,
-    const std::vector<Launch>& launches,
+    Prepared& prepared,
     const mx::Stream& stream,
     const Arrays& inputs,
     Arrays& outputs) {
   MetalEncoder encoder(stream);
-  encode(op, launches, encoder, inputs, outputs);
+  encode(prepared, encoder, inputs, outputs);
 }
 
 namespace {
@@ -348,13 +434,9 @@ Pipeline compiled(const Launch& launch) {
 
 #else
 
-void run_on_gpu(
-    const std::string& op,
-    const std::vector<Launch>&,
-    const mx::Stream&,
-    const Arrays&,
-    Arrays&) {
-  throw std::runtime_error("[" + op + "] was built without Metal; use mx.cpu.");
+void run_on_gpu(Prepared&, const mx::Stream&, const Arrays&, Arrays&) {
+  throw std::runtime_error(
+      "[ops] the extension was built without Metal; use mx.cpu.");
 }
 
 namespace {

@@ -34,10 +34,45 @@ class Encoder {
   virtual void set_bytes(const std::string& data, int index) = 0;
   virtual void set_input(const mx::array& a, int index) = 0;
   virtual void set_output(mx::array& a, int index) = 0;
+  // Whoever writes this array later waits for the launch, as for one that
+  // wrote.
+  virtual void register_output(const mx::array& a) = 0;
   virtual void set_threadgroup_memory(int bytes, int index) = 0;
   virtual void dispatch(const Launch& launch) = 0;
   // Keeps an array until the device is done with it.
   virtual void add_temporary(const mx::array& a) = 0;
+  // The same numbers side by side, copied on the device.
+  virtual mx::array contiguous(const mx::array& a) = 0;
+};
+
+// Launches and all that need not be worked out again while an op's inputs stay
+// as they are: which array each buffer is, and the pipelines.
+class Prepared {
+ public:
+  Prepared() = default;
+  Prepared(
+      const char* op,
+      std::vector<Launch> launches,
+      const Arrays& inputs,
+      size_t outputs);
+
+  // Whether the launches are those for these inputs, of an op whose inputs keep
+  // their shapes: alignment may have changed.
+  bool fits(const Arrays& inputs) const;
+
+ private:
+  friend void encode(Prepared&, Encoder&, const Arrays&, Arrays&);
+
+  struct One {
+    Launch launch;
+    std::vector<int> arrays; // of each buffer: inputs, outputs, temporaries
+    Pipeline pipeline = {}; // once compiled
+  };
+
+  const char* op_ = nullptr;
+  std::vector<One> launches_;
+  std::vector<Buffer> temporaries_;
+  std::vector<std::pair<size_t, int64_t>> inputs_; // size, bytes past 16
 };
 
 // Why a device would not start a launch; empty if it would. Metal says nothing:
@@ -49,18 +84,17 @@ std::string refusal(
     int threadgroup_memory);
 
 // Encodes launches in order; `inputs` and `outputs` stand for their arguments,
-// and outputs have memory. Throws where the device would refuse one.
+// and outputs have memory. A strided input is copied, unless it is state.
+// Throws where the device would refuse a launch.
 void encode(
-    const std::string& op,
-    const std::vector<Launch>& launches,
+    Prepared& prepared,
     Encoder& encoder,
     const Arrays& inputs,
     Arrays& outputs);
 
 // The same on a GPU stream; throws on a machine that has none.
 void run_on_gpu(
-    const std::string& op,
-    const std::vector<Launch>& launches,
+    Prepared& prepared,
     const mx::Stream& stream,
     const Arrays& inputs,
     Arrays& outputs);

@@ -24,8 +24,7 @@ check_filter(const char* op, float temperature, float top_p, float min_p) {
       min_p >= 0 && min_p < 1, op, "min_p", "be 0 or more and below 1", min_p);
 }
 
-// Checks the edits of `rows` rows and appends them, if any, to a node's inputs,
-// which on a GPU are contiguous.
+// Checks the edits of `rows` rows and appends them, if any, to a node's inputs.
 inline void add_edits(
     const char* op,
     int rows,
@@ -50,7 +49,7 @@ inline void add_edits(
   check_shape(op, "edit factors", *factors, shape);
   check_shape(op, "edit deltas", *deltas, shape);
   if (ids->size() > 0) {
-    auto edits = contiguous_on_gpu(Arrays{*ids, *factors, *deltas});
+    auto edits = Arrays{*ids, *factors, *deltas};
     inputs.insert(inputs.end(), edits.begin(), edits.end());
   }
 }

@@ -66,13 +66,33 @@ std::string dtype_name(mx::Dtype dtype) {
   return text.str();
 }
 
-std::string metal_source(const std::string& library) {
-  for (const auto& [name, source] : metal_sources) {
-    if (library == name) {
-      return source;
+namespace {
+
+const MetalKernel& metal_kernel(
+    const std::string& library,
+    const std::string& kernel) {
+  for (const auto& known : metal_kernels) {
+    if (kernel == known.name && library == known.library->name) {
+      return known;
     }
   }
-  throw std::logic_error("[launch] no Metal source is named " + library + ".");
+  throw std::logic_error(
+      "[launch] no Metal kernel is named " + kernel + " in " + library + ".");
+}
+
+} // namespace
+
+std::string metal_source(
+    const std::string& library,
+    const std::string& kernel) {
+  const auto& known = metal_kernel(library, kernel);
+  return std::string(known.library->text) + known.instantiation;
+}
+
+std::string compiled_name(
+    const std::string& library,
+    const std::string& kernel) {
+  return "pyengine_" + kernel + "_" + metal_kernel(library, kernel).hash;
 }
 
 namespace {
@@ -159,6 +179,7 @@ void bind_launch(nb::module_& m) {
           })
       .def_prop_ro("dtype", [](const Buffer& b) { return dtype_name(b.dtype); })
       .def_ro("alignment", &Buffer::alignment)
+      .def_ro("state", &Buffer::state)
       .def_prop_ro("data", [](const Buffer& b) {
         return nb::bytes(b.data.data(), b.data.size());
       });
@@ -192,7 +213,15 @@ void bind_launch(nb::module_& m) {
       },
       "results"_a);
   m.attr("max_launch_rows") = max_launch_rows;
-  m.def("metal_source", &metal_source, "library"_a);
+  m.def("metal_source", &metal_source, "library"_a, "kernel"_a);
+  m.def("compiled_name", &compiled_name, "library"_a, "kernel"_a);
+  m.def("metal_kernels", [] {
+    std::vector<std::pair<std::string, std::string>> names;
+    for (const auto& known : metal_kernels) {
+      names.emplace_back(known.library->name, known.name);
+    }
+    return names;
+  });
 }
 
 } // namespace pyengine

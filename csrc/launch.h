@@ -34,6 +34,9 @@ struct Buffer {
   mx::Dtype dtype;
   int alignment; // bytes that its first element must lie on
   std::string data; // bytes only
+  // Read here and written in place by other ops: keys and values. Never copied,
+  // and an encoder is told that it is in use until the launch is done.
+  bool state = false;
 
   static Buffer array(
       Role role,
@@ -86,7 +89,13 @@ struct Arguments {
 
 Arguments arguments_of(const std::vector<Launch>& launches);
 
-// The text of a library, with the headers that it includes.
-std::string metal_source(const std::string& library);
+// What is compiled for one kernel: its library's text, headers included, with
+// the one instantiation.
+std::string metal_source(const std::string& library, const std::string& kernel);
+
+// Names what is compiled for a kernel: two that differ have different ones.
+std::string compiled_name(
+    const std::string& library,
+    const std::string& kernel);
 
 } // namespace pyengine

@@ -219,7 +219,7 @@ class SliceLaunches {
         row_simds() * params_.keys / simd_keys);
     launch.buffers = {
         input("q", {B_, params_.T, params_.H, params_.D}),
-        input("k", cache()),
+        state("k"),
         offset(),
         score_list(Role::out),
         params_buffer()};
@@ -233,7 +233,7 @@ class SliceLaunches {
     auto launch = stage(
         "values", params_.spans * pieces(params_.D, slice_columns), simds);
     launch.buffers = {
-        input("v", cache()),
+        state("v"),
         offset(),
         score_list(Role::in),
         value_list(Role::out),
@@ -295,6 +295,12 @@ class SliceLaunches {
 
   Buffer input(const char* name, mx::Shape shape) const {
     return Buffer::array(Role::in, name, std::move(shape), dtype_, 16);
+  }
+
+  Buffer state(const char* name) const {
+    auto buffer = input(name, cache());
+    buffer.state = true;
+    return buffer;
   }
 
   Buffer offset() const {
@@ -453,7 +459,7 @@ mx::array block_attention(
       fail(op, "C", rule, C);
     }
   }
-  Arrays inputs = {contiguous_on_gpu(q), k, offset};
+  Arrays inputs = {q, k, offset};
   if (start) {
     check_shape(op, "start", *start, {});
     check_dtype(op, "start", *start, mx::int32, "be int32");

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pyengine.model.cache import CAPACITY_STEP
 from pyengine.model.config import LayerConfig, TargetConfig
-from pyengine.model.plan import CHUNK, plan
+from pyengine.model.plan import CHUNK, ROWS, plan
 from pyengine.ops.block_attention import TILE
-from pyengine.ops.dispatch import borrows, chosen
+from pyengine.ops.dispatch import borrows, runs
 
 # Arrays of a chunk, and of a tile of its attention, that are alive at once. Measured: MLX runs
 # ahead of its results
@@ -47,10 +47,10 @@ def prompt_bytes(config: TargetConfig, tokens: int, max_block: int, marks: int, 
     )
     calls = plan(0, rows, borrows())
     rows = max((call.rows for call in calls), default=0)
-    work = IN_FLIGHT * rows * widest * size
-    if chosen() == "reference":
+    work, attention = IN_FLIGHT * rows * widest * size, runs("block_attention")
+    if attention == "reference" or (attention == "mlx" and rows <= ROWS):
         work += 3 * 4 * config.num_heads * rows * steps
-    elif any(call.kernel == "mlx" for call in calls):
+    elif attention == "mlx" or any(call.kernel == "mlx" for call in calls):
         tile = max(_tile_bytes(config.num_heads, n) for n in config.layers)
         work = max(work, TILES_IN_FLIGHT * tile)  # a layer's attention comes before the rest of it
     grown = 2 * layer * size

@@ -60,7 +60,27 @@ def block_attention(
     out = _ext.block_attention(q, k, v, offset, scale, window, start)
     args = (q, k, v, offset)
     options = {"scale": scale, "window": window, "start": start}
-    return run(out, block_attention_reference, *args, otherwise=_tiled, **options)
+    return run(out, block_attention_reference, *args, otherwise=_mlx, **options)
+
+
+def _mlx(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    offset: mx.array,
+    *,
+    scale: float,
+    window: int | None,
+    start: mx.array | None,
+) -> mx.array:
+    """MLX's own kernel. Many rows go over tiles of keys: at Gemma's widths MLX would keep all of
+    their scores, in the dtype of q."""
+    if q.shape[1] > _ext.max_launch_rows:
+        return _tiled(q, k, v, offset, scale=scale, window=window, start=start)
+    held, whole = _held(q.shape[1], k.shape[2], offset, window, start)
+    visible = _visible(held, offset, q.shape[1], window)
+    out = mx.fast.scaled_dot_product_attention(q.swapaxes(1, 2), k, v, scale=scale, mask=visible)
+    return mx.where(whole, out, mx.nan).astype(q.dtype).swapaxes(1, 2)
 
 
 def _tiled(

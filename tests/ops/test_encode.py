@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from tiny_pairs import tiny_pair
 
+import workbench
 from pyengine import _ext, ops
+from pyengine.model.head import whole
+from pyengine.ops.workbench import named
+
+LAUNCH = ("kernel", "constants", "grid", "threadgroup", "buffers", "threadgroup_memory")
 
 
 @pytest.fixture
@@ -16,6 +24,12 @@ def rehearsal() -> Iterator[None]:
     _ext.rehearse(True, notes=True)
     yield
     _ext.rehearse(False)
+
+
+def place(a: mx.array) -> int:
+    """Where an evaluated array lies in memory."""
+    address: int = np.array(a, copy=False).__array_interface__["data"][0]
+    return address
 
 
 def geglu() -> mx.array:
@@ -77,8 +91,7 @@ def test_calls_of_an_op_in_order():
     calls = _ext.rehearsed_calls()
     what = [(name, index) for name, index, _ in calls]
     assert what == [("input", 0), ("input", 1), ("output", 2), ("bytes", 3), ("geglu_float32", -1)]
-    places = [np.array(a, copy=False).__array_interface__["data"][0] for a in (gate, up)]
-    assert [place for *_, place in calls[:2]] == places
+    assert [at for *_, at in calls[:2]] == [place(gate), place(up)]
     assert _ext.rehearsed_launches() == 1
 
 
@@ -103,3 +116,122 @@ def test_nothing_is_compiled_without_metal():
     with pytest.raises(RuntimeError) as error:
         _ext.compile_launch(launch)
     assert str(error.value) == "[compile_launch] the extension was built without Metal."
+
+
+def attention(k: mx.array, v: mx.array) -> mx.array:
+    return ops.block_attention(mx.ones((1, 2, 2, 16)), k, v, mx.array(0))
+
+
+@pytest.mark.usefixtures("rehearsal")
+def test_keys_and_values_are_in_use_until_they_are_read():
+    k, v = mx.ones((1, 1, 8, 16)), mx.ones((1, 1, 8, 16))
+    mx.eval(k, v)
+    mx.eval(attention(k, v))
+    calls = _ext.rehearsed_calls()
+    for a in (k, v):
+        reads = [i for i, (what, _, at) in enumerate(calls) if (what, at) == ("input", place(a))]
+        assert len(reads) == 1
+        assert calls[reads[0] + 1] == ("register", -1, place(a))
+    assert sum(what == "register" for what, *_ in calls) == 2
+
+
+@pytest.mark.usefixtures("rehearsal")
+def test_two_verify_calls_without_evaluation_between():
+    """Whoever writes keys or values has a fence to wait for: that of the last that read them."""
+    target = tiny_pair("dense31").target
+    cache = target.new_cache(4)
+    caches = {place(a) for a in cache.arrays if a.ndim == 4}
+    ids = mx.array([1, 2, 3])
+    mx.eval(ids)
+    _ext.rehearse(True, notes=True)
+    results = []
+    for _ in range(2):
+        logits, _ = target.forward(ids, cache)
+        results.append(whole(logits))
+    mx.eval(results, cache.arrays)
+    calls = _ext.rehearsed_calls()
+    written = dict.fromkeys(caches, 0)
+    for i, (what, _, at) in enumerate(calls):
+        if at in caches and what == "input":
+            assert calls[i + 1] == ("register", -1, at)
+        if at in caches and what == "output":
+            written[at] += 1
+            reads = [w for w, _, where in calls[:i] if where == at and w == "input"]
+            assert len(reads) == written[at] - 1  # behind those of the calls before it
+    assert set(written.values()) == {2}
+
+
+@pytest.mark.usefixtures("rehearsal")
+def test_a_strided_input_is_copied_and_state_is_not():
+    wide = mx.ones((3, 10))
+    mx.eval(wide)
+    graph = ops.geglu(wide[:, ::2], wide[:, 5:])
+    mx.eval(graph)
+    what = [name for name, *_ in _ext.rehearsed_calls()]
+    assert what == ["copy", "copy", "input", "input", "output", "bytes", "geglu_float32"]
+    strided = mx.ones((1, 8, 1, 16)).swapaxes(1, 2)[:, :, ::2]
+    with pytest.raises(RuntimeError) as error:
+        mx.eval(attention(strided, strided))
+    assert str(error.value) == (
+        "[block_attention] k must be contiguous on a GPU but got a strided view; pass "
+        "mx.contiguous of it."
+    )
+
+
+@pytest.mark.usefixtures("rehearsal")
+def test_a_misaligned_input_is_refused():
+    x = mx.ones(4 * 64 + 1)[1:].reshape(4, 64)
+    w = mx.ones((32, 64))
+    with pytest.raises(RuntimeError, match=r"\[dense_matmul\] x must start on 16 bytes but starts"):
+        mx.eval(ops.dense_matmul(x, w))
+
+
+def test_a_node_that_is_evaluated_again_follows_its_inputs():
+    """Launches are kept for the next time; aligned logits have others than those that are not."""
+    logits = mx.random.normal((1, 4097), key=mx.random.key(0))
+    mx.eval(logits)
+    filtered = _ext.Recorded(lambda arrays: list(ops.filter_logits(arrays[0], top_k=3)))
+    _ext.rehearse(True)
+    try:
+        for start in (0, 1, 0):
+            mx.eval(filtered([logits[:, start : start + 4096]]))
+        assert filtered.tapes == 1 and _ext.rehearsed_launches() == 3 * 2
+    finally:
+        _ext.rehearse(False)
+
+
+def test_no_node_is_there_for_contiguity():
+    """Inputs that are lazy, which nobody knows to be contiguous."""
+    x = mx.ones((3, 64)) + 1
+    _ext.rehearse(True)
+    try:
+        played = _ext.Recorded(lambda arrays: [ops.rms_norm(ops.softcap(arrays[0], 30.0))])
+        played([x])
+        assert played.nodes == ["softcap", "rms_norm"]
+    finally:
+        _ext.rehearse(False)
+
+
+def test_what_is_compiled_has_one_instantiation_and_a_name_of_its_own():
+    names = {_ext.compiled_name(*known) for known in _ext.metal_kernels()}
+    assert len(names) == len(_ext.metal_kernels()) > 80
+    for library, kernel in _ext.metal_kernels():
+        text = _ext.metal_source(library, kernel)
+        assert text.count(f'"{kernel}"') == 1
+        ending = rf"""(namespace pyengine \{{
+INSTANTIATE\(\s*"{kernel}",[^;]*\)
+\}} // namespace pyengine
+)?"""
+        assert re.search(r"\n\} // namespace pyengine\n" + ending + r"\Z", text)
+
+
+def test_what_is_compiled_runs(tmp_path):
+    """The text that a Mac would be given, in the workbench."""
+    x = mx.random.normal((3, 40), key=mx.random.key(1))
+    (launch,), inputs = _ext.launches_of(ops.rms_norm(x))
+    path = tmp_path / "rms_norm.metal"
+    path.write_text(_ext.metal_source(launch.library, launch.kernel))
+    given = SimpleNamespace(**{name: getattr(launch, name) for name in LAUNCH})
+    given.library = str(path)
+    outputs, _ = workbench.run(given, named([launch], inputs))
+    assert np.array_equal(outputs["out"], np.array(ops.rms_norm(x)))
