@@ -47,7 +47,8 @@ def prompt_bytes(config: TargetConfig, tokens: int, max_block: int, marks: int, 
     )
     calls = plan(0, rows, borrows())
     rows = max((call.rows for call in calls), default=0)
-    work, attention = IN_FLIGHT * rows * widest * size, runs("block_attention")
+    work = IN_FLIGHT * rows * widest * size
+    attention = runs("block_attention")
     if attention == "reference" or (attention == "mlx" and rows <= ROWS):
         work += 3 * 4 * config.num_heads * rows * steps
     elif attention == "mlx" or any(call.kernel == "mlx" for call in calls):

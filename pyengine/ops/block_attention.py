@@ -1,3 +1,5 @@
+from typing import Any
+
 import mlx.core as mx
 
 from pyengine import _ext
@@ -60,7 +62,13 @@ def block_attention(
     out = _ext.block_attention(q, k, v, offset, scale, window, start)
     args = (q, k, v, offset)
     options = {"scale": scale, "window": window, "start": start}
-    return run(out, block_attention_reference, *args, otherwise=_mlx, **options)
+    return run(out, block_attention_reference, *args, otherwise=_otherwise, **options)
+
+
+def _otherwise(q: mx.array, *args: Any, **options: Any) -> mx.array:
+    """MLX's own kernel, whose scores are all there at once at these widths; of a whole chunk by
+    tiles."""
+    return (_tiled if q.shape[1] > _ext.max_launch_rows else _mlx)(q, *args, **options)
 
 
 def _mlx(
@@ -73,13 +81,10 @@ def _mlx(
     window: int | None,
     start: mx.array | None,
 ) -> mx.array:
-    """MLX's own kernel. Many rows go over tiles of keys: at Gemma's widths MLX would keep all of
-    their scores, in the dtype of q."""
-    if q.shape[1] > _ext.max_launch_rows:
-        return _tiled(q, k, v, offset, scale=scale, window=window, start=start)
-    held, whole = _held(q.shape[1], k.shape[2], offset, window, start)
-    visible = _visible(held, offset, q.shape[1], window)
-    out = mx.fast.scaled_dot_product_attention(q.swapaxes(1, 2), k, v, scale=scale, mask=visible)
+    T = q.shape[1]
+    held, whole = _held(T, k.shape[2], offset, window, start)
+    seen = _visible(held, offset, T, window)
+    out = mx.fast.scaled_dot_product_attention(q.swapaxes(1, 2), k, v, scale=scale, mask=seen)
     return mx.where(whole, out, mx.nan).astype(q.dtype).swapaxes(1, 2)
 
 

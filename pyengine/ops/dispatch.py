@@ -125,12 +125,6 @@ def chosen() -> Implementation:
     return _chosen
 
 
-def borrows() -> bool:
-    """Whether calls past the limits of our kernels run MLX's, whose bits go with the shape of the
-    call: on a GPU. A processor's kernels have no such limits."""
-    return _chosen == "native" and (_gpu_rules or mx.default_device() == mx.gpu)
-
-
 def set_aside(names: Iterable[str]) -> None:
     """Let these ops, and no others, run MLX's own kernels while "native" is chosen."""
     global _aside
@@ -145,6 +139,12 @@ def runs(op: str) -> Implementation:
 def exact() -> bool:
     """Whether every op is row-stable, so that speculative greedy text is plain decoding's."""
     return _chosen in ("native", "workbench") and not _aside
+
+
+def borrows() -> bool:
+    """Whether calls past the limits of our kernels run MLX's, whose bits go with the shape of the
+    call: on a GPU. A processor's kernels have no such limits."""
+    return _chosen == "native" and (_gpu_rules or mx.default_device() == mx.gpu)
 
 
 def lazy() -> bool:
