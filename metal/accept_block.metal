@@ -12,7 +12,7 @@
 // Limits: k at most 128; n at most 256.
 #include "rng.h"
 
-using namespace pyengine;
+namespace pyengine {
 
 constant constexpr ushort max_drafts = 128;
 constant constexpr ushort max_count = 256;
@@ -74,7 +74,7 @@ excess_of(Row p, Row q, uint i, float scale, uint vocab, float minus_zero) {
 }
 
 template <ushort rule>
-[[kernel]] void accept_block(
+[[kernel, max_total_threads_per_threadgroup(512)]] void accept_block(
     const device int* p_ids [[buffer(0)]], // [k + 1, n]
     const device float* p_probs [[buffer(1)]], // [k + 1, n]
     const device int* q_ids [[buffer(2)]], // [k, m]
@@ -211,3 +211,5 @@ template <ushort rule>
 INSTANTIATE("accept_block_by_residual", accept_block, residual)
 INSTANTIATE("accept_block_by_block", accept_block, block)
 INSTANTIATE("accept_block_by_coupled", accept_block, coupled)
+
+} // namespace pyengine

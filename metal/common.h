@@ -8,13 +8,15 @@
 
 #include <metal_stdlib>
 
-using namespace metal;
-
 #define INSTANTIATE(name, kernel_, ...)   \
   template [[host_name(name)]] [[kernel]] \
   decltype(kernel_<__VA_ARGS__>) kernel_<__VA_ARGS__>;
 
 namespace pyengine {
+
+// Here and not outside: a name that some version of Metal's library adds is
+// then hidden by ours of that name.
+using namespace metal;
 
 // Two elements of 16 bits as floats. A bfloat is the upper half of a float, so
 // it widens without arithmetic.

@@ -11,15 +11,15 @@
 // one by one, in the same order of addition.
 #include "matmul.h"
 
-using namespace pyengine;
-
 constant bool float_out [[function_constant(2)]];
 constant bool aligned [[function_constant(3)]]; // rows of x and w on 16 bytes
+
+namespace pyengine {
 
 // Adds chunk k0 of four columns, N * K in all, to the sums.
 template <typename T, ushort lanes>
 inline void multiply_chunk(
-    thread Sums& sums,
+    thread float (&sums)[max_rows][lane_columns],
     const device T* w, // of the first column
     ushort live,
     const threadgroup float4* x,
@@ -57,7 +57,7 @@ inline void multiply_chunk(
 }
 
 template <typename T>
-[[kernel]] void dense_matmul(
+[[kernel, max_total_threads_per_threadgroup(256)]] void dense_matmul(
     const device T* x [[buffer(0)]], // [M, K]
     const device T* w [[buffer(1)]], // [N, K]
     device uchar* out [[buffer(2)]], // [M, N], T or float
@@ -115,3 +115,5 @@ template <typename T>
 INSTANTIATE("dense_matmul_float32", dense_matmul, float)
 INSTANTIATE("dense_matmul_float16", dense_matmul, half)
 INSTANTIATE("dense_matmul_bfloat16", dense_matmul, bfloat)
+
+} // namespace pyengine

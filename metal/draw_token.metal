@@ -5,11 +5,13 @@
 // keeps the sum that belongs to its own.
 #include "rng.h"
 
-using namespace pyengine;
-
 constant bool shared_noise [[function_constant(0)]];
 
-[[kernel]] void draw_token(
+namespace pyengine {
+
+[[host_name(
+    "draw_token")]] [[kernel, max_total_threads_per_threadgroup(32)]] void
+draw_token(
     const device int* ids [[buffer(0)]], // [T, count]
     const device float* probs [[buffer(1)]], // [T, count]
     const device int* position [[buffer(2)]], // []
@@ -36,3 +38,5 @@ constant bool shared_noise [[function_constant(0)]];
     out[row] = token;
   }
 }
+
+} // namespace pyengine

@@ -6,14 +6,14 @@
 // Limits: none.
 #include "ordered_sum.h"
 
-using namespace pyengine;
-
 constant bool float_out [[function_constant(0)]];
 constant int bits [[function_constant(1)]]; // 0 for a table of floats
 constant int group_size [[function_constant(2)]];
 
+namespace pyengine {
+
 template <typename T>
-[[kernel]] void embed(
+[[kernel, max_total_threads_per_threadgroup(256)]] void embed(
     const device int* ids [[buffer(0)]], // [T]
     const device uchar* w [[buffer(1)]], // [V, E * bits / 8] bytes, or T
     const device T* scales [[buffer(2)]], // [V, E / group_size]
@@ -38,16 +38,23 @@ template <typename T>
     }
   } else if (bits == 0) {
     const device T* from = (const device T*)w + ulong(row) * E + first;
+    T loaded[4];
     for (ushort i = 0; i < 4; ++i) {
-      values[i] = first + i < E ? float(from[i]) * scale : 0.0f;
+      loaded[i] = from[min(uint(i), E - 1 - first)];
+    }
+    for (ushort i = 0; i < 4; ++i) {
+      values[i] = float(loaded[i]) * scale;
     }
   } else {
     // Four weights lie in bits / 2 bytes, the first in the lowest.
     const device uchar* from = w + (ulong(row) * E + first) / 8 * bits +
         (first % 8 == 4 ? bits / 2 : 0);
-    uint packed = 0;
-    for (ushort b = 0; b < bits / 2; ++b) {
-      packed |= uint(from[b]) << 8 * b;
+    uint packed;
+    if (bits == 8) {
+      packed = *(const device uint*)from;
+    } else {
+      packed = from[0] | uint(from[1]) << 8;
+      packed |= bits == 6 ? uint(from[2]) << 16 : 0;
     }
     ulong at = (ulong(row) * E + first) / group_size;
     float factor = float(scales[at]), bias = float(biases[at]);
@@ -66,3 +73,5 @@ template <typename T>
 INSTANTIATE("embed_float32", embed, float)
 INSTANTIATE("embed_float16", embed, half)
 INSTANTIATE("embed_bfloat16", embed, bfloat)
+
+} // namespace pyengine

@@ -4,10 +4,10 @@
 // gates its own.
 #include "common.h"
 
-using namespace pyengine;
+namespace pyengine {
 
 template <typename T>
-[[kernel]] void geglu(
+[[kernel, max_total_threads_per_threadgroup(256)]] void geglu(
     const device T* gate [[buffer(0)]],
     const device T* up [[buffer(1)]],
     device T* out [[buffer(2)]],
@@ -21,3 +21,5 @@ template <typename T>
 INSTANTIATE("geglu_float32", geglu, float)
 INSTANTIATE("geglu_float16", geglu, half)
 INSTANTIATE("geglu_bfloat16", geglu, bfloat)
+
+} // namespace pyengine

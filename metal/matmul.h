@@ -92,7 +92,7 @@ inline void stage(
 // Adds one quad of four columns to the sums of all rows, which lie `pitch`
 // quads apart in x.
 inline void multiply_quad(
-    thread Sums& sums,
+    thread float (&sums)[max_rows][lane_columns],
     thread const float4 (&weights)[lane_columns],
     const threadgroup float4* x,
     ushort rows) {
@@ -116,7 +116,8 @@ inline void multiply_quad(
 // shuffles per row instead of 16. Lane p ends with the column that column_of(p)
 // names.
 template <ushort lanes>
-inline void add_lanes(thread Sums& sums, ushort rows, ushort p) {
+inline void
+add_lanes(thread float (&sums)[max_rows][lane_columns], ushort rows, ushort p) {
   bool right = p & 1;
   bool lower = p & 2;
 #pragma unroll

@@ -6,10 +6,10 @@
 // Limits: D even, at most 1024; x, weight and out on two elements.
 #include "rope.h"
 
-using namespace pyengine;
+namespace pyengine {
 
 template <typename T>
-[[kernel]] void norm_rope(
+[[kernel, max_total_threads_per_threadgroup(128)]] void norm_rope(
     const device T* x [[buffer(0)]], // [B, T, H, D]
     const device T* weight [[buffer(1)]], // [D]
     const device int* offset [[buffer(2)]], // []
@@ -45,3 +45,5 @@ template <typename T>
 INSTANTIATE("norm_rope_float32", norm_rope, float)
 INSTANTIATE("norm_rope_float16", norm_rope, half)
 INSTANTIATE("norm_rope_bfloat16", norm_rope, bfloat)
+
+} // namespace pyengine

@@ -11,10 +11,10 @@
 // Limits: D even, at most 1024; T at most C; all arrays on two elements.
 #include "rope.h"
 
-using namespace pyengine;
+namespace pyengine {
 
 template <typename T>
-[[kernel]] void prepare_qkv(
+[[kernel, max_total_threads_per_threadgroup(128)]] void prepare_qkv(
     const device T* q [[buffer(0)]], // [T, H, D]
     const device T* k [[buffer(1)]], // [T, K, D]
     const device T* v [[buffer(2)]], // [T, K, D]
@@ -72,3 +72,5 @@ template <typename T>
 INSTANTIATE("prepare_qkv_float32", prepare_qkv, float)
 INSTANTIATE("prepare_qkv_float16", prepare_qkv, half)
 INSTANTIATE("prepare_qkv_bfloat16", prepare_qkv, bfloat)
+
+} // namespace pyengine

@@ -149,7 +149,7 @@ inline void load_factors(
 // the factors that are held are those of the lane's set.
 template <typename T, ushort bits>
 inline void multiply_chunk(
-    thread Sums& sums,
+    thread float (&sums)[max_rows][lane_columns],
     thread const Columns<T>& columns,
     const threadgroup float4* x,
     threadgroup uint4* held,
@@ -209,7 +209,7 @@ inline void multiply_chunk(
 // lanes.
 template <typename T, ushort bits, typename Rows>
 inline void multiply_columns(
-    thread Sums& sums,
+    thread float (&sums)[max_rows][lane_columns],
     thread const Columns<T>& columns,
     const device T* x,
     threadgroup float4* staged,

@@ -13,10 +13,10 @@
 // Limits: those of quantized_matmul; 32 slots.
 #include "quantized.h"
 
-using namespace pyengine;
-
 constant bool gated [[function_constant(4)]];
 constant bool one_row [[function_constant(5)]]; // of x for all of a token
+
+namespace pyengine {
 
 // The rows that chose this expert: numbers of (token, slot) pairs from `first`
 // on.
@@ -62,7 +62,7 @@ inline ushort list_pairs(
 }
 
 template <typename T, ushort bits>
-[[kernel]] void quantized_expert_matmul(
+[[kernel, max_total_threads_per_threadgroup(256)]] void quantized_expert_matmul(
     const device T* x [[buffer(0)]], // [tokens, K] or [tokens, slots, K]
     const device uint* w [[buffer(1)]], // [experts, N, K * bits / 32]
     const device T* scales [[buffer(2)]], // [experts, N, K / group_size]
@@ -206,3 +206,5 @@ INSTANTIATE(
     quantized_expert_matmul,
     bfloat,
     4)
+
+} // namespace pyengine

@@ -30,7 +30,7 @@ constant bool has_softcap [[function_constant(4)]];
 constant bool has_edits [[function_constant(5)]];
 constant int room [[function_constant(6)]]; // entries of a list
 
-using namespace pyengine;
+namespace pyengine {
 
 constant constexpr ushort group_threads = 128;
 constant constexpr ushort max_room = 512;
@@ -104,7 +104,7 @@ inline void cut(
 }
 
 template <typename T, ushort bits>
-[[kernel]] void quantized_filter_logits(
+[[kernel, max_total_threads_per_threadgroup(128)]] void quantized_filter_logits(
     const device T* x [[buffer(0)]], // [M, K]
     const device uint* w [[buffer(1)]], // [N, K * bits / 32]
     const device T* scales [[buffer(2)]], // [N, K / group_size]
@@ -286,3 +286,5 @@ INSTANTIATE(
     quantized_filter_logits,
     bfloat,
     4)
+
+} // namespace pyengine

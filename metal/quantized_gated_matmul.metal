@@ -10,10 +10,10 @@
 // Limits: those of quantized_matmul; both matrices packed alike.
 #include "quantized.h"
 
-using namespace pyengine;
+namespace pyengine {
 
 template <typename T, ushort bits>
-[[kernel]] void quantized_gated_matmul(
+[[kernel, max_total_threads_per_threadgroup(256)]] void quantized_gated_matmul(
     const device T* x [[buffer(0)]], // [M, K]
     const device uint* gate_w [[buffer(1)]], // [N, K * bits / 32]
     const device T* gate_scales [[buffer(2)]], // [N, K / group_size]
@@ -106,3 +106,5 @@ INSTANTIATE(
     quantized_gated_matmul,
     bfloat,
     4)
+
+} // namespace pyengine

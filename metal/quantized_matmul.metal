@@ -38,10 +38,10 @@
 // and biases on 16 bytes.
 #include "quantized.h"
 
-using namespace pyengine;
+namespace pyengine {
 
 template <typename T, ushort bits>
-[[kernel]] void quantized_matmul(
+[[kernel, max_total_threads_per_threadgroup(256)]] void quantized_matmul(
     const device T* x [[buffer(0)]], // [M, K]
     const device uint* w [[buffer(1)]], // [N, K * bits / 32]
     const device T* scales [[buffer(2)]], // [N, K / group_size]
@@ -77,3 +77,5 @@ INSTANTIATE("quantized_matmul_float16_4", quantized_matmul, half, 4)
 INSTANTIATE("quantized_matmul_bfloat16_8", quantized_matmul, bfloat, 8)
 INSTANTIATE("quantized_matmul_bfloat16_6", quantized_matmul, bfloat, 6)
 INSTANTIATE("quantized_matmul_bfloat16_4", quantized_matmul, bfloat, 4)
+
+} // namespace pyengine

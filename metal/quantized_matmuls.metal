@@ -9,12 +9,12 @@
 // Limits: those of quantized_matmul; all matrices packed alike.
 #include "quantized.h"
 
-using namespace pyengine;
-
 constant bool has_third [[function_constant(4)]];
 
+namespace pyengine {
+
 template <typename T, ushort bits>
-[[kernel]] void quantized_matmuls(
+[[kernel, max_total_threads_per_threadgroup(256)]] void quantized_matmuls(
     const device T* x [[buffer(0)]], // [M, K]
     constant uint& M [[buffer(1)]],
     constant uint& K [[buffer(2)]],
@@ -46,10 +46,12 @@ template <typename T, ushort bits>
       first_w, first_scales, first_biases, first_out, first_N};
   if (tile >= first_tiles) {
     tile -= first_tiles;
-    product = {second_w, second_scales, second_biases, second_out, second_N};
+    product = Product<T>{
+        second_w, second_scales, second_biases, second_out, second_N};
     if (has_third && tile >= second_tiles) {
       tile -= second_tiles;
-      product = {third_w, third_scales, third_biases, third_out, third_N};
+      product =
+          Product<T>{third_w, third_scales, third_biases, third_out, third_N};
     }
   }
   multiply_tile<T, bits>(
@@ -65,3 +67,5 @@ INSTANTIATE("quantized_matmuls_float16_4", quantized_matmuls, half, 4)
 INSTANTIATE("quantized_matmuls_bfloat16_8", quantized_matmuls, bfloat, 8)
 INSTANTIATE("quantized_matmuls_bfloat16_6", quantized_matmuls, bfloat, 6)
 INSTANTIATE("quantized_matmuls_bfloat16_4", quantized_matmuls, bfloat, 4)
+
+} // namespace pyengine

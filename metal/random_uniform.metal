@@ -1,9 +1,11 @@
 // random_uniform: one Philox number per counter and thread.
 #include "rng.h"
 
-using namespace pyengine;
+namespace pyengine {
 
-[[kernel]] void random_uniform(
+[[host_name(
+    "random_uniform")]] [[kernel, max_total_threads_per_threadgroup(256)]] void
+random_uniform(
     const device uint* counters [[buffer(0)]], // [count, 4]
     device float* out [[buffer(1)]], // [count]
     constant uint& count [[buffer(2)]],
@@ -16,3 +18,5 @@ using namespace pyengine;
         uniform_of(philox(uint4(c[0], c[1], c[2], c[3]), uint2(key0, key1)));
   }
 }
+
+} // namespace pyengine

@@ -6,10 +6,10 @@
 // Limits: D at most 16384; for an even D all arrays start on whole pairs.
 #include "norm.h"
 
-using namespace pyengine;
+namespace pyengine {
 
 template <typename T>
-[[kernel]] void rms_norm(
+[[kernel, max_total_threads_per_threadgroup(512)]] void rms_norm(
     const device T* x [[buffer(0)]], // [rows, D]
     const device T* weight [[buffer(1)]], // [D]
     device T* out [[buffer(2)]], // [rows, D]
@@ -25,10 +25,14 @@ template <typename T>
   x += ulong(row) * D;
   out += ulong(row) * D;
 
+  Pairs<T> loaded = piece.load(x), factors;
+  if (weighted) {
+    factors = piece.load(weight);
+  }
   float2 values[pairs];
 #pragma unroll
   for (ushort i = 0; i < pairs; ++i) {
-    values[i] = piece.load(x, i);
+    values[i] = loaded.pair(i);
   }
   float inverse = inverse_rms(values, sums, D, eps, simd, simds, lane);
 #pragma unroll
@@ -36,7 +40,7 @@ template <typename T>
     if (piece.live(i)) {
       float2 normed = values[i] * inverse;
       if (weighted) {
-        normed *= piece.load(weight, i);
+        normed *= factors.pair(i);
       }
       piece.store(out, i, normed);
     }
@@ -46,3 +50,5 @@ template <typename T>
 INSTANTIATE("rms_norm_float32", rms_norm, float)
 INSTANTIATE("rms_norm_float16", rms_norm, half)
 INSTANTIATE("rms_norm_bfloat16", rms_norm, bfloat)
+
+} // namespace pyengine

@@ -6,9 +6,11 @@
 // Limits: at most 32 experts of a row.
 #include "ordered_sum.h"
 
-using namespace pyengine;
+namespace pyengine {
 
-[[kernel]] void route_experts(
+[[host_name(
+    "route_experts")]] [[kernel, max_total_threads_per_threadgroup(32)]] void
+route_experts(
     const device float* logits [[buffer(0)]], // [T, X]
     const device float* scales [[buffer(1)]], // [X]
     device int* ids [[buffer(2)]], // [T, used]
@@ -59,3 +61,5 @@ using namespace pyengine;
     weights[ulong(group.x) * used + lane] = e / total * scales[id];
   }
 }
+
+} // namespace pyengine

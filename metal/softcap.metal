@@ -3,9 +3,10 @@
 // For those who want all logits; quantized_filter_logits caps its own.
 #include "common.h"
 
-using namespace pyengine;
+namespace pyengine {
 
-[[kernel]] void softcap(
+[[host_name("softcap")]] [[kernel, max_total_threads_per_threadgroup(256)]] void
+softcap(
     const device float* x [[buffer(0)]],
     device float* out [[buffer(1)]],
     constant uint& size [[buffer(2)]],
@@ -15,3 +16,5 @@ using namespace pyengine;
     out[index] = capped(x[index], cap);
   }
 }
+
+} // namespace pyengine

@@ -5,10 +5,10 @@
 #include "common.h"
 #include "positions.h"
 
-using namespace pyengine;
+namespace pyengine {
 
 template <typename T> // an unsigned integer as wide as an element
-[[kernel]] void write_cache(
+[[kernel, max_total_threads_per_threadgroup(256)]] void write_cache(
     const device T* rows [[buffer(0)]], // [B, T, K, D]
     const device int* offset [[buffer(1)]], // []
     device T* cache [[buffer(2)]], // [B, K, C, D]
@@ -32,3 +32,5 @@ template <typename T> // an unsigned integer as wide as an element
 
 INSTANTIATE("write_cache_uint16", write_cache, ushort)
 INSTANTIATE("write_cache_uint32", write_cache, uint)
+
+} // namespace pyengine

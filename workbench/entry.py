@@ -9,7 +9,8 @@ from .rewrite import Parameter, Unit
 SYMBOL = "workbench_kernel"
 FIRST_THREADGROUP_SLOT = 32  # buffers come first
 
-_BUILTINS = {
+# Values of `const msl_context* t` (include/msl/entry.h)
+BUILTINS = {
     "thread_position_in_grid": "t->position_in_grid",
     "thread_position_in_threadgroup": "t->position_in_group",
     "threadgroup_position_in_grid": "t->group_position",
@@ -39,10 +40,33 @@ class Entry:
     buffers: dict[int, str]  # index -> name
     optional: list[int]  # buffers that some launches do not have
     threadgroup: dict[int, str]
+    threads: int  # most of a threadgroup; 0 where the kernel does not say
 
 
 def entry_point(unit: Unit, kernel: str) -> Entry:
-    """Write the entry point of a host name, a kernel, or `template<arguments>`.
+    """Write the entry point of a kernel; see `kernel_of` for its names and errors."""
+    target, name = kernel_of(unit, kernel)
+    slots = Slots(unit.kernels[name])
+    arguments = ", ".join(
+        slots.argument(i, parameter) for i, parameter in enumerate(unit.kernels[name])
+    )
+    code = (
+        f'\n#line 1 "entry point"\nusing workbench_kernel_type = decltype({target});\n'
+        f'extern "C" __attribute__((visibility("default"))) MSL_UNCHECKED void\n'
+        f"{SYMBOL}(void* const* b, const msl_context* t) {{\n  {target}({arguments});\n}}\n"
+    )
+    code = within(unit.namespaces[name], code)
+    threads = unit.threads.get(name, 0)
+    return Entry(code, slots.buffers, slots.optional, slots.threadgroup, threads)
+
+
+def within(namespace: str, code: str) -> str:
+    """Code in a namespace; in none if that is the empty text."""
+    return f"\nnamespace {namespace} {{{code}}}\n" if namespace else code
+
+
+def kernel_of(unit: Unit, kernel: str) -> tuple[str, str]:
+    """How C++ writes a kernel, given by host name, name or `template<arguments>`, and its name.
 
     Raises:
         ValueError: The unit has no such kernel.
@@ -54,19 +78,10 @@ def entry_point(unit: Unit, kernel: str) -> Entry:
         known = sorted({*unit.hosts, *(k for k in unit.kernels if k not in unit.templates)})
         listed = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
         raise ValueError(f"[workbench] kernel must be one of {listed} but got {kernel}.")
-    slots = _Slots(unit.kernels[name])
-    arguments = ", ".join(
-        slots.argument(i, parameter) for i, parameter in enumerate(unit.kernels[name])
-    )
-    code = (
-        f'\n#line 1 "entry point"\nusing workbench_kernel_type = decltype({target});\n'
-        f'extern "C" __attribute__((visibility("default"))) MSL_UNCHECKED void\n'
-        f"{SYMBOL}(void* const* b, const msl_context* t) {{\n  {target}({arguments});\n}}\n"
-    )
-    return Entry(code, slots.buffers, slots.optional, slots.threadgroup)
+    return target, name
 
 
-class _Slots:
+class Slots:
     """Hands out buffer slots: the given indices, then the lowest free ones in order."""
 
     def __init__(self, parameters: list[Parameter]) -> None:
@@ -78,8 +93,8 @@ class _Slots:
 
     def argument(self, i: int, parameter: Parameter) -> str:
         for attribute in parameter.attributes:
-            if attribute in _BUILTINS:
-                value = _BUILTINS[attribute]
+            if attribute in BUILTINS:
+                value = BUILTINS[attribute]
                 return f"msl_entry::builtin<workbench_kernel_type, {i}>({value})"
         if not parameter.is_memory:
             raise ValueError(

@@ -3,9 +3,10 @@
 No meaning is decided here; types, overloads and address spaces are left to the compiler and to
 include/msl. What is rewritten, token by token:
 
-* kernels: their attributes are read and removed; entry.py writes the functions that call them;
+* kernels: their attributes are read and removed; entry.py writes the functions that call them, in
+  the namespace of each;
 * explicit instantiations with a host name are read and removed;
-* `threadgroup T x[N];` inside a function becomes memory of the runtime;
+* `threadgroup T x[N];` inside a function becomes MSL_THREADGROUP_VARIABLE(x) of include/msl;
 * function constants get the launch's values;
 * vector constructors and casts, half and bfloat literals;
 * `constant` variables, array parameters in an address space, copies of whole objects between
@@ -59,6 +60,8 @@ class Unit:
     kernels: dict[str, list[Parameter]] = field(default_factory=dict)
     templates: set[str] = field(default_factory=set)  # kernels that are templates
     hosts: dict[str, str] = field(default_factory=dict)  # host name -> what it instantiates
+    namespaces: dict[str, str] = field(default_factory=dict)  # kernel -> where it is, if anywhere
+    threads: dict[str, int] = field(default_factory=dict)  # kernel -> most of a threadgroup
     constants: dict[str, int] = field(default_factory=dict)  # function constant -> index
     mistakes: list[str] = field(default_factory=list)  # C++ that is no Metal
 
@@ -74,6 +77,7 @@ class _Rewriter:
         self.constants = constants
         self.unit = Unit()
         self.vectors = set(_VECTORS)  # names of vector types, aliases included
+        self.braces: list[str] = []  # those around a place, as `namespace` names them
 
     def run(self) -> Unit:
         self.read_declarations()
@@ -88,12 +92,25 @@ class _Rewriter:
         t = self.tokens
         for p in t:
             word = t.text[p]
-            if word == "template" and t.text[p + 1] == "[" and t.text[p + 2] == "[":
+            if word == "{":
+                self.braces.append(self.namespace(p))
+            elif word == "}" and self.braces:
+                self.braces.pop()
+            elif word == "template" and t.text[p + 1] == "[" and t.text[p + 2] == "[":
                 self.read_instantiation(p)
             elif word == "kernel":
                 self.read_kernel(p)
             elif word in ("using", "typedef"):
                 self.read_alias(p)
+
+    def namespace(self, p: int) -> str:
+        """a::b of the brace in `namespace a::b {`; of any other brace nothing."""
+        t = self.tokens
+        begin = p
+        while t.kind[begin - 1] == "word" or t.text[begin - 1] == "::":
+            begin -= 1
+        words = t.words(begin, p).split()
+        return "".join(words[1:]) if words[:1] == ["namespace"] else ""
 
     def read_alias(self, p: int) -> None:
         t = self.tokens
@@ -162,8 +179,18 @@ class _Rewriter:
             if parameter.is_memory and not _SPACES & set(words):
                 self.mistake(a, f"kernel parameter `{parameter.text}` must have an address space")
             parameters.append(parameter)
+        first = begin
+        while t.text[first - 1] == "]":  # [[host_name("x")]] [[kernel]]
+            first = t.open(first - 1)
+        attributes = t.attributes(first, q, remove=False)
+        most = attributes.get("max_total_threads_per_threadgroup", "")
+        if most.isdigit():  # an expression of template parameters is not looked at
+            self.unit.threads[name] = int(most)
+        if "host_name" in attributes:
+            self.unit.hosts["".join(re.findall(r'"([^"]*)"', attributes["host_name"]))] = name
         t.blank(begin, first_attribute_end if t.text[begin] == "[" else p + 1)
         self.unit.kernels[name] = parameters
+        self.unit.namespaces[name] = "::".join(filter(None, self.braces))
 
     def set_function_constants(self) -> None:
         """constant T name [[function_constant(n)]];"""
@@ -352,13 +379,8 @@ class _Rewriter:
         code = ""
         for a, b in [(name, declarators[0][1]), *declarators[1:]]:
             x = t.text[a]
-            code += (
-                f"using msl_type_{x} = {kind} {t.words(a + 1, b)}; "
-                f"static ulong msl_serial_{x}; static void* msl_place_{x}; "
-                f"threadgroup msl_type_{x}& {x} = *(threadgroup msl_type_{x}*)(uintptr_t)"
-                f"workbench_variable(&msl_serial_{x}, &msl_place_{x}, sizeof(msl_type_{x}), "
-                f'"{x}");'
-            )
+            kind_of_x = f"using msl_type_{x} = {kind} {t.words(a + 1, b)};"
+            code += f"{kind_of_x} MSL_THREADGROUP_VARIABLE({x});"
         begin = t.open(p - 1) - 1 if after_alignas else p
         t.blank(begin, end + 1)
         t.text[p] = code

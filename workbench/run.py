@@ -118,6 +118,11 @@ def _prepare(kernel: Kernel, launch: LaunchLike) -> None:
         raise ValueError(f"[workbench] grid must be three positive numbers but got {grid}.")
     if len(group) != 3 or min(group) < 1 or math.prod(group) > _MAX_THREADS:
         raise ValueError(f"[workbench] threadgroup must have 1..1024 threads but got {group}.")
+    if 0 < kernel.threads < math.prod(group):
+        raise ValueError(
+            f"[workbench] threadgroup must have at most {kernel.threads} threads, by "
+            f"{kernel.name}'s max_total_threads_per_threadgroup, but got {math.prod(group)}."
+        )
     _struct.grid[:] = grid
     _struct.group[:] = group
     _struct.entry = kernel.entry

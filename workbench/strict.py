@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .entry import within
 from .library import METAL, preprocess, syntax_flags
 from .rewrite import rewrite
 from .toolchain import CACHE, OVERLAY, CompileError, compiler
@@ -29,7 +30,12 @@ def problems(path: Path) -> str:
         return str(error)
     if unit.mistakes:
         return "\n".join(unit.mistakes)
-    instances = "".join(f"template decltype({what}) {what};\n" for what in unit.hosts.values())
+    instances = ""
+    for what in unit.hosts.values():
+        name = what.partition("<")[0].split("::")[-1].strip()
+        if name in unit.templates:
+            scope = unit.namespaces[name]
+            instances += within(scope, f"template decltype({what}) {what};\n")
     CACHE.mkdir(parents=True, exist_ok=True)
     written = CACHE / f"strict-{path.stem}.{os.getpid()}.cpp"
     # Only for its warnings; not -fsyntax-only, with which zig looks for an object and finds none.

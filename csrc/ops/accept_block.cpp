@@ -25,6 +25,10 @@ enum class Rule : int { residual, block, coupled };
 
 constexpr const char* rule_names[] = {"residual", "block", "coupled"};
 
+// A simdgroup takes every 16th row: more threads would leave each fewer
+// registers than it needs.
+constexpr int max_simds = 16;
+
 // Inputs: p_ids, p_probs, q_ids, q_probs, drafts, position, seed.
 struct AcceptBlock {
   static constexpr const char* op = "accept_block";
@@ -41,7 +45,7 @@ struct AcceptBlock {
         op,
         std::string(op) + "_by_" + rule_names[int(rule)],
         {1, 1, 1},
-        {32 * std::min(k + 1, 32), 1, 1});
+        {32 * std::min(k + 1, max_simds), 1, 1});
     launch.buffers = {
         Buffer::array(Role::in, "p_ids", {k + 1, n}, mx::int32),
         Buffer::array(Role::in, "p_probs", {k + 1, n}, mx::float32),
@@ -142,8 +146,7 @@ Arrays accept_block(
       "vocab",
       "be positive and at most 2097152",
       vocab);
-  auto inputs =
-      contiguous_on_gpu(Arrays{p_ids, p_probs, q_ids, q_probs, drafts});
+  auto inputs = Arrays{p_ids, p_probs, q_ids, q_probs, drafts};
   inputs.insert(inputs.end(), {position, seed});
   return lazy_results(
       AcceptBlock{rule_of(rule), vocab},

@@ -21,7 +21,8 @@ from pyengine.engine import round as on_device
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.report import NonFinite, Report
 from pyengine.engine.stats import Stats
-from pyengine.model.cache import CHUNK, Cache
+from pyengine.model.cache import Cache
+from pyengine.model.plan import chunk_end, last_chunk
 from pyengine.model.target import Reader
 from pyengine.ops import dispatch
 from pyengine.sampling.sampler import Logprob, Sampler
@@ -302,15 +303,16 @@ def prefill(
 ) -> Iterator[Prefilled]:
     """Process a prompt from place ``known`` on, a chunk at a time. Evaluates once per chunk.
 
-    A prefix gets its marks: where prompts part, and at both ends of the last chunk.
+    A prefix gets its marks: where prompts part, where no more than a chunk is left, at the end.
     """
     parting, done = 0 if prefix is None else prefix.parting, known
+    last = last_chunk(known, len(prompt))
     while done < len(prompt):
         forked.check("generate")
-        end = min(done + CHUNK, len(prompt))
+        end = chunk_end(done, len(prompt))
         if done < parting < end:
             end = parting
-        if prefix is not None and (done == parting or end == len(prompt)):
+        if prefix is not None and done in (parting, last):
             prefix.mark(done)
         logits, hidden = target.prefill(prompt[done:end], cache, reader=reader)
         done = end

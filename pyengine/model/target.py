@@ -5,7 +5,7 @@ that verifying a block gives bit for bit the logits that single steps give. Betw
 elementwise operations only. Values are kept in the checkpoint's dtype, rounded once per op.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -13,13 +13,15 @@ import mlx.core as mx
 
 from pyengine import ops
 from pyengine.model import memory
-from pyengine.model.cache import CHUNK, Cache
+from pyengine.model.cache import Cache
 from pyengine.model.config import LayerConfig, TargetConfig
 from pyengine.model.experts import Experts, with_experts
 from pyengine.model.head import Logits
 from pyengine.model.layers import MLP, residual
 from pyengine.model.linear import Linear, Weights, side_by_side
+from pyengine.model.plan import ROWS, plan
 from pyengine.model.rows import apart, packed
+from pyengine.ops.dispatch import borrows
 
 # What a layer attends to: keys, values, and the position of the first, None where that is 0
 Seen = tuple[mx.array, mx.array, mx.array | None]
@@ -124,15 +126,19 @@ class Target:
         return memory.prompt_bytes(self.config, tokens, max_block, marks, self.dtype.size)
 
     def prefill(
-        self, ids: list[int], cache: Cache, chunk: int = CHUNK, reader: Reader | None = None
+        self,
+        ids: list[int],
+        cache: Cache,
+        chunk: int | None = None,
+        reader: Reader | None = None,
     ) -> tuple[mx.array, mx.array]:
-        """Process and commit a prompt. Evaluates after each chunk, so that memory stays level.
+        """Process and commit a prompt. Evaluates, see :meth:`rows`.
 
         Args:
             ids: The prompt, or its next part.
             cache: What stands before it; gets its keys and values.
-            chunk: Tokens a call.
-            reader: Is given each chunk's rows.
+            chunk: Tokens of a whole chunk, in place of 512.
+            reader: Is given each call's rows.
 
         Returns:
             Logits of the last position [V], float32, not evaluated: most callers that hand over a
@@ -142,17 +148,34 @@ class Target:
             ValueError: No ids, or an id outside the vocabulary.
         """
         check_ids("prefill", ids, self.config.vocab_size)
-        if chunk < 1:
+        if chunk is not None and chunk < 1:
             raise ValueError(f"[prefill] chunk must be at least 1 but got {chunk}.")
-        for begin in range(0, len(ids), chunk):
-            part = mx.array(ids[begin : begin + chunk], dtype=mx.int32)
-            hidden, tapped = self._hidden([part], [cache], () if reader is None else reader.taps)
-            cache.commit(mx.array(part.size, dtype=mx.int32), cache.length_limit + part.size)
-            mx.eval(tapped, cache.arrays)
-            if reader is not None:
-                reader.read(tapped, mx.array(part.size - 1, dtype=mx.int32))
-        hidden = hidden[-1:]
+        for rows in self.rows(ids, cache, chunk, reader):
+            hidden = rows.hidden[-1:]
         return self._head(hidden).array[0], hidden
+
+    def rows(
+        self,
+        ids: list[int],
+        cache: Cache,
+        chunk: int | None = None,
+        reader: Reader | None = None,
+    ) -> Iterator[Logits]:
+        """Process and commit ids by the calls that :func:`pyengine.model.plan.plan` gives for their
+        positions; evaluates after each call, so that memory stays level. Arguments as `prefill`.
+
+        Yields:
+            Each call's rows, of which no logits are made until they are asked for.
+        """
+        first = cache.length_limit = cast(int, cache.length.item())
+        for start, rows, _ in plan(first, first + len(ids), borrows(), chunk):
+            part = mx.array(ids[start - first : start - first + rows], dtype=mx.int32)
+            hidden, tapped = self._hidden([part], [cache], () if reader is None else reader.taps)
+            cache.commit(mx.array(rows, dtype=mx.int32), start + rows)
+            mx.eval(hidden, tapped, cache.arrays)
+            if reader is not None:
+                reader.read(tapped, mx.array(rows - 1, dtype=mx.int32))
+            yield self._head(hidden)
 
     def forward(
         self, ids: Sequence[mx.array], caches: Sequence[Cache], taps: tuple[int, ...] = ()
@@ -178,10 +201,10 @@ class Target:
         return self._head(hidden), tapped
 
     def logits(self, ids: list[int]) -> mx.array:
-        """Logits [T, V], float32, of every position of ids."""
+        """Logits [T, V], float32, of every position of ids. Evaluates, see :meth:`rows`."""
         check_ids("logits", ids, self.config.vocab_size)
-        hidden, _ = self._hidden([mx.array(ids, dtype=mx.int32)], [self.new_cache(1)])
-        return self._head(hidden).array
+        calls = self.rows(ids, self.new_cache(1))
+        return mx.concatenate([part.array for rows in calls for part in rows.parts(ROWS)])
 
     def _head(self, x: mx.array) -> Logits:
         return Logits(x, self.table, self.config.softcap)
@@ -263,6 +286,9 @@ class Target:
                 cache.store(i, keys, values)
                 seen[i] = keys, values, None
         keys, values, start = seen[geometry.kv_source]
+        if not geometry.sliding and T > ROWS and borrows():  # not all that the cache has room for
+            stop = cache.length_limit + T
+            keys, values = keys[:, :, :stop], values[:, :, :stop]
         window = self.config.window if geometry.sliding else None
         out = ops.block_attention(q, keys, values, cache.length, window=window, start=start)
         return out.reshape(T, -1)

@@ -18,6 +18,7 @@ from pyengine.checkpoint import memory
 from pyengine.engine import loop, schedule
 from pyengine.engine.report import NonFinite
 from pyengine.engine.slots import Slots
+from pyengine.model import plan
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXT = greedy_text("uni12")
@@ -193,7 +194,7 @@ def test_a_long_prompt_lets_others_write(
     pair: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between its chunks there are rounds, and its text is the same."""
-    monkeypatch.setattr(loop, "CHUNK", 4)
+    monkeypatch.setattr(plan, "CHUNK", 4)
     want = told(generate(TEXT[:60], pair=pair, **settings(3)))
     with Engine(pair) as engine:
         first = engine.submit(PROMPTS[5], **settings(5))

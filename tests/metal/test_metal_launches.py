@@ -13,6 +13,7 @@ from fuzz_ops import flat, random_call
 
 from pyengine import _ext, ops
 from pyengine.ops import dispatch
+from workbench.library import METAL
 
 # Of each op the largest calls that its kernel takes: rows, a row, or what a threadgroup keeps
 LIMITS = [
@@ -58,6 +59,49 @@ def test_buffers_are_the_arrays_in_order(op):
         for launch in launches:
             assert min(*launch.grid, *launch.threadgroup) > 0
     assert launched > 5
+
+
+# Where neither a random call nor one at a limit has as many threads as a kernel may have
+WIDE = {
+    "embed": lambda: ops.embed(mx.zeros(1, mx.int32), [mx.zeros((2, 1024))]),
+    "block_attention": lambda: ops.block_attention(
+        mx.zeros((1, 16, 4, 512)),
+        mx.zeros((1, 1, 64, 512)),
+        mx.zeros((1, 1, 64, 512)),
+        mx.array(0),
+        scale=1.0,
+    ),
+}
+
+
+def threads_of_kernels(library: str) -> dict[str, int]:
+    """The attribute of each kernel in a file."""
+    text = (METAL / f"{library}.metal").read_text()
+    attribute = r"\[\[kernel, max_total_threads_per_threadgroup\((\d+)\)\]\] void\s+(\w+)\("
+    kernels = {name: int(threads) for threads, name in re.findall(attribute, text)}
+    assert len(kernels) == len(re.findall(r"\[\[kernel|^kernel", text, re.MULTILINE))
+    return kernels
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_kernels_are_compiled_for_the_threads_of_their_launches(op):
+    """No launch has more, and some launch has as many: registers are shared out by that number."""
+    limits = importlib.import_module(f"test_{op}").LIMITS.values()
+    calls = [flat(call(limit)) for limit, call in limits]
+    calls += [[WIDE[op]()]] if op in WIDE else []
+    most: dict[str, int] = {}
+    for outs in results(op) + calls:
+        for launch in _ext.launches_of(outs)[0] or []:
+            kernels = threads_of_kernels(launch.library)
+            name = max((k for k in kernels if launch.kernel.startswith(k)), key=len)
+            threads = math.prod(launch.threadgroup)
+            assert threads <= kernels[name], launch.kernel
+            most[name] = max(most.get(name, 0), threads)
+    assert most == {name: threads_of_kernels(op).get(name, most[name]) for name in most}
+
+
+def test_every_kernel_says_its_threads():
+    assert all(threads_of_kernels(path.stem) for path in METAL.glob("*.metal"))
 
 
 @pytest.mark.parametrize("op, limit, call", LIMITS)

@@ -24,6 +24,7 @@ LEVELS = (
     {"generation"},
     {"streams"},
     {"task"},
+    {"doctor"},
     {"engine"},
     {"checkpoint"},
     {"text"},

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from snippets import launch, run
+from snippets import launch, run, source
 
 import workbench
 from workbench import Buffer
@@ -120,6 +120,42 @@ def test_what_is_refused():
     four = (*launch(COPY).buffers, two[0])
     refused(r"k must be given buffers \[0, 1, 2\] but the launch has 4\.", buffers=four)
     refused(r"threadgroup_memory must be for one of \[\]", threadgroup_memory=((0, 16),))
+
+
+NAMESPACED = """#include <metal_stdlib>
+namespace ours {
+using namespace metal;
+inline float max(float a, float) { return a + 1.0f; }
+constant constexpr int step = 1;
+[[host_name("plain")]] [[kernel, max_total_threads_per_threadgroup(32)]] void add(
+    const device float* a [[buffer(0)]],
+    device float* o [[buffer(1)]],
+    constant uint& n [[buffer(2)]],
+    uint i [[thread_position_in_grid]]) {
+  o[i] = max(a[i], 0.0f);
+}
+template <int by>
+[[kernel, max_total_threads_per_threadgroup(64)]] void add_some(
+    const device float* a [[buffer(0)]],
+    device float* o [[buffer(1)]],
+    constant uint& n [[buffer(2)]],
+    uint i [[thread_position_in_grid]]) {
+  o[i] = a[i] + by;
+}
+template [[host_name("some")]] [[kernel]] decltype(add_some<step>) add_some<step>;
+} // namespace ours
+"""
+
+
+def test_kernels_of_a_namespace_and_the_threads_that_they_say():
+    one = replace(launch(COPY), library=source(NAMESPACED))
+    for kernel, threads in (("plain", 32), ("some", 64), ("add_some<1>", 64)):
+        named = replace(one, kernel=kernel, threadgroup=(threads, 1, 1), grid=(64 // threads, 1, 1))
+        outputs, _ = workbench.run(named, {"a": A})
+        np.testing.assert_array_equal(outputs["o"], A + 1)
+        text = rf"at most {threads} threads, by {kernel}'s .*, but got {threads + 1}\."
+        with pytest.raises(ValueError, match=text):
+            workbench.run(replace(named, threadgroup=(threads + 1, 1, 1)), {"a": A})
 
 
 def test_threadgroup_arguments_need_a_size():
