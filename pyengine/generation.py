@@ -134,7 +134,9 @@ def generate(
             for one, own in zip(prompts, settings, strict=True)
         ]
         requests = [
-            engine.add(own) for task in tasks for own in ([task] if n is None else several(task, n))
+            request
+            for task in tasks
+            for request in engine.add_several([task] if n is None else several(task, n))
         ]
         for request in requests:
             for _ in request:

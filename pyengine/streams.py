@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
@@ -15,7 +15,7 @@ import mlx.core as mx
 from pyengine.arguments import whole
 from pyengine.checkpoint import memory
 from pyengine.engine import schedule
-from pyengine.engine.loop import Round, Rounds, TokenSequence
+from pyengine.engine.loop import Round, Rounds, Shared, TokenSequence
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.slots import Slots
 from pyengine.sampling.settings import MAX_SEED
@@ -48,6 +48,7 @@ class Request(Iterator[str]):
         self.sequence: TokenSequence | None = None  # once it has joined
         self.chunks: Iterator[Round] | None = None  # while its prompt is under way
         self.prefix: Prefix | None = None  # while it is active
+        self.shared: Shared | None = None  # its prompt, where other texts begin with it
         self.at_end = ExitStack()
         self._engine = engine
 
@@ -166,7 +167,8 @@ class Engine:
 
         Args:
             prompt: A string, messages, or token ids.
-            n: So many texts, with the seeds s, s + 1, ... from that of ``sampling`` on.
+            n: So many texts, with the seeds s, s + 1, ... from that of ``sampling`` on; the prompt
+                is processed once.
             settings: ``max_tokens``, ``sampling``, ``block_size``, ``drafter``, ``stop``, ``raw``
                 and ``variables``, as :func:`pyengine.generate` takes them.
 
@@ -180,7 +182,12 @@ class Engine:
         task = new_task(prompt, pair=self.pair, **settings)
         if n is None:
             return self.add(task)
-        return [self.add(one) for one in several(task, n)]
+        return self.add_several(several(task, n))
+
+    def add_several(self, tasks: Sequence[Task], most_unheard: int | None = None) -> list[Request]:
+        """Add requests that have one prompt, which is processed once."""
+        shared = Shared(len(tasks))
+        return [self.add(task, most_unheard, shared) for task in tasks]
 
     def check(self, task: Task) -> None:
         """Refuse what would not fit if it were alone.
@@ -190,9 +197,12 @@ class Engine:
         """
         self._needs(task)
 
-    def add(self, task: Task, most_unheard: int | None = None) -> Request:
+    def add(
+        self, task: Task, most_unheard: int | None = None, shared: Shared | None = None
+    ) -> Request:
         """Add a request that was checked. It is held while so many of its steps are unheard."""
         request = Request(self, task, self._needs(task), most_unheard)
+        request.shared = shared
         with self._news:
             if self._closed:
                 raise RuntimeError("[engine] the engine must be open but was closed.")
@@ -335,6 +345,7 @@ class Engine:
             **task.arguments,
             stats=request.answer.stats,
             prefix=prefix,
+            shared=request.shared,
         )
         request.chunks = request.sequence.prefill()
 

@@ -106,6 +106,49 @@ def decode(
         yield done
 
 
+class Begun(NamedTuple):
+    """A prompt that was processed: what several texts may start from."""
+
+    cache: Cache
+    logits: mx.array
+    hidden: mx.array
+    drafter: list[mx.array]
+
+
+class Shared:
+    """A prompt that several texts begin with; the first that comes to it processes it.
+
+    ``texts`` is how many they are. Each gets a copy of its keys and values, the last one the
+    original, so that they are as many as the texts.
+    """
+
+    def __init__(self, texts: int) -> None:
+        self._left = texts - 1
+        self._begun: Begun | None = None
+
+    def take(self) -> Begun | None:
+        """What the first one left; None where nobody has been there. Evaluates."""
+        begun = self._begun
+        if begun is None:
+            return None
+        self._left -= 1
+        if not self._left:
+            self._begun = None
+            return begun
+        return _copied(begun)
+
+    def leave(self, begun: Begun) -> None:
+        """Leave a copy for the others. Evaluates."""
+        if self._begun is None and self._left:
+            self._begun = _copied(begun)
+
+
+def _copied(begun: Begun) -> Begun:
+    """What a text may write to, apart."""
+    carried = [a * 1 for a in begun.drafter]
+    return begun._replace(cache=begun.cache.snapshot(), drafter=carried)
+
+
 class TokenSequence:
     """A text on its way: what its rounds work with, and what the host knows of it.
 
@@ -125,6 +168,7 @@ class TokenSequence:
         stop_ids: frozenset[int] = frozenset(),
         stats: Stats | None = None,
         prefix: Prefix | None = None,
+        shared: Shared | None = None,
     ) -> None:
         _check(target, drafter, prompt, block_size, max_tokens)
         self.stats = Stats() if stats is None else stats
@@ -137,6 +181,7 @@ class TokenSequence:
         # A drafter with taps has no rows of what a prefix holds
         tapped = self._drafter is not None and self._drafter.taps
         self._prefix = None if tapped else prefix
+        self._shared = shared
         room = target.context - len(prompt)
         self._room = room if max_tokens is None else min(max_tokens, room)
         self._text = list(prompt)
@@ -157,6 +202,14 @@ class TokenSequence:
         """Process the prompt; the last round that is yielded has the first token. Evaluates."""
         stats, prompt = self.stats, self.prompt
         start = time.perf_counter()
+        begun = None if self._shared is None else self._shared.take()
+        if begun is not None:
+            self._prefix = None  # which holds another cache
+            stats.reused_tokens = len(prompt)
+            if self._drafter is not None:
+                self._drafter.take_results(begun.drafter)
+            yield self._begin(begun, start)
+            return
         if self._prefix is None:
             cache, known = self._target.new_cache(self.block_size), 0
         else:
@@ -167,15 +220,23 @@ class TokenSequence:
                 stats.prefill_s += time.perf_counter() - start
                 yield Round([], None, 0, 0, None, chunk.done)
                 start = time.perf_counter()
-        sampler = Sampler(self._sampling, prompt, chunk.logits.shape[-1])
-        self.parts = on_device.Parts(self._target, self._drafter, cache, sampler)
+        carried = [] if self._drafter is None else self._drafter.arrays
+        begun = Begun(cache, chunk.logits, chunk.hidden, carried)
+        if self._shared is not None:
+            self._shared.leave(begun)
+        yield self._begin(begun, start)
+
+    def _begin(self, begun: Begun, start: float) -> Round:
+        """The first token, behind a prompt that was processed. Evaluates."""
+        sampler = Sampler(self._sampling, self.prompt, begun.logits.shape[-1])
+        self.parts = on_device.Parts(self._target, self._drafter, begun.cache, sampler)
         self.kind = self.block_size, type(self._drafter), sampler.settings
-        self._dtype = chunk.hidden.dtype
-        played = on_device.first(self.parts, chunk.logits[None])
+        self._dtype = begun.hidden.dtype
+        played = on_device.first(self.parts, begun.logits[None])
         row = _read([self.parts], played)
         self._primary = played.outcomes[0].primary
-        stats.prefill_s += time.perf_counter() - start
-        yield self.commit(row)
+        self.stats.prefill_s += time.perf_counter() - start
+        return self.commit(row)
 
     def prepare(self) -> None:
         """Make ready for a round: the tokens so far, how many drafts, room in the cache.

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyengine.engine.stats import Stats
@@ -213,9 +214,12 @@ class Worker:
                     job.say(Said(index, ask.echoed(ask.echo, between)))
                 if not ask.max_tokens:
                     job.say(Said(index, Result("", [], "length", Stats())))
-            for index, ask in enumerate(job.asks):
-                if ask.max_tokens:
-                    job.texts[index] = self._engine.add(ask.task(), most_unheard=1)
+            asks = [(index, ask) for index, ask in enumerate(job.asks) if ask.max_tokens]
+            for _, group in groupby(asks, lambda each: id(each[1].ids)):
+                indices, own = zip(*group, strict=True)
+                tasks = [ask.task() for ask in own]
+                texts = self._engine.add_several(tasks, most_unheard=1)
+                job.texts.update(zip(indices, texts, strict=True))
         except Cut:
             pass
         except Exception as error:  # the thread serves the others, whatever this one did

@@ -224,6 +224,38 @@ def test_n_texts_have_a_seed_each(pair: Any) -> None:
         generate(TEXT[:9], n=0, **ask)
 
 
+@pytest.mark.parametrize("drafter", ["assistant", "lookup"])
+@pytest.mark.parametrize("sequences", [2, 4])
+def test_n_texts_process_their_prompt_once(
+    sequences: int, drafter: str, pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes first; also where that one leaves before its prompt is done."""
+    monkeypatch.setattr(plan, "CHUNK", 8)
+    ask: dict[str, Any] = {"max_tokens": 12, "block_size": 3, "drafter": drafter}
+    prompt = TEXT[:20] * 2
+    want = [
+        told(generate(prompt, pair=pair, sampling={"seed": s, "temperature": 1.5}, **ask))
+        for s in range(3, 7)
+    ]
+    calls, prefill = [], pair.target.prefill
+    monkeypatch.setattr(
+        pair.target, "prefill", lambda ids, *a, **kw: calls.append(1) or prefill(ids, *a, **kw)
+    )
+    with Engine(pair, sequences=sequences) as engine:
+        given = {"sampling": {"seed": 3, "temperature": 1.5}, "n": 4, **ask}
+        requests = engine.submit(prompt, **given)
+        run(engine)
+        assert [told(request.result) for request in requests] == want and len(calls) == 5
+        assert requests[3].result.stats.reused_tokens == len(prompt)
+    with Engine(pair, sequences=sequences) as engine:
+        requests = engine.submit(prompt, **given)
+        engine.step()
+        requests[0].cancel()
+        run(engine)
+        assert [told(request.result) for request in requests[1:]] == want[1:]
+        assert len(calls) <= 5 + 1 + 5
+
+
 def test_a_list_of_prompts_is_a_list_of_results(pair: Any) -> None:
     ask: dict[str, Any] = {"pair": pair, "max_tokens": 9}
     each = [{"temperature": 0.0}, Sampling(seed=3)]
