@@ -6,7 +6,7 @@ import hashlib
 import os
 from math import prod
 
-from .entry import BUILTINS, Slots, kernel_of
+from .entry import BUILTINS, Slots, kernel_of, within
 from .gcn_run import Program, parse
 from .launch import LaunchLike
 from .library import METAL, SEMANTICS, preprocess, source_path, syntax_flags
@@ -84,21 +84,26 @@ def _entry(unit: Unit, launch: LaunchLike) -> str:
             passed.append(f"({kind})memory_{parameter.attributes['threadgroup']}")
         else:
             slot = slots.buffer_slot(parameter)
-            given[slot] = f"metal::msl_pointer<{kind}> __restrict b{slot}"
-            passed.append(f"{'*' if '&' in parameter.text else ''}b{slot}")
+            pointer = f"metal::msl_pointer<{kind}>"
+            if slot < len(launch.buffers):
+                given[slot] = f"{pointer} __restrict b{slot}"
+            value = f"b{slot}" if slot in given else f"({pointer})nullptr"
+            passed.append(f"{'*' if '&' in parameter.text else ''}{value}")
     buffers = "".join(f"{given[slot]}, " for slot in sorted(given))
-    memory = "".join(
-        "__attribute__((loader_uninitialized, aligned(16))) "
-        f"static threadgroup uchar memory_{index}[{size}];\n"
-        for index, size in launch.threadgroup_memory
-    )
-    threads = prod(launch.threadgroup)
-    return (
+    # Its size is not the compiler's business: it would plan for the few threadgroups that fit.
+    begins, end = [], 0
+    for index, size in launch.threadgroup_memory:
+        begins.append(f"#define memory_{index} (threadgroup_memory + {end})\n")
+        end += (size + 15) // 16
+    memory = "extern threadgroup uint4 threadgroup_memory[];\n" + "".join(begins)
+    threads = unit.threads.get(name) or prod(launch.threadgroup)
+    code = (
         f'\n#line 1 "entry point"\nusing counted_type = decltype({target});\n{memory}'
         f'extern "C" __attribute__((visibility("default"), amdgpu_kernel, '
-        f"amdgpu_flat_work_group_size({threads}, {threads}), "
+        f"amdgpu_flat_work_group_size(32, {threads}), "
         f"amdgpu_num_vgpr({registers_of(threads)}))) void\n"
         f"{SYMBOL}({buffers}msl_dispatch dispatch) {{\n"
         f"  msl_context context = msl_here(dispatch), *t = &context;\n"
         f"  {target}({', '.join(passed)});\n}}\n"
     )
+    return within(unit.namespaces[name], code)

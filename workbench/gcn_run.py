@@ -57,8 +57,7 @@ def parse(assembly: str) -> Program:
     """Read the assembly of a kernel named `counted`."""
     code = assembly[assembly.index("\ncounted:") :]
     about = {
-        name: int(value)
-        for name, value in re.findall(r"\.amdhsa_(\w+) (\d+)$", code, re.MULTILINE)
+        name: int(value) for name, value in re.findall(r"\.amdhsa_(\w+) (\d+)$", code, re.MULTILINE)
     }
     labels: dict[str, int] = {}
     found: list[Instruction] = []
@@ -80,9 +79,7 @@ def parse(assembly: str) -> Program:
     ]
     counted = re.search(r"; NumVgprs: (\d+)", code)
     assert counted
-    return Program(
-        tuple(whole), int(counted[1]), about["private_segment_fixed_size"], about
-    )
+    return Program(tuple(whole), int(counted[1]), about["private_segment_fixed_size"], about)
 
 
 def _split(text: str) -> Iterator[str]:
@@ -375,8 +372,9 @@ _INTEGER: dict[str, Callable[..., Any]] = {
     "v_max_i32": lambda a, b: np.maximum(_signed(a), _signed(b)).view(np.uint32),
     "v_max3_u32": lambda a, b, c: np.maximum(np.maximum(a, b), c),
     "v_min3_u32": lambda a, b, c: np.minimum(np.minimum(a, b), c),
-    "v_mbcnt_lo_u32_b32": lambda a, b: b
-    + np.array([(int(a[0]) & ((1 << lane) - 1)).bit_count() for lane in range(32)], np.uint32),
+    "v_mbcnt_lo_u32_b32": lambda a, b: (
+        b + np.array([(int(a[0]) & ((1 << lane) - 1)).bit_count() for lane in range(32)], np.uint32)
+    ),
     **{
         f"v_cvt_f32_ubyte{i}": lambda a, i=i: (
             (a >> np.uint32(8 * i) & np.uint32(255)).astype(np.float32).view(np.uint32)
@@ -454,7 +452,7 @@ _TYPES |= {"u16": np.uint16, "i16": np.int16}
 
 def _compare(i: Instruction) -> Step:
     match = re.match(r"v_cmp(x?)_(\w+?)_(\w\d\d)$", i.name)
-    if not match:
+    if not match or match[2] == "class":
         return _class(i)
     to_exec, how, kind = match.groups()
     operands = i.operands if to_exec and len(i.operands) == 2 else i.operands[1:]
@@ -537,9 +535,7 @@ def _set_v64(w: Simdgroup, register: int, value: Any) -> None:
 def _fmac(i: Instruction) -> Step:
     target = _register(i.operands[0])[1]
     a, b = floats(i.operands[1]), floats(i.operands[2])
-    return lambda w: w.set_v(
-        target, _fma(a(w), b(w), w.V[target].view(np.float32)).view(np.uint32)
-    )
+    return lambda w: w.set_v(target, _fma(a(w), b(w), w.V[target].view(np.float32)).view(np.uint32))
 
 
 def _select(i: Instruction) -> Step:
@@ -547,9 +543,7 @@ def _select(i: Instruction) -> Step:
     signed = any(mark in text for text in i.operands[1:3] for mark in ("|v", "-v", "|s", "-s"))
     a, b = ((floats if signed else vector)(text) for text in i.operands[1:3])
     chosen = scalar(i.operands[3])
-    return lambda w: w.set_v(
-        target, np.where(mask_of(chosen(w)), b(w), a(w)).view(np.uint32)
-    )
+    return lambda w: w.set_v(target, np.where(mask_of(chosen(w)), b(w), a(w)).view(np.uint32))
 
 
 def _carry(subtract: int, reverse: bool, with_carry: bool) -> Callable[[Instruction], Step]:
@@ -802,9 +796,7 @@ def _threadgroup(i: Instruction) -> Step:
     return read
 
 
-def _threadgroup_atomic(
-    i: Instruction, function: Callable[[int, int], int], returns: bool
-) -> Step:
+def _threadgroup_atomic(i: Instruction, function: Callable[[int, int], int], returns: bool) -> Step:
     address, value = (vector(text) for text in i.operands[returns : returns + 2])
     offset = int(i.options.get("offset", "0"))
 

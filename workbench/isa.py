@@ -174,8 +174,22 @@ def matmul_calls(columns: int) -> dict[str, Callable[[int, int, int], Any]]:
     }
 
 
+def attention() -> Any:
+    """A block of six against a full layer of the 31B."""
+    import mlx.core as mx
+
+    from pyengine import ops
+
+    T, H, K, D, C = 6, 32, 4, 512, 1024
+    q = mx.ones((1, T, H, D), mx.bfloat16)
+    k, v = (mx.ones((1, K, C, D), mx.bfloat16) for _ in range(2))
+    return ops.block_attention(q, k, v, mx.array(C - T, mx.int32), scale=1.0)
+
+
 def small_call(op: str) -> tuple[Any, int | None]:
-    """The SMALL call of its bench, and its rows."""
+    """The SMALL call of its bench, whose first threadgroup has work, and its rows."""
+    if op == "block_attention":
+        return attention(), 6
     import timing  # of the bench folder
 
     bench: Any = importlib.import_module(f"bench_{op}")
@@ -212,7 +226,7 @@ def matmul_row(call: Callable[[int, int, int], Any], M: int, bits: int) -> Row:
         launch = launches[0]
         weights = [i for i, b in enumerate(launch.buffers) if WEIGHTS.fullmatch(b.name)]
         program = gcn.program(launch)
-        counts, memory = _run(program, launch, {}, weights, (0, 0, 0))
+        counts, memory = _run(program, launch, {}, weights)
         executed.append(kinds_of(counts.executed))
         loaded.append(sum(memory.touched(i) for i in weights))
     step = {kind: 32.0 * (n - executed[0][kind]) for kind, n in executed[1].items()}
@@ -233,8 +247,7 @@ def rows_of(op: str) -> Iterator[Row]:
             arrays |= run(launches[:i], arrays)[0]
         read = [n for n, b in enumerate(launch.buffers) if b.role in ("in", "inout")]
         program = gcn.program(launch)
-        middle = (launch.grid[0] // 2, launch.grid[1] // 2, launch.grid[2] // 2)
-        counts, memory = _run(program, launch, arrays, read, middle)
+        counts, memory = _run(program, launch, arrays, read)
         of_arrays = [n for n, b in enumerate(launch.buffers) if b.role != "bytes"]
         moved = sum(memory.touched(n) for n in of_arrays)
         executed = {kind: 32.0 * n for kind, n in kinds_of(counts.executed).items()}
@@ -246,7 +259,6 @@ def _run(
     launch: LaunchLike,
     arrays: dict[str, Any],
     watched: Sequence[int],
-    group: tuple[int, int, int],
 ) -> tuple[gcn_run.Counts, gcn_run.Memory]:
     buffers: list[Any] = []
     for buffer in launch.buffers:
@@ -259,7 +271,7 @@ def _run(
     return gcn_run.run(
         program,
         buffers,
-        group=group,
+        group=(0, 0, 0),
         threadgroup=tuple(launch.threadgroup),  # type: ignore[arg-type]
         groups=tuple(launch.grid),  # type: ignore[arg-type]
         watched=watched,
@@ -345,7 +357,9 @@ examples:
             print(json.dumps([asdict(row) for row in rows], indent=1))
             return 0
         print(CAVEAT)
-        print(f"\n{'kernel':28}{'bits':>5}{'M':>4}{'registers':>10}{'spills':>7}{'loads':>6}", end="")
+        print(
+            f"\n{'kernel':28}{'bits':>5}{'M':>4}{'registers':>10}{'spills':>7}{'loads':>6}", end=""
+        )
         print(f"{'instr/byte':>11}{'cycles/byte':>12}  by kind")
         for row in rows:
             print(_line(row), flush=True)

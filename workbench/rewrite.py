@@ -6,7 +6,7 @@ include/msl. What is rewritten, token by token:
 * kernels: their attributes are read and removed; entry.py writes the functions that call them, in
   the namespace of each;
 * explicit instantiations with a host name are read and removed;
-* `threadgroup T x[N];` inside a function becomes what include/msl has for it: memory of the runtime;
+* `threadgroup T x[N];` inside a function becomes MSL_THREADGROUP_VARIABLE(x) of include/msl;
 * function constants get the launch's values;
 * vector constructors and casts, half and bfloat literals;
 * `constant` variables, array parameters in an address space, copies of whole objects between
