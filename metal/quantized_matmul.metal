@@ -53,8 +53,7 @@ template <typename T, ushort bits>
     threadgroup float4* staged [[threadgroup(0)]],
     threadgroup uint4* factors [[threadgroup(1)]],
     uint3 group [[threadgroup_position_in_grid]],
-    ushort thread_index [[thread_index_in_threadgroup]],
-    ushort simds [[simdgroups_per_threadgroup]]) {
+    ushort thread_index [[thread_index_in_threadgroup]]) {
   multiply_tile<T, bits>(
       {w, scales, biases, out, N},
       x,
@@ -64,8 +63,7 @@ template <typename T, ushort bits>
       factors,
       group.x,
       group.y,
-      thread_index,
-      simds);
+      thread_index);
 }
 
 INSTANTIATE("quantized_matmul_float32_8", quantized_matmul, float, 8)
