@@ -40,6 +40,7 @@ NB_MODULE(_ext, m) {
       .def_ro("work", &pyengine::Plan::work);
 
   pyengine::bind_launch(m);
+  pyengine::bind_encode(m);
   pyengine::bind_mathfn(m);
   pyengine::bind_recorded(m);
   pyengine::bind_ops(m);

@@ -9,6 +9,7 @@ using namespace nb::literals; // "x"_a: an argument named x
 
 namespace pyengine {
 
+void bind_encode(nb::module_& m);
 void bind_launch(nb::module_& m);
 void bind_mathfn(nb::module_& m);
 void bind_recorded(nb::module_& m);

@@ -24,8 +24,7 @@ check_filter(const char* op, float temperature, float top_p, float min_p) {
       min_p >= 0 && min_p < 1, op, "min_p", "be 0 or more and below 1", min_p);
 }
 
-// Checks the edits of `rows` rows and appends them, if any, to a node's inputs,
-// which on a GPU are contiguous.
+// Checks the edits of `rows` rows and appends them, if any, to a node's inputs.
 inline void add_edits(
     const char* op,
     int rows,
@@ -50,7 +49,7 @@ inline void add_edits(
   check_shape(op, "edit factors", *factors, shape);
   check_shape(op, "edit deltas", *deltas, shape);
   if (ids->size() > 0) {
-    auto edits = contiguous_on_gpu(Arrays{*ids, *factors, *deltas});
+    auto edits = Arrays{*ids, *factors, *deltas};
     inputs.insert(inputs.end(), edits.begin(), edits.end());
   }
 }
@@ -116,7 +115,8 @@ class ContiguousEdits {
 
 // The tiles of metal/filter_logits.metal and metal/merge_candidates.metal.
 constexpr int filter_thread_items = 16;
-constexpr int max_merged = filter_thread_items * 1024; // of a threadgroup
+constexpr int max_merged = 16384; // of a row
+constexpr int merge_threads = 512;
 
 // The buffers of L edits of T rows.
 inline void add_edits(Launch& launch, int T, int L) {
@@ -136,10 +136,10 @@ inline Launch merge_candidates_launch(
     int count,
     float top_p,
     float min_p) {
-  int simdgroup_items = 32 * filter_thread_items;
-  int simds = (slices * count + simdgroup_items - 1) / simdgroup_items;
+  // No more threads than entries
+  int threads = std::min((slices * count + 31) / 32 * 32, merge_threads);
   Launch launch(
-      "merge_candidates", "merge_candidates", {T, 1, 1}, {32 * simds, 1, 1});
+      "merge_candidates", "merge_candidates", {T, 1, 1}, {threads, 1, 1});
   launch.buffers = {
       Buffer::array(Role::in, "candidates", {T, slices, count}, mx::uint64),
       Buffer::array(Role::in, "slice_flags", {T, slices}, mx::uint32),

@@ -1,4 +1,4 @@
-// launch: small parts of a Launch, its Python face, and how a GPU runs it.
+// launch: small parts of a Launch, and its Python face.
 
 #include "launch.h"
 
@@ -14,14 +14,10 @@
 #include <cstring>
 #include <optional>
 #include <stdexcept>
-#include <string_view>
 
 #include "bindings.h"
 #include "metal_sources.h"
 #include "op.h"
-#ifdef __APPLE__
-#include "mlx/backend/metal/device.h"
-#endif
 
 namespace pyengine {
 
@@ -72,18 +68,38 @@ std::string dtype_name(mx::Dtype dtype) {
 
 namespace {
 
+const MetalKernel& metal_kernel(
+    const std::string& library,
+    const std::string& kernel) {
+  for (const auto& known : metal_kernels) {
+    if (kernel == known.name && library == known.library->name) {
+      return known;
+    }
+  }
+  throw std::logic_error(
+      "[launch] no Metal kernel is named " + kernel + " in " + library + ".");
+}
+
+} // namespace
+
+std::string metal_source(
+    const std::string& library,
+    const std::string& kernel) {
+  const auto& known = metal_kernel(library, kernel);
+  return std::string(known.library->text) + known.instantiation;
+}
+
+std::string compiled_name(
+    const std::string& library,
+    const std::string& kernel) {
+  return "pyengine_" + kernel + "_" + metal_kernel(library, kernel).hash;
+}
+
+namespace {
+
 const char* role_name(Buffer::Role role) {
   constexpr const char* names[] = {"in", "out", "inout", "bytes"};
   return names[int(role)];
-}
-
-std::string source_of(const std::string& library) {
-  for (const auto& [name, source] : metal_sources) {
-    if (library == name) {
-      return source;
-    }
-  }
-  throw std::logic_error("[launch] no Metal source is named " + library + ".");
 }
 
 bool names(const std::vector<const Buffer*>& buffers, const std::string& name) {
@@ -119,144 +135,6 @@ Arguments arguments_of(const std::vector<Launch>& launches) {
       all.written, [&](const Buffer* b) { return names(between, b->name); });
   return all;
 }
-
-#ifdef __APPLE__
-
-namespace {
-
-mx::array temporary(const Buffer& buffer, const mx::Stream& stream) {
-  mx::array a(buffer.shape, buffer.dtype, nullptr, {});
-  a.set_data(mx::allocator::malloc(a.nbytes()));
-  mx::metal::get_command_encoder(stream).add_temporary(a);
-  return a;
-}
-
-// MLX keeps libraries and pipelines by name alone, so the name of a library
-// carries the hash of its text, and that of a pipeline its constants.
-MTL::ComputePipelineState* pipeline(
-    const Launch& launch,
-    mx::metal::Device& device) {
-  std::string source = source_of(launch.library);
-  std::string library = "pyengine_" + launch.library + "_" +
-      std::to_string(std::hash<std::string>()(source));
-  std::string name = launch.kernel;
-  mx::metal::MTLFCList constants;
-  for (const auto& [index, value] : launch.constants) {
-    std::visit(
-        [&, index = index](const auto& v) {
-          using T = std::decay_t<decltype(v)>;
-          auto type = std::is_same_v<T, bool> ? MTL::DataTypeBool
-              : std::is_same_v<T, int>        ? MTL::DataTypeInt
-                                              : MTL::DataTypeFloat;
-          constants.emplace_back(&v, type, index);
-          name += "_" + std::to_string(v);
-        },
-        value);
-  }
-  auto* compiled = device.get_library(library, [&] { return source; });
-  return device.get_kernel(launch.kernel, compiled, name, constants);
-}
-
-MTL::Size size_of(const std::array<int, 3>& size) {
-  return MTL::Size(size[0], size[1], size[2]);
-}
-
-// `inputs` and `outputs` stand for the buffers of those roles, in order; an
-// inout buffer is an output.
-void run_one(
-    const Launch& launch,
-    const mx::Stream& stream,
-    const Arrays& inputs,
-    Arrays& outputs) {
-  auto& device = mx::metal::device(stream.device);
-  auto& encoder = mx::metal::get_command_encoder(stream);
-  encoder.set_compute_pipeline_state(pipeline(launch, device));
-  size_t input = 0, output = 0;
-  for (int i = 0; i < int(launch.buffers.size()); ++i) {
-    const auto& buffer = launch.buffers[i];
-    if (buffer.role == Role::bytes) {
-      encoder.set_bytes(buffer.data.data(), int(buffer.data.size()), i);
-    } else if (buffer.role == Role::in) {
-      const auto& a = inputs[input++];
-      if (a.offset() % buffer.alignment != 0) {
-        throw std::runtime_error(
-            "[" + launch.library + "] " + buffer.name + " must start on " +
-            std::to_string(buffer.alignment) + " bytes but starts at byte " +
-            std::to_string(a.offset()) + " of its memory; pass a copy of it.");
-      }
-      // A copy of a whole cache for every block would go unnoticed
-      if (a.size() > 1 && !a.flags().row_contiguous) {
-        throw std::runtime_error(
-            "[" + launch.library + "] " + buffer.name +
-            " must be contiguous on a GPU but got a strided view; pass "
-            "mx.contiguous of it.");
-      }
-      encoder.set_input_array(a, i);
-    } else {
-      encoder.set_output_array(outputs[output++], i);
-    }
-  }
-  for (auto [index, bytes] : launch.threadgroup_memory) {
-    encoder.set_threadgroup_memory_length(bytes, index);
-  }
-  encoder.dispatch_threadgroups(
-      size_of(launch.grid), size_of(launch.threadgroup));
-}
-
-} // namespace
-
-void run_on_gpu(
-    const std::vector<Launch>& launches,
-    const mx::Stream& stream,
-    const Arrays& inputs,
-    Arrays& outputs) {
-  auto arguments = arguments_of(launches);
-  if (inputs.size() != arguments.read.size() ||
-      outputs.size() != arguments.written.size()) {
-    throw std::logic_error(
-        "[" + launches[0].library + "] launches name other arguments.");
-  }
-  // An array that is written in place is an output
-  std::vector<std::pair<std::string_view, mx::array>> known;
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    known.emplace_back(arguments.written[i]->name, outputs[i]);
-  }
-  for (size_t i = 0; i < arguments.read.size(); ++i) {
-    known.emplace_back(arguments.read[i]->name, inputs[i]);
-  }
-  auto find = [&](const Buffer& buffer) {
-    for (const auto& [name, a] : known) {
-      if (name == buffer.name) {
-        return a;
-      }
-    }
-    known.emplace_back(buffer.name, temporary(buffer, stream));
-    return known.back().second;
-  };
-  for (const auto& launch : launches) {
-    Arrays read, written;
-    for (const auto& buffer : launch.buffers) {
-      if (buffer.role != Role::bytes) {
-        bool reads = buffer.role == Role::in;
-        (reads ? read : written).push_back(find(buffer));
-      }
-    }
-    run_one(launch, stream, read, written);
-  }
-}
-
-#else
-
-void run_on_gpu(
-    const std::vector<Launch>& launches,
-    const mx::Stream&,
-    const Arrays&,
-    Arrays&) {
-  throw std::runtime_error(
-      "[" + launches[0].library + "] was built without Metal; use mx.cpu.");
-}
-
-#endif
 
 namespace {
 
@@ -301,6 +179,7 @@ void bind_launch(nb::module_& m) {
           })
       .def_prop_ro("dtype", [](const Buffer& b) { return dtype_name(b.dtype); })
       .def_ro("alignment", &Buffer::alignment)
+      .def_ro("state", &Buffer::state)
       .def_prop_ro("data", [](const Buffer& b) {
         return nb::bytes(b.data.data(), b.data.size());
       });
@@ -334,7 +213,15 @@ void bind_launch(nb::module_& m) {
       },
       "results"_a);
   m.attr("max_launch_rows") = max_launch_rows;
-  m.def("metal_source", &source_of, "library"_a);
+  m.def("metal_source", &metal_source, "library"_a, "kernel"_a);
+  m.def("compiled_name", &compiled_name, "library"_a, "kernel"_a);
+  m.def("metal_kernels", [] {
+    std::vector<std::pair<std::string, std::string>> names;
+    for (const auto& known : metal_kernels) {
+      names.emplace_back(known.library->name, known.name);
+    }
+    return names;
+  });
 }
 
 } // namespace pyengine

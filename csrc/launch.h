@@ -2,9 +2,9 @@
 // launch.h: how one Metal kernel is started, as data.
 //
 // An op (op.h) computes its Launches from shapes and dtypes alone. eval_gpu
-// hands them to MLX's command encoder, the workbench to the same kernels
-// compiled for the processor: what is tested without a Mac is what runs on one.
-// The processor kernels have a Plan of their own (plan.h).
+// hands them to MLX's command encoder (encode.h), the workbench to the same
+// kernels compiled for the processor: what is tested without a Mac is what runs
+// on one. The processor kernels have a Plan of their own (plan.h).
 
 #include <array>
 #include <cstdint>
@@ -34,6 +34,9 @@ struct Buffer {
   mx::Dtype dtype;
   int alignment; // bytes that its first element must lie on
   std::string data; // bytes only
+  // Read here and written in place by other ops: keys and values. Never copied,
+  // and an encoder is told that it is in use until the launch is done.
+  bool state = false;
 
   static Buffer array(
       Role role,
@@ -86,12 +89,13 @@ struct Arguments {
 
 Arguments arguments_of(const std::vector<Launch>& launches);
 
-// Runs launches in order on a GPU stream; `inputs` and `outputs` stand for
-// their arguments, and outputs have memory.
-void run_on_gpu(
-    const std::vector<Launch>& launches,
-    const mx::Stream& stream,
-    const Arrays& inputs,
-    Arrays& outputs);
+// What is compiled for one kernel: its library's text, headers included, with
+// the one instantiation.
+std::string metal_source(const std::string& library, const std::string& kernel);
+
+// Names what is compiled for a kernel: two that differ have different ones.
+std::string compiled_name(
+    const std::string& library,
+    const std::string& kernel);
 
 } // namespace pyengine

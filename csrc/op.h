@@ -30,6 +30,7 @@
 #include <utility>
 #include <vector>
 
+#include "encode.h"
 #include "launch.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/mlx.h"
@@ -81,6 +82,9 @@ class OpOf final : public AnyOp {
     if (empty(in, out)) {
       return;
     }
+    if (rehearsing()) {
+      return encode(prepared(in, out), rehearsal(), in, out);
+    }
     auto& encoder = mx::cpu::get_command_encoder(stream());
     for (const auto& a : in) {
       encoder.set_input_array(a);
@@ -96,14 +100,7 @@ class OpOf final : public AnyOp {
     if (empty(in, out)) {
       return;
     }
-    auto launches = op_.launches(in, out);
-    if (launches.empty()) {
-      throw std::runtime_error(
-          std::string("[") + T::op +
-          "] has no Metal kernel for these arguments; pyengine.ops." + T::op +
-          " runs plain MLX there.");
-    }
-    run_on_gpu(launches, stream(), in, out);
+    run_on_gpu(prepared(in, out), stream(), in, out);
   }
 
   // mx.compile makes one node of two that are equivalent and have the same
@@ -124,13 +121,28 @@ class OpOf final : public AnyOp {
         op.share(in, out);
       };
 
+  // A recorded round evaluates this node again and again, on one thread.
+  Prepared& prepared(const Arrays& in, const Arrays& out) {
+    if (prepared_.fits(in)) {
+      return prepared_;
+    }
+    auto launches = op_.launches(in, out);
+    if (launches.empty()) {
+      throw std::runtime_error(
+          std::string("[") + T::op +
+          "] has no Metal kernel for these arguments; pyengine.ops." + T::op +
+          " runs plain MLX there.");
+    }
+    return prepared_ = Prepared(T::op, std::move(launches), in, out.size());
+  }
+
   void allocate(const Arrays& in, Arrays& out) const {
     if constexpr (in_place) {
       op_.share(in, out);
     }
     for (auto& a : out) {
       if (!a.data_shared_ptr()) {
-        a.set_data(mx::allocator::malloc(a.nbytes()));
+        pyengine::allocate(a);
       }
     }
   }
@@ -138,6 +150,7 @@ class OpOf final : public AnyOp {
   T op_;
   std::vector<mx::Shape> shapes_; // of its results
   std::vector<mx::Dtype> dtypes_;
+  Prepared prepared_;
 };
 
 // The result of an op on the default stream, lazy.

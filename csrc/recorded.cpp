@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "bindings.h"
+#include "encode.h"
 #include "mlx/backend/cpu/encoder.h"
 
 namespace pyengine {
@@ -190,7 +191,7 @@ Tape::Tape(const ArrayFunction& function, const std::vector<mx::array>& inputs)
   std::for_each(results.begin(), results.end(), keep);
 
   int given = graph.count; // values that no node makes
-  as_one_ = stream_.device == mx::Device::cpu;
+  as_one_ = stream_.device == mx::Device::cpu && !rehearsing();
   for (const auto& a : made) {
     Graph::Node node = {a.primitive_ptr(), {}, {}, {}, {}};
     for (const auto& input : a.inputs()) {

@@ -48,6 +48,20 @@ struct Selection {
   uint parts[2][32]; // one number per simdgroup, twice: written while read
 };
 
+// The highest of one number per simdgroup.
+inline uint group_max(
+    uint value,
+    threadgroup uint* parts,
+    ushort simd,
+    ushort simds,
+    ushort lane) {
+  if (lane == 0) {
+    parts[simd] = value;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return simd_max(lane < simds ? parts[lane] : 0);
+}
+
 // Adds one number per thread. Calls in a row take turns with `parts`, which
 // saves a barrier.
 inline uint group_sum(
@@ -64,11 +78,63 @@ inline uint group_sum(
   return simd_sum(lane < simds ? parts[lane] : 0);
 }
 
+// Entries of a thread, in its registers.
+template <ushort items>
+struct Held {
+  ulong of[items];
+
+  // How many come before a trial one.
+  uint below(ulong trial) const {
+    uint found = 0;
+#pragma unroll
+    for (ushort i = 0; i < items; ++i) {
+      found += of[i] < trial;
+    }
+    return found;
+  }
+
+  // Writes those up to a limit to list[at], list[at + 1], ...
+  void write(ulong limit, threadgroup ulong* list, uint at, ushort room) const {
+#pragma unroll
+    for (ushort i = 0; i < items; ++i) {
+      if (of[i] <= limit && of[i] != no_entry) {
+        if (at < room) {
+          list[at] = of[i];
+        }
+        ++at;
+      }
+    }
+  }
+
+  // A key that at least `count` entries of the threadgroup do not exceed, and
+  // few others: so many of each simdgroup's threads have their best one there.
+  uint bound(
+      uint count,
+      threadgroup uint* parts,
+      ushort simd,
+      ushort simds,
+      ushort lane) const {
+    ulong best = no_entry;
+#pragma unroll
+    for (ushort i = 0; i < items; ++i) {
+      best = of[i] < best ? of[i] : best;
+    }
+    uint key = uint(best >> 32);
+    uint rank = 0;
+    for (ushort i = 0; i < 32; ++i) {
+      rank += simd_shuffle(key, i) < key;
+    }
+    uint share = (count + simds - 1) / simds;
+    uint own = share > 32 ? 0xffffffffu : simd_max(rank < share ? key : 0);
+    return group_max(own, parts, simd, simds, lane);
+  }
+};
+
 // A number that `count` of the entries of all threads do not exceed, bit by
 // bit; there must be that many.
-template <ushort items, ushort room>
+template <ushort room, typename Entries>
 inline ulong limit_of(
-    const thread ulong (&entries)[items],
+    thread const Entries& entries,
     uint count,
     threadgroup Selection<room>& shared,
     ushort simd,
@@ -77,12 +143,8 @@ inline ulong limit_of(
   ulong limit = 0;
   for (short bit = 63; bit >= 0; --bit) {
     ulong trial = limit | 1ul << bit;
-    uint below = 0;
-#pragma unroll
-    for (ushort i = 0; i < items; ++i) {
-      below += entries[i] < trial;
-    }
-    below = group_sum(below, shared.parts[bit & 1], simd, simds, lane);
+    uint below = group_sum(
+        entries.below(trial), shared.parts[bit & 1], simd, simds, lane);
     if (below == count) {
       return trial - 1;
     }
@@ -91,58 +153,17 @@ inline ulong limit_of(
   return limit;
 }
 
-// A key that at least `count` entries do not exceed, and few others: so many of
-// each simdgroup's threads have their best one there.
-template <ushort items, ushort room>
-inline uint bound_of(
-    const thread ulong (&entries)[items],
-    uint count,
-    threadgroup Selection<room>& shared,
-    ushort simd,
-    ushort simds,
-    ushort lane) {
-  ulong best = no_entry;
-#pragma unroll
-  for (ushort i = 0; i < items; ++i) {
-    best = entries[i] < best ? entries[i] : best;
-  }
-  uint key = uint(best >> 32);
-  uint rank = 0;
-  for (ushort i = 0; i < 32; ++i) {
-    rank += simd_shuffle(key, i) < key;
-  }
-  uint share = (count + simds - 1) / simds;
-  uint bound = share > 32 ? 0xffffffffu : simd_max(rank < share ? key : 0);
-  if (lane == 0) {
-    shared.parts[0][simd] = bound;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  return simd_max(lane < simds ? shared.parts[0][lane] : 0);
-}
-
 // Lists the entries up to a limit; returns how many there are.
-template <ushort items, ushort room>
+template <ushort room, typename Entries>
 inline uint list_entries(
-    const thread ulong (&entries)[items],
+    thread const Entries& entries,
     ulong limit,
     threadgroup Selection<room>& shared) {
-  uint own = 0;
-#pragma unroll
-  for (ushort i = 0; i < items; ++i) {
-    own += entries[i] <= limit && entries[i] != no_entry;
-  }
+  uint own = entries.below(limit < no_entry ? limit + 1 : no_entry);
   if (own > 0) {
     uint at =
         atomic_fetch_add_explicit(&shared.found, own, memory_order_relaxed);
-#pragma unroll
-    for (ushort i = 0; i < items; ++i) {
-      if (entries[i] <= limit && entries[i] != no_entry) {
-        if (at < room) {
-          shared.list[at] = entries[i];
-        }
-        ++at;
-      }
-    }
+    entries.write(limit, shared.list, at, room);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   return atomic_load_explicit(&shared.found, memory_order_relaxed);
@@ -151,16 +172,16 @@ inline uint list_entries(
 // Writes the best `count` of the entries of all threads, best first; no_entry
 // where there are fewer. Out points to device or threadgroup memory.
 //
-// The best entry of each thread bounds what need be looked at: of 4096 random
-// logits and a count of 64, some 130 are left. Each of those counts the ones
-// better than itself. Where many are equal, more are left than the list holds;
-// then the limit is found exactly.
+// Entries tells a bound of what need be looked at: of 4096 random logits and a
+// count of 64, some 130 are left. Each of those counts the ones better than
+// itself. Where many are equal, more are left than the list holds; then the
+// limit is found exactly.
 //
 // All threads must come; `room` is at least `count`. A barrier must follow
 // before the memory is used again.
-template <ushort items, ushort room, typename Out>
+template <ushort room, typename Entries, typename Out>
 inline void select_best(
-    const thread ulong (&entries)[items],
+    thread const Entries& entries,
     uint count,
     Out out,
     threadgroup Selection<room>& shared,
@@ -171,7 +192,7 @@ inline void select_best(
   if (thread_index == 0) {
     atomic_store_explicit(&shared.found, 0, memory_order_relaxed);
   }
-  uint bound = bound_of(entries, count, shared, simd, simds, lane);
+  uint bound = entries.bound(count, shared.parts[0], simd, simds, lane);
   uint found = list_entries(entries, ulong(bound) << 32 | 0xffffffffu, shared);
   if (found > room) {
     ulong limit = limit_of(entries, count, shared, simd, simds, lane);

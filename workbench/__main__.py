@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from . import isa, strict
+from . import strict
+from .isa import command
 from .launch import DTYPES, Buffer, Launch
 from .library import METAL, preprocess
 from .report import Report
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns 1 if the kernel has faults."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["isa"]:
-        return isa.main(arguments[1:])
+        return command.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m workbench",
         description="Compile a Metal kernel for the processor, run it on random inputs, check it.",

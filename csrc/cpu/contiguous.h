@@ -4,7 +4,7 @@
 // mx::contiguous would do it too, as one more node in the graph for every call;
 // a forward pass has hundreds of calls and almost no strided input. So a
 // contiguous input is read where it lies, and a strided one is gathered inside
-// the task.
+// the task; on a GPU it is copied when the op is encoded (encode.h).
 
 #include <cstring>
 #include <memory>
@@ -80,24 +80,12 @@ class Contiguous {
   std::shared_ptr<Gather> gather_; // a task must be copyable
 };
 
-// The same as an array, for what reads an input where it lies: the graph gets
-// the node unless the input is known to be contiguous, as weights are that
-// nobody sliced.
+// The same as an array, for what processor kernels read where it lies: the
+// graph gets the node unless the input is known to be contiguous, as weights
+// are that nobody sliced.
 inline mx::array made_contiguous(const mx::array& a) {
   bool known = a.is_available() && a.flags().row_contiguous;
   return known ? a : mx::contiguous(a);
-}
-
-// Metal kernels read every input where it lies, processor kernels only some.
-inline mx::array contiguous_on_gpu(const mx::array& a) {
-  return mx::default_device() == mx::Device::cpu ? a : made_contiguous(a);
-}
-
-inline std::vector<mx::array> contiguous_on_gpu(std::vector<mx::array> inputs) {
-  for (auto& input : inputs) {
-    input = contiguous_on_gpu(input);
-  }
-  return inputs;
 }
 
 } // namespace pyengine

@@ -146,8 +146,7 @@ Arrays accept_block(
       "vocab",
       "be positive and at most 2097152",
       vocab);
-  auto inputs =
-      contiguous_on_gpu(Arrays{p_ids, p_probs, q_ids, q_probs, drafts});
+  auto inputs = Arrays{p_ids, p_probs, q_ids, q_probs, drafts};
   inputs.insert(inputs.end(), {position, seed});
   return lazy_results(
       AcceptBlock{rule_of(rule), vocab},

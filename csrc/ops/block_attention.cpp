@@ -155,6 +155,7 @@ constexpr int tile_rows = 64; // of a threadgroup
 constexpr int tile_bytes = 128; // of a row, staged together
 constexpr int slice_columns = 128;
 constexpr int value_bytes = 4096; // of v, staged together
+constexpr int ahead = 2; // loads of a tile of scores for each thread, at most
 constexpr int loading_simds = 4; // at least, so that few rows load as fast
 
 int pieces(int n, int size) {
@@ -213,13 +214,15 @@ class SliceLaunches {
 
   Launch scores() const {
     int staged = row_simds() * score_rows + params_.keys;
+    int loads = staged * tile_bytes / 16;
     auto launch = stage(
         "scores",
         params_.spans * attention_span / params_.keys,
-        row_simds() * params_.keys / simd_keys);
+        std::max(
+            row_simds() * params_.keys / simd_keys, pieces(loads, 32 * ahead)));
     launch.buffers = {
         input("q", {B_, params_.T, params_.H, params_.D}),
-        input("k", cache()),
+        state("k"),
         offset(),
         score_list(Role::out),
         params_buffer()};
@@ -233,7 +236,7 @@ class SliceLaunches {
     auto launch = stage(
         "values", params_.spans * pieces(params_.D, slice_columns), simds);
     launch.buffers = {
-        input("v", cache()),
+        state("v"),
         offset(),
         score_list(Role::in),
         value_list(Role::out),
@@ -295,6 +298,12 @@ class SliceLaunches {
 
   Buffer input(const char* name, mx::Shape shape) const {
     return Buffer::array(Role::in, name, std::move(shape), dtype_, 16);
+  }
+
+  Buffer state(const char* name) const {
+    auto buffer = input(name, cache());
+    buffer.state = true;
+    return buffer;
   }
 
   Buffer offset() const {
@@ -453,7 +462,7 @@ mx::array block_attention(
       fail(op, "C", rule, C);
     }
   }
-  Arrays inputs = {contiguous_on_gpu(q), k, offset};
+  Arrays inputs = {q, k, offset};
   if (start) {
     check_shape(op, "start", *start, {});
     check_dtype(op, "start", *start, mx::int32, "be int32");

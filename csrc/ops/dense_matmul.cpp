@@ -79,10 +79,7 @@ mx::array dense_matmul(
   auto shape = x.shape();
   shape.back() = w.shape(0);
   return lazy_result(
-      DenseMatmul{},
-      std::move(shape),
-      dtype,
-      {contiguous_on_gpu(x), made_contiguous(w)});
+      DenseMatmul{}, std::move(shape), dtype, {x, made_contiguous(w)});
 }
 
 } // namespace

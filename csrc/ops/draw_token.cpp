@@ -84,7 +84,7 @@ mx::array draw_token(
       DrawToken{index, shared},
       {ids.shape(0)},
       mx::int32,
-      {contiguous_on_gpu(ids), contiguous_on_gpu(probs), position, seed});
+      {ids, probs, position, seed});
 }
 
 } // namespace

@@ -151,7 +151,7 @@ mx::array embed(
       "out_dtype",
       "be float32 or the dtype of the table",
       dtype);
-  Arrays inputs = {contiguous_on_gpu(ids)};
+  Arrays inputs = {ids};
   for (const auto& a : table) {
     inputs.push_back(made_contiguous(a));
   }

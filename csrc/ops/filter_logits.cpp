@@ -110,7 +110,7 @@ Arrays filter_logits(
       "be 0 (off) to 256",
       top_k);
   check_filter(op, temperature, top_p, min_p);
-  Arrays inputs = {contiguous_on_gpu(logits)};
+  Arrays inputs = {logits};
   add_edits(op, rows, edit_ids, edit_factors, edit_deltas, inputs);
   if (temperature == 0) { // greedy: the one best candidate, as it stands
     temperature = 1;

@@ -59,11 +59,7 @@ mx::array geglu(const mx::array& gate, const mx::array& up) {
   check_storage_dtype(op, "gate", gate);
   check_shape(op, "up", up, gate.shape());
   check_dtype(op, "up", up, gate.dtype(), "have the dtype of gate");
-  return lazy_result(
-      Geglu{},
-      gate.shape(),
-      gate.dtype(),
-      {contiguous_on_gpu(gate), contiguous_on_gpu(up)});
+  return lazy_result(Geglu{}, gate.shape(), gate.dtype(), {gate, up});
 }
 
 } // namespace

@@ -86,13 +86,7 @@ mx::array norm_rope(
   check_dtype(op, "inv_freq", inv_freq, mx::float32, "be float32");
   check(eps > 0, op, "eps", "be positive", eps);
   return lazy_result(
-      NormRope{eps},
-      x.shape(),
-      x.dtype(),
-      {contiguous_on_gpu(x),
-       contiguous_on_gpu(weight),
-       offset,
-       contiguous_on_gpu(inv_freq)});
+      NormRope{eps}, x.shape(), x.dtype(), {x, weight, offset, inv_freq});
 }
 
 } // namespace

@@ -160,7 +160,7 @@ Arrays prepare_qkv(
   check_dtype(op, "inv_freq", inv_freq, mx::float32, "be float32");
   check_block(op, offset, T, C);
   check(eps > 0, op, "eps", "be positive", eps);
-  auto inputs = contiguous_on_gpu(Arrays{q, k, v, q_norm, k_norm, inv_freq});
+  auto inputs = Arrays{q, k, v, q_norm, k_norm, inv_freq};
   inputs.insert(inputs.end(), {offset, keys, values});
   return lazy_results(
       PrepareQkv{eps},

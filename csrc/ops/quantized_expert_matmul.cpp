@@ -232,13 +232,13 @@ mx::array quantized_expert_matmul(
       "be the dtype of x where up is given",
       dtype);
 
-  Arrays inputs = {contiguous_on_gpu(x)};
+  Arrays inputs = {x};
   for (const auto* matrix : {&stack, &up}) {
     for (const auto& a : *matrix) {
       inputs.push_back(made_contiguous(a));
     }
   }
-  inputs.push_back(contiguous_on_gpu(ids));
+  inputs.push_back(ids);
   return lazy_result(
       QuantizedExpertMatmul{group_size, bits},
       {T, U, N},

@@ -220,10 +220,7 @@ Arrays quantized_filter_logits(
     top_k = 1;
   }
   Arrays inputs = {
-      contiguous_on_gpu(x),
-      made_contiguous(w),
-      made_contiguous(scales),
-      made_contiguous(biases)};
+      x, made_contiguous(w), made_contiguous(scales), made_contiguous(biases)};
   add_edits(op, T, edit_ids, edit_factors, edit_deltas, inputs);
   mx::Shape shape = {T, std::min<int>(top_k, V)};
   return lazy_results(

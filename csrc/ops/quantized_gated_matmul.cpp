@@ -112,7 +112,7 @@ mx::array quantized_gated_matmul(
 
   auto shape = x.shape();
   shape.back() = gate_w.shape(0);
-  Arrays inputs = {contiguous_on_gpu(x)};
+  Arrays inputs = {x};
   for (const auto* a :
        {&gate_w, &gate_scales, &gate_biases, &up_w, &up_scales, &up_biases}) {
     inputs.push_back(made_contiguous(*a));

@@ -73,7 +73,7 @@ mx::array quantized_matmul(
       QuantizedMatmul{group_size, bits},
       std::move(shape),
       dtype,
-      {contiguous_on_gpu(x),
+      {x,
        made_contiguous(w),
        made_contiguous(scales),
        made_contiguous(biases)});

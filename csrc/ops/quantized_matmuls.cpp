@@ -126,7 +126,7 @@ Arrays quantized_matmuls(
   }
   check_quantized(op, x, quantized, group_size, bits, 2, true);
 
-  Arrays inputs = {contiguous_on_gpu(x)};
+  Arrays inputs = {x};
   std::vector<mx::Shape> shapes;
   for (const auto& matrix : matrices) {
     for (const auto& a : matrix) {

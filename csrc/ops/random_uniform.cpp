@@ -74,7 +74,7 @@ mx::array random_uniform(
       RandomUniform{uint32_t(key.first.wide()), uint32_t(key.second.wide())},
       std::move(shape),
       mx::float32,
-      {contiguous_on_gpu(counters)});
+      {counters});
 }
 
 } // namespace

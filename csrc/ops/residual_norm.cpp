@@ -121,7 +121,7 @@ Arrays residual_norm(
       ResidualNorm{scalar.has_value(), next_weight.has_value(), eps},
       std::vector(outputs, h.shape()),
       std::vector(outputs, h.dtype()),
-      contiguous_on_gpu(std::move(inputs)));
+      std::move(inputs));
 }
 
 } // namespace

@@ -72,11 +72,11 @@ mx::array rms_norm(
   check_storage_dtype(op, "x", x);
   check(x.ndim() >= 1, op, "x", "have shape [..., D]", x.shape());
   check(eps > 0, op, "eps", "be positive", eps);
-  Arrays inputs = {contiguous_on_gpu(x)};
+  Arrays inputs = {x};
   if (weight) {
     check_shape(op, "weight", *weight, {x.shape(-1)});
     check_dtype(op, "weight", *weight, x.dtype(), "have the dtype of x");
-    inputs.push_back(contiguous_on_gpu(*weight));
+    inputs.push_back(*weight);
   }
   return lazy_result(RmsNorm{eps}, x.shape(), x.dtype(), std::move(inputs));
 }

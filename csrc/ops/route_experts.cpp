@@ -76,7 +76,7 @@ Arrays route_experts(
       RouteExperts{used},
       {{T, used}, {T, used}},
       {mx::int32, mx::float32},
-      {contiguous_on_gpu(logits), contiguous_on_gpu(scales)});
+      {logits, scales});
 }
 
 } // namespace

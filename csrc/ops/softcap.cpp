@@ -53,8 +53,7 @@ mx::array softcap(const mx::array& x, float cap) {
   constexpr auto op = Softcap::op;
   check_dtype(op, "x", x, mx::float32, "be float32");
   check(cap > 0, op, "cap", "be above 0", cap);
-  return lazy_result(
-      Softcap{cap}, x.shape(), mx::float32, {contiguous_on_gpu(x)});
+  return lazy_result(Softcap{cap}, x.shape(), mx::float32, {x});
 }
 
 } // namespace

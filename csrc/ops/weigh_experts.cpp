@@ -80,7 +80,7 @@ mx::array weigh_experts(
       WeighExperts{},
       {parts.shape(0), parts.shape(2)},
       out_dtype,
-      {contiguous_on_gpu(parts), contiguous_on_gpu(weights)});
+      {parts, weights});
 }
 
 } // namespace

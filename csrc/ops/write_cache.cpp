@@ -99,10 +99,7 @@ mx::array write_cache(
   check_dtype(op, "new", new_rows, cache.dtype(), "have the dtype of cache");
   check_block(op, offset, T, C);
   return lazy_result(
-      WriteCache{},
-      cache.shape(),
-      cache.dtype(),
-      {contiguous_on_gpu(new_rows), offset, cache});
+      WriteCache{}, cache.shape(), cache.dtype(), {new_rows, offset, cache});
 }
 
 } // namespace

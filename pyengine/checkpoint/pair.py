@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from pyengine import forked
 from pyengine.arguments import flag, token_ids, whole
-from pyengine.checkpoint import memory
+from pyengine.checkpoint import memory, on_metal
 from pyengine.checkpoint.config_json import read_assistant_config, read_target_config
 from pyengine.checkpoint.defaults import GenerationDefaults, read_generation
 from pyengine.checkpoint.hub import locate
@@ -203,6 +203,7 @@ def load(
     needed = memory.weight_bytes(target_path, target_layout(target_config), dtype)
     if assistant_path is not None:
         needed += memory.weight_bytes(assistant_path, assistant_layout(assistant_config), dtype)
+    on_metal.lengthen_command_buffers(target_config)  # before the GPU is first asked anything
     smallest = cache_bytes(target_config, 1, 1, 2)
     memory.check(needed + smallest, "the weights and the smallest cache")
     tokenizer = load_tokenizer(target_path) if text else None
@@ -236,6 +237,8 @@ def load(
         embedded=embedded,
         manifest=manifest,
     )
+    longest = cache_bytes(target_config, target_config.context_limit, 1, weights.dtype.size)
+    on_metal.wire(pair, needed + longest)
     if tokenizer is not None:
         vars(pair)["tokenizer"] = tokenizer  # where its cached_property looks
     return pair

@@ -178,6 +178,8 @@ def finish(pair: Pair, result: Result, as_json: bool, stats: bool, max_tokens: i
 
 def print_stats(result: Result, more: Mapping[str, str] | None = None) -> None:
     """Counts and speed of one generation, on standard error; ``more`` rows come last."""
+    from pyengine.checkpoint import on_metal
+
     s = result.stats
     rows = {
         "finish": result.finish_reason or "unfinished",
@@ -191,6 +193,8 @@ def print_stats(result: Result, more: Mapping[str, str] | None = None) -> None:
         rows["acceptance"] = f"{s.acceptance:.3f} of {s.drafted} drafts"
         rows["by depth"] = " ".join(f"{a:.2f}" for a in s.acceptance_by_depth)
     rows["peak memory"] = f"{s.peak_memory_bytes / 1e6:.0f} MB"
+    if on_metal.wired_bytes():
+        rows["wired memory"] = on_metal.wired_line()
     tables.two_columns(common.console(sys.stderr), "", {**rows, **(more or {})})
 
 

@@ -7,8 +7,8 @@ needs, so rollback is only a length that did not move. Position p of a ring lies
 Writes happen in place (:func:`pyengine.ops.write_cache`), which is safe under three rules kept
 here: the returned handle is the only one; every write depends on the calls that read the cache
 before it (:meth:`Cache.note_read`, :meth:`Cache.after_reads`); readers mask by ``length``, so what
-lies beyond it is nothing. A GPU keeps the second rule only through data: where a call's ids are not
-made from what the calls before it gave, as drafts are, evaluate in between.
+lies beyond it is nothing. On a GPU the second rule orders the commands, and ``block_attention``
+tells MLX's encoder that what it reads is in use, so that a later write waits for it.
 """
 
 from collections.abc import Sequence

@@ -39,7 +39,9 @@ def wide_case(seed: int, k: int, n: int, m: int, near: float) -> tuple[list[mx.a
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("k, n, m", [(1, 1, 1), (5, 64, 64), (3, 256, 200), (40, 33, 31)])
+@pytest.mark.parametrize(
+    "k, n, m", [(1, 1, 1), (5, 64, 64), (3, 256, 200), (16, 64, 64), (40, 33, 31)]
+)
 def test_no_fault_and_the_processors_decision(rule, k, n, m):
     args, vocab = wide_case(k, k, n, m, 0.9)
     expected = result(ops.accept_block(*args, rule=rule, vocab=vocab))

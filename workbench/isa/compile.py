@@ -1,22 +1,24 @@
-"""Kernels as assembly of gfx1030, a GPU with 32 lanes per simdgroup that stock LLVM compiles for."""
+"""Kernels as assembly of gfx1030, a GPU of 32 lanes per simdgroup that stock LLVM compiles for."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from math import prod
+from pathlib import Path
 
-from .entry import BUILTINS, Slots, kernel_of, within
-from .gcn_run import Program, parse
-from .launch import LaunchLike
-from .library import METAL, SEMANTICS, preprocess, source_path, syntax_flags
-from .rewrite import Unit, rewrite
-from .toolchain import CACHE, HERE, OVERLAY, CompileError, gpu_compiler
+from ..entry import BUILTINS, Slots, kernel_of, within
+from ..launch import LaunchLike
+from ..library import METAL, SEMANTICS, preprocess, source_path, syntax_flags
+from ..rewrite import Unit, rewrite
+from ..toolchain import CACHE, INCLUDE, OVERLAY, CompileError, gpu_compiler
+from .program import Program, parse
 
-GPU = HERE / "gpu"  # its <metal_stdlib>
+OWN = Path(__file__).resolve().parent  # and in include/ its <metal_stdlib>
 SYMBOL = "counted"
 REGISTERS_OF_A_CORE = (208 << 10) // 4  # of M1 and M2, 32 bits each, for all threads
 MOST_REGISTERS = 128  # of one thread
+LEAST_LIMIT = 64  # this compiler heeds no lower one
 
 _OPTIONS = (
     *("-O3", "-S", "-mcumode", "-g1", "-fdebug-compilation-dir=.", "-ffp-contract=off"),
@@ -42,7 +44,7 @@ def assembly(launch: LaunchLike) -> str:
         raise CompileError("\n".join(unit.mistakes))
     text = f"#include <metal_stdlib>\n{unit.text}{_entry(unit, launch)}"
     digest = hashlib.sha256(text.encode())
-    for path in sorted([*GPU.iterdir(), *(HERE / "include").rglob("*.h"), HERE / "gcn.py"]):
+    for path in sorted([*(OWN / "include").iterdir(), *INCLUDE.rglob("*.h"), OWN / "compile.py"]):
         digest.update(path.read_bytes())
     digest.update(gpu_compiler().identity.encode())
     target = CACHE / f"gfx1030-{digest.hexdigest()[:32]}.s"
@@ -52,15 +54,16 @@ def assembly(launch: LaunchLike) -> str:
         unfinished = target.with_suffix(f".{os.getpid()}.s")
         written.write_text(text)
         try:
-            flags = [*gpu_compiler().options, "-isystem", str(GPU), *syntax_flags(), *SEMANTICS]
-            gpu_compiler().call([*flags, *_OPTIONS, str(written), "-o", str(unfinished)])
+            own = [*gpu_compiler().options, "-isystem", str(OWN / "include"), *_OPTIONS]
+            files = [str(written), "-o", str(unfinished)]
+            gpu_compiler().call([*own, *syntax_flags(), *SEMANTICS, *files])
             os.replace(unfinished, target)
         finally:
             written.unlink()
     return target.read_text()
 
 
-def program(launch: LaunchLike) -> Program:
+def program_of(launch: LaunchLike) -> Program:
     """A launch's kernel, compiled and read; see `assembly` for the errors."""
     return parse(assembly(launch))
 
@@ -101,7 +104,7 @@ def _entry(unit: Unit, launch: LaunchLike) -> str:
         f'\n#line 1 "entry point"\nusing counted_type = decltype({target});\n{memory}'
         f'extern "C" __attribute__((visibility("default"), amdgpu_kernel, '
         f"amdgpu_flat_work_group_size(32, {threads}), "
-        f"amdgpu_num_vgpr({registers_of(threads)}))) void\n"
+        f"amdgpu_num_vgpr({max(LEAST_LIMIT, registers_of(threads))}))) void\n"
         f"{SYMBOL}({buffers}msl_dispatch dispatch) {{\n"
         f"  msl_context context = msl_here(dispatch), *t = &context;\n"
         f"  {target}({', '.join(passed)});\n}}\n"

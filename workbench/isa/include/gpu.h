@@ -1,6 +1,6 @@
 #pragma once
-// gpu: what the processor's runtime does in include/msl, as instructions of gfx1030, a GPU with
-// 32 lanes per simdgroup.
+// gpu: what the processor's runtime does in include/msl, as instructions of
+// gfx1030, a GPU with 32 lanes per simdgroup.
 
 // See rewrite.py: a threadgroup variable.
 #define MSL_THREADGROUP_VARIABLE(x) \
@@ -22,11 +22,11 @@ enum memory_order { memory_order_relaxed };
 
 // The last argument keeps loads from device memory under way past a barrier of
 // threadgroup memory, as Metal does.
-#define MSL_FENCE(order, scope, flags)                \
-  if (((uint)flags & (uint)mem_flags::mem_device)) {  \
-    __builtin_amdgcn_fence(order, scope);             \
-  } else {                                            \
-    __builtin_amdgcn_fence(order, scope, "local");    \
+#define MSL_FENCE(order, scope, flags)               \
+  if (((uint)flags & (uint)mem_flags::mem_device)) { \
+    __builtin_amdgcn_fence(order, scope);            \
+  } else {                                           \
+    __builtin_amdgcn_fence(order, scope, "local");   \
   }
 MSL_INLINE void threadgroup_barrier(mem_flags flags) {
   MSL_FENCE(__ATOMIC_RELEASE, "workgroup", flags)
@@ -113,12 +113,12 @@ MSL_INLINE T msl_reduce(T x, Op op) {
   x = op(x, simd_shuffle_xor(x, 2));
   return op(x, simd_shuffle_xor(x, 1));
 }
-#define MSL_REDUCTION(name, expression)                                   \
-  template <class T>                                                      \
-  MSL_INLINE T simd_##name(T x) {                                         \
+#define MSL_REDUCTION(name, expression)                                     \
+  template <class T>                                                        \
+  MSL_INLINE T simd_##name(T x) {                                           \
     return msl_reduce(x, [](T a, T b) __attribute__((always_inline)) -> T { \
-      return expression;                                                  \
-    });                                                                   \
+      return expression;                                                    \
+    });                                                                     \
   }
 MSL_REDUCTION(sum, a + b)
 MSL_REDUCTION(min, min(a, b))
@@ -140,29 +140,28 @@ struct atomic {
   T value;
 };
 #define MSL_SCOPE __ATOMIC_RELAXED, __MEMORY_SCOPE_DEVICE
-#define MSL_FETCH(space, name)                                  \
-  template <class T>                                            \
-  MSL_INLINE T atomic_fetch_##name##_explicit(                  \
-      space atomic<T>* p, msl_element<T> value, memory_order) { \
+#define MSL_FETCH(space, name)                                        \
+  template <class T>                                                  \
+  MSL_INLINE T atomic_fetch_##name##_explicit(                        \
+      space atomic<T>* p, msl_element<T> value, memory_order) {       \
     return __scoped_atomic_fetch_##name(&p->value, value, MSL_SCOPE); \
   }
-#define MSL_ATOMICS(space)                                      \
-  template <class T>                                            \
-  MSL_INLINE T atomic_load_explicit(                            \
-      const space atomic<T>* p, memory_order) {                 \
-    return __scoped_atomic_load_n(&p->value, MSL_SCOPE);        \
-  }                                                             \
-  template <class T>                                            \
-  MSL_INLINE void atomic_store_explicit(                        \
-      space atomic<T>* p, msl_element<T> value, memory_order) { \
-    __scoped_atomic_store_n(&p->value, value, MSL_SCOPE);       \
-  }                                                             \
-  MSL_FETCH(space, add)                                         \
-  MSL_FETCH(space, sub)                                         \
-  MSL_FETCH(space, min)                                         \
-  MSL_FETCH(space, max)                                         \
-  MSL_FETCH(space, and)                                         \
-  MSL_FETCH(space, or)                                          \
+#define MSL_ATOMICS(space)                                                    \
+  template <class T>                                                          \
+  MSL_INLINE T atomic_load_explicit(const space atomic<T>* p, memory_order) { \
+    return __scoped_atomic_load_n(&p->value, MSL_SCOPE);                      \
+  }                                                                           \
+  template <class T>                                                          \
+  MSL_INLINE void atomic_store_explicit(                                      \
+      space atomic<T>* p, msl_element<T> value, memory_order) {               \
+    __scoped_atomic_store_n(&p->value, value, MSL_SCOPE);                     \
+  }                                                                           \
+  MSL_FETCH(space, add)                                                       \
+  MSL_FETCH(space, sub)                                                       \
+  MSL_FETCH(space, min)                                                       \
+  MSL_FETCH(space, max)                                                       \
+  MSL_FETCH(space, and)                                                       \
+  MSL_FETCH(space, or)                                                        \
   MSL_FETCH(space, xor)
 MSL_ATOMICS(device)
 MSL_ATOMICS(threadgroup)
