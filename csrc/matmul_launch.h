@@ -5,7 +5,8 @@
 // rows of bfloat16 its bytes then equal those of 8-bit weights. float32 rows
 // are twice as long, and get 64 columns. Few rows are staged many chunks at a
 // time, so that barriers stay rare: at most 8 KiB up to 8 rows, 16 KiB at 16.
-// Scales and biases take 4 KiB (8 with 64 columns).
+// Scales and biases take 4 KiB (8 with 64 columns). Few rows of few columns get
+// half as many, so that there are threadgroups for all cores.
 
 #include <algorithm>
 

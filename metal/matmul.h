@@ -39,6 +39,7 @@ inline ushort staged_at(ushort quad) {
 // Rows of x from `first` on; the last one stands for those from `count` on,
 // which do not exist.
 struct Consecutive {
+  enum { known = 1 }; // how many there are when the kernel is compiled
   uint first;
   uint count;
 

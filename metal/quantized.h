@@ -313,9 +313,9 @@ struct Walk {
 };
 
 // Adds chunk k0 of the lane's columns to the sums. Its words were asked for; if
-// `ahead`, those of the next chunk are before the last quad is multiplied, when
-// their registers are free.
-template <typename T, ushort bits, bool ahead>
+// there are `more`, those of the next chunk are before the last quad is
+// multiplied, when their registers are free. `ahead`: so were factors.
+template <typename T, ushort bits, bool more>
 inline void multiply_chunk(
     thread float (&sums)[max_rows][lane_columns],
     thread Walk<T, bits>& walk,
@@ -324,13 +324,14 @@ inline void multiply_chunk(
     threadgroup uint4* held,
     uint K,
     uint k0,
-    ushort rows) {
+    ushort rows,
+    bool ahead) {
   constexpr ushort run = Quantized<bits>::run;
   constexpr ushort lanes = chunk / run;
   constexpr ushort quads = run / 4;
   uint k = k0 + walk.p * run;
   if (k0 % (Factors<T>::sector * group_size) == 0) {
-    walk.turn(columns, (threadgroup T*)held, K, k0, rows_leave_room());
+    walk.turn(columns, (threadgroup T*)held, K, k0, ahead);
   }
   constexpr ushort last = 8 / Factors<T>::piece - 1;
   const threadgroup uint4* from =
@@ -349,7 +350,7 @@ inline void multiply_chunk(
     multiply_quad(sums, weights, x + j * lanes, rows);
   }
   walk.dequantize(weights, quads - 1, scale, bias);
-  if (ahead) {
+  if (more) {
     walk.ask(columns, K, k0 + chunk);
   }
   multiply_quad(sums, weights, x + (quads - 1) * lanes, rows);
@@ -370,17 +371,20 @@ inline void multiply_columns(
     ushort thread_index) {
   constexpr ushort run = Quantized<bits>::run;
   constexpr ushort lanes = chunk / run;
-  bool ahead = rows_leave_room();
+  bool ahead = Rows::known && rows_leave_room();
   threadgroup uint4* held = factors + thread_index / lanes * Factors<T>::loads;
   Walk<T, bits> walk;
   walk.p = thread_index % lanes;
+  if (K == 0) {
+    return;
+  }
   walk.start(columns, (threadgroup T*)held, K, ahead);
   uint last = ahead ? (K - 1) / chunk * chunk : 0;
   for (uint k0 = 0; k0 < last; k0 += chunk) {
     stage_chunks<T, lanes, run>(
         x, staged, rows_of, K, k0, rows, true, thread_index);
     multiply_chunk<T, bits, true>(
-        sums, walk, columns, staged, held, K, k0, rows);
+        sums, walk, columns, staged, held, K, k0, rows, ahead);
   }
   for (uint k0 = last; k0 < K; k0 += chunk) {
     stage_chunks<T, lanes, run>(
@@ -389,7 +393,7 @@ inline void multiply_columns(
       walk.ask(columns, K, k0);
     }
     multiply_chunk<T, bits, false>(
-        sums, walk, columns, staged, held, K, k0, rows);
+        sums, walk, columns, staged, held, K, k0, rows, ahead);
     if (ahead) {
       break;
     }

@@ -21,6 +21,7 @@ namespace pyengine {
 // The pairs of a token and a slot that chose this expert. An entry is the
 // number of its pair, below 512, and its token, both of 16 tokens.
 struct Listed {
+  enum { known = 0 };
   const threadgroup ushort* list;
   uint first_pair;
   uint first_row; // of x
