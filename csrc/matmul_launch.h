@@ -54,10 +54,11 @@ inline Launch matmul_launch(
   return launch;
 }
 
-// Whether what a threadgroup reads of x and of its matrix is within 32 bits of
-// where it starts.
+// Whether x has rows, and what a threadgroup reads of it and of its matrix is
+// within 32 bits of where it starts.
 inline bool has_short_rows(const mx::array& x) {
-  return x.shape(-1) <= 1 << 24 && x.size() <= UINT32_MAX;
+  int K = x.shape(-1);
+  return K > 0 && K <= 1 << 24 && x.size() <= UINT32_MAX;
 }
 
 // Of M rows times one matrix, or two whose columns alternate; `columns` of all

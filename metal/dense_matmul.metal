@@ -4,8 +4,8 @@
 // The tile of quantized_matmul.metal, whose header gives its reasons. 16 lanes
 // share a column; a chunk of 256 is two 16-byte loads per lane for 16-bit
 // weights and four for float32. A weight is two or four bytes here, so there is
-// less work per byte (16 bits, by `python -m workbench isa`: 4.3 instructions at
-// M = 6, 9.8 at 16) and every M is bound by bytes. All loads of a chunk are
+// less work per byte (16 bits, by `python -m workbench isa`: 4.3 instructions
+// at M = 6, 9.8 at 16) and every M is bound by bytes. All loads of a chunk are
 // under way before the first is widened.
 //
 // Limits: where rows do not start on 16 bytes (K odd, say) elements are loaded

@@ -375,9 +375,6 @@ inline void multiply_columns(
   threadgroup uint4* held = factors + thread_index / lanes * Factors<T>::loads;
   Walk<T, bits> walk;
   walk.p = thread_index % lanes;
-  if (K == 0) {
-    return;
-  }
   walk.start(columns, (threadgroup T*)held, K, ahead);
   uint last = ahead ? (K - 1) / chunk * chunk : 0;
   for (uint k0 = 0; k0 < last; k0 += chunk) {

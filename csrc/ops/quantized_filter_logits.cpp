@@ -123,7 +123,7 @@ struct QuantizedFilterLogits {
     int slice = slice_columns(V, count, bits);
     int slices = (V + slice - 1) / slice;
     int room = list_room(launch, T, count, bits);
-    if (E == 0 || !has_short_rows(in[0]) || slice > max_slice || room == 0) {
+    if (!has_short_rows(in[0]) || slice > max_slice || room == 0) {
       return {};
     }
     bool edited = in.size() > 4;
