@@ -142,6 +142,7 @@ struct Columns {
 
   const device uchar* w[2]; // where the threadgroup's rows start
   uint at[lane_columns]; // bytes to a lane's share of its columns
+  bool idle; // none of them exists
   const device T* factors[kinds]; // of the row of such a column
   int left; // of them to the end of the matrix
   int ahead; // of them from the first to the next sector; this lane's half
@@ -155,6 +156,7 @@ struct Columns {
       uint end_row,
       uint K,
       ushort p) {
+    idle = !whole && row + first_row >= end_row;
     uint bytes = K / 8 * bits;
     w[0] = (const device uchar*)even.w + ulong(row) * bytes;
     w[1] = (const device uchar*)odd.w + ulong(row) * bytes;
@@ -212,6 +214,9 @@ struct Walk {
     if (!whole && k0 + p * run >= K) {
       beyond = (k0 + p * run - (K - run)) / run * (P::words * 4);
     }
+    if (columns.idle) {
+      return; // with any words
+    }
 #pragma unroll
     for (ushort c = 0; c < lane_columns; ++c) {
       P::load(packed[c], w[c % 2] + (columns.at[c] - beyond));
@@ -222,7 +227,7 @@ struct Walk {
 
   // Factors of groups from `group` on, if the row has any in their sector.
   void ask_factors(thread const Columns<T, bits>& columns, int group, uint K) {
-    if (group - p % 2 * piece >= int(K / group_size)) {
+    if (columns.idle || group - p % 2 * piece >= int(K / group_size)) {
       return;
     }
 #pragma unroll
