@@ -150,6 +150,7 @@ def count(op: str) -> tuple[str, int, int, int]:
     import timing  # of the bench folder
 
     from pyengine import _ext
+    from pyengine.bench import arrays
     from pyengine.ops import workbench
 
     kept: list[Any] = []
@@ -162,18 +163,18 @@ def count(op: str) -> tuple[str, int, int, int]:
 
     bench = importlib.import_module(f"bench_{op}")
     once, timing.compare = timing.compare, compare
-    copies, timing.cold_copies = timing.cold_copies, lambda nbytes: 1
+    copies, arrays.cold_copies = arrays.cold_copies, lambda nbytes: 1
     try:
         getattr(bench, f"test_{op}")(None, **bench.SMALL)
     finally:
-        timing.compare, timing.cold_copies = once, copies
+        timing.compare, arrays.cold_copies = once, copies
     result, needed = kept
     launches, inputs = _ext.launches_of(result)
     assert launches
-    arrays = workbench.named(launches, inputs)
+    given = workbench.named(launches, inputs)
     # attention leaves room for keys that its call does not see
     options = {"mode": "count", "allow": {"unwritten-output"}}
-    _, report = workbench.load().run(launches, arrays, **options)
+    _, report = workbench.load().run(launches, given, **options)
     constants = {b.name for launch in launches for b in launch.buffers if b.role == "bytes"}
     traffic = [entry for name, entry in report.traffic.items() if name not in constants]
     counted = SECTOR * sum(a.group_read_sectors + a.group_written_sectors for a in traffic)

@@ -11,96 +11,72 @@ A round has k drafts, so k + 1 rows. The target's weights and the cache are coun
 whatever k is; what a round writes, and all arithmetic, is left out. So a bound says what no program
 that reads these bytes can pass; it does not say what one reaches.
 
+The table of prefill bounds, which docs/design.md has, adds arithmetic: for each call that
+`pyengine.model.plan` gives for a prompt, the longer of its bytes and its multiplications. MLX's
+kernels are given the chip's peak, which they do not reach; ours the instructions counted.
+
 Run: python bench/bounds.py
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
+from math import ceil, prod
+from typing import NamedTuple
 
+from pyengine.bench.bandwidth import of_chip
 from pyengine.checkpoint.memory import GB
-from pyengine.checkpoint.published import PUBLISHED
+from pyengine.checkpoint.published import published
 from pyengine.checkpoint.weights import Layout, assistant_layout, target_layout
-from pyengine.model.config import AssistantConfig, LayerConfig, Rope, TargetConfig
 from pyengine.model.memory import cache_bytes
+from pyengine.model.plan import Call, plan, reusable, whole
 
 PAIRS = ("31B", "26B-A4B", "12B", "E4B", "E2B")
 CONTEXTS = {"8k": 8192, "32k": 32768, "128k": 131072}
-VOCABULARY, GROUP = 262144, 64
-EXPERTS_USED, EXPERT_WIDTH = 8, 704  # of 26B-A4B, the only mixture
+GROUP = 64
 BLOCK, ACCEPTANCES = 6, (0.4, 0.8)
 
-# GB/s, from the technical specifications that Apple publishes; chips whose Macs may have 48 GB
+# GB/s of the chips whose Macs may have 48 GB
 CHIPS = {
-    "M1 Max, M2 Max, M3 Max (40-core GPU)": 400,
-    "M1 Ultra, M2 Ultra": 800,
-    "M3 Ultra": 819,
-    "M4 Pro": 273,
-    "M4 Max (40-core GPU)": 546,
-    "M5 Pro": 307,
-    "M5 Max (40-core GPU)": 614,
+    "M1 Max, M2 Max, M3 Max (40-core GPU)": of_chip("Apple M1 Max"),
+    "M1 Ultra, M2 Ultra": of_chip("Apple M1 Ultra"),
+    "M3 Ultra": of_chip("Apple M3 Ultra"),
+    "M4 Pro": of_chip("Apple M4 Pro"),
+    "M4 Max (40-core GPU)": of_chip("Apple M4 Max", 40),
+    "M5 Pro": of_chip("Apple M5 Pro"),
+    "M5 Max (40-core GPU)": of_chip("Apple M5 Max", 40),
 }
 
 
-def published(name: str) -> tuple[TargetConfig, AssistantConfig]:
-    """The geometry of a published pair; what no tensor's shape depends on is left at nothing."""
-    ours, theirs = PUBLISHED[name]
-    count, hidden, heads, kv_sliding, kv_full, window, ffn, per_layer, shared, experts = ours
-    every = 5 if name == "E2B" else 6  # each such layer is full
-    key_is_value = not per_layer
-    last: dict[bool, int] = {}
-    layers = []
-    for i in range(count):
-        sliding = i % every != every - 1
-        if i < count - shared:
-            last[sliding] = i
-        wide = name == "E2B" and i >= count - shared
-        layers.append(
-            LayerConfig(
-                sliding=sliding,
-                head_dim=256 if sliding else 512,
-                num_kv_heads=kv_sliding if sliding else kv_full,
-                ffn_width=ffn * (2 if wide else 1),
-                kv_source=last[sliding],
-                key_is_value=key_is_value and not sliding,
-            )
-        )
-    rope = Rope(1e4, 1.0, 1.0)
-    common = {
-        "model_type": "",
-        "vocab_size": VOCABULARY,
-        "window": window,
-        "eps": 1e-6,
-        "context_limit": 131072 if per_layer else 262144,
-        "rope_sliding": rope,
-        "rope_full": rope,
-        "eos_ids": (),
-        "quantization": None,
-    }
-    target = TargetConfig(
-        **common,
-        hidden_size=hidden,
-        num_heads=heads,
-        layers=tuple(layers),
-        softcap=30.0,
-        per_layer_width=per_layer,
-        num_experts=experts,
-        num_experts_used=EXPERTS_USED if experts else 0,
-        expert_width=EXPERT_WIDTH if experts else 0,
-    )
-    own_hidden, own_heads, own_ffn, centroids = theirs
-    sources = [layers[last[True]]] * 3 + [layers[last[False]]]
-    assistant = AssistantConfig(
-        **common,
-        hidden_size=own_hidden,
-        num_heads=own_heads,
-        layers=tuple(replace(n, ffn_width=own_ffn, kv_source=-1) for n in sources),
-        backbone_size=hidden,
-        num_centroids=centroids,
-        num_centroids_used=32 if centroids else 0,
-    )
-    return target, assistant
+class Chip(NamedTuple):
+    """What a prefill's bound needs to know. Lanes do one fused multiply-add in a clock; clocks are
+    those that others measured (M1, M2) or assumed from them. ``tensor`` is how much faster MLX's
+    matmuls are where there are tensor units: four times, as Apple says of the M5, is an assumption.
+    """
+
+    bandwidth: int  # GB/s
+    cores: int
+    clock: float  # GHz
+    tensor: int = 1
+
+    @property
+    def flops(self) -> float:
+        return self.cores * 128 * 2 * self.clock * 1e9
+
+
+PREFILL_CHIPS = {
+    "M1 Max": Chip(400, 32, 1.296),
+    "M2 Ultra": Chip(800, 76, 1.398),
+    "M3 Max": Chip(400, 40, 1.38),
+    "M4 Max": Chip(546, 40, 1.578),
+    "M5 Max": Chip(614, 40, 1.62, tensor=4),
+}
+PROMPTS = {"1k": 1024, "8k": 8192, "32k": 32768}
+TURN = (8000, 500, 100)  # tokens of a prompt, of its answer, and of what is said next
+SLICE = 16  # rows for which our kernels read the weights once
+# Clocks of a core's lane for a weight byte at 16 rows: the instructions of the compiled loop at 8
+# bits, 4.7 + 1.19 for each row, by their published rates, with 1.2 for issue losses
+CLOCKS_PER_BYTE = 28.5
 
 
 def weight_bytes(layout: Layout, bits: int) -> float:
@@ -137,6 +113,61 @@ def round_bytes(name: str, bits: int, context: int, block_size: int) -> float:
 def bound(bandwidth: float, moved: float, block_size: int, acceptance: float) -> float:
     """Tokens per second that nobody passes who reads ``moved`` bytes per round."""
     return bandwidth * GB / moved * (1 + acceptance * (block_size - 1))
+
+
+def call_seconds(name: str, chip: Chip, call: Call) -> float:
+    """A bound for one call of a prefill at 8 bit: its weights, and attention to what it sees."""
+    target, _ = published(name)
+    if target.num_experts:
+        raise ValueError(f"[bounds] name must be a dense pair but got {name}.")
+    layout = target_layout(target)
+    shapes = [shape for key, shape in layout.matrices.items() if not key.startswith("embed_tokens")]
+    numbers = sum(map(prod, shapes))  # the head sees one row of a prompt
+    moved = numbers * (1 + 4 / GROUP)
+    attention = 0
+    for layer in target.layers:
+        seen = call.start + call.rows
+        seen = min(seen, target.window - 1 + call.rows) if layer.sliding else seen
+        attention += 4 * target.num_heads * layer.head_dim * call.rows * seen
+    reads, peak = ceil(call.rows / SLICE), chip.flops
+    arithmetic = reads * numbers * CLOCKS_PER_BYTE / (peak / 2)  # a clock of a lane is two of these
+    if call.kernel == "mlx":
+        reads, peak = 1, peak * chip.tensor
+        arithmetic = 2 * numbers * call.rows / peak
+    return max(moved * reads / (chip.bandwidth * GB), arithmetic) + attention / peak
+
+
+def prefill_seconds(name: str, chip: Chip, start: int, stop: int, borrows: bool = True) -> float:
+    """A bound for a prompt of ``stop`` tokens of which ``start`` are there: by the calls that a GPU
+    makes, or without MLX's kernels."""
+    calls = plan(start, stop, borrows)
+    return sum(call_seconds(name, chip, call) for call in calls)
+
+
+def turn_seconds(name: str, chip: Chip, prompt: int, answer: int, new: int) -> tuple[float, float]:
+    """A bound for a chat's next turn, and the same if all of our kernels' work were reused, as it
+    could be without MLX's."""
+    stop = prompt + answer + new
+    known = reusable(prompt + answer - 1, whole(prompt, True), stop, True)
+    without = prefill_seconds(name, chip, prompt + answer - 1, stop, borrows=False)
+    return prefill_seconds(name, chip, known, stop), without
+
+
+def prefill_table() -> list[str]:
+    """A row per chip for the 31B at 8 bit: seconds to the first token with MLX's kernels for whole
+    chunks, and with ours alone; then the next turn of a chat."""
+    columns = [f"{n}, {how}" for n in PROMPTS for how in ("planned", "own")]
+    columns += ["next turn, planned", "own"]
+    rows = [_row("chip", *columns), _row("---", *["--:"] * len(columns))]
+    for name, chip in PREFILL_CHIPS.items():
+        bounds = [
+            prefill_seconds("31B", chip, 0, stop, borrows)
+            for stop in PROMPTS.values()
+            for borrows in (True, False)
+        ]
+        bounds += turn_seconds("31B", chip, *TURN)
+        rows.append(_row(name, *(f"{x:.1f}" for x in bounds)))
+    return rows
 
 
 def memory_table() -> list[str]:
@@ -181,3 +212,9 @@ if __name__ == "__main__":
     print(f"\nBound from bytes, tokens per second, 31B at 8 bit, 8k context, block {BLOCK};")
     print(f"{bytes_sentence()}:\n")
     print("\n".join(bounds_table()))
+    print(
+        "\nPrefill, bound in seconds, never measured: 31B at 8 bit; by the calls of a GPU, and with"
+    )
+    print(f"our kernels alone; then a turn of {TURN[2]} tokens after {TURN[0]} and an answer of")
+    print(f"{TURN[1]}:\n")
+    print("\n".join(prefill_table()))

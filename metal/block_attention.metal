@@ -34,7 +34,7 @@
 //   with 15 per byte, is bound by arithmetic, whatever is read.
 // * Beside the arithmetic, counted for 48 rows of D = 512 (docs/isa.md): scores
 //   take 14.5 instructions per byte that a threadgroup moves, 8.9 of them fma;
-//   values 20.4, 13.3 of them fma and 4 of the softmax. A tile of scores is 309
+//   values 20.2, 13.3 of them fma and 4 of the softmax. A tile of scores is 309
 //   instructions for 256 fma, 16 positions of values are 572 for 512.
 //
 // Chunks of 64 and spans of 512 are cut at absolute positions, and all sums run
@@ -422,7 +422,7 @@ struct State {
 
 // Values of a head in threadgroup memory, 128 columns of a few positions at a
 // time: 256 loads. A thread brings the same sixteen bytes of every so many
-// positions, and steps from slot to slot.
+// positions, and steps from slot to slot. There are no more threads than parts.
 template <typename T>
 struct ValueTile {
   static constant constexpr ushort positions = 32 / sizeof(T);
@@ -463,16 +463,39 @@ struct ValueTile {
     return slot < C ? slot : slot - C;
   }
 
-  // A part of the tile that begins at a position. Conditions are only in those
-  // tiles that an end of what is seen cuts, and in a last slice of few columns.
-  uint4 load(ushort part, int begin, int slot) const {
-    uint at = uint(slot) * pitch + part % loads;
-    if (seen.begin <= begin && begin + positions <= seen.end &&
-        loads <= columns) {
-      return v[at];
+  // A thread's parts of the tile that begins at a position: the first and one
+  // every so many threads. Conditions are only in those tiles that an end of
+  // what is seen cuts, and in a last slice of few columns.
+  void load(
+      thread uint4 (&raw)[ahead],
+      thread const int (&slots)[ahead],
+      int begin,
+      ushort first,
+      ushort threads) const {
+    bool whole = seen.begin <= begin && begin + positions <= seen.end &&
+        loads <= columns;
+    if (whole) {
+      // The last first, which some threads do not have: so no other is under
+      // way where they part
+#pragma unroll
+      for (short i = ahead - 1; i >= 0; --i) {
+        ushort part = first + i * threads;
+        if (i == 0 || part < parts) {
+          raw[i] = v[uint(slots[i]) * pitch + part % loads];
+        }
+      }
+    } else {
+#pragma unroll
+      for (ushort i = 0; i < ahead; ++i) {
+        ushort part = first + i * threads;
+        bool exists = part < parts && seen.has(begin + part / loads) &&
+            part % loads < columns;
+        raw[i] = 0;
+        if (exists) {
+          raw[i] = v[uint(slots[i]) * pitch + part % loads];
+        }
+      }
     }
-    bool exists = seen.has(begin + part / loads) && part % loads < columns;
-    return exists ? v[at] : uint4(0);
   }
 
   void store(ushort part, uint4 raw) const {
@@ -648,11 +671,9 @@ template <typename T>
 #pragma unroll
   for (ushort i = 0; i < ahead; ++i) {
     ushort part = thread_index + i * threads;
-    if (part < Tile::parts) {
-      slots[i] = tile.slot(part, part_begin);
-      next[i] = tile.load(part, part_begin, slots[i]);
-    }
+    slots[i] = tile.slot(part, part_begin);
   }
+  tile.load(next, slots, part_begin, thread_index, threads);
   for (int at = seen.begin / chunk * chunk; at < seen.end; at += chunk) {
     // Turn scores into weights
     simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -677,19 +698,16 @@ template <typename T>
 #pragma unroll
       for (ushort i = 0; i < ahead; ++i) {
         ushort part = thread_index + i * threads;
-        if (part < Tile::parts) {
+        if (i == 0 || part < Tile::parts) {
           tile.store(part, next[i]);
         }
       }
       if (part_end < seen.end) {
 #pragma unroll
         for (ushort i = 0; i < ahead; ++i) {
-          ushort part = thread_index + i * threads;
-          if (part < Tile::parts) {
-            slots[i] = tile.next_slot(slots[i]);
-            next[i] = tile.load(part, part_end, slots[i]);
-          }
+          slots[i] = tile.next_slot(slots[i]);
         }
+        tile.load(next, slots, part_end, thread_index, threads);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       auto quads = (const threadgroup float4*)weights + (part_begin - at) * 2;

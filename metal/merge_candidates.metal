@@ -5,7 +5,7 @@
 // need hold none of them: it looks at the first entry of a list, or of each
 // second one of a list and so on where there are more threads than lists. The
 // `count` best of those bound what the rest is searched for: of 256 lists of 64
-// random logits some 80 entries are left. 512 threads thus take few registers
+// random logits some 65 entries are left. 512 threads thus take few registers
 // each; 1024 that held 16 entries each would take twice those that an M1 has.
 //
 // The first simdgroup turns the best into probabilities. The sums run over the

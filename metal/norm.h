@@ -5,8 +5,10 @@
 // A row is cut into pieces of 1024, one per simdgroup. Lane l holds elements
 // 64 i + 2 l of a piece and their right neighbours, in registers: a load of the
 // simdgroup is one line of 128 bytes (16-bit elements), and a row is read once.
-// A lane adds the squares of its 16 pairs, one tree of shuffles adds the lanes,
-// and pieces are added in their order. Width alone decides all of it.
+// The 16 loads of a lane are all under way before it waits for one
+// (docs/isa.md). A lane adds the squares of its 16 pairs, one tree of shuffles
+// adds the lanes, and pieces are added in their order. Width alone decides all
+// of it.
 
 #include "common.h"
 

@@ -29,6 +29,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 from pyengine.checkpoint.pair import load
+from pyengine.doctor import first_use
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import score
 from pyengine.generation import generate, resolve_sampling
@@ -51,6 +52,7 @@ class PyengineLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.pair = load(target, assistant, bundle)
+        first_use.ready(self.pair)  # scoring does not go through generate
         self.block_size = None if block_size is None else int(block_size)
         self.prefix = Prefix()
 

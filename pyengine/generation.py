@@ -13,6 +13,7 @@ from pyengine import forked
 from pyengine.arguments import flag, whole
 from pyengine.checkpoint import memory
 from pyengine.checkpoint.defaults import OURS
+from pyengine.doctor import first_use
 from pyengine.drafters import NAMES, Name, new_drafter
 from pyengine.drafters.drafter import MAX_BLOCK
 from pyengine.engine.loop import decode
@@ -171,6 +172,7 @@ def stream(
             f"[generate] suppress_tokens and logit_bias must name ids up to {vocab - 1} but got "
             f"{outside[0]}."
         )
+    first_use.ready(pair)
     return Stream(pair, ids, limit, settings, block, source, stops, prefix)
 
 

@@ -179,8 +179,8 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 4]} ..."
 
 
-def write_whole(path: Path, text: str, mode: int = 0o666) -> None:
-    """A text file that is whole or absent: written under a name of its own, then renamed.
+def write_whole(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+    """A file that is whole or absent: written under a name of its own, then renamed. Text is UTF-8.
 
     Nothing that lies in the folder is opened; what had the name before is replaced. The process's
     umask narrows ``mode``.
@@ -189,8 +189,8 @@ def write_whole(path: Path, text: str, mode: int = 0o666) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     handle = os.open(partial, flags, mode)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """What all tests need: the workbench, which is no part of the package, Ctrl-C, what runs when."""
 
+import os
 import re
 import signal
 import sys
@@ -8,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
+os.environ.pop("PYENGINE_OPS", None)  # `--ops` is what chooses here
+
 from pyengine import ops
+from pyengine.doctor import first_use, quarantine
+
+# What `pyengine doctor` found on this machine counts for no test, and no GPU is examined unasked
+quarantine.folder = lambda: Path(os.devnull) / "pyengine"
+first_use.EXAMINED_ON = ()
 
 # Behind the installed packages, so that pyengine itself is still the installed one.
 sys.path.append(str(Path(__file__).resolve().parent.parent))

@@ -99,6 +99,7 @@ def environment() -> dict[str, Any]:
         "started_at": now(),
         "machine": {
             "chip": _chip(),
+            "model": _model(),
             "device": str(mx.default_device()),
             "architecture": platform.machine(),
             "os": platform.platform(),
@@ -118,13 +119,18 @@ def environment() -> dict[str, Any]:
 def _chip() -> str:
     """The processor's own name, which says more than an architecture."""
     if platform.system() == "Darwin":
-        return _ask("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
+        return ask("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def _model() -> str | None:
+    """Which Mac it is, as macOS calls it; None for other machines."""
+    return ask("sysctl", "-n", "hw.model") if platform.system() == "Darwin" else None
 
 
 def _commit() -> str | None:
@@ -135,8 +141,8 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    commit = _ask("git", "-C", str(root), "rev-parse", "HEAD")
-    changed = _ask("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    commit = ask("git", "-C", str(root), "rev-parse", "HEAD")
+    changed = ask("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
     if not commit:
         return None
     if changed is None:
@@ -144,7 +150,7 @@ def _commit() -> str | None:
     return f"{commit} with local changes" if changed else commit
 
 
-def _ask(*command: str) -> str | None:
+def ask(*command: str) -> str | None:
     """What a program prints; None where it fails, lasts too long or is not there."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

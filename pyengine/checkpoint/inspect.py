@@ -22,7 +22,7 @@ from pyengine.checkpoint.manifest import bundle_parts, read_manifest
 from pyengine.checkpoint.published import check_pair, published_name
 from pyengine.checkpoint.weights import Layout, assistant_layout, check_tensors, target_layout
 from pyengine.model.config import AssistantConfig, TargetConfig, TextConfig
-from pyengine.model.memory import cache_bytes
+from pyengine.model.memory import cache_bytes, prompt_bytes
 from pyengine.text.tokenizer import load_tokenizer
 from pyengine.untrusted import optional
 
@@ -179,13 +179,15 @@ def _memory(report: dict[str, Any], target: TargetConfig, context: int | None) -
     size = 4 if (known[0] or {}).get("dtype") == "float32" else 2
     context = min(CONTEXT if context is None else context, target.context_limit)
     cache = cache_bytes(target, context, BLOCK, size)
+    work = prompt_bytes(target, context, BLOCK, 0, size) - cache
     free = memory.available_bytes()
     return {
         "weights": weights,
         "context": context,
         "cache": cache,
+        "prompt": work,
         "available": free,
-        "fits": None if free is None else weights + cache <= free,
+        "fits": None if free is None else weights + cache + work <= free,
     }
 
 

@@ -114,9 +114,8 @@ class Pair:
         self._check_room("draft", len(tokens))
         check_ids("draft", tokens, self.target.config.vocab_size)
         cache = self.target.new_cache(1)
-        _, hidden = self.target.prefill(tokens[:-1], cache)
         drafter = AssistantDrafter(self.target, self.assistant)
-        drafter.read(hidden, mx.array(0, mx.int32))
+        self.target.prefill(tokens[:-1], cache, reader=drafter)
         sampler = Sampler(Sampling(temperature=0.0), tokens, self.target.config.vocab_size)
         drafts = [mx.array(tokens[-1:], dtype=mx.int32)]
         for i in range(count):

@@ -1,6 +1,9 @@
 """Two configs as a pair: whether they fit, and which of the published pairs they are."""
 
-from pyengine.model.config import AssistantConfig, TargetConfig
+from dataclasses import replace
+from typing import Any
+
+from pyengine.model.config import AssistantConfig, LayerConfig, Rope, TargetConfig
 
 # The five published pairs: (layers, hidden, heads, kv heads sliding and full, window, feed-forward,
 # per-layer width, shared layers, experts), then the assistant's (hidden, heads, feed-forward,
@@ -12,6 +15,68 @@ PUBLISHED = {
     "26B-A4B": ((30, 2816, 16, 8, 2, 1024, 2112, 0, 0, 128), (1024, 16, 8192, 0)),
     "31B": ((60, 5376, 32, 16, 4, 1024, 21504, 0, 0, 0), (1024, 32, 8192, 0)),
 }
+
+VOCABULARY = 262144
+EXPERTS_USED, EXPERT_WIDTH = 8, 704  # of 26B-A4B, the only mixture
+
+
+def published(name: str) -> tuple[TargetConfig, AssistantConfig]:
+    """The geometry of a published pair; what no tensor's shape depends on is left at nothing."""
+    ours, theirs = PUBLISHED[name]
+    count, hidden, heads, kv_sliding, kv_full, window, ffn, per_layer, shared, experts = ours
+    every = 5 if name == "E2B" else 6  # each such layer is full
+    key_is_value = not per_layer
+    last: dict[bool, int] = {}
+    layers = []
+    for i in range(count):
+        sliding = i % every != every - 1
+        if i < count - shared:
+            last[sliding] = i
+        wide = name == "E2B" and i >= count - shared
+        layers.append(
+            LayerConfig(
+                sliding=sliding,
+                head_dim=256 if sliding else 512,
+                num_kv_heads=kv_sliding if sliding else kv_full,
+                ffn_width=ffn * (2 if wide else 1),
+                kv_source=last[sliding],
+                key_is_value=key_is_value and not sliding,
+            )
+        )
+    common: dict[str, Any] = {
+        "model_type": "",
+        "vocab_size": VOCABULARY,
+        "window": window,
+        "eps": 1e-6,
+        "context_limit": 131072 if per_layer else 262144,
+        "rope_sliding": Rope(1e4, 1.0, 1.0),
+        "rope_full": Rope(1e6, 0.25, 1.0),
+        "eos_ids": (),
+        "quantization": None,
+    }
+    target = TargetConfig(
+        **common,
+        hidden_size=hidden,
+        num_heads=heads,
+        layers=tuple(layers),
+        softcap=30.0,
+        per_layer_width=per_layer,
+        num_experts=experts,
+        num_experts_used=EXPERTS_USED if experts else 0,
+        expert_width=EXPERT_WIDTH if experts else 0,
+    )
+    own_hidden, own_heads, own_ffn, centroids = theirs
+    sources = [layers[last[True]]] * 3 + [layers[last[False]]]
+    assistant = AssistantConfig(
+        **common,
+        hidden_size=own_hidden,
+        num_heads=own_heads,
+        layers=tuple(replace(n, ffn_width=own_ffn, kv_source=-1) for n in sources),
+        backbone_size=hidden,
+        num_centroids=centroids,
+        num_centroids_used=32 if centroids else 0,
+    )
+    return target, assistant
 
 
 def published_name(target: TargetConfig, assistant: AssistantConfig) -> str | None:

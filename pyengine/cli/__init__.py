@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from pyengine.cli import bench, chat, common, convert, doctor, generate, inspect, serve
+from pyengine.cli import bench, card, chat, common, convert, doctor, generate, inspect, serve
 
 app = typer.Typer(
     name="pyengine",
@@ -32,12 +32,13 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(
     help="Time a pair against plain decoding.",
-    epilog=common.ending("pyengine bench gemma-mtp"),
+    epilog=common.ending("pyengine bench gemma-mtp", "pyengine bench card"),
     no_args_is_help=True,
 )
 app.add_typer(bench_app, name="bench")
 COMMANDS: list[tuple[typer.Typer, str, Callable[..., None], tuple[str, ...]]] = [
     (bench_app, "gemma-mtp", bench.gemma_mtp, bench.EXAMPLES),
+    (bench_app, "card", card.run, card.EXAMPLES),
     (app, "generate", generate.run, generate.EXAMPLES),
     (app, "chat", chat.run, chat.EXAMPLES),
     (app, "convert", convert.run, convert.EXAMPLES),

@@ -12,13 +12,14 @@ import typer
 from typer.core import TyperCommand
 
 from pyengine.cli import common, tables
-from pyengine.cli.options import AssistantDir, BundleDir, Position, TargetDir
+from pyengine.cli.options import AssistantDir, BundleDir, OpsName, Position, TargetDir
 from pyengine.cli.output import check_output
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from pyengine.bench.gemma_mtp import Row
+    from pyengine.checkpoint.pair import Pair
 
 EXAMPLES = (
     "pyengine bench gemma-mtp",
@@ -58,6 +59,7 @@ def gemma_mtp(
     target: TargetDir = None,
     assistant: AssistantDir = None,
     bundle: BundleDir = None,
+    ops: OpsName = None,
     prompt_suite: Annotated[
         Path | None,
         typer.Option(
@@ -124,12 +126,8 @@ def gemma_mtp(
             )
         if output:
             check_output("bench", output)
-        pair = common.load_pair(target, assistant, bundle, None, Position.last)
-        if not (pair.verified or pair.embedded or allow_unverified_gemma):
-            raise ValueError(
-                "[bench] the pair must be one of the five published geometries, or "
-                "--allow-unverified-gemma must be given."
-            )
+        pair = common.load_pair(target, assistant, bundle, None, Position.last, ops)
+        check_published(pair, allow_unverified_gemma)
         run_on = report.environment()
         for line in report.heading(run_on, pair):
             typer.echo(line)
@@ -177,7 +175,7 @@ def gemma_mtp(
             )
         if len(cases) > 1:
             left = "all" if finished == len(cases) else f"{finished} of"
-            _show(out, f"{left} {len(cases)} prompts", summary)
+            show_settings(out, f"{left} {len(cases)} prompts", summary)
         if output:
             from pyengine.untrusted import write_whole
 
@@ -194,11 +192,11 @@ def _show_cases(out: Console, rows: Sequence[Row]) -> int:
     names = dict.fromkeys(row["prompt_id"] for row in rows)
     for name in names:
         own = [row for row in rows if row["prompt_id"] == name]
-        _show(out, f"{name}, {own[0]['prompt_tokens']} prompt tokens", own)
+        show_settings(out, f"{name}, {own[0]['prompt_tokens']} prompt tokens", own)
     return len(names)
 
 
-def _show(out: Console, title: str, rows: Sequence[Row]) -> None:
+def show_settings(out: Console, title: str, rows: Sequence[Row]) -> None:
     """One prompt's rows or the summary, one line per setting."""
     from pyengine.bench.gemma_mtp import PLAIN
 
@@ -218,6 +216,19 @@ def _show(out: Console, title: str, rows: Sequence[Row]) -> None:
             )
         )
     tables.show(out, title, HEADS, cells, right=True)
+
+
+def check_published(pair: Pair, allowed: bool) -> None:
+    """Refuse a pair that nobody published, unless that is wanted.
+
+    Raises:
+        ValueError: It is none of the five, nor the embedded one.
+    """
+    if not (pair.verified or pair.embedded or allowed):
+        raise ValueError(
+            "[bench] the pair must be one of the five published geometries, or "
+            "--allow-unverified-gemma must be given."
+        )
 
 
 def _figure(value: float | None, form: str) -> str:

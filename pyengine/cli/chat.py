@@ -24,6 +24,7 @@ from pyengine.cli.options import (
     Logprobs,
     MaxTokens,
     MinP,
+    OpsName,
     Position,
     PresencePenalty,
     RepetitionPenalty,
@@ -97,6 +98,7 @@ def run(
     assistant: AssistantDir = None,
     bundle: BundleDir = None,
     dtype: Storage = None,
+    ops: OpsName = None,
 ) -> None:
     """Hold a conversation with a pair.
 
@@ -122,7 +124,7 @@ def run(
             as_json=as_json,
         )
         check_limits(max_tokens, block_size, stop, drafter)
-        pair = common.load_pair(target, assistant, bundle, dtype, Position.last)
+        pair = common.load_pair(target, assistant, bundle, dtype, Position.last, ops)
         common.introduce(pair)
         chat = Chat(
             pair,

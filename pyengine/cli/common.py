@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pyengine.cli.options import Dtype, Position
+from pyengine.cli.options import Dtype, Ops, Position
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,13 +130,19 @@ def load_pair(
     bundle: str | None,
     dtype: Dtype | None,
     position: Position,
+    implementation: Ops | None,
 ) -> Pair:
+    """Choose what runs the ops, and read a pair."""
     import mlx.core as mx
 
+    from pyengine import ops
     from pyengine.checkpoint.pair import load
+    from pyengine.doctor import first_use
 
+    if implementation is not None:
+        ops.use(implementation.value)
     with waiting("Reading the weights") as tell:
-        return load(
+        pair = load(
             target,
             assistant,
             bundle,
@@ -145,6 +151,12 @@ def load_pair(
             text=True,
             on_progress=tell,
         )
+
+    def on_op(done: int, total: int, op: str) -> None:
+        typer.echo(f"First use on this device: checking {op} ({done + 1} of {total})", err=True)
+
+    first_use.ready(pair, lambda line: typer.echo(line, err=True), on_op)
+    return pair
 
 
 def introduce(pair: Pair) -> None:

@@ -1,4 +1,4 @@
-"""``pyengine doctor``: is everything there, and what does each op run?"""
+"""``pyengine doctor``: is everything there, and does each op give what it should?"""
 
 from __future__ import annotations
 
@@ -6,98 +6,149 @@ import importlib.util
 import json
 import platform
 import sys
+import time
+from enum import Enum
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pyengine.cli import common, tables
+from pyengine.cli import common
+from pyengine.cli.output import check_output
 
-EXAMPLES = ("pyengine doctor", "pyengine doctor --json")
+EXAMPLES = (
+    "pyengine doctor",
+    "pyengine doctor --quick --json",
+    "pyengine doctor --op block_attention --op write_cache --output attention.json",
+)
 # Extra of pyproject.toml, the modules it brings, and what they serve.
 EXTRAS = {
     "hub": (("huggingface_hub",), "names of the Hugging Face hub in place of folders"),
     "serve": (("fastapi", "uvicorn"), "pyengine serve"),
+    "plot": (("matplotlib",), "the picture of pyengine bench card"),
     "eval": (("lm_eval",), "python -m pyengine.evaluate, for lm-eval"),
 }
 CHECK_TOKENS = 24
 
 
+class DeviceName(str, Enum):
+    """What may be examined."""
+
+    gpu = "gpu"
+    processor = "processor"
+    workbench = "workbench"
+
+
 def run(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Use the shapes of the embedded pair only.")
+    ] = False,
+    op: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Examine this op only; may be repeated.", show_default=False
+        ),
+    ] = None,
+    device: Annotated[
+        DeviceName | None,
+        typer.Option(
+            help="What to examine; workbench is the Metal kernels on the processor, slowly, from a "
+            "checkout.",
+            show_default="what the ops run on",
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where to write the whole report, as JSON.")
+    ] = Path("pyengine-doctor.json"),
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one line of JSON in place of the tables.")
+        bool, typer.Option("--json", help="Print the report as one line of JSON too.")
     ] = False,
 ) -> None:
-    """Show versions, the device, which kernel each op runs, and what is missing.
+    """Examine every op on this machine, each in a process of its own.
 
-    Runs the embedded pair briefly, with plain and with speculative decoding. Exit code 1 if the
-    engine does not work here.
+    At the shapes of the embedded and the published pairs, with 1, 4, 6 and 16 rows: compile,
+    compare with other kernels, compare rows with the same rows alone, look for hazards, time.
+    An op that fails runs as MLX's own from then on, in generate and the other commands too.
+
+    Prints at most forty lines for a bug report and writes the whole as JSON. Exit code 1 if an op
+    fails or the embedded pair does not run.
     """
     with common.sentences():
-        report = examine()
+        check_output("doctor", output)
+        report = examine(
+            quick=quick, only=op or [], device=None if device is None else device.value
+        )
+        from pyengine.doctor.report import lines
+        from pyengine.untrusted import write_whole
+
+        write_whole(output, json.dumps(report, indent=1) + "\n")
         if as_json:
             typer.echo(json.dumps(report))
         else:
-            _print(report)
+            for line in lines(report):
+                typer.echo(line)
+        typer.echo(f"Report: {output}", err=True)
         if not report["ok"]:
             raise typer.Exit(common.BROKEN)
 
 
-def _print(report: dict[str, Any]) -> None:
-    out = common.console(sys.stdout)
-    tables.two_columns(out, "versions", report["versions"])
-    machine = dict(report["machine"])
-    free = machine.pop("available_bytes")
-    machine["free memory"] = "unknown" if free is None else common.size(free)
-    tables.two_columns(out, "machine", machine)
-    rows = [
-        (
-            row["op"],
-            row["kernel"],
-            row["device"],
-            "yes" if row["row_stable"] else "not row-stable",
-        )
-        for row in report["ops"]
-    ]
-    tables.show(out, "ops", ("op", "kernel", "device", "row-stable"), rows, right=False)
-    tables.two_columns(out, "extras", report["extras"])
-    if "check" in report:
-        tables.two_columns(out, "embedded pair", report["check"])
-    for word in ("hints", "problems"):
-        for line in report[word]:
-            out.print(f"{word[:-1]}: {line}", soft_wrap=True, markup=False)
-
-
-def examine() -> dict[str, Any]:
-    """Versions, device, ops, extras, and a short run of the embedded pair. Evaluates.
+def examine(
+    *, quick: bool = False, only: list[str] | None = None, device: str | None = None
+) -> dict[str, Any]:
+    """Versions, machine, every op, extras, and a short run of the embedded pair. Evaluates.
 
     Returns:
-        A report ready for JSON. ``ok`` says that the engine works here; ``problems`` lists what
-        does not, each with the line that fixes it, and ``hints`` what is merely absent.
+        A report ready for JSON. ``ok`` says that all works here; ``problems`` lists what does not,
+        each with the line that fixes it, and ``hints`` what is merely absent.
     """
-    import mlx.core as mx
+    from pyengine import __version__, _ext, ops
+    from pyengine.checkpoint import memory, on_metal
+    from pyengine.doctor import device as devices
+    from pyengine.doctor import examination, first_use, quarantine
 
-    from pyengine import __version__, ops
-    from pyengine.checkpoint import memory
+    began = time.perf_counter()
 
-    rows = ops.status()
+    def tell(line: str) -> None:
+        typer.echo(line, err=True)
+
+    name = device or devices.default()
+    with common.progress() as on_run:
+        found = examination.examine(
+            name,
+            quick=quick,
+            only=only or [],
+            tell=tell,
+            on_op=lambda done, total, op: on_run(done + 1, total, op),
+        )
+    found["machine"]["available_bytes"] = memory.available_bytes()
+    if name == devices.Metal.name:
+        _compare_with_bandwidth(found)
     report: dict[str, Any] = {
         "versions": {
             "pyengine": __version__,
             "mlx": metadata.version("mlx"),
             "python": platform.python_version(),
+            "sources": _ext.built_from[:12],
         },
-        "machine": {
-            "os": platform.platform(),
-            "device": str(mx.default_device()),
-            "metal": mx.metal.is_available(),
-            "available_bytes": memory.available_bytes(),
-        },
-        "ops": rows,
+        **found,
         "extras": {},
+        "notes": [],
         "problems": [],
         "hints": [],
     }
+    bad = [row["op"] for row in report["ops"] if row["verdict"] != "ok"]
+    if bad and name == devices.default():
+        first_use.set_aside(quarantine.read(name, tell), tell)
+    status = {row["op"]: row for row in ops.status()}
+    for row in report["ops"]:
+        row |= {f"now_{key}": value for key, value in status[row["op"]].items() if key != "op"}
+    scaled = sum(len(row["scaled"]) for row in report["ops"])
+    if scaled:
+        report["notes"].append(
+            f"scaled: {scaled} of {sum(row['cases'] for row in report['ops'])} cases have fewer "
+            "columns than the model, to fit this machine; the JSON names them"
+        )
     for extra, (modules, purpose) in EXTRAS.items():
         there = all(importlib.util.find_spec(module) is not None for module in modules)
         report["extras"][extra] = there
@@ -105,26 +156,59 @@ def examine() -> dict[str, Any]:
             report["hints"].append(
                 f'{purpose}: {sys.executable} -m pip install "pyengine-mlx[{extra}]"'
             )
-    loose = [row["op"] for row in rows if not row["row_stable"]]
+    if bad:
+        report["problems"].append(
+            f"{len(bad)} of {len(report['ops'])} ops failed; please report this text and the JSON. "
+            + (
+                "All commands run MLX's own in their place from now on."
+                if name == devices.default()
+                else "They are not what other commands run here."
+            )
+        )
+    if not only:
+        _run_pair(report)
+    report["machine"]["wired"] = on_metal.wired_line()
+    report["seconds"] = round(time.perf_counter() - began, 1)
+    report["ok"] = not report["problems"]
+    return report
+
+
+def _compare_with_bandwidth(found: dict[str, Any]) -> None:
+    """Add what part of the bandwidth that Apple publishes for the chip a kernel has."""
+    from pyengine.bench import bandwidth
+
+    limit = bandwidth.of_chip(found["machine"]["chip"], bandwidth.gpu_cores())
+    found["machine"]["bandwidth_gb_s"] = limit
+    for row in found["ops"]:
+        for one in row.get("times", ()):
+            if limit and "gb_s" in one:
+                one["of_bandwidth"] = round(one["gb_s"] / limit, 3)
+
+
+def _run_pair(report: dict[str, Any]) -> None:
+    """Note how the embedded pair runs."""
+    from pyengine import ops
+
+    loose = [row["op"] for row in ops.status() if not row["row_stable"]]
     if loose:
         report["hints"].append(
             f"{', '.join(loose)} run as plain MLX here and are not row-stable: speculative greedy "
             "text may differ from plain text where two logits nearly tie"
         )
     try:
-        report["check"] = _check()
-        if not report["check"]["exact"] and not loose:
-            report["problems"].append(
-                "greedy speculative text differs from plain text though every op is row-stable: "
-                "please report this with the output of pyengine doctor --json"
-            )
+        check = report["check"] = _check()
     except (ValueError, RuntimeError, OSError) as error:
+        report["problems"].append(f"the embedded pair does not run: {error}")
+        return
+    said = "the same text" if check["exact"] else "another text"
+    report["notes"].append(
+        f"embedded pair: {check['tokens']} tokens, {said} by plain and by speculative decoding"
+    )
+    if not check["exact"] and not loose:
         report["problems"].append(
-            f"the embedded pair does not run: {error} Install again, from the folder of the "
-            f"source: {sys.executable} -m pip install --force-reinstall ."
+            "greedy speculative text differs from plain text though every op is row-stable: "
+            "please report this with the JSON"
         )
-    report["ok"] = not report["problems"]
-    return report
 
 
 def _check() -> dict[str, Any]:

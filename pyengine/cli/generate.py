@@ -20,6 +20,7 @@ from pyengine.cli.options import (
     Logprobs,
     MaxTokens,
     MinP,
+    OpsName,
     Position,
     PresencePenalty,
     RepetitionPenalty,
@@ -89,6 +90,7 @@ def run(
     assistant: AssistantDir = None,
     bundle: BundleDir = None,
     dtype: Storage = None,
+    ops: OpsName = None,
     position: Annotated[
         Position,
         typer.Option(
@@ -127,7 +129,7 @@ def run(
             as_json=as_json,
         )
         check_limits(max_tokens, block_size, stop, drafter)
-        pair = common.load_pair(target, assistant, bundle, dtype, position)
+        pair = common.load_pair(target, assistant, bundle, dtype, position, ops)
         common.introduce(pair)
         running = stream(
             text if system is None else [_turn("system", system), _turn("user", text)],
@@ -179,6 +181,7 @@ def finish(pair: Pair, result: Result, as_json: bool, stats: bool, max_tokens: i
 def print_stats(result: Result, more: Mapping[str, str] | None = None) -> None:
     """Counts and speed of one generation, on standard error; ``more`` rows come last."""
     from pyengine.checkpoint import on_metal
+    from pyengine.ops import dispatch
 
     s = result.stats
     rows = {
@@ -192,10 +195,22 @@ def print_stats(result: Result, more: Mapping[str, str] | None = None) -> None:
     if s.drafted:
         rows["acceptance"] = f"{s.acceptance:.3f} of {s.drafted} drafts"
         rows["by depth"] = " ".join(f"{a:.2f}" for a in s.acceptance_by_depth)
+    if not dispatch.exact():
+        rows["ops"] = f"{plain_ops()}: not row-stable, so exactness is not promised"
     rows["peak memory"] = f"{s.peak_memory_bytes / 1e6:.0f} MB"
     if on_metal.wired_bytes():
         rows["wired memory"] = on_metal.wired_line()
     tables.two_columns(common.console(sys.stderr), "", {**rows, **(more or {})})
+
+
+def plain_ops() -> str:
+    """What runs in place of our kernels, and for which ops."""
+    from pyengine.ops import dispatch
+
+    chosen = dispatch.chosen()
+    if chosen != "native":
+        return chosen
+    return "mlx for " + ", ".join(op for op in dispatch.OPS if dispatch.runs(op) != chosen)
 
 
 def _turn(role: str, content: str) -> dict[str, str]:

@@ -74,8 +74,9 @@ def _print(report: dict[str, Any]) -> None:
         rows = {
             "weights": common.size(m["weights"]),
             f"cache of {m['context']} tokens": common.size(m["cache"]),
+            "work on such a prompt": common.size(m["prompt"]),
             "free here": free,
-            "both fit": "unknown" if m["fits"] is None else m["fits"],
+            "all fit": "unknown" if m["fits"] is None else m["fits"],
         }
         tables.two_columns(out, "memory", rows)
     for sentence in report["refused"]:

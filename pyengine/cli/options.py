@@ -30,6 +30,14 @@ class Verify(str, Enum):
     coupled = "coupled"
 
 
+class Ops(str, Enum):
+    """Implementations of the ops that a user may choose."""
+
+    native = "native"
+    mlx = "mlx"
+    reference = "reference"
+
+
 class Position(str, Enum):
     """Where the assistant's query stands, seen from the n committed tokens."""
 
@@ -73,6 +81,16 @@ Storage = Annotated[
         "--dtype",
         help="Storage type of weights that are not quantised, and of activations.",
         show_default="the checkpoint's",
+        rich_help_panel=PAIR,
+    ),
+]
+OpsName = Annotated[
+    Ops | None,
+    typer.Option(
+        "--ops",
+        help="What runs the ops: our kernels (native), MLX's own (mlx), a way on where one of ours "
+        "fails, or their plain definitions (reference), which are slow. Only native is exact.",
+        show_default="PYENGINE_OPS, else native",
         rich_help_panel=PAIR,
     ),
 ]

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyengine.cli import common
-from pyengine.cli.options import AssistantDir, BundleDir, DrafterName, Position, Storage, TargetDir
+from pyengine.cli.options import (
+    AssistantDir,
+    BundleDir,
+    DrafterName,
+    OpsName,
+    Position,
+    Storage,
+    TargetDir,
+)
 
 if TYPE_CHECKING:
     from pyengine.serve.queue import Worker
@@ -71,6 +79,7 @@ def run(
         bool, typer.Option("--json", help="Print model and URL as one line of JSON when ready.")
     ] = False,
     dtype: Storage = None,
+    ops: OpsName = None,
 ) -> None:
     """Serve a pair to OpenAI clients: chat and text completions, streamed or whole.
 
@@ -105,7 +114,7 @@ def run(
         check_drafter(drafter)
         allowed_names(allow_host or [])
         sock = listen(host, port)
-        pair = common.load_pair(target, assistant, bundle, dtype, Position.last)
+        pair = common.load_pair(target, assistant, bundle, dtype, Position.last, ops)
         limits = Limits(
             waiting=waiting,
             max_tokens=max_tokens,

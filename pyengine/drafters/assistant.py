@@ -32,6 +32,10 @@ class AssistantDrafter:
         self._hidden: mx.array | None = None
 
     @property
+    def taps(self) -> tuple[int, ...]:
+        return ()
+
+    @property
     def arrays(self) -> list[mx.array]:
         assert self._hidden is not None  # the prompt was read
         return [self._hidden]

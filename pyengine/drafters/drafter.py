@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from pyengine.model.cache import Cache
 from pyengine.model.head import Logits
+from pyengine.model.target import Reader
 from pyengine.ops.filter_logits import Filtered
 
 MAX_BLOCK = 128  # a primary token and its drafts
@@ -16,13 +17,15 @@ MAX_BLOCK = 128  # a primary token and its drafts
 Filter = Callable[[mx.array | Logits], Filtered]
 
 
-class Drafter(Protocol):
+class Drafter(Reader, Protocol):
     """Where the drafts of one generation come from.
 
     It may propose anything: the rules that accept drafts keep the text exact. Under the rules
     ``residual`` and ``block`` two things must hold for that. A draft's distribution may depend on
     the tokens before it alone, and ``wants_to_draft`` on committed tokens alone: never on a draft
     that was refused, on a clock or on what else the machine does.
+
+    One with taps reads every row of its text: no prefix is reused for it.
     """
 
     @property
@@ -57,16 +60,6 @@ class Drafter(Protocol):
         """
         ...
 
-    def read(self, hidden: mx.array, accepted: mx.array) -> None:
-        """Rows that the target has processed, after the prefill and at the end of each round.
-
-        Args:
-            hidden: The target's hidden vectors, after its last norm, ``[T, E]``.
-            accepted: int32 ``[]``; rows 0 to ``accepted`` are committed, and what follows row
-                ``accepted`` is the next primary token.
-        """
-        ...
-
 
 class TargetLike(Protocol):
     """What a generation asks of the target (:class:`pyengine.model.target.Target`)."""
@@ -78,6 +71,10 @@ class TargetLike(Protocol):
 
     def new_cache(self, max_block: int) -> Cache: ...
 
-    def prefill(self, ids: list[int], cache: Cache) -> tuple[mx.array, mx.array]: ...
+    def prefill(
+        self, ids: list[int], cache: Cache, *, reader: Reader | None = None
+    ) -> tuple[mx.array, mx.array]: ...
 
-    def forward(self, ids: mx.array, cache: Cache) -> tuple[mx.array | Logits, mx.array]: ...
+    def forward(
+        self, ids: mx.array, cache: Cache, taps: tuple[int, ...] = ()
+    ) -> tuple[mx.array | Logits, mx.array]: ...

@@ -38,6 +38,10 @@ class LookupDrafter:
         self._indexed = SHORTEST  # places before it are in the two
 
     @property
+    def taps(self) -> tuple[int, ...]:
+        return ()
+
+    @property
     def arrays(self) -> list[mx.array]:
         return self._drafts
 

@@ -19,7 +19,9 @@ from pyengine.engine import round as on_device
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.report import NonFinite, Report
 from pyengine.engine.stats import Stats
-from pyengine.model.cache import CHUNK, Cache
+from pyengine.model.cache import Cache
+from pyengine.model.plan import chunk_end, last_chunk
+from pyengine.model.target import Reader
 from pyengine.sampling.sampler import Logprob, Sampler
 from pyengine.sampling.settings import Sampling, seeded
 
@@ -84,6 +86,8 @@ def decode(
     room = target.context - len(prompt)
     room = room if max_tokens is None else min(max_tokens, room)
     drafter = drafter if block_size > 1 else None
+    if drafter is not None and drafter.taps:
+        prefix = None  # it has no rows of what the prefix holds
 
     start = time.perf_counter()
     if prefix is None:
@@ -91,14 +95,14 @@ def decode(
     else:
         cache, known = prefix.open(target, prompt, block_size)
         stats.reused_tokens = known
-    for chunk in prefill(target, prompt, cache, known, prefix):
+    for chunk in prefill(target, prompt, cache, known, prefix, drafter):
         if chunk.done < len(prompt):
             stats.prefill_s += time.perf_counter() - start
             yield Round([], None, 0, 0, None, chunk.done)
             start = time.perf_counter()
     sampler = Sampler(sampling, prompt, chunk.logits.shape[-1])
     parts = on_device.Parts(target, drafter, cache, sampler)
-    outcome = on_device.first(parts, chunk.logits[None], chunk.hidden)
+    outcome = on_device.first(parts, chunk.logits[None])
     row = _read(parts, outcome)
     stats.prefill_s += time.perf_counter() - start
     rounds: dict[int, on_device.RecordedRound] = {}  # by number of drafts
@@ -147,21 +151,27 @@ class Prefilled(NamedTuple):
 
 
 def prefill(
-    target: TargetLike, prompt: list[int], cache: Cache, known: int, prefix: Prefix | None
+    target: TargetLike,
+    prompt: list[int],
+    cache: Cache,
+    known: int,
+    prefix: Prefix | None = None,
+    reader: Reader | None = None,
 ) -> Iterator[Prefilled]:
     """Process a prompt from place ``known`` on, a chunk at a time. Evaluates once per chunk.
 
-    A prefix gets its marks: where prompts part, and at both ends of the last chunk.
+    A prefix gets its marks: where prompts part, where no more than a chunk is left, at the end.
     """
     parting, done = 0 if prefix is None else prefix.parting, known
+    last = last_chunk(known, len(prompt))
     while done < len(prompt):
         forked.check("generate")
-        end = min(done + CHUNK, len(prompt))
+        end = chunk_end(done, len(prompt))
         if done < parting < end:
             end = parting
-        if prefix is not None and (done == parting or end == len(prompt)):
+        if prefix is not None and done in (parting, last):
             prefix.mark(done)
-        logits, hidden = target.prefill(prompt[done:end], cache)
+        logits, hidden = target.prefill(prompt[done:end], cache, reader=reader)
         done = end
         if prefix is not None and done == len(prompt):
             prefix.mark(done)

@@ -2,8 +2,9 @@
 
 Full layers keep every position, so going back is a shorter length. A sliding layer's ring has
 overwritten what lies a window behind, so going back further needs a mark: a copy of the rings, a
-window long whatever the context. Marks are made at both ends of a prompt's last chunk, for another
-answer and for another last turn, and where two prompts were seen to part.
+window long whatever the context. Marks are made at a prompt's end and where no more than a chunk
+of it is left, for another answer and for another last turn; and where two prompts were seen to
+part.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import mlx.core as mx
 
 from pyengine.drafters.drafter import TargetLike
 from pyengine.model.cache import Cache
+from pyengine.model.plan import border, reusable, whole
+from pyengine.ops.dispatch import borrows
 from pyengine.untrusted import shown
 
 MAX_MARKS = 3
@@ -42,6 +45,10 @@ class Prefix:
     beginning of that turn (a first prompt and a long turn: up to the last multiple of 512 tokens).
     One that differs earlier is reused up to where earlier prompts were seen to differ.
 
+    On a GPU, where whole chunks of 512 run other kernels than what is shorter, only what the new
+    prompt's own calls would have made alike is reused, so that no bit goes with what was asked
+    before: whole chunks, and what lies behind them while the new prompt completes no further one.
+
     It holds the cache and at most three marks, each as large as a full window of the sliding
     layers: in bfloat16 0.84 GB for the 31B, 0.21 GB for the 26B, 0.34 GB for the 12B, 20 MB for E4B
     and 6 MB for E2B. ``tokens`` are the ids whose keys and values the cache holds; ``reused`` is
@@ -53,6 +60,7 @@ class Prefix:
         self.parting = 0
         self._busy = False
         self._ids: list[int] = []
+        self._whole = 0  # positions of the newest prompt in calls of MLX's kernels
         self._target: TargetLike | None = None
         self._cache: Cache | None = None
         self._marks: list[_Mark] = []
@@ -95,27 +103,40 @@ class Prefix:
         """Twice the block: the last round's tail can be taken back without a mark."""
         return 2 * block_size
 
-    def open(self, target: TargetLike, prompt: Sequence[int], block_size: int) -> tuple[Cache, int]:
+    def open(
+        self,
+        target: TargetLike,
+        prompt: Sequence[int],
+        block_size: int,
+        stop: int | None = None,
+    ) -> tuple[Cache, int]:
         """A cache that holds the first n tokens of a prompt, and n. Evaluates.
 
         At least one token is left to process, for its logits. The prompt counts as known as far as
         it gets into the cache, until :meth:`keep` tells more. ``parting`` is where this
-        prompt and the one before part if that is worth a mark, else 0.
+        prompt and the one before part if that is worth a mark, else 0. Only what this prompt's
+        calls would have made alike is reused (:mod:`pyengine.model.plan`); ``stop`` is where those
+        calls end, if not with the prompt.
         """
+        mlx, end = borrows(), len(prompt) if stop is None else stop
+
+        def alike(length: int) -> int:
+            return reusable(length, self._whole, end, mlx)
+
         max_block = self.max_block(block_size)
         cache, shared = self._cache, self._shared(prompt)
         if target is not self._target or cache is None or cache.max_block < max_block:
             cache, shared = None, 0
         self._ids = []  # nothing is known if Ctrl-C comes in here
-        self._marks = [
-            m._replace(length=min(m.length, shared)) for m in self._marks if m.least <= shared
-        ]
-        self.reused = 0 if cache is None else self._rewind(cache, shared)
+        marks = [m._replace(length=alike(min(m.length, shared))) for m in self._marks]
+        self._marks = [m for m in marks if m.least <= m.length]
+        self.reused = 0 if cache is None else self._rewind(cache, alike(shared))
         if cache is None or not self.reused:
             cache = self._cache = target.new_cache(max_block)
             self._marks = []
-        self._target, self._ids = target, list(prompt)
-        self.parting = shared if shared - self.reused >= WORTH_A_MARK else 0
+        self._target, self._ids, self._whole = target, list(prompt), whole(end, mlx)
+        parting = border(shared, end, mlx)
+        self.parting = parting if parting - self.reused >= WORTH_A_MARK else 0
         return cache, self.reused
 
     def mark(self, length: int) -> None:

@@ -126,7 +126,8 @@ def complete(parts: Parts, block: Block) -> Outcome:
 
 def verify(parts: Parts, block: Block) -> tuple[mx.array | Logits, mx.array, Filtered]:
     """The target's logits, hidden vectors and distributions of the block's k + 1 rows."""
-    logits, hidden = parts.target.forward(block.ids, parts.cache)
+    taps = () if parts.drafter is None else parts.drafter.taps
+    logits, hidden = parts.target.forward(block.ids, parts.cache, taps)
     return logits, hidden, parts.sampler.filter(logits, block.drafts)
 
 
@@ -145,12 +146,10 @@ def commit(parts: Parts, hidden: mx.array, accepted: mx.array, rows: int) -> Non
         parts.drafter.read(hidden, accepted)
 
 
-def first(parts: Parts, logits: mx.array | Logits, hidden: mx.array) -> Outcome:
-    """The token after the prefill, from its last row: logits ``[1, V]``, hidden ``[1, E]``."""
+def first(parts: Parts, logits: mx.array | Logits) -> Outcome:
+    """The token after the prefill, from its last row: logits ``[1, V]``."""
     p, none = parts.sampler.filter(logits), mx.array(0, mx.int32)
     token = parts.sampler.draw(p, parts.cache.length)
-    if parts.drafter is not None:
-        parts.drafter.read(hidden, none)
     return _outcome(parts, Block(token, mx.zeros(0, mx.int32), None), logits, p, none, token)
 
 

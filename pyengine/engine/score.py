@@ -14,6 +14,11 @@ from pyengine.checkpoint import memory
 from pyengine.engine.loop import prefill
 from pyengine.engine.prefix import Prefix, check_prefix
 from pyengine.engine.report import NonFinite
+from pyengine.model.cache import Cache
+from pyengine.model.head import Logits
+from pyengine.model.plan import border, plan
+from pyengine.model.target import Target
+from pyengine.ops.dispatch import borrows
 from pyengine.ops.filter_logits import MAX_TOP_K
 from pyengine.sampling.sampler import Logprob
 from pyengine.untrusted import shown
@@ -115,20 +120,38 @@ def _rows(
     forked.check("score")
     target = pair.target
     memory.check_prompt(target, len(whole), None, SCORE_BLOCK, prefix)
+    stop = len(whole) - 1  # the last token has nothing after it
     with prefix.in_use():
-        cache, known = prefix.open(target, whole[:first], SCORE_BLOCK)
+        cache, known = prefix.open(target, whole[:first], SCORE_BLOCK, stop)
         # The newest token of the context goes with the block: its logits are the first scored
-        begin = first - 1
+        begin = border(first - 1, stop, borrows())
         for _ in prefill(target, whole[:begin], cache, known, prefix):
             pass
-        for at in range(begin, len(whole) - 1, SCORE_BLOCK):
-            block = mx.array(whole[at : at + SCORE_BLOCK][: len(whole) - 1 - at], dtype=mx.int32)
-            following = mx.array(whole[at + 1 : at + 1 + block.size], dtype=mx.int32)
-            logits, _ = target.forward(block, cache)
+        for at, logits in _blocks(target, whole[:stop], begin, first - 1, cache):
             rows = logits.array
-            cache.commit(mx.array(block.size, dtype=mx.int32), cache.length_limit + block.size)
+            following = mx.array(whole[at + 1 : at + 1 + rows.shape[0]], dtype=mx.int32)
             mx.eval(rows, cache.length)
             if not mx.isfinite(mx.logsumexp(rows, axis=-1)).all():
                 raise NonFinite("score", target.dtype)
             yield rows, following
         prefix.keep(whole[:-1])
+
+
+def _blocks(
+    target: Target, ids: list[int], begin: int, first: int, cache: Cache
+) -> Iterator[tuple[int, Logits]]:
+    """Process ids from ``begin`` on; yields the rows from ``first`` on, a block at a time, each
+    with its first position."""
+    for start, count, kernel in plan(begin, len(ids), borrows()):
+        end = start + count
+        if kernel == "mlx":  # a whole chunk, though the context may end inside
+            (chunk,) = target.rows(ids[start:end], cache)
+            skipped = max(0, first - start)
+            for i, logits in enumerate(chunk.parts(SCORE_BLOCK, skipped)):
+                yield start + skipped + i * SCORE_BLOCK, logits
+            continue
+        for at in range(start, end, SCORE_BLOCK):
+            block = mx.array(ids[at : min(at + SCORE_BLOCK, end)], dtype=mx.int32)
+            logits = target.forward(block, cache)[0]
+            cache.commit(mx.array(block.size, dtype=mx.int32), cache.length_limit + block.size)
+            yield at, logits

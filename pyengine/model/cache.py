@@ -19,7 +19,6 @@ from pyengine import ops
 from pyengine.model.config import TargetConfig
 
 CAPACITY_STEP = 512
-CHUNK = 512  # positions a prefill processes at a time
 
 
 class Cache:

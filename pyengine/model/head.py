@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +34,11 @@ class Logits:
         """All of them."""
         logits = self.table(self.hidden, mx.float32)
         return logits if self.softcap is None else ops.softcap(logits, self.softcap)
+
+    def parts(self, rows: int, first: int = 0) -> Iterator[Logits]:
+        """The same from row ``first`` on, so many rows at a time."""
+        for at in range(first, self.shape[0], rows):
+            yield replace(self, hidden=self.hidden[at : at + rows])
 
     def filter(self, **settings: Any) -> Filtered:
         """What :func:`pyengine.ops.filter_logits` makes of them with these settings.

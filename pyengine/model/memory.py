@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
+from pyengine.model.cache import CAPACITY_STEP
+from pyengine.model.config import LayerConfig, TargetConfig
+from pyengine.model.plan import CHUNK, ROWS, plan
+from pyengine.ops.block_attention import TILE
+from pyengine.ops.dispatch import borrows, runs
 
-from pyengine import _ext
-from pyengine.model.cache import CAPACITY_STEP, CHUNK
-from pyengine.model.config import TargetConfig
-from pyengine.ops.dispatch import chosen
-
-IN_FLIGHT = 24  # arrays of a chunk that are alive at once, measured: MLX runs ahead of its results
+# Arrays of a chunk, and of a tile of its attention, that are alive at once. Measured: MLX runs
+# ahead of its results
+IN_FLIGHT = 24
+TILES_IN_FLIGHT = 6
 
 
 def cache_bytes(config: TargetConfig, context: int, block_size: int, size: int) -> int:
@@ -28,7 +30,8 @@ def prompt_bytes(config: TargetConfig, tokens: int, max_block: int, marks: int, 
     the sliding layers' (marks), and what the last chunk needs in between.
 
     The last is an estimate from what was measured: a grown cache stands beside the old one, a layer
-    at a time, and attention that is plain MLX keeps its scores.
+    at a time; the reference's attention keeps its scores, and that of a GPU's whole chunks those of
+    a tile of keys, with all of its rows, in float32.
     """
     rings = cache_bytes(config, 0, max_block, size)
     rows = min(tokens, CHUNK)
@@ -42,8 +45,20 @@ def prompt_bytes(config: TargetConfig, tokens: int, max_block: int, marks: int, 
         *(2 * n.ffn_width for n in config.layers),
         *(config.num_heads * n.head_dim for n in config.layers),
     )
-    on_gpu = chosen() == "native" and mx.default_device() == mx.gpu
-    plain = chosen() == "reference" or (on_gpu and rows > _ext.max_launch_rows)
-    scores = 3 * 4 * config.num_heads * rows * steps if plain else 0
-    chunk = (IN_FLIGHT * rows * widest + 2 * layer) * size + scores
-    return cache_bytes(config, tokens, max_block, size) + marks * rings + chunk
+    calls = plan(0, rows, borrows())
+    rows = max((call.rows for call in calls), default=0)
+    work = IN_FLIGHT * rows * widest * size
+    attention = runs("block_attention")
+    if attention == "reference" or (attention == "mlx" and rows <= ROWS):
+        work += 3 * 4 * config.num_heads * rows * steps
+    elif attention == "mlx" or any(call.kernel == "mlx" for call in calls):
+        tile = max(_tile_bytes(config.num_heads, n) for n in config.layers)
+        work = max(work, TILES_IN_FLIGHT * tile)  # a layer's attention comes before the rest of it
+    grown = 2 * layer * size
+    return cache_bytes(config, tokens, max_block, size) + marks * rings + grown + work
+
+
+def _tile_bytes(num_heads: int, layer: LayerConfig) -> int:
+    """A tile of a whole chunk's attention, in float32: scores, rows, keys."""
+    rows = num_heads * CHUNK
+    return 4 * (rows * (TILE + layer.head_dim) + layer.num_kv_heads * TILE * layer.head_dim)

@@ -5,19 +5,22 @@ that verifying a block gives bit for bit the logits that single steps give. Betw
 elementwise operations only. Values are kept in the checkpoint's dtype, rounded once per op.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import mlx.core as mx
 
 from pyengine import ops
 from pyengine.model import memory
-from pyengine.model.cache import CHUNK, Cache
+from pyengine.model.cache import Cache
 from pyengine.model.config import LayerConfig, TargetConfig
 from pyengine.model.experts import Experts, with_experts
 from pyengine.model.head import Logits
 from pyengine.model.layers import MLP, residual
 from pyengine.model.linear import Linear, Weights, side_by_side
+from pyengine.model.plan import ROWS, plan
+from pyengine.ops.dispatch import borrows
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,28 @@ class Layer:
     pre_mlp_norm: mx.array
     post_mlp_norm: mx.array
     scalar: mx.array
+
+
+class Reader(Protocol):
+    """Who is told of the rows that the target processes: a drafter."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The target's layers, from 0, whose output it reads too; () for none."""
+        ...
+
+    def read(self, hidden: mx.array, accepted: mx.array) -> None:
+        """Rows that the target has processed: of each call of the prefill, and of each round.
+
+        Args:
+            hidden: The target's hidden vectors, after its last norm, ``[T, E]``. With n taps
+                ``[T, (1 + n) * E]``: behind them in each row those that left the tapped layers,
+                in the order of ``taps``.
+            accepted: int32 ``[]``; rows 0 to ``accepted`` are committed, and what follows row
+                ``accepted`` is the next primary token: after the prefill's last call and after a
+                round.
+        """
+        ...
 
 
 class Target:
@@ -97,9 +122,19 @@ class Target:
         return memory.prompt_bytes(self.config, tokens, max_block, marks, self.dtype.size)
 
     def prefill(
-        self, ids: list[int], cache: Cache, chunk: int = CHUNK
+        self,
+        ids: list[int],
+        cache: Cache,
+        chunk: int | None = None,
+        reader: Reader | None = None,
     ) -> tuple[mx.array, mx.array]:
-        """Process and commit a prompt. Evaluates after each chunk, so that memory stays level.
+        """Process and commit a prompt. Evaluates, see :meth:`rows`.
+
+        Args:
+            ids: The prompt, or its next part.
+            cache: What stands before it; gets its keys and values.
+            chunk: Tokens of a whole chunk, in place of 512.
+            reader: Is given each call's rows.
 
         Returns:
             Logits of the last position [V], float32, not evaluated: most callers that hand over a
@@ -109,22 +144,44 @@ class Target:
             ValueError: No ids, or an id outside the vocabulary.
         """
         check_ids("prefill", ids, self.config.vocab_size)
-        if chunk < 1:
+        if chunk is not None and chunk < 1:
             raise ValueError(f"[prefill] chunk must be at least 1 but got {chunk}.")
-        for begin in range(0, len(ids), chunk):
-            part = mx.array(ids[begin : begin + chunk], dtype=mx.int32)
-            hidden = self._hidden(part, cache)
-            cache.commit(mx.array(part.size, dtype=mx.int32), cache.length_limit + part.size)
-            mx.eval(hidden, cache.arrays)
-        hidden = hidden[-1:]
+        for rows in self.rows(ids, cache, chunk, reader):
+            hidden = rows.hidden[-1:]
         return self._head(hidden).array[0], hidden
 
-    def forward(self, ids: mx.array, cache: Cache) -> tuple[Logits, mx.array]:
+    def rows(
+        self,
+        ids: list[int],
+        cache: Cache,
+        chunk: int | None = None,
+        reader: Reader | None = None,
+    ) -> Iterator[Logits]:
+        """Process and commit ids by the calls that :func:`pyengine.model.plan.plan` gives for their
+        positions; evaluates after each call, so that memory stays level. Arguments as `prefill`.
+
+        Yields:
+            Each call's rows, of which no logits are made until they are asked for.
+        """
+        first = cache.length_limit = cast(int, cache.length.item())
+        for start, rows, _ in plan(first, first + len(ids), borrows(), chunk):
+            part = mx.array(ids[start - first : start - first + rows], dtype=mx.int32)
+            hidden, tapped = self._hidden(part, cache, () if reader is None else reader.taps)
+            cache.commit(mx.array(rows, dtype=mx.int32), start + rows)
+            mx.eval(hidden, tapped, cache.arrays)
+            if reader is not None:
+                reader.read(tapped, mx.array(rows - 1, dtype=mx.int32))
+            yield self._head(hidden)
+
+    def forward(
+        self, ids: mx.array, cache: Cache, taps: tuple[int, ...] = ()
+    ) -> tuple[Logits, mx.array]:
         """Run ids [T] behind the committed positions; writes keys and values, commits nothing.
 
         Returns:
             Logits [T, V], float32, after the softcap, none of them made until they are asked for;
-            hidden vectors [T, E], after the last norm.
+            hidden vectors [T, E], after the last norm; with n taps [T, (1 + n) * E], behind them
+            those that left the tapped layers.
 
         Raises:
             ValueError: T is more than the cache's max_block.
@@ -134,20 +191,23 @@ class Target:
                 f"[verify] T must be at most the cache's max_block {cache.max_block} but got "
                 f"{ids.size}."
             )
-        hidden = self._hidden(ids, cache)
-        return self._head(hidden), hidden
+        hidden, tapped = self._hidden(ids, cache, taps)
+        return self._head(hidden), tapped
 
     def logits(self, ids: list[int]) -> mx.array:
-        """Logits [T, V], float32, of every position of ids."""
+        """Logits [T, V], float32, of every position of ids. Evaluates, see :meth:`rows`."""
         check_ids("logits", ids, self.config.vocab_size)
-        hidden = self._hidden(mx.array(ids, dtype=mx.int32), self.new_cache(1))
-        return self._head(hidden).array
+        calls = self.rows(ids, self.new_cache(1))
+        return mx.concatenate([part.array for rows in calls for part in rows.parts(ROWS)])
 
     def _head(self, x: mx.array) -> Logits:
         return Logits(x, self.table, self.config.softcap)
 
-    def _hidden(self, ids: mx.array, cache: Cache) -> mx.array:
-        """Post-final-norm hidden vectors [T, E]; keys and values go to the cache."""
+    def _hidden(
+        self, ids: mx.array, cache: Cache, taps: tuple[int, ...] = ()
+    ) -> tuple[mx.array, mx.array]:
+        """Post-final-norm hidden vectors [T, E]; the same with what left the tapped layers behind
+        them, [T, (1 + taps) * E]. Keys and values go to the cache."""
         cache.reserve(ids.size)
         ids = cache.after_reads(ids)
         eps = self.config.eps
@@ -155,6 +215,7 @@ class Target:
         per_layer = self._per_layer_inputs(ids, h) if self.config.per_layer_width else None
         x = ops.rms_norm(h, self.layers[0].input_norm, eps)
         seen: dict[int, tuple[mx.array, mx.array, mx.array | None]] = {}
+        left: list[mx.array] = []  # by layer, the residual stream behind it
         for i, layer in enumerate(self.layers):
             is_last = i + 1 == len(self.layers)
             next_norm = self.norm if is_last else self.layers[i + 1].input_norm
@@ -170,8 +231,9 @@ class Target:
                 y = ops.geglu(layer.per_layer.gate(h), per_layer[i])
                 y = layer.per_layer.projection(y)
                 h, x = residual(h, y, layer.per_layer.norm, next_norm, eps, layer.scalar)
+            left.append(h)
         cache.note_read(x)
-        return x
+        return x, mx.concatenate([x, *(left[tap] for tap in taps)], axis=-1) if taps else x
 
     def _attention(
         self,
@@ -203,6 +265,9 @@ class Target:
                 cache.store(i, keys, values)
                 seen[i] = keys, values, None
         keys, values, start = seen[geometry.kv_source]
+        if not geometry.sliding and T > ROWS and borrows():  # not all that the cache has room for
+            stop = cache.length_limit + T
+            keys, values = keys[:, :, :stop], values[:, :, :stop]
         window = self.config.window if geometry.sliding else None
         out = ops.block_attention(q, keys, values, cache.length, window=window, start=start)
         return attention.o(out.reshape(T, -1))

@@ -3,6 +3,7 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
+from .rms_norm import rms_norm
 
 
 def norm_rope(
@@ -38,7 +39,19 @@ def norm_rope(
         ValueError: A shape, dtype or limit above does not hold.
     """
     args = (x, weight, offset, inv_freq, eps)
-    return run(_ext.norm_rope(*args), norm_rope_reference, *args)
+    return run(_ext.norm_rope(*args), norm_rope_reference, *args, otherwise=_mlx)
+
+
+def _mlx(
+    x: mx.array, weight: mx.array, offset: mx.array, inv_freq: mx.array, eps: float
+) -> mx.array:
+    """MLX's own kernels, which round once more; they want wavelengths, and heads before rows."""
+    n = rms_norm(x, weight, eps).swapaxes(1, 2)
+    lengths = 1 / inv_freq  # infinite where nothing turns
+    turned = mx.fast.rope(
+        n, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=lengths
+    )
+    return turned.swapaxes(1, 2)
 
 
 def norm_rope_reference(

@@ -3,9 +3,9 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .norm_rope import norm_rope_reference
-from .rms_norm import rms_norm_reference
-from .write_cache import write_cache_reference
+from .norm_rope import norm_rope, norm_rope_reference
+from .rms_norm import rms_norm, rms_norm_reference
+from .write_cache import write_cache, write_cache_reference
 
 
 def prepare_qkv(
@@ -48,8 +48,28 @@ def prepare_qkv(
         RuntimeError: keys or values turn out not to be contiguous when evaluated.
     """
     args = (q, k, v, q_norm, k_norm, inv_freq, keys, values, offset, eps)
-    turned, keys, values = run(_ext.prepare_qkv(*args), prepare_qkv_reference, *args)
+    outs = run(_ext.prepare_qkv(*args), prepare_qkv_reference, *args, otherwise=_one_by_one)
+    turned, keys, values = outs
     return turned, keys, values
+
+
+def _one_by_one(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    q_norm: mx.array,
+    k_norm: mx.array,
+    inv_freq: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    offset: mx.array,
+    eps: float,
+) -> tuple[mx.array, mx.array, mx.array]:
+    T, D = q.shape[0], keys.shape[-1]
+    q, k, v = (a.reshape(1, T, -1, D) for a in (q, k, v))
+    q, k = (norm_rope(a, w, offset, inv_freq, eps) for a, w in ((q, q_norm), (k, k_norm)))
+    v = rms_norm(v, None, eps)
+    return q, write_cache(keys, k, offset), write_cache(values, v, offset)
 
 
 def prepare_qkv_reference(

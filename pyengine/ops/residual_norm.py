@@ -3,7 +3,7 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .rms_norm import rms_norm_reference
+from .rms_norm import rms_norm, rms_norm_reference
 
 
 def residual_norm(
@@ -19,7 +19,7 @@ def residual_norm(
 
     ``h' = (h + rms_norm(y) * weight) * scalar``, rounded; then ``x = rms_norm(h') * next_weight``
     of the rounded sum, so that ``x`` equals ``pyengine.ops.rms_norm(h', next_weight)`` bit for bit.
-    On a GPU plain MLX, which is not row-stable, serves rows of more than 16384 elements.
+    On a GPU MLX's own, which is not row-stable, serves rows of more than 16384 elements.
 
     Args:
         h: Residual stream ``[..., E]``, float32, float16 or bfloat16.
@@ -41,11 +41,28 @@ def residual_norm(
         h,
         y,
         weight,
+        otherwise=_mlx,
         scalar=scalar,
         next_weight=next_weight,
         eps=eps,
     )
     return total, following[0] if following else None
+
+
+def _mlx(
+    h: mx.array,
+    y: mx.array,
+    weight: mx.array,
+    *,
+    scalar: mx.array | None,
+    next_weight: mx.array | None,
+    eps: float,
+) -> tuple[mx.array, mx.array | None]:
+    """MLX's own norms, which round once more."""
+    total = h + rms_norm(y, weight, eps)
+    if scalar is not None:
+        total = total * scalar
+    return total, None if next_weight is None else rms_norm(total, next_weight, eps)
 
 
 def residual_norm_reference(

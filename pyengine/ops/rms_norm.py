@@ -10,7 +10,7 @@ def rms_norm(x: mx.array, weight: mx.array | None = None, eps: float = 1e-6) -> 
 
     ``out = x / sqrt(mean(x ** 2) + eps) * weight`` over the last axis, in float32, rounded once.
     The weight is plain: Gemma 4 multiplies by ``weight``, not by ``1 + weight``.
-    On a GPU plain MLX, which is not row-stable, serves rows of more than 16384 elements.
+    On a GPU MLX's own, which is not row-stable, serves rows of more than 16384 elements.
 
     Args:
         x: ``[..., D]``, float32, float16 or bfloat16.
@@ -23,7 +23,13 @@ def rms_norm(x: mx.array, weight: mx.array | None = None, eps: float = 1e-6) -> 
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    return run(_ext.rms_norm(x, weight, eps), rms_norm_reference, x, weight, eps)
+    args = (x, weight, eps)
+    return run(_ext.rms_norm(*args), rms_norm_reference, *args, otherwise=_mlx)
+
+
+def _mlx(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    """MLX's own kernel."""
+    return mx.fast.rms_norm(x, weight, eps)
 
 
 def rms_norm_reference(x: mx.array, weight: mx.array | None = None, eps: float = 1e-6) -> mx.array:

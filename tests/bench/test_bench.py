@@ -13,7 +13,7 @@ from text_fakes import script_pair, write_tokenizers
 
 from pyengine.bench import gemma_mtp, report
 from pyengine.bench.suite import Case
-from pyengine.cli.bench import _show
+from pyengine.cli.bench import show_settings
 from pyengine.cli.output import check_output
 from pyengine.sampling.settings import Sampling
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
@@ -140,7 +140,7 @@ def test_one_token_texts_have_no_rate(tok: Tokenizer) -> None:
     rows, summary = gemma_mtp.gemma_mtp(pair, CASES[:1], **SETTINGS)
     assert [row["generated_tokens"] for row in rows] == [1, 1, 1]
     assert [line["speedup_vs_ar"] for line in summary] == [None] * 3
-    _show(Console(quiet=True), "none", summary)
+    show_settings(Console(quiet=True), "none", summary)
 
 
 def test_report_is_whole(run: Any, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_table_has_the_columns(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     _, _, summary, _ = run
-    _show(Console(width=80), "all", summary)
+    show_settings(Console(width=80), "all", summary)
     text = capsys.readouterr().out
     for head in ("block", "tok/s", "acceptance", "tokens/round", "speedup_vs_ar", "round cost"):
         assert head in text

@@ -231,7 +231,7 @@ def test_logits_are_read_once_and_little_lies_between(rules: list[Row]) -> None:
         assert r["logits_ratio"] <= 1.02
         lists = r["M"] * (65536 // 4096) * 64 * 8  # a list for every slice, written and read
         assert 2 * lists <= r["between_bytes"] <= 2.2 * lists
-        assert r["threadgroup_bytes"] <= 12 * 1024
+        assert r["threadgroup_bytes"] <= 13 * 1024
 
 
 def test_the_fused_head_reads_weights_once_and_leaves_no_logits(rules: list[Row]) -> None:

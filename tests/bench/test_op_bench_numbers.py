@@ -19,6 +19,7 @@ import mlx.core as mx
 import pytest
 from scripted_runs import Clock
 
+from pyengine.bench import arrays
 from pyengine.ops import dispatch
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -131,26 +132,22 @@ def test_the_middle_half(timing: ModuleType) -> None:
     assert timing.iqr([7.0, 1.0, 3.0]) == 7.0 - 1.0
 
 
-def test_copies_that_no_cache_holds(
-    timing: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(timing, "CACHE", tmp_path / "size")
-    assert timing.cold_copies(64 << 20) == 4 and timing.cold_copies((64 << 20) + 1) == 4
-    assert timing.cold_copies((64 << 20) - 1) == 5 and timing.cold_copies(10**12) == 1
+def test_copies_that_no_cache_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(arrays, "CACHE", tmp_path / "size")
+    assert arrays.cold_copies(64 << 20) == 4 and arrays.cold_copies((64 << 20) + 1) == 4
+    assert arrays.cold_copies((64 << 20) - 1) == 5 and arrays.cold_copies(10**12) == 1
     (tmp_path / "size").write_text("1024K\n")
-    assert timing.cold_copies(1 << 20) == 4 and timing.cold_copies(3 << 20) == 2
+    assert arrays.cold_copies(1 << 20) == 4 and arrays.cold_copies(3 << 20) == 2
 
 
-def test_turns_are_cold_or_as_many_as_there_are(
-    timing: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_turns_are_cold_or_as_many_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     a, pair = mx.arange(4), (mx.arange(3), mx.arange(2))
-    monkeypatch.setattr(timing, "cold_copies", lambda nbytes: nbytes)
-    copies = timing.turns(a, pair, nbytes=3)
+    monkeypatch.setattr(arrays, "cold_copies", lambda nbytes: nbytes)
+    copies = arrays.turns(a, pair, nbytes=3)
     assert len(copies) == 3 and len({id(turn[0]) for turn in copies}) == 3
     assert all(mx.array_equal(turn[1][0], pair[0]) for turn in copies)
-    same = timing.turns(a, nbytes=timing.CALLS + 1)
-    assert len(same) == timing.CALLS and all(turn[0] is a for turn in same)
+    same = arrays.turns(a, nbytes=arrays.CALLS + 1)
+    assert len(same) == arrays.CALLS and all(turn[0] is a for turn in same)
 
 
 def test_a_check_sees_a_bit_a_shape_and_a_dtype(timing: ModuleType) -> None:
@@ -185,7 +182,7 @@ def test_a_bench_checks_its_op_and_says_what_a_call_moves(
     def compare(_: Any, kernel: Any, baseline: Any, turns: Any, **asked: Any) -> None:
         compared.append((kernel, baseline, turns, asked))
 
-    monkeypatch.setattr(timing, "cold_copies", lambda nbytes: 2)
+    monkeypatch.setattr(arrays, "cold_copies", lambda nbytes: 2)
     monkeypatch.setattr(timing, "check", recorded)
     monkeypatch.setattr(timing, "compare", compare)
     bench = module(f"bench_{op}")

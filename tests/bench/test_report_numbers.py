@@ -67,6 +67,7 @@ def test_every_field_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
     values = {"SC_PAGE_SIZE": 16384, "SC_PHYS_PAGES": 2_000_000}
     monkeypatch.setattr(report, "now", lambda: "then")
     monkeypatch.setattr(report, "_chip", lambda: "Chip 9")
+    monkeypatch.setattr(report, "_model", lambda: "Mac99,9")
     monkeypatch.setattr(report, "_commit", lambda: "abc123")
     monkeypatch.setattr(mx, "default_device", lambda: "Device(gpu, 3)")
     monkeypatch.setattr("platform.machine", lambda: "arm65")
@@ -81,6 +82,7 @@ def test_every_field_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
         "started_at": "then",
         "machine": {
             "chip": "Chip 9",
+            "model": "Mac99,9",
             "device": "Device(gpu, 3)",
             "architecture": "arm65",
             "os": "system-7",
@@ -113,6 +115,14 @@ def test_the_chip_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [["sysctl", "-n", "machdep.cpu.brand_string"]]
     asked(monkeypatch, {"machdep.cpu.brand_string": None})
     assert report._chip() == "architecture alone"
+
+
+def test_a_mac_says_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = asked(monkeypatch, {"hw.model": "Mac99,9\n"})
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    assert report._model() is None and calls == []
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    assert report._model() == "Mac99,9" and calls == [["sysctl", "-n", "hw.model"]]
 
 
 @pytest.mark.parametrize(
@@ -163,9 +173,9 @@ def test_what_other_programs_say(
 ) -> None:
     """Their words without the line's end; of one that fails, lasts or is not there, none."""
     say = "import sys; print(' 1.2 '); print('noise', file=sys.stderr); sys.exit"
-    assert report._ask(sys.executable, "-c", f"{say}(0)") == "1.2"
-    assert report._ask(sys.executable, "-c", f"{say}(3)") is None
-    assert report._ask("/no/such/program") is None
+    assert report.ask(sys.executable, "-c", f"{say}(0)") == "1.2"
+    assert report.ask(sys.executable, "-c", f"{say}(3)") is None
+    assert report.ask("/no/such/program") is None
     assert capfd.readouterr() == ("", "")
     given: dict[str, Any] = {}
 
@@ -174,7 +184,7 @@ def test_what_other_programs_say(
         raise subprocess.TimeoutExpired("git", kw["timeout"])
 
     monkeypatch.setattr(subprocess, "run", lasts)
-    assert report._ask("git") is None and given["timeout"] == 10
+    assert report.ask("git") is None and given["timeout"] == 10
 
 
 def test_every_field_of_a_pair() -> None:

@@ -4,6 +4,7 @@ grows."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -12,12 +13,15 @@ import pytest
 from pyengine.chat import Chat
 from pyengine.checkpoint import memory
 from pyengine.checkpoint.pair import Pair, load
+from pyengine.checkpoint.weights import target_layout
 from pyengine.engine.prefix import MAX_MARKS, Prefix
 from pyengine.engine.score import score
 from pyengine.generation import generate, stream
-from pyengine.model.cache import CAPACITY_STEP
-from pyengine.model.config import TargetConfig
-from pyengine.model.memory import cache_bytes
+from pyengine.model.config import LayerConfig, Rope, TargetConfig
+from pyengine.model.linear import Linear, Weights
+from pyengine.model.memory import cache_bytes, prompt_bytes
+from pyengine.model.target import Target
+from pyengine.ops import dispatch
 
 GREEDY = {"temperature": 0}
 
@@ -65,14 +69,45 @@ def test_scores_of_plain_mlx_are_counted(pair: Pair) -> None:
     assert more == 3 * 4 * pair.target.config.num_heads * 512 * 8192
 
 
-def test_a_gpu_attends_to_many_rows_in_plain_mlx(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with_ours = [pair.target.prompt_bytes(tokens, 8, 0) for tokens in (128, 129)]
-    monkeypatch.setattr(memory.mx, "default_device", lambda: mx.gpu)
-    few, many = (pair.target.prompt_bytes(tokens, 8, 0) for tokens in (128, 129))
-    scores = 3 * 4 * pair.target.config.num_heads * 129 * CAPACITY_STEP
-    assert [few, many - scores] == with_ours
+def like_the_31b() -> Target:
+    """Its proportions at a sixteenth of its widths, a sliding and a full layer."""
+    layers = tuple(LayerConfig(i == 0, 256 << i, 1, 1280, i, i == 1) for i in (0, 1))
+    rope = Rope(1e4, 1.0, 1.0)
+    shape: dict[str, Any] = {"hidden_size": 320, "num_heads": 2, "window": 256, "eps": 1e-6}
+    shape |= {"context_limit": 10**6, "rope_sliding": rope, "rope_full": rope, "eos_ids": ()}
+    shape |= {"quantization": None, "softcap": None, "per_layer_width": 0, "num_experts": 0}
+    shape |= {"model_type": "", "vocab_size": 64, "num_experts_used": 0, "expert_width": 0}
+    config = TargetConfig(layers=layers, **shape)
+    layout = target_layout(config)
+    matrices = {n: Linear(mx.full(s, 0.01, mx.bfloat16)) for n, s in layout.matrices.items()}
+    vectors = {n: mx.ones(s, mx.bfloat16) for n, s in layout.vectors.items()}
+    return Target(config, Weights(matrices, vectors, mx.bfloat16))
+
+
+def test_a_gpus_whole_chunks_take_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured on the processor under a GPU's rules; MLX runs further ahead in deeper models."""
+    monkeypatch.setattr(dispatch, "_gpu_rules", True)
+    model = like_the_31b()
+    cache = model.new_cache(8)
+    before = mx.get_active_memory() - cache.nbytes
+    mx.reset_peak_memory()
+    model.prefill([5] * 1024, cache)
+    measured = mx.get_peak_memory() - before
+    assert measured < model.prompt_bytes(1024, 8, 0) < 3 * measured
+
+
+def test_a_gpus_attention_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the length of the prompt, and only where there is a whole chunk. By hand: 8 heads of
+    width 256, 512 rows, 512 keys: 4 MiB of rows and 8 of scores, 2 of keys of 4 heads."""
+    model = like_the_31b()
+    narrow = replace(model.config, num_heads=8, layers=(LayerConfig(True, 256, 4, 64, 0, False),))
+    ours = [prompt_bytes(narrow, n, 8, 0, 2) for n in (511, 512, 4096)]
+    monkeypatch.setattr(dispatch, "_gpu_rules", True)
+    gpu = [prompt_bytes(narrow, n, 8, 0, 2) for n in (511, 512, 4096)]
+    rows = 24 * 2048 * 2  # bytes for each row of a call
+    assert gpu[0] == ours[0] - (511 - 128) * rows  # calls of 128 rows
+    tile = 6 * (4 + 8 + 2) * 2**20
+    assert [a - b for a, b in zip(gpu[1:], ours[1:], strict=True)] == [tile - 512 * rows] * 2
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_what_fits(
@@ -82,7 +117,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_what_fits(
     free = pair.target.prompt_bytes(2500, 4, 0)
     with_free(monkeypatch, free)
     calls: list[Any] = []
-    monkeypatch.setattr(type(pair.target), "prefill", lambda *args: calls.append(args))
+    monkeypatch.setattr(type(pair.target), "prefill", lambda *args, **_: calls.append(args))
     with pytest.raises(ValueError) as error:
         generate(long, pair=pair)
     assert not calls

@@ -38,10 +38,10 @@ pair = script_pair(
     load_tokenizer(Path({folder!r})), {script!r}, held_after={held_after!r}, embedded={embedded!r}
 )
 whole = pair.target.prefill
-def prefill(ids, cache):
+def prefill(ids, cache, reader):
     with open({folder!r} + "/prompts", "a") as file:
         print(json.dumps(pair.tokenizer.decode(list(ids))), file=file)
-    return whole(ids, cache)
+    return whole(ids, cache, reader=reader)
 pair.target.prefill = prefill
 cli.common.load_pair = lambda *arguments: pair
 sys.argv = ["pyengine", *{arguments!r}]

@@ -79,7 +79,7 @@ def test_generate_options_reach_the_engine(pair: Any) -> None:
     done = run(
         *words("generate fox --json --max-tokens 9 --block-size 3 --system Brief. --stop jum"),
         *words("--temperature 0.5 --top-p 0.9 --top-k 5 --min-p 0.1 --seed 7 --verify block"),
-        *words("--target a --assistant b --dtype float32 --position n-2"),
+        *words("--target a --assistant b --dtype float32 --position n-2 --ops reference"),
     )
     result = json.loads(done.stdout)
     assert result["finish_reason"] in ("stop", "length") and STORY.startswith(result["text"])
@@ -91,6 +91,7 @@ def test_generate_options_reach_the_engine(pair: Any) -> None:
         None,
         options.Dtype.float32,
         options.Position.before_last,
+        options.Ops.reference,
     ]
     assert run("generate", "fox", "--stop", "jumps", "--stop", "own").stdout == "the quick br\n"
     run("generate", "fox", "--raw")
@@ -225,7 +226,7 @@ def test_a_failing_machine_exits_1_and_keeps_the_text(pair: Any) -> None:
 
 
 def test_a_failure_before_the_first_token_prints_nothing(pair: Any) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("[prefill] the machine failed.")
 
     pair.target.prefill = fail
@@ -277,7 +278,7 @@ def test_embedded_and_verified_pairs_need_no_permission(pair: Any) -> None:
         assert done.exit_code == 0 and "flappy_html5_canvas" in done.stdout
 
 
-COMMANDS = "generate,chat,convert,inspect,doctor,serve,bench,bench gemma-mtp"
+COMMANDS = "generate,chat,convert,inspect,doctor,serve,bench,bench gemma-mtp,bench card"
 
 
 @pytest.mark.parametrize("command", [[], *(words.split() for words in COMMANDS.split(","))])

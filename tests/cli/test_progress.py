@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pyengine import cli
 from pyengine.checkpoint.pair import load
-from pyengine.model.target import CHUNK
+from pyengine.model.plan import CHUNK
 
 FLOATS = Path(__file__).parents[1] / "fixtures"
 

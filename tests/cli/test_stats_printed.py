@@ -57,9 +57,9 @@ def pair(tok: Tokenizer, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
     made = script_pair(tok, "jumps over a lazy dog", context=100)
     prefill = made.target.prefill
 
-    def slow(ids: list[int], cache: Any) -> Any:
+    def slow(*args: Any, **kwargs: Any) -> Any:
         clock.now += 0.5
-        return prefill(ids, cache)
+        return prefill(*args, **kwargs)
 
     def on_round(rows: int) -> None:
         clock.now += 0.25

@@ -59,7 +59,7 @@ def text_of(out: Console) -> str:
 def test_no_figure_of_the_bench_table_is_cut() -> None:
     for width in WIDTHS:
         out = console(width)
-        bench._show(out, "flappy_html5_canvas, 421 prompt tokens", ROWS)
+        bench.show_settings(out, "flappy_html5_canvas, 421 prompt tokens", ROWS)
         text = text_of(out)
         for figure in (*FIGURES, "plain", "residual", "421", *bench.HEADS[:6]):
             assert figure in text.split() or f"{figure}:" in text.split(), (width, figure)
@@ -72,7 +72,7 @@ def test_headings_stay_with_their_figures() -> None:
     folded = 0
     for width in WIDTHS:
         out = console(width)
-        bench._show(out, "all", ROWS)
+        bench.show_settings(out, "all", ROWS)
         lines = text_of(out).splitlines()
         if any("tok/s" in line and "speedup_vs_ar" in line for line in lines):
             assert width > 60

@@ -17,6 +17,7 @@ from text_fakes import LengthCache
 from pyengine.engine import loop
 from pyengine.engine.loop import Round
 from pyengine.engine.stats import Stats
+from pyengine.model.target import Reader
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.ops.filter_logits import Filtered
 from pyengine.sampling.sampler import Sampler
@@ -42,11 +43,18 @@ class MarkovTarget:
         self.cache = LengthCache()
         return self.cache
 
-    def prefill(self, ids: list[int], cache: LengthCache) -> tuple[mx.array, mx.array]:
+    def prefill(
+        self, ids: list[int], cache: LengthCache, *, reader: Reader | None = None
+    ) -> tuple[mx.array, mx.array]:
         cache.commit(mx.array(len(ids), mx.int32), len(ids))
-        return self.table[ids[-1]], mx.array([[float(ids[-1])]])
+        hidden = mx.array([[float(ids[-1])]])
+        if reader is not None:
+            reader.read(hidden, mx.array(0, mx.int32))
+        return self.table[ids[-1]], hidden
 
-    def forward(self, ids: mx.array, cache: LengthCache) -> tuple[mx.array, mx.array]:
+    def forward(
+        self, ids: mx.array, cache: LengthCache, taps: tuple[int, ...] = ()
+    ) -> tuple[mx.array, mx.array]:
         return self.table[ids], self.embed(ids)
 
 

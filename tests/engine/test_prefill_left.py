@@ -19,6 +19,7 @@ from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs, score
 from pyengine.engine.stats import Stats
 from pyengine.generation import Step, generate, stream
+from pyengine.model import plan
 
 GREEDY = {"temperature": 0}
 
@@ -96,7 +97,7 @@ def test_a_turn_of_a_chat_left_midway_does_not_count(pair: Pair) -> None:
 def test_chunks_and_their_borders_are_those_of_one_call(
     flavour: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "CHUNK", 16)
+    monkeypatch.setattr(plan, "CHUNK", 16)
     target, prompt = tiny_pair(flavour, "bfloat16-q8").target, greedy_text(flavour)[:75]
     whole = target.new_cache(4)
     want, _ = target.prefill(prompt, whole, chunk=16)

@@ -17,11 +17,11 @@ from tiny_pairs import FLAVOURS, greedy_text, tiny_pair
 
 from pyengine import ops
 from pyengine.checkpoint.pair import Pair, load
-from pyengine.engine import loop
 from pyengine.engine.loop import Round
 from pyengine.engine.prefix import MAX_MARKS, Prefix
 from pyengine.engine.stats import Stats
 from pyengine.generation import generate
+from pyengine.model import plan
 from pyengine.sampling.settings import Sampling
 
 BLOCK = 4
@@ -30,7 +30,7 @@ CHUNK = 16  # instead of 512: the tiny pairs' window is 8
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "CHUNK", CHUNK)
+    monkeypatch.setattr(plan, "CHUNK", CHUNK)
 
 
 def answer(

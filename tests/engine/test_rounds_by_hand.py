@@ -19,6 +19,7 @@ from rules_by_hand import Close, Settings
 from text_fakes import LengthCache
 
 from pyengine.engine.loop import Round
+from pyengine.model.target import Reader
 from pyengine.ops.accept_block import RULES
 from pyengine.sampling.settings import Sampling
 
@@ -60,12 +61,19 @@ class FakeTarget:
     def new_cache(self, max_block: int) -> LengthCache:
         return LengthCache()
 
-    def prefill(self, ids: list[int], cache: LengthCache) -> tuple[mx.array, mx.array]:
+    def prefill(
+        self, ids: list[int], cache: LengthCache, *, reader: Reader | None = None
+    ) -> tuple[mx.array, mx.array]:
         logits, hidden = self.forward(mx.array(ids, dtype=mx.int32), cache)
         cache.commit(mx.array(len(ids), mx.int32), cache.length_limit + len(ids))
-        return logits[-1], hidden[-1:]
+        hidden = hidden[-1:]
+        if reader is not None:
+            reader.read(hidden, mx.array(0, mx.int32))
+        return logits[-1], hidden
 
-    def forward(self, ids: mx.array, cache: LengthCache) -> tuple[mx.array, mx.array]:
+    def forward(
+        self, ids: mx.array, cache: LengthCache, taps: tuple[int, ...] = ()
+    ) -> tuple[mx.array, mx.array]:
         at = cache.length + mx.arange(ids.shape[0], dtype=mx.int32)
         return self.p[at % TURN, ids], mx.stack([ids, at], axis=-1)
 

@@ -15,11 +15,11 @@ from knowing import tiny
 from models import broken
 from tiny_pairs import FLAVOURS, greedy_text
 
-from pyengine.engine import loop
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.report import NonFinite
 from pyengine.engine.score import prompt_logprobs, score
 from pyengine.generation import generate, stream
+from pyengine.model import plan
 from pyengine.sampling.settings import Sampling
 
 GREEDY = Sampling(temperature=0.0, logprobs=2)
@@ -156,7 +156,7 @@ def test_a_score_that_fails_or_is_interrupted_leaves_a_right_prefix(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At every evaluation: in the context, whose chunks are small here, and in every block."""
-    monkeypatch.setattr(loop, "CHUNK", 16)
+    monkeypatch.setattr(plan, "CHUNK", 16)
     pair, text = tiny("dense31"), greedy_text("dense31")
     cold, real = scores(pair, text[:100], 35, None), mx.eval
     for error in (KeyboardInterrupt(), RuntimeError("the machine")):

@@ -25,11 +25,11 @@ from tiny_pairs import FLAVOURS, greedy_text
 from pyengine import ops
 from pyengine.chat import Chat
 from pyengine.checkpoint.pair import load
-from pyengine.engine import loop
 from pyengine.engine import round as on_device
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs, score
 from pyengine.generation import Result, generate, stream
+from pyengine.model import plan
 from pyengine.sampling.settings import Sampling
 
 GREEDY = Sampling(temperature=0.0)
@@ -39,7 +39,7 @@ BEGIN = 21  # tokens of the prompt that `greedy_text` continues
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "CHUNK", CHUNK)
+    monkeypatch.setattr(plan, "CHUNK", CHUNK)
 
 
 def goes_on(pair: Any, text: list[int], known: int, prefix: Prefix | None, **kw: Any) -> Result:

@@ -18,6 +18,7 @@ from pyengine.engine.loop import Round
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.stats import Stats
 from pyengine.generation import generate
+from pyengine.model.target import Reader
 from pyengine.sampling.settings import Sampling
 
 VOCAB = 64
@@ -131,13 +132,20 @@ class CountingTarget:
 
         return LengthCache(on_round)
 
-    def prefill(self, ids: list[int], cache: LengthCache) -> tuple[mx.array, mx.array]:
+    def prefill(
+        self, ids: list[int], cache: LengthCache, *, reader: Reader | None = None
+    ) -> tuple[mx.array, mx.array]:
         self.events.append(f"chunk of {len(ids)}")
         self.clock.now += self.chunks.pop(0)
         cache.commit(mx.array(len(ids), mx.int32), cache.length_limit + len(ids))
-        return after(mx.array(ids[-1:]))[0], mx.array([[0.0]])
+        hidden = mx.array([[0.0]])
+        if reader is not None:
+            reader.read(hidden, mx.array(0, mx.int32))
+        return after(mx.array(ids[-1:]))[0], hidden
 
-    def forward(self, ids: mx.array, cache: LengthCache) -> tuple[mx.array, mx.array]:
+    def forward(
+        self, ids: mx.array, cache: LengthCache, taps: tuple[int, ...] = ()
+    ) -> tuple[mx.array, mx.array]:
         return after(ids), self.embed(ids)
 
 

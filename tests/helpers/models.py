@@ -22,8 +22,8 @@ def decode(target: Any, assistant: Any, prompt: list[int], **settings: Any) -> I
 def broken(forward: Any) -> Any:
     """A target's ``forward`` whose logits are not finite."""
 
-    def call(ids: mx.array, cache: Any) -> tuple[Any, mx.array]:
-        logits, hidden = forward(ids, cache)
+    def call(*args: Any) -> tuple[Any, mx.array]:
+        logits, hidden = forward(*args)
         return replace(logits, hidden=logits.hidden * mx.nan), hidden
 
     return call

@@ -15,6 +15,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from pyengine.model.target import Reader
 from pyengine.text.tokenizer import Tokenizer
 
 MARKS = ["<|turn>", "<turn|>", "<|channel>", "<channel|>", '<|"|>', "<|think|>"]
@@ -187,12 +188,19 @@ class ScriptTarget:
     def prompt_bytes(self, tokens: int, max_block: int, marks: int) -> int:
         return 0
 
-    def prefill(self, ids: list[int], cache: LengthCache) -> tuple[mx.array, mx.array]:
+    def prefill(
+        self, ids: list[int], cache: LengthCache, *, reader: Reader | None = None
+    ) -> tuple[mx.array, mx.array]:
         self.prompt = list(ids)
         cache.commit(mx.array(len(ids), mx.int32), len(ids))
-        return self.rows[0], mx.zeros((1, 1), mx.int32)
+        hidden = mx.zeros((1, 1), mx.int32)
+        if reader is not None:
+            reader.read(hidden, mx.array(0, mx.int32))
+        return self.rows[0], hidden
 
-    def forward(self, ids: mx.array, cache: LengthCache) -> tuple[mx.array, mx.array]:
+    def forward(
+        self, ids: mx.array, cache: LengthCache, taps: tuple[int, ...] = ()
+    ) -> tuple[mx.array, mx.array]:
         first = cache.length - len(self.prompt) + 1
         places = first + mx.arange(ids.shape[0], dtype=mx.int32)
         return self.rows[places % len(self.script)], places[:, None]

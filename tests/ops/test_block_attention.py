@@ -9,7 +9,8 @@ import pytest
 from draw import INT32, Call, Draw, near_sum
 
 from pyengine import _ext
-from pyengine.ops import block_attention, block_attention_reference, write_cache
+from pyengine.model.memory import TILES_IN_FLIGHT
+from pyengine.ops import block_attention, block_attention_reference, dispatch, write_cache
 
 # Outputs are means of values of size 1. Both sides work in float32 (sums of up to D products and of
 # up to 1500 weights in different orders) and round once.
@@ -285,6 +286,72 @@ def test_errors():
     refused(r"window must be at least 1 and below 2\*\*31 but got 0\.", q, k, k, offset, window=0)
     refused(r"start must have shape \[\] but got \[2\]\.", q, k, k, offset, start=mx.array([1, 2]))
     refused(r"start must be int32 but got uint32\.", q, k, k, offset, start=mx.array(1, mx.uint32))
+
+
+# As a GPU runs a long block, forced here: (positions, slots, offset, window, position in slot 0)
+LONG = [
+    (512, 1536, 1024, None, None),  # a chunk over tiles that end at 512, 1024, 1536
+    (512, 2048, 1024, None, None),  # and with a tile that nobody sees
+    (512, 767, 1024, 256, 769),  # a chunk and the window before it
+    (512, 767, 0, 256, -255),  # before which there is nothing: rows that meet no key at first
+    (300, 700, 350, 100, None),
+    (129, 129, 0, None, None),
+]
+
+
+@pytest.mark.parametrize("case", LONG)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_blocks_by_tiles(case, dtype, monkeypatch):
+    T, C, offset, window, start = case
+    q, k, v = (
+        normal(3, 1, T, 4, 64, dtype=dtype),
+        normal(4, 1, 2, C, 64, dtype=dtype),
+        normal(5, 1, 2, C, 64, dtype=dtype),
+    )
+    options = {"window": window, "start": None if start is None else mx.array(start), "scale": 0.3}
+    expected = block_attention(q, k, v, mx.array(offset), **options)
+    monkeypatch.setattr(dispatch, "_gpu_rules", True)
+    out = block_attention(q, k, v, mx.array(offset), **options)
+    assert_close(out, expected)
+
+
+def test_blocks_of_128_positions_are_the_kernels_on_a_gpu_too(monkeypatch):
+    """Decoding after a prompt, and the end of a prompt, run nothing of MLX's."""
+    q, k, v = normal(1, 1, 129, 4, 32), normal(2, 1, 2, 300, 32), normal(3, 1, 2, 300, 32)
+    expected = block_attention(q, k, v, mx.array(171))
+    monkeypatch.setattr(dispatch, "_gpu_rules", True)
+    for T in (1, 16, 128):
+        out = block_attention(q[:, :T], k, v, mx.array(171))
+        assert np.array_equal(bits(out), bits(expected[:, :T]))
+    assert not np.array_equal(bits(block_attention(q, k, v, mx.array(171))), bits(expected))
+
+
+def test_long_blocks_keep_a_tile_of_scores(monkeypatch):
+    """Peak memory does not go with the number of keys, and is what model/memory.py counts."""
+    monkeypatch.setattr(dispatch, "_gpu_rules", True)
+    q, peaks = normal(0, 1, 130, 4, 256), []
+    for C in (4096, 8192):
+        k = v = normal(1, 1, 2, C, 256)
+        mx.eval(q, k)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(block_attention(q, k, v, mx.array(C - 130)))
+        peaks.append(mx.get_peak_memory() - before)
+    tile = 4 * (4 * 130 * (512 + 256) + 2 * 512 * 256)
+    assert peaks[1] < 1.1 * peaks[0] and peaks[1] < 1.1 * TILES_IN_FLIGHT * tile
+
+
+def test_tile_borders_are_absolute(monkeypatch):
+    """A chunk's rows have the same bits in a cache with more room in front, where a window begins
+    inside of a tile: slots are counted from the chunk's end."""
+    monkeypatch.setattr(dispatch, "_gpu_rules", True)
+    k, v = normal(1, 1, 1, 1536, 32), normal(2, 1, 1, 1536, 32)
+    q, offset = normal(3, 1, 512, 2, 32), mx.array(1024)
+    want = block_attention(q, k, v, offset, window=700)
+    for first in (1, 100, 325):
+        less = [a[:, :, first:] for a in (k, v)]
+        got = block_attention(q, *less, offset, window=700, start=mx.array(first))
+        assert np.array_equal(bits(got), bits(want))
 
 
 def random_call(d: Draw) -> Call:

@@ -1,7 +1,10 @@
 """Which implementation runs: the switch, and what status says of it."""
 
+import os
 import re
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,7 +16,8 @@ from pyengine import _ext, ops
 from pyengine.ops import dispatch
 
 # Nodes of MLX that may add in an order of their own
-REDUCTIONS = {"ArgReduce", "CumSum", "Matmul", "Max", "QuantizedMatmul", "Softmax", "Sum"}
+REDUCTIONS = {"ArgReduce", "CumSum", "GatherQMM", "Matmul", "Max", "QuantizedMatmul"}
+REDUCTIONS |= {"Softmax", "Sum"}
 NAMES = [name for name in ops.__all__ if name + "_reference" in ops.__all__]
 
 
@@ -51,6 +55,88 @@ def test_an_op_runs_what_is_chosen(op: str, tmp_path: Path) -> None:
         ops.use("native")
     assert plain and not plain & set(NAMES), plain & set(NAMES)
     assert stable == (not plain & REDUCTIONS)
+
+
+# What MLX has a kernel of its own for, and says so in the graph on a processor too
+KERNELS = {
+    "dense_matmul": "Matmul",
+    "quantized_expert_matmul": "GatherQMM",
+    "quantized_filter_logits": "QuantizedMatmul",
+    "quantized_gated_matmul": "QuantizedMatmul",
+    "quantized_matmul": "QuantizedMatmul",
+    "quantized_matmuls": "QuantizedMatmul",
+}
+
+
+@pytest.fixture
+def native() -> Iterator[None]:
+    """Our kernels again, all of them."""
+    yield
+    ops.use("native")
+    dispatch.set_aside(())
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_mlx_runs_its_own_kernels(op: str, tmp_path: Path, native: None) -> None:
+    ops.use("mlx")
+    nodes = operations(op, tmp_path / "graph")
+    assert nodes and not nodes & set(NAMES), nodes & set(NAMES)
+    assert KERNELS.get(op, nodes.copy().pop()) in nodes
+    (row,) = [row for row in ops.status() if row["op"] == op]
+    assert row["kernel"] == "MLX" and row["row_stable"] == (not nodes & REDUCTIONS)
+    assert not dispatch.exact()
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_mlx_gives_what_the_definition_gives(op: str, native: None) -> None:
+    compared = 0
+    for seed in range(30):
+        call = random_call(op, seed)
+        results = []
+        for name in ("reference", "mlx"):
+            ops.use(name)  # type: ignore[arg-type]
+            try:
+                results.append(flat(getattr(ops, op)(*call.args, **call.options)))
+            except ValueError as error:
+                assert HOUSE.match(str(error))
+        if len(results) < 2 or call.alike is None:
+            continue
+        compared += 1
+        assert [(a.shape, a.dtype) for a in results[0]] == [(a.shape, a.dtype) for a in results[1]]
+        assert call.alike(results[1], results[0]), seed
+    assert compared > 5
+
+
+def test_what_is_set_aside_runs_mlx_alone(tmp_path: Path, native: None) -> None:
+    dispatch.set_aside(["quantized_matmul", "of another version"])
+    kernels = {row["op"]: (row["kernel"], row["row_stable"]) for row in ops.status()}
+    assert kernels.pop("quantized_matmul") == ("MLX", False)
+    assert set(kernels.values()) == {(f"SIMD ({_ext.instruction_set()})", True)}
+    assert not dispatch.exact() and dispatch.in_place()
+    assert "QuantizedMatmul" in operations("quantized_matmul", tmp_path / "aside")
+    assert "quantized_gated_matmul" in operations("quantized_gated_matmul", tmp_path / "native")
+    dispatch.set_aside(["write_cache"])
+    assert not dispatch.in_place() and "write_cache" not in operations(
+        "write_cache", tmp_path / "w"
+    )
+    ops.use("reference")
+    assert dispatch.runs("write_cache") == "reference"
+
+
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = dispatch._from_environment
+    for name, runs in (("", "native"), ("native", "native"), ("mlx", "mlx")):
+        monkeypatch.setenv("PYENGINE_OPS", name)
+        assert chosen() == runs
+    monkeypatch.setenv("PYENGINE_OPS", "workbench")
+    with pytest.raises(ValueError) as error:
+        chosen()
+    rule = "PYENGINE_OPS must be one of native, mlx, reference"
+    assert str(error.value) == f"[use] {rule} but got 'workbench'."
+    words = [sys.executable, "-m", "pyengine", "generate", "x"]
+    env = {**os.environ, "PYENGINE_OPS": "fast"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == f"pyengine: [use] {rule} but got 'fast'.\n"
 
 
 def test_results_of_another_dtype_or_shape_are_other_nodes() -> None:
@@ -105,6 +191,6 @@ def test_workbench_needs_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_implementation_is_refused() -> None:
     with pytest.raises(ValueError) as error:
         ops.use("fast")  # type: ignore[arg-type]
-    names = "native, reference, workbench"
+    names = "native, mlx, reference, workbench"
     assert str(error.value) == f"[use] implementation must be one of {names} but got 'fast'."
     assert ops.status()[0]["kernel"].startswith("SIMD")

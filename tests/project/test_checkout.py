@@ -82,7 +82,7 @@ def test_the_installed_extension_serves_a_checkout(
     for arguments in (
         ("-c", SNIPPET),
         ("-m", "pyengine", "--version"),
-        ("-m", "pyengine", "doctor"),
+        ("-m", "pyengine", "doctor", "--quick", "--op", "softcap"),
     ):
         done = environment.run(checkout, *arguments)
         assert done.returncode == 0, (arguments, done.stdout, done.stderr)

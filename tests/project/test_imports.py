@@ -22,6 +22,7 @@ LEVELS = (
     {"__init__"},  # the public names
     {"chat"},
     {"generation"},
+    {"doctor"},
     {"engine"},
     {"checkpoint"},
     {"text"},

@@ -34,6 +34,34 @@ def test_tables_are_computed() -> None:
     assert f"about {bounds.pair_bytes('31B', 8) / 1e9:.0f} GB, once" in prose
 
 
+def test_the_table_of_prefill_is_computed() -> None:
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    assert "\n".join(bounds.prefill_table()) in design
+
+
+def test_a_call_of_a_prefill_by_hand() -> None:
+    """A chip with one core at 1 GHz: 256e9 operations per second. All layers' matrices of the 31B
+    have 5376 rows or columns; a third chunk sees 1535 keys in 50 layers and 1536 in 10."""
+    columns = 50 * (2 * 8192 + 2 * 4096) + 10 * (2 * 16384 + 2048) + 60 * 3 * 21504
+    seen = 50 * 256 * 1535 + 10 * 512 * 1536
+    attention = 4 * 32 * 512 * seen
+    call = bounds.Call(1024, 512, "mlx")
+    chip = bounds.Chip(10**6, 1, 1.0)
+    want = (2 * 5376 * columns * 512 + attention) / 256e9
+    assert bounds.call_seconds("31B", chip, call) == pytest.approx(want)
+    # On tensor units that much faster; with a slow memory, its bytes once
+    quick = bounds.Chip(10**6, 1, 1.0, tensor=4)
+    assert bounds.call_seconds("31B", quick, call) == pytest.approx(want / 4)
+    slow = bounds.call_seconds("31B", bounds.Chip(1, 1, 1000.0), call)
+    assert slow == pytest.approx(5376 * columns * 8.5 / 8 / 1e9 + attention / 256e12)
+    # Ours: 32 slices of 16 rows, a weight byte of each takes a lane 28.5 clocks
+    own = bounds.call_seconds("31B", chip, call._replace(kernel="own"))
+    assert own == pytest.approx(32 * 5376 * columns * 28.5 / 128e9 + attention / 256e9)
+    whole = bounds.prefill_seconds("31B", chip, 0, 1100)
+    parts = [bounds.prefill_seconds("31B", chip, a, b) for a, b in ((0, 512), (512, 1100))]
+    assert whole == pytest.approx(sum(parts))
+
+
 def test_bytes_of_the_31b_by_hand() -> None:
     """Parameters as published models count them, 8.5 bits each, and keys and values per token."""
     target, assistant = bounds.published("31B")
@@ -73,7 +101,10 @@ def test_geometries_are_the_published_ones() -> None:
         assert sum(map(bounds.prod, shapes)) / 1e9 == pytest.approx(billions, abs=0.006), name
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/ops.md"])
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/design.md", "docs/ops.md", "docs/isa.md")
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere_and_lines_are_short(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)#:]+)\)", text)

@@ -93,7 +93,7 @@ def test_requests_are_read_by_a_bounded_number_of_threads(
 
 
 def test_bodies_that_come_in_are_counted_together(pair: Any) -> None:
-    whole = request(b" " * 1000)
+    whole = request(b" " * 1000, "connection: close")
     with Server(pair, Limits(waiting=1, body_bytes=1000)) as server:
         socks = [server.raw(whole[:-300]) for _ in range(2)]  # of the 2000 bytes that there are
         *_, last = [everything(server.raw(whole)) for _ in range(3)]

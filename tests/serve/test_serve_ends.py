@@ -166,7 +166,7 @@ def test_an_echo_alone_processes_nothing(tok: Tokenizer, streamed: bool) -> None
     """``max_tokens`` 0: the prompt comes back, no token is made and none is counted."""
     pair = speaking(tok, letter(tok, LETTERS))
     calls: list[Any] = []
-    pair.target.prefill = lambda *args: calls.append(args)
+    pair.target.prefill = lambda *args, **_: calls.append(args)
     with Server(pair) as server:
         chunks = post(server, False, streamed, echo=True, max_tokens=0)
     text, rows, reasons = told(chunks, False)

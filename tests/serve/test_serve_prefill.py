@@ -12,7 +12,8 @@ from serving import CHAT, GAME, LEFT_S, Server, cuts, hold, request, until
 
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.generation import generate
-from pyengine.model.target import CHUNK, Target
+from pyengine.model.plan import CHUNK
+from pyengine.model.target import Target
 from pyengine.sampling.settings import Sampling
 from pyengine.serve.protocol import Limits
 from pyengine.serve.queue import Job

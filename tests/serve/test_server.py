@@ -420,9 +420,9 @@ def test_requests_wait_for_their_turn_and_too_many_are_refused(held: Server, scr
     rounds, answers, asked = serving.hold_rounds(scripted), [], []
     prefill = scripted.target.prefill
 
-    def noted(ids: list[int], cache: Any) -> Any:
+    def noted(ids: list[int], *args: Any, **kwargs: Any) -> Any:
         asked.append(scripted.tokenizer.decode(ids).split()[1])
-        return prefill(ids, cache)
+        return prefill(ids, *args, **kwargs)
 
     scripted.target.prefill = noted
     ask = {"messages": GAME, "max_tokens": 60, "block_size": 1}

@@ -1,0 +1,104 @@
+"""What leaves inner layers, as a drafter gets it: every row once, bit for bit; no text changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from models import decode as plain_decode
+from tiny_pairs import FLAVOURS, bits, greedy_text, tiny_pair
+
+from pyengine import ops
+from pyengine.drafters.assistant import AssistantDrafter
+from pyengine.engine.loop import decode
+from pyengine.engine.prefix import Prefix
+from pyengine.model.target import Target
+from pyengine.sampling.settings import Sampling
+
+pytestmark = pytest.mark.engine
+
+GREEDY = Sampling(temperature=0.0)
+TAPS = (1, 0)  # in the drafter's order, not the layers'
+
+
+def left_by(target: Target, tap: int, ids: Sequence[int]) -> np.ndarray:
+    """What layer ``tap`` leaves, normed, of a target that ends there: [T, E]."""
+    short = copy.copy(target)
+    short.layers = target.layers[: tap + 1]
+    vars(short)["_per_layer_inputs"] = target._per_layer_inputs  # cut into all layers' slices
+    cache = short.new_cache(len(ids))
+    _, normed = short.forward(mx.array(ids, dtype=mx.int32), cache)
+    return bits(normed)
+
+
+def normed(target: Target, rows: mx.array) -> np.ndarray:
+    return bits(ops.rms_norm(rows, target.norm, target.config.eps))
+
+
+class Tapping(AssistantDrafter):
+    """The assistant's drafts; beside them it carries the newest row of its taps."""
+
+    taps = TAPS
+
+    def __init__(self, target: Any, assistant: Any) -> None:
+        super().__init__(target, assistant)
+        self.width = target.config.hidden_size
+        self.prompt: list[mx.array] = []
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [*super().arrays, self.row]
+
+    def take_results(self, arrays: list[mx.array]) -> None:
+        super().take_results(arrays[:1])
+        self.row = arrays[1]
+
+    def read(self, hidden: mx.array, accepted: mx.array) -> None:
+        assert hidden.shape[1] == (1 + len(TAPS)) * self.width
+        super().read(hidden[:, : self.width], accepted)
+        self.prompt.append(hidden[:, self.width :])
+        self.row = mx.take(hidden[:, self.width :], accepted[None], axis=0)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_taps_are_what_left_the_layer(flavour: str) -> None:
+    """Of a prefill in chunks and of a block; what is not tapped stays as it is."""
+    target, text = tiny_pair(flavour).target, greedy_text(flavour)
+    E, drafter = target.config.hidden_size, Tapping(target, None)
+    cache = target.new_cache(4)
+    target.prefill(text[:19], cache, chunk=8, reader=drafter)
+    assert [rows.shape[0] for rows in drafter.prompt] == [8, 8, 3]
+    block = mx.array(text[19:23], dtype=mx.int32)
+    _, with_taps = target.forward(block, cache, TAPS)
+    _, without = target.forward(block, cache)
+    assert np.array_equal(bits(with_taps[:, :E]), bits(without))
+    rows = mx.concatenate([*drafter.prompt, with_taps[:, E:]])
+    for place, tap in enumerate(TAPS):
+        found = normed(target, rows[:, place * E : (place + 1) * E])
+        assert np.array_equal(found, left_by(target, tap, text[:23])), tap
+
+
+@pytest.mark.parametrize("flavour", ["dense31", "e2b"])
+def test_a_drafter_with_taps_reads_each_committed_row(flavour: str) -> None:
+    """After each round it carries the row of the newest processed token, and the text is plain
+    decoding's. A prefix gives it nothing, and keeps what it has."""
+    pair, prompt = tiny_pair(flavour), greedy_text(flavour)[:20]
+    target, prefix = pair.target, Prefix()
+    E = target.config.hidden_size
+    settings: dict[str, Any] = {"sampling": GREEDY, "max_tokens": 24}
+    plain = plain_decode(target, None, prompt, block_size=1, prefix=prefix, **settings)
+    wanted = prompt + [token for done in plain for token in done.tokens]
+    rows = {tap: left_by(target, tap, wanted) for tap in TAPS}
+    kept, text, drafter = prefix.tokens, list(prompt), Tapping(target, pair.assistant)
+    for done in decode(target, drafter, prompt, block_size=4, prefix=prefix, **settings):
+        text += done.tokens
+        if done.finish_reason is None:  # the last round's tokens are cut where the room ends
+            for place, tap in enumerate(TAPS):
+                found = normed(target, drafter.row[:, place * E : (place + 1) * E])
+                assert np.array_equal(found[0], rows[tap][len(text) - 2]), (len(text), tap)
+    assert text == wanted and prefix.tokens == kept
+    assert [a.shape[0] for a in drafter.prompt[:1]] == [len(prompt)]
