@@ -23,8 +23,8 @@
 // 32 of them at most for a threadgroup; an M4 Max feeds each of its 40
 // cores 13.7 bytes per ns. Counts are of `python -m workbench isa`: of another
 // GPU's compiler, bfloat16, 8 bits.
-// * Registers: 70 at M = 1, 99 at 6, 105 at 8, 128 at 16, with 40 bytes that
-//   find none, used once in 1024 k. 208 KiB hold 23, 16, 15 and 13 simdgroups.
+// * Registers: 75 at M = 1, 99 at 6, 105 at 8, 128 at 16, with 40 bytes that
+//   find none, used once in 1024 k. 208 KiB hold 22, 16, 15 and 13 simdgroups.
 // * Threadgroup memory: M KiB for x (8 for fewer rows), 1 KiB per simdgroup for
 //   factors (2 for 4 bits): 20 KiB at M = 16, of which a core holds 3, 12
 //   simdgroups; 10 KiB at M = 6, 6 of them, more than the registers.
