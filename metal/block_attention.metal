@@ -26,11 +26,16 @@
 //   registers: 208 KiB are 16 simdgroups, 64 rows of 32 keys. A quad from
 //   threadgroup memory serves 8 fma of four.
 // * Such a threadgroup has the core to itself, so a thread asks for the next
-//   tile before it works on this one.
+//   tile before it works on this one: two loads, whose places it knows from the
+//   start. No load of a tile that is seen whole is behind a condition.
 // * Values: 32 sums per lane; weights take 2 KiB per simdgroup, v 8 KiB: at 48
 //   rows a core has room for three threadgroups. A quad serves 11 fma of four.
 // * R rows make R / 2 fma per byte of bfloat16: past 30 rows an M4 Max core,
 //   with 15 per byte, is bound by arithmetic, whatever is read.
+// * Beside the arithmetic, counted for 48 rows of D = 512 (docs/isa.md): scores
+//   take 14.5 instructions per byte that a threadgroup moves, 8.9 of them fma;
+//   values 20.2, 13.3 of them fma and 4 of the softmax. A tile of scores is 309
+//   instructions for 256 fma, 16 positions of values are 572 for 512.
 //
 // Chunks of 64 and spans of 512 are cut at absolute positions, and all sums run
 // in the order of csrc/ops/block_attention_cpu.cpp. So the bits are those of
@@ -66,7 +71,6 @@ constant constexpr ushort slice_quads = 32;
 // Loads of 16 bytes of the next tile that a thread starts before it works on
 // the one at hand; each takes four registers.
 constant constexpr ushort ahead = 2;
-constant constexpr ushort fold_ahead = 4; // spans
 
 // Positions [begin, end).
 struct Range {
@@ -149,7 +153,10 @@ inline float greater(float a, float b) {
 
 constant constexpr ulong nowhere = ~0ul;
 
-// Rows of q and keys in threadgroup memory, a tile of each at a time.
+// Rows of q and keys in threadgroup memory, a tile of each at a time. A part is
+// the sixteen bytes that one load brings of it. Where a threadgroup's tiles are
+// `whole`, all keys are seen and D is a multiple of the width: then no load is
+// behind a condition.
 template <typename T>
 struct ScoreTile {
   static constant constexpr ushort width = tile_bytes / sizeof(T);
@@ -163,15 +170,21 @@ struct ScoreTile {
   ushort rows;
   int D;
 
-  // Sixteen bytes of the tile that begins at d.
-  uint4 load(ushort part, int d) const {
-    ulong begin = begins[part / loads];
-    d += part % loads * Loaded<T>::elements;
-    if (begin == nowhere || d >= D) {
+  // Where a part of the first tile lies; undefined if its key is not seen.
+  const device T* from(ushort part) const {
+    const device T* base = part / loads < rows ? q : k;
+    return base + begins[part / loads] + part % loads * Loaded<T>::elements;
+  }
+
+  // A part of the tile at d, whose first is at `from`.
+  template <bool whole>
+  uint4 load(const device T* from, ushort part, int d) const {
+    if (!whole &&
+        (begins[part / loads] == nowhere ||
+         d + part % loads * Loaded<T>::elements >= D)) {
       return uint4(0);
     }
-    const device T* from = part / loads < rows ? q : k;
-    return *(const device uint4*)(from + begin + d);
+    return *(const device uint4*)(from + d);
   }
 
   // Neighbouring rows keep their quads of a step in different banks.
@@ -180,16 +193,107 @@ struct ScoreTile {
   }
 
   void store(ushort part, uint4 raw) const {
-    ushort quad = part % loads * Loaded<T>::quads;
+    // The quads of a part are neighbours, wherever they are
+    threadgroup float4* to =
+        staged + at(part / loads, part % loads * Loaded<T>::quads);
     for (ushort j = 0; j < Loaded<T>::quads; ++j) {
-      staged[at(part / loads, quad + j)] = Loaded<T>::quad(raw, j);
+      to[j] = Loaded<T>::quad(raw, j);
     }
   }
+};
 
-  float4 quad(ushort row, ushort quad) const {
-    return staged[at(row, quad)];
+// A lane's place in a staged tile: its quad of a step, of its rows and of every
+// eighth key. Quads of odd steps are where even ones would be in rows of the
+// other parity (ScoreTile::at).
+template <typename T>
+struct ScoreLane {
+  const threadgroup float4* row;
+  const threadgroup float4* even; // keys, in even steps
+  const threadgroup float4* odd;
+
+  ScoreLane(ScoreTile<T> tile, ushort own_row, ushort own_key, ushort lane) {
+    ushort first = tile.rows + own_key + lane / 4;
+    ushort quarter = lane % 4;
+    row = tile.staged + tile.at(own_row, quarter);
+    even = tile.staged + tile.at(first, quarter);
+    odd = tile.staged + tile.at(first, 4 + quarter);
+  }
+
+  void multiply(thread float4 (&sums)[lane_rows][lane_keys], ushort step)
+      const {
+    constexpr ushort pitch = ScoreTile<T>::quads;
+    const threadgroup float4* keys = step & 1 ? odd : even;
+    float4 key[lane_keys];
+#pragma unroll
+    for (ushort i = 0; i < lane_keys; ++i) {
+      key[i] = keys[i * 8 * pitch + step / 2 * 8];
+    }
+#pragma unroll
+    for (ushort r = 0; r < lane_rows; ++r) {
+      float4 x = row[r * pitch + (step ^ (r & 1)) * 4];
+#pragma unroll
+      for (ushort i = 0; i < lane_keys; ++i) {
+        sums[r][i] = fma(x, key[i], sums[r][i]);
+      }
+    }
   }
 };
+
+// Multiplies the rows and keys of a threadgroup, tile by tile. While it works
+// on one, the next one's first loads are under way.
+template <bool whole, typename T>
+inline void multiply_tiles(
+    thread float4 (&sums)[lane_rows][lane_keys],
+    ScoreTile<T> tile,
+    ScoreLane<T> own,
+    bool works,
+    ushort parts,
+    ushort thread_index,
+    ushort threads) {
+  typedef ScoreTile<T> Tile;
+  const device T* from[ahead];
+  uint4 next[ahead];
+#pragma unroll
+  for (ushort i = 0; i < ahead; ++i) {
+    ushort part = thread_index + i * threads;
+    if (part < parts) {
+      from[i] = tile.from(part);
+      next[i] = tile.template load<whole>(from[i], part, 0);
+    }
+  }
+  for (int d = 0; d < tile.D; d += Tile::width) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
+    for (ushort i = 0; i < ahead; ++i) {
+      ushort part = thread_index + i * threads;
+      if (part < parts) {
+        tile.store(part, next[i]);
+      }
+    }
+    if (d + Tile::width < tile.D) {
+#pragma unroll
+      for (ushort i = 0; i < ahead; ++i) {
+        ushort part = thread_index + i * threads;
+        if (part < parts) {
+          next[i] = tile.template load<whole>(from[i], part, d + Tile::width);
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    if (works && whole) {
+#pragma unroll
+      for (ushort step = 0; step < Tile::width / 16; ++step) {
+        own.multiply(sums, step);
+      }
+    } else if (works) {
+      ushort steps = min(int(Tile::width), tile.D - d) / 16;
+      for (ushort step = 0; step < steps; ++step) {
+        own.multiply(sums, step);
+      }
+    }
+  }
+}
 
 // 16 sums for each score, d = l, l + 16, ... in sum l; four lanes share them,
 // four each, and read 16 d of a staged row together. A simdgroup has 4 rows and
@@ -240,61 +344,27 @@ template <typename T>
   for (ushort i = thread_index; i < all; i += threads) {
     ulong begin = nowhere;
     int position = base + i - tile.rows;
-    if (i < rows) {
-      begin = row_at(p, head, first_row + i);
-    } else if (i >= tile.rows && seen.has(position)) {
+    if (i < tile.rows) { // those beyond the last are that one again
+      begin = row_at(p, head, first_row + min(int(i), rows - 1));
+    } else if (seen.has(position)) {
       begin = slots.at(position);
     }
     begins[i] = begin;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  // Multiply, tile by tile
+  // Multiply
   ushort quarter = lane % 4;
   ushort own_row = simd % row_groups * lane_rows;
   ushort own_key = simd / row_groups * simd_keys;
   bool works = own_key < p.keys;
   ushort parts = all * Tile::loads;
   float4 sums[lane_rows][lane_keys] = {};
-  uint4 next[ahead];
-#pragma unroll
-  for (ushort i = 0; i < ahead; ++i) {
-    ushort part = thread_index + i * threads;
-    next[i] = part < parts ? tile.load(part, 0) : uint4(0);
-  }
-  for (int d = 0; d < p.D; d += Tile::width) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll
-    for (ushort i = 0; i < ahead; ++i) {
-      ushort part = thread_index + i * threads;
-      if (part < parts) {
-        tile.store(part, next[i]);
-        next[i] = tile.load(part, d + Tile::width);
-      }
-    }
-    for (ushort part = thread_index + ahead * threads; part < parts;
-         part += threads) {
-      tile.store(part, tile.load(part, d));
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-
-    ushort steps = works ? min(int(Tile::width), p.D - d) / 16 : 0;
-    for (ushort step = 0; step < steps; ++step) {
-      ushort quad = 4 * step + quarter;
-      float4 key[lane_keys];
-#pragma unroll
-      for (ushort i = 0; i < lane_keys; ++i) {
-        key[i] = tile.quad(tile.rows + own_key + 8 * i + lane / 4, quad);
-      }
-#pragma unroll
-      for (ushort r = 0; r < lane_rows; ++r) {
-        float4 x = tile.quad(own_row + r, quad);
-#pragma unroll
-        for (ushort i = 0; i < lane_keys; ++i) {
-          sums[r][i] = fma(x, key[i], sums[r][i]);
-        }
-      }
-    }
+  ScoreLane<T> own(tile, own_row, own_key, lane);
+  if (seen.end - seen.begin == p.keys && p.D % Tile::width == 0) {
+    multiply_tiles<true>(sums, tile, own, works, parts, thread_index, threads);
+  } else {
+    multiply_tiles<false>(sums, tile, own, works, parts, thread_index, threads);
   }
   if (!works) {
     return;
@@ -351,27 +421,81 @@ struct State {
 };
 
 // Values of a head in threadgroup memory, 128 columns of a few positions at a
-// time: 256 loads.
+// time: 256 loads. A thread brings the same sixteen bytes of every so many
+// positions, and steps from slot to slot. There are no more threads than parts.
 template <typename T>
 struct ValueTile {
   static constant constexpr ushort positions = 32 / sizeof(T);
   static constant constexpr ushort loads = slice_quads / Loaded<T>::quads;
   static constant constexpr ushort parts = positions * loads;
 
-  const device T* v;
+  // Of the head, from the first column on. 2^32 loads of it would be 64 GiB.
+  const device uint4* v;
   threadgroup float4* staged;
-  Slots slots;
   Range seen;
-  int column;
+  int first; // slot of the first position that is seen
+  int C;
+  uint pitch; // loads of a row of v
+  uint columns; // loads of a row that are within D
 
-  // Sixteen bytes of the tile that begins at a position.
-  uint4 load(ushort part, int begin) const {
-    int position = begin + part / loads;
-    int d = column + part % loads * Loaded<T>::elements;
-    if (!seen.has(position) || d >= slots.D) {
-      return uint4(0);
+  ValueTile(
+      constant Params& p,
+      const device T* v,
+      threadgroup float4* staged,
+      uint head,
+      Range seen,
+      int start,
+      int column)
+      : v((const device uint4*)(v + ulong(head) * p.C * p.D + column)),
+        staged(staged),
+        seen(seen),
+        first(slot_from(start, seen.begin, p.C)),
+        C(p.C),
+        pitch(p.D / Loaded<T>::elements),
+        columns((p.D - column) / Loaded<T>::elements) {}
+
+  // Where a part of the tile that begins at a position lies.
+  int slot(ushort part, int begin) const {
+    return slot_of(first + (begin + part / loads - seen.begin), C);
+  }
+  int next_slot(int slot) const {
+    slot += positions % C;
+    return slot < C ? slot : slot - C;
+  }
+
+  // A thread's parts of the tile that begins at a position: the first and one
+  // every so many threads. Conditions are only in those tiles that an end of
+  // what is seen cuts, and in a last slice of few columns.
+  void load(
+      thread uint4 (&raw)[ahead],
+      thread const int (&slots)[ahead],
+      int begin,
+      ushort first,
+      ushort threads) const {
+    bool whole = seen.begin <= begin && begin + positions <= seen.end &&
+        loads <= columns;
+    if (whole) {
+      // The last first, which some threads do not have: so no other is under
+      // way where they part
+#pragma unroll
+      for (short i = ahead - 1; i >= 0; --i) {
+        ushort part = first + i * threads;
+        if (i == 0 || part < parts) {
+          raw[i] = v[uint(slots[i]) * pitch + part % loads];
+        }
+      }
+    } else {
+#pragma unroll
+      for (ushort i = 0; i < ahead; ++i) {
+        ushort part = first + i * threads;
+        bool exists = part < parts && seen.has(begin + part / loads) &&
+            part % loads < columns;
+        raw[i] = 0;
+        if (exists) {
+          raw[i] = v[uint(slots[i]) * pitch + part % loads];
+        }
+      }
     }
-    return *(const device uint4*)(v + slots.at(position) + d);
   }
 
   void store(ushort part, uint4 raw) const {
@@ -379,33 +503,100 @@ struct ValueTile {
       staged[part * Loaded<T>::quads + j] = Loaded<T>::quad(raw, j);
     }
   }
+};
 
-  float4 quad(int position, ushort lane) const {
-    return staged[position % positions * slice_quads + lane];
+// The rows of a simdgroup, and all scores of their span.
+struct SpanRows {
+  int first; // of the slice
+  ushort count;
+  int G; // rows of a position
+  int oldest; // position of the slice's first row
+  const device float* scores; // of the first row, at the span's first position
+  uint pitch; // of rows of scores
+
+  // Those that see a position, as numbers from the first on. Row R of the slice
+  // is of position oldest + R / G, which sees itself and window - 1 before it.
+  Range seeing(constant Params& p, int position) const {
+    int after = position - oldest;
+    int begin = clamp(after, 0, p.positions);
+    int end = clamp(after + min(p.window, int(max_positions)), 0, p.positions);
+    return {begin * G - first, end * G - first};
   }
 };
 
-// values[r] += weights[position, r] * v[position] for the positions of `range`,
-// one after the other. Where not every row sees all of them, `every` is false,
-// and a row passes over what it does not see: that may be anything, NaN
-// included, so it is not multiplied by 0.
-template <bool every, typename Tile>
-inline void weigh(
+// Turns the scores of a chunk, all of which eight rows see, into
+// weights[position, row]; values fade as their rows' states tell.
+inline void weigh_chunk(
+    thread State (&states)[simd_rows],
+    thread float4 (&values)[simd_rows],
+    thread const SpanRows& own,
+    threadgroup float4* weights,
+    int in_span, // where in the span the chunk begins
+    float minus_zero,
+    ushort lane) {
+  const device float* from = own.scores + (in_span + lane);
+#pragma unroll
+  for (ushort half = 0; half < 2; ++half) { // of the rows: eight loads together
+    float scores[4][2];
+#pragma unroll
+    for (ushort r = 0; r < 4; ++r) {
+      scores[r][0] = from[0];
+      scores[r][1] = from[32];
+      from += own.pitch;
+    }
+#pragma unroll
+    for (ushort r = 0; r < 4; ++r) {
+      float fade = states[4 * half + r].add(scores[r], minus_zero);
+      values[4 * half + r] *= fade;
+    }
+#pragma unroll
+    for (ushort i = 0; i < 2; ++i) {
+      weights[(32 * i + lane) * 2 + half] =
+          float4(scores[0][i], scores[1][i], scores[2][i], scores[3][i]);
+    }
+  }
+}
+
+// The same where there are fewer rows, or one does not see all of the chunk.
+inline void weigh_cut_chunk(
+    thread State (&states)[simd_rows],
+    thread float4 (&values)[simd_rows],
+    thread const SpanRows& own,
+    threadgroup float* weights,
+    constant Params& p,
+    int at,
+    ushort lane) {
+  Range low = own.seeing(p, at + lane), high = own.seeing(p, at + 32 + lane);
+  Range some = {own.seeing(p, at).begin, own.seeing(p, at + chunk - 1).end};
+  const device float* from = own.scores + (at % span + lane);
+#pragma unroll
+  for (ushort r = 0; r < simd_rows; ++r) {
+    float scores[2] = {};
+    if (r < own.count && some.has(r)) {
+      scores[0] = low.has(r) ? from[0] : -INFINITY;
+      scores[1] = high.has(r) ? from[32] : -INFINITY;
+      values[r] *= states[r].add(scores, p.minus_zero);
+    }
+    weights[lane * simd_rows + r] = scores[0];
+    weights[(32 + lane) * simd_rows + r] = scores[1];
+    from += own.pitch;
+  }
+}
+
+// values[r] += weights[r] * v for one position, in rows [begin, end) of all:
+// for others v may be anything, NaN included, so it is not multiplied by 0.
+template <bool every>
+inline void add_position(
     thread float4 (&values)[simd_rows],
     const threadgroup float4* weights,
-    thread const Tile& tile,
-    Range range,
-    thread const Range (&seen_by)[simd_rows],
-    ushort lane) {
-  for (int j = range.begin; j < range.end; ++j) {
-    float4 v = tile.quad(j, lane);
-    float4 low = weights[j % chunk * 2], high = weights[j % chunk * 2 + 1];
+    float4 v,
+    Range seeing) {
+  float4 low = weights[0], high = weights[1];
 #pragma unroll
-    for (ushort r = 0; r < simd_rows; ++r) {
-      if (every || seen_by[r].has(j)) {
-        float weight = r < 4 ? low[r % 4] : high[r % 4];
-        values[r] = fma(float4(weight), v, values[r]);
-      }
+  for (ushort r = 0; r < simd_rows; ++r) {
+    if (every || seeing.has(r)) {
+      float weight = r < 4 ? low[r % 4] : high[r % 4];
+      values[r] = fma(float4(weight), v, values[r]);
     }
   }
 }
@@ -448,24 +639,22 @@ template <typename T>
   }
 
   // What the rows of this simdgroup see: any of them, and all of them
-  int own_row = first_row + simd * simd_rows;
-  ushort rows = clamp(last_row + 1 - own_row, 0, int(simd_rows));
-  Range seen_by[simd_rows];
-  Range any = {base, base}, all = {base, base + span};
-#pragma unroll
-  for (ushort r = 0; r < simd_rows; ++r) {
-    seen_by[r] = Range{base, base};
-    if (r < rows) {
-      int position = position_of(p, offset, own_row + r);
-      seen_by[r] = visible(p, position).within(base, base + span);
-      any.begin = r == 0 ? seen_by[r].begin : any.begin;
-      any.end = seen_by[r].end;
-      all = seen_by[r].within(all.begin, all.end);
-    }
+  SpanRows own;
+  own.first = first_row + simd * simd_rows;
+  own.count = clamp(last_row + 1 - own.first, 0, int(simd_rows));
+  own.G = p.H / p.K;
+  own.oldest = offset + p.first;
+  own.pitch = p.spans * span;
+  own.scores =
+      scores + (ulong(head) * R + own.first) * own.pitch + index * span;
+  Range any = {base, base}, all = any;
+  if (own.count > 0) {
+    Range first = visible(p, own.oldest + own.first / own.G);
+    Range last = visible(p, own.oldest + (own.first + own.count - 1) / own.G);
+    any = Range{first.begin, last.end}.within(base, base + span);
+    all = Range{last.begin, first.end}.within(base, base + span);
   }
   threadgroup float* weights = all_weights + simd * (chunk * simd_rows);
-  const device float* own_scores =
-      scores + (ulong(head) * R + own_row) * (p.spans * span) + index * span;
 
   int start = 0;
   if (has_start) {
@@ -473,37 +662,32 @@ template <typename T>
   }
   ushort threads = simds * 32;
   typedef ValueTile<T> Tile;
-  Tile tile = {v, staged, Slots(p, head, seen.begin, start), seen, column};
+  Tile tile(p, v, staged, head, seen, start, column);
   State states[simd_rows] = {};
   float4 values[simd_rows] = {};
   int part_begin = seen.begin / Tile::positions * Tile::positions;
+  int slots[ahead];
   uint4 next[ahead];
 #pragma unroll
   for (ushort i = 0; i < ahead; ++i) {
     ushort part = thread_index + i * threads;
-    next[i] = part < Tile::parts ? tile.load(part, part_begin) : uint4(0);
+    slots[i] = tile.slot(part, part_begin);
   }
+  tile.load(next, slots, part_begin, thread_index, threads);
   for (int at = seen.begin / chunk * chunk; at < seen.end; at += chunk) {
     // Turn scores into weights
     simdgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll
-    for (ushort r = 0; r < simd_rows; ++r) {
-      float own[2] = {};
-      if (!seen_by[r].within(at, at + chunk).empty()) {
-#pragma unroll
-        for (ushort i = 0; i < 2; ++i) {
-          int position = at + 32 * i + lane;
-          own[i] = -INFINITY;
-          if (seen_by[r].has(position)) {
-            own[i] = own_scores[ulong(r) * (p.spans * span) + position - base];
-          }
-        }
-        values[r] *= states[r].add(own, p.minus_zero);
-      }
-      if (rows > 0) {
-        weights[lane * simd_rows + r] = own[0];
-        weights[(32 + lane) * simd_rows + r] = own[1];
-      }
+    if (own.count == simd_rows && all.begin <= at && at + chunk <= all.end) {
+      weigh_chunk(
+          states,
+          values,
+          own,
+          (threadgroup float4*)weights,
+          at - base,
+          p.minus_zero,
+          lane);
+    } else if (own.count > 0) {
+      weigh_cut_chunk(states, values, own, weights, p, at, lane);
     }
 
     // Add values
@@ -514,18 +698,33 @@ template <typename T>
 #pragma unroll
       for (ushort i = 0; i < ahead; ++i) {
         ushort part = thread_index + i * threads;
-        if (part < Tile::parts) {
+        if (i == 0 || part < Tile::parts) {
           tile.store(part, next[i]);
-          next[i] = tile.load(part, part_end);
         }
       }
+      if (part_end < seen.end) {
+#pragma unroll
+        for (ushort i = 0; i < ahead; ++i) {
+          slots[i] = tile.next_slot(slots[i]);
+        }
+        tile.load(next, slots, part_end, thread_index, threads);
+      }
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      Range in_tile = any.within(part_begin, part_end);
-      auto quads = (const threadgroup float4*)weights;
-      if (all.begin <= in_tile.begin && in_tile.end <= all.end) {
-        weigh<true>(values, quads, tile, in_tile, seen_by, lane);
+      auto quads = (const threadgroup float4*)weights + (part_begin - at) * 2;
+      const threadgroup float4* column_quads = staged + lane;
+      if (all.begin <= part_begin && part_end <= all.end) {
+#pragma unroll
+        for (ushort j = 0; j < Tile::positions; ++j) {
+          float4 value = column_quads[j * slice_quads];
+          add_position<true>(values, quads + 2 * j, value, Range{});
+        }
       } else {
-        weigh<false>(values, quads, tile, in_tile, seen_by, lane);
+        Range in_tile = any.within(part_begin, part_end);
+        for (int j = in_tile.begin; j < in_tile.end; ++j) {
+          float4 value = column_quads[(j - part_begin) * slice_quads];
+          add_position<false>(
+              values, quads + 2 * (j - part_begin), value, own.seeing(p, j));
+        }
       }
     }
   }
@@ -533,8 +732,8 @@ template <typename T>
   // Store
 #pragma unroll
   for (ushort r = 0; r < simd_rows; ++r) {
-    if (r < rows) {
-      ulong state = (ulong(head) * p.spans + index) * R + own_row + r;
+    if (r < own.count) {
+      ulong state = (ulong(head) * p.spans + index) * R + own.first + r;
       if (column / 4 + lane < p.D / 4) {
         values_out[state * (p.D / 4) + column / 4 + lane] = values[r];
       }
@@ -544,6 +743,49 @@ template <typename T>
     }
   }
 }
+
+// What the spans of a row have come to, in a thread's four columns.
+struct Folded {
+  float4 total;
+  float largest;
+  float sum;
+
+  // The side with the lower peak fades.
+  void add(float4 value, float2 state, float minus_zero) {
+    bool grows = state.x > largest;
+    float fade = pyengine::exp(grows ? largest - state.x : state.x - largest);
+    float keep = grows ? fade : 1.0f, take = grows ? 1.0f : fade;
+    total = product(total, keep, minus_zero) + product(value, take, minus_zero);
+    sum = product(sum, keep, minus_zero) + product(state.y, take, minus_zero);
+    largest = grows ? state.x : largest;
+  }
+};
+
+// Where the next span of a row lies, for a thread.
+struct SpanCursor {
+  const device float4* value;
+  const device float2* state;
+  uint R;
+  uint width; // of a row, in four columns
+
+  // Folds n spans, whose loads start together: folding must wait for each.
+  template <ushort n>
+  void fold(thread Folded& folded, float minus_zero) {
+    float4 values[n];
+    float2 states[n];
+#pragma unroll
+    for (ushort i = 0; i < n; ++i) {
+      values[i] = value[i * R * width];
+      states[i] = state[i * R];
+    }
+    value += n * R * width;
+    state += n * R;
+#pragma unroll
+    for (ushort i = 0; i < n; ++i) {
+      folded.add(values[i], states[i], minus_zero);
+    }
+  }
+};
 
 // A threadgroup owns a row, a thread four of its columns.
 template <typename T>
@@ -572,39 +814,23 @@ template <typename T>
   int base = first_span(p, offset);
   Range seen = visible(p, position_of(p, offset, row));
   int first = seen.begin / span - base;
-  int last = (seen.end + span - 1) / span - base;
+  int left = (seen.end + span - 1) / span - base - first;
 
-  float4 total = 0.0f;
-  float largest = -INFINITY, sum = 0.0f;
-  for (int begin = first; begin < last; begin += fold_ahead) {
-    // Loads of a few spans start together: folding must wait for each
-    float4 value[fold_ahead];
-    float2 state[fold_ahead];
-#pragma unroll
-    for (ushort j = 0; j < fold_ahead; ++j) {
-      if (begin + j < last) {
-        ulong at = (ulong(head) * p.spans + begin + j) * R + row;
-        value[j] = values[at * (p.D / 4) + thread_index];
-        state[j] = states[at];
-      }
-    }
-#pragma unroll
-    for (ushort j = 0; j < fold_ahead; ++j) {
-      if (begin + j < last) {
-        // The side with the lower peak fades
-        bool grows = state[j].x > largest;
-        float fade =
-            pyengine::exp(grows ? largest - state[j].x : state[j].x - largest);
-        float keep = grows ? fade : 1.0f, take = grows ? 1.0f : fade;
-        total = product(total, keep, p.minus_zero) +
-            product(value[j], take, p.minus_zero);
-        sum = product(sum, keep, p.minus_zero) +
-            product(state[j].y, take, p.minus_zero);
-        largest = grows ? state[j].x : largest;
-      }
-    }
+  uint width = p.D / 4;
+  ulong at = (ulong(head) * p.spans + first) * R + row;
+  SpanCursor next = {
+      values + at * width + thread_index, states + at, uint(R), width};
+  Folded folded = {0.0f, -INFINITY, 0.0f};
+  for (; left >= 4; left -= 4) {
+    next.template fold<4>(folded, p.minus_zero);
   }
-  float4 mean = total / sum;
+  if (left >= 2) {
+    next.template fold<2>(folded, p.minus_zero);
+  }
+  if (left % 2 == 1) {
+    next.template fold<1>(folded, p.minus_zero);
+  }
+  float4 mean = folded.total / folded.sum;
   for (ushort i = 0; i < 4; ++i) {
     to[i] = T(mean[i]);
   }

@@ -38,16 +38,23 @@ template <typename T>
     }
   } else if (bits == 0) {
     const device T* from = (const device T*)w + ulong(row) * E + first;
+    T loaded[4];
     for (ushort i = 0; i < 4; ++i) {
-      values[i] = first + i < E ? float(from[i]) * scale : 0.0f;
+      loaded[i] = from[min(uint(i), E - 1 - first)];
+    }
+    for (ushort i = 0; i < 4; ++i) {
+      values[i] = float(loaded[i]) * scale;
     }
   } else {
     // Four weights lie in bits / 2 bytes, the first in the lowest.
     const device uchar* from = w + (ulong(row) * E + first) / 8 * bits +
         (first % 8 == 4 ? bits / 2 : 0);
-    uint packed = 0;
-    for (ushort b = 0; b < bits / 2; ++b) {
-      packed |= uint(from[b]) << 8 * b;
+    uint packed;
+    if (bits == 8) {
+      packed = *(const device uint*)from;
+    } else {
+      packed = from[0] | uint(from[1]) << 8;
+      packed |= bits == 6 ? uint(from[2]) << 16 : 0;
     }
     ulong at = (ulong(row) * E + first) / group_size;
     float factor = float(scales[at]), bias = float(biases[at]);

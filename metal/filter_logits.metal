@@ -55,26 +55,25 @@ filter_logits(
   // Load
   float4 quads[slice_items / 4];
   uint flag = 0;
+  if (aligned && begin + slice_size <= V) {
 #pragma unroll
-  for (ushort j = 0; j < slice_items / 4; ++j) {
-    uint id = begin + item_at(4 * j, thread_index);
-    quads[j] = 0.0f;
-    if (aligned) {
-      if (id < V) {
-        quads[j] = *(const device float4*)(row + id);
-      }
-    } else {
+    for (ushort j = 0; j < slice_items / 4; ++j) {
+      uint id = begin + item_at(4 * j, thread_index);
+      quads[j] = *(const device float4*)(row + id);
+    }
+  } else {
+#pragma unroll
+    for (ushort j = 0; j < slice_items / 4; ++j) {
 #pragma unroll
       for (ushort c = 0; c < 4; ++c) {
-        if (id + c < V) {
-          quads[j][c] = row[id + c];
-        }
+        uint id = begin + item_at(4 * j, thread_index) + c;
+        quads[j][c] = id < V ? row[id] : 0.0f;
       }
     }
+  }
 #pragma unroll
-    for (ushort c = 0; c < 4; ++c) {
-      flag = max(flag, flag_of(quads[j][c]));
-    }
+  for (ushort i = 0; i < slice_items; ++i) {
+    flag = max(flag, flag_of(quads[i / 4][i % 4]));
   }
   flag = simd_max(flag);
   if (lane == 0) {

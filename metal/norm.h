@@ -5,8 +5,10 @@
 // A row is cut into pieces of 1024, one per simdgroup. Lane l holds elements
 // 64 i + 2 l of a piece and their right neighbours, in registers: a load of the
 // simdgroup is one line of 128 bytes (16-bit elements), and a row is read once.
-// A lane adds the squares of its 16 pairs, one tree of shuffles adds the lanes,
-// and pieces are added in their order. Width alone decides all of it.
+// The 16 loads of a lane are all under way before it waits for one
+// (docs/isa.md). A lane adds the squares of its 16 pairs, one tree of shuffles
+// adds the lanes, and pieces are added in their order. Width alone decides all
+// of it.
 
 #include "common.h"
 
@@ -18,15 +20,28 @@ constant constexpr ushort pairs = 16; // of a lane
 // what the registers of a core leave to each of 512 threads.
 constant constexpr ushort max_pieces = 16;
 
+// A lane's pairs of a row as they are in memory: loads come first, and what is
+// done with them later, so that none waits for another.
+template <typename T>
+struct Pairs {
+  vec<T, 2> both[pairs];
+
+  float2 pair(ushort i) const {
+    return float2(float(both[i].x), float(both[i].y));
+  }
+};
+
 // Where a lane's pairs of a row lie. Of an odd width a pair is two elements
 // that need not start where a pair may be loaded, and the last may be one.
 struct Piece {
   uint first;
   uint width; // of the row
+  bool whole; // the row does not end in it
 
   Piece(ushort index, uint width, ushort lane)
       : first(index * piece_width + 2 * lane),
-        width(width) {}
+        width(width),
+        whole((index + 1u) * piece_width <= width && width % 2 == 0) {}
 
   uint at(ushort i) const {
     return first + 64 * i;
@@ -35,18 +50,33 @@ struct Piece {
     return at(i) < width;
   }
 
-  // Pair i as floats, 0 past the end of the row.
+  // All pairs, zeros past the end of the row.
   template <typename T>
-  float2 load(const device T* row, ushort i) const {
-    uint k = at(i);
-    if (k >= width) {
-      return 0.0f;
+  Pairs<T> load(const device T* row) const {
+    Pairs<T> loaded;
+    if (whole) {
+      const device vec<T, 2>* from = (const device vec<T, 2>*)(row + first);
+#pragma unroll
+      for (ushort i = 0; i < pairs; ++i) {
+        loaded.both[i] = from[32 * i];
+      }
+    } else if (width % 2 == 0) {
+#pragma unroll
+      for (ushort i = 0; i < pairs; ++i) {
+        loaded.both[i] = T(0.0f);
+        if (live(i)) {
+          loaded.both[i] = *(const device vec<T, 2>*)(row + at(i));
+        }
+      }
+    } else {
+#pragma unroll
+      for (ushort i = 0; i < pairs; ++i) {
+        uint k = at(i);
+        loaded.both[i].x = k < width ? row[k] : T(0.0f);
+        loaded.both[i].y = k + 1 < width ? row[k + 1] : T(0.0f);
+      }
     }
-    if (width % 2 == 0) {
-      vec<T, 2> both = *(const device vec<T, 2>*)(row + k);
-      return float2(float(both.x), float(both.y));
-    }
-    return float2(float(row[k]), k + 1 < width ? float(row[k + 1]) : 0.0f);
+    return loaded;
   }
 
   // Rounds pair i once and writes it. The pair is live.

@@ -36,10 +36,14 @@ template <typename T>
   ulong begin = ulong(row) * E;
   float scale = scaled ? float(*scalar) : 1.0f;
 
+  // All that the sum needs is asked for before the first wait
+  Pairs<T> loaded = piece.load(y + begin);
+  Pairs<T> stream = piece.load(h + begin);
+  Pairs<T> factors = piece.load(weight);
   float2 values[pairs];
 #pragma unroll
   for (ushort i = 0; i < pairs; ++i) {
-    values[i] = piece.load(y + begin, i);
+    values[i] = loaded.pair(i);
   }
   float inverse = inverse_rms(values, sums[0], E, eps, simd, simds, lane);
 
@@ -47,15 +51,14 @@ template <typename T>
 #pragma unroll
   for (ushort i = 0; i < pairs; ++i) {
     if (piece.live(i)) {
-      float2 stream = piece.load(h + begin, i);
-      float2 factor = piece.load(weight, i);
+      float2 factor = factors.pair(i), before = stream.pair(i);
       float2 normed = values[i] * inverse;
       float2 total;
 #pragma unroll
       for (ushort c = 0; c < 2; ++c) {
         // A product of its own, as in rms_norm: no compiler may fuse it
         float branch = product(normed[c], factor[c], minus_zero);
-        total[c] = float(T((stream[c] + branch) * scale));
+        total[c] = float(T((before[c] + branch) * scale));
       }
       piece.store(sum + begin, i, total);
       values[i] = total;
@@ -64,11 +67,12 @@ template <typename T>
 
   // Norm what was written
   if (has_next) {
+    factors = piece.load(next_weight);
     inverse = inverse_rms(values, sums[1], E, eps, simd, simds, lane);
 #pragma unroll
     for (ushort i = 0; i < pairs; ++i) {
       if (piece.live(i)) {
-        float2 normed = values[i] * inverse * piece.load(next_weight, i);
+        float2 normed = values[i] * inverse * factors.pair(i);
         piece.store(next + begin, i, normed);
       }
     }

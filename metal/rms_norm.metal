@@ -25,10 +25,14 @@ template <typename T>
   x += ulong(row) * D;
   out += ulong(row) * D;
 
+  Pairs<T> loaded = piece.load(x), factors;
+  if (weighted) {
+    factors = piece.load(weight);
+  }
   float2 values[pairs];
 #pragma unroll
   for (ushort i = 0; i < pairs; ++i) {
-    values[i] = piece.load(x, i);
+    values[i] = loaded.pair(i);
   }
   float inverse = inverse_rms(values, sums, D, eps, simd, simds, lane);
 #pragma unroll
@@ -36,7 +40,7 @@ template <typename T>
     if (piece.live(i)) {
       float2 normed = values[i] * inverse;
       if (weighted) {
-        normed *= piece.load(weight, i);
+        normed *= factors.pair(i);
       }
       piece.store(out, i, normed);
     }

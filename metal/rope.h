@@ -18,12 +18,26 @@ inline float load_head(
     thread float2 (&values)[pairs],
     Piece piece,
     float eps) {
+  Pairs<T> loaded = piece.load(x);
 #pragma unroll
   for (ushort i = 0; i < pairs; ++i) {
-    values[i] = piece.load(x, i);
+    values[i] = loaded.pair(i);
   }
   return inverse_root(square_sum(values), piece.width, eps);
 }
+
+// What a lane loads of the frequencies at a time: those of i, i + 32, ...
+struct Frequencies {
+  enum { count = 4 };
+  float of[count];
+
+  Frequencies(const device float* inv_freq, uint first, uint half_width) {
+#pragma unroll
+    for (ushort j = 0; j < count; ++j) {
+      of[j] = inv_freq[min(first + 32 * j, half_width - 1)];
+    }
+  }
+};
 
 // out = x normed and turned to a position. x, weight and out have D elements.
 template <typename T>
@@ -38,22 +52,32 @@ inline void rotate_head(
     float eps,
     ushort lane) {
   Piece piece(0, D, lane);
+  Pairs<T> factors = piece.load(weight);
+  Frequencies frequencies(inv_freq, lane, D / 2);
   float2 values[pairs];
   float inverse = load_head(x, values, piece, eps);
 #pragma unroll
   for (ushort i = 0; i < pairs; ++i) {
     if (piece.live(i)) {
-      float2 factor = piece.load(weight, i);
       *(threadgroup float2*)(normed + piece.at(i)) =
-          values[i] * inverse * factor;
+          values[i] * inverse * factors.pair(i);
     }
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint i = lane; i < D / 2; i += 32) {
-    float2 turn = sincos(float(position) * inv_freq[i]);
-    float low = normed[i], high = normed[i + D / 2];
-    out[i] = T(fma(low, turn.y, 0.0f - high * turn.x));
-    out[i + D / 2] = T(fma(high, turn.y, low * turn.x));
+  for (uint first = lane; first < D / 2; first += 32 * Frequencies::count) {
+    if (first != lane) {
+      frequencies = Frequencies(inv_freq, first, D / 2);
+    }
+#pragma unroll
+    for (ushort j = 0; j < Frequencies::count; ++j) {
+      uint i = first + 32 * j;
+      if (i < D / 2) {
+        float2 turn = sincos(float(position) * frequencies.of[j]);
+        float low = normed[i], high = normed[i + D / 2];
+        out[i] = T(fma(low, turn.y, 0.0f - high * turn.x));
+        out[i + D / 2] = T(fma(high, turn.y, low * turn.x));
+      }
+    }
   }
 }
 

@@ -4,6 +4,8 @@
 
 namespace pyengine {
 
+constant constexpr ushort ahead = 8; // slots
+
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(256)]] void weigh_experts(
     const device float* parts [[buffer(0)]], // [T, used, E]
@@ -21,9 +23,21 @@ template <typename T>
   }
   const device float* own = weights + ulong(group.y) * used;
   const device float* from = parts + ulong(group.y) * used * E + k;
-  float total = product(from[0], own[0], minus_zero);
-  for (uint slot = 1; slot < used; ++slot) {
-    total += product(from[ulong(slot) * E], own[slot], minus_zero);
+  float total = 0.0f;
+  for (uint first = 0; first < used; first += ahead) {
+    // Loads of some slots start together: beyond the last, that one again
+    float part[ahead];
+#pragma unroll
+    for (ushort j = 0; j < ahead; ++j) {
+      part[j] = from[ulong(min(first + j, used - 1)) * E];
+    }
+#pragma unroll
+    for (ushort j = 0; j < ahead; ++j) {
+      if (first + j < used) {
+        float next = product(part[j], own[first + j], minus_zero);
+        total = first + j == 0 ? next : total + next;
+      }
+    }
   }
   out[ulong(group.y) * E + k] = T(total);
 }

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import strict
+from .isa import command
 from .launch import DTYPES, Buffer, Launch
 from .library import METAL, preprocess
 from .report import Report
@@ -29,6 +30,8 @@ example:
             o:out:float32:4x64 M:uint32=4 N:uint32=64 K:uint32=256 \\
         --constants 0=4 1=1 2=true 3=64 --grid 1 --threadgroup 256 --memory 0=4096
 
+What a GPU compiler makes of the kernels: python -m workbench isa --help
+
 Without KERNEL the kernels of the file are listed; with --strict every kernel of the file is
 compiled with all warnings, which are errors, and the text must be ASCII.
 """
@@ -36,6 +39,9 @@ compiled with all warnings, which are errors, and the text must be ASCII.
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 1 if the kernel has faults."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["isa"]:
+        return command.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m workbench",
         description="Compile a Metal kernel for the processor, run it on random inputs, check it.",

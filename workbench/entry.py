@@ -9,7 +9,8 @@ from .rewrite import Parameter, Unit
 SYMBOL = "workbench_kernel"
 FIRST_THREADGROUP_SLOT = 32  # buffers come first
 
-_BUILTINS = {
+# Values of `const msl_context* t` (include/msl/entry.h)
+BUILTINS = {
     "thread_position_in_grid": "t->position_in_grid",
     "thread_position_in_threadgroup": "t->position_in_group",
     "threadgroup_position_in_grid": "t->group_position",
@@ -43,19 +44,9 @@ class Entry:
 
 
 def entry_point(unit: Unit, kernel: str) -> Entry:
-    """Write the entry point of a host name, a kernel, or `template<arguments>`.
-
-    Raises:
-        ValueError: The unit has no such kernel.
-    """
-    target = unit.hosts.get(kernel, kernel)
-    name = target.partition("<")[0].split("::")[-1].strip()
-    plain = "<" not in target and kernel not in unit.hosts
-    if name not in unit.kernels or (plain and name in unit.templates):
-        known = sorted({*unit.hosts, *(k for k in unit.kernels if k not in unit.templates)})
-        listed = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-        raise ValueError(f"[workbench] kernel must be one of {listed} but got {kernel}.")
-    slots = _Slots(unit.kernels[name])
+    """Write the entry point of a kernel; see `kernel_of` for its names and errors."""
+    target, name = kernel_of(unit, kernel)
+    slots = Slots(unit.kernels[name])
     arguments = ", ".join(
         slots.argument(i, parameter) for i, parameter in enumerate(unit.kernels[name])
     )
@@ -74,7 +65,23 @@ def within(namespace: str, code: str) -> str:
     return f"\nnamespace {namespace} {{{code}}}\n" if namespace else code
 
 
-class _Slots:
+def kernel_of(unit: Unit, kernel: str) -> tuple[str, str]:
+    """How C++ writes a kernel, given by host name, name or `template<arguments>`, and its name.
+
+    Raises:
+        ValueError: The unit has no such kernel.
+    """
+    target = unit.hosts.get(kernel, kernel)
+    name = target.partition("<")[0].split("::")[-1].strip()
+    plain = "<" not in target and kernel not in unit.hosts
+    if name not in unit.kernels or (plain and name in unit.templates):
+        known = sorted({*unit.hosts, *(k for k in unit.kernels if k not in unit.templates)})
+        listed = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+        raise ValueError(f"[workbench] kernel must be one of {listed} but got {kernel}.")
+    return target, name
+
+
+class Slots:
     """Hands out buffer slots: the given indices, then the lowest free ones in order."""
 
     def __init__(self, parameters: list[Parameter]) -> None:
@@ -86,8 +93,8 @@ class _Slots:
 
     def argument(self, i: int, parameter: Parameter) -> str:
         for attribute in parameter.attributes:
-            if attribute in _BUILTINS:
-                value = _BUILTINS[attribute]
+            if attribute in BUILTINS:
+                value = BUILTINS[attribute]
                 return f"msl_entry::builtin<workbench_kernel_type, {i}>({value})"
         if not parameter.is_memory:
             raise ValueError(

@@ -20,11 +20,11 @@ from .toolchain import CACHE, INCLUDE, OVERLAY, SHARED, CompileError, compiler, 
 
 METAL = Path(__file__).resolve().parents[1] / "metal"
 
-_LANGUAGE = (
+LANGUAGE = (
     *("-x", "c++", "-std=c++17", "-nostdinc", "-isystem", str(INCLUDE)),
     *("-D__METAL__=1", "-D__METAL_VERSION__=320", "-D__HAVE_BFLOAT__=1"),
 )
-_ADDRESS_SPACES = (
+ADDRESS_SPACES = (
     "-Ddevice=__attribute__((opencl_global))",
     "-Dconstant=const __attribute__((opencl_constant))",
     "-Dthreadgroup=__attribute__((opencl_local))",
@@ -32,7 +32,7 @@ _ADDRESS_SPACES = (
 )
 # As Metal computes: single-precision literals, half and bfloat rounded after every operation,
 # and simd functions that stay in the branch they are written in.
-_SEMANTICS = (
+SEMANTICS = (
     *("-fno-math-errno", "-fno-strict-aliasing", "-fno-threadsafe-statics", "-fno-finite-loops"),
     "-fno-stack-protector",
     *("-Xclang", "-fconvergent-functions", "-Xclang", "-cl-single-precision-constant"),
@@ -41,7 +41,7 @@ _SEMANTICS = (
 )
 # No array whose length is no constant, no conversion of vectors unasked; the rest of the warnings
 # is about Metal's way of writing.
-_WARNINGS = (
+WARNINGS = (
     *("-Werror=vla", "-flax-vector-conversions=none"),
     *("-Wno-unknown-attributes", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"),
     *("-Wno-pass-failed", "-Wno-duplicate-decl-specifier", "-Wno-unused-command-line-argument"),
@@ -172,7 +172,7 @@ def _compile(
     if unit.mistakes:
         raise CompileError("\n".join(unit.mistakes))
     entry = entry_point(unit, kernel)
-    flags = [*syntax_flags(), *_SEMANTICS, *options]
+    flags = [*syntax_flags(), *SEMANTICS, *options]
     about = {
         "source": str(source),
         "kernel": kernel,
@@ -223,13 +223,13 @@ def _preprocessed(source: Path, folders: tuple[Path, ...], digest: str) -> str:
 
 def syntax_flags() -> list[str]:
     """What the compiler must be told to understand a rewritten kernel."""
-    return [*_LANGUAGE, *_ADDRESS_SPACES, *_WARNINGS]
+    return [*LANGUAGE, *ADDRESS_SPACES, *WARNINGS]
 
 
 def preprocess(source: Path, folders: Sequence[Path]) -> str:
     """A kernel's file with its own includes, but without <metal_stdlib>."""
     included = [f"-I{folder}" for folder in folders]
-    first_pass = [*_LANGUAGE, "-DWORKBENCH_FIRST_PASS", *included, str(source)]
+    first_pass = [*LANGUAGE, "-DWORKBENCH_FIRST_PASS", *included, str(source)]
     return compiler().call([*compiler().options, "-E", *first_pass])
 
 

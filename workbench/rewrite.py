@@ -6,7 +6,7 @@ include/msl. What is rewritten, token by token:
 * kernels: their attributes are read and removed; entry.py writes the functions that call them, in
   the namespace of each;
 * explicit instantiations with a host name are read and removed;
-* `threadgroup T x[N];` inside a function becomes memory of the runtime;
+* `threadgroup T x[N];` inside a function becomes MSL_THREADGROUP_VARIABLE(x) of include/msl;
 * function constants get the launch's values;
 * vector constructors and casts, half and bfloat literals;
 * `constant` variables, array parameters in an address space, copies of whole objects between
@@ -379,13 +379,8 @@ class _Rewriter:
         code = ""
         for a, b in [(name, declarators[0][1]), *declarators[1:]]:
             x = t.text[a]
-            code += (
-                f"using msl_type_{x} = {kind} {t.words(a + 1, b)}; "
-                f"static ulong msl_serial_{x}; static void* msl_place_{x}; "
-                f"threadgroup msl_type_{x}& {x} = *(threadgroup msl_type_{x}*)(uintptr_t)"
-                f"workbench_variable(&msl_serial_{x}, &msl_place_{x}, sizeof(msl_type_{x}), "
-                f'"{x}");'
-            )
+            kind_of_x = f"using msl_type_{x} = {kind} {t.words(a + 1, b)};"
+            code += f"{kind_of_x} MSL_THREADGROUP_VARIABLE({x});"
         begin = t.open(p - 1) - 1 if after_alignas else p
         t.blank(begin, end + 1)
         t.text[p] = code

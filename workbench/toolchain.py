@@ -35,6 +35,9 @@ SHARED = (
     *("-gdwarf-4", "-g1", "-fdebug-compilation-dir=."),
 )
 
+# 32 lanes per simdgroup, as Apple's GPUs have
+_GPU_TARGET = ("--target=amdgcn-amd-amdhsa", "-mcpu=gfx1030", "-nogpulib")
+
 
 class CompileError(RuntimeError):
     """A kernel, or the workbench's own runtime, did not compile."""
@@ -133,6 +136,19 @@ def find_compiler() -> Compiler:
 
 
 compiler = functools.cache(find_compiler)
+
+
+@functools.cache
+def gpu_compiler() -> Compiler:
+    """The clang in the ziglang package: never another, so that everyone counts the same.
+
+    Raises:
+        RuntimeError: The package is not installed.
+    """
+    found = _zig()
+    if found is None:
+        raise RuntimeError("[isa] needs clang's GPU targets: pip install ziglang")
+    return Compiler((found.command[0], "clang"), _GPU_TARGET, found.identity)
 
 
 def _digest(files: Iterable[Path]) -> str:

@@ -155,6 +155,7 @@ constexpr int tile_rows = 64; // of a threadgroup
 constexpr int tile_bytes = 128; // of a row, staged together
 constexpr int slice_columns = 128;
 constexpr int value_bytes = 4096; // of v, staged together
+constexpr int ahead = 2; // loads of a tile of scores for each thread, at most
 constexpr int loading_simds = 4; // at least, so that few rows load as fast
 
 int pieces(int n, int size) {
@@ -213,10 +214,12 @@ class SliceLaunches {
 
   Launch scores() const {
     int staged = row_simds() * score_rows + params_.keys;
+    int loads = staged * tile_bytes / 16;
     auto launch = stage(
         "scores",
         params_.spans * attention_span / params_.keys,
-        row_simds() * params_.keys / simd_keys);
+        std::max(
+            row_simds() * params_.keys / simd_keys, pieces(loads, 32 * ahead)));
     launch.buffers = {
         input("q", {B_, params_.T, params_.H, params_.D}),
         state("k"),

@@ -2,8 +2,9 @@
 
 Full layers keep every position, so going back is a shorter length. A sliding layer's ring has
 overwritten what lies a window behind, so going back further needs a mark: a copy of the rings, a
-window long whatever the context. Marks are made at both ends of a prompt's last chunk, for another
-answer and for another last turn, and where two prompts were seen to part.
+window long whatever the context. Marks are made at a prompt's end and where no more than a chunk
+of it is left, for another answer and for another last turn; and where two prompts were seen to
+part.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ class Prefix:
     are reused, whatever the context. A prompt that differs in its last turn is reused up to the
     beginning of that turn (a first prompt and a long turn: up to the last multiple of 512 tokens).
     One that differs earlier is reused up to where earlier prompts were seen to differ.
+
+    On a GPU, where whole chunks of 512 run other kernels than what is shorter, only what the new
+    prompt's own calls would have made alike is reused, so that no bit goes with what was asked
+    before: whole chunks, and what lies behind them while the new prompt completes no further one.
 
     It holds the cache and at most three marks, each as large as a full window of the sliding
     layers: in bfloat16 0.84 GB for the 31B, 0.21 GB for the 26B, 0.34 GB for the 12B, 20 MB for E4B
@@ -109,9 +114,9 @@ class Prefix:
 
         At least one token is left to process, for its logits. The prompt counts as known as far as
         it gets into the cache, until :meth:`keep` tells more. ``parting`` is where this
-        prompt and the one before part if that is worth a mark, else 0. What other calls had made
-        than will make this prompt's is not reused; ``stop`` is where those calls end, if not with
-        the prompt.
+        prompt and the one before part if that is worth a mark, else 0. Only what this prompt's
+        calls would have made alike is reused (:mod:`pyengine.model.plan`); ``stop`` is where those
+        calls end, if not with the prompt.
         """
         mlx, end = borrows(), len(prompt) if stop is None else stop
 

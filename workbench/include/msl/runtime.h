@@ -37,3 +37,11 @@ template <class T>
 __attribute__((noinline)) MSL_UNCHECKED T msl_peek(const T* p) {
   return *p;
 }
+
+// See rewrite.py: a threadgroup variable.
+#define MSL_THREADGROUP_VARIABLE(x)                              \
+  static ulong msl_serial_##x;                                   \
+  static void* msl_place_##x;                                    \
+  threadgroup msl_type_##x& x =                                  \
+      *(threadgroup msl_type_##x*)(uintptr_t)workbench_variable( \
+          &msl_serial_##x, &msl_place_##x, sizeof(msl_type_##x), #x)

@@ -90,7 +90,7 @@ MSL_INLINE T msl_read_packed(From from) {
   workbench_read((const void*)(uintptr_t)from, sizeof(T));
   return msl_peek((const T*)(uintptr_t)from);
 #else
-  return *(const T*)(uintptr_t)from;
+  return *(const T*)from;
 #endif
 }
 template <class T>
@@ -156,11 +156,11 @@ MSL_INLINE constexpr T make_uniform(T x) {
 #define MSL_COPIES(space)                          \
   template <class T>                               \
   MSL_INLINE T msl_load(const space T* p) {        \
-    return *(const T*)(uintptr_t)p;                \
+    return *(const T*)p;                           \
   }                                                \
   template <class T, class V>                      \
   MSL_INLINE void msl_store(space T* p, V value) { \
-    *(T*)(uintptr_t)p = value;                     \
+    *(T*)p = value;                                \
   }
 MSL_COPIES(device)
 MSL_COPIES(threadgroup)
