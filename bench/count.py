@@ -26,9 +26,9 @@ from pyengine.drafters import new_drafter
 from pyengine.engine import loop
 from pyengine.engine import round as on_device
 from pyengine.engine.recorded import Recorded
-from pyengine.generation import embedded_pair
 from pyengine.ops import workbench
 from pyengine.sampling.settings import Sampling
+from pyengine.task import embedded_pair
 
 SECTOR = 32
 ROWS = (1, 6, 16)

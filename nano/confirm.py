@@ -88,13 +88,13 @@ def step_costs(pair: pyengine.Pair) -> dict:
         block = mx.array(ids[-count:], dtype=mx.int32)
 
         def run() -> list[mx.array]:
-            logits, vectors = target.forward(block, cache)
+            logits, vectors = target.forward([block], [cache])
             return [logits.array, vectors]
 
         return run
 
     def draft() -> list[mx.array]:
-        logits, vector = assistant.forward(target.embed(token), hidden, cache)
+        logits, vector = assistant.forward(target.embed(token), hidden, [cache])
         return [whole(logits), vector]
 
     plain, four, step = milliseconds(verify(1)), milliseconds(verify(4)), milliseconds(draft)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "Engine",
     "Pair",
     "Prefix",
+    "Request",
     "Result",
     "Sampling",
     "Stats",
@@ -27,19 +29,23 @@ if TYPE_CHECKING:  # for type checkers and editors; _HOMES says the same
     from pyengine.checkpoint.pair import Pair, load
     from pyengine.engine.prefix import Prefix
     from pyengine.engine.stats import Stats
-    from pyengine.generation import Result, Stream, generate, stream
+    from pyengine.generation import Stream, generate, stream
     from pyengine.sampling.settings import Sampling
+    from pyengine.streams import Engine, Request
+    from pyengine.task import Result
 else:  # which would take any name for a public one
     _HOMES = {
         "Pair": "pyengine.checkpoint.pair",
         "load": "pyengine.checkpoint.pair",
         "Stats": "pyengine.engine.stats",
         "Prefix": "pyengine.engine.prefix",
-        "Result": "pyengine.generation",
+        "Result": "pyengine.task",
         "Stream": "pyengine.generation",
         "generate": "pyengine.generation",
         "stream": "pyengine.generation",
         "Sampling": "pyengine.sampling.settings",
+        "Engine": "pyengine.streams",
+        "Request": "pyengine.streams",
     }
 
     def __getattr__(name):

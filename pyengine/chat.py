@@ -8,17 +8,16 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from pyengine.engine.prefix import Prefix
-from pyengine.generation import (
+from pyengine.generation import Stream, stream
+from pyengine.sampling.settings import Sampling
+from pyengine.task import (
     Result,
     Step,
-    Stream,
     check_settings,
     check_variables,
     prompt_ids,
     resolve_sampling,
-    stream,
 )
-from pyengine.sampling.settings import Sampling
 from pyengine.text.output import stop_strings
 from pyengine.text.template import Message
 from pyengine.untrusted import SURROGATE, shown

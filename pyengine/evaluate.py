@@ -32,8 +32,9 @@ from pyengine.checkpoint.pair import load
 from pyengine.doctor import first_use
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import score
-from pyengine.generation import generate, resolve_sampling
 from pyengine.sampling.settings import Sampling
+from pyengine.streams import Engine, Request
+from pyengine.task import resolve_sampling
 
 MAX_NEW_TOKENS = 256  # lm-eval's own default
 
@@ -48,12 +49,14 @@ class PyengineLM(TemplateLM):  # type: ignore[misc]
         assistant: str | None = None,
         bundle: str | None = None,
         block_size: int | None = None,
+        sequences: int = 8,
         **_: Any,
     ) -> None:
         super().__init__()
         self.pair = load(target, assistant, bundle)
         first_use.ready(self.pair)  # scoring does not go through generate
         self.block_size = None if block_size is None else int(block_size)
+        self.sequences = int(sequences)
         self.prefix = Prefix()
 
     @property
@@ -117,23 +120,26 @@ class PyengineLM(TemplateLM):  # type: ignore[misc]
         return out
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """All of them are under way together, as many as ``sequences`` and the memory allow."""
         out = []
-        for request in tqdm(requests, disable=disable_tqdm):
-            prompt, settings = request.args
-            until = settings.get("until") or []
-            result = generate(
-                prompt,
-                pair=self.pair,
-                raw=True,
-                max_tokens=int(settings.get("max_gen_toks", MAX_NEW_TOKENS)),
-                sampling=_sampling(settings, resolve_sampling(self.pair, None)),
-                block_size=self.block_size,
-                stop=[until] if isinstance(until, str) else [text for text in until if text],
-                prefix=self.prefix,
-            )
-            out.append(result.text)
-            self.cache_hook.add_partial("generate_until", request.args, result.text)
+        with Engine(self.pair, sequences=self.sequences) as engine:
+            running = [self._submit(engine, *request.args) for request in requests]
+            each = zip(tqdm(requests, disable=disable_tqdm), running, strict=True)
+            for request, text in each:
+                out.append("".join(text))
+                self.cache_hook.add_partial("generate_until", request.args, out[-1])
         return out
+
+    def _submit(self, engine: Engine, prompt: str, settings: dict[str, Any]) -> Request:
+        until = settings.get("until") or []
+        return engine.submit(
+            prompt,
+            raw=True,
+            max_tokens=int(settings.get("max_gen_toks", MAX_NEW_TOKENS)),
+            sampling=_sampling(settings, resolve_sampling(self.pair, None)),
+            block_size=self.block_size,
+            stop=[until] if isinstance(until, str) else [text for text in until if text],
+        )
 
 
 def _sampling(settings: dict[str, Any], own: Sampling) -> Sampling:

@@ -4,95 +4,82 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
-from pyengine import forked
-from pyengine.arguments import flag, whole
-from pyengine.checkpoint import memory
-from pyengine.checkpoint.defaults import OURS
-from pyengine.doctor import first_use
-from pyengine.drafters import NAMES, Name, new_drafter
-from pyengine.drafters.drafter import MAX_BLOCK
 from pyengine.engine.loop import decode
 from pyengine.engine.prefix import Prefix, check_prefix
-from pyengine.engine.stats import Stats
-from pyengine.sampling.sampler import Logprob
-from pyengine.sampling.settings import Sampling, seeded
-from pyengine.text.output import Reader, stop_strings
-from pyengine.text.prompt import Prompt, encode_prompt
-from pyengine.untrusted import shown
+from pyengine.sampling.settings import Sampling
+from pyengine.streams import Engine, several
+from pyengine.task import Answer, Result, Step, Task, new_task
+from pyengine.text.prompt import Prompt
+from pyengine.text.template import Message
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from pyengine.checkpoint.pair import Pair
 
-DEFAULT_BLOCK = 4
-LOOKUP_BLOCK = 8  # its drafts cost nothing, and few rounds have any
+Prompts = list[str] | list[list[Message]] | list[list[int]]
+Settings = Sampling | Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Result:
-    """The outcome of a generation.
+class Asked(TypedDict, total=False):
+    """What may be asked beside a prompt, for type checkers."""
 
-    Attributes:
-        text: The new text, without special tokens and without the stop string that ended it.
-        tokens: Ids of the new tokens. The stop id that ended the text is among them; tokens that a
-            round committed after a stop string are not.
-        finish_reason: "stop" (a stop id or stop string), "length" (``max_tokens`` or the context
-            is used up), or None when the generation was abandoned.
-        stats: Counts and seconds, see :class:`pyengine.engine.stats.Stats`.
-        logprobs: One entry per token where the settings ask for them, see
-            :class:`pyengine.sampling.sampler.Logprob`.
-        thinking: The model's thoughts before its answer, where its template has a channel for them;
-            else None.
-    """
+    pair: Pair | None
+    max_tokens: int | None
+    sampling: Settings | Sequence[Settings] | None
+    block_size: int | None
+    drafter: str | None
+    stop: str | Sequence[str] | None
+    raw: bool
+    variables: Mapping[str, Any] | None
+    prefix: Prefix | None
+    sequences: int
 
-    text: str
-    tokens: list[int]
-    finish_reason: str | None
-    stats: Stats
-    logprobs: list[Logprob] | None = None
-    thinking: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same, ready for JSON."""
-        return {
-            "text": self.text,
-            "tokens": self.tokens,
-            "finish_reason": self.finish_reason,
-            "stats": self.stats.to_dict(),
-            **({} if self.logprobs is None else {"logprobs": [x._asdict() for x in self.logprobs]}),
-            **({} if self.thinking is None else {"thinking": self.thinking}),
-        }
+@overload
+def generate(prompt: Prompt, *, n: None = None, **asked: Unpack[Asked]) -> Result: ...
+
+
+@overload
+def generate(prompt: Prompt | Prompts, *, n: int, **asked: Unpack[Asked]) -> list[Result]: ...
+
+
+@overload
+def generate(prompt: Prompts, *, n: int | None = None, **asked: Unpack[Asked]) -> list[Result]: ...
 
 
 def generate(
-    prompt: Prompt,
+    prompt: Prompt | Prompts,
     *,
     pair: Pair | None = None,
     max_tokens: int | None = None,
-    sampling: Sampling | Mapping[str, Any] | None = None,
+    sampling: Settings | Sequence[Settings] | None = None,
     block_size: int | None = None,
     drafter: str | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
     prefix: Prefix | None = None,
-) -> Result:
-    """Generate text after a prompt by exact speculative decoding.
+    n: int | None = None,
+    sequences: int = 8,
+) -> Result | list[Result]:
+    """Generate text after a prompt, or after each of several, by exact speculative decoding.
+
+    Several texts are generated together, each the very one it is alone (:class:`pyengine.Engine`).
 
     Args:
-        prompt: A string, messages, or token ids. A string is one user message, put through the
-            chat template; where the pair has no template, or with ``raw``, it is continued as it
-            stands after ``<bos>``. Messages are dicts with ``role`` (system, user, assistant,
-            tool) and ``content``. Token ids are used as they are.
+        prompt: A string, messages, or token ids; a list of strings, or of lists, is several
+            prompts. A string is one user message, put through the chat template; where the pair has
+            no template, or with ``raw``, it is continued as it stands after ``<bos>``. Messages are
+            dicts with ``role`` (system, user, assistant, tool) and ``content``. Token ids are used
+            as they are.
         pair: From :func:`pyengine.load`; the embedded pair when None.
         max_tokens: Maximum number of new tokens; None is the rest of the context.
         sampling: How tokens are chosen. None takes the pair's own defaults; a dict of fields of
             :class:`Sampling`, such as ``{"temperature": 0}``, changes these fields of them. Tokens
-            that the pair suppresses stay suppressed either way.
+            that the pair suppresses stay suppressed either way. A list has one for each prompt.
         block_size: Primary token and its drafts, 2 to 128; 1 is plain decoding. None takes the
             pair's measured best, else what its assistant asks for, else 4.
         drafter: Where drafts come from. "assistant" (the default) is the pair's own; "lookup" takes
@@ -104,10 +91,14 @@ def generate(
         variables: Further variables of the chat template, such as ``tools`` and
             ``enable_thinking``.
         prefix: Keys and values of earlier generations on this pair. Tokens at the beginning of the
-            prompt that it holds are not processed again; the text is the same as without.
+            prompt that it holds are not processed again; the text is the same as without. Several
+            texts take none.
+        n: So many texts per prompt, with the seeds s, s + 1, ... from that of ``sampling`` on.
+        sequences: Most texts under way at once, of several.
 
     Returns:
-        Text, tokens, why it ended, and statistics.
+        Text, tokens, why it ended, and statistics. A list of those where there are several prompts
+        or ``n`` is given, in order, the texts of a prompt one behind the other.
 
     For each Python thread that generates, MLX keeps a thread of the operating system and about
     0.2 MB until the process ends. Use one thread or a pool, not a new thread each time.
@@ -118,21 +109,57 @@ def generate(
         RuntimeError: The weights gave logits that are not finite, the answer used up the memory,
             or the process was forked from one that had used MLX.
     """
-    running = stream(
-        prompt,
-        pair=pair,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        block_size=block_size,
-        drafter=drafter,
-        stop=stop,
-        raw=raw,
-        variables=variables,
-        prefix=prefix,
-    )
-    for _ in running:
-        pass
-    return running.result
+    asked: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "block_size": block_size,
+        "drafter": drafter,
+        "stop": stop,
+        "raw": raw,
+        "variables": variables,
+    }
+    batch = _is_batch(prompt)
+    if n is None and not batch:
+        one: Any = prompt, sampling
+        running = stream(one[0], pair=pair, sampling=one[1], prefix=prefix, **asked)
+        for _ in running:
+            pass
+        return running.result
+    if prefix is not None:
+        raise ValueError("[generate] prefix must be None with several prompts or n.")
+    prompts: Any = prompt if batch else [prompt]
+    settings = _each(sampling, len(prompts))
+    with Engine(pair, sequences=sequences) as engine:
+        tasks = [
+            new_task(one, pair=engine.pair, sampling=own, **asked)
+            for one, own in zip(prompts, settings, strict=True)
+        ]
+        requests = [
+            request
+            for task in tasks
+            for request in engine.add_several([task] if n is None else several(task, n))
+        ]
+        for request in requests:
+            for _ in request:
+                pass
+        return [request.result for request in requests]
+
+
+def _is_batch(prompt: Any) -> bool:
+    """Whether it is several prompts: messages are dicts and ids numbers."""
+    several = isinstance(prompt, (list, tuple)) and len(prompt) > 0
+    return several and all(isinstance(one, (str, list, tuple)) for one in prompt)
+
+
+def _each(sampling: Any, count: int) -> list[Any]:
+    """The settings of each of so many prompts."""
+    if not isinstance(sampling, (list, tuple)):
+        return [sampling] * count
+    if len(sampling) != count:
+        raise ValueError(
+            f"[generate] sampling must be one or one per prompt but got {len(sampling)} for "
+            f"{count}."
+        )
+    return list(sampling)
 
 
 def stream(
@@ -155,167 +182,35 @@ def stream(
         Arguments are checked here; the prompt is processed when the first piece is requested.
         ``close()`` ends the generation early, and so does leaving it as a context manager.
     """
-    forked.check("generate")
-    pair = embedded_pair() if pair is None else pair
-    stops = stop_strings(stop)
-    block, source = check_settings(pair, max_tokens, block_size, drafter)
-    flag("generate", "raw", raw)
-    check_variables(variables)
     check_prefix("generate", prefix)
-    limit = None if max_tokens is None else int(max_tokens)
-    ids = prompt_ids(pair, prompt, raw=raw, variables=variables)
-    settings = seeded(resolve_sampling(pair, sampling))
-    vocab = pair.target.config.vocab_size
-    outside = [i for i in (*settings.suppress_tokens, *settings.logit_bias) if i >= vocab]
-    if outside:
-        raise ValueError(
-            f"[generate] suppress_tokens and logit_bias must name ids up to {vocab - 1} but got "
-            f"{outside[0]}."
-        )
-    first_use.ready(pair)
-    return Stream(pair, ids, limit, settings, block, source, stops, prefix)
-
-
-def prompt_ids(
-    pair: Pair,
-    prompt: Prompt,
-    *,
-    raw: bool = False,
-    variables: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Token ids of a prompt, as :func:`generate` reads it.
-
-    Raises:
-        ValueError: The prompt is empty, longer than the context, or of no known form.
-    """
-    return encode_prompt(
+    task = new_task(
         prompt,
-        pair.tokenizer,
-        context=pair.target.context,
-        vocab=pair.target.config.vocab_size,
+        pair=pair,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        block_size=block_size,
+        drafter=drafter,
+        stop=stop,
         raw=raw,
         variables=variables,
     )
-
-
-def check_settings(
-    pair: Pair, max_tokens: int | None, block_size: int | None, drafter: str | None
-) -> tuple[int, Name]:
-    """The block size and the drafter to use.
-
-    Raises:
-        ValueError: One of them or ``max_tokens`` is impossible with this pair.
-    """
-    if not hasattr(pair, "target"):
-        raise ValueError(f"[generate] pair must come from pyengine.load but got {shown(pair)}.")
-    name = check_drafter(drafter)
-    if drafter == "assistant" and pair.assistant is None:
-        raise ValueError(
-            "[generate] drafter must be lookup without an assistant but got assistant."
-        )
-    block = default_block_size(pair, name) if block_size is None else block_size
-    check_numbers(max_tokens, block)
-    block = int(block)
-    if block > 1 and name == "assistant" and pair.assistant is None:
-        raise ValueError(f"[generate] block_size must be 1 without an assistant but got {block}.")
-    return block, name
-
-
-def check_drafter(drafter: str | None) -> Name:
-    """The drafter of that name; the assistant where none is given.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
-    found = next((name for name in NAMES if drafter == name), None)
-    if drafter is not None and found is None:
-        names = " or ".join(NAMES)
-        raise ValueError(f"[generate] drafter must be {names} but got {shown(drafter)}.")
-    return found or "assistant"
-
-
-def check_numbers(max_tokens: int | None, block_size: int) -> None:
-    """What can be said of the two before a pair is there.
-
-    Raises:
-        ValueError: One is impossible with any pair.
-    """
-    whole("generate", "block_size", block_size)
-    if max_tokens is not None:
-        whole("generate", "max_tokens", max_tokens)
-    if not 1 <= block_size <= MAX_BLOCK:
-        raise ValueError(f"[generate] block_size must be 1 to {MAX_BLOCK} but got {block_size}.")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"[generate] max_tokens must be at least 1 but got {max_tokens}.")
-
-
-def check_variables(variables: Any) -> None:
-    """Refuse what cannot be variables of a template.
-
-    Raises:
-        ValueError: It is no dict of names, nor None.
-    """
-    named = isinstance(variables, Mapping) and all(isinstance(key, str) for key in variables)
-    if variables is not None and not named:
-        raise ValueError(
-            f"[generate] variables must be a dict of names or None but got {shown(variables)}."
-        )
-
-
-class Step(NamedTuple):
-    """What one round added to a result; both texts may be empty.
-
-    Between two chunks of a long prompt there is one that adds nothing and has ``prompt_done``.
-
-    Attributes:
-        text: Text that is certain.
-        thinking: Thoughts.
-        tokens: Ids of its tokens.
-        logprobs: One entry per token where the settings ask for them, else none.
-        prompt_done: Number of prompt tokens processed so far; None after the prompt.
-    """
-
-    text: str
-    thinking: str
-    tokens: list[int]
-    logprobs: list[Logprob]
-    prompt_done: int | None = None
+    return Stream(task, prefix)
 
 
 class Stream(Iterator[str]):
     """Pieces of text as they are committed; made by :func:`stream`."""
 
-    def __init__(
-        self,
-        pair: Pair,
-        ids: list[int],
-        max_tokens: int | None,
-        sampling: Sampling,
-        block_size: int,
-        drafter: Name,
-        stops: tuple[str, ...],
-        prefix: Prefix | None,
-    ) -> None:
-        self._stats = Stats(block_size, sampling.seed, len(ids))
-        self._wanted = pair.target, len(ids), max_tokens, block_size, prefix
-        self._prefix = prefix
+    def __init__(self, task: Task, prefix: Prefix | None) -> None:
+        self._task, self._prefix = task, prefix
+        self._answer = Answer(task)
         self._rounds = decode(
-            pair.target,
-            new_drafter(drafter, pair.target, pair.assistant),
-            ids,
-            sampling=sampling,
-            block_size=block_size,
-            max_tokens=max_tokens,
-            stop_ids=frozenset((*pair.generation.stop_ids, *pair.tokenizer.answer_ends())),
-            stats=self._stats,
+            task.pair.target,
+            task.new_drafter(),
+            task.ids,
+            **task.arguments,
+            stats=self._answer.stats,
             prefix=prefix,
         )
-        self._reader = Reader(pair.tokenizer, ids, stops)
-        self._text: list[str] = []
-        self._thoughts: list[str] = []
-        self._tokens: list[int] = []
-        self._logprobs: list[Logprob] | None = None if sampling.logprobs is None else []
-        self._finish_reason: str | None = None
         self._steps = self._run()
 
     def __next__(self) -> str:
@@ -345,101 +240,13 @@ class Stream(Iterator[str]):
     @property
     def result(self) -> Result:
         """The finished result; before the end, what was yielded so far."""
-        return Result(
-            "".join(self._text),
-            list(self._tokens),
-            self._finish_reason,
-            deepcopy(self._stats),  # its lists go on
-            None if self._logprobs is None else list(self._logprobs),
-            "".join(self._thoughts) if self._reader.has_thought else None,
-        )
+        return self._answer.result
 
     def _run(self) -> Generator[Step, None, None]:
-        memory.check_prompt(*self._wanted)  # what is refused here leaves the prefix as it is
+        self._task.check_memory(self._prefix)  # what is refused here leaves the prefix as it is
         in_use = nullcontext() if self._prefix is None else self._prefix.in_use()
         with in_use, closing(self._rounds) as rounds:
-            for tokens, reason, _, _, logprobs, prompt_done in rounds:
-                if prompt_done is not None:
-                    yield Step("", "", [], [], prompt_done)
-                    continue
-                step, found = self._read(tokens, logprobs or [], reason)
-                self._finish_reason = "stop" if found else reason
-                yield step
-                if self._finish_reason:
+            for done in rounds:
+                yield self._answer.add(done)
+                if self._answer.finish_reason:
                     return
-
-    def _read(
-        self, tokens: list[int], logprobs: list[Logprob], reason: str | None
-    ) -> tuple[Step, bool]:
-        """What a round's tokens say, noted in the result, and whether a stop string came up."""
-        texts, thoughts, count, found = [], [], 0, False
-        for count, token in enumerate(tokens, 1):
-            if reason == "stop" and count == len(tokens):
-                break  # a stop id is not text, whatever its spelling
-            text, thought, found = self._reader.add(token)
-            texts.append(text)
-            thoughts.append(thought)
-            if found:
-                break
-        if reason and not found:
-            text, thought, found = self._reader.finish()
-            texts.append(text)
-            thoughts.append(thought)
-        step = Step("".join(texts), "".join(thoughts), tokens[:count], logprobs[:count])
-        self._text.append(step.text)
-        self._thoughts.append(step.thinking)
-        self._tokens += step.tokens
-        if self._logprobs is not None:
-            self._logprobs += step.logprobs
-        return step, found
-
-
-@lru_cache(maxsize=1)
-def embedded_pair() -> Pair:
-    """The pair inside the package, read once per process."""
-    from pyengine.checkpoint.pair import load
-
-    return load()
-
-
-def default_block_size(pair: Pair, drafter: Name = "assistant") -> int:
-    """Of the assistant the pair's measured best, else its own wish and the primary, else 4; of
-    lookup 8."""
-    if drafter == "lookup":
-        return LOOKUP_BLOCK
-    if pair.assistant is None:
-        return 1
-    best = pair.manifest.get("benchmark", {}).get("best_block_size")
-    if best is not None:
-        if type(best) is not int:
-            raise ValueError(
-                f"[generate] the pair's best_block_size must be a whole number but got {best!r}."
-            )
-        return best
-    drafts = pair.generation.num_draft
-    return DEFAULT_BLOCK if drafts is None else drafts + 1
-
-
-def resolve_sampling(pair: Pair, sampling: Sampling | Mapping[str, Any] | None) -> Sampling:
-    """Settings to use: the given ones, or the pair's with the fields that were given; always with
-    the pair's suppressed tokens.
-
-    Raises:
-        ValueError: ``sampling`` is of another type, names no field, or sets one out of range.
-    """
-    own = pair.generation
-    if sampling is None or isinstance(sampling, Mapping):
-        given = dict(sampling or {})
-        unknown = [key for key in given if key not in Sampling.__dataclass_fields__]
-        if unknown:
-            raise ValueError(
-                f"[generate] sampling must hold fields of Sampling but got {shown(unknown[0])}."
-            )
-        sampling = Sampling(**{**{key: getattr(own, key) for key in OURS}, **given})
-    if not isinstance(sampling, Sampling):
-        raise ValueError(
-            "[generate] sampling must be a Sampling or a dict of its fields but got "
-            f"{shown(sampling)}."
-        )
-    suppressed = {*sampling.suppress_tokens, *own.suppress_tokens}
-    return replace(sampling, suppress_tokens=tuple(sorted(suppressed)))

@@ -46,7 +46,9 @@ VERDICTS = Path(__file__).with_suffix(".json").with_name("mutants.json")
 NEAREST = {
     "engine/loop": "test_rounds_by_hand test_loop test_stats_numbers test_ends test_recorded "
     "test_prefill_left test_prefix test_state_between_calls test_exactness_cells",
-    "engine/round": "test_rounds_by_hand test_loop test_round test_recorded test_exactness_cells",
+    "engine/round": "test_rounds_by_hand test_loop test_round test_together test_recorded "
+    "test_exactness_cells",
+    "model/rows": "test_together",
     "engine/report": "test_round test_rounds_by_hand test_loop",
     "engine/recorded": "test_recorded test_round",
     "engine/stats": "test_stats_numbers test_loop",

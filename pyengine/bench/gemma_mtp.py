@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from pyengine.bench.suite import Case
 from pyengine.drafters import NAMES, Name
 from pyengine.drafters.drafter import MAX_BLOCK
-from pyengine.generation import Result, stream
+from pyengine.generation import stream
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.sampling.settings import Sampling
+from pyengine.task import Result
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair

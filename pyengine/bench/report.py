@@ -15,8 +15,8 @@ import mlx.core as mx
 from pyengine import ops
 from pyengine.bench.gemma_mtp import Row, now
 from pyengine.bench.suite import Case
-from pyengine.generation import resolve_sampling
 from pyengine.sampling.settings import Sampling
+from pyengine.task import resolve_sampling
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair

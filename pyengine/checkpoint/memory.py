@@ -62,6 +62,7 @@ def check_prompt(
     max_tokens: int | None,
     block_size: int,
     prefix: PrefixLike | None = None,
+    there: int | None = None,
 ) -> None:
     """Refuse a prompt whose keys and values would not fit, before it is processed.
 
@@ -72,11 +73,12 @@ def check_prompt(
             answer, and :func:`check_growth` has the say.
         block_size: Block size of the generation.
         prefix: The prefix it uses: its memory counts as free, for this prompt takes it over.
+        there: Bytes that it may have; None for those that are free.
 
     Raises:
         ValueError: The memory that is free holds fewer tokens; the message says how many.
     """
-    there = free_bytes()
+    there = free_bytes() if there is None else there
     if there is None:
         return
     marks = 0

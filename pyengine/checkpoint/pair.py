@@ -27,6 +27,7 @@ from pyengine.checkpoint.weights import (
     target_layout,
 )
 from pyengine.drafters.assistant import AssistantDrafter
+from pyengine.drafters.drafter import Asked
 from pyengine.model.assistant import POSITIONS, Assistant, Position
 from pyengine.model.memory import cache_bytes
 from pyengine.model.target import Target, check_ids
@@ -119,7 +120,9 @@ class Pair:
         sampler = Sampler(Sampling(temperature=0.0), tokens, self.target.config.vocab_size)
         drafts = [mx.array(tokens[-1:], dtype=mx.int32)]
         for i in range(count):
-            drafts.append(drafter.propose(i, drafts[i], cache, sampler.filter).ids[:, 0])
+            asked = Asked(drafts[i], mx.concatenate(drafts)[1:], cache, sampler)
+            [row] = drafter.propose(i, [drafter], [asked])
+            drafts.append(row.ids[:, 0])
         return cast("list[int]", mx.concatenate(drafts[1:]).tolist())
 
     def _check_room(self, what: str, count: int) -> None:

@@ -31,13 +31,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 bench_app = typer.Typer(
-    help="Time a pair against plain decoding.",
-    epilog=common.ending("pyengine bench gemma-mtp", "pyengine bench card"),
+    help="Time a pair: against plain decoding, and with many texts at once.",
+    epilog=common.ending(
+        "pyengine bench gemma-mtp", "pyengine bench streams", "pyengine bench card"
+    ),
     no_args_is_help=True,
 )
 app.add_typer(bench_app, name="bench")
 COMMANDS: list[tuple[typer.Typer, str, Callable[..., None], tuple[str, ...]]] = [
     (bench_app, "gemma-mtp", bench.gemma_mtp, bench.EXAMPLES),
+    (bench_app, "streams", bench.streams, bench.STREAMS_EXAMPLES),
     (bench_app, "card", card.run, card.EXAMPLES),
     (app, "generate", generate.run, generate.EXAMPLES),
     (app, "chat", chat.run, chat.EXAMPLES),

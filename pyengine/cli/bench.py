@@ -12,7 +12,15 @@ import typer
 from typer.core import TyperCommand
 
 from pyengine.cli import common, tables
-from pyengine.cli.options import AssistantDir, BundleDir, OpsName, Position, TargetDir
+from pyengine.cli.options import (
+    AssistantDir,
+    BundleDir,
+    OpsName,
+    Position,
+    TargetDir,
+    Verify,
+    VerifyRule,
+)
 from pyengine.cli.output import check_output
 
 if TYPE_CHECKING:
@@ -25,6 +33,10 @@ EXAMPLES = (
     "pyengine bench gemma-mtp",
     "pyengine bench gemma-mtp --target ./target --assistant ./assistant "
     "--prompt-suite prompts.jsonl --max-tokens 1000 --block-sizes 6 --output report.json",
+)
+STREAMS_EXAMPLES = (
+    "pyengine bench streams",
+    "pyengine bench streams --bundle ./pair --streams 1,2,4,8,16 --block-sizes 1,2,4",
 )
 # As the published card's command line spells them
 PUBLISHED = {
@@ -187,6 +199,92 @@ def gemma_mtp(
             raise ended
 
 
+def streams(
+    target: TargetDir = None,
+    assistant: AssistantDir = None,
+    bundle: BundleDir = None,
+    ops: OpsName = None,
+    streams: Annotated[str, typer.Option(help="Numbers of texts at once.")] = "1,2,4,8",
+    block_sizes: Annotated[str, typer.Option(help="Block sizes; 1 is plain decoding.")] = "1,4",
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per text.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the first text; each further adds 1.")] = 0,
+    verify: VerifyRule = Verify.coupled,
+    repeats: Annotated[
+        int, typer.Option(help="Timed runs per setting; figures are their medians.")
+    ] = 3,
+    prompt_suite: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts as JSONL: id, category, prompt, max_tokens.",
+            show_default="the embedded suite",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the report as JSON.", show_default=False),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Also print the report as one line.")
+    ] = False,
+) -> None:
+    """Time many texts at once: in all, per text, to the first token, between tokens.
+
+    tok/s counts the tokens of all texts over the time of the rounds, and gain compares it with one
+    text at that block size. Then: tok/s of each text; milliseconds to the first token, and between
+    a text's rounds (p50, p95, max); rows per round; acceptance; whether every text is the same as
+    alone.
+    """
+    with common.sentences():
+        counts = read_numbers("--streams", streams)
+        blocks = read_block_sizes(block_sizes)
+        from pyengine.bench import report, suite
+        from pyengine.bench import streams as bench
+        from pyengine.sampling.settings import Sampling
+
+        bench.check_settings(counts, blocks, repeats, max_tokens)
+        sampling = Sampling(temperature=temperature, seed=seed, verify=verify.value)
+        cases = suite.load_suite(prompt_suite or suite.EMBEDDED)
+        if output:
+            check_output("bench", output)
+        pair = common.load_pair(target, assistant, bundle, None, Position.last, ops)
+        run_on = report.environment()
+        for line in report.heading(run_on, pair):
+            typer.echo(line)
+        with common.progress() as on_run:
+            rows = bench.bench_streams(
+                pair,
+                cases,
+                streams=counts,
+                block_sizes=blocks,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                repeats=repeats,
+                on_run=on_run,
+            )
+        title = f"{max_tokens} tokens per text, medians of {repeats} runs"
+        tables.show(common.console(sys.stdout), title, bench.HEADS, bench.cells(rows), right=True)
+        whole = {
+            "bench": "streams",
+            "report_version": 1,
+            **run_on,
+            "pair": report.describe_pair(pair),
+            "sampler": sampling.to_dict(),
+            "settings": {"command": sys.argv[1:], "max_tokens": max_tokens, "repeats": repeats},
+            "rows": rows,
+        }
+        if output:
+            from pyengine.untrusted import write_whole
+
+            write_whole(output, json.dumps(whole, indent=2) + "\n")
+            typer.echo(f"Report: {output}", err=True)
+        if as_json:
+            typer.echo(json.dumps(whole))
+        if not all(row["texts_equal_to_alone"] for row in rows):
+            raise RuntimeError("[bench] texts must be those alone but differ.")
+
+
 def _show_cases(out: Console, rows: Sequence[Row]) -> int:
     """A table for each prompt that has rows; how many there are."""
     names = dict.fromkeys(row["prompt_id"] for row in rows)
@@ -236,6 +334,11 @@ def _figure(value: float | None, form: str) -> str:
 
 
 def read_block_sizes(text: str) -> list[int]:
+    """See :func:`read_numbers`."""
+    return read_numbers("--block-sizes", text)
+
+
+def read_numbers(name: str, text: str) -> list[int]:
     """Numbers between commas.
 
     Raises:
@@ -245,5 +348,5 @@ def read_block_sizes(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"[bench] --block-sizes must be whole numbers like 2,4,6 but got {text!r}."
+            f"[bench] {name} must be whole numbers like 2,4,6 but got {text!r}."
         ) from None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pyengine.checkpoint.pair import Pair
-    from pyengine.generation import Result, Step
+    from pyengine.task import Result, Step
 
 USER_ERROR, BROKEN, INTERRUPTED = 2, 1, 130
 LONGEST_MESSAGE = 600

@@ -213,8 +213,9 @@ def _run_pair(report: dict[str, Any]) -> None:
 
 def _check() -> dict[str, Any]:
     """The same greedy text, plainly and speculatively, from the embedded pair."""
-    from pyengine.generation import embedded_pair, generate
+    from pyengine.generation import generate
     from pyengine.sampling.settings import Sampling
+    from pyengine.task import embedded_pair
 
     prompt = "Create a single-file HTML5 canvas Snake game."
     plain, speculative = (

@@ -42,7 +42,7 @@ from pyengine.cli.options import (
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
-    from pyengine.generation import Result
+    from pyengine.task import Result
 
 
 EXAMPLES = (

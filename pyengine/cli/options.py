@@ -206,7 +206,7 @@ def check_limits(
     max_tokens: int | None, block_size: int | None, stop: list[str] | None, drafter: str | None
 ) -> None:
     """Refuse, before the weights are read, what no pair allows."""
-    from pyengine.generation import check_drafter, check_numbers
+    from pyengine.task import check_drafter, check_numbers
     from pyengine.text.output import stop_strings
 
     check_numbers(max_tokens, 1 if block_size is None else block_size)
@@ -241,7 +241,7 @@ def sampling_given(
 
 def sampling_of(pair: Pair, given: dict[str, Any]) -> Sampling:
     """The pair's own settings with those that were given."""
-    from pyengine.generation import resolve_sampling
+    from pyengine.task import resolve_sampling
 
     return replace(resolve_sampling(pair, None), **given)
 

@@ -51,6 +51,14 @@ def run(
         typer.Option(help="Maximum number of new tokens per request, and the default."),
     ] = 8192,
     drafter: DrafterName = None,
+    streams: Annotated[
+        int,
+        typer.Option(
+            help="Maximum number of texts generated at once; memory may allow fewer.",
+            min=1,
+            max=128,
+        ),
+    ] = 8,
     waiting: Annotated[
         int, typer.Option(help="Maximum number of waiting requests; further ones get 429.", min=1)
     ] = 16,
@@ -83,16 +91,18 @@ def run(
 ) -> None:
     """Serve a pair to OpenAI clients: chat and text completions, streamed or whole.
 
-    The server runs one generation at a time; when a client disconnects, its generation ends. There
-    is no password: stay on loopback, or put a proxy in front.
+    Several texts are generated at once, each the one it is alone: `pyengine generate` with the
+    request's settings, the seed in its usage and `--verify coupled` repeats it. When a client
+    disconnects, its generation ends. There is no password: stay on loopback, or put a proxy in
+    front.
 
     A stream sends its headers at once, and a comment after every five seconds of silence. An answer
     that is not streamed sends nothing before its end, so use streams where a proxy times out. A
     request's head must arrive within 10 s and its body within 60 s; an answer that is not read for
     20 s is dropped.
 
-    All clients share one prefix cache: `cached_tokens` and the time to the first token tell a
-    client whether somebody else's prompt began like its own.
+    Clients share prefix caches, one per stream: `cached_tokens` and the time to the first token
+    tell a client whether somebody else's prompt began like its own.
     """
     with common.sentences():
         for module in ("fastapi", "uvicorn"):
@@ -103,11 +113,11 @@ def run(
                 )
         if max_tokens < 1:
             raise ValueError(f"[serve] max_tokens must be at least 1 but got {max_tokens}.")
-        from pyengine.generation import check_drafter
         from pyengine.serve.front import allowed_names, is_loopback
         from pyengine.serve.http import Server, open_files
         from pyengine.serve.protocol import Limits
         from pyengine.serve.server import make_app
+        from pyengine.task import check_drafter
 
         # Before the weights are read, so that a wrong argument is told early
         open_files()
@@ -117,6 +127,7 @@ def run(
         pair = common.load_pair(target, assistant, bundle, dtype, Position.last, ops)
         limits = Limits(
             waiting=waiting,
+            streams=streams,
             max_tokens=max_tokens,
             any_model=any_model,
             cached_tokens=not no_cached_tokens,

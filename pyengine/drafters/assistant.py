@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 
-from pyengine.drafters.drafter import Filter, TargetLike
+from pyengine.drafters.drafter import Asked, TargetLike
 from pyengine.model.cache import Cache
 from pyengine.model.head import Logits
+from pyengine.model.rows import apart, packed
 from pyengine.ops.filter_logits import Filtered
+from pyengine.sampling.sampler import filter_together
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class AssistantLike(Protocol):
     """What is asked of the assistant (:class:`pyengine.model.assistant.Assistant`)."""
 
     def forward(
-        self, embedding: mx.array, hidden: mx.array, cache: Cache
+        self, embedding: mx.array, hidden: mx.array, caches: Sequence[Cache]
     ) -> tuple[mx.array | Logits, mx.array]: ...
 
 
@@ -36,9 +41,13 @@ class AssistantDrafter:
         return ()
 
     @property
-    def arrays(self) -> list[mx.array]:
+    def hidden(self) -> mx.array:
         assert self._hidden is not None  # the prompt was read
-        return [self._hidden]
+        return self._hidden
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [self.hidden]
 
     def with_arrays(self, arrays: list[mx.array]) -> AssistantDrafter:
         other = copy.copy(self)
@@ -51,11 +60,16 @@ class AssistantDrafter:
     def wants_to_draft(self, text: Sequence[int], k: int) -> bool:
         return True
 
-    def propose(self, i: int, token: mx.array, cache: Cache, filter: Filter) -> Filtered:
-        assert self._hidden is not None
-        embedding = self._target.embed(token)
-        logits, self._hidden = self._assistant.forward(embedding, self._hidden, cache)
-        return filter(logits)
+    @classmethod
+    def propose(cls, i: int, drafters: Sequence[Self], asked: Sequence[Asked]) -> list[Filtered]:
+        target, assistant = drafters[0]._target, drafters[0]._assistant
+        embeddings = target.embed(packed([a.token for a in asked]))
+        hidden = packed([drafter.hidden for drafter in drafters])
+        logits, hidden = assistant.forward(embeddings, hidden, [a.cache for a in asked])
+        for drafter, row in zip(drafters, apart(hidden, [1] * len(asked)), strict=True):
+            drafter._hidden = row
+        samplers, drafts = [a.sampler for a in asked], [a.drafts for a in asked]
+        return filter_together(logits, samplers, drafts, first=i)
 
     def read(self, hidden: mx.array, accepted: mx.array) -> None:
         self._hidden = mx.take(hidden, accepted[None], axis=0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -11,14 +11,25 @@ from pyengine.model.cache import Cache
 from pyengine.model.head import Logits
 from pyengine.model.target import Reader
 from pyengine.ops.filter_logits import Filtered
+from pyengine.sampling.sampler import Sampler
+
+if TYPE_CHECKING:
+    from typing import Self
 
 MAX_BLOCK = 128  # a primary token and its drafts
 
-Filter = Callable[[mx.array | Logits], Filtered]
+
+class Asked(NamedTuple):
+    """What a text's next draft follows, and how its distribution is filtered."""
+
+    token: mx.array  # int32 [1]: the block's primary one, or the draft before
+    drafts: mx.array  # int32 [i]: those of the block so far
+    cache: Cache  # the target's; committed positions may be read, and such a read be noted there
+    sampler: Sampler
 
 
 class Drafter(Reader, Protocol):
-    """Where the drafts of one generation come from.
+    """Where the drafts of one sequence come from.
 
     It may propose anything: the rules that accept drafts keep the text exact. Under the rules
     ``residual`` and ``block`` two things must hold for that. A draft's distribution may depend on
@@ -49,14 +60,18 @@ class Drafter(Reader, Protocol):
         """
         ...
 
-    def propose(self, i: int, token: mx.array, cache: Cache, filter: Filter) -> Filtered:
-        """The distribution that draft i, from 0, is drawn from: one row.
+    @classmethod
+    def propose(cls, i: int, drafters: Sequence[Self], asked: Sequence[Asked]) -> list[Filtered]:
+        """The distributions that draft i, from 0, of each of several sequences is drawn from.
 
         Args:
-            i: Called for 0 to k - 1 in turn.
-            token: The token before it, int32 ``[1]``: the block's primary one, or draft i - 1.
-            cache: The target's; committed positions may be read, and such a read be noted there.
-            filter: Makes a distribution of logits ``[1, V]``, under the settings of the text.
+            i: Called for 0 to k - 1 in turn; a sequence that drafts fewer is not there any more.
+            drafters: Of the sequences, all of this class, and made for the same models.
+            asked: By sequence. Logits that are made for them are filtered under the settings of
+                each (:func:`pyengine.sampling.sampler.filter_together`).
+
+        Returns:
+            One row per sequence.
         """
         ...
 
@@ -76,5 +91,5 @@ class TargetLike(Protocol):
     ) -> tuple[mx.array, mx.array]: ...
 
     def forward(
-        self, ids: mx.array, cache: Cache, taps: tuple[int, ...] = ()
+        self, ids: Sequence[mx.array], caches: Sequence[Cache], taps: tuple[int, ...] = ()
     ) -> tuple[mx.array | Logits, mx.array]: ...

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from pyengine.drafters.drafter import Filter
-from pyengine.model.cache import Cache
+from pyengine.drafters.drafter import Asked
 from pyengine.ops.filter_logits import Filtered
+
+if TYPE_CHECKING:
+    from typing import Self
 
 SHORTEST = 3  # tokens that must match
 LONGEST = 16  # tokens that are compared
@@ -84,10 +87,11 @@ class LookupDrafter:
             drafts.append(text[at] if at < len(text) else drafts[at - len(text)])
         return drafts
 
-    def propose(self, i: int, token: mx.array, cache: Cache, filter: Filter) -> Filtered:
-        [drafts] = self._drafts
+    @classmethod
+    def propose(cls, i: int, drafters: Sequence[Self], asked: Sequence[Asked]) -> list[Filtered]:
         one = mx.ones((1, 1))
-        return Filtered(drafts[i : i + 1, None], one, mx.zeros(1, mx.int32))
+        each = [drafts for drafter in drafters for drafts in drafter._drafts]
+        return [Filtered(drafts[i : i + 1, None], one, mx.zeros(1, mx.int32)) for drafts in each]
 
     def read(self, hidden: mx.array, accepted: mx.array) -> None:
         pass

@@ -1,14 +1,16 @@
-"""The loop over the rounds of one generation. Token ids only: no text, no files.
+"""The loop over the rounds of a generation, or of several at once. Token ids only.
 
 The prefill gives the first token; each round (:mod:`pyengine.engine.round`) commits one or more,
-until a stop id comes up or the room ends. The host reads one small array per round.
+until a stop id comes up or the room ends. The host reads one small array per round, of however many
+sequences.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
-from typing import NamedTuple, cast
+from collections import OrderedDict
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -22,8 +24,11 @@ from pyengine.engine.stats import Stats
 from pyengine.model.cache import Cache
 from pyengine.model.plan import chunk_end, last_chunk
 from pyengine.model.target import Reader
+from pyengine.ops import dispatch
 from pyengine.sampling.sampler import Logprob, Sampler
 from pyengine.sampling.settings import Sampling, seeded
+
+MOST_RECORDED = 16  # rounds of other makes than these are recorded anew
 
 
 class Round(NamedTuple):
@@ -77,69 +82,268 @@ def decode(
             process was forked from one that had used MLX.
     """
     forked.check("generate")
-    _check(target, drafter, prompt, block_size, max_tokens)
-    stats = Stats() if stats is None else stats
-    sampling = seeded(sampling)
-    stats.block_size, stats.prompt_tokens = block_size, len(prompt)
-    stats.seed = sampling.seed
+    sequence = TokenSequence(
+        target,
+        drafter,
+        prompt,
+        sampling=sampling,
+        block_size=block_size,
+        max_tokens=max_tokens,
+        stop_ids=stop_ids,
+        stats=stats,
+        prefix=prefix,
+    )
     mx.reset_peak_memory()
-    room = target.context - len(prompt)
-    room = room if max_tokens is None else min(max_tokens, room)
-    drafter = drafter if block_size > 1 else None
-    if drafter is not None and drafter.taps:
-        prefix = None  # it has no rows of what the prefix holds
+    yield from sequence.prefill()
+    rounds = Rounds()
+    while sequence.finish_reason is None:
+        [done] = rounds.play([sequence])
+        if isinstance(done, Exception):
+            try:
+                raise done
+            finally:
+                del done  # its trace holds this frame: a cycle would keep the cache
+        yield done
 
-    start = time.perf_counter()
-    if prefix is None:
-        cache, known = target.new_cache(block_size), 0
-    else:
-        cache, known = prefix.open(target, prompt, block_size)
-        stats.reused_tokens = known
-    for chunk in prefill(target, prompt, cache, known, prefix, drafter):
-        if chunk.done < len(prompt):
-            stats.prefill_s += time.perf_counter() - start
-            yield Round([], None, 0, 0, None, chunk.done)
-            start = time.perf_counter()
-    sampler = Sampler(sampling, prompt, chunk.logits.shape[-1])
-    parts = on_device.Parts(target, drafter, cache, sampler)
-    outcome = on_device.first(parts, chunk.logits[None])
-    row = _read(parts, outcome)
-    stats.prefill_s += time.perf_counter() - start
-    rounds: dict[int, on_device.RecordedRound] = {}  # by number of drafts
-    text, k = list(prompt), 0
 
-    while True:
-        report = Report.unpack(row, k, sampling.logprobs)
-        if not report.finite:
-            raise NonFinite("decode", chunk.hidden.dtype)
-        tokens, reason = _cut(report.tokens, room - stats.generated_tokens, stop_ids)
-        stats.generated_tokens += len(tokens)
-        stats.peak_memory_bytes = mx.get_peak_memory()
-        logprobs = None if report.logprobs is None else report.logprobs[: len(tokens)]
-        text += tokens
-        if prefix is not None:
-            prefix.keep(text[:-1])  # the newest token is not processed yet
-        yield Round(tokens, reason, k, report.accepted, logprobs)
-        if reason:
+class Begun(NamedTuple):
+    """A prompt that was processed: what several texts may start from."""
+
+    cache: Cache
+    logits: mx.array
+    hidden: mx.array
+    drafter: list[mx.array]
+
+
+class Shared:
+    """A prompt that several texts begin with; the first that comes to it processes it.
+
+    ``texts`` is how many they are. Each gets a copy of its keys and values, the last one the
+    original, so that they are as many as the texts.
+    """
+
+    def __init__(self, texts: int) -> None:
+        self._left = texts - 1
+        self._begun: Begun | None = None
+
+    def take(self) -> Begun | None:
+        """What the first one left; None where nobody has been there. Evaluates."""
+        begun = self._begun
+        if begun is None:
+            return None
+        self._left -= 1
+        if not self._left:
+            self._begun = None
+            return begun
+        return _copied(begun)
+
+    def leave(self, begun: Begun) -> None:
+        """Leave a copy for the others. Evaluates."""
+        if self._begun is None and self._left:
+            self._begun = _copied(begun)
+
+
+def _copied(begun: Begun) -> Begun:
+    """What a text may write to, apart."""
+    carried = [a * 1 for a in begun.drafter]
+    return begun._replace(cache=begun.cache.snapshot(), drafter=carried)
+
+
+class TokenSequence:
+    """A text on its way: what its rounds work with, and what the host knows of it.
+
+    First its :meth:`prefill`, then rounds (:meth:`Rounds.play`) until ``finish_reason`` says
+    "stop" or "length". Arguments and errors are those of :func:`decode`.
+    """
+
+    def __init__(
+        self,
+        target: TargetLike,
+        drafter: Drafter | None,
+        prompt: list[int],
+        *,
+        sampling: Sampling,
+        block_size: int,
+        max_tokens: int | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+        stats: Stats | None = None,
+        prefix: Prefix | None = None,
+        shared: Shared | None = None,
+    ) -> None:
+        _check(target, drafter, prompt, block_size, max_tokens)
+        self.stats = Stats() if stats is None else stats
+        self.prompt, self.block_size = prompt, block_size
+        self.k = 0  # drafts of the newest round
+        self.finish_reason: str | None = None
+        self._target, self._drafter = target, drafter if block_size > 1 else None
+        self._sampling = seeded(sampling)
+        self._stop_ids = stop_ids
+        # A drafter with taps has no rows of what a prefix holds
+        tapped = self._drafter is not None and self._drafter.taps
+        self._prefix = None if tapped else prefix
+        self._shared = shared
+        room = target.context - len(prompt)
+        self._room = room if max_tokens is None else min(max_tokens, room)
+        self._text = list(prompt)
+        self._new: list[int] = []  # tokens of the newest round
+        self.stats.block_size, self.stats.prompt_tokens = block_size, len(prompt)
+        self.stats.seed = self._sampling.seed
+
+    @property
+    def state(self) -> on_device.State:
+        """What its next round starts from."""
+        return self.parts.state(self._primary)
+
+    @property
+    def logprobs(self) -> int | None:
+        return self._sampling.logprobs
+
+    def prefill(self) -> Iterator[Round]:
+        """Process the prompt; the last round that is yielded has the first token. Evaluates."""
+        stats, prompt = self.stats, self.prompt
+        start = time.perf_counter()
+        begun = None if self._shared is None else self._shared.take()
+        if begun is not None:
+            self._prefix = None  # which holds another cache
+            stats.reused_tokens = len(prompt)
+            if self._drafter is not None:
+                self._drafter.take_results(begun.drafter)
+            yield self._begin(begun, start)
             return
+        if self._prefix is None:
+            cache, known = self._target.new_cache(self.block_size), 0
+        else:
+            cache, known = self._prefix.open(self._target, prompt, self.block_size)
+            stats.reused_tokens = known
+        for chunk in prefill(self._target, prompt, cache, known, self._prefix, self._drafter):
+            if chunk.done < len(prompt):
+                stats.prefill_s += time.perf_counter() - start
+                yield Round([], None, 0, 0, None, chunk.done)
+                start = time.perf_counter()
+        carried = [] if self._drafter is None else self._drafter.arrays
+        begun = Begun(cache, chunk.logits, chunk.hidden, carried)
+        if self._shared is not None:
+            self._shared.leave(begun)
+        yield self._begin(begun, start)
+
+    def _begin(self, begun: Begun, start: float) -> Round:
+        """The first token, behind a prompt that was processed. Evaluates."""
+        sampler = Sampler(self._sampling, self.prompt, begun.logits.shape[-1])
+        self.parts = on_device.Parts(self._target, self._drafter, begun.cache, sampler)
+        self.kind = self.block_size, type(self._drafter), sampler.settings
+        self._dtype = begun.hidden.dtype
+        played = on_device.first(self.parts, begun.logits[None])
+        row = _read([self.parts], played)
+        self._primary = played.outcomes[0].primary
+        self.stats.prefill_s += time.perf_counter() - start
+        return self.commit(row)
+
+    def prepare(self) -> None:
+        """Make ready for a round: the tokens so far, how many drafts, room in the cache.
+
+        Raises:
+            RuntimeError: The memory has no room for it.
+        """
+        parts = self.parts
+        parts.sampler.add(self._new)
+        self._new = []
+        self.k = self.block_size - 1
+        if self._drafter is not None and not self._drafter.wants_to_draft(self._text, self.k):
+            self.k = 0
+        # A round past the end of the room keeps its shape; what it commits there is not used
+        memory.check_growth(parts.cache.growth(self.block_size))
+        parts.cache.reserve(self.block_size)
+
+    def take_results(self, outcome: on_device.Outcome) -> None:
+        """Go on with what a round gave, before it is evaluated."""
+        self._primary = outcome.primary
+        self.parts.take_results(outcome, self.k + 1)
+
+    def count(self, accepted: int, seconds: float) -> None:
+        """Note how many drafts a round kept, and what it took, whoever else was in it."""
+        self.parts.cache.length_limit = len(self._text) + accepted
+        self.stats.count_round(self.k, accepted)
+        self.stats.decode_s += seconds
+
+    def commit(self, row: list[int]) -> Round:
+        """What a round's report says, as text: up to a stop id or the end of the room.
+
+        Raises:
+            NonFinite: The target's logits were NaN or infinite.
+        """
+        report = Report.unpack(row, self.k, self.logprobs)
+        if not report.finite:
+            raise NonFinite("decode", self._dtype)
+        room = self._room - self.stats.generated_tokens
+        tokens, self.finish_reason = _cut(report.tokens, room, self._stop_ids)
+        self.stats.generated_tokens += len(tokens)
+        self.stats.peak_memory_bytes = mx.get_peak_memory()
+        logprobs = None if report.logprobs is None else report.logprobs[: len(tokens)]
+        self._text += tokens
+        self._new = tokens
+        if self._prefix is not None:
+            self._prefix.keep(self._text[:-1])  # the newest token is not processed yet
+        return Round(tokens, self.finish_reason, self.k, report.accepted, logprobs)
+
+
+class Rounds:
+    """Plays rounds of any sequences of one pair; keeps the graphs that were recorded.
+
+    A graph serves all sequences of its kind: seeds, edits, lengths and caches are arguments.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[Any, int] = {}
+        self._recorded: OrderedDict[Any, on_device.RecordedRound] = OrderedDict()
+
+    def play(self, sequences: Sequence[TokenSequence]) -> list[Round | Exception]:
+        """One round of sequences that go on; by sequence what it committed, or why it failed: a
+        sequence that fails takes no other with it. Evaluates once.
+
+        Raises:
+            RuntimeError: The process was forked from one that had used MLX.
+        """
         forked.check("generate")
         start = time.perf_counter()
-        sampler.add(tokens)
-        k = block_size - 1
-        if drafter is not None and not drafter.wants_to_draft(text, k):
-            k = 0
-        # A round past the end of the room keeps its shape; what it commits there is not used
-        memory.check_growth(cache.growth(block_size))
-        cache.reserve(block_size)
-        if k not in rounds:
-            rounds[k] = on_device.RecordedRound(parts, k)
-        outcome = rounds[k].together(parts.state(outcome.primary))
-        parts.take_results(outcome, k + 1)
-        row = _read(parts, outcome)
-        accepted = row[0]
-        cache.length_limit = len(prompt) + stats.generated_tokens + accepted
-        stats.count_round(k, accepted)
-        stats.decode_s += time.perf_counter() - start
+        done: dict[TokenSequence, Round | Exception] = {}
+        for sequence in sequences:
+            try:
+                sequence.prepare()
+            except RuntimeError as error:
+                done[sequence] = error.with_traceback(None)  # which would hold the caches
+        # In one order whoever came first, so that fewer graphs are recorded
+        going = sorted((s for s in sequences if s not in done), key=self._rank)
+        if going:
+            played = self._round(going).together(tuple([s.state for s in going]))
+            for sequence, outcome in zip(going, played.outcomes, strict=True):
+                sequence.take_results(outcome)
+            row = _read([s.parts for s in going], played)
+            rows = []
+            for sequence in going:
+                length = Report.length(sequence.k, sequence.logprobs)
+                rows.append(row[:length])
+                row = row[length:]
+            seconds = time.perf_counter() - start
+            for sequence, own in zip(going, rows, strict=True):
+                sequence.count(own[0], seconds)
+                try:
+                    done[sequence] = sequence.commit(own)
+                except NonFinite as error:
+                    done[sequence] = error.with_traceback(None)
+        return [done[sequence] for sequence in sequences]
+
+    def _rank(self, sequence: TokenSequence) -> tuple[int, int]:
+        return -sequence.k, self._kinds.setdefault(sequence.kind, len(self._kinds))
+
+    def _round(self, going: Sequence[TokenSequence]) -> on_device.RecordedRound:
+        key = dispatch.chosen(), *(self._rank(sequence) for sequence in going)
+        if key not in self._recorded:
+            each = [sequence.parts for sequence in going]
+            self._recorded[key] = on_device.RecordedRound(each, [s.k for s in going])
+            if len(self._recorded) > MOST_RECORDED:
+                self._recorded.popitem(last=False)
+        self._recorded.move_to_end(key)
+        return self._recorded[key]
 
 
 class Prefilled(NamedTuple):
@@ -178,10 +382,11 @@ def prefill(
         yield Prefilled(done, logits, hidden)
 
 
-def _read(parts: on_device.Parts, outcome: on_device.Outcome) -> list[int]:
+def _read(each: Sequence[on_device.Parts], played: on_device.Played) -> list[int]:
     """Evaluate a round and read its one small array; nothing else of it is read."""
-    mx.eval(outcome.report, outcome.drafter, parts.cache.arrays)
-    return cast("list[int]", outcome.report.tolist())
+    drafters = [outcome.drafter for outcome in played.outcomes]
+    mx.eval(played.report, drafters, [parts.cache.arrays for parts in each])
+    return cast("list[int]", played.report.tolist())
 
 
 def _cut(tokens: list[int], room: int, stop_ids: frozenset[int]) -> tuple[list[int], str | None]:

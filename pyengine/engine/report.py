@@ -34,6 +34,11 @@ class Report(NamedTuple):
     logprobs: list[Logprob] | None  # of the tokens
 
     @staticmethod
+    def length(k: int, n: int | None) -> int:
+        """Numbers of what :meth:`pack` makes."""
+        return 3 * k + 3 + (0 if n is None else (k + 1) * (1 + 2 * n))
+
+    @staticmethod
     def pack(
         accepted: mx.array,
         token: mx.array,

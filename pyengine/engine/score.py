@@ -152,6 +152,6 @@ def _blocks(
             continue
         for at in range(start, end, SCORE_BLOCK):
             block = mx.array(ids[at : min(at + SCORE_BLOCK, end)], dtype=mx.int32)
-            logits = target.forward(block, cache)[0]
+            logits = target.forward([block], [cache])[0]
             cache.commit(mx.array(block.size, dtype=mx.int32), cache.length_limit + block.size)
             yield at, logits

@@ -5,6 +5,7 @@ no cache of its own. It reads the committed positions 0..n-2, in sliding layers 
 window - 1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,7 @@ from pyengine.model.config import AssistantConfig, LayerConfig, TargetConfig
 from pyengine.model.head import Logits
 from pyengine.model.layers import residual
 from pyengine.model.linear import Linear, Weights, gated
+from pyengine.model.rows import apart, packed
 
 # Where the assistant's query sits when n tokens are known, the newest one unprocessed: at that
 # token (transformers, LiteRT-LM) or at the last processed one (vLLM, mlx-vlm). Only acceptance
@@ -69,48 +71,54 @@ class Assistant:
             self.token_ordering = order.reshape(config.num_centroids, -1)
 
     def forward(
-        self, embedding: mx.array, hidden: mx.array, cache: Cache
+        self, embedding: mx.array, hidden: mx.array, caches: Sequence[Cache]
     ) -> tuple[mx.array | Logits, mx.array]:
-        """Draft one token.
+        """Draft one token of each of Q sequences.
 
         Args:
-            embedding: The newest token's scaled embedding, from the target, [1, E].
-            hidden: The target's hidden vector that produced that token, after its last norm, or
-                the hidden vector of the step before, [1, E].
-            cache: The target's; only committed positions are read.
+            embedding: The newest tokens' scaled embeddings, from the target, [Q, E].
+            hidden: The target's hidden vectors that produced those tokens, after its last norm, or
+                the hidden vectors of the step before, [Q, E].
+            caches: The target's; only committed positions are read.
 
         Returns:
-            Logits [1, V], float32, -inf where a centroid head did not look, made when they are
-            asked for where there is no such head; hidden vector [1, E].
+            Logits [Q, V], float32, -inf where a centroid head did not look, made when they are
+            asked for where there is no such head; hidden vectors [Q, E].
         """
         eps = self.config.eps
-        position = cache.length if self.position == "n-1" else cache.newest
         h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
         x = ops.rms_norm(h, self.layers[0].input_norm, eps)
         for i, layer in enumerate(self.layers):
             is_last = i + 1 == len(self.layers)
             next_norm = self.norm if is_last else self.layers[i + 1].input_norm
-            q = layer.q(x).reshape(1, 1, -1, layer.config.head_dim)
-            q = ops.norm_rope(q, layer.q_norm, position, layer.inv_freq, eps)
-            y = self._attend(layer, q, cache)
+            each = zip(apart(layer.q(x), [1] * len(caches)), caches, strict=True)
+            y = layer.o(packed([self._attend(layer, q, cache) for q, cache in each]))
             h, x = residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)
             y = layer.down(gated(layer.gate, layer.up, x))
             h, x = residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
         logits, hidden = self._head(x), self.post_projection(x)
-        cache.note_read(hidden)
+        for cache in caches:
+            cache.note_read(hidden)
         return logits, hidden
 
     def _attend(self, layer: Layer, q: mx.array, cache: Cache) -> mx.array:
+        position = cache.length if self.position == "n-1" else cache.newest
+        q = q.reshape(1, 1, -1, layer.config.head_dim)
+        q = ops.norm_rope(q, layer.q_norm, position, layer.inv_freq, self.config.eps)
         keys, values = cache.keys[layer.kv_source], cache.values[layer.kv_source]
         assert keys is not None and values is not None
         # The query stands behind the newest key, so one position of its window is its own
         window = self.config.window - 1 if layer.config.sliding else None
         out = ops.block_attention(q, keys, values, cache.newest, window=window)
-        return layer.o(out.reshape(1, -1))
+        return out.reshape(1, -1)
 
     def _head(self, x: mx.array) -> mx.array | Logits:
         if not self.config.num_centroids:
             return Logits(x, self.table)
+        return packed([self._near_centroids(row) for row in apart(x, [1] * x.shape[0])])
+
+    def _near_centroids(self, x: mx.array) -> mx.array:
+        """Logits [1, V] of one row: of the tokens whose centroids are nearest."""
         num_used = self.config.num_centroids_used
         scores = self.centroids(x, mx.float32)[0]
         best = mx.argpartition(-scores, num_used - 1)[:num_used]

@@ -5,7 +5,7 @@ that verifying a block gives bit for bit the logits that single steps give. Betw
 elementwise operations only. Values are kept in the checkpoint's dtype, rounded once per op.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -20,7 +20,11 @@ from pyengine.model.head import Logits
 from pyengine.model.layers import MLP, residual
 from pyengine.model.linear import Linear, Weights, side_by_side
 from pyengine.model.plan import ROWS, plan
+from pyengine.model.rows import apart, packed
 from pyengine.ops.dispatch import borrows
+
+# What a layer attends to: keys, values, and the position of the first, None where that is 0
+Seen = tuple[mx.array, mx.array, mx.array | None]
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Reader(Protocol):
 
 
 class Target:
-    """A Gemma 4 target model, batch 1. T rows are T consecutive positions."""
+    """A Gemma 4 target model. The T rows of a sequence are T consecutive positions of it."""
 
     def __init__(self, config: TargetConfig, weights: Weights) -> None:
         self.config = config
@@ -166,7 +170,7 @@ class Target:
         first = cache.length_limit = cast(int, cache.length.item())
         for start, rows, _ in plan(first, first + len(ids), borrows(), chunk):
             part = mx.array(ids[start - first : start - first + rows], dtype=mx.int32)
-            hidden, tapped = self._hidden(part, cache, () if reader is None else reader.taps)
+            hidden, tapped = self._hidden([part], [cache], () if reader is None else reader.taps)
             cache.commit(mx.array(rows, dtype=mx.int32), start + rows)
             mx.eval(hidden, tapped, cache.arrays)
             if reader is not None:
@@ -174,24 +178,26 @@ class Target:
             yield self._head(hidden)
 
     def forward(
-        self, ids: mx.array, cache: Cache, taps: tuple[int, ...] = ()
+        self, ids: Sequence[mx.array], caches: Sequence[Cache], taps: tuple[int, ...] = ()
     ) -> tuple[Logits, mx.array]:
-        """Run ids [T] behind the committed positions; writes keys and values, commits nothing.
+        """Run each sequence's ids [T] behind the committed positions of its cache; writes keys and
+        values, commits nothing. Rows of all sequences are processed together.
 
         Returns:
-            Logits [T, V], float32, after the softcap, none of them made until they are asked for;
-            hidden vectors [T, E], after the last norm; with n taps [T, (1 + n) * E], behind them
-            those that left the tapped layers.
+            Of the R rows, sequence by sequence: logits [R, V], float32, after the softcap, none of
+            them made until they are asked for; hidden vectors [R, E], after the last norm; with n
+            taps [R, (1 + n) * E], behind them those that left the tapped layers.
 
         Raises:
-            ValueError: T is more than the cache's max_block.
+            ValueError: A T is more than the max_block of its cache.
         """
-        if ids.size > cache.max_block:
-            raise ValueError(
-                f"[verify] T must be at most the cache's max_block {cache.max_block} but got "
-                f"{ids.size}."
-            )
-        hidden, tapped = self._hidden(ids, cache, taps)
+        for own, cache in zip(ids, caches, strict=True):
+            if own.size > cache.max_block:
+                raise ValueError(
+                    f"[verify] T must be at most the cache's max_block {cache.max_block} but got "
+                    f"{own.size}."
+                )
+        hidden, tapped = self._hidden(ids, caches, taps)
         return self._head(hidden), tapped
 
     def logits(self, ids: list[int]) -> mx.array:
@@ -204,22 +210,24 @@ class Target:
         return Logits(x, self.table, self.config.softcap)
 
     def _hidden(
-        self, ids: mx.array, cache: Cache, taps: tuple[int, ...] = ()
+        self, each: Sequence[mx.array], caches: Sequence[Cache], taps: tuple[int, ...] = ()
     ) -> tuple[mx.array, mx.array]:
-        """Post-final-norm hidden vectors [T, E]; the same with what left the tapped layers behind
-        them, [T, (1 + taps) * E]. Keys and values go to the cache."""
-        cache.reserve(ids.size)
-        ids = cache.after_reads(ids)
+        """Post-final-norm hidden vectors [R, E] of each sequence's ids; the same with what left the
+        tapped layers behind them, [R, (1 + taps) * E]. Keys and values go to the caches."""
+        for own, cache in zip(each, caches, strict=True):
+            cache.reserve(own.size)
+        ids = packed([cache.after_reads(own) for own, cache in zip(each, caches, strict=True)])
+        counts = [own.size for own in each]
         eps = self.config.eps
         h = self.embed(ids)
         per_layer = self._per_layer_inputs(ids, h) if self.config.per_layer_width else None
         x = ops.rms_norm(h, self.layers[0].input_norm, eps)
-        seen: dict[int, tuple[mx.array, mx.array, mx.array | None]] = {}
+        seen: list[dict[int, Seen]] = [{} for _ in caches]
         left: list[mx.array] = []  # by layer, the residual stream behind it
         for i, layer in enumerate(self.layers):
             is_last = i + 1 == len(self.layers)
             next_norm = self.norm if is_last else self.layers[i + 1].input_norm
-            y = self._attention(i, x, cache, seen)
+            y = self._attention(i, x, counts, caches, seen)
             h, x = residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)
             y = layer.mlp(x)
             if layer.experts is not None:
@@ -232,21 +240,34 @@ class Target:
                 y = layer.per_layer.projection(y)
                 h, x = residual(h, y, layer.per_layer.norm, next_norm, eps, layer.scalar)
             left.append(h)
-        cache.note_read(x)
+        for cache in caches:
+            cache.note_read(x)
         return x, mx.concatenate([x, *(left[tap] for tap in taps)], axis=-1) if taps else x
 
     def _attention(
         self,
         i: int,
         x: mx.array,
-        cache: Cache,
-        seen: dict[int, tuple[mx.array, mx.array, mx.array | None]],
+        counts: Sequence[int],
+        caches: Sequence[Cache],
+        seen: Sequence[dict[int, Seen]],
     ) -> mx.array:
-        """Attention of layer i over its own keys, or over those of the layer it shares with."""
-        geometry, attention = self.layers[i].config, self.layers[i].attention
-        T, D, eps = x.shape[0], geometry.head_dim, self.config.eps
+        """Attention of layer i: each sequence's rows to its own keys."""
+        attention = self.layers[i].attention
         parts = [m for m in (attention.q, attention.k, attention.v) if m is not None]
-        q, *kv = side_by_side(parts, x)
+        each = zip(*(apart(m, counts) for m in side_by_side(parts, x)), strict=True)
+        out = [
+            self._attend(i, q, kv, cache, known)
+            for (q, *kv), cache, known in zip(each, caches, seen, strict=True)
+        ]
+        return attention.o(packed(out))
+
+    def _attend(
+        self, i: int, q: mx.array, kv: list[mx.array], cache: Cache, seen: dict[int, Seen]
+    ) -> mx.array:
+        """One sequence's rows to the keys of layer i, or to those of the layer it shares with."""
+        geometry, attention = self.layers[i].config, self.layers[i].attention
+        T, D, eps = q.shape[0], geometry.head_dim, self.config.eps
         if attention.k_norm is None:
             q = q.reshape(1, T, -1, D)
             q = ops.norm_rope(q, attention.q_norm, cache.length, attention.inv_freq, eps)
@@ -270,7 +291,7 @@ class Target:
             keys, values = keys[:, :, :stop], values[:, :, :stop]
         window = self.config.window if geometry.sliding else None
         out = ops.block_attention(q, keys, values, cache.length, window=window, start=start)
-        return attention.o(out.reshape(T, -1))
+        return out.reshape(T, -1)
 
     def _per_layer_inputs(self, ids: mx.array, h: mx.array) -> list[mx.array]:
         """The second embedding of E2B and E4B, [T, P] a layer; float32 until its one rounding."""

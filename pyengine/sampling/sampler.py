@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from pyengine import ops
 from pyengine.model.head import Logits, whole
+from pyengine.model.rows import apart
 from pyengine.ops.filter_logits import Edits, Filtered
 from pyengine.sampling.settings import Sampling
 
@@ -44,8 +45,8 @@ class Listed(NamedTuple):
 class Sampler:
     """How the tokens of one text are chosen: its settings, its seed, and the tokens so far.
 
-    The host keeps what the settings ask to know of the text (:meth:`add`); a round gets it as
-    arrays (:attr:`listed`, :meth:`with_listed`), and all other methods build on those.
+    The host keeps what the settings ask to know of the text (:meth:`add`); a round gets it and the
+    seed as arrays (:attr:`listed`, :meth:`with_arrays`), and all other methods build on those.
 
     Args:
         sampling: The settings; with a seed, unless they are greedy.
@@ -83,11 +84,17 @@ class Sampler:
             self._ids.update(self._counts)
             self.listed = self._list()
 
-    def with_listed(self, listed: Listed | None) -> Sampler:
+    def with_arrays(self, seed: mx.array, listed: Listed | None) -> Sampler:
         """The same over other arrays: those of a recorded round."""
         other = copy.copy(self)
-        other.listed = listed
+        other.seed, other.listed = seed, listed
         return other
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What a round's graph depends on: all but what it gets as arrays."""
+        own, in_arrays = self.sampling, ("seed", "suppress_tokens", "logit_bias")
+        return tuple(value for name, value in own.__dict__.items() if name not in in_arrays)
 
     def _list(self) -> Listed | None:
         """The tokens to edit in the next round; None where there are none."""
@@ -150,18 +157,16 @@ class Sampler:
             drafts: int32 ``[k]``; None where there are none.
             first: The row of the block that ``logits`` begins with.
         """
-        sampling = self.sampling
         drafts = mx.zeros(0, mx.int32) if drafts is None else drafts
-        settings: dict[str, Any] = {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p,
-            "edits": self.edits(drafts, first),
-        }
-        if isinstance(logits, Logits) and sampling.logprobs is None:
+        settings = {**self._filter, "edits": self.edits(drafts, first)}
+        if isinstance(logits, Logits) and self.sampling.logprobs is None:
             return logits.filter(**settings)
         return ops.filter_logits(whole(logits), **settings)
+
+    @property
+    def _filter(self) -> dict[str, Any]:
+        names = ("temperature", "top_k", "top_p", "min_p")
+        return {name: getattr(self.sampling, name) for name in names}
 
     def draw(self, row: Filtered, position: mx.array, index: int = 0) -> mx.array:
         """Draw the token for the absolute position ``position + index``, as plain decoding does:
@@ -212,3 +217,28 @@ class Sampler:
         ids = mx.concatenate(parts, axis=-1)
         values = (mx.take_along_axis(logits, ids, axis=-1) - total).view(mx.int32)
         return mx.concatenate([values[:, :1], ids[:, 1:], values[:, 1:]], axis=-1)
+
+
+def filter_together(
+    logits: mx.array | Logits,
+    samplers: Sequence[Sampler],
+    drafts: Sequence[mx.array],
+    first: int = 0,
+) -> list[Filtered]:
+    """:meth:`Sampler.filter` of each of several texts, whose rows stand one behind the other.
+
+    One call filters the rows of all where their settings are the same and edit nothing. Else the
+    logits are made once for all, and filtered text by text; the bits are the same.
+    """
+    one, *others = samplers
+    if not others:
+        return [one.filter(logits, drafts[0], first)]
+    counts = [own.shape[0] + 1 - first for own in drafts]
+    if all(s._filter == one._filter and s.listed is None for s in samplers):
+        logprobs = any(s.sampling.logprobs is not None for s in samplers)
+        found = one.filter(whole(logits) if logprobs else logits, first=0)
+        parts = [apart(part, counts) for part in found]
+        return [Filtered(*each) for each in zip(*parts, strict=True)]
+    rows = apart(whole(logits), counts)
+    each = zip(samplers, rows, drafts, strict=True)
+    return [sampler.filter(own, before, first) for sampler, own, before in each]

@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pyengine.arguments import TooLong
-from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs
-from pyengine.generation import Result, Step, Stream, prompt_ids, resolve_sampling, stream
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import MAX_SEED, Sampling
+from pyengine.task import Result, Step, Task, new_task, prompt_ids, resolve_sampling
 from pyengine.text.prompt import Prompt
 from pyengine.untrusted import kind, shown
 
@@ -30,7 +29,7 @@ MAX_STOPS = 16
 
 # What the protocol knows and this engine has not, with the values that ask for nothing beyond it.
 # Fields that are in no list here are refused by name.
-NEUTRAL: dict[str, tuple[Any, ...]] = {"n": (1,), "store": (False,)}
+NEUTRAL: dict[str, tuple[Any, ...]] = {"store": (False,)}
 NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("auto", "none"),
     "parallel_tool_calls": (True,),
@@ -54,7 +53,7 @@ NUMBERS = {
     "seed": int,
 }
 OTHERS = {"model", "stream", "stream_options", "stop", "max_tokens", "block_size", "logit_bias"}
-OTHERS |= {"logprobs"}
+OTHERS |= {"logprobs", "n", "verify"}
 WHOLE = "a whole number"
 KINDS = {bool: "true or false", dict: "an object", list: "a list", int: WHOLE, str: "a string"}
 CHAT = {"messages", "tools", "max_completion_tokens", "chat_template_kwargs", "top_logprobs"}
@@ -95,6 +94,8 @@ class Limits:
         cached_tokens: Tell how many of a prompt's tokens were known from earlier requests.
         keep_alive_s: A stream that has nothing to say for so long sends a comment.
         drafter: Where drafts come from, for all requests; None for the assistant.
+        streams: Texts that are made at once; the memory may allow fewer.
+        texts: Texts of one request: its prompts times ``n``.
     """
 
     waiting: int = 16
@@ -106,17 +107,20 @@ class Limits:
     cached_tokens: bool = True
     keep_alive_s: float = 5.0
     drafter: str | None = None
+    streams: int = 8
+    texts: int = 32
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What a request comes to.
+    """What a request comes to: a text, and perhaps others beside it.
 
     Attributes:
         ids: The prompt, with a ``<bos>`` that was added here or without.
         echo: The prompt as it was given, where it shall come back.
         echo_from: Place in ``ids`` where that begins.
         max_tokens: May be 0 where there is an echo.
+        others: Further texts: of other prompts or seeds, in the order of their indices.
     """
 
     pair: Pair
@@ -132,17 +136,24 @@ class Ask:
     with_usage: bool
     cached_tokens: bool = True
     drafter: str | None = None
+    others: tuple[Ask, ...] = ()
 
-    def start(self, prefix: Prefix | None) -> Stream:
-        return stream(
+    @property
+    def all(self) -> tuple[Ask, ...]:
+        """This text and the others."""
+        return (self, *self.others)
+
+    def task(self) -> Task:
+        """What the engine is to do; where an echo is all that is wanted, for the checks alone."""
+        only_echo = self.echo is not None and not self.max_tokens
+        return new_task(
             self.ids,
             pair=self.pair,
-            max_tokens=self.max_tokens,
+            max_tokens=1 if only_echo else self.max_tokens,
             sampling=self.sampling,
             block_size=self.block_size,
             drafter=self.drafter,
             stop=self.stop,
-            prefix=prefix,
         )
 
     def echoed(self, echo: str, progress: Callable[[int, int], None]) -> Step:
@@ -166,14 +177,51 @@ def read_request(pair: Pair, body: Mapping[str, Any], limits: Limits, chat: bool
     """
     _check_fields(body, chat)
     _check_model(pair, body, limits)
-    prompt: Prompt = body.get("messages" if chat else "prompt", "")
-    if chat and not (isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)):
-        raise Refused(400, "[serve] messages must be a list of objects.")
-    if not chat and isinstance(prompt, list) and len(prompt) == 1 and type(prompt[0]) is not int:
-        prompt = prompt[0]  # a list of one prompt
-    if not chat and not isinstance(prompt, str) and not _is_ids(prompt):
-        raise Refused(400, "[serve] prompt must be one string or one list of token ids.")
-    _check_size(pair, body, limits)
+    prompts = _prompts(body, chat)
+    count = body.get("n", 1)
+    if not 1 <= count * len(prompts) <= limits.texts:
+        raise Refused(
+            400,
+            f"[serve] n times the number of prompts must be 1 to {limits.texts} but got "
+            f"{count * len(prompts)}.",
+        )
+    sampling = _sampling(pair, body, chat)
+    texts = [
+        replace(ask, sampling=replace(sampling, seed=((sampling.seed or 0) + i) % (MAX_SEED + 1)))
+        for ask in (_ask(pair, body, limits, chat, prompt, sampling) for prompt in prompts)
+        for i in range(count)
+    ]
+    ask = replace(texts[0], others=tuple(texts[1:]))
+    if ask.max_tokens > limits.max_tokens:
+        raise Refused(400, f"[serve] max_tokens must be at most {limits.max_tokens} here.")
+    for text in ask.all:
+        text.task()  # the rest of the checks
+    return ask
+
+
+def _prompts(body: Mapping[str, Any], chat: bool) -> list[Prompt]:
+    prompt: Any = body.get("messages" if chat else "prompt", "")
+    if chat:
+        if not (isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)):
+            raise Refused(400, "[serve] messages must be a list of objects.")
+        return [prompt]
+    many = isinstance(prompt, list) and bool(prompt) and not _is_ids(prompt)
+    prompts = prompt if many else [prompt]
+    if not all(isinstance(one, str) or _is_ids(one) for one in prompts):
+        raise Refused(400, "[serve] prompt must be strings or lists of token ids, or one of them.")
+    return list(prompts)
+
+
+def _ask(
+    pair: Pair,
+    body: Mapping[str, Any],
+    limits: Limits,
+    chat: bool,
+    prompt: Prompt,
+    sampling: Sampling,
+) -> Ask:
+    """What is asked behind one prompt."""
+    _check_size(pair, body if chat else {**body, "prompt": prompt}, limits)
     variables = dict(body.get("chat_template_kwargs", {}))
     if "tools" in body:
         _check_tools(body["tools"])
@@ -188,14 +236,14 @@ def read_request(pair: Pair, body: Mapping[str, Any], limits: Limits, chat: bool
     if body.get("echo"):
         echo = prompt if isinstance(prompt, str) else pair.tokenizer.decode(ids)
         echo_from = len(ids) - len(pair.tokenizer.encode(echo)) if is_text else 0
-    ask = Ask(
+    return Ask(
         pair,
         chat,
         ids,
         echo,
         echo_from,
         max_tokens=body.get("max_completion_tokens", body.get("max_tokens", limits.max_tokens)),
-        sampling=_sampling(pair, body, chat),
+        sampling=sampling,
         block_size=body.get("block_size"),
         stop=_stop(body),
         streamed=bool(body.get("stream")),
@@ -203,12 +251,6 @@ def read_request(pair: Pair, body: Mapping[str, Any], limits: Limits, chat: bool
         cached_tokens=limits.cached_tokens,
         drafter=limits.drafter,
     )
-    if ask.max_tokens > limits.max_tokens:
-        raise Refused(400, f"[serve] max_tokens must be at most {limits.max_tokens} here.")
-    # Begun and ended at once: the rest of the checks, with nothing processed
-    only_echo = ask.echo is not None and not ask.max_tokens
-    (replace(ask, max_tokens=1) if only_echo else ask).start(None).close()
-    return ask
 
 
 def _check_fields(body: Mapping[str, Any], chat: bool) -> None:
@@ -237,6 +279,8 @@ def _check_fields(body: Mapping[str, Any], chat: bool) -> None:
         ("logprobs", bool if chat else int),
         ("chat_template_kwargs", dict),
         ("block_size", int),
+        ("n", int),
+        ("verify", str),
         ("max_tokens", int),
         ("max_completion_tokens", int),
     ):
@@ -336,8 +380,13 @@ def _chars(value: Any) -> int:
 
 
 def _sampling(pair: Pair, body: Mapping[str, Any], chat: bool) -> Sampling:
-    """The pair's settings with the request's; without a seed, another text each time."""
+    """The pair's settings with the request's; without a seed, another text each time.
+
+    The rule is ``coupled`` where none is named: then seed and settings alone give the text,
+    whatever the block size.
+    """
     given: dict[str, Any] = {key: cast(body[key]) for key, cast in NUMBERS.items() if key in body}
+    given["verify"] = body.get("verify", "coupled")
     given.setdefault("seed", secrets.randbelow(MAX_SEED + 1))
     if "logit_bias" in body:
         given["logit_bias"] = _bias(body["logit_bias"])
@@ -378,26 +427,65 @@ def _is_ids(prompt: object) -> bool:
 
 
 class Reply:
-    """The protocol's objects for one request.
+    """The protocol's objects for one request, of one text or several."""
+
+    def __init__(self, ask: Ask) -> None:
+        self.ask = ask
+        self.head = {
+            "id": f"{'chatcmpl' if ask.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": ask.pair.name,
+        }
+        self.choices = [Choice(one, index) for index, one in enumerate(ask.all)]
+
+    def whole(self, echoed: Mapping[int, Step], results: Sequence[Result]) -> dict[str, Any]:
+        """The answer; ``echoed`` are prompts that shall come back, by index."""
+        choices = [
+            choice.whole(echoed.get(choice.index), result)
+            for choice, result in zip(self.choices, results, strict=True)
+        ]
+        name = "chat.completion" if self.ask.chat else "text_completion"
+        usage = usage_of(self.ask, results)
+        return {**self.head, "object": name, "choices": choices, "usage": usage}
+
+    def chunks(self, index: int, step: Step) -> Iterator[dict[str, Any]]:
+        """What a round adds to a text, for a stream; it may add nothing that can be told yet."""
+        return map(self._chunk, self.choices[index].parts(step))
+
+    def end(self, index: int, result: Result) -> dict[str, Any]:
+        """The end of a text, for a stream."""
+        return self._chunk(self.choices[index].end(result))
+
+    def usage(self, results: Sequence[Result]) -> Iterator[dict[str, Any]]:
+        """What a stream tells in the end, where it is wanted."""
+        if self.ask.with_usage:
+            yield {**self._chunk(), "usage": usage_of(self.ask, results)}
+
+    def _chunk(self, *choices: dict[str, Any]) -> dict[str, Any]:
+        name = "chat.completion.chunk" if self.ask.chat else "text_completion"
+        usage = {"usage": None} if self.ask.with_usage else {}
+        return {**self.head, "object": name, "choices": list(choices), **usage}
+
+
+class Choice:
+    """One text of a reply.
 
     Log-probabilities are told of every new token, those of thoughts and the one that ended the
     text included, so there are as many as the usage counts.
     """
 
-    def __init__(self, ask: Ask) -> None:
-        self.ask, self.chat = ask, ask.chat
+    def __init__(self, ask: Ask, index: int) -> None:
+        self.ask, self.chat, self.index = ask, ask.chat, index
         self.tokenizer = ask.pair.tokenizer
-        self.head = {
-            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": ask.pair.name,
-        }
         self._place = self.tokenizer.detokenizer()
         self._offset = 0
         self._begun = False
 
     def whole(self, echoed: Step | None, result: Result) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": result.finish_reason or "stop"}
+        choice: dict[str, Any] = {
+            "index": self.index,
+            "finish_reason": result.finish_reason or "stop",
+        }
         if self.chat:
             message = {"role": "assistant", "content": result.text}
             if result.thinking is not None:
@@ -408,38 +496,30 @@ class Reply:
         before = ([], []) if echoed is None else (echoed.tokens, echoed.logprobs)
         rows = [*before[1], *(result.logprobs or ())]
         choice["logprobs"] = self._logprobs([*before[0], *result.tokens], rows)
-        name = "chat.completion" if self.chat else "text_completion"
-        usage = usage_of(self.ask, result)
-        return {**self.head, "object": name, "choices": [choice], "usage": usage}
+        return choice
 
-    def chunks(self, step: Step) -> Iterator[dict[str, Any]]:
-        """What a round adds, for a stream; a round may add nothing that can be told yet."""
+    def parts(self, step: Step) -> Iterator[dict[str, Any]]:
+        """What a round adds, for a stream."""
         if step.thinking and self.chat:
-            yield self._chunk({"delta": self._delta(reasoning_content=step.thinking)}, None)
+            yield self._part({"delta": self._delta(reasoning_content=step.thinking)}, None)
         if step.text or step.logprobs:
             text = step.text
             part = {"delta": self._delta(content=text)} if self.chat else {"text": text}
-            yield self._chunk(part, None, self._logprobs(step.tokens, step.logprobs))
+            yield self._part(part, None, self._logprobs(step.tokens, step.logprobs))
 
-    def end(self, result: Result) -> Iterator[dict[str, Any]]:
+    def end(self, result: Result) -> dict[str, Any]:
         part: dict[str, Any] = {"delta": self._delta()} if self.chat else {"text": ""}
-        yield self._chunk(part, result.finish_reason or "stop")
-        if self.ask.with_usage:
-            usage = usage_of(self.ask, result)
-            yield {**self._chunk({}, None), "choices": [], "usage": usage}
+        return self._part(part, result.finish_reason or "stop")
 
     def _delta(self, **parts: str) -> dict[str, str]:
         """Clients put deltas together, so the role is told once."""
         begun, self._begun = self._begun, True
         return parts if begun else {"role": "assistant", **parts}
 
-    def _chunk(
+    def _part(
         self, part: dict[str, Any], reason: str | None, logprobs: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        choice = {"index": 0, **part, "finish_reason": reason, "logprobs": logprobs}
-        name = "chat.completion.chunk" if self.chat else "text_completion"
-        usage = {"usage": None} if self.ask.with_usage else {}
-        return {**self.head, "object": name, "choices": [choice], **usage}
+        return {"index": self.index, **part, "finish_reason": reason, "logprobs": logprobs}
 
     def _logprobs(self, tokens: Sequence[int], rows: Sequence[Logprob]) -> dict[str, Any] | None:
         if self.ask.sampling.logprobs is None:
@@ -477,18 +557,25 @@ class Reply:
         return {"token": name, "logprob": logprob, "bytes": list(spelled)}
 
 
-def usage_of(ask: Ask, result: Result) -> dict[str, Any]:
-    """Token counts of the protocol, and this engine's own: seed, acceptance and speed."""
-    stats, prompt = result.stats, len(ask.ids)
-    known = {"prompt_tokens_details": {"cached_tokens": stats.reused_tokens}}
+def usage_of(ask: Ask, results: Sequence[Result]) -> dict[str, Any]:
+    """Token counts of the protocol, and this engine's own: seed, acceptance and speed.
+
+    A prompt with several texts counts once. The seed is that of the first text; speeds add up.
+    """
+    stats = [result.stats for result in results]
+    first = [n for n, one in enumerate(ask.all) if n == 0 or one.ids is not ask.all[n - 1].ids]
+    prompt = sum(len(ask.all[n].ids) for n in first)
+    completion = sum(len(result.tokens) for result in results)
+    drafted, accepted = sum(s.drafted for s in stats), sum(s.accepted for s in stats)
+    known = {"cached_tokens": sum(stats[n].reused_tokens for n in first)}
     return {
         "prompt_tokens": prompt,
-        "completion_tokens": len(result.tokens),
-        "total_tokens": prompt + len(result.tokens),
-        **(known if ask.cached_tokens else {}),
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        **({"prompt_tokens_details": known} if ask.cached_tokens else {}),
         "seed": ask.sampling.seed,
-        "drafted_tokens": stats.drafted,
-        "accepted_tokens": stats.accepted,
-        "acceptance": stats.acceptance,
-        "tok_s": stats.tok_s,
+        "drafted_tokens": drafted,
+        "accepted_tokens": accepted,
+        "acceptance": accepted / drafted if drafted else 0.0,
+        "tok_s": sum(s.tok_s for s in stats),
     }

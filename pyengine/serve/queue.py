@@ -1,7 +1,7 @@
-"""The server's queue: one thread generates, one request after the other, in the order of arrival.
+"""The server's queue: one thread runs an engine, requests join it in the order of arrival.
 
 What a generation says goes to its request through a bounded queue. A client that reads slowly
-slows its own generation down; who reads nothing at all is http.py's to drop.
+holds its own generation, and nobody else's; who reads nothing at all is http.py's to drop.
 """
 
 from __future__ import annotations
@@ -9,17 +9,27 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
 
-from pyengine.engine.prefix import Prefix
 from pyengine.engine.stats import Stats
-from pyengine.generation import Result, Step
 from pyengine.serve.protocol import Ask, Refused
+from pyengine.streams import Engine, Request
+from pyengine.task import Result, Step, Task
 
-MAX_UNHEARD = 64  # steps that a generation may be ahead of its client
+if TYPE_CHECKING:
+    from pyengine.checkpoint.pair import Pair
 
-Said = Step | Result | Exception  # rounds, then one of the others
+MAX_UNHEARD = 64  # steps that a job's generations may be ahead of its client
+
+
+class Said(NamedTuple):
+    """A step of one of a job's texts, or its result."""
+
+    choice: int
+    what: Step | Result
 
 
 class Cut(Exception):
@@ -27,21 +37,27 @@ class Cut(Exception):
 
 
 class Job:
-    """A generation in the queue. The worker's thread says, the request's task hears."""
+    """A request in the queue, of one text or several. The worker's thread says, the request's task
+    hears: steps and results of each text, or an exception that ends all."""
 
-    def __init__(self, ask: Ask) -> None:
-        self.ask = ask
+    def __init__(self, ask: Ask, wake: Callable[[], None] = lambda: None) -> None:
+        self.asks = ask.all
         self.is_cut = False
+        self.texts: dict[int, Request] = {}  # those under way, by index
+        self._wake = wake
         self._loop = asyncio.get_running_loop()
-        self._said: deque[Said] = deque()
-        self._room = threading.Condition()
+        self._said: deque[Said | Exception] = deque()
+        self._lock = threading.Lock()
         self._news = asyncio.Event()
 
-    def say(self, said: Said) -> None:
-        """From the worker's thread; waits while the client is too far behind."""
-        with self._room:
-            while len(self._said) >= MAX_UNHEARD and not self.is_cut:
-                self._room.wait()
+    @property
+    def has_room(self) -> bool:
+        """Whether its client is not too far behind."""
+        return len(self._said) < MAX_UNHEARD
+
+    def say(self, said: Said | Exception) -> None:
+        """From the worker's thread."""
+        with self._lock:
             if self.is_cut:
                 return
             self._said.append(said)
@@ -50,7 +66,7 @@ class Job:
         except RuntimeError:  # the loop has been closed meanwhile
             self.is_cut = True
 
-    async def hear(self, wait_s: float | None) -> Said | None:
+    async def hear(self, wait_s: float | None) -> Said | Exception | None:
         """What it says next; None when it says nothing for so long."""
         while not self._said:
             self._news.clear()
@@ -58,17 +74,19 @@ class Job:
                 await asyncio.wait_for(self._news.wait(), wait_s)
             except asyncio.TimeoutError:
                 return None
-        with self._room:
-            self._room.notify()
-            return self._said.popleft()
+        with self._lock:
+            was_full = not self.has_room
+            said = self._said.popleft()
+        if was_full:
+            self._wake()
+        return said
 
     def cut(self, reason: Exception) -> None:
         """End it after the round or chunk under way; the request hears ``reason`` at once."""
-        with self._room:
+        with self._lock:
             self.is_cut = True
             self._said.clear()
             self._said.append(reason)
-            self._room.notify()
         self._news.set()
 
     def check(self, *_: int) -> None:
@@ -77,14 +95,16 @@ class Job:
 
 
 class Worker:
-    """The thread that generates, and the jobs that wait for it."""
+    """The thread that runs the engine, and the jobs that wait for it."""
 
-    def __init__(self, waiting: int) -> None:
-        self._places = waiting + 1  # one is served
+    def __init__(self, pair: Pair, streams: int, waiting: int) -> None:
+        self._engine = Engine(pair, sequences=streams)
+        self._streams = streams
+        self._places = waiting + streams
         self._jobs: deque[Job] = deque()
-        self._current: Job | None = None
+        self._running: list[Job] = []
         self._changed = threading.Condition()
-        self._prefix = Prefix()
+        self._calls = 0  # of wake
         self._ended = False
         self._thread = threading.Thread(target=self._work, daemon=True, name="pyengine-serve")
         self._thread.start()
@@ -95,7 +115,7 @@ class Worker:
 
     @property
     def running(self) -> int:
-        return int(self._current is not None)
+        return len(self._running)
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -116,12 +136,21 @@ class Worker:
         finally:
             self._places += 1
 
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Refuse what would not fit the memory if it were alone.
+
+        Raises:
+            ValueError: The message says what would.
+        """
+        for task in tasks:
+            self._engine.check(task)
+
     def add(self, job: Job) -> None:
         with self._changed:
             if self._ended:
                 raise ending()
             self._jobs.append(job)
-            self._changed.notify()
+        self.wake()
 
     def cut(self, job: Job, reason: Exception) -> None:
         """End it after its round or chunk; give up its turn if it still waits."""
@@ -129,14 +158,15 @@ class Worker:
         with self._changed:
             if job in self._jobs:
                 self._jobs.remove(job)
+        self.wake()
 
     def end(self) -> None:
         """Serve nobody any more: the requests hear so at once, the thread ends after its chunk."""
         with self._changed:
             self._ended = True
-            jobs = [*self._jobs, *([self._current] if self._current else [])]
+            jobs = [*self._jobs, *self._running]
             self._jobs.clear()
-            self._changed.notify()
+        self.wake()
         for job in jobs:
             job.cut(ending())
 
@@ -145,36 +175,92 @@ class Worker:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._current = None
-                while not self._jobs and not self._ended:
-                    self._changed.wait()
-                if self._ended:
-                    return
-                job = self._current = self._jobs.popleft()
-            try:
-                self._run(job)
-            except Cut:
-                pass
-            except Exception as error:  # the thread serves the next, whatever this one did
-                job.say(error)
+    def wake(self) -> None:
+        """Tell the thread that something has changed."""
+        with self._changed:
+            self._calls += 1
+            self._changed.notify()
 
-    def _run(self, job: Job) -> None:
-        ask = job.ask
-        job.check()
-        if ask.echo is not None:
-            job.say(ask.echoed(ask.echo, job.check))
-        if not ask.max_tokens:
-            job.say(Result("", [], "length", Stats()))
-            return
-        with ask.start(self._prefix) as running:
-            for step in running.steps():
-                job.check()
+    def _work(self) -> None:
+        while not self._ended:
+            before = self._calls
+            worked = self._turn()
+            with self._changed:
+                while not worked and self._calls == before:
+                    self._changed.wait()
+        self._engine.close()
+
+    def _turn(self) -> bool:
+        """Step, tell, begin a job if there is a place for it; whether there was anything to do."""
+        worked = self._step()
+        with self._changed:
+            is_place = self._engine.active + self._engine.waiting < self._streams
+            job = self._jobs.popleft() if self._jobs and is_place else None
+            if job is not None:
+                self._running.append(job)
+        if job is not None:
+            self._begin(job)
+        return worked or job is not None
+
+    def _begin(self, job: Job) -> None:
+        def between(*_: int) -> None:
+            job.check()
+            self._step()  # a prompt that is scored holds nobody up for longer than a block
+
+        try:
+            job.check()
+            for index, ask in enumerate(job.asks):
+                if ask.echo is not None:
+                    job.say(Said(index, ask.echoed(ask.echo, between)))
+                if not ask.max_tokens:
+                    job.say(Said(index, Result("", [], "length", Stats())))
+            asks = [(index, ask) for index, ask in enumerate(job.asks) if ask.max_tokens]
+            for _, group in groupby(asks, lambda each: id(each[1].ids)):
+                indices, own = zip(*group, strict=True)
+                tasks = [ask.task() for ask in own]
+                texts = self._engine.add_several(tasks, most_unheard=1)
+                job.texts.update(zip(indices, texts, strict=True))
+        except Cut:
+            pass
+        except Exception as error:  # the thread serves the others, whatever this one did
+            job.say(error)
+        if not job.texts:
+            self._leave(job)
+
+    def _step(self) -> bool:
+        worked = self._engine.step()
+        for job in [job for job in self._running if job.texts]:
+            self._tell(job)
+        return worked
+
+    def _tell(self, job: Job) -> None:
+        """Say what a job's texts have made, as far as there is room."""
+        for index, request in list(job.texts.items()):
+            if job.is_cut:
+                self._leave(job)
+                return
+            if not job.has_room:
+                return
+            for step in request.take():
                 if step.prompt_done is None:
-                    job.say(step)
-            job.say(running.result)
+                    job.say(Said(index, step))
+            if request.error is not None:
+                job.say(request.error)
+                self._leave(job)
+                return
+            if request.ended:
+                job.say(Said(index, request.result))
+                del job.texts[index]
+        if not job.texts:
+            self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        for request in job.texts.values():
+            request.cancel()
+        job.texts.clear()
+        with self._changed:
+            self._running.remove(job)
+            self._calls += 1  # its texts leave the engine in the next step
 
 
 def ending() -> Refused:

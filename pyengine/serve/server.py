@@ -19,10 +19,10 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from pyengine.generation import Result, Step
 from pyengine.serve.front import Front, allowed_names, error_body, error_response, note
 from pyengine.serve.protocol import Ask, Limits, Refused, Reply, no_such_model, read_request
 from pyengine.serve.queue import Job, Worker
+from pyengine.task import Result, Step
 from pyengine.untrusted import kind, parse
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ STREAM_HEADERS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",  # nginx would collect the stream
 }
+
+DONE = "data: [DONE]\n\n"
 
 log = logging.getLogger("pyengine.serve.server")
 
@@ -62,7 +64,7 @@ def make_app(
         ValueError: One of ``hosts`` is none.
     """
     limits, names = limits or Limits(), allowed_names(hosts)
-    worker = Worker(limits.waiting)
+    worker = Worker(pair, limits.streams, limits.waiting)
     row = {"id": pair.name, "object": "model", "created": 0, "owned_by": "pyengine"}
 
     async def models(_: Request) -> Response:
@@ -167,16 +169,18 @@ class Completions:
         if not isinstance(body, dict):
             raise Refused(400, f"[serve] the request must be a JSON object but got {kind(body)}.")
         given = {key: value for key, value in body.items() if value is not None}
-        return read_request(self._pair, given, self._limits, self._chat)
+        ask = read_request(self._pair, given, self._limits, self._chat)
+        self._worker.check([one.task() for one in ask.all if one.max_tokens])
+        return ask
 
     async def _answer(self, ask: Ask, scope: Scope, receive: Receive, send: Send) -> None:
-        self._worker.add(job := Job(ask))
+        self._worker.add(job := Job(ask, self._worker.wake))
         watch = asyncio.create_task(self._watch(job, receive))
         try:
             if ask.streamed:
-                await self._streamed(job, scope, send)
+                await self._streamed(ask, job, scope, send)
             else:
-                response = await self._whole(job, scope)
+                response = await self._whole(ask, job, scope)
                 await response(scope, receive, send)
         finally:
             watch.cancel()
@@ -188,19 +192,23 @@ class Completions:
             pass
         self._worker.cut(job, ClientDisconnect())
 
-    async def _whole(self, job: Job, scope: Scope) -> Response:
-        reply, echoed = Reply(job.ask), None
-        while True:
+    async def _whole(self, ask: Ask, job: Job, scope: Scope) -> Response:
+        echoed: dict[int, Step] = {}
+        results: dict[int, Result] = {}
+        while len(results) < len(ask.all):
             said = await job.hear(None)
             if isinstance(said, Exception):
                 return error_response(_failure(said, scope))
-            if isinstance(said, Result):
-                note(scope, tokens=(len(job.ask.ids), len(said.tokens)))
-                return JSONResponse(reply.whole(echoed, said))
-            if echoed is None and job.ask.echo is not None:
-                echoed = said
+            assert said is not None
+            if isinstance(said.what, Result):
+                results[said.choice] = said.what
+            elif ask.echo is not None:
+                echoed.setdefault(said.choice, said.what)  # before all others
+        each = [results[index] for index in range(len(results))]
+        note(scope, tokens=(_prompt_tokens(ask), sum(len(result.tokens) for result in each)))
+        return JSONResponse(Reply(ask).whole(echoed, each))
 
-    async def _streamed(self, job: Job, scope: Scope, send: Send) -> None:
+    async def _streamed(self, ask: Ask, job: Job, scope: Scope, send: Send) -> None:
         """Server-sent events. The headers go out at once, so an error from here on is an event."""
 
         async def write(text: str, more: bool = True) -> None:
@@ -211,22 +219,33 @@ class Completions:
         head = Response(headers=STREAM_HEADERS, media_type="text/event-stream")
         headers = [(name, value) for name, value in head.raw_headers if name != b"content-length"]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        reply, count = Reply(job.ask), 0
-        said: Any = None
-        while not isinstance(said, (Result, Exception)):
+        reply, counts = Reply(ask), [0] * len(ask.all)
+        results: dict[int, Result] = {}
+        while len(results) < len(ask.all):
             said = await job.hear(self._limits.keep_alive_s)
-            if isinstance(said, Step):
-                count += len(said.tokens)
-                note(scope, tokens=(len(job.ask.ids), count))
-                await write("".join(map(_event, reply.chunks(said))))
-            elif said is None:
+            if said is None:
                 await write(": keep-alive\n\n")
-        if isinstance(said, Result):
-            note(scope, tokens=(len(job.ask.ids), len(said.tokens)))
-            events = list(reply.end(said))
-        else:
-            events = [error_body(_failure(said, scope))]
-        await write("".join(map(_event, events)) + "data: [DONE]\n\n", more=False)
+                continue
+            if isinstance(said, Exception):
+                await write(_event(error_body(_failure(said, scope))) + DONE, more=False)
+                return
+            index, what = said
+            if isinstance(what, Result):
+                results[index], counts[index] = what, len(what.tokens)
+                events = [reply.end(index, what)]
+            else:
+                counts[index] += len(what.tokens)
+                events = list(reply.chunks(index, what))
+            note(scope, tokens=(_prompt_tokens(ask), sum(counts)))
+            last = len(results) == len(ask.all)
+            if last:
+                events += reply.usage([results[n] for n in range(len(results))])
+            await write("".join(map(_event, events)) + DONE * last, more=not last)
+
+
+def _prompt_tokens(ask: Ask) -> int:
+    """Of all prompts; one with several texts counts once."""
+    return sum({id(one.ids): len(one.ids) for one in ask.all}.values())
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -15,9 +15,10 @@ import pyengine
 from pyengine import cli
 from pyengine.chat import Chat
 from pyengine.checkpoint.pair import load
-from pyengine.generation import LOOKUP_BLOCK, generate, stream
+from pyengine.generation import Stream, generate, stream
 from pyengine.sampling import Sampling
 from pyengine.serve.protocol import Limits, read_request
+from pyengine.task import LOOKUP_BLOCK
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
 # It comes back to its own words, so that lookup finds some
@@ -106,7 +107,7 @@ def test_a_chat_looks_up_in_its_earlier_turns(tok: Tokenizer) -> None:
 def test_a_server_has_one_for_all_requests(tok: Tokenizer) -> None:
     pair = script_pair(tok, STORY, assistant=None)
     body = {"prompt": "fox", "temperature": 0, "block_size": 4}
-    running = read_request(pair, body, Limits(drafter="lookup"), False).start(None)
+    running = Stream(read_request(pair, body, Limits(drafter="lookup"), False).task(), None)
     assert "".join(running) == STORY and running.result.stats.drafted > 0
 
 

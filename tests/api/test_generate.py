@@ -12,15 +12,9 @@ from typing import Any
 import pytest
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.generation import (
-    Result,
-    default_block_size,
-    embedded_pair,
-    generate,
-    resolve_sampling,
-    stream,
-)
+from pyengine.generation import generate, stream
 from pyengine.sampling.settings import Sampling
+from pyengine.task import Result, default_block_size, embedded_pair, resolve_sampling
 from pyengine.text.output import StopScanner
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 

@@ -23,10 +23,11 @@ from pyengine import cli, generation
 from pyengine.chat import Chat
 from pyengine.checkpoint.defaults import GenerationDefaults, read_generation
 from pyengine.engine.loop import Round
-from pyengine.generation import generate, resolve_sampling, stream
+from pyengine.generation import Stream, generate, stream
 from pyengine.model.config import TargetConfig
 from pyengine.sampling.settings import Sampling
 from pyengine.serve.protocol import Limits, read_request
+from pyengine.task import resolve_sampling
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
 # Fields of Sampling that a pair may set: our value, the pair's, and what a caller gives against
@@ -101,7 +102,7 @@ def by_chat_command(pair: Any, **given: Any) -> None:
 def by_request(pair: Any, *, chat: bool = False, **given: Any) -> None:
     prompt = {"messages": [{"role": "user", "content": "fox"}]} if chat else {"prompt": "fox"}
     body = json.loads(json.dumps({**prompt, **given}))
-    list(read_request(pair, body, Limits(), chat).start(None))
+    list(Stream(read_request(pair, body, Limits(), chat).task(), None))
 
 
 def by_chat_request(pair: Any, **given: Any) -> None:
@@ -207,12 +208,19 @@ def test_other_fields_of_a_request_reach_the_engine(pair: Any, asked: Any, door:
     logprobs = {"logprobs": True, "top_logprobs": 2} if door is by_chat_request else {"logprobs": 2}
     door(pair, logit_bias={"7": -1.5}, max_tokens=3, block_size=9, seed=0, **logprobs)
     got = asked[-1]
-    want = Sampling(**PAIRS, seed=0, suppress_tokens=(20, 30), logit_bias={7: -1.5}, logprobs=2)
+    want = Sampling(
+        **PAIRS,
+        seed=0,
+        suppress_tokens=(20, 30),
+        logit_bias={7: -1.5},
+        logprobs=2,
+        verify="coupled",
+    )
     assert got["sampling"] == want
     assert (got["max_tokens"], got["block_size"]) == (3, 9)
     door(pair)
     got = asked[-1]
-    assert (got["max_tokens"], got["block_size"], got["sampling"].verify) == (8192, 4, "residual")
+    assert (got["max_tokens"], got["block_size"], got["sampling"].verify) == (8192, 4, "coupled")
     assert (got["sampling"].logit_bias, got["sampling"].logprobs) == ({}, None)
 
 
@@ -230,7 +238,7 @@ def test_limits_of_new_tokens_by_their_names(pair: Any, asked: Any) -> None:
     by_chat_request(pair, max_completion_tokens=5)
     assert asked[-1]["max_tokens"] == 5
     body = {"prompt": "fox"}
-    list(read_request(pair, body, Limits(max_tokens=77), chat=False).start(None))
+    list(Stream(read_request(pair, body, Limits(max_tokens=77), chat=False).task(), None))
     assert asked[-1]["max_tokens"] == 77
 
 

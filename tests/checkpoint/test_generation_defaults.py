@@ -17,8 +17,8 @@ from pyengine.checkpoint.defaults import WITHOUT_EFFECT
 from pyengine.checkpoint.inspect import inspect
 from pyengine.checkpoint.manifest import MANIFEST
 from pyengine.checkpoint.pair import load
-from pyengine.generation import resolve_sampling
 from pyengine.sampling.settings import Sampling
+from pyengine.task import resolve_sampling
 
 NANO = Path(cli.__file__).parents[1] / "nano"
 

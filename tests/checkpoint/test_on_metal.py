@@ -16,7 +16,7 @@ from pyengine.checkpoint.pair import load
 from pyengine.checkpoint.weights import target_layout
 from pyengine.cli.generate import print_stats
 from pyengine.engine.stats import Stats
-from pyengine.generation import Result
+from pyengine.task import Result
 
 GB = 10**9
 

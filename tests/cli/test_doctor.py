@@ -19,7 +19,7 @@ import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
-from pyengine import _ext, cli, generation, ops
+from pyengine import _ext, cli, generation, ops, task
 from pyengine.checkpoint.published import PUBLISHED, published
 from pyengine.cli import doctor
 from pyengine.cli.doctor import EXTRAS
@@ -112,7 +112,7 @@ def test_an_engine_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> N
         return found["problems"]
 
     assert problems() == []
-    monkeypatch.setattr(generation, "embedded_pair", fail)
+    monkeypatch.setattr(task, "embedded_pair", fail)
     assert "the header of x is damaged" in problems()[0]
     monkeypatch.undo()
     whole = generation.generate
@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_scaled_and_says_so() -> None:
 
 
 def test_the_embedded_shapes_are_the_pairs_own() -> None:
-    pair = generation.embedded_pair()
+    pair = task.embedded_pair()
     limits = shapes.Limits(1e12)
     own = {case.name for case in shapes.of_loaded(pair, limits)}
     assert own and own < {case.name for case in shapes.embedded(limits)}

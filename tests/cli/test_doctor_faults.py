@@ -16,7 +16,7 @@ import faulty_worker
 import pytest
 from typer.testing import CliRunner
 
-from pyengine import _ext, cli, generation, ops
+from pyengine import _ext, cli, generation, ops, task
 from pyengine.doctor import examination, first_use, machine, quarantine, report, runner
 
 PROMPT = "Create a single-file HTML5 canvas Snake game."
@@ -233,24 +233,24 @@ def test_a_file_that_lies_is_ignored_with_a_line(name: str, own: Path) -> None:
     content, rule = LIES[name]
     own.write_text(content if isinstance(content, str) else json.dumps(content))
     said: list[str] = []
-    first_use.ready(generation.embedded_pair(), said.append)
+    first_use.ready(task.embedded_pair(), said.append)
     assert len(said) == 1 and said[0].startswith(f"{own} is ignored: ") and rule in said[0]
     assert ops.dispatch.exact()
 
 
 def test_a_file_that_is_right_counts_and_none_is_none(own: Path) -> None:
-    first_use.ready(generation.embedded_pair(), fail)
+    first_use.ready(task.embedded_pair(), fail)
     assert ops.dispatch.exact()
     first_use._asked.clear()
     own.write_text(json.dumps(kept()))
     said: list[str] = []
     for _ in range(2):  # once in a process
-        first_use.ready(generation.embedded_pair(), said.append)
+        first_use.ready(task.embedded_pair(), said.append)
     assert ops.dispatch.runs("geglu") == "mlx" and len(said) == 1
     ops.use("reference")
     try:
         first_use._asked.clear()
-        first_use.ready(generation.embedded_pair(), fail)  # nothing to say of other kernels
+        first_use.ready(task.embedded_pair(), fail)  # nothing to say of other kernels
     finally:
         ops.use("native")
 
@@ -290,7 +290,7 @@ def test_the_first_use_of_a_device_is_examined_and_kept(
     monkeypatch.setattr(runner, "COMMAND", command(geglu="wrong"))
     said: list[str] = []
     began: list[str] = []
-    pair = generation.embedded_pair()
+    pair = task.embedded_pair()
     first_use.ready(pair, said.append, lambda done, total, op: began.append(op))
     assert began[0] == "accept_block" and "geglu" in began and began[-1] == "write_cache"
     assert len(said) == 1 and said[0].startswith("geglu failed") and "geglu" in own.read_text()
@@ -310,7 +310,7 @@ def test_a_worker_that_does_not_start_is_no_failure_of_ops(
     monkeypatch.setattr(first_use, "EXAMINED_ON", ("processor",))
     monkeypatch.setattr(runner, "COMMAND", command(start="not at all"))
     said: list[str] = []
-    first_use.ready(generation.embedded_pair(), said.append)
+    first_use.ready(task.embedded_pair(), said.append)
     assert len(said) == 1 and "could not be checked" in said[0] and "no MLX here" in said[0]
     assert ops.dispatch.exact() and not own.exists()
     done = CliRunner().invoke(cli.app, ["doctor", "--quick", "--output", str(own)])

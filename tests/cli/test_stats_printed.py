@@ -21,7 +21,7 @@ from pyengine.cli import common, tables
 from pyengine.cli.chat import Talk
 from pyengine.cli.generate import print_stats
 from pyengine.engine.stats import Stats
-from pyengine.generation import Result
+from pyengine.task import Result
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
 WHOLE = [

@@ -149,10 +149,9 @@ def test_a_wrong_probability_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     propose = LookupDrafter.propose
 
     def modest(*args: Any) -> Any:
-        row = propose(*args)
-        return row._replace(probs=row.probs * 0.2)
+        return [row._replace(probs=row.probs * 0.2) for row in propose(*args)]
 
-    monkeypatch.setattr(LookupDrafter, "propose", modest)
+    monkeypatch.setattr(LookupDrafter, "propose", staticmethod(modest))
     table = np.random.default_rng(7).normal(0, 1.5, (SMALL, SMALL))
     prompt, seen = every_three_tokens(), {}
     for seed in range(400):

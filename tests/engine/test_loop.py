@@ -53,16 +53,17 @@ class MarkovTarget:
         return self.table[ids[-1]], hidden
 
     def forward(
-        self, ids: mx.array, cache: LengthCache, taps: tuple[int, ...] = ()
+        self, ids: list[mx.array], caches: list[LengthCache], taps: tuple[int, ...] = ()
     ) -> tuple[mx.array, mx.array]:
-        return self.table[ids], self.embed(ids)
+        tokens = mx.concatenate(ids)
+        return self.table[tokens], self.embed(tokens)
 
 
 class MarkovAssistant:
     def __init__(self, table: np.ndarray) -> None:
         self.table = mx.array(table.astype(np.float32))
 
-    def forward(self, embedding: mx.array, hidden: mx.array, cache: object) -> tuple:
+    def forward(self, embedding: mx.array, hidden: mx.array, caches: object) -> tuple:
         return self.table[embedding[:, 0].astype(mx.int32)], embedding
 
 
@@ -72,7 +73,7 @@ class ScriptedAssistant:
     def __init__(self, table: np.ndarray, k: int, right: int) -> None:
         self.table, self.k, self.right, self.calls = table, k, right, 0
 
-    def forward(self, embedding: mx.array, hidden: mx.array, cache: object) -> tuple:
+    def forward(self, embedding: mx.array, hidden: mx.array, caches: object) -> tuple:
         depth, self.calls = self.calls % self.k, self.calls + 1
         table = self.table if depth < self.right else np.roll(self.table, 1, axis=-1)
         return mx.array(table.astype(np.float32))[embedding[:, 0].astype(mx.int32)], embedding

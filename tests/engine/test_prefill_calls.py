@@ -45,7 +45,8 @@ class Scribe(target.Target):
         self.dtype, self.context = mx.float32, 10**6
         self.table = Linear(mx.arange(8)[:, None] * mx.ones((8, 16)) / 64)
 
-    def _hidden(self, ids: mx.array, cache: Cache, taps: Any = ()) -> tuple[mx.array, mx.array]:
+    def _hidden(self, each: Any, caches: Any, taps: Any = ()) -> tuple[mx.array, mx.array]:
+        [ids], [cache] = each, caches
         start, count = cache.length_limit, ids.size
         (call,) = plan.plan(start, start + count, True) if count > ROWS else [None]
         maker = OWN if call is None else 7 + 3 * call.start + call.rows
@@ -135,7 +136,7 @@ def test_keys_are_those_of_a_cold_start(history: list[tuple[str, int, int, int]]
                     count, stop = done[-1], len(text)
                     while count >= stop and answer > 0:
                         block = [(count + i) % 8 for i in range(BLOCK)]
-                        model.forward(mx.array(block), cache)
+                        model.forward([mx.array(block)], [cache])
                         kept = 1 + answer % BLOCK
                         cache.commit(mx.array(kept), count + kept)
                         text, count, answer = [*text, *block[:kept]], count + kept, answer - kept

@@ -18,8 +18,9 @@ from pyengine.engine.loop import prefill
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs, score
 from pyengine.engine.stats import Stats
-from pyengine.generation import Step, generate, stream
+from pyengine.generation import generate, stream
 from pyengine.model import plan
+from pyengine.task import Step
 
 GREEDY = {"temperature": 0}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -23,16 +24,18 @@ pytestmark = pytest.mark.engine
 class Apart(on_device.RecordedRound):
     """Plays the halves one after the other; between them the host reads the block."""
 
-    def __init__(self, parts: on_device.Parts, k: int, blocks: list[list[int]]) -> None:
-        super().__init__(parts, k)
+    def __init__(
+        self, each: Sequence[on_device.Parts], ks: Sequence[int], blocks: list[list[int]]
+    ) -> None:
+        super().__init__(each, ks)
         self.blocks = blocks
         self.together = self.halves
 
-    def halves(self, state: on_device.State) -> on_device.Outcome:
-        block = self.draft(state)
-        mx.eval(block)
-        self.blocks.append(block.ids.tolist())
-        return self.verify(state, block)
+    def halves(self, states: tuple[on_device.State, ...]) -> on_device.Played:
+        blocks = self.draft(states)
+        mx.eval(blocks)
+        self.blocks += [block.ids.tolist() for block in blocks]
+        return self.verify(states, blocks)
 
 
 def played(flavour: str, drafter: Name, sampling: Sampling) -> tuple[list[loop.Round], list[Any]]:
@@ -79,7 +82,7 @@ def test_halves_with_the_host_in_between_give_the_same_tokens_and_bits(
 ) -> None:
     want, stored = played(flavour, drafter, sampling)
     blocks: list[list[int]] = []
-    monkeypatch.setattr(on_device, "RecordedRound", lambda parts, k: Apart(parts, k, blocks))
+    monkeypatch.setattr(on_device, "RecordedRound", lambda each, ks: Apart(each, ks, blocks))
     got, stored_apart = played(flavour, drafter, sampling)
     assert got == want  # log-probabilities too: they are float32, compared as they are
     for a, b in zip(stored_apart, stored, strict=True):

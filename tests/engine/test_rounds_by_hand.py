@@ -64,7 +64,7 @@ class FakeTarget:
     def prefill(
         self, ids: list[int], cache: LengthCache, *, reader: Reader | None = None
     ) -> tuple[mx.array, mx.array]:
-        logits, hidden = self.forward(mx.array(ids, dtype=mx.int32), cache)
+        logits, hidden = self.forward([mx.array(ids, dtype=mx.int32)], [cache])
         cache.commit(mx.array(len(ids), mx.int32), cache.length_limit + len(ids))
         hidden = hidden[-1:]
         if reader is not None:
@@ -72,10 +72,13 @@ class FakeTarget:
         return logits[-1], hidden
 
     def forward(
-        self, ids: mx.array, cache: LengthCache, taps: tuple[int, ...] = ()
+        self, ids: list[mx.array], caches: list[LengthCache], taps: tuple[int, ...] = ()
     ) -> tuple[mx.array, mx.array]:
-        at = cache.length + mx.arange(ids.shape[0], dtype=mx.int32)
-        return self.p[at % TURN, ids], mx.stack([ids, at], axis=-1)
+        at = mx.concatenate(
+            [cache.length + mx.arange(own.size) for own, cache in zip(ids, caches, strict=True)]
+        ).astype(mx.int32)
+        tokens = mx.concatenate(ids)
+        return self.p[at % TURN, tokens], mx.stack([tokens, at], axis=-1)
 
 
 class FakeAssistant:
@@ -83,7 +86,7 @@ class FakeAssistant:
         self.q = mx.array(tables.q)
 
     def forward(
-        self, embedding: mx.array, hidden: mx.array, cache: LengthCache
+        self, embedding: mx.array, hidden: mx.array, caches: list[LengthCache]
     ) -> tuple[mx.array, mx.array]:
         before, at, token = hidden[:, 0], hidden[:, 1] + 1, embedding[:, 0]
         return self.q[at % TURN, before, token], mx.stack([token, at], axis=-1)

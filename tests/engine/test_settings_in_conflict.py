@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from pyengine import cli, ops
 from pyengine.engine.stats import Stats
-from pyengine.generation import generate
+from pyengine.generation import Stream, generate
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.sampling.sampler import Sampler
 from pyengine.sampling.settings import MAX_EDIT, Sampling
@@ -265,7 +265,7 @@ def test_the_pairs_suppressed_tokens_win_over_a_callers_bias(
     words.append(f"--logit-bias={token}={MAX_EDIT}")
     told.append(json.loads(CliRunner().invoke(cli.app, words).stdout)["tokens"])
     body = {"prompt": "fox", "max_tokens": 5, "seed": 1, "logit_bias": {str(token): MAX_EDIT}}
-    running = read_request(pair, body, Limits(), chat=False).start(None)
+    running = Stream(read_request(pair, body, Limits(), chat=False).task(), None)
     list(running)
     told.append(running.result.tokens)
     assert [len(tokens) for tokens in told] == [5] * 5

@@ -28,9 +28,10 @@ from pyengine.checkpoint.pair import load
 from pyengine.engine import round as on_device
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs, score
-from pyengine.generation import Result, generate, stream
+from pyengine.generation import generate, stream
 from pyengine.model import plan
 from pyengine.sampling.settings import Sampling
+from pyengine.task import Result
 
 GREEDY = Sampling(temperature=0.0)
 CHUNK = 16  # instead of 512: the tiny pairs' window is 8

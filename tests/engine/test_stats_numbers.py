@@ -144,9 +144,10 @@ class CountingTarget:
         return after(mx.array(ids[-1:]))[0], hidden
 
     def forward(
-        self, ids: mx.array, cache: LengthCache, taps: tuple[int, ...] = ()
+        self, ids: list[mx.array], caches: list[LengthCache], taps: tuple[int, ...] = ()
     ) -> tuple[mx.array, mx.array]:
-        return after(ids), self.embed(ids)
+        [tokens] = ids
+        return after(tokens), self.embed(tokens)
 
 
 class CountingAssistant:
@@ -155,7 +156,7 @@ class CountingAssistant:
     def __init__(self, *wrong: int) -> None:
         self.wrong = mx.array(wrong)
 
-    def forward(self, embedding: mx.array, hidden: mx.array, cache: object) -> tuple:
+    def forward(self, embedding: mx.array, hidden: mx.array, caches: object) -> tuple:
         ids = embedding[:, 0].astype(mx.int32)
         right = after(ids)
         missed = (ids[:, None] + 1 == self.wrong).any(axis=-1, keepdims=True)

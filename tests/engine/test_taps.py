@@ -31,7 +31,7 @@ def left_by(target: Target, tap: int, ids: Sequence[int]) -> np.ndarray:
     short.layers = target.layers[: tap + 1]
     vars(short)["_per_layer_inputs"] = target._per_layer_inputs  # cut into all layers' slices
     cache = short.new_cache(len(ids))
-    _, normed = short.forward(mx.array(ids, dtype=mx.int32), cache)
+    _, normed = short.forward([mx.array(ids, dtype=mx.int32)], [cache])
     return bits(normed)
 
 
@@ -73,8 +73,8 @@ def test_taps_are_what_left_the_layer(flavour: str) -> None:
     target.prefill(text[:19], cache, chunk=8, reader=drafter)
     assert [rows.shape[0] for rows in drafter.prompt] == [8, 8, 3]
     block = mx.array(text[19:23], dtype=mx.int32)
-    _, with_taps = target.forward(block, cache, TAPS)
-    _, without = target.forward(block, cache)
+    _, with_taps = target.forward([block], [cache], TAPS)
+    _, without = target.forward([block], [cache])
     assert np.array_equal(bits(with_taps[:, :E]), bits(without))
     rows = mx.concatenate([*drafter.prompt, with_taps[:, E:]])
     for place, tap in enumerate(TAPS):

@@ -33,8 +33,9 @@ class Scripted:
         self.k, self.calls = k, 0
 
     def forward(
-        self, embedding: mx.array, hidden: mx.array, cache: Cache
+        self, embedding: mx.array, hidden: mx.array, caches: Sequence[Cache]
     ) -> tuple[mx.array, mx.array]:
+        [cache] = caches
         depth, self.calls = self.calls % self.k, self.calls + 1
         # The block's first token stands at `length`
         token = self.said[mx.minimum(cache.length + 1 + depth, self.said.size - 1)]
@@ -71,14 +72,15 @@ class Equal:
         self.embeddings = target.embed(mx.arange(vocab, dtype=mx.int32))
 
     def forward(
-        self, embedding: mx.array, hidden: mx.array, cache: Cache
+        self, embedding: mx.array, hidden: mx.array, caches: Sequence[Cache]
     ) -> tuple[mx.array, mx.array]:
+        [cache] = caches
         if self.calls % self.k == 0:
             # A product by one is a copy; what is written to it the target never sees
             self.own = cache.with_arrays([a * 1 for a in cache.arrays])
         self.calls += 1
         token = mx.argmax((self.embeddings == embedding).all(axis=-1)).astype(mx.int32)
-        logits, hidden = self.target.forward(token[None], self.own)
+        logits, hidden = self.target.forward([token[None]], [self.own])
         self.own.commit(mx.array(1, dtype=mx.int32), self.own.length_limit + 1)
         cache.note_read(hidden)
         return logits, hidden
@@ -92,9 +94,10 @@ class Near:
         self.equal, self.real, self.weight = Equal(pair.target, k), pair.assistant, weight
 
     def forward(
-        self, embedding: mx.array, hidden: mx.array, cache: Cache
+        self, embedding: mx.array, hidden: mx.array, caches: Sequence[Cache]
     ) -> tuple[mx.array, mx.array]:
-        own, _ = self.equal.forward(embedding, hidden, cache)
+        [cache] = caches
+        own, _ = self.equal.forward(embedding, hidden, caches)
         other, hidden = step(self.real, embedding, hidden, cache)
         # A centroid head leaves most tokens out, which would leave next to nothing to accept
         return whole(own) + self.weight * mx.where(other == -mx.inf, 0, other), hidden

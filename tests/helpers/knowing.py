@@ -38,7 +38,8 @@ class Knowing:
     def __init__(self, text: list[int], k: int, right: int) -> None:
         self.text, self.k, self.right, self.calls = mx.array(text, mx.int32), k, right, 0
 
-    def forward(self, embedding: mx.array, hidden: mx.array, cache: Any) -> Any:
+    def forward(self, embedding: mx.array, hidden: mx.array, caches: Any) -> Any:
+        [cache] = caches
         depth, self.calls = self.calls % self.k, self.calls + 1
         token = mx.take(self.text, mx.minimum(cache.length + 1 + depth, self.text.size - 1))
         token = token if depth < self.right else (token + 1) % 256

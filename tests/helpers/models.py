@@ -31,7 +31,7 @@ def broken(forward: Any) -> Any:
 
 def verify(target: Any, ids: mx.array, cache: Any) -> tuple[mx.array, mx.array]:
     """A target's logits ``[T, V]`` and hidden vectors."""
-    logits, hidden = target.forward(ids, cache)
+    logits, hidden = target.forward([ids], [cache])
     return whole(logits), hidden
 
 
@@ -39,5 +39,5 @@ def step(
     assistant: Any, embedding: mx.array, hidden: mx.array, cache: Any
 ) -> tuple[mx.array, mx.array]:
     """An assistant's logits ``[1, V]`` and hidden vector."""
-    logits, hidden = assistant.forward(embedding, hidden, cache)
+    logits, hidden = assistant.forward(embedding, hidden, [cache])
     return whole(logits), hidden

@@ -14,7 +14,7 @@ import pytest
 
 from pyengine.bench.suite import Case
 from pyengine.engine.stats import Stats
-from pyengine.generation import Result
+from pyengine.task import Result
 
 # Of the first one the bench's budget is the lower, of the second its own
 CASES = [Case("one", "chat", "fox", 24), Case("two", "continuation", "the", 9)]

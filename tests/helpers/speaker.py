@@ -40,7 +40,7 @@ class Knowing(ScriptAssistant):
 
     errs = 0
 
-    def forward(self, embedding: mx.array, hidden: mx.array, cache: Any) -> Any:
+    def forward(self, embedding: mx.array, hidden: mx.array, caches: Any) -> Any:
         place = hidden + 1
         rows = self.target.rows[place[0] % len(self.target.script)]
         if self.errs:

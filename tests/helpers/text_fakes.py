@@ -109,18 +109,20 @@ def as_tokenizer_json(model: Path) -> str:
 
 
 class LengthCache:
-    """A cache that stores nothing but its length; ``on_round`` hears the size of each block."""
+    """A cache that stores nothing but lengths: the prompt's, and its own. ``on_round`` hears the
+    size of each block."""
 
     max_block = 0  # too little for any block, so that no prefix takes it up again
     config = SimpleNamespace(layers=[])
 
     def __init__(self, on_round: Callable[[int], None] = lambda rows: None) -> None:
         self.length, self.length_limit = mx.array(0, mx.int32), 0
+        self.prompt = mx.array(0, mx.int32)
         self.reserve = on_round
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [self.length]
+        return [self.prompt, self.length]
 
     @property
     def nbytes(self) -> int:
@@ -138,7 +140,10 @@ class LengthCache:
         return other
 
     def take_results(self, arrays: list[mx.array], length_limit: int) -> None:
-        [self.length], self.length_limit = arrays, length_limit
+        *prompt, self.length = arrays
+        self.length_limit = length_limit
+        if prompt:
+            [self.prompt] = prompt
 
 
 @functools.cache
@@ -192,6 +197,7 @@ class ScriptTarget:
         self, ids: list[int], cache: LengthCache, *, reader: Reader | None = None
     ) -> tuple[mx.array, mx.array]:
         self.prompt = list(ids)
+        cache.prompt = mx.array(len(ids), mx.int32)
         cache.commit(mx.array(len(ids), mx.int32), len(ids))
         hidden = mx.zeros((1, 1), mx.int32)
         if reader is not None:
@@ -199,10 +205,12 @@ class ScriptTarget:
         return self.rows[0], hidden
 
     def forward(
-        self, ids: mx.array, cache: LengthCache, taps: tuple[int, ...] = ()
+        self, ids: list[mx.array], caches: list[LengthCache], taps: tuple[int, ...] = ()
     ) -> tuple[mx.array, mx.array]:
-        first = cache.length - len(self.prompt) + 1
-        places = first + mx.arange(ids.shape[0], dtype=mx.int32)
+        firsts = [cache.length - cache.prompt + 1 for cache in caches]
+        places = mx.concatenate(
+            [first + mx.arange(own.size) for first, own in zip(firsts, ids, strict=True)]
+        )
         return self.rows[places % len(self.script)], places[:, None]
 
 
@@ -216,7 +224,7 @@ class ScriptAssistant:
         self.config = SimpleNamespace(quantization=None)
 
     def forward(
-        self, embedding: mx.array, hidden: mx.array, cache: LengthCache
+        self, embedding: mx.array, hidden: mx.array, caches: list[LengthCache]
     ) -> tuple[mx.array, mx.array]:
         place = hidden + 1
         rows = self.target.rows[place[0] % len(self.target.script)]

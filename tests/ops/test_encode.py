@@ -146,7 +146,7 @@ def test_two_verify_calls_without_evaluation_between():
     _ext.rehearse(True, notes=True)
     results = []
     for _ in range(2):
-        logits, _ = target.forward(ids, cache)
+        logits, _ = target.forward([ids], [cache])
         results.append(whole(logits))
     mx.eval(results, cache.arrays)
     calls = _ext.rehearsed_calls()

@@ -22,6 +22,8 @@ LEVELS = (
     {"__init__"},  # the public names
     {"chat"},
     {"generation"},
+    {"streams"},
+    {"task"},
     {"doctor"},
     {"engine"},
     {"checkpoint"},

@@ -63,6 +63,10 @@ def test_generate_until(model: pyengine.evaluate.PyengineLM) -> None:
     (text,) = model.generate_until(requests("generate_until", (GAME, settings)), disable_tqdm=True)
     want = generate(GAME, pair=model.pair, raw=True, max_tokens=40, sampling=GREEDY, stop="</head>")
     assert text == want.text and len(text) > 20
+    several = [(GAME, settings), ("import os\n", {"max_gen_toks": 9}), (GAME, settings)]
+    texts = model.generate_until(requests("generate_until", *several), disable_tqdm=True)
+    other = generate("import os\n", pair=model.pair, raw=True, max_tokens=9, sampling=GREEDY)
+    assert texts == [want.text, other.text, want.text]
     chat = model.apply_chat_template([{"role": "user", "content": "Snake"}])
     assert (
         chat.startswith("<bos>") and model.tok_encode(chat).count(model.pair.tokenizer.bos_id) == 1

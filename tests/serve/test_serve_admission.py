@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from serving import GAME, Server, asking, everything, request
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.generation import embedded_pair
 from pyengine.serve import protocol
 from pyengine.serve import server as module
 from pyengine.serve.protocol import Limits, Refused, read_request
+from pyengine.task import embedded_pair
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
 HEAD = {"content-type": "application/json"}
@@ -56,7 +56,7 @@ def test_a_place_is_taken_before_the_request_is_read(
 ) -> None:
     """One is served and one may wait: the third is refused while those are still being read."""
     readers = Readers(monkeypatch)
-    with Server(pair, Limits(waiting=1)) as server:
+    with Server(pair, Limits(streams=1, waiting=1)) as server:
         socks = [server.raw(asking(max_tokens=1)) for _ in range(2)]
         for _ in socks:
             assert readers.begun.acquire(timeout=30)
@@ -80,7 +80,7 @@ def test_requests_are_read_by_a_bounded_number_of_threads(
     pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readers = Readers(monkeypatch)
-    with Server(pair, Limits(waiting=12)) as server:
+    with Server(pair, Limits(streams=1, waiting=12)) as server:
         socks = [server.raw(asking(max_tokens=1)) for _ in range(12)]
         for _ in range(module.READERS):
             assert readers.begun.acquire(timeout=30)
@@ -94,7 +94,7 @@ def test_requests_are_read_by_a_bounded_number_of_threads(
 
 def test_bodies_that_come_in_are_counted_together(pair: Any) -> None:
     whole = request(b" " * 1000, "connection: close")
-    with Server(pair, Limits(waiting=1, body_bytes=1000)) as server:
+    with Server(pair, Limits(streams=1, waiting=1, body_bytes=1000)) as server:
         socks = [server.raw(whole[:-300]) for _ in range(2)]  # of the 2000 bytes that there are
         *_, last = [everything(server.raw(whole)) for _ in range(3)]
         assert last.startswith(b"HTTP/1.1 503 ") and b"retry-after: " in last

@@ -119,7 +119,7 @@ def test_a_client_that_does_not_read_is_dropped_and_blocks_nobody(
         unheard.append(len(job._said))
 
     monkeypatch.setattr(Job, "say", counted)
-    with Server(pair, Limits(any_model=True), SHORT) as server:
+    with Server(pair, Limits(streams=1, any_model=True), SHORT) as server:
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         sock.settimeout(30)

@@ -29,7 +29,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def server(pair: Any, caplog: pytest.LogCaptureFixture) -> Iterator[Server]:
     caplog.set_level(logging.INFO, "pyengine.serve.server")
-    with Server(pair, Limits(waiting=1)) as made:
+    with Server(pair, Limits(streams=1, waiting=1)) as made:
         yield made
 
 

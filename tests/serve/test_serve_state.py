@@ -70,8 +70,9 @@ def test_requests_in_any_order_are_answered_as_if_alone(
             leave(server, {**body, "max_tokens": 200}, rng.randint(1, 6))
         stop = rng.choice([["e"], ["<"], [" a", "\n"]]) if kind == "stop" else []
         given = {**settings, "logit_bias": {300: 3.0}} if "logit_bias" in settings else settings
+        settings_given = {"verify": "coupled", **given}
         cold = generate(
-            talk, pair=pair, max_tokens=limit, block_size=block, stop=stop, sampling=given
+            talk, pair=pair, max_tokens=limit, block_size=block, stop=stop, sampling=settings_given
         )
         answer = server.post(json={**body, "stop": stop}).json()
         choice, usage = answer["choices"][0], answer["usage"]

@@ -28,17 +28,18 @@ from typer.testing import CliRunner
 
 from pyengine import cli
 from pyengine.checkpoint.pair import Pair, load
-from pyengine.generation import Step, generate
+from pyengine.generation import generate
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import Sampling
 from pyengine.serve.protocol import Limits, Reply, read_request
 from pyengine.serve.server import make_app
+from pyengine.task import Step
 from pyengine.text.tokenizer import load_tokenizer
 
 GAME = [{"role": "user", "content": "Create a single-file HTML5 canvas Snake game."}]
 DEEP = json.loads("[" * 80 + "]" * 80)
 EMPTY = SimpleNamespace(token_logprobs=[])
-LIMITS = Limits(waiting=2, body_bytes=20_000, max_tokens=400, any_model=True)
+LIMITS = Limits(streams=1, waiting=2, body_bytes=20_000, max_tokens=400, any_model=True)
 
 
 class Server(serving.Server):
@@ -63,7 +64,13 @@ def server(pair: Pair) -> Iterator[Server]:
 
 def test_chat_completion_is_what_generate_gives(server: Server, pair: Pair) -> None:
     for settings in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 5, "top_p": 0.9}):
-        want = generate(GAME, pair=pair, max_tokens=30, sampling=Sampling(**settings), block_size=4)
+        want = generate(
+            GAME,
+            pair=pair,
+            max_tokens=30,
+            sampling=Sampling(**settings, verify="coupled"),
+            block_size=4,
+        )
         said = server.client.chat.completions.create(
             model="any", messages=GAME, max_tokens=30, **settings
         )
@@ -269,7 +276,7 @@ def test_how_tokens_are_told(tmp_path: Path) -> None:
     ask = {"prompt": "fox", "logprobs": 2}
     reply = Reply(read_request(script_pair(tok, "a"), ask, LIMITS, chat=False))
     step = Step("a", "", [a], [Logprob(a, -1.0, [(a, -1.0), (byte, -2.0)])])
-    (chunk,) = reply.chunks(step)
+    (chunk,) = reply.chunks(0, step)
     assert chunk["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -1.0}]
 
 
@@ -322,7 +329,10 @@ def test_models_and_health(server: Server, pair: Pair) -> None:
         ({"top_k": True}, "top_k must be a whole number but got True"),
         ({"logit_bias": {"x": 1}}, "logit_bias must name token ids but got 'x'"),
         ({"logprobs": 3}, "logprobs must be true or false but got 3"),
-        ({"n": 2}, "n must be 1 here but got 2"),
+        ({"n": 0}, "n times the number of prompts must be 1 to 32 but got 0"),
+        ({"n": 33}, "n times the number of prompts must be 1 to 32 but got 33"),
+        ({"n": "2"}, "n must be a whole number but got a string"),
+        ({"verify": "fast"}, "verify must be one of residual, block, coupled but got fast"),
         ({"stop": 5}, "stop must be a string or a list of strings"),
         ({"stop": [""]}, "stop must hold strings of text"),
         ({"stop": ["a"] * 17}, "stop must hold at most 16 strings"),

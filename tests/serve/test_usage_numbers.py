@@ -9,8 +9,9 @@ import pytest
 from test_stats_numbers import STATS
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.generation import Result, generate
+from pyengine.generation import Stream, generate
 from pyengine.serve.protocol import Ask, Limits, Reply, read_request, usage_of
+from pyengine.task import Result
 from pyengine.text.tokenizer import load_tokenizer
 
 BODY: dict[str, Any] = {"prompt": [5, 6, 7, 8, 9, 10, 11], "seed": 2**32 - 3, "max_tokens": 9}
@@ -41,31 +42,33 @@ def ask(pair: Any, **changes: Any) -> Ask:
 
 
 def test_every_field_of_the_usage(pair: Any) -> None:
-    assert usage_of(ask(pair), RESULT) == USAGE
+    assert usage_of(ask(pair), [RESULT]) == USAGE
 
 
 def test_a_server_that_does_not_tell_what_was_known(pair: Any) -> None:
     quiet = read_request(pair, BODY, Limits(cached_tokens=False), chat=False)
-    assert usage_of(quiet, RESULT) == {k: v for k, v in USAGE.items() if "details" not in k}
+    assert usage_of(quiet, [RESULT]) == {k: v for k, v in USAGE.items() if "details" not in k}
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_whole_and_streamed_answers_tell_the_same(pair: Any, chat: bool) -> None:
     made = replace(ask(pair), chat=chat)
-    whole = Reply(made).whole(None, RESULT)
+    whole = Reply(made).whole({}, [RESULT])
     assert whole["usage"] == USAGE
     assert [choice["index"] for choice in whole["choices"]] == [0]
-    *_, last = Reply(replace(made, with_usage=True)).end(RESULT)
+    reply = Reply(replace(made, with_usage=True))
+    assert reply.end(0, RESULT)["usage"] is None
+    [last] = reply.usage([RESULT])
     assert last["usage"] == USAGE and last["choices"] == []
-    assert [chunk.get("usage") for chunk in Reply(made).end(RESULT)] == [None]
+    assert "usage" not in Reply(made).end(0, RESULT) and not list(Reply(made).usage([RESULT]))
 
 
 def test_usage_of_a_real_generation(pair: Any) -> None:
     """The prompt as the target saw it, the tokens that were told."""
     made = ask(pair, max_tokens=5, block_size=1)
-    running = made.start(None)
+    running = Stream(made.task(), None)
     list(running)
-    told = usage_of(made, running.result)
+    told = usage_of(made, [running.result])
     assert len(pair.target.prompt) == told["prompt_tokens"] == 7
     assert (told["completion_tokens"], told["total_tokens"]) == (5, 12)
     assert (told["drafted_tokens"], told["acceptance"]) == (0, 0.0)
@@ -77,9 +80,9 @@ def test_a_seed_that_was_drawn_is_told(pair: Any) -> None:
     drawn = set()
     for _ in range(4):
         made = read_request(pair, {"prompt": [5], "max_tokens": 2}, Limits(), chat=False)
-        running = made.start(None)
+        running = Stream(made.task(), None)
         list(running)
-        seed = usage_of(made, running.result)["seed"]
+        seed = usage_of(made, [running.result])["seed"]
         assert seed == running.result.stats.seed == made.sampling.seed
         drawn.add(seed)
     assert len(drawn) == 4

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.generation import generate, prompt_ids
+from pyengine.generation import generate
+from pyengine.task import prompt_ids
 from pyengine.text.output import Reader
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from text_fakes import TEMPLATE, script_pair, write_tokenizers
 
-from pyengine.generation import generate, prompt_ids
+from pyengine.generation import generate
+from pyengine.task import prompt_ids
 from pyengine.text.tokenizer import load_tokenizer
 
 USER = {"role": "user", "content": "the fox"}

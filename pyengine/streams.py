@@ -1,0 +1,428 @@
+"""Many requests at once: each round processes a block of every text that is under way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, overload
+
+import mlx.core as mx
+
+from pyengine.arguments import whole
+from pyengine.checkpoint import memory
+from pyengine.engine import schedule
+from pyengine.engine.loop import Round, Rounds, Shared, TokenSequence
+from pyengine.engine.prefix import Prefix
+from pyengine.engine.slots import Slots
+from pyengine.sampling.settings import MAX_SEED
+from pyengine.task import Answer, Result, Step, Task, embedded_pair, new_task
+from pyengine.text.prompt import Prompt
+from pyengine.untrusted import shown
+
+if TYPE_CHECKING:
+    from pyengine.checkpoint.pair import Pair
+
+MOST_SEQUENCES = 128
+
+
+class Request(Iterator[str]):
+    """One text of an engine: pieces of it as they are committed. Made by :meth:`Engine.submit`.
+
+    It has the face of :class:`pyengine.Stream`. To ask for a piece advances everybody's text, or
+    waits for the thread of an engine that was started.
+    """
+
+    def __init__(self, engine: Engine, task: Task, needs: int, most_unheard: int | None) -> None:
+        self.task = task
+        self.answer = Answer(task)
+        self.needs = needs  # bytes at worst
+        self.most_unheard = most_unheard
+        self.unheard: deque[Step] = deque()
+        self.error: Exception | None = None
+        self.ended = False
+        self.cancelled = False
+        self.sequence: TokenSequence | None = None  # once it has joined
+        self.chunks: Iterator[Round] | None = None  # while its prompt is under way
+        self.prefix: Prefix | None = None  # while it is active
+        self.shared: Shared | None = None  # its prompt, where other texts begin with it
+        self.at_end = ExitStack()
+        self._engine = engine
+
+    def __next__(self) -> str:
+        for step in self.steps():
+            if step.text:
+                return step.text
+        raise StopIteration
+
+    def __enter__(self) -> Request:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+    def steps(self) -> Iterator[Step]:
+        """What each round adds, and each chunk of a long prompt; see :class:`Stream`."""
+        # No generator, which an error would end: who asks again shall hear of it again
+        return iter(self._next_step, None)
+
+    def cancel(self) -> None:
+        """End it after the round under way. :attr:`result` keeps what there is."""
+        self.cancelled = True
+        self._engine.wake()
+
+    def close(self) -> None:
+        """The same as :meth:`cancel`, for those who have a Stream in mind."""
+        self.cancel()
+
+    @property
+    def result(self) -> Result:
+        """The finished result; before the end, what was made so far."""
+        return self.answer.result
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it waits for its reader."""
+        return self.most_unheard is not None and len(self.unheard) >= self.most_unheard
+
+    def take(self) -> list[Step]:
+        """What was made since and not heard yet; does not wait, and does not raise ``error``."""
+        return [self.unheard.popleft() for _ in range(len(self.unheard))]
+
+    def _next_step(self) -> Step | None:
+        while not self.cancelled:
+            if self.unheard:
+                step = self.unheard.popleft()
+                self._engine.wake()
+                return step
+            if self.error is not None:
+                raise self.error
+            if self.ended:
+                return None
+            self._engine.advance(self)
+        return None
+
+
+class Engine:
+    """Generates many texts at once, each the very one it is alone.
+
+    A round processes a block of every text under way; target and assistant are read once for all.
+    Requests are served in the order of arrival, as many at once as ``sequences`` and the memory
+    allow: a request joins when all that it may need at worst is free. Prompts are processed chunk
+    by chunk between rounds, and slow running texts to a half at most. What a request asks and gets
+    is as with :func:`pyengine.generate`: settings and seed give the text, whoever else is there.
+
+    Without :meth:`start` nothing runs by itself: whoever iterates over a request, or calls
+    :meth:`step`, moves all. Requests may come from several threads, and be cancelled from any.
+
+    Args:
+        pair: From :func:`pyengine.load`; the embedded pair when None.
+        sequences: Most texts under way, 1 to 128.
+        cache_bytes: Memory for the keys and values of all; None for what is free.
+
+    Raises:
+        ValueError: An argument is impossible.
+    """
+
+    def __init__(
+        self,
+        pair: Pair | None = None,
+        *,
+        sequences: int = 8,
+        cache_bytes: int | None = None,
+    ) -> None:
+        self.pair = embedded_pair() if pair is None else pair
+        if not hasattr(self.pair, "target"):
+            raise ValueError(f"[engine] pair must come from pyengine.load but got {shown(pair)}.")
+        count = whole("engine", "sequences", sequences)
+        if not 1 <= count <= MOST_SEQUENCES:
+            raise ValueError(f"[engine] sequences must be 1 to {MOST_SEQUENCES} but got {count}.")
+        if cache_bytes is not None and whole("engine", "cache_bytes", cache_bytes) < 1:
+            raise ValueError(f"[engine] cache_bytes must be at least 1 but got {cache_bytes}.")
+        self._places, self._cache_bytes = count, cache_bytes
+        self._rounds, self._slots = Rounds(), Slots(count)
+        self._incoming: deque[Request] = deque()  # from any thread
+        self._waiting: deque[Request] = deque()  # by who steps, as all below
+        self._active: list[Request] = []
+        self._chunk_s = self._rounds_s = 0.0
+        self._stepping = threading.RLock()
+        self._news = threading.Condition()
+        self._calls = 0  # of wake
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @overload
+    def submit(self, prompt: Prompt, *, n: None = None, **settings: Any) -> Request: ...
+
+    @overload
+    def submit(self, prompt: Prompt, *, n: int, **settings: Any) -> list[Request]: ...
+
+    def submit(
+        self, prompt: Prompt, *, n: int | None = None, **settings: Any
+    ) -> Request | list[Request]:
+        """Add a request, to be served when those before it leave room; what is wrong is told here.
+
+        Args:
+            prompt: A string, messages, or token ids.
+            n: So many texts, with the seeds s, s + 1, ... from that of ``sampling`` on; the prompt
+                is processed once.
+            settings: ``max_tokens``, ``sampling``, ``block_size``, ``drafter``, ``stop``, ``raw``
+                and ``variables``, as :func:`pyengine.generate` takes them.
+
+        Returns:
+            The request; a list of n where ``n`` is given.
+
+        Raises:
+            ValueError: An argument is impossible, or the memory too small for the request alone.
+            RuntimeError: The engine was closed.
+        """
+        task = new_task(prompt, pair=self.pair, **settings)
+        if n is None:
+            return self.add(task)
+        return self.add_several(several(task, n))
+
+    def add_several(self, tasks: Sequence[Task], most_unheard: int | None = None) -> list[Request]:
+        """Add requests that have one prompt, which is processed once."""
+        shared = Shared(len(tasks))
+        return [self.add(task, most_unheard, shared) for task in tasks]
+
+    def check(self, task: Task) -> None:
+        """Refuse what would not fit if it were alone.
+
+        Raises:
+            ValueError: The message says what would.
+        """
+        self._needs(task)
+
+    def add(
+        self, task: Task, most_unheard: int | None = None, shared: Shared | None = None
+    ) -> Request:
+        """Add a request that was checked. It is held while so many of its steps are unheard."""
+        request = Request(self, task, self._needs(task), most_unheard)
+        request.shared = shared
+        with self._news:
+            if self._closed:
+                raise RuntimeError("[engine] the engine must be open but was closed.")
+            self._incoming.append(request)
+        self.wake()
+        return request
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not joined."""
+        return len(self._incoming) + len(self._waiting)
+
+    @property
+    def active(self) -> int:
+        """Requests whose prompt or text is under way."""
+        return len(self._active)
+
+    def step(self) -> bool:
+        """Do what comes next: a chunk of a prompt or a round of all texts. Evaluates.
+
+        Returns:
+            Whether there was anything to do. What fails, fails its own request alone.
+        """
+        with self._stepping:
+            self._leave_out_cancelled()
+            plan = schedule.plan(self._load())
+            for _ in range(plan.joining):
+                self._join(self._waiting.popleft())
+            if plan.work == "chunk":
+                self._chunk()
+            elif plan.work == "round":
+                self._round()
+            return plan.work is not None
+
+    def advance(self, request: Request) -> None:
+        """Step, or wait for the engine's thread, once or until the request has news."""
+        if self._thread is None:
+            self.step()
+            return
+        with self._news:
+            while not (request.unheard or request.ended or request.cancelled):
+                self._news.wait()
+
+    def start(self) -> None:
+        """Run in a thread of its own until :meth:`close`."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True, name="pyengine-engine")
+            self._thread.start()
+
+    def wake(self) -> None:
+        """Tell the thread, and who waits for it, that something has changed."""
+        with self._news:
+            self._calls += 1
+            self._news.notify_all()
+
+    def close(self) -> None:
+        """End every request after the round under way, and the thread."""
+        with self._news:
+            self._closed = True
+        self.wake()
+        if self._thread is not None:
+            self._thread.join()
+        with self._stepping:
+            for request in [*self._incoming, *self._waiting, *self._active]:
+                request.cancelled = True
+            self._leave_out_cancelled()
+            self._slots.shrink(0)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        while not self._closed:
+            before = self._calls
+            worked = self.step()
+            with self._news:
+                self._news.notify_all()
+                while not worked and self._calls == before:
+                    self._news.wait()
+
+    def _budget(self) -> int | None:
+        """Bytes that all requests together may have; None where nobody counts."""
+        if self._cache_bytes is not None:
+            return self._cache_bytes
+        free = memory.free_bytes()
+        return None if free is None else free + self._slots.nbytes
+
+    def _needs(self, task: Task) -> int:
+        """Bytes that a request needs at worst. One whose length nobody knows has all there are.
+
+        Raises:
+            ValueError: It would not fit if it were alone; the message says what would.
+        """
+        target, budget, none = self.pair.target, self._budget(), Prefix()
+        if budget is None:
+            return 0
+        task.check_memory(none, budget)
+        tokens = target.context
+        if task.max_tokens is not None:
+            tokens = min(len(task.ids) + task.max_tokens, target.context)
+        block = none.max_block(task.block_size)
+        return min(target.prompt_bytes(tokens, block, none.marks), budget)
+
+    def _load(self) -> schedule.Load:
+        budget = self._budget() if self._waiting else None
+        return schedule.Load(
+            waiting=[request.needs for request in self._waiting],
+            places=self._places - len(self._active),
+            free=None if budget is None else budget - sum(r.needs for r in self._active),
+            active=len(self._active),
+            prompts=sum(request.chunks is not None for request in self._active),
+            texts=len(self._texts()),
+            chunk_s=self._chunk_s,
+            rounds_s=self._rounds_s,
+        )
+
+    def _texts(self) -> list[Request]:
+        """Those that can have a round."""
+        return [r for r in self._active if r.chunks is None and not r.is_held]
+
+    def _join(self, request: Request) -> None:
+        if not self._active:
+            mx.reset_peak_memory()
+        budget = self._budget()
+        if budget is not None:
+            promised = sum(r.needs for r in self._active) + request.needs
+            self._slots.shrink(max(0, budget - promised))
+        request.prefix = prefix = self._slots.take(request.task.ids)
+        request.at_end.callback(self._slots.give_back, prefix)
+        request.at_end.enter_context(prefix.in_use())
+        self._active.append(request)
+        task, pair = request.task, self.pair
+        request.sequence = TokenSequence(
+            pair.target,
+            task.new_drafter(),
+            task.ids,
+            **task.arguments,
+            stats=request.answer.stats,
+            prefix=prefix,
+            shared=request.shared,
+        )
+        request.chunks = request.sequence.prefill()
+
+    def _chunk(self) -> None:
+        """The next chunk of the prompt that came first."""
+        request = next(r for r in self._active if r.chunks is not None)
+        assert request.chunks is not None
+        start = time.perf_counter()
+        try:
+            done = next(request.chunks)
+            if done.prompt_done is None:
+                request.chunks = None
+            self._note(request, done)
+        except BaseException as error:
+            self._fail(request, error)
+        self._chunk_s, self._rounds_s = time.perf_counter() - start, 0.0
+
+    def _round(self) -> None:
+        """A round of every text that can have one; more than fit one call go in groups."""
+        start, texts = time.perf_counter(), self._texts()
+        for places in schedule.groups([r.task.block_size for r in texts]):
+            group = [texts[place] for place in places]
+            try:
+                each = self._rounds.play([r.sequence for r in group if r.sequence is not None])
+            except BaseException as error:  # nobody knows what became of theirs
+                for request in group:
+                    self._fail(request, error, again=request is group[-1])
+                continue
+            for request, done in zip(group, each, strict=True):
+                if isinstance(done, Exception):
+                    self._fail(request, done)
+                else:
+                    self._note(request, done)
+        self._rounds_s += time.perf_counter() - start
+
+    def _note(self, request: Request, done: Round) -> None:
+        request.unheard.append(request.answer.add(done))
+        if request.answer.finish_reason:
+            self._end(request)
+
+    def _fail(self, request: Request, error: BaseException, again: bool = True) -> None:
+        """End a request that failed. What is no Exception, such as Ctrl-C, is raised ``again``."""
+        broken_off = RuntimeError("[engine] the generation was broken off.")
+        request.error = error if isinstance(error, Exception) else broken_off
+        if request.prefix is not None:
+            request.prefix.forget()
+        self._end(request)
+        if again and request.error is broken_off:
+            raise error
+
+    def _end(self, request: Request) -> None:
+        self._active.remove(request)
+        request.at_end.close()
+        request.sequence = request.chunks = request.prefix = None
+        request.ended = True
+        budget = self._budget()
+        if budget is not None:
+            self._slots.shrink(budget // 2, keep=1)
+
+    def _leave_out_cancelled(self) -> None:
+        while self._incoming:
+            self._waiting.append(self._incoming.popleft())
+        for request in [r for r in self._waiting if r.cancelled]:
+            self._waiting.remove(request)
+            request.ended = True
+        for request in [r for r in self._active if r.cancelled]:
+            self._end(request)
+
+
+def several(task: Task, n: int) -> list[Task]:
+    """The task n times, with a seed each, one above the other.
+
+    Raises:
+        ValueError: n is not a number of texts.
+    """
+    if not 1 <= whole("generate", "n", n) <= MOST_SEQUENCES:
+        raise ValueError(f"[generate] n must be 1 to {MOST_SEQUENCES} but got {n}.")
+    first = task.sampling.seed or 0
+    seeds = [(first + i) % (MAX_SEED + 1) for i in range(n)]
+    return [replace(task, sampling=replace(task.sampling, seed=seed)) for seed in seeds]

@@ -1,0 +1,349 @@
+"""A generation that is asked for: its arguments, checked, and its answer as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pyengine import forked
+from pyengine.arguments import flag, whole
+from pyengine.checkpoint import memory
+from pyengine.checkpoint.defaults import OURS
+from pyengine.doctor import first_use
+from pyengine.drafters import NAMES, Name, new_drafter
+from pyengine.drafters.drafter import MAX_BLOCK, Drafter
+from pyengine.engine.loop import Round
+from pyengine.engine.prefix import Prefix
+from pyengine.engine.stats import Stats
+from pyengine.sampling.sampler import Logprob
+from pyengine.sampling.settings import Sampling, seeded
+from pyengine.text.output import Reader, stop_strings
+from pyengine.text.prompt import Prompt, encode_prompt
+from pyengine.untrusted import shown
+
+if TYPE_CHECKING:
+    from pyengine.checkpoint.pair import Pair
+
+DEFAULT_BLOCK = 4
+LOOKUP_BLOCK = 8  # its drafts cost nothing, and few rounds have any
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of a generation.
+
+    Attributes:
+        text: The new text, without special tokens and without the stop string that ended it.
+        tokens: Ids of the new tokens. The stop id that ended the text is among them; tokens that a
+            round committed after a stop string are not.
+        finish_reason: "stop" (a stop id or stop string), "length" (``max_tokens`` or the context
+            is used up), or None when the generation was abandoned.
+        stats: Counts and seconds, see :class:`pyengine.engine.stats.Stats`.
+        logprobs: One entry per token where the settings ask for them, see
+            :class:`pyengine.sampling.sampler.Logprob`.
+        thinking: The model's thoughts before its answer, where its template has a channel for them;
+            else None.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str | None
+    stats: Stats
+    logprobs: list[Logprob] | None = None
+    thinking: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same, ready for JSON."""
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "finish_reason": self.finish_reason,
+            "stats": self.stats.to_dict(),
+            **({} if self.logprobs is None else {"logprobs": [x._asdict() for x in self.logprobs]}),
+            **({} if self.thinking is None else {"thinking": self.thinking}),
+        }
+
+
+class Step(NamedTuple):
+    """What one round added to a result; both texts may be empty.
+
+    Between two chunks of a long prompt there is one that adds nothing and has ``prompt_done``.
+
+    Attributes:
+        text: Text that is certain.
+        thinking: Thoughts.
+        tokens: Ids of its tokens.
+        logprobs: One entry per token where the settings ask for them, else none.
+        prompt_done: Number of prompt tokens processed so far; None after the prompt.
+    """
+
+    text: str
+    thinking: str
+    tokens: list[int]
+    logprobs: list[Logprob]
+    prompt_done: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a generation is to do; made by :func:`new_task`, which checks it."""
+
+    pair: Pair
+    ids: list[int]
+    max_tokens: int | None
+    sampling: Sampling  # with a seed
+    block_size: int
+    drafter: Name
+    stops: tuple[str, ...]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What :func:`pyengine.engine.loop.decode` is asked, beside models, prompt and prefix."""
+        own = self.pair
+        return {
+            "sampling": self.sampling,
+            "block_size": self.block_size,
+            "max_tokens": self.max_tokens,
+            "stop_ids": frozenset((*own.generation.stop_ids, *own.tokenizer.answer_ends())),
+        }
+
+    def new_drafter(self) -> Drafter | None:
+        return new_drafter(self.drafter, self.pair.target, self.pair.assistant)
+
+    def check_memory(self, prefix: Prefix | None, there: int | None = None) -> None:
+        """Refuse a prompt that does not fit the memory, see :func:`memory.check_prompt`."""
+        count = len(self.ids)
+        memory.check_prompt(
+            self.pair.target, count, self.max_tokens, self.block_size, prefix, there
+        )
+
+
+def new_task(
+    prompt: Prompt,
+    *,
+    pair: Pair | None = None,
+    max_tokens: int | None = None,
+    sampling: Sampling | Mapping[str, Any] | None = None,
+    block_size: int | None = None,
+    drafter: str | None = None,
+    stop: str | Sequence[str] | None = None,
+    raw: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> Task:
+    """The arguments of :func:`pyengine.generate`, checked."""
+    forked.check("generate")
+    pair = embedded_pair() if pair is None else pair
+    stops = stop_strings(stop)
+    block, source = check_settings(pair, max_tokens, block_size, drafter)
+    flag("generate", "raw", raw)
+    check_variables(variables)
+    limit = None if max_tokens is None else int(max_tokens)
+    ids = prompt_ids(pair, prompt, raw=raw, variables=variables)
+    settings = seeded(resolve_sampling(pair, sampling))
+    vocab = pair.target.config.vocab_size
+    outside = [i for i in (*settings.suppress_tokens, *settings.logit_bias) if i >= vocab]
+    if outside:
+        raise ValueError(
+            f"[generate] suppress_tokens and logit_bias must name ids up to {vocab - 1} but got "
+            f"{outside[0]}."
+        )
+    first_use.ready(pair)
+    return Task(pair, ids, limit, settings, block, source, stops)
+
+
+class Answer:
+    """The text of a task, put together from its rounds."""
+
+    def __init__(self, task: Task) -> None:
+        self.stats = Stats(task.block_size, task.sampling.seed, len(task.ids))
+        self.finish_reason: str | None = None
+        self._reader = Reader(task.pair.tokenizer, task.ids, task.stops)
+        self._text: list[str] = []
+        self._thoughts: list[str] = []
+        self._tokens: list[int] = []
+        self._logprobs: list[Logprob] | None = None if task.sampling.logprobs is None else []
+
+    @property
+    def result(self) -> Result:
+        """The finished result; before the end, what was yielded so far."""
+        return Result(
+            "".join(self._text),
+            list(self._tokens),
+            self.finish_reason,
+            deepcopy(self.stats),  # its lists go on
+            None if self._logprobs is None else list(self._logprobs),
+            "".join(self._thoughts) if self._reader.has_thought else None,
+        )
+
+    def add(self, done: Round) -> Step:
+        """What a round says, noted in the result; ``finish_reason`` is set where it ends."""
+        if done.prompt_done is not None:
+            return Step("", "", [], [], done.prompt_done)
+        step, found = self._read(done.tokens, done.logprobs or [], done.finish_reason)
+        self.finish_reason = "stop" if found else done.finish_reason
+        return step
+
+    def _read(
+        self, tokens: list[int], logprobs: list[Logprob], reason: str | None
+    ) -> tuple[Step, bool]:
+        """What a round's tokens say, noted in the result, and whether a stop string came up."""
+        texts, thoughts, count, found = [], [], 0, False
+        for count, token in enumerate(tokens, 1):
+            if reason == "stop" and count == len(tokens):
+                break  # a stop id is not text, whatever its spelling
+            text, thought, found = self._reader.add(token)
+            texts.append(text)
+            thoughts.append(thought)
+            if found:
+                break
+        if reason and not found:
+            text, thought, found = self._reader.finish()
+            texts.append(text)
+            thoughts.append(thought)
+        step = Step("".join(texts), "".join(thoughts), tokens[:count], logprobs[:count])
+        self._text.append(step.text)
+        self._thoughts.append(step.thinking)
+        self._tokens += step.tokens
+        if self._logprobs is not None:
+            self._logprobs += step.logprobs
+        return step, found
+
+
+def prompt_ids(
+    pair: Pair,
+    prompt: Prompt,
+    *,
+    raw: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a prompt, as :func:`generate` reads it.
+
+    Raises:
+        ValueError: The prompt is empty, longer than the context, or of no known form.
+    """
+    return encode_prompt(
+        prompt,
+        pair.tokenizer,
+        context=pair.target.context,
+        vocab=pair.target.config.vocab_size,
+        raw=raw,
+        variables=variables,
+    )
+
+
+def check_settings(
+    pair: Pair, max_tokens: int | None, block_size: int | None, drafter: str | None
+) -> tuple[int, Name]:
+    """The block size and the drafter to use.
+
+    Raises:
+        ValueError: One of them or ``max_tokens`` is impossible with this pair.
+    """
+    if not hasattr(pair, "target"):
+        raise ValueError(f"[generate] pair must come from pyengine.load but got {shown(pair)}.")
+    name = check_drafter(drafter)
+    if drafter == "assistant" and pair.assistant is None:
+        raise ValueError(
+            "[generate] drafter must be lookup without an assistant but got assistant."
+        )
+    block = default_block_size(pair, name) if block_size is None else block_size
+    check_numbers(max_tokens, block)
+    block = int(block)
+    if block > 1 and name == "assistant" and pair.assistant is None:
+        raise ValueError(f"[generate] block_size must be 1 without an assistant but got {block}.")
+    return block, name
+
+
+def check_drafter(drafter: str | None) -> Name:
+    """The drafter of that name; the assistant where none is given.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    found = next((name for name in NAMES if drafter == name), None)
+    if drafter is not None and found is None:
+        names = " or ".join(NAMES)
+        raise ValueError(f"[generate] drafter must be {names} but got {shown(drafter)}.")
+    return found or "assistant"
+
+
+def check_numbers(max_tokens: int | None, block_size: int) -> None:
+    """What can be said of the two before a pair is there.
+
+    Raises:
+        ValueError: One is impossible with any pair.
+    """
+    whole("generate", "block_size", block_size)
+    if max_tokens is not None:
+        whole("generate", "max_tokens", max_tokens)
+    if not 1 <= block_size <= MAX_BLOCK:
+        raise ValueError(f"[generate] block_size must be 1 to {MAX_BLOCK} but got {block_size}.")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"[generate] max_tokens must be at least 1 but got {max_tokens}.")
+
+
+def check_variables(variables: Any) -> None:
+    """Refuse what cannot be variables of a template.
+
+    Raises:
+        ValueError: It is no dict of names, nor None.
+    """
+    named = isinstance(variables, Mapping) and all(isinstance(key, str) for key in variables)
+    if variables is not None and not named:
+        raise ValueError(
+            f"[generate] variables must be a dict of names or None but got {shown(variables)}."
+        )
+
+
+@lru_cache(maxsize=1)
+def embedded_pair() -> Pair:
+    """The pair inside the package, read once per process."""
+    from pyengine.checkpoint.pair import load
+
+    return load()
+
+
+def default_block_size(pair: Pair, drafter: Name = "assistant") -> int:
+    """Of the assistant the pair's measured best, else its own wish and the primary, else 4; of
+    lookup 8."""
+    if drafter == "lookup":
+        return LOOKUP_BLOCK
+    if pair.assistant is None:
+        return 1
+    best = pair.manifest.get("benchmark", {}).get("best_block_size")
+    if best is not None:
+        if type(best) is not int:
+            raise ValueError(
+                f"[generate] the pair's best_block_size must be a whole number but got {best!r}."
+            )
+        return best
+    drafts = pair.generation.num_draft
+    return DEFAULT_BLOCK if drafts is None else drafts + 1
+
+
+def resolve_sampling(pair: Pair, sampling: Sampling | Mapping[str, Any] | None) -> Sampling:
+    """Settings to use: the given ones, or the pair's with the fields that were given; always with
+    the pair's suppressed tokens.
+
+    Raises:
+        ValueError: ``sampling`` is of another type, names no field, or sets one out of range.
+    """
+    own = pair.generation
+    if sampling is None or isinstance(sampling, Mapping):
+        given = dict(sampling or {})
+        unknown = [key for key in given if key not in Sampling.__dataclass_fields__]
+        if unknown:
+            raise ValueError(
+                f"[generate] sampling must hold fields of Sampling but got {shown(unknown[0])}."
+            )
+        sampling = Sampling(**{**{key: getattr(own, key) for key in OURS}, **given})
+    if not isinstance(sampling, Sampling):
+        raise ValueError(
+            "[generate] sampling must be a Sampling or a dict of its fields but got "
+            f"{shown(sampling)}."
+        )
+    suppressed = {*sampling.suppress_tokens, *own.suppress_tokens}
+    return replace(sampling, suppress_tokens=tuple(sorted(suppressed)))

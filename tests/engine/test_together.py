@@ -1,0 +1,235 @@
+"""Rounds of many sequences: each has the text, the accepted drafts and the bits it has alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from schedules import LARGEST_BLOCK, Case, Watched, alone, random_cases, together
+from tiny_pairs import FLAVOURS, FORMS, greedy_text, tiny_pair
+
+from pyengine.checkpoint import memory
+from pyengine.engine import loop
+from pyengine.engine import round as on_device
+from pyengine.engine.loop import Round, Rounds
+from pyengine.engine.recorded import Recorded
+from pyengine.engine.report import NonFinite
+from pyengine.ops.accept_block import RULES, Rule
+from pyengine.sampling.settings import Sampling
+from pyengine.task import embedded_pair
+
+pytestmark = pytest.mark.engine
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def check_schedule(pair: Any, text: list[int], seed: int, count: int, leave: float = 0.02) -> int:
+    """Random texts in random company, with graphs recorded; the drafts that were kept."""
+    rng = random.Random(seed)
+    cases = random_cases(rng, text, count)
+    want = [alone(pair, case) for case in cases]
+    got = together(pair, cases, rng, leave=leave)
+    for number, (one, other) in enumerate(zip(got, want, strict=True)):
+        assert one.begins(other), (seed, number, cases[number])
+    return sum(done.num_accepted for story in got for done in story.rounds)
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16-q8"])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_text_is_what_it_is_alone(flavour: str, form: str, implementation: str) -> None:
+    pair, text = tiny_pair(flavour, form), greedy_text(flavour)
+    if implementation == "native":
+        assert check_schedule(pair, text, 1, 12) > 5
+    else:  # plain MLX is slow
+        check_schedule(pair, text, 4, 3)
+
+
+@pytest.mark.native("plain MLX takes minutes, and has its texts compared")
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_bits_of_committed_rows_are_those_alone(
+    flavour: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits, hidden vectors, candidates and their probabilities."""
+    pair, rng = tiny_pair(flavour, "bfloat16-q8"), random.Random(2)
+    cases = random_cases(rng, greedy_text(flavour), 6)
+    rounds = Watched()
+    with rounds.watching(monkeypatch):
+        want = [alone(pair, case, rounds) for case in cases]
+        got = together(pair, cases, rng, rounds)
+    assert sum(len(story.bits) for story in want) > 30
+    for one, other in zip(got, want, strict=True):
+        assert one == other
+
+
+@pytest.mark.native("the embedded pair takes plain MLX minutes")
+def test_texts_of_the_embedded_pair_are_those_alone() -> None:
+    """Drafts of a real assistant: most are kept."""
+    pair = embedded_pair()
+    prompts = ("Create a single-file HTML5 canvas Flappy Bird game.", "def fib(n):", "import os\n")
+    rules = [replace(GREEDY, logprobs=1), *(Sampling(seed=3, verify=rule) for rule in RULES)]
+    cases = [
+        Case(pair.tokenizer.encode(prompts[n % 3], bos=True), sampling, block, 20 + n)
+        for n, (sampling, block) in enumerate(zip(rules, (4, 6, 1, 4), strict=True))
+    ]
+    want = [alone(pair, case) for case in cases]
+    got = together(pair, cases, random.Random(3))
+    assert got == want
+    assert sum(done.num_accepted for story in got for done in story.rounds) > 30
+
+
+@pytest.mark.short
+def test_three_texts_are_those_alone() -> None:
+    """The tests above, short enough for the workbench."""
+    pair, text = tiny_pair("moe26", "bfloat16-q8"), greedy_text("moe26")
+    cases = [
+        Case(text[:7], Sampling(0.3, top_k=8, seed=1), 3, 5),
+        Case(text[:12], GREEDY, 6, 7),
+        Case(text[3:9], Sampling(top_k=8, seed=5, verify="coupled"), 2, 5),
+    ]
+    want = [alone(pair, case) for case in cases]
+    assert together(pair, cases, random.Random(1)) == want
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(20))
+def test_texts_of_hundreds_of_schedules_are_those_alone(part: int) -> None:
+    """500 schedules over all architectures and forms, some with caches that grow."""
+    for seed in range(25 * part, 25 * part + 25):
+        flavour, form = FLAVOURS[seed % 4], list(FORMS)[seed // 4 % 4]
+        text = greedy_text(flavour)
+        check_schedule(tiny_pair(flavour, form), text, 1000 + seed, 8)
+
+
+@pytest.mark.native("plain MLX takes minutes")
+def test_caches_may_grow_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full layers grow at 512; graphs from before are not played after."""
+    pair, text = tiny_pair("e2b"), greedy_text("e2b")
+    monkeypatch.setattr(pair.target, "context", 4096)
+    long = [5 + i * i * 7 % 250 for i in range(480)]
+    cases = [
+        Case([*long, *text[:n]], replace(GREEDY, presence_penalty=0.1 * n), 4, 24)
+        for n in (1, 9, 17, 25)
+    ]
+    want = [alone(pair, case) for case in cases]
+    assert together(pair, cases, random.Random(4)) == want
+
+
+@pytest.mark.native("plain MLX takes minutes")
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=4, verify="coupled")])
+@pytest.mark.parametrize("flavour", ["dense31", "moe26"])
+def test_a_block_size_may_vary_where_no_text_can_tell(flavour: str, sampling: Sampling) -> None:
+    pair, text = tiny_pair(flavour), greedy_text(flavour)
+    cases = [Case(text[:n], replace(sampling, seed=n), LARGEST_BLOCK, 24) for n in (9, 14, 21, 30)]
+    want = [alone(pair, replace(case, block_size=4)).tokens for case in cases]
+    got = together(pair, cases, random.Random(5), vary=True)
+    assert [story.tokens for story in got] == want
+    assert len({done.num_drafted for story in got for done in story.rounds}) > 5
+
+
+@pytest.mark.native("plain MLX takes minutes")
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "coupled"])
+def test_a_block_size_must_not_vary_where_rounds_key_the_draws(rule: Rule) -> None:
+    """Why the load may not choose it for these: the text is another."""
+    pair, text = tiny_pair("dense31"), greedy_text("dense31")
+    sampling = Sampling(verify=rule)
+    cases = [Case(text[:n], replace(sampling, seed=n), LARGEST_BLOCK, 24) for n in (9, 14, 21, 30)]
+    want = [alone(pair, replace(case, block_size=4)).tokens for case in cases]
+    got = [story.tokens for story in together(pair, cases, random.Random(6), vary=True)]
+    assert sum(one != other for one, other in zip(got, want, strict=True)) >= 3
+
+
+def begun(pair: Any, cases: list[Case]) -> list[loop.TokenSequence]:
+    sequences = [case.begin(pair) for case in cases]
+    for sequence in sequences:
+        list(sequence.prefill())
+    return sequences
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_one_that_turns_nan_takes_no_other_with_it(flavour: str) -> None:
+    pair, text = tiny_pair(flavour), greedy_text(flavour)
+    cases = random_cases(random.Random(7), text, 4)
+    cases = [replace(case, max_tokens=12) for case in cases]
+    want = [alone(pair, case) for case in cases]
+    sequences, rounds = begun(pair, cases), Rounds()
+    spoilt = sequences[1].parts.cache
+    spoilt.keys[0] = spoilt.slots(0)[0] * mx.nan
+    done = rounds.play(sequences)
+    assert isinstance(done[1], NonFinite)
+    sequences.pop(1), done.pop(1), want.pop(1)
+    for number, sequence in enumerate(sequences):
+        tokens = [want[number].tokens[0], *done[number].tokens]
+        while sequence.finish_reason is None:
+            [more] = rounds.play([sequence])
+            assert isinstance(more, Round)
+            tokens += more.tokens
+        assert tokens == want[number].tokens
+
+
+def test_one_that_finds_no_memory_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, text = tiny_pair("uni12"), greedy_text("uni12")
+    cases = [Case(text[:n], GREEDY, 4, 12) for n in (5, 9, 14)]
+    want = [alone(pair, case) for case in cases]
+    sequences = begun(pair, cases)
+
+    def refuse(more: int) -> None:
+        if more:
+            raise RuntimeError("[generate] the answer must fit")
+
+    monkeypatch.setattr(memory, "check_growth", refuse)
+    monkeypatch.setattr(sequences[0].parts.cache, "growth", lambda count: 1)
+    done = Rounds().play(sequences)
+    assert isinstance(done[0], RuntimeError)
+    for n in (1, 2):
+        assert done[n] == want[n].rounds[1]
+
+
+def test_graphs_serve_whoever_asks_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other prompts and seeds, and in another order, record nothing."""
+    made: list[Recorded[..., Any]] = []
+
+    def record(function: Any) -> Recorded[..., Any]:
+        made.append(Recorded(function))
+        return made[-1]
+
+    monkeypatch.setattr(on_device, "recorded", record)
+    pair, text = tiny_pair("uni12"), greedy_text("uni12")
+    plain, drafting = Sampling(top_k=5), Sampling(top_k=8, verify="block")
+    rounds, counts = Rounds(), []
+    for turn in range(3):
+        cases = [
+            Case(text[turn:9], replace(plain, seed=turn), 1, 9),
+            Case(text[turn:14], replace(drafting, seed=turn), 4, 9),
+        ]
+        sequences = begun(pair, cases[:: 1 if turn % 2 else -1])
+        rounds.play(sequences)
+        counts.append(sum(graph.tapes for graph in made))
+    assert counts == [1, 1, 1]
+
+
+@pytest.mark.native("counts nodes of the native ops")
+def test_row_wise_ops_run_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many sequences: a matrix is read once per round, and only caches multiply nodes."""
+    made: list[Recorded[..., Any]] = []
+
+    def record(function: Any) -> Recorded[..., Any]:
+        made.append(Recorded(function))
+        return made[-1]
+
+    monkeypatch.setattr(on_device, "recorded", record)
+    pair, text = tiny_pair("dense31", "bfloat16-q8"), greedy_text("dense31")
+    counts = []
+    for count in (1, 4):
+        made.clear()
+        Rounds().play(begun(pair, [Case(text[: 5 + n], GREEDY, 3, 9) for n in range(count)]))
+        names = [node.split()[0] for node in made[0].nodes]
+        counts.append({name: names.count(name) for name in names})
+    packed = {"quantized_matmul", "quantized_matmuls", "quantized_gated_matmul", "residual_norm"}
+    packed |= {"rms_norm", "embed", "quantized_filter_logits"}
+    for name in packed:
+        assert counts[0][name] == counts[1][name], name
+    for name in ("block_attention", "prepare_qkv", "accept_block"):
+        assert 4 * counts[0][name] == counts[1][name], name
