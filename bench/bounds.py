@@ -11,9 +11,10 @@ A round has k drafts, so k + 1 rows. The target's weights and the cache are coun
 whatever k is; what a round writes, and all arithmetic, is left out. So a bound says what no program
 that reads these bytes can pass; it does not say what one reaches.
 
-The table of prefill bounds, which docs/design.md has, adds arithmetic: for each call that
-`pyengine.model.plan` gives for a prompt, the longer of its bytes and its multiplications. MLX's
-kernels are given the chip's peak, which they do not reach; ours the instructions counted.
+The tables of rounds and prefill, which docs/design.md has, add arithmetic, as if loads and it
+overlapped perfectly: of each matmul and each attention, or of each call that `pyengine.model.plan`
+gives for a prompt, the longer counts. Our matmuls are given the instructions of docs/isa.md, MLX's
+and attention the chip's peak, which they do not reach.
 
 Run: python bench/bounds.py
 """
@@ -28,6 +29,7 @@ from pyengine.bench.bandwidth import of_chip
 from pyengine.checkpoint.memory import GB
 from pyengine.checkpoint.published import published
 from pyengine.checkpoint.weights import Layout, assistant_layout, target_layout
+from pyengine.model.config import AssistantConfig, TargetConfig
 from pyengine.model.memory import cache_bytes
 from pyengine.model.plan import Call, plan, reusable, whole
 
@@ -74,9 +76,8 @@ PREFILL_CHIPS = {
 PROMPTS = {"1k": 1024, "8k": 8192, "32k": 32768}
 TURN = (8000, 500, 100)  # tokens of a prompt, of its answer, and of what is said next
 SLICE = 16  # rows for which our kernels read the weights once
-# Clocks of a core's lane for a weight byte at 16 rows: the instructions of the compiled loop at 8
-# bits, 4.7 + 1.19 for each row, by their published rates, with 1.2 for issue losses
-CLOCKS_PER_BYTE = 28.5
+# Clocks of a core's lane for a weight byte, by rows: `quantized_matmul` at 8 bits in docs/isa.md
+CLOCKS_PER_BYTE = {1: 5.43, 6: 11.94, 16: 25.20}
 
 
 def weight_bytes(layout: Layout, bits: int) -> float:
@@ -115,6 +116,39 @@ def bound(bandwidth: float, moved: float, block_size: int, acceptance: float) ->
     return bandwidth * GB / moved * (1 + acceptance * (block_size - 1))
 
 
+def round_seconds(name: str, chip: Chip, context: int, block_size: int) -> float:
+    """A bound for a round at 8 bit, with arithmetic: of each matmul and each attention the longer
+    of its bytes and its instructions."""
+    target, assistant = published(name)
+    if target.num_experts:
+        raise ValueError(f"[bounds] name must be a dense pair but got {name}.")
+
+    def step(
+        config: TargetConfig | AssistantConfig, layout: Layout, kept: float, rows: int
+    ) -> float:
+        numbers = sum(map(prod, layout.matrices.values()))
+        arithmetic = numbers * CLOCKS_PER_BYTE[rows] / (chip.flops / 2)
+        time = max(weight_bytes(layout, 8) / (chip.bandwidth * GB), arithmetic)
+        products = sum(
+            4
+            * config.num_heads
+            * n.head_dim
+            * rows
+            * min(context, config.window if n.sliding else context)
+            for n in config.layers
+        )
+        return time + max(kept / (chip.bandwidth * GB), products / chip.flops)
+
+    read = replace(
+        target, layers=tuple(replace(n, kv_source=i) for i, n in enumerate(assistant.layers))
+    )
+    draft = step(
+        assistant, assistant_layout(assistant), cache_bytes(read, context, block_size, 2), 1
+    )
+    kept = cache_bytes(target, context, block_size, 2)
+    return step(target, target_layout(target), kept, block_size) + (block_size - 1) * draft
+
+
 def call_seconds(name: str, chip: Chip, call: Call) -> float:
     """A bound for one call of a prefill at 8 bit: its weights, and attention to what it sees."""
     target, _ = published(name)
@@ -130,7 +164,9 @@ def call_seconds(name: str, chip: Chip, call: Call) -> float:
         seen = min(seen, target.window - 1 + call.rows) if layer.sliding else seen
         attention += 4 * target.num_heads * layer.head_dim * call.rows * seen
     reads, peak = ceil(call.rows / SLICE), chip.flops
-    arithmetic = reads * numbers * CLOCKS_PER_BYTE / (peak / 2)  # a clock of a lane is two of these
+    arithmetic = (
+        reads * numbers * CLOCKS_PER_BYTE[SLICE] / (peak / 2)
+    )  # a clock of a lane is two of these
     if call.kernel == "mlx":
         reads, peak = 1, peak * chip.tensor
         arithmetic = 2 * numbers * call.rows / peak
@@ -167,6 +203,16 @@ def prefill_table() -> list[str]:
         ]
         bounds += turn_seconds("31B", chip, *TURN)
         rows.append(_row(name, *(f"{x:.1f}" for x in bounds)))
+    return rows
+
+
+def round_table() -> list[str]:
+    """A row per chip for the 31B at 8 bit and 8k: a plain step, a round, and their ratio."""
+    columns = ["plain step, ms", f"round of block {BLOCK}, ms", "round in plain steps"]
+    rows = [_row("chip", *columns), _row("---", *["--:"] * len(columns))]
+    for name, chip in PREFILL_CHIPS.items():
+        plain, block = (1e3 * round_seconds("31B", chip, CONTEXTS["8k"], n) for n in (1, BLOCK))
+        rows.append(_row(name, f"{plain:.0f}", f"{block:.0f}", f"{block / plain:.2f}"))
     return rows
 
 
@@ -212,6 +258,8 @@ if __name__ == "__main__":
     print(f"\nBound from bytes, tokens per second, 31B at 8 bit, 8k context, block {BLOCK};")
     print(f"{bytes_sentence()}:\n")
     print("\n".join(bounds_table()))
+    print("\nRound, bound in milliseconds with arithmetic, never measured: 31B at 8 bit, 8k:\n")
+    print("\n".join(round_table()))
     print(
         "\nPrefill, bound in seconds, never measured: 31B at 8 bit; by the calls of a GPU, and with"
     )

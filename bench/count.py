@@ -33,8 +33,9 @@ from pyengine.task import embedded_pair
 SECTOR = 32
 ROWS = (1, 6, 16)
 
-# Widths of 31B, 12B and E2B, each with that of its feed-forward layer; N is scaled down, which
-# leaves every ratio as it is.
+# Widths of 31B, 12B and E2B, each with that of its feed-forward layer. N is scaled down, which
+# leaves every ratio as it is for matrices of up to 8192 columns; above, tiles are twice as wide,
+# and up to 6 rows x is loaded half as often.
 MODEL_WIDTHS = (5376, 3840, 1536)
 WIDTHS = tuple(K for E in MODEL_WIDTHS for K in (E, 4 * E))
 COLUMNS = 128

@@ -5,7 +5,8 @@
 // rows of bfloat16 its bytes then equal those of 8-bit weights. float32 rows
 // are twice as long, and get 64 columns. Few rows are staged many chunks at a
 // time, so that barriers stay rare: at most 8 KiB up to 8 rows, 16 KiB at 16.
-// Scales and biases take 4 KiB (8 with 64 columns).
+// Scales and biases take 4 KiB (8 with 64 columns). Few rows of few columns get
+// half as many, so that there are threadgroups for all cores.
 
 #include <algorithm>
 
@@ -13,6 +14,9 @@
 #include "launch.h"
 
 namespace pyengine {
+
+constexpr int few_columns = 8192;
+constexpr int few_rows = 6;
 
 // The simdgroups of a threadgroup, and the columns that each owns.
 struct Tile {
@@ -23,6 +27,9 @@ struct Tile {
   int threadgroups(int N) const {
     return (N + simds * columns - 1) / (simds * columns);
   }
+  bool divides(int N) const {
+    return N % (simds * columns) == 0;
+  }
 };
 
 inline Launch matmul_launch(
@@ -30,24 +37,42 @@ inline Launch matmul_launch(
     std::string kernel,
     int M,
     int N,
+    int K,
     Tile tile) {
   constexpr int chunk_bytes = 256 * 4; // of one staged row
   int rows = std::clamp(M, 1, max_rows);
-  int chunks = std::max(1, 8 / rows);
+  int chunks = std::max(1, (tile.simds < 4 ? 4 : 8) / rows);
   Launch launch(
       std::move(library),
       std::move(kernel),
       {tile.threadgroups(N), (M + max_rows - 1) / max_rows, 1},
       {32 * tile.simds, 1, 1});
-  launch.constants = {{0, rows}, {1, chunks}};
+  bool whole = K % 256 == 0 && tile.divides(N);
+  launch.constants = {{0, rows}, {1, chunks}, {7, tile.simds}, {8, whole}};
+  launch.constants[9] = M <= max_rows || M % max_rows == 0;
   launch.threadgroup_memory = {{0, rows * chunks * chunk_bytes}};
   return launch;
 }
 
-// Of one matrix, or of two whose columns alternate.
-inline Tile quantized_tile(mx::Dtype dtype, int bits, int matrices = 1) {
+// Whether x has rows, and what a threadgroup reads of it and of its matrix is
+// within 32 bits of where it starts.
+inline bool has_short_rows(const mx::array& x) {
+  int K = x.shape(-1);
+  return K > 0 && K <= 1 << 24 && x.size() <= UINT32_MAX;
+}
+
+// Of M rows times one matrix, or two whose columns alternate; `columns` of all
+// matrices together.
+inline Tile quantized_tile(
+    int M,
+    int64_t columns,
+    mx::Dtype dtype,
+    int bits,
+    int matrices = 1) {
   bool long_rows = dtype == mx::float32 && bits != 4;
-  return {long_rows ? 8 : 4, (bits == 4 ? 16 : 8) / matrices};
+  bool halve = columns <= few_columns && M <= few_rows;
+  return {
+      (long_rows ? 8 : 4) / (halve ? 2 : 1), (bits == 4 ? 16 : 8) / matrices};
 }
 
 // Without buffers.
@@ -55,17 +80,19 @@ inline Launch quantized_launch(
     const std::string& op,
     int M,
     int N,
+    int K,
+    Tile tile,
     mx::Dtype dtype,
     mx::Dtype out_dtype,
     int group_size,
     int bits,
     int matrices = 1) {
-  Tile tile = quantized_tile(dtype, bits, matrices);
   auto launch = matmul_launch(
       op,
       op + "_" + dtype_name(dtype) + "_" + std::to_string(bits),
       M,
       N,
+      K,
       tile);
   launch.constants[2] = out_dtype == mx::float32 && dtype != mx::float32;
   launch.constants[3] = group_size;

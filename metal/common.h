@@ -44,6 +44,10 @@ struct Loaded {
   static T element(uint4 raw, ushort i) {
     return as_type<T>(ushort(raw[i / 2] >> (i % 2 * 16)));
   }
+  // Where the element is zero.
+  static void set(thread uint4& raw, ushort i, T value) {
+    raw[i / 2] |= uint(as_type<ushort>(value)) << (i % 2 * 16);
+  }
 };
 
 template <>
@@ -54,6 +58,9 @@ struct Loaded<float> {
   }
   static float element(uint4 raw, ushort i) {
     return as_type<float>(raw[i]);
+  }
+  static void set(thread uint4& raw, ushort i, float value) {
+    raw[i] = as_type<uint>(value);
   }
 };
 

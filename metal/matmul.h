@@ -11,6 +11,9 @@
 
 constant int launch_rows [[function_constant(0)]]; // min(M, 16)
 constant int chunks [[function_constant(1)]]; // of x staged together
+constant int simds [[function_constant(7)]]; // of a threadgroup
+constant bool whole [[function_constant(8)]]; // K ends a chunk, N a tile
+constant bool even [[function_constant(9)]]; // M is launch_rows or 16 n
 
 namespace pyengine {
 
@@ -33,22 +36,25 @@ inline ushort staged_at(ushort quad) {
   return j * lanes + lane;
 }
 
-// Rows of x from `first` on; those from `count` on do not exist.
+// Rows of x from `first` on; the last one stands for those from `count` on,
+// which do not exist.
 struct Consecutive {
+  enum { known = 1 }; // how many there are when the kernel is compiled
   uint first;
   uint count;
 
   bool live(uint i) const {
-    return first + i < count;
+    return even || first + i < count;
   }
   uint row(uint i) const {
-    return first + i;
+    return even ? first + i : min(first + i, count - 1);
   }
 };
 
 // Converts x[row i, k0 ...] to float32 in threadgroup memory, once for all
-// columns of the threadgroup; zeros for rows that are not live and beyond K.
-// `aligned`: rows start on 16 bytes.
+// columns of the threadgroup; zeros beyond K. Each load of a simdgroup takes a
+// row's chunk, or half of one of float32, and four are under way before it
+// waits for one. `aligned`: rows start on 16 bytes.
 template <typename T, ushort lanes, ushort run, typename Rows>
 inline void stage(
     const device T* x,
@@ -58,34 +64,73 @@ inline void stage(
     uint k0,
     ushort rows,
     bool aligned,
-    ushort thread_index,
-    ushort threads) {
+    ushort thread_index) {
   constexpr ushort elements = Loaded<T>::elements;
   constexpr ushort quads = Loaded<T>::quads;
-  uint loads = chunks * (chunk / elements); // of one row
-  for (uint i = thread_index; i < uint(rows) * loads; i += threads) {
-    uint row = i / loads;
-    uint at = i - row * loads;
-    uint k = k0 + at * elements;
-    uint valid = rows_of.live(row) && k < K ? min(K - k, uint(elements)) : 0;
-    const device T* from = x + ulong(rows_of.row(row)) * K + k;
-    float4 values[quads];
-    if (aligned) {
-      uint4 raw = valid ? *(const device uint4*)from : uint4(0);
-      for (ushort q = 0; q < quads; ++q) {
-        values[q] = Loaded<T>::quad(raw, q);
-      }
-    } else {
-      for (ushort e = 0; e < elements; ++e) {
-        values[e / 4][e % 4] = e < valid ? float(from[e]) : 0.0f;
+  constexpr ushort part = 32 * elements; // of a row, for one load
+  constexpr ushort turns = 4;
+  ushort parts = chunks * (chunk / part);
+  ushort lane_k = thread_index % 32 * elements;
+  const device T* from = x + k0;
+  for (ushort start = 0; start < rows * parts; start += turns * simds) {
+    uint4 raw[turns];
+#pragma unroll
+    for (ushort t = 0; t < turns; ++t) {
+      ushort i = start + t * simds + thread_index / 32;
+      uint k = i % parts * part + lane_k;
+      if (start + (t + 1) * simds <= rows * parts ||
+          (start + t * simds < launch_rows * parts && i < rows * parts)) {
+        uint row = rows_of.row(i / parts) * K; // x has fewer than 2^32 elements
+        if (aligned) {
+          // Chunks behind K are staged with others, and nobody reads them.
+          bool inside = whole && chunks == 1;
+          uint at = inside ? k : min(k0 + k, K - elements) - k0;
+          raw[t] = *(const device uint4*)(from + (row + at));
+        } else {
+          raw[t] = 0;
+          for (ushort e = 0; e < elements; ++e) {
+            if (k0 + k + e < K) {
+              Loaded<T>::set(raw[t], e, from[row + k + e]);
+            }
+          }
+        }
       }
     }
-    uint quad = at * quads;
-    threadgroup float4* to =
-        staged + (row * chunks + quad / chunk_quads) * chunk_quads;
-    for (ushort q = 0; q < quads; ++q) {
-      to[staged_at<lanes, run>(quad % chunk_quads + q)] = values[q];
+#pragma unroll
+    for (ushort t = 0; t < turns; ++t) {
+      ushort i = start + t * simds + thread_index / 32;
+      ushort k = i % parts * part + lane_k;
+      if (start + (t + 1) * simds <= rows * parts ||
+          (start + t * simds < launch_rows * parts && i < rows * parts)) {
+        bool exists = whole || k0 + k < K;
+        threadgroup float4* to =
+            staged + (i / parts * chunks + k / chunk) * chunk_quads;
+#pragma unroll
+        for (ushort q = 0; q < quads; ++q) {
+          to[staged_at<lanes, run>(k % chunk / 4 + q)] =
+              exists ? Loaded<T>::quad(raw[t], q) : float4(0.0f);
+        }
+      }
     }
+  }
+}
+
+// Stages chunk k0 and those that go with it, if it is the first of them.
+template <typename T, ushort lanes, ushort run, typename Rows>
+inline void stage_chunks(
+    const device T* x,
+    threadgroup float4* staged,
+    Rows rows_of,
+    uint K,
+    uint k0,
+    ushort rows,
+    bool aligned,
+    ushort thread_index) {
+  if (k0 % (chunks * chunk) == 0) {
+    threadgroup_barrier(mem_flags::mem_threadgroup); // all have read the last
+    stage<T, lanes, run>(
+        x, staged, rows_of, K, k0, rows, aligned, thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
 
@@ -98,7 +143,7 @@ inline void multiply_quad(
     ushort rows) {
 #pragma unroll
   for (ushort m = 0; m < max_rows; ++m) {
-    if (m < rows) {
+    if (m < launch_rows && m < rows) {
       float4 values = x[m * chunks * chunk_quads];
 #pragma unroll
       for (ushort c = 0; c < lane_columns; ++c) {
@@ -122,7 +167,7 @@ add_lanes(thread float (&sums)[max_rows][lane_columns], ushort rows, ushort p) {
   bool lower = p & 2;
 #pragma unroll
   for (ushort m = 0; m < max_rows; ++m) {
-    if (m < rows) {
+    if (m < launch_rows && m < rows) {
       float a = simd_shuffle_xor(right ? sums[m][0] : sums[m][2], 1);
       float b = simd_shuffle_xor(right ? sums[m][1] : sums[m][3], 1);
       a += right ? sums[m][2] : sums[m][0];

@@ -18,22 +18,19 @@ constant bool one_row [[function_constant(5)]]; // of x for all of a token
 
 namespace pyengine {
 
-// The rows that chose this expert: numbers of (token, slot) pairs from `first`
-// on.
+// The pairs of a token and a slot that chose this expert. An entry is the
+// number of its pair, below 512, and its token, both of 16 tokens.
 struct Listed {
+  enum { known = 0 };
   const threadgroup ushort* list;
-  uint first;
-  uint count;
-  uint per_row;
+  uint first_pair;
+  uint first_row; // of x
 
-  bool live(uint i) const {
-    return i < count;
-  }
   uint pair(uint i) const {
-    return first + list[i];
+    return first_pair + list[i] % 512;
   }
   uint row(uint i) const {
-    return i < count ? pair(i) / per_row : 0;
+    return first_row + (one_row ? list[i] / 512 : list[i] % 512);
   }
 };
 
@@ -42,6 +39,7 @@ inline ushort list_pairs(
     const device int* ids,
     threadgroup ushort* list,
     uint pairs,
+    uint slots,
     int expert,
     ushort lane) {
   ushort found = 0;
@@ -54,7 +52,7 @@ inline ushort list_pairs(
       before += lane >= step ? left : 0;
     }
     if (named) {
-      list[found + before - 1] = i;
+      list[found + before - 1] = i + i / slots * 512;
     }
     found += simd_shuffle(before, 31);
   }
@@ -83,7 +81,6 @@ template <typename T, ushort bits>
     uint3 groups [[threadgroups_per_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simd [[simdgroup_index_in_threadgroup]],
-    ushort simds [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   constexpr ushort lanes = chunk / Quantized<bits>::run;
   ushort p = lane % lanes;
@@ -92,7 +89,7 @@ template <typename T, ushort bits>
   threadgroup ushort* listed = list + 1;
   if (simd == 0) {
     ushort found =
-        list_pairs(ids + token * slots, listed, pairs, group.y, lane);
+        list_pairs(ids + token * slots, listed, pairs, slots, group.y, lane);
     if (lane == 0) {
       list[0] = found;
     }
@@ -113,42 +110,34 @@ template <typename T, ushort bits>
       }
     }
   }
-  uint n = ((group.x * simds + simd) * (32 / lanes) + lane / lanes) * wide;
-  uint row = group.y * N + n, next = gated ? row : row + 1;
-  Columns<T> columns = {
-      {w + ulong(row) * (K / 32 * bits), up_w + ulong(next) * (K / 32 * bits)},
-      {scales, up_scales},
-      {biases, up_biases},
-      {row, next},
-      (group.y + 1) * N,
-      ushort(wide / 2),
-      0};
-  for (ushort c = 0; c < lane_columns; ++c) {
-    columns.live |= ushort(n + (gated ? c / 2 : c) < N) << c;
-  }
+  uint before = group.y * N; // rows of other experts
+  uint n = group.x * tile + thread_index / lanes * wide;
+  Matrix<T> first = {w, scales, biases};
+  Matrix<T> second = {up_w, up_scales, up_biases};
+  Columns<T, bits> columns(
+      first,
+      gated ? second : first,
+      before + group.x * tile,
+      n - group.x * tile,
+      wide / 2,
+      before + N,
+      K,
+      p);
 
   // More than launch_rows pairs come only from ids that name an expert twice.
   for (uint start = 0; start < found; start += launch_rows) {
     ushort rows = min(found - start, uint(launch_rows));
-    Listed rows_of = {listed + start, token * slots, rows, one_row ? slots : 1};
+    Listed rows_of = {
+        listed + start, token * slots, one_row ? token : token * slots};
     Sums sums = {};
     multiply_columns<T, bits>(
-        sums,
-        columns,
-        x,
-        staged,
-        factors,
-        rows_of,
-        rows,
-        K,
-        thread_index,
-        simds * 32);
+        sums, columns, x, staged, factors, rows_of, rows, K, thread_index);
 
     uint column = n + (gated ? column_of(p) / 2 : column_of(p));
-    bool mine = column < N && !(gated && column_of(p) % 2);
+    bool mine = (whole || column < N) && !(gated && column_of(p) % 2);
 #pragma unroll
     for (ushort m = 0; m < max_rows; ++m) {
-      if (m < rows) {
+      if (m < launch_rows && m < rows) {
         float value = sums[m][0];
         if (gated) {
           value = gate_with_partner<T>(value, p);

@@ -161,31 +161,11 @@ template <typename T, ushort bits>
     }
 
     // Multiply
-    uint n = first + own_column;
-    ulong at = ulong(n) * (K / 32 * bits);
-    Columns<T> columns = {
-        {w + at, w + at + K / 32 * bits},
-        {scales, scales},
-        {biases, biases},
-        {n, n + 1},
-        N,
-        2,
-        0};
-    for (ushort c = 0; c < lane_columns; ++c) {
-      columns.live |= ushort(n + c < end) << c;
-    }
+    Matrix<T> matrix = {w, scales, biases};
+    Columns<T, bits> columns(matrix, matrix, first, own_column, 2, end, K, p);
     Sums sums = {};
     multiply_columns<T, bits>(
-        sums,
-        columns,
-        x,
-        staged,
-        held,
-        rows_of,
-        launch_rows,
-        K,
-        thread_index,
-        group_threads);
+        sums, columns, x, staged, held, rows_of, launch_rows, K, thread_index);
 
     // List
     ushort column = own_column + column_of(p);

@@ -28,37 +28,19 @@ template <typename T, ushort bits>
     threadgroup float4* staged [[threadgroup(0)]],
     threadgroup uint4* factors [[threadgroup(1)]],
     uint3 group [[threadgroup_position_in_grid]],
-    ushort thread_index [[thread_index_in_threadgroup]],
-    ushort simd [[simdgroup_index_in_threadgroup]],
-    ushort simds [[simdgroups_per_threadgroup]],
-    ushort lane [[thread_index_in_simdgroup]]) {
+    ushort thread_index [[thread_index_in_threadgroup]]) {
   constexpr ushort lanes = chunk / Quantized<bits>::run;
-  ushort p = lane % lanes;
-  uint n = ((group.x * simds + simd) * (32 / lanes) + lane / lanes) * 2;
-
-  ulong at = ulong(n) * (K / 32 * bits);
-  Columns<T> columns = {
-      {gate_w + at, up_w + at},
-      {gate_scales, up_scales},
-      {gate_biases, up_biases},
-      {n, n},
-      N,
-      1,
-      ushort((n < N ? 3 : 0) | (n + 1 < N ? 12 : 0))};
+  ushort p = thread_index % lanes;
+  uint row = group.x * (tile_columns<bits>() / 2);
+  uint n = row + thread_index / lanes * 2;
+  Matrix<T> gate = {gate_w, gate_scales, gate_biases};
+  Matrix<T> up = {up_w, up_scales, up_biases};
+  Columns<T, bits> columns(gate, up, row, n - row, 1, N, K, p);
 
   Sums sums = {};
   Consecutive rows_of = {group.y * max_rows, M};
   multiply_columns<T, bits>(
-      sums,
-      columns,
-      x,
-      staged,
-      factors,
-      rows_of,
-      launch_rows,
-      K,
-      thread_index,
-      simds * 32);
+      sums, columns, x, staged, factors, rows_of, launch_rows, K, thread_index);
 
   uint column = n + column_of(p) / 2;
 #pragma unroll

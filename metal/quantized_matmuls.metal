@@ -36,9 +36,8 @@ template <typename T, ushort bits>
     threadgroup float4* staged [[threadgroup(0)]],
     threadgroup uint4* factors [[threadgroup(1)]],
     uint3 group [[threadgroup_position_in_grid]],
-    ushort thread_index [[thread_index_in_threadgroup]],
-    ushort simds [[simdgroups_per_threadgroup]]) {
-  uint columns = tile_columns<bits>(simds);
+    ushort thread_index [[thread_index_in_threadgroup]]) {
+  uint columns = tile_columns<bits>();
   uint first_tiles = (first_N + columns - 1) / columns;
   uint second_tiles = (second_N + columns - 1) / columns;
   uint tile = group.x;
@@ -55,7 +54,7 @@ template <typename T, ushort bits>
     }
   }
   multiply_tile<T, bits>(
-      product, x, M, K, staged, factors, tile, group.y, thread_index, simds);
+      product, x, M, K, staged, factors, tile, group.y, thread_index);
 }
 
 INSTANTIATE("quantized_matmuls_float32_8", quantized_matmuls, float, 8)

@@ -28,13 +28,13 @@ struct DenseMatmul {
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
     int N = out[0].shape(-1), K = in[0].shape(-1);
     int M = int(out[0].size() / N);
-    if (M > max_launch_rows) {
+    if (M > max_launch_rows || !has_short_rows(in[0])) {
       return {};
     }
     auto dtype = in[0].dtype(), out_dtype = out[0].dtype();
     auto kernel = std::string(op) + "_" + dtype_name(dtype);
     Tile tile = {dtype == mx::float32 ? 8 : 4, 8};
-    auto launch = matmul_launch(op, kernel, M, N, tile);
+    auto launch = matmul_launch(op, kernel, M, N, K, tile);
     launch.constants[2] = out_dtype == mx::float32 && dtype != mx::float32;
     bool aligned = int64_t(K) * dtype.size() % 16 == 0;
     launch.constants[3] = aligned;

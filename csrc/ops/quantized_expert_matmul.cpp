@@ -125,14 +125,17 @@ struct QuantizedExpertMatmul {
     const auto& x = in[0];
     int T = out[0].shape(0), U = out[0].shape(1), N = out[0].shape(2);
     int X = in[1].shape(0), K = x.shape(-1);
-    if (T > max_launch_rows || U > max_launch_slots) {
+    if (T > max_launch_rows || U > max_launch_slots || !has_short_rows(x)) {
       return {};
     }
     bool gated = is_gated(in);
     bool one_row = x.ndim() == 2; // of x for all experts of a token
     auto dtype = x.dtype(), out_dtype = out[0].dtype();
+    int matrices = gated ? 2 : 1;
+    Tile tile =
+        quantized_tile(T, int64_t(X) * N * matrices, dtype, bits, matrices);
     auto launch = quantized_launch(
-        op, T, N, dtype, out_dtype, group_size, bits, gated ? 2 : 1);
+        op, T, N, K, tile, dtype, out_dtype, group_size, bits, matrices);
     launch.grid = {launch.grid[0], X, launch.grid[1]};
     launch.constants[4] = gated;
     launch.constants[5] = one_row;

@@ -76,11 +76,12 @@ Launch tile_launch(
     const std::string& op,
     int T,
     int V,
+    int E,
     mx::Dtype dtype,
     int group_size,
     int bits) {
   auto kernel = op + "_" + dtype_name(dtype) + "_" + std::to_string(bits);
-  auto launch = matmul_launch(op, kernel, T, V, tile_of(bits));
+  auto launch = matmul_launch(op, kernel, T, V, E, tile_of(bits));
   launch.constants[3] = group_size;
   // Scales and biases: 512 bytes for every four columns (metal/quantized.h).
   launch.threadgroup_memory.emplace_back(1, tile_columns(bits) / 4 * 512);
@@ -118,11 +119,11 @@ struct QuantizedFilterLogits {
     int T = in[0].shape(0), V = in[1].shape(0), E = in[0].shape(1);
     int count = out[0].shape(1);
     auto dtype = in[0].dtype();
-    auto launch = tile_launch(op, T, V, dtype, group_size, bits);
+    auto launch = tile_launch(op, T, V, E, dtype, group_size, bits);
     int slice = slice_columns(V, count, bits);
     int slices = (V + slice - 1) / slice;
     int room = list_room(launch, T, count, bits);
-    if (E == 0 || slice > max_slice || room == 0) {
+    if (!has_short_rows(in[0]) || slice > max_slice || room == 0) {
       return {};
     }
     bool edited = in.size() > 4;

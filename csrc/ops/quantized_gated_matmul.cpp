@@ -61,11 +61,13 @@ struct QuantizedGatedMatmul {
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
     int N = out[0].shape(-1), K = in[0].shape(-1);
     int M = int(out[0].size() / N);
-    if (M > max_launch_rows) {
+    if (M > max_launch_rows || !has_short_rows(in[0])) {
       return {};
     }
     auto dtype = in[0].dtype();
-    auto launch = quantized_launch(op, M, N, dtype, dtype, group_size, bits, 2);
+    Tile tile = quantized_tile(M, 2 * int64_t(N), dtype, bits, 2);
+    auto launch =
+        quantized_launch(op, M, N, K, tile, dtype, dtype, group_size, bits, 2);
     launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
     for (std::string matrix : {"gate_", "up_"}) {
       add_matrix(launch, matrix, {N}, K, dtype, group_size, bits);

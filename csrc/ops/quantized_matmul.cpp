@@ -27,12 +27,13 @@ struct QuantizedMatmul {
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
     int N = out[0].shape(-1), K = in[0].shape(-1);
     int M = int(out[0].size() / N);
-    if (M > max_launch_rows) {
+    if (M > max_launch_rows || !has_short_rows(in[0])) {
       return {};
     }
     auto dtype = in[0].dtype(), out_dtype = out[0].dtype();
+    Tile tile = quantized_tile(M, N, dtype, bits);
     auto launch =
-        quantized_launch(op, M, N, dtype, out_dtype, group_size, bits);
+        quantized_launch(op, M, N, K, tile, dtype, out_dtype, group_size, bits);
     launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
     add_matrix(launch, "", {N}, K, dtype, group_size, bits);
     launch.buffers.push_back(

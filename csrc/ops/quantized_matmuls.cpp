@@ -55,24 +55,29 @@ struct QuantizedMatmuls {
       width += a.shape(-1);
     }
     int M = int(size / width);
-    if (M > max_launch_rows) {
+    if (M > max_launch_rows || !has_short_rows(in[0])) {
       return {};
     }
     auto dtype = in[0].dtype();
-    auto launch = quantized_launch(op, M, 0, dtype, dtype, group_size, bits);
+    Tile tile = quantized_tile(M, width, dtype, bits);
+    auto launch =
+        quantized_launch(op, M, 0, K, tile, dtype, dtype, group_size, bits);
     launch.constants[4] = out.size() == 3;
+    bool whole = K % 256 == 0;
     launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
     add_scalars(launch, {{"M", M}, {"K", K}});
     for (size_t i = 0; i < out.size(); ++i) {
       std::string name = names[i];
       int N = out[i].shape(-1);
       // The tiles of each matrix, side by side.
-      launch.grid[0] += quantized_tile(dtype, bits).threadgroups(N);
+      launch.grid[0] += tile.threadgroups(N);
+      whole = whole && tile.divides(N);
       add_matrix(launch, name, {N}, K, dtype, group_size, bits);
       launch.buffers.push_back(
           Buffer::array(Role::out, name + "out", {M, N}, dtype));
       launch.buffers.push_back(Buffer::scalar(name + "N", uint32_t(N)));
     }
+    launch.constants[8] = whole;
     return {launch};
   }
 

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -207,16 +207,15 @@ def _worker() -> Iterator[tuple[subprocess.Popen[str], queue.Queue[Row], IO[byte
             process.wait()
             reader.join()
             assert process.stdin is not None and process.stdout is not None
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # what it never read
+                process.stdin.close()
             process.stdout.close()
 
 
 def _send(to: IO[str], job: Row) -> None:
-    try:
+    with suppress(BrokenPipeError):  # it died at once, which its end tells
         to.write(json.dumps(job) + "\n")
         to.flush()
-    except BrokenPipeError:  # it died at once, which its end tells
-        pass
 
 
 def _tail(errors: IO[bytes]) -> str:

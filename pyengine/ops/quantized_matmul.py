@@ -2,6 +2,7 @@ import mlx.core as mx
 
 from pyengine import _ext
 
+from .dense_matmul import product
 from .dispatch import run
 
 
@@ -71,7 +72,7 @@ def quantized_matmul_reference(
 ) -> mx.array:
     """The same in plain MLX."""
     weights = dequantized(w, scales, biases, group_size, bits)  # [N, K]
-    return (x.astype(mx.float32) @ weights.T).astype(out_dtype or x.dtype)
+    return product(x.astype(mx.float32), weights).astype(out_dtype or x.dtype)
 
 
 def dequantized(

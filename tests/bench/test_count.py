@@ -54,16 +54,20 @@ def test_one_call_needs_its_result_alone() -> None:
 # Matrices
 
 
+# One row, and on both sides of where a kernel changes its form; tests/metal has every number
+ROWS = (1, 3, 4, 6, 7, 8, 9, 16)
+
+
 def matrices() -> Iterator[Any]:
-    for M in range(1, 17):
+    for M in ROWS:
         yield from bench.matmuls(M, 32, 1024)
-    for M in range(1, 17):
+    for M in ROWS:
         yield bench.experts(M, 16, 1024)
 
 
 @pytest.fixture(scope="module")
 def matmuls() -> list[Row]:
-    """Every number of rows, at a width whose rows of factors are whole sectors."""
+    """At a width whose rows of factors are whole sectors."""
     return rows_of(matrices())
 
 
@@ -73,10 +77,10 @@ def one(rows: list[Row], **labels: Any) -> Row:
     return found
 
 
-def test_every_kernel_is_counted_at_every_number_of_rows(matmuls: list[Row]) -> None:
+def test_every_kernel_is_counted(matmuls: list[Row]) -> None:
     named = [(r["op"], r["M"]) for r in matmuls if r["source"] == "ours"]
     every = (*DENSE, "quantized_expert_matmul")
-    assert sorted(named) == sorted((op, M) for op in every for M in range(1, 17))
+    assert sorted(named) == sorted((op, M) for op in every for M in ROWS)
     mlx = [(r["kernel"].partition("<")[0], r["M"]) for r in matmuls if r["source"] == "mlx"]
     fast, wide = "affine_qmv_fast", "affine_qmv_wide"
     assert mlx == [(fast, 1), (fast, 6), (wide, 6), (fast, 16), (wide, 16)]
@@ -122,8 +126,9 @@ def test_ratio_is_over_all_that_must_move(matmuls: list[Row]) -> None:
     needed = matrix + 6 * 1024 * 2 + 6 * 32 * 2
     assert r["compulsory_bytes"] == needed
     assert r["ratio"] == (r["read_bytes"] + r["written_bytes"]) / needed
-    assert r["load_ratio"] == (matrix + 6 * 1024 * 2) / matrix
-    assert r["threadgroup_bytes"] == 6 * 1024 + 8 * 512  # rows of x; factors of 32 columns
+    # Two threadgroups of 16 columns: each reads x
+    assert r["load_ratio"] == (matrix + 2 * 6 * 1024 * 2) / matrix
+    assert r["threadgroup_bytes"] == 6 * 1024 + 4 * 512  # rows of x; factors of 16 columns
 
 
 def test_of_experts_only_those_that_are_used_are_needed(matmuls: list[Row]) -> None:
@@ -136,9 +141,9 @@ def test_of_experts_only_those_that_are_used_are_needed(matmuls: list[Row]) -> N
 def test_one_launch_moves_what_three_do(matmuls: list[Row]) -> None:
     for M in (1, 6):
         single, shared = (one(matmuls, op=op, M=M, source="ours") for op in DENSE[:2])
-        # 16 + 8 + 8 columns make three threadgroups, 32 make one: two more read x
+        # 16 + 8 + 8 columns make three threadgroups, 32 make two: one more reads x
         assert shared["compulsory_bytes"] == single["compulsory_bytes"]
-        assert shared["read_bytes"] - single["read_bytes"] == 2 * M * 1024 * 2
+        assert shared["read_bytes"] - single["read_bytes"] == M * 1024 * 2
 
 
 # Attention

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -163,12 +164,15 @@ def test_ctrl_c_ends_it_and_its_workers(tmp_path: Path) -> None:
     assert process.stderr is not None
     assert process.stderr.readline() == "[1/21] accept_block\n"  # a worker is under way
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    before = children.read_text().split() if children.exists() else []
+    pids = children.read_text().split() if children.exists() else []
+    workers = [os.pidfd_open(int(pid)) for pid in pids]
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Interrupted." in err and not out
     assert "Traceback" not in err and list(tmp_path.iterdir()) == []
-    assert not [pid for pid in before if Path(f"/proc/{pid}").exists()]
+    for worker in workers:  # readable when it has ended
+        assert select.select([worker], [], [], 60)[0]
+        os.close(worker)
 
 
 # ---- Shapes

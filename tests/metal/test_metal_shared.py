@@ -116,10 +116,11 @@ def test_launch_is_data():
     launch = launch_of(20, [100, 32, 1], 512, mx.bfloat16)
     assert (launch.library, launch.kernel) == ("quantized_matmuls", "quantized_matmuls_bfloat16_8")
     assert tuple(launch.grid) == (4 + 1 + 1, 2, 1) and tuple(launch.threadgroup) == (128, 1, 1)
-    assert launch.constants == {0: 16, 1: 1, 2: False, 3: 64, 4: True}
+    own = {0: 16, 1: 1, 2: False, 3: 64, 4: True}
+    assert launch.constants == own | {7: 4, 8: False, 9: False}  # ragged in N and in rows
     assert [b.name for b in launch.buffers[3:8]] == [
         *("first_w", "first_scales", "first_biases", "first_out", "first_N"),
     ]
     two = launch_of(6, [64, 64], 512, mx.float32)
     assert two.constants[4] is False and len(two.buffers) == 13
-    assert tuple(two.grid) == (2, 1, 1)
+    assert tuple(two.grid) == (4, 1, 1) and two.constants[8] is True  # few rows, whole tiles
