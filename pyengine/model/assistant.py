@@ -18,6 +18,7 @@ from pyengine.model.head import Logits
 from pyengine.model.layers import residual
 from pyengine.model.linear import Linear, Weights, gated
 from pyengine.model.rows import apart, packed
+from pyengine.ops.filter_logits import MAX_TOP_K
 
 # Where the assistant's query sits when n tokens are known, the newest one unprocessed: at that
 # token (transformers, LiteRT-LM) or at the last processed one (vLLM, mlx-vlm). Only acceptance
@@ -62,13 +63,16 @@ class Assistant:
         matrix, vector = weights.matrices, weights.vectors
         self.pre_projection = matrix["pre_projection"]
         self.post_projection = matrix["post_projection"]
-        self.table = matrix["embed_tokens"]
         self.norm = vector["norm.weight"]
         self.layers = [_layer(config, target, weights, i) for i in range(len(config.layers))]
         if config.num_centroids:
             self.centroids = matrix["masked_embedding.centroids"]
             order = vector["masked_embedding.token_ordering"]
             self.token_ordering = order.reshape(config.num_centroids, -1)
+            # In place of the table, which nothing else of an assistant reads
+            self.stack = matrix["embed_tokens"].take(order).stacked(config.num_centroids)
+        else:
+            self.table = matrix["embed_tokens"]
 
     def forward(
         self, embedding: mx.array, hidden: mx.array, caches: Sequence[Cache]
@@ -115,17 +119,29 @@ class Assistant:
     def _head(self, x: mx.array) -> mx.array | Logits:
         if not self.config.num_centroids:
             return Logits(x, self.table)
-        return packed([self._near_centroids(row) for row in apart(x, [1] * x.shape[0])])
+        ids = self._nearest(x)
+        selected = self._of_centroids(x, ids)
+        logits = mx.full((x.shape[0], self.config.vocab_size), -mx.inf, dtype=mx.float32)
+        tokens = mx.take(self.token_ordering, ids, axis=0).reshape(selected.shape)
+        return mx.put_along_axis(logits, tokens, selected, axis=1)
 
-    def _near_centroids(self, x: mx.array) -> mx.array:
-        """Logits [1, V] of one row: of the tokens whose centroids are nearest."""
-        num_used = self.config.num_centroids_used
-        scores = self.centroids(x, mx.float32)[0]
-        best = mx.argpartition(-scores, num_used - 1)[:num_used]
-        ids = self.token_ordering[best].reshape(-1)
-        selected = self.table.take(ids)(x, mx.float32)[0]
-        logits = mx.full((self.config.vocab_size,), -mx.inf, dtype=mx.float32)
-        return mx.put_along_axis(logits, ids, selected, axis=0)[None]
+    def _nearest(self, x: mx.array) -> mx.array:
+        """Each row's centroids of the highest scores, ties by lower id: int32 [Q, used].
+
+        They are the candidates of a vocabulary of centroids.
+        """
+        used = self.config.num_centroids_used
+        top_k = used if used <= MAX_TOP_K else 0
+        return Logits(x, self.centroids).filter(temperature=1.0, top_k=top_k).ids[:, :used]
+
+    def _of_centroids(self, x: mx.array, ids: mx.array) -> mx.array:
+        """Logits [Q, used * tokens] of the tokens of each row's own centroids [Q, used]."""
+        stack, packing = self.stack.packed, self.stack.packing
+        if stack is None or packing is None:
+            each = zip(apart(x, [1] * x.shape[0]), ids, strict=True)
+            return packed([self.stack.take(own).joined()(row, mx.float32) for row, own in each])
+        y = ops.quantized_expert_matmul(x, stack, ids, *packing, out_dtype=mx.float32)
+        return y.reshape(x.shape[0], -1)
 
 
 def _layer(config: AssistantConfig, target: TargetConfig, weights: Weights, i: int) -> Layer:

@@ -73,6 +73,10 @@ class Linear:
         """A stack [X, N, K] as one matrix [X * N, K]."""
         return self._map(lambda a: a.reshape(-1, a.shape[-1]))
 
+    def stacked(self, count: int) -> Linear:
+        """A matrix [X * N, K] as a stack of ``count``, [X, N, K]."""
+        return self._map(lambda a: a.reshape(count, -1, a.shape[-1]))
+
     def astype(self, dtype: mx.Dtype) -> Linear:
         if self.scales is None or self.biases is None:
             return Linear(self.weight.astype(dtype))

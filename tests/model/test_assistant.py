@@ -1,13 +1,27 @@
 """The assistant against transformers at both positions, and what it may and may not read."""
 
 import copy
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from models import step, verify
-from tiny_pairs import FLAVOURS, FORMS, WINDOW, bits, gap, greedy_text, reference, tiny_pair
+from tiny_pairs import (
+    FIXTURES,
+    FLAVOURS,
+    FORMS,
+    WINDOW,
+    bits,
+    gap,
+    greedy_text,
+    quantized_fixtures,
+    reference,
+    tiny_pair,
+)
 
+from pyengine.checkpoint.weights import load_assistant_weights
+from pyengine.model import assistant as assistant_module
 from pyengine.model.assistant import POSITIONS, Assistant
 from pyengine.model.head import whole
 from pyengine.model.linear import Linear
@@ -73,20 +87,65 @@ def test_bfloat16_stays_near_float32(flavour):
     assert gap(mx.where(seen, logits, 0), theirs) <= BFLOAT16
 
 
+def centroid_head(form):
+    """An e2b assistant with a random table, order and centroids, some of them alike; the table."""
+    pair = tiny_pair("e2b", form)
+    dtype, quantized = FORMS[form]
+    config, draw = pair.assistant.config, np.random.default_rng(4)
+
+    def matrix(rows):
+        values = mx.array(rows.astype(np.float32)).astype(dtype)
+        return Linear(*mx.quantize(values, 64, 8), 8, 64) if quantized else Linear(values)
+
+    width, count = config.hidden_size, config.num_centroids
+    table = matrix(draw.normal(size=(config.vocab_size, width)))
+    kinds = draw.normal(size=(count // 3, width))
+    centroids = matrix(kinds[draw.integers(len(kinds), size=count)])
+    order = mx.array(draw.permutation(config.vocab_size).astype(np.int32))
+    folder = (quantized_fixtures() if quantized else FIXTURES) / "e2b" / "assistant"
+    weights = load_assistant_weights(folder, config, dtype)
+    matrices = {"embed_tokens": table, "masked_embedding.centroids": centroids}
+    weights = replace(
+        weights,
+        matrices={**weights.matrices, **matrices},
+        vectors={**weights.vectors, "masked_embedding.token_ordering": order},
+    )
+    return Assistant(config, pair.target.config, weights), table, np.array(order)
+
+
 @pytest.mark.short
 @pytest.mark.parametrize("form", FORMS)
 def test_centroid_head_looks_at_the_best_clusters_only(form):
-    pair = tiny_pair("e2b", form)
-    assistant, config = pair.assistant, pair.assistant.config
-    x = mx.random.normal((1, config.hidden_size), key=mx.random.key(3)).astype(assistant.dtype)
-    logits = assistant._head(x)
-    assert logits.shape == (1, config.vocab_size) and logits.dtype == mx.float32
-    scores = np.array(assistant.centroids(x, mx.float32))[0]
-    best = np.argsort(-scores)[: config.num_centroids_used]
-    ids = np.array(assistant.token_ordering)[best].reshape(-1)
-    assert sorted(ids) == sorted(np.flatnonzero(np.isfinite(np.array(logits[0]))))
-    dense = np.array(assistant.table(x, mx.float32))[0]
-    assert np.array_equal(np.array(logits[0])[ids], dense[ids])
+    """Each row as alone; of centroids with the same score the lower ones."""
+    assistant, table, order = centroid_head(form)
+    config = assistant.config
+    rows = mx.random.normal((17, config.hidden_size), key=mx.random.key(3))
+    rows = rows.astype(assistant.dtype)
+    dense = np.array(bits(table(rows, mx.float32)))
+    scores = np.array(assistant.centroids(rows, mx.float32))
+    best = np.argsort(-scores, axis=-1, kind="stable")[:, : config.num_centroids_used]
+    left_out = np.take_along_axis(scores, best[:, -1:], axis=-1) == scores
+    assert (left_out.sum(axis=-1) > 1).any()  # a tie at the border
+    want = np.full_like(dense, bits(mx.array([-mx.inf]))[0])
+    for row, clusters in enumerate(best):
+        ids = order.reshape(config.num_centroids, -1)[clusters].reshape(-1)
+        want[row, ids] = dense[row, ids]
+    for count in (1, 2, 5, 17):
+        for first in range(0, 17, count):
+            logits = assistant._head(rows[first : first + count])
+            assert logits.dtype == mx.float32
+            assert np.array_equal(bits(logits), want[first : first + count])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_centroid_head_may_use_more_centroids_than_a_filter_keeps(form, monkeypatch):
+    monkeypatch.setattr(assistant_module, "MAX_TOP_K", 3)
+    assistant, _, _ = centroid_head(form)
+    x = mx.random.normal((2, assistant.config.hidden_size), key=mx.random.key(3))
+    x = x.astype(assistant.dtype)
+    got = assistant._head(x)
+    monkeypatch.undo()
+    assert np.array_equal(bits(got), bits(assistant._head(x)))
 
 
 @pytest.mark.parametrize("turn", range(8))
