@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from pyengine import ops
 from pyengine.ops.quantized_gated_matmul import Matrix
@@ -292,7 +293,7 @@ def quantized_expert_matmul(
     X: int, U: int, N: int, K: int, form: str, group: int, bits: int, dtype: str
 ) -> Call:
     gated = form == "gated"
-    x = normal(1, *((MOST, K) if gated else (MOST, U, K)), dtype=dtype)
+    x = normal(1, *((MOST, U, K) if form == "own rows" else (MOST, K)), dtype=dtype)
     stack = quantized(2, X, N, K, group=group, bits=bits, dtype=dtype)
     up = quantized(3, X, N, K, group=group, bits=bits, dtype=dtype) if gated else None
     ids = mx.sort((mx.arange(MOST)[:, None] * 5 + mx.arange(U) * 3) % X, axis=1)
@@ -303,9 +304,9 @@ def quantized_expert_matmul(
         """Expert by expert, for the rows that chose it."""
         (out,) = results
         parts = mx.zeros(out.shape)
-        for expert in range(X):
+        for expert in np.unique(np.array(ids)).tolist():
             own = stack[0][expert], stack[1][expert], stack[2][expert]
-            rows = x[:, None] if gated else x
+            rows = x[:, None] if x.ndim == 2 else x
             if up is None:
                 sums = absolute_sums(rows, own, (group, bits))
                 (part,) = of_sums(results, [sums], K)

@@ -192,6 +192,8 @@ def _of_pair(
             for name in filters:
                 settings = {"V": fit, "K": K, "softcap": cap, "filter": name, **options}
                 yield "quantized_filter_logits", settings, _scaled("V", V, fit)
+    if assistant is not None and assistant.num_centroids:
+        yield from _centroids(assistant, packings - {None}, dtype, limits)
     if target.num_experts:
         yield from _experts(
             hidden=E,
@@ -260,6 +262,22 @@ def _experts(
             options = {"group": packing[0], "bits": packing[1], "dtype": "bfloat16"}
             settings = {"X": count, "U": used, "N": fit, "K": K, "form": form, **options}
             yield "quantized_expert_matmul", settings, _scaled("N", N, fit)
+
+
+def _centroids(
+    assistant: AssistantConfig, packings: set[Packing], dtype: str, limits: Limits
+) -> Iterator[Found]:
+    """The logits of the nearest ones' tokens."""
+    K, count, used = assistant.hidden_size, assistant.num_centroids, assistant.num_centroids_used
+    N = assistant.vocab_size // count
+    for packing in _sorted(packings):
+        assert packing is not None
+        if K % packing[0]:
+            continue
+        options = {"group": packing[0], "bits": packing[1], "dtype": dtype}
+        fit = limits.fitting(N, count * _row_bytes(K, packing), 32)
+        settings = {"X": count, "U": used, "N": fit, "K": K, "form": "one row", **options}
+        yield "quantized_expert_matmul", settings, _scaled("N", N, fit)
 
 
 def _sampling(V: int, softcap: float | None) -> Iterator[Found]:

@@ -94,21 +94,27 @@ def quantized_expert_matmul_reference(
     up: Matrix | None = None,
     out_dtype: mx.Dtype | None = None,
 ) -> mx.array:
-    """The same in plain MLX: every expert sees every row."""
+    """The same in plain MLX: every expert sees every row, or a few rows fetch their experts."""
     T, U = ids.shape
     X, N = stack[0].shape[:2]
     rows = mx.broadcast_to(x[:, None] if x.ndim == 2 else x, (T, U, x.shape[-1]))
-    out = mx.full((T, U, N), mx.nan, out_dtype or x.dtype)
-    for expert in range(X):
+
+    def times(rows: mx.array, expert: mx.array | int) -> mx.array:
         w, scales, biases = (a[expert] for a in stack)
         if up is None:
-            y = quantized_matmul_reference(
+            return quantized_matmul_reference(
                 rows, w, scales, biases, group_size, bits, out_dtype=out_dtype
             )
-        else:
-            second = (up[0][expert], up[1][expert], up[2][expert])
-            y = quantized_gated_matmul_reference(
-                rows, (w, scales, biases), second, group_size, bits
-            )
-        out = mx.where((ids == expert)[..., None], y, out)
+        second = (up[0][expert], up[1][expert], up[2][expert])
+        return quantized_gated_matmul_reference(rows, (w, scales, biases), second, group_size, bits)
+
+    if 0 < T * U < X:
+        known = (ids >= 0) & (ids < X)
+        safe = mx.where(known, ids, 0)
+        parts = [times(rows[t, u][None], safe[t, u]) for t in range(T) for u in range(U)]
+        out = mx.concatenate(parts).reshape(T, U, N)
+        return mx.where(known[..., None], out, mx.nan)
+    out = mx.full((T, U, N), mx.nan, out_dtype or x.dtype)
+    for expert in range(X):
+        out = mx.where((ids == expert)[..., None], times(rows, expert), out)
     return out

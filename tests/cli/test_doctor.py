@@ -204,6 +204,8 @@ def test_the_published_shapes_are_the_pairs_own() -> None:
         (x["X"], x["U"], x["N"], x["K"]) for x in settings("quantized_expert_matmul", "26B-A4B")
     }
     assert experts == {(128, 8, 704, 2816), (128, 8, 2816, 704)}
+    (centroids, _) = settings("quantized_expert_matmul", "E2B")
+    assert [centroids[name] for name in "XUNK"] == [2048, 32, 128, 256]
     filters = {(x["V"], x["filter"]) for x in settings("filter_logits", "E2B")}
     assert filters == {(262144, name) for name in ("greedy", "64", "256")}
     assert {x["bits"] for x in settings("quantized_matmul", "E2B")} == {4, 8}

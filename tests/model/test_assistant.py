@@ -21,6 +21,7 @@ from tiny_pairs import (
 )
 
 from pyengine.checkpoint.weights import load_assistant_weights
+from pyengine.engine.recorded import recorded
 from pyengine.model import assistant as assistant_module
 from pyengine.model.assistant import POSITIONS, Assistant
 from pyengine.model.head import whole
@@ -146,6 +147,22 @@ def test_a_centroid_head_may_use_more_centroids_than_a_filter_keeps(form, monkey
     got = assistant._head(x)
     monkeypatch.undo()
     assert np.array_equal(bits(got), bits(assistant._head(x)))
+
+
+@pytest.mark.native("counts nodes of the native ops")
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_quantised_centroid_head_runs_once_for_all_rows(count):
+    """Its two ops, the tokens of the centroids, and where the logits go."""
+    assistant, _, _ = centroid_head("bfloat16-q8")
+    head = recorded(lambda arrays: [assistant._head(arrays[0])])
+    head([mx.ones((count, assistant.config.hidden_size), mx.bfloat16)])
+    assert sorted(set(head.nodes) - {"Reshape", "Squeeze"}) == [
+        "Gather",
+        "ScatterAxis",
+        "quantized_expert_matmul",
+        "quantized_filter_logits",
+    ]
+    assert len(head.nodes) == 7
 
 
 @pytest.mark.parametrize("turn", range(8))
