@@ -10,13 +10,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from models import decode as plain_decode
-from tiny_pairs import FLAVOURS, bits, greedy_text, tiny_pair
+from tiny_pairs import FLAVOURS, greedy_text, tiny_pair
 
 from pyengine import ops
 from pyengine.drafters.assistant import AssistantDrafter
 from pyengine.engine.loop import decode
 from pyengine.engine.prefix import Prefix
 from pyengine.model.target import Target
+from pyengine.ops import dispatch
 from pyengine.sampling.settings import Sampling
 
 pytestmark = pytest.mark.engine
@@ -32,11 +33,18 @@ def left_by(target: Target, tap: int, ids: Sequence[int]) -> np.ndarray:
     vars(short)["_per_layer_inputs"] = target._per_layer_inputs  # cut into all layers' slices
     cache = short.new_cache(len(ids))
     _, normed = short.forward([mx.array(ids, dtype=mx.int32)], [cache])
-    return bits(normed)
+    return np.array(normed)
 
 
 def normed(target: Target, rows: mx.array) -> np.ndarray:
-    return bits(ops.rms_norm(rows, target.norm, target.config.eps))
+    return np.array(ops.rms_norm(rows, target.norm, target.config.eps))
+
+
+def same(found: np.ndarray, wanted: np.ndarray) -> bool:
+    """Bit for bit where ops are row-stable, which the reference is not."""
+    if dispatch.chosen() == "reference":
+        return np.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    return np.array_equal(found, wanted)
 
 
 class Tapping(AssistantDrafter):
@@ -75,11 +83,11 @@ def test_taps_are_what_left_the_layer(flavour: str) -> None:
     block = mx.array(text[19:23], dtype=mx.int32)
     _, with_taps = target.forward([block], [cache], TAPS)
     _, without = target.forward([block], [cache])
-    assert np.array_equal(bits(with_taps[:, :E]), bits(without))
+    assert same(np.array(with_taps[:, :E]), np.array(without))
     rows = mx.concatenate([*drafter.prompt, with_taps[:, E:]])
     for place, tap in enumerate(TAPS):
         found = normed(target, rows[:, place * E : (place + 1) * E])
-        assert np.array_equal(found, left_by(target, tap, text[:23])), tap
+        assert same(found, left_by(target, tap, text[:23])), tap
 
 
 @pytest.mark.parametrize("flavour", ["dense31", "e2b"])
@@ -99,6 +107,6 @@ def test_a_drafter_with_taps_reads_each_committed_row(flavour: str) -> None:
         if done.finish_reason is None:  # the last round's tokens are cut where the room ends
             for place, tap in enumerate(TAPS):
                 found = normed(target, drafter.row[:, place * E : (place + 1) * E])
-                assert np.array_equal(found[0], rows[tap][len(text) - 2]), (len(text), tap)
+                assert same(found[0], rows[tap][len(text) - 2]), (len(text), tap)
     assert text == wanted and prefix.tokens == kept
     assert [a.shape[0] for a in drafter.prompt[:1]] == [len(prompt)]
