@@ -18,6 +18,7 @@ from pyengine.engine import schedule
 from pyengine.engine.loop import Round, Rounds, Shared, TokenSequence
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.slots import Slots
+from pyengine.engine.stats import Totals
 from pyengine.sampling.settings import MAX_SEED
 from pyengine.task import Answer, Result, Step, Task, embedded_pair, new_task
 from pyengine.text.prompt import Prompt
@@ -135,6 +136,7 @@ class Engine:
         cache_bytes: int | None = None,
     ) -> None:
         self.pair = embedded_pair() if pair is None else pair
+        self.totals = Totals()
         if not hasattr(self.pair, "target"):
             raise ValueError(f"[engine] pair must come from pyengine.load but got {shown(pair)}.")
         count = whole("engine", "sequences", sequences)
@@ -219,6 +221,12 @@ class Engine:
     def active(self) -> int:
         """Requests whose prompt or text is under way."""
         return len(self._active)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of keys and values: those of texts under way, and prefixes kept for others."""
+        sequences = [request.sequence for request in list(self._active)]
+        return self._slots.nbytes + sum(each.nbytes for each in sequences if each is not None)
 
     def step(self) -> bool:
         """Do what comes next: a chunk of a prompt or a round of all texts. Evaluates.
@@ -358,6 +366,8 @@ class Engine:
             done = next(request.chunks)
             if done.prompt_done is None:
                 request.chunks = None
+                self.totals.prompt_tokens += len(request.task.ids)
+                self.totals.reused_tokens += request.answer.stats.reused_tokens
             self._note(request, done)
         except BaseException as error:
             self._fail(request, error)
@@ -374,15 +384,20 @@ class Engine:
                 for request in group:
                     self._fail(request, error, again=request is group[-1])
                 continue
+            self.totals.rounds += 1
             for request, done in zip(group, each, strict=True):
                 if isinstance(done, Exception):
                     self._fail(request, done)
                 else:
+                    self.totals.blocks += 1
+                    self.totals.drafted += done.num_drafted
+                    self.totals.accepted += done.num_accepted
                     self._note(request, done)
         self._rounds_s += time.perf_counter() - start
 
     def _note(self, request: Request, done: Round) -> None:
-        request.unheard.append(request.answer.add(done))
+        request.unheard.append(step := request.answer.add(done))
+        self.totals.tokens += len(step.tokens)
         if request.answer.finish_reason:
             self._end(request)
 

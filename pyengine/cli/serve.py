@@ -101,6 +101,8 @@ def run(
     request's head must arrive within 10 s and its body within 60 s; an answer that is not read for
     20 s is dropped.
 
+    `/health` and `/metrics` (for Prometheus) tell what runs, waits and was made.
+
     Clients share prefix caches, one per stream: `cached_tokens` and the time to the first token
     tell a client whether somebody else's prompt began like its own.
     """

@@ -198,6 +198,12 @@ class TokenSequence:
     def logprobs(self) -> int | None:
         return self._sampling.logprobs
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of its cache where no prefix holds it; 0 while its prompt is under way."""
+        parts = getattr(self, "parts", None)
+        return parts.cache.nbytes if parts is not None and self._prefix is None else 0
+
     def prefill(self) -> Iterator[Round]:
         """Process the prompt; the last round that is yielded has the first token. Evaluates."""
         stats, prompt = self.stats, self.prompt

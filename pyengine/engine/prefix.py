@@ -74,7 +74,8 @@ class Prefix:
     def nbytes(self) -> int:
         """Memory of the cache and its marks."""
         arrays = [a for m in self._marks for a in [*m.keys, *m.values] if a is not None]
-        return sum(a.nbytes for a in arrays) + (self._cache.nbytes if self._cache else 0)
+        cache = self._cache  # another thread may forget it meanwhile
+        return sum(a.nbytes for a in arrays) + (cache.nbytes if cache else 0)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

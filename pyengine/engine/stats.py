@@ -1,4 +1,4 @@
-"""What one generation did: counts, seconds, and the ratios made of them."""
+"""What one generation did: counts, seconds, and the ratios made of them; counts of many."""
 
 from __future__ import annotations
 
@@ -73,3 +73,26 @@ class Stats:
         """Counts, seconds and the ratios made of them, ready for JSON."""
         ratios = ("tok_s", "prefill_tok_s", "acceptance", "acceptance_by_depth", "tokens_per_round")
         return {**self.__dict__, **{name: getattr(self, name) for name in ratios}}
+
+
+@dataclass
+class Totals:
+    """Counts of all texts of an engine since it was made; they only grow.
+
+    A round is one call of the target for a block of every text in it. ``prompt_tokens`` counts a
+    prompt once for each of its texts, ``reused_tokens`` those of them that were not processed
+    again. ``tokens`` are those that the texts have: none behind a stop string.
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    tokens: int = 0
+    rounds: int = 0
+    blocks: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Accepted / drafted; 0 when nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0

@@ -23,6 +23,7 @@ from pyengine.serve.queue import ending
 from pyengine.untrusted import shown
 
 RETRY_S = 5
+LEFT = 499  # the status of a request whose client has left, in log and metrics
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 _FORBIDDEN_TOGETHER = {"content-length", "transfer-encoding"}
@@ -70,7 +71,7 @@ class Front:
                 await error_response(Refused(500, failed))(scope, receive, told)
         finally:
             if seen.get("left"):
-                status = 499
+                status = LEFT
             prompt, new = seen.get("tokens", (0, 0))
             path = shown(scope["path"])[1:-1]
             log.info(

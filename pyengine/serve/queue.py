@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
 
 MAX_UNHEARD = 64  # steps that a job's generations may be ahead of its client
+SPEED_S = 10.0  # over which the server's speed is told
 
 
 class Said(NamedTuple):
@@ -30,6 +32,9 @@ class Said(NamedTuple):
 
     choice: int
     what: Step | Result
+
+
+Hear = Callable[[float | None], Awaitable[Said | Exception | None]]  # as Job.hear
 
 
 class Cut(Exception):
@@ -94,12 +99,39 @@ class Job:
             raise Cut
 
 
+class Speed:
+    """Tokens per second of all texts over the last seconds, or since the start if that is later."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._made: deque[tuple[float, int]] = deque()  # when, how many
+        self._lock = threading.Lock()
+
+    def note(self, tokens: int) -> None:
+        with self._lock:
+            self._made.append((time.monotonic(), tokens))
+            self._forget()
+
+    @property
+    def tok_s(self) -> float:
+        with self._lock:
+            span = min(self._forget() - self._start, SPEED_S)
+            return sum(count for _, count in self._made) / span if span else 0.0
+
+    def _forget(self) -> float:
+        """Leave out what is older; the time."""
+        now = time.monotonic()
+        while self._made and self._made[0][0] <= now - SPEED_S:
+            self._made.popleft()
+        return now
+
+
 class Worker:
     """The thread that runs the engine, and the jobs that wait for it."""
 
     def __init__(self, pair: Pair, streams: int, waiting: int) -> None:
         self._engine = Engine(pair, sequences=streams)
-        self._streams = streams
+        self.streams, self.totals, self.speed = streams, self._engine.totals, Speed()
         self._places = waiting + streams
         self._jobs: deque[Job] = deque()
         self._running: list[Job] = []
@@ -116,6 +148,15 @@ class Worker:
     @property
     def running(self) -> int:
         return len(self._running)
+
+    @property
+    def texts(self) -> int:
+        """Texts under way; a request may have several, and none while its prompt is scored."""
+        return self._engine.active
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._engine.cache_bytes
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -194,7 +235,7 @@ class Worker:
         """Step, tell, begin a job if there is a place for it; whether there was anything to do."""
         worked = self._step()
         with self._changed:
-            is_place = self._engine.active + self._engine.waiting < self._streams
+            is_place = self._engine.active + self._engine.waiting < self.streams
             job = self._jobs.popleft() if self._jobs and is_place else None
             if job is not None:
                 self._running.append(job)
@@ -228,7 +269,10 @@ class Worker:
             self._leave(job)
 
     def _step(self) -> bool:
+        before = self.totals.tokens
         worked = self._engine.step()
+        if made := self.totals.tokens - before:
+            self.speed.note(made)
         for job in [job for job in self._running if job.texts]:
             self._tell(job)
         return worked

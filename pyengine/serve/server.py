@@ -7,8 +7,10 @@ is queue.py's, connections and their limits are http.py's.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import logging
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -19,14 +21,15 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from pyengine.serve.front import Front, allowed_names, error_body, error_response, note
+from pyengine.serve.front import LEFT, Front, allowed_names, error_body, error_response, note
 from pyengine.serve.protocol import Ask, Limits, Refused, Reply, no_such_model, read_request
-from pyengine.serve.queue import Job, Worker
+from pyengine.serve.queue import Hear, Job, Worker
 from pyengine.task import Result, Step
 from pyengine.untrusted import kind, parse
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
+    from pyengine.serve.metrics import Metrics
 
 # Reading a long prompt is work too; more threads would only hold more of them in memory
 READERS = 2
@@ -65,6 +68,7 @@ def make_app(
     """
     limits, names = limits or Limits(), allowed_names(hosts)
     worker = Worker(pair, limits.streams, limits.waiting)
+    metrics = _metrics(worker)
     row = {"id": pair.name, "object": "model", "created": 0, "owned_by": "pyengine"}
 
     async def models(_: Request) -> Response:
@@ -77,8 +81,22 @@ def make_app(
         return JSONResponse(row)
 
     async def health(_: Request) -> Response:
-        counts = {"waiting": worker.waiting, "running": worker.running}
-        return JSONResponse({"status": "ok", **counts})
+        counts = {"waiting": worker.waiting, "running": worker.running, "texts": worker.texts}
+        counts["streams"] = worker.streams
+        speeds = {"tok_s": worker.speed.tok_s, "acceptance": worker.totals.acceptance}
+        return JSONResponse({"status": "ok", **counts, **speeds})
+
+    async def figures(request: Request) -> Response:
+        if metrics is None:
+            return error_response(
+                Refused(
+                    404,
+                    "[serve] prometheus-client must be installed for /metrics but is not; run: "
+                    'pip install "pyengine-mlx[serve]"',
+                )
+            )
+        page, media_type = metrics.page(request.headers.get("accept", ""))
+        return Response(page, headers={"content-type": media_type})
 
     async def nowhere(request: Request, error: Any) -> Response:
         headers = dict(error.headers or {})
@@ -91,7 +109,11 @@ def make_app(
 
     readers = ThreadPoolExecutor(READERS, thread_name_prefix="pyengine-read")
     routes = [
-        Route(f"/v1/{path}", Completions(pair, limits, worker, readers, chat), methods=["POST"])
+        Route(
+            f"/v1/{path}",
+            Completions(pair, limits, worker, readers, metrics, chat),
+            methods=["POST"],
+        )
         for path, chat in (("chat/completions", True), ("completions", False))
     ]
     app = FastAPI(
@@ -103,12 +125,22 @@ def make_app(
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/health", health),
+            Route("/metrics", figures),
         ],
         exception_handlers={404: nowhere, 405: nowhere},
     )
     app.add_middleware(Front, any_host=any_host, hosts=names)
     app.state.worker = worker
     return app
+
+
+def _metrics(worker: Worker) -> Metrics | None:
+    """None where prometheus-client is missing, without which the server does all else."""
+    if importlib.util.find_spec("prometheus_client") is None:
+        return None
+    from pyengine.serve.metrics import Metrics
+
+    return Metrics(worker)
 
 
 class Completions:
@@ -120,25 +152,34 @@ class Completions:
         limits: Limits,
         worker: Worker,
         readers: ThreadPoolExecutor,
+        metrics: Metrics | None,
         chat: bool,
     ) -> None:
         self._pair, self._limits, self._worker, self._chat = pair, limits, worker, chat
-        self._readers = readers
+        self._readers, self._metrics = readers, metrics
         self._held = 0  # bytes of the bodies that are coming in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status = 500
         try:
             body = await self._body(Request(scope, receive))
+            came = time.perf_counter()
             with self._worker.place():
                 loop = asyncio.get_running_loop()
                 ask = await loop.run_in_executor(self._readers, self._read, body)
-                await self._answer(ask, scope, receive, send)
+                status = await self._answer(ask, came, scope, receive, send)
         except ClientDisconnect:
+            status = LEFT
             note(scope, left=True)
         except Refused as error:
+            status = error.status
             await error_response(error)(scope, receive, send)
         except ValueError as error:
+            status = 400
             await error_response(Refused(400, str(error)))(scope, receive, send)
+        finally:
+            if self._metrics is not None:
+                self._metrics.count(status)
 
     async def _body(self, request: Request) -> bytes:
         # A web page can send plain text to any address without asking; JSON it cannot
@@ -173,15 +214,19 @@ class Completions:
         self._worker.check([one.task() for one in ask.all if one.max_tokens])
         return ask
 
-    async def _answer(self, ask: Ask, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(
+        self, ask: Ask, came: float, scope: Scope, receive: Receive, send: Send
+    ) -> int:
+        """Its status; that of a stream that fails is the error's, though its head said 200."""
         self._worker.add(job := Job(ask, self._worker.wake))
+        hear = job.hear if self._metrics is None else self._metrics.timed(job, came)
         watch = asyncio.create_task(self._watch(job, receive))
         try:
             if ask.streamed:
-                await self._streamed(ask, job, scope, send)
-            else:
-                response = await self._whole(ask, job, scope)
-                await response(scope, receive, send)
+                return await self._streamed(ask, hear, scope, send)
+            response = await self._whole(ask, hear, scope)
+            await response(scope, receive, send)
+            return response.status_code
         finally:
             watch.cancel()
             self._worker.cut(job, ClientDisconnect())
@@ -192,11 +237,11 @@ class Completions:
             pass
         self._worker.cut(job, ClientDisconnect())
 
-    async def _whole(self, ask: Ask, job: Job, scope: Scope) -> Response:
+    async def _whole(self, ask: Ask, hear: Hear, scope: Scope) -> Response:
         echoed: dict[int, Step] = {}
         results: dict[int, Result] = {}
         while len(results) < len(ask.all):
-            said = await job.hear(None)
+            said = await hear(None)
             if isinstance(said, Exception):
                 return error_response(_failure(said, scope))
             assert said is not None
@@ -208,7 +253,7 @@ class Completions:
         note(scope, tokens=(_prompt_tokens(ask), sum(len(result.tokens) for result in each)))
         return JSONResponse(Reply(ask).whole(echoed, each))
 
-    async def _streamed(self, ask: Ask, job: Job, scope: Scope, send: Send) -> None:
+    async def _streamed(self, ask: Ask, hear: Hear, scope: Scope, send: Send) -> int:
         """Server-sent events. The headers go out at once, so an error from here on is an event."""
 
         async def write(text: str, more: bool = True) -> None:
@@ -222,13 +267,14 @@ class Completions:
         reply, counts = Reply(ask), [0] * len(ask.all)
         results: dict[int, Result] = {}
         while len(results) < len(ask.all):
-            said = await job.hear(self._limits.keep_alive_s)
+            said = await hear(self._limits.keep_alive_s)
             if said is None:
                 await write(": keep-alive\n\n")
                 continue
             if isinstance(said, Exception):
-                await write(_event(error_body(_failure(said, scope))) + DONE, more=False)
-                return
+                failure = _failure(said, scope)
+                await write(_event(error_body(failure)) + DONE, more=False)
+                return failure.status
             index, what = said
             if isinstance(what, Result):
                 results[index], counts[index] = what, len(what.tokens)
@@ -241,6 +287,7 @@ class Completions:
             if last:
                 events += reply.usage([results[n] for n in range(len(results))])
             await write("".join(map(_event, events)) + DONE * last, more=not last)
+        return 200
 
 
 def _prompt_tokens(ask: Ask) -> int:

@@ -41,6 +41,7 @@ WHOLE_FILES = {
     "parity/test_transformers.py": "compares with transformers",
     "project/test_mac_wheel.py": "reads Mach-O files and wheels by libraries of the extra lint",
     "helpers/serving.py": "every test that imports it needs a server",
+    "serve/test_serve_metrics.py": "prometheus-client writes what it reads",
     "serve/test_evaluate.py": "lm-eval is what is tested; scores are test_score.py's",
     "api/test_forked.py": "forks",
     "serve/test_server.py": "the official client asks",

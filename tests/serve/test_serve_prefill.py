@@ -114,8 +114,8 @@ def test_health_is_quick_while_a_prompt_is_read(
     gate = hold(monkeypatch, Target, "prefill")
     sock = server.raw(request(json.dumps({"messages": GAME, "max_tokens": 1}).encode(), path=CHAT))
     gate.wait()
-    said = httpx.get(f"{server.url}/health").json()
-    assert said == {"status": "ok", "waiting": 0, "running": 1}
+    said = server.health()
+    assert (said["status"], said["waiting"], said["running"], said["texts"]) == ("ok", 0, 1, 1)
     gate.open.set()
     assert until(sock, b"usage").startswith(b"HTTP/1.1 200 ")
     sock.close()
