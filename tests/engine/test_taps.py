@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from assistants import Scripted, wrong_places
 from models import decode as plain_decode
 from tiny_pairs import FLAVOURS, greedy_text, tiny_pair
 
@@ -98,15 +99,21 @@ def test_a_drafter_with_taps_reads_each_committed_row(flavour: str) -> None:
     target, prefix = pair.target, Prefix()
     E = target.config.hidden_size
     settings: dict[str, Any] = {"sampling": GREEDY, "max_tokens": 24}
-    plain = plain_decode(target, None, prompt, block_size=1, prefix=prefix, **settings)
+    plain = plain_decode(target, None, prompt, block_size=1, **settings)
     wanted = prompt + [token for done in plain for token in done.tokens]
     rows = {tap: left_by(target, tap, wanted) for tap in TAPS}
-    kept, text, drafter = prefix.tokens, list(prompt), Tapping(target, pair.assistant)
+    vocab, wrong = target.config.vocab_size, wrong_places(len(prompt), len(wanted))
+    # One without taps leaves a prefix that a block of this size could use
+    script, other = (Scripted(wanted, wrong, vocab, 3) for _ in range(2))
+    list(plain_decode(target, other, prompt, block_size=4, prefix=prefix, **settings))
+    kept, text, drafter = prefix.tokens, list(prompt), Tapping(target, script)
+    accepted = set()
     for done in decode(target, drafter, prompt, block_size=4, prefix=prefix, **settings):
         text += done.tokens
+        accepted |= {done.num_accepted} if done.num_drafted else set()
         if done.finish_reason is None:  # the last round's tokens are cut where the room ends
             for place, tap in enumerate(TAPS):
                 found = normed(target, drafter.row[:, place * E : (place + 1) * E])
                 assert same(found[0], rows[tap][len(text) - 2]), (len(text), tap)
-    assert text == wanted and prefix.tokens == kept
+    assert text == wanted and prefix.tokens == kept and accepted >= {0, 1, 3}
     assert [a.shape[0] for a in drafter.prompt[:1]] == [len(prompt)]
