@@ -12,6 +12,7 @@ from .embed import embed, embed_reference
 from .filter_logits import filter_logits, filter_logits_reference
 from .geglu import geglu, geglu_reference
 from .norm_rope import norm_rope, norm_rope_reference
+from .copy_pages import copy_pages, copy_pages_reference
 from .prepare_qkv import prepare_qkv, prepare_qkv_reference
 from .quantized_expert_matmul import quantized_expert_matmul, quantized_expert_matmul_reference
 from .quantized_filter_logits import quantized_filter_logits, quantized_filter_logits_reference
@@ -24,7 +25,7 @@ from .rms_norm import rms_norm, rms_norm_reference
 from .route_experts import route_experts, route_experts_reference
 from .softcap import softcap, softcap_reference
 from .weigh_experts import weigh_experts, weigh_experts_reference
-from .write_cache import write_cache, write_cache_reference
+
 
 __all__ = [
     "accept_block",
@@ -69,6 +70,4 @@ __all__ = [
     "use",
     "weigh_experts",
     "weigh_experts_reference",
-    "write_cache",
-    "write_cache_reference",
 ]

@@ -1,173 +1,217 @@
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate
 
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .prepare_qkv import PAGE
 
 MAX_POSITIONS = 1 << 30  # positions are below it; metal/positions.h has the same
-TILE = 512  # keys that a long block's rows meet at a time
+TILE = 512  # keys that a long piece's rows meet at a time
 UNSEEN = -1e38  # a score that no weight is left of; finite, so that no row has a NaN of it
 
 
 def block_attention(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    offset: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    lengths: mx.array,
+    tables: mx.array,
+    counts: Sequence[int],
     *,
     scale: float = 1.0,
     window: int | None = None,
-    start: mx.array | None = None,
 ) -> mx.array:
-    """Attend the T positions of a block to a linear or ring cache in one pass.
+    """Attend the rows of Q pieces, one of each sequence, to their own keys, in one pass.
 
-    ``out = softmax(scale * q @ k.T + mask) @ v``. Row t sits at position ``p = offset + t`` and
-    sees positions ``0 <= j <= p``, the last ``window`` of them when ``window`` is given, itself
-    included; the block's own keys are already in the cache. Position j lies in slot
-    ``(j - start) % C``. Query head h reads key head ``h // (H / K)``. Scores, softmax and sums are
-    float32, rounded once.
+    ``out = softmax(scale * q @ k.T + mask) @ v``. Row t of piece s, which is row
+    ``counts[0] + ... + counts[s - 1] + t`` of q, sits at position ``p = lengths[s] + t`` and sees
+    positions ``0 <= j <= p``, the last ``window`` of them when ``window`` is given, itself
+    included; the piece's own keys are already in the arena. Position j lies in page
+    ``tables[s, j // 64 % N]``, place ``j % 64``. Query head h reads key head ``h // (H / K)``.
+    Scores, softmax and sums are float32, rounded once.
 
-    Sums run over absolute position in a fixed tree, so the bits of a row depend on that row and its
-    visible keys alone: not on T, C, ``start`` or threads. The Metal kernels give the bits of
-    processors with fused multiply-adds, for up to 128 positions. A GPU runs longer blocks, which
-    are prefill, as plain MLX, 512 keys at a time: scores are never larger than ``[H, T, 512]``.
-    With scores of up to 64 in size the result is then within ``2**-16`` of the largest value; on an
-    M5 within ``2**-10``, as MLX's tensor units keep 11 bits of a float32 factor.
+    Sums run over absolute position in a fixed tree, whose chunks are pages, so the bits of a row
+    depend on that row and its visible keys alone: not on other rows and pieces, N, which pages they
+    are, or threads. The Metal kernels give the bits of processors with fused multiply-adds, for up
+    to 128 rows. A GPU runs longer calls, which are prefill, as plain MLX, 512 keys at a time:
+    scores are never larger than ``[H, T, 512]``. With scores of up to 64 in size the result is then
+    within ``2**-16`` of the largest value; on an M5 within ``2**-10``, as MLX's tensor units keep
+    11 bits of a float32 factor.
 
-    ``offset`` is from 0 to 2**30 - T, and C is at least ``T + min(offset, window - 1)``, so that
-    every visible position is still held. Where that turns out wrong only on the device, all of the
-    result is NaN.
+    All rows of a piece are NaN where its positions are not from 0 to below 2**30, where the pages
+    that its rows see are more than N, or where one of these is none of the P.
 
     Args:
-        q: Queries ``[B, T, H, D]``, float32, float16 or bfloat16; D is a multiple of 16, at most
-            512.
-        k: Keys ``[B, K, C, D]``, dtype of ``q``; H is a multiple of K; T <= C.
-        v: Values, shape and dtype of ``k``.
-        offset: int32 ``[]``, the position of row 0, on the device.
+        q: Queries ``[R, H, D]``, float32, float16 or bfloat16; D is a multiple of 16, at most 512.
+        keys: The arena's, ``[P, K, 64, D]``, dtype of ``q``; H is a multiple of K.
+        values: The same.
+        lengths: int32 ``[Q]``, the position of each piece's row 0, on the device.
+        tables: int32 ``[Q, N]``, pages of each sequence.
+        counts: Rows of each piece, Q numbers, at least 1 each, R together.
         scale: Multiplies the scores. Gemma 4 uses 1.0: its queries are normalised.
         window: Sliding window length, or None for full attention; at least 1, below 2**31.
-        start: int32 ``[]``, a position that lies in slot 0, or None for 0; may be negative.
 
     Returns:
-        ``[B, T, H, D]``, dtype of ``q``.
+        ``[R, H, D]``, dtype of ``q``.
 
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
-        RuntimeError: On a GPU, k or v turns out to be a strided view when evaluated.
+        RuntimeError: On a GPU, keys or values turn out to be a strided view when evaluated.
 
     Source: online softmax, arXiv:1805.02867.
     """
-    out = _ext.block_attention(q, k, v, offset, scale, window, start)
-    args = (q, k, v, offset)
-    options = {"scale": scale, "window": window, "start": start}
+    out = _ext.block_attention(q, keys, values, lengths, tables, list(counts), scale, window)
+    args = (q, keys, values, lengths, tables, counts)
+    options = {"scale": scale, "window": window}
     return run(out, block_attention_reference, *args, otherwise=_otherwise, **options)
 
 
-def _otherwise(q: mx.array, *args: Any, **options: Any) -> mx.array:
-    """MLX's own kernel, whose scores are all there at once at these widths; of a whole chunk by
-    tiles."""
-    return (_tiled if q.shape[1] > _ext.max_launch_rows else _mlx)(q, *args, **options)
+def _otherwise(
+    q: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    lengths: mx.array,
+    tables: mx.array,
+    counts: Sequence[int],
+    *,
+    scale: float,
+    window: int | None,
+) -> mx.array:
+    """Piece by piece: MLX's own kernel, whose scores are all there at once at these widths; of a
+    long piece by tiles."""
+    parts = []
+    for s, (begin, end) in enumerate(_spans(counts)):
+        attend = _tiled if end - begin > _ext.max_launch_rows else _mlx
+        own = (q[begin:end], keys, values, lengths[s], tables[s])
+        parts.append(attend(*own, scale=scale, window=window))
+    return mx.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _spans(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """First row of each piece, and the row behind its last."""
+    ends = list(accumulate(counts))
+    return [(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def _gathered(arena: mx.array, pages: mx.array) -> mx.array:
+    """Keys or values of these pages in a row, ``[K, pages * 64, D]``."""
+    P, K, _, D = arena.shape
+    own = mx.take(arena, mx.clip(pages, 0, P - 1), axis=0)
+    return own.swapaxes(0, 1).reshape(K, -1, D)
 
 
 def _mlx(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    offset: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    length: mx.array,
+    table: mx.array,
     *,
     scale: float,
     window: int | None,
-    start: mx.array | None,
 ) -> mx.array:
-    T = q.shape[1]
-    held, whole = _held(T, k.shape[2], offset, window, start)
-    seen = _visible(held, offset, T, window)
-    out = mx.fast.scaled_dot_product_attention(q.swapaxes(1, 2), k, v, scale=scale, mask=seen)
-    return mx.where(whole, out, mx.nan).astype(q.dtype).swapaxes(1, 2)
+    T, N = q.shape[0], table.shape[0]
+    held, whole = _held(T, keys.shape[0], length, table, window)
+    seen = _visible(held, length, T, window)
+    k, v = _gathered(keys, table), _gathered(values, table)
+    # What nobody sees may be NaN, which a weight of 0 would spread
+    any_sees = seen.any(axis=0)[None, :, None]
+    k, v = mx.where(any_sees, k, 0), mx.where(any_sees, v, 0)
+    assert k.shape[1] == N * PAGE
+    out = mx.fast.scaled_dot_product_attention(
+        q.swapaxes(0, 1)[None], k[None], v[None], scale=scale, mask=seen
+    )
+    return mx.where(whole, out[0], mx.nan).astype(q.dtype).swapaxes(0, 1)
 
 
 def _tiled(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    offset: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    length: mx.array,
+    table: mx.array,
     *,
     scale: float,
     window: int | None,
-    start: mx.array | None,
 ) -> mx.array:
-    """The reference a tile of keys at a time, with a running maximum and sum for each row.
-
-    Tiles are counted from the last slot: where that holds the last position of a chunk at a
-    multiple of TILE, their borders lie at multiples of it.
-    """
-    B, T, H, D = q.shape
-    K, C = k.shape[1], k.shape[2]
-    held, whole = _held(T, C, offset, window, start)
+    """The reference a tile of keys at a time, with a running maximum and sum for each row."""
+    T, H, D = q.shape
+    P, K = keys.shape[:2]
+    held, whole = _held(T, P, length, table, window)
     # The rows of a key head's queries are one matrix: each tile of keys is read once for them
-    rows = (scale * q.astype(mx.float32)).reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
-    rows = rows.reshape(B, K, H // K * T, D)
-    best = mx.full((B, K, H // K * T, 1), UNSEEN)
+    rows = (scale * q.astype(mx.float32)).reshape(T, K, H // K, D).transpose(1, 2, 0, 3)
+    rows = rows.reshape(K, H // K * T, D)
+    best = mx.full((K, H // K * T, 1), UNSEEN)
     total, out = mx.zeros(best.shape), mx.zeros(rows.shape)
-    for end in range((C - 1) % TILE + 1, C + 1, TILE):
-        tile = slice(max(0, end - TILE), end)
+    for page in range(0, table.shape[0], TILE // PAGE):
+        seen = _visible(held[page * PAGE : page * PAGE + TILE], length, T, window)
         # After the tile before: MLX may otherwise make the scores of all tiles first
-        keys, values = mx.depends([k[:, :, tile], v[:, :, tile]], [out, total])
-        scores = rows @ keys.astype(mx.float32).swapaxes(-1, -2)  # [B, K, H / K * T, tile]
-        scores = scores.reshape(B, K, H // K, T, -1)
-        seen = _visible(held[tile], offset, T, window)
-        scores = mx.where(seen, scores, UNSEEN).reshape(B, K, H // K * T, -1)
+        pages = mx.depends([table[page : page + TILE // PAGE]], [out, total])[0]
+        any_sees = seen.any(axis=0)[None, :, None]
+        k, v = (
+            mx.where(any_sees, _gathered(a, pages).astype(mx.float32), 0) for a in (keys, values)
+        )
+        scores = (rows @ k.swapaxes(-1, -2)).reshape(K, H // K, T, -1)
+        scores = mx.where(seen, scores, UNSEEN).reshape(K, H // K * T, -1)
         higher = mx.maximum(best, scores.max(axis=-1, keepdims=True))
         # All that a row without a visible key yet has summed up is forgotten when it meets one
         kept = mx.exp(best - higher)
         weights = mx.exp(scores - higher)
         total = total * kept + weights.sum(axis=-1, keepdims=True)
-        out = out * kept + weights @ values.astype(mx.float32)
+        out = out * kept + weights @ v
         best = higher
-    out = mx.where(whole, out / total, mx.nan).reshape(B, K, H // K, T, D)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D).astype(q.dtype)
+    out = mx.where(whole, out / total, mx.nan).reshape(K, H // K, T, D)
+    return out.transpose(2, 0, 1, 3).reshape(T, H, D).astype(q.dtype)
 
 
 def _held(
-    T: int, C: int, offset: mx.array, window: int | None, start: mx.array | None
+    T: int, P: int, length: mx.array, table: mx.array, window: int | None
 ) -> tuple[mx.array, mx.array]:
-    """The newest position that each slot can hold, int32 ``[C]``; and whether all that the rows
-    would see are held."""
-    before = offset if window is None else mx.minimum(offset, window - 1)
-    whole = (offset >= 0) & (offset <= MAX_POSITIONS - T) & (before <= C - T)
-    last = offset + (T - 1)
-    base = last % C if start is None else last % C - start % C
-    return last - (base - mx.arange(C)) % C, whole
+    """The newest position that each place of a sequence's pages can hold, int32 ``[N * 64]``; and
+    whether all that the rows of its piece see are held."""
+    N = table.shape[0]
+    oldest = mx.array(0) if window is None else mx.maximum(length - (window - 1), 0)
+    first, last = oldest // PAGE, (length + (T - 1)) // PAGE
+    newest = last - (last - mx.arange(N)) % N  # page of the sequence, by entry of the table
+    there = (table >= 0) & (table < P)
+    whole = (length >= 0) & (length <= MAX_POSITIONS - T) & (last - first < N)
+    whole = whole & mx.where(newest >= first, there, True).all()
+    return (newest[:, None] * PAGE + mx.arange(PAGE)).reshape(-1), whole
 
 
-def _visible(held: mx.array, offset: mx.array, T: int, window: int | None) -> mx.array:
-    """Which of these positions a row sees, bool ``[T, C]``."""
-    rows = (offset + mx.arange(T))[:, None]  # [T, 1]
+def _visible(held: mx.array, length: mx.array, T: int, window: int | None) -> mx.array:
+    """Which of these positions a row sees, bool ``[T, N * 64]``."""
+    rows = (length + mx.arange(T))[:, None]  # [T, 1]
     visible = (held >= 0) & (held <= rows)
     return visible if window is None else visible & (held > rows - window)
 
 
 def block_attention_reference(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    offset: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    lengths: mx.array,
+    tables: mx.array,
+    counts: Sequence[int],
     *,
     scale: float = 1.0,
     window: int | None = None,
-    start: mx.array | None = None,
 ) -> mx.array:
-    """The same in plain MLX."""
-    B, T, H, D = q.shape
-    K, C = k.shape[1], k.shape[2]
-    held, whole = _held(T, C, offset, window, start)
-    visible = _visible(held, offset, T, window)
-    q32 = q.astype(mx.float32).reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
-    k32 = k.astype(mx.float32)[:, :, None]  # [B, K, 1, C, D]
-    v32 = v.astype(mx.float32)[:, :, None]
-    scores = scale * (q32 @ k32.swapaxes(-1, -2))  # [B, K, H / K, T, C]
-    weights = mx.softmax(mx.where(visible, scores, -mx.inf), axis=-1)
-    out = mx.where(whole, weights @ v32, mx.nan)  # [B, K, H / K, T, D]
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D).astype(q.dtype)
+    """The same in plain MLX, piece by piece."""
+    K, D = keys.shape[1], keys.shape[3]
+    parts = []
+    for s, (begin, end) in enumerate(_spans(counts)):
+        T, H = end - begin, q.shape[1]
+        held, whole = _held(T, keys.shape[0], lengths[s], tables[s], window)
+        visible = _visible(held, lengths[s], T, window)
+        seen = visible.any(axis=0)[None, :, None]  # what nobody sees may be NaN
+        k, v = (mx.where(seen, _gathered(a, tables[s]), 0) for a in (keys, values))
+        own = q[begin:end].astype(mx.float32).reshape(T, K, H // K, D).transpose(1, 2, 0, 3)
+        scores = scale * (own @ k.astype(mx.float32)[:, None].swapaxes(-1, -2))
+        weights = mx.softmax(mx.where(visible, scores, -mx.inf), axis=-1)  # [K, H / K, T, N * 64]
+        out = mx.where(whole, weights @ v.astype(mx.float32)[:, None], mx.nan)
+        parts.append(out.transpose(2, 0, 1, 3).reshape(T, H, D).astype(q.dtype))
+    return mx.concatenate(parts) if len(parts) > 1 else parts[0]

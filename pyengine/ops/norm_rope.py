@@ -9,14 +9,14 @@ from .rms_norm import rms_norm
 def norm_rope(
     x: mx.array,
     weight: mx.array,
-    offset: mx.array,
+    positions: mx.array,
     inv_freq: mx.array,
     eps: float = 1e-6,
 ) -> mx.array:
     """Normalise each head of queries or keys and turn it to its position.
 
     RMSNorm over D with ``weight``, then half-split rotary embedding: with ``n`` the normalised
-    head, ``angle = (offset + t) * inv_freq``, element ``i < D / 2`` and its partner ``i + D / 2``::
+    head, ``angle = positions[r] * inv_freq``, element ``i < D / 2`` and its partner ``i + D / 2``::
 
         out[i]         = n[i] * cos(angle[i]) - n[i + D / 2] * sin(angle[i])
         out[i + D / 2] = n[i + D / 2] * cos(angle[i]) + n[i] * sin(angle[i])
@@ -25,10 +25,9 @@ def norm_rope(
     Sine and cosine are within 1.7 units in the last place for angles up to 2**18.
 
     Args:
-        x: ``[B, T, H, D]``, float32, float16 or bfloat16; D is even, at most 1024.
+        x: ``[R, H, D]``, float32, float16 or bfloat16; D is even, at most 1024.
         weight: ``[D]``, dtype of ``x``.
-        offset: int32 ``[]``, the position of row 0, on the device; from 0 to 2**30 - T. Where it is
-            known to the device alone, another turns as far as it says, wrapped around at 32 bits.
+        positions: int32 ``[R]``, on the device; of any sequences.
         inv_freq: float32 ``[D / 2]``, radians per position.
         eps: Added to the mean of squares; positive.
 
@@ -38,26 +37,26 @@ def norm_rope(
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    args = (x, weight, offset, inv_freq, eps)
+    args = (x, weight, positions, inv_freq, eps)
     return run(_ext.norm_rope(*args), norm_rope_reference, *args, otherwise=_mlx)
 
 
 def _mlx(
-    x: mx.array, weight: mx.array, offset: mx.array, inv_freq: mx.array, eps: float
+    x: mx.array, weight: mx.array, positions: mx.array, inv_freq: mx.array, eps: float
 ) -> mx.array:
-    """MLX's own kernels, which round once more; they want wavelengths, and heads before rows."""
-    n = rms_norm(x, weight, eps).swapaxes(1, 2)
+    """MLX's own kernels, which round once more; they want wavelengths, and a batch of offsets."""
+    n = rms_norm(x, weight, eps)[:, :, None]  # [R, H, 1, D]: a batch of single positions
     lengths = 1 / inv_freq  # infinite where nothing turns
     turned = mx.fast.rope(
-        n, x.shape[-1], traditional=False, base=None, scale=1.0, offset=offset, freqs=lengths
+        n, x.shape[-1], traditional=False, base=None, scale=1.0, offset=positions, freqs=lengths
     )
-    return turned.swapaxes(1, 2)
+    return turned[:, :, 0]
 
 
 def norm_rope_reference(
     x: mx.array,
     weight: mx.array,
-    offset: mx.array,
+    positions: mx.array,
     inv_freq: mx.array,
     eps: float = 1e-6,
 ) -> mx.array:
@@ -65,8 +64,7 @@ def norm_rope_reference(
     x32 = x.astype(mx.float32)
     n = x32 * mx.rsqrt(mx.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     n = n * weight.astype(mx.float32)
-    positions = (offset + mx.arange(x.shape[1])).astype(mx.float32)
-    angles = (positions[:, None] * inv_freq)[:, None, :]  # [T, 1, D / 2]
+    angles = (positions.astype(mx.float32)[:, None] * inv_freq)[:, None, :]  # [R, 1, D / 2]
     cos, sin = mx.cos(angles), mx.sin(angles)
     low, high = mx.split(n, 2, axis=-1)
     out = mx.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)

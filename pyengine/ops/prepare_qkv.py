@@ -3,9 +3,10 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .norm_rope import norm_rope, norm_rope_reference
-from .rms_norm import rms_norm, rms_norm_reference
-from .write_cache import write_cache, write_cache_reference
+from .norm_rope import norm_rope_reference
+from .rms_norm import rms_norm_reference
+
+PAGE = 64  # positions of a page: a chunk of block_attention's sums
 
 
 def prepare_qkv(
@@ -17,59 +18,49 @@ def prepare_qkv(
     inv_freq: mx.array,
     keys: mx.array,
     values: mx.array,
-    offset: mx.array,
+    positions: mx.array,
+    owners: mx.array,
+    tables: mx.array,
     eps: float = 1e-6,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """All that stands between the projections of T positions and their attention.
+    """All that stands between the projections of R rows and their attention.
 
     Queries and keys as :func:`norm_rope`, values by RMSNorm without weights, then keys and values
-    into the cache as :func:`write_cache`: in place, with its rules for the handles. Each is rounded
-    once, so the bits are those of the three ops.
+    into the pages of each row's sequence. Row r, position ``p = positions[r]`` of sequence
+    ``s = owners[r]``, goes to page ``tables[s, p // 64 % N]``, place ``p % 64``. A row whose
+    position is negative, whose owner is none of the Q, or whose page is none of the P, is written
+    nowhere; its query is made all the same.
+
+    The write is in place: the results *are* the arenas' memory, whoever else holds it. So the
+    returned handles are the only ones that may be used afterwards; older ones see the new rows
+    too. MLX runs a write after an earlier read of the arena only if an input depends on what was
+    read: in a decoder it does, through the token; where it does not, evaluate in between. No two
+    rows of a call may go to the same place.
 
     Args:
-        q: ``[T, H * D]``, float32, float16 or bfloat16; D is even, at most 1024.
-        k: ``[T, K * D]``, dtype of ``q``.
+        q: ``[R, H * D]``, float32, float16 or bfloat16; D is even, at most 1024.
+        k: ``[R, K * D]``, dtype of ``q``.
         v: The same; ``k`` again where keys double as values.
         q_norm: ``[D]``, dtype of ``q``.
         k_norm: ``[D]``, dtype of ``q``.
         inv_freq: float32 ``[D / 2]``, radians per position.
-        keys: The cache's, ``[1, K, C, D]``, dtype of ``q``, evaluated to a contiguous array; T is
-            at most C.
+        keys: The arena's, ``[P, K, 64, D]``, dtype of ``q``, evaluated to a contiguous array.
         values: The same.
-        offset: int32 ``[]``, the position of row 0, on the device; position p goes to slot p % C,
-            by the rule of :func:`write_cache` for those there should not be.
+        positions: int32 ``[R]``, on the device.
+        owners: int32 ``[R]``, from 0 to Q - 1.
+        tables: int32 ``[Q, N]``, pages of each sequence.
         eps: Added to the means of squares; positive.
 
     Returns:
-        Queries ``[1, T, H, D]``; keys and values ``[1, K, C, D]`` with T positions replaced.
+        Queries ``[R, H, D]``; keys and values ``[P, K, 64, D]`` with R places replaced.
 
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
         RuntimeError: keys or values turn out not to be contiguous when evaluated.
     """
-    args = (q, k, v, q_norm, k_norm, inv_freq, keys, values, offset, eps)
-    outs = run(_ext.prepare_qkv(*args), prepare_qkv_reference, *args, otherwise=_one_by_one)
-    turned, keys, values = outs
+    args = (q, k, v, q_norm, k_norm, inv_freq, keys, values, positions, owners, tables, eps)
+    turned, keys, values = run(_ext.prepare_qkv(*args), prepare_qkv_reference, *args)
     return turned, keys, values
-
-
-def _one_by_one(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    q_norm: mx.array,
-    k_norm: mx.array,
-    inv_freq: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    offset: mx.array,
-    eps: float,
-) -> tuple[mx.array, mx.array, mx.array]:
-    T, D = q.shape[0], keys.shape[-1]
-    q, k, v = (a.reshape(1, T, -1, D) for a in (q, k, v))
-    q, k = (norm_rope(a, w, offset, inv_freq, eps) for a, w in ((q, q_norm), (k, k_norm)))
-    v = rms_norm(v, None, eps)
-    return q, write_cache(keys, k, offset), write_cache(values, v, offset)
 
 
 def prepare_qkv_reference(
@@ -81,12 +72,28 @@ def prepare_qkv_reference(
     inv_freq: mx.array,
     keys: mx.array,
     values: mx.array,
-    offset: mx.array,
+    positions: mx.array,
+    owners: mx.array,
+    tables: mx.array,
     eps: float = 1e-6,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The same in plain MLX; the cache is copied."""
-    (_, K, _, D), T = keys.shape, q.shape[0]
-    q = norm_rope_reference(q.reshape(1, T, q.shape[1] // D, D), q_norm, offset, inv_freq, eps)
-    k = norm_rope_reference(k.reshape(1, T, K, D), k_norm, offset, inv_freq, eps)
-    v = rms_norm_reference(v.reshape(1, T, K, D), None, eps)
-    return q, write_cache_reference(keys, k, offset), write_cache_reference(values, v, offset)
+    """The same in plain MLX; the arenas are copied."""
+    (P, K, _, D), R = keys.shape, q.shape[0]
+    q = norm_rope_reference(q.reshape(R, q.shape[1] // D, D), q_norm, positions, inv_freq, eps)
+    k = norm_rope_reference(k.reshape(R, K, D), k_norm, positions, inv_freq, eps)
+    v = rms_norm_reference(v.reshape(R, K, D), None, eps)
+    if not (R and P and tables.size):
+        return q, keys * 1, values * 1
+    Q, N = tables.shape
+    known = (positions >= 0) & (owners >= 0) & (owners < Q)
+    pages = tables[mx.where(known, owners, 0), positions // PAGE % N]
+    known = known & (pages >= 0) & (pages < P)
+    # What goes nowhere goes to a page of its own, which is cut off
+    at = mx.where(known, pages, P), positions % PAGE
+    return q, _written(keys, k, *at), _written(values, v, *at)
+
+
+def _written(arena: mx.array, new: mx.array, pages: mx.array, places: mx.array) -> mx.array:
+    room = mx.concatenate([arena, mx.zeros_like(arena[:1])]).swapaxes(1, 2)  # [P + 1, 64, K, D]
+    room[pages, places] = new
+    return mx.contiguous(room[:-1].swapaxes(1, 2))
