@@ -194,11 +194,10 @@ class Tree:
             self._used[child, True] = None
         for other in list(node.children.values()):
             # The beginning of a page is of no use beside more of it
-            if len(other.tokens) < len(own) and own[: len(other.tokens)] == other.tokens:
-                if other.is_borrowed == is_borrowed and (
-                    child.sliding is not None or other.sliding is None
-                ):
-                    self._remove(other)
+            is_beginning = len(other.tokens) < len(own) and own[: len(other.tokens)] == other.tokens
+            is_covered = child.sliding is not None or other.sliding is None
+            if is_beginning and is_covered and other.is_borrowed == is_borrowed:
+                self._remove(other)
         return child
 
     def _touch(self, nodes: Sequence[Node], windows: Iterable[int]) -> None:

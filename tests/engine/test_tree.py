@@ -222,7 +222,7 @@ def test_random_forgetting_keeps_what_is_left_right(seed: int) -> None:
         texts.add(text)
         limit = rng.randrange(50, 400)
         if rng.random() < 0.5:
-            texts.tree.shrink(lambda: texts.tree.nbytes <= limit)
+            texts.tree.shrink(lambda limit=limit: texts.tree.nbytes <= limit)
             assert texts.tree.nbytes <= limit
         held = sum(1 for _ in texts.tree.nodes())
         assert len(texts.tree) == held == 600 - texts.full.free
