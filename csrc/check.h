@@ -103,7 +103,7 @@ inline void check_array(
 
 // Keys or values of many sequences.
 inline void check_arena(const char* op, const char* what, const mx::array& a) {
-  if (a.ndim() != 4 || a.shape(2) != page_positions) [[unlikely]] {
+  if (a.ndim() != 4 || a.shape(2) != page_size) [[unlikely]] {
     fail(op, what, "have shape [P, K, 64, D]", a.shape());
   }
 }

@@ -15,17 +15,17 @@ namespace pyengine {
 enum { max_positions = 1 << 30 };
 
 // Positions of a page: a chunk of block_attention's sums.
-enum { page_positions = 64 };
+enum { page_size = 64 };
 
 // Entry of a sequence's table that has the page of a position: of N, and the
 // position is not negative.
 static inline int entry_of(int position, int N) {
-  return position / page_positions % N;
+  return position / page_size % N;
 }
 
 // Place of a position in its page.
 static inline int place_of(int position) {
-  return position % page_positions;
+  return position % page_size;
 }
 
 static inline bool is_page(int page, int P) {

@@ -61,7 +61,7 @@ template <typename T>
   if (page < 0) {
     return;
   }
-  ulong line = (ulong(page) * K + head) * page_positions;
+  ulong line = (ulong(page) * K + head) * page_size;
   ulong place = (line + place_of(position)) * D;
   if ((task - H) % 2 == 0) {
     device T* to = keys + place;
