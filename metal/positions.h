@@ -14,6 +14,9 @@ namespace pyengine {
 // 2^31 that a kernel may look ahead by a span.
 enum { max_positions = 1 << 30 };
 
+// Positions of a page.
+enum { page_size = 64 };
+
 // Position of row t, for its angles: wraps around at 32 bits.
 static inline int position_at(int offset, int t) {
   return int(unsigned(offset) + unsigned(t));
@@ -31,17 +34,19 @@ static inline int slot_of_row(int offset, int t, int C) {
   return t < C - slot ? slot + t : t - (C - slot);
 }
 
-// The same where position `start` lies in slot 0.
-static inline int slot_from(int start, int position, int C) {
-  int slot = slot_of(position, C) - slot_of(start, C);
-  return slot < 0 ? slot + C : slot;
+// The first position that a row sees: `window` is at least 1.
+static inline int oldest_seen(int position, int window) {
+  return position < window ? 0 : position - window + 1;
 }
 
-// Whether T rows from `offset` on have positions, and a cache of C slots can
-// hold all that they see: T is at most C, `window` at least 1.
-static inline bool attends(int offset, int T, int C, int window) {
-  int before = offset < window - 1 ? offset : window - 1;
-  return 0 <= offset && offset <= max_positions - T && before <= C - T;
+// Whether T rows from `length` on have positions, and a table of N pages can
+// name all that they see.
+static inline bool attends(int length, int T, int N, int window) {
+  if (length < 0 || length > max_positions - T) {
+    return false;
+  }
+  int first = oldest_seen(length, window) / page_size;
+  return (length + T - 1) / page_size - first < N;
 }
 
 } // namespace pyengine
