@@ -215,6 +215,228 @@ void run(
   attend_all(args, items);
 }
 
+// The tiles of metal/block_attention.metal.
+constexpr int simd_keys = 32;
+constexpr int score_rows = 4; // of a simdgroup
+constexpr int value_rows = 8;
+constexpr int tile_rows = 64; // of a threadgroup
+constexpr int tile_bytes = 128; // of a row, staged together
+constexpr int slice_columns = 128;
+constexpr int value_bytes = 4096; // of v, staged together
+constexpr int ahead = 2; // loads of a tile of scores for each thread, at most
+constexpr int loading_simds = 4; // at least, so that few rows load as fast
+
+int pieces(int n, int size) {
+  return (n + size - 1) / size;
+}
+
+int round_up(int n, int step) {
+  return pieces(n, step) * step;
+}
+
+// The spans that the visible positions of a slice may touch: those of N pages,
+// and of a window.
+int spans_needed(int N, int positions, std::optional<int> window) {
+  constexpr int span_pages = attention_span / page_size;
+  N = std::min(N, max_positions / page_size);
+  if (!window) {
+    return pieces(N, span_pages);
+  }
+  int64_t visible = int64_t(*window) - 1 + positions;
+  int64_t touched = (visible + attention_span - 2) / attention_span + 1;
+  return int(std::min<int64_t>((N + span_pages - 2) / span_pages + 1, touched));
+}
+
+// Scores, what spans make of the values, and the fold of these, for all slices
+// of a call. Grids follow from shapes alone: where pieces stand is read on the
+// device.
+class AttentionLaunches {
+ public:
+  AttentionLaunches(
+      const Arrays& in,
+      const std::vector<int>& counts,
+      float scale,
+      std::optional<int> window)
+      : q_(in[0]),
+        keys_(in[1]),
+        tables_(in[3]),
+        dtype_(in[0].dtype()) {
+    int H = q_.shape(1), K = keys_.shape(1), N = tables_.shape(1);
+    int positions = add_items(counts, H / K);
+    most_ = positions * (H / K);
+    for (const auto& item : items_) {
+      tile_ = std::max(tile_, item.rows);
+    }
+    params_ = {
+        .H = H,
+        .P = keys_.shape(0),
+        .K = K,
+        .D = q_.shape(2),
+        .N = N,
+        .tiles = pieces(most_, tile_rows),
+        .keys = row_simds() <= 4 ? 64 : 32,
+        .spans = spans_needed(N, positions, window),
+        .window = window.value_or(no_window),
+        .scale = scale,
+        .minus_zero = -0.0f};
+  }
+
+  Launch scores() const {
+    int staged = row_simds() * score_rows + params_.keys;
+    int loads = staged * tile_bytes / 16;
+    auto launch = stage(
+        "scores",
+        params_.spans * attention_span / params_.keys,
+        std::max(
+            row_simds() * params_.keys / simd_keys, pieces(loads, 32 * ahead)));
+    launch.buffers = {
+        Buffer::array(Role::in, "q", q_.shape(), dtype_, 16),
+        arena("keys"),
+        lengths(),
+        tables(),
+        score_list(Role::out),
+        params(),
+        items()};
+    launch.threadgroup_memory = {{0, staged * tile_bytes / itemsize() * 4}};
+    return launch;
+  }
+
+  Launch values() const {
+    int simds = pieces(tile_, value_rows);
+    auto launch = stage(
+        "values", params_.spans * pieces(params_.D, slice_columns), simds);
+    launch.buffers = {
+        arena("values"),
+        lengths(),
+        tables(),
+        score_list(Role::in),
+        sum_list(Role::out),
+        state_list(Role::out),
+        params(),
+        items()};
+    launch.threadgroup_memory = {
+        {0, simds * attention_chunk * value_rows * 4},
+        {1, value_bytes / itemsize() * 4}};
+    return launch;
+  }
+
+  Launch fold() const {
+    auto launch = kernel(
+        "fold",
+        {most_, params_.K, int(items_.size())},
+        round_up(params_.D / 4, 32));
+    launch.buffers = {
+        lengths(),
+        tables(),
+        sum_list(Role::in),
+        state_list(Role::in),
+        Buffer::array(Role::out, "out", q_.shape(), dtype_),
+        params(),
+        items()};
+    return launch;
+  }
+
+ private:
+  // All slices of all pieces; returns the positions of the longest.
+  int add_items(const std::vector<int>& counts, int G) {
+    int row = 0, most = 0;
+    for (int piece = 0; piece < int(counts.size()); ++piece) {
+      for (int first = 0; first < counts[piece]; first += max_rows) {
+        int positions = std::min(counts[piece] - first, max_rows);
+        int rows = rows_of_a_tile(positions * G);
+        items_.push_back(
+            {piece, counts[piece], row + first, first, positions, rows});
+        most = std::max(most, positions);
+      }
+      row += counts[piece];
+    }
+    return most;
+  }
+
+  // R rows of a head in tiles of equal size.
+  static int rows_of_a_tile(int R) {
+    int tiles = pieces(R, tile_rows);
+    return tiles == 1 ? R : round_up(pieces(R, tiles), value_rows);
+  }
+
+  int itemsize() const {
+    return int(mx::size_of(dtype_));
+  }
+
+  int row_simds() const {
+    return pieces(tile_, score_rows);
+  }
+
+  // Without buffers.
+  Launch kernel(const char* name, std::array<int, 3> grid, int threads) const {
+    std::string library = "block_attention";
+    auto host_name = library + "_" + name + "_" + dtype_name(dtype_);
+    return {library, host_name, grid, {threads, 1, 1}};
+  }
+
+  // Scores or values: so many threadgroups per tile of rows.
+  Launch stage(const char* name, int groups, int simds) const {
+    return kernel(
+        name,
+        {groups, params_.K, int(items_.size()) * params_.tiles},
+        32 * std::max(simds, loading_simds));
+  }
+
+  Buffer arena(const char* name) const {
+    auto buffer = Buffer::array(Role::in, name, keys_.shape(), dtype_, 16);
+    buffer.state = true;
+    return buffer;
+  }
+
+  Buffer lengths() const {
+    return Buffer::array(Role::in, "lengths", {tables_.shape(0)}, mx::int32);
+  }
+
+  Buffer tables() const {
+    return Buffer::array(Role::in, "tables", tables_.shape(), mx::int32);
+  }
+
+  // What one launch leaves for the next.
+  Buffer score_list(Role role) const {
+    int width = params_.spans * attention_span;
+    mx::Shape shape = {q_.shape(0), params_.H, width};
+    return Buffer::array(role, "scores", std::move(shape), mx::float32, 16);
+  }
+
+  Buffer sum_list(Role role) const {
+    mx::Shape shape = {q_.shape(0), params_.H, params_.spans, params_.D};
+    return Buffer::array(role, "sums", std::move(shape), mx::float32, 16);
+  }
+
+  Buffer state_list(Role role) const {
+    mx::Shape shape = {q_.shape(0), params_.H, params_.spans, 2};
+    return Buffer::array(role, "states", std::move(shape), mx::float32);
+  }
+
+  template <typename T>
+  static Buffer constants(const char* name, const T* from, size_t count) {
+    std::string data(reinterpret_cast<const char*>(from), count * sizeof(T));
+    return {name, Role::bytes, {}, mx::uint32, 4, std::move(data)};
+  }
+
+  Buffer params() const {
+    return constants("params", &params_, 1);
+  }
+
+  Buffer items() const {
+    return constants("items", items_.data(), items_.size());
+  }
+
+  const mx::array& q_;
+  const mx::array& keys_;
+  const mx::array& tables_;
+  mx::Dtype dtype_;
+  std::vector<BlockAttentionItem> items_;
+  BlockAttentionParams params_;
+  int most_; // rows of a key head in the largest item
+  int tile_ = 0; // rows of the largest tile
+};
+
 // Inputs: q, keys, lengths, tables, values.
 struct BlockAttention {
   static constexpr const char* op = "block_attention";
@@ -223,8 +445,15 @@ struct BlockAttention {
   std::optional<int> window;
   bool operator==(const BlockAttention&) const = default;
 
+  // Three for all pieces. Longer calls are prefill, and MLX's; those of no
+  // pages are NaN.
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    return {};
+    bool no_pages = in[1].size() == 0 || in[3].size() == 0;
+    if (in[0].shape(0) > max_launch_rows || no_pages) {
+      return {};
+    }
+    AttentionLaunches all(in, counts, scale, window);
+    return {all.scores(), all.values(), all.fold()};
   }
 
   auto task(const Arrays& in, Arrays& out) const {
