@@ -16,8 +16,8 @@ from pyengine.arguments import whole
 from pyengine.checkpoint import memory
 from pyengine.engine import schedule
 from pyengine.engine.loop import Round, Rounds, Shared, TokenSequence
+from pyengine.engine.known import Known
 from pyengine.engine.prefix import Prefix
-from pyengine.engine.slots import Slots
 from pyengine.engine.stats import Totals
 from pyengine.sampling.settings import MAX_SEED
 from pyengine.task import Answer, Result, Step, Task, embedded_pair, new_task
@@ -146,7 +146,7 @@ class Engine:
             raise ValueError(f"[engine] cache_bytes must be at least 1 but got {cache_bytes}.")
         self._places, self._cache_bytes = count, cache_bytes
         self._arena = self.pair.target.new_arena()
-        self._rounds, self._slots = Rounds(), Slots(count, self._arena)
+        self._rounds, self._known = Rounds(), Known(self._arena)
         self._incoming: deque[Request] = deque()  # from any thread
         self._waiting: deque[Request] = deque()  # by who steps, as all below
         self._active: list[Request] = []
@@ -279,7 +279,7 @@ class Engine:
             for request in [*self._incoming, *self._waiting, *self._active]:
                 request.cancelled = True
             self._leave_out_cancelled()
-            self._slots.shrink(0)
+            self._known.shrink(0)
 
     def __enter__(self) -> Engine:
         return self
@@ -341,9 +341,8 @@ class Engine:
         budget = self._budget()
         if budget is not None:
             promised = sum(r.needs for r in self._active) + request.needs
-            self._slots.shrink(max(0, budget - promised))
-        request.prefix = prefix = self._slots.take(request.task.ids)
-        request.at_end.callback(self._slots.give_back, prefix)
+            self._known.shrink(max(0, budget - promised))
+        request.prefix = prefix = Prefix(self._known)
         request.at_end.enter_context(prefix.in_use())
         self._active.append(request)
         task, pair = request.task, self.pair
@@ -421,7 +420,7 @@ class Engine:
         request.ended = True
         budget = self._budget()
         if budget is not None:
-            self._slots.shrink(budget // 2, keep=1)
+            self._known.shrink(budget // 2)
 
     def _leave_out_cancelled(self) -> None:
         while self._incoming:

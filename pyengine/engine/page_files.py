@@ -38,7 +38,7 @@ class PageFiles:
         self.folder, self.limit = folder, limit
         self._model, self._tell = model, tell
         self._own = folder / model[:32]
-        self._is_off = False  # something keeps us from writing
+        self.is_open = True  # until something keeps us from writing
         try:
             self._own.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -76,7 +76,7 @@ class PageFiles:
     def write(self, key: str, kind: Kind, content: bytes) -> None:
         """Keep a page. What fails is told once, and nothing is written after that."""
         nbytes = DIGEST_BYTES + len(content)
-        if self._is_off or nbytes > self.limit:
+        if not self.is_open or nbytes > self.limit:
             return
         try:
             write_whole(self._path(key, kind), _digest(key, kind, content) + content, 0o600)
@@ -84,7 +84,7 @@ class PageFiles:
             if self._total > self.limit:  # by our own count: others may write here too
                 self._total = self._make_room()
         except OSError as error:
-            self._is_off = True
+            self.is_open = False
             self._tell(f"No more prompts are kept in {self.folder}: {error.strerror}.")
 
     def _make_room(self) -> int:

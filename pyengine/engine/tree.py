@@ -40,6 +40,7 @@ class Node:
     full: int
     sliding: int | None
     children: dict[tuple[Tokens, bool], Node] = field(default_factory=dict)
+    name: str = ""  # of its files, where it has some
 
     @property
     def key(self) -> tuple[Tokens, bool]:
@@ -66,6 +67,7 @@ class Tree:
         # those below it: so the first node of all is a leaf
         self._used: OrderedDict[tuple[Node, bool], None] = OrderedDict()
         self._num_nodes = 0
+        self.changes = 0  # rises with every page that joins
 
     @property
     def nbytes(self) -> int:
@@ -85,27 +87,32 @@ class Tree:
             borrowed: So many of the text's positions are made by MLX's kernels, chunk by chunk.
             chunk: Positions of such a chunk; a multiple of 64.
         """
-        path, ends = [self._root], []
-        while True:
-            depth = len(path) - 1
+        path, ends = self.path(tokens, borrowed), []
+        for depth, above in enumerate([self._root, *path]):
             rest = tuple(tokens[depth * PAGE : (depth + 1) * PAGE])
-            alike = (depth + 1) * PAGE <= borrowed
-            for child in path[-1].children.values():
-                if child.is_borrowed == alike and (count := _shared(child.tokens, rest)):
+            for child in above.children.values():
+                alike = child.is_borrowed == ((depth + 1) * PAGE <= borrowed)
+                if alike and (count := _shared(child.tokens, rest)):
                     ends.append((depth, count, child))
-            below = path[-1].children.get((rest, alike))
-            if below is None or len(rest) < PAGE:
-                break
-            path.append(below)
-        for depth, count, child in sorted(ends, key=lambda end: (end[0], end[1]), reverse=True):
+        for depth, count, child in sorted(ends, key=lambda end: end[:2], reverse=True):
             length = depth * PAGE + count
             if length < borrowed:
                 length -= length % chunk
-            nodes = [*path[1 : depth + 1], child][: -(-length // PAGE)]
+            nodes = [*path[:depth], child][: -(-length // PAGE)]
             if (found := self._from(nodes, length)) is not None:
                 self._touch(nodes, found.sliding)
                 return found
         return Found(0, [], {})
+
+    def path(self, tokens: Sequence[int], borrowed: int = 0) -> list[Node]:
+        """The nodes whose pages are wholly of these tokens; arguments as :meth:`find`."""
+        node, nodes = self._root, []
+        for end in range(PAGE, len(tokens) + 1, PAGE):
+            below = node.children.get((tuple(tokens[end - PAGE : end]), end <= borrowed))
+            if below is None:
+                break
+            nodes.append(node := below)
+        return nodes
 
     def shared(self, tokens: Sequence[int]) -> int:
         """How many tokens these have in common with what is known, whether or not a text can go on
@@ -156,13 +163,17 @@ class Tree:
     def clear(self) -> None:
         self.shrink(lambda: False)
 
-    def nodes(self) -> Iterator[tuple[list[Node], Node]]:
-        """Every node, with those above it from the root's child on; parents first."""
-        stack: list[tuple[list[Node], Node]] = [([], n) for n in self._root.children.values()]
+    def nodes(self) -> Iterator[Node]:
+        """Every node, parents first."""
+        stack = list(self._root.children.values())
         while stack:
-            above, node = stack.pop()
-            yield above, node
-            stack += [([*above, node], child) for child in node.children.values()]
+            node = stack.pop()
+            yield node
+            stack += node.children.values()
+
+    def has(self, node: Node) -> bool:
+        """Whether a node is still there."""
+        return (node, False) in self._used
 
     def _from(self, nodes: list[Node], length: int) -> Found | None:
         """These pages as a beginning, None where one of the window is gone."""
@@ -188,10 +199,12 @@ class Tree:
             self._used[child, False] = None
             self._num_nodes += 1
             node.children[child.key] = child
+            self.changes += 1
         if child.sliding is None and sliding is not None:
             child.sliding = sliding
             self._sliding.hold(sliding)
             self._used[child, True] = None
+            self.changes += 1
         for other in list(node.children.values()):
             # The beginning of a page is of no use beside more of it
             is_beginning = len(other.tokens) < len(own) and own[: len(other.tokens)] == other.tokens

@@ -245,6 +245,33 @@ class Arena:
                     arrays[i] = ops.copy_pages(a, *pair)
         mx.eval(self.arrays)
 
+    def content(self, sliding: bool, page: int) -> bytes:
+        """A page of every layer of the kind, one behind the other. Evaluates."""
+        parts = [a[page].view(mx.uint8) for a in self._of_kind(sliding)]
+        mx.eval(parts)
+        return b"".join(bytes(memoryview(part)) for part in parts)
+
+    def fill(self, sliding: bool, page: int, content: bytes) -> None:
+        """Write what :meth:`content` gave, into a page that nobody reads. Evaluates."""
+        mx.eval(self._reads)  # what was read from the page when it was another's
+        begin, view = 0, memoryview(content)
+        for a in self._of_kind(sliding):
+            nbytes = a.nbytes // a.shape[0]
+            part = mx.array(view[begin : begin + nbytes]).view(a.dtype)
+            a[page] = part.reshape(a.shape[1:])
+            begin += nbytes
+        mx.eval(self.arrays)
+
+    def _of_kind(self, sliding: bool) -> list[mx.array]:
+        """Keys and values of the layers of a kind."""
+        layers = self.config.layers
+        both = [
+            pair
+            for i, pair in enumerate(zip(self.keys, self.values, strict=True))
+            if layers[i].sliding == sliding
+        ]
+        return [a for pair in both for a in pair if a is not None]
+
     def after_reads(self, x: mx.array) -> mx.array:
         """x, made to depend on every result noted by :meth:`note_read` so far."""
         reads, self._reads = self._reads, []

@@ -177,12 +177,11 @@ def test_nodes_are_told_parents_first() -> None:
     texts = Texts(window=0)
     texts.add(words(200))
     texts.add([*words(100), *words(100, 5)])
-    seen: list[object] = []
-    for above, node in texts.tree.nodes():
-        assert all(each in seen for each in above)
-        assert node.parent is (above[-1] if above else texts.tree._root)
+    seen: list[object] = [texts.tree._root]
+    for node in texts.tree.nodes():
+        assert node.parent in seen and texts.tree.has(node)
         seen.append(node)
-    assert len(seen) == len(texts.tree) == 1 + 3 + 3
+    assert len(seen) - 1 == len(texts.tree) == 1 + 3 + 3
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -226,7 +225,7 @@ def test_random_forgetting_keeps_what_is_left_right(seed: int) -> None:
             assert texts.tree.nbytes <= limit
         held = sum(1 for _ in texts.tree.nodes())
         assert len(texts.tree) == held == 600 - texts.full.free
-        windows = sum(node.sliding is not None for _, node in texts.tree.nodes())
+        windows = sum(node.sliding is not None for node in texts.tree.nodes())
         assert windows == 600 - texts.sliding.free
     texts.tree.clear()
     assert texts.full.free == texts.sliding.free == 600

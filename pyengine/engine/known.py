@@ -1,0 +1,79 @@
+"""The beginnings of texts that an arena holds, so that what is known is not processed again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyengine.engine.stored import Stored
+from pyengine.engine.tree import Tree
+from pyengine.model.cache import Arena, Cache
+from pyengine.model.plan import CHUNK, border, whole
+from pyengine.ops.dispatch import borrows
+
+
+class Known:
+    """A tree of beginnings over an arena's pages, and the pages that are kept in files.
+
+    Args:
+        arena: Of all texts.
+        stored: Pages of earlier processes, if any.
+    """
+
+    def __init__(self, arena: Arena, stored: Stored | None = None) -> None:
+        sizes = arena.page_bytes(False), arena.page_bytes(True)
+        self.arena = arena
+        self.tree = Tree(arena.full, arena.sliding, arena.window, sizes)
+        self._stored = stored
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the pages that are kept, some of which texts under way hold too."""
+        return self.tree.nbytes
+
+    def begin(self, prompt: Sequence[int], stop: int | None = None) -> tuple[Cache, int]:
+        """A sequence that has the first n tokens of a prompt, and n. Evaluates.
+
+        At least one token is left to process, for its logits. Only what the prompt's own calls
+        would have made alike is taken over (:mod:`pyengine.model.plan`).
+
+        Args:
+            prompt: Its tokens.
+            stop: Where the calls that process it end, if not with it.
+        """
+        borrowed = whole(len(prompt) if stop is None else stop, borrows())
+        found = self.tree.find(prompt[:-1], borrowed, CHUNK)
+        if self._stored is not None:
+            self._stored.load(self.tree, self.arena, prompt[:-1], borrowed, found.length)
+            found = self.tree.find(prompt[:-1], borrowed, CHUNK)
+        return self.arena.resume(*found), found.length
+
+    def parting(self, prompt: Sequence[int], stop: int | None = None) -> int:
+        """Where a prompt parts from what is known: the last place there at which its calls may be
+        parted."""
+        end = len(prompt) if stop is None else stop
+        return border(self.tree.shared(prompt[:-1]), end, borrows())
+
+    def note(self, tokens: Sequence[int], cache: Cache, borrowed: int) -> None:
+        """Keep the pages of a sequence's first positions, whose tokens these are.
+
+        The sequence may go on: it writes behind them.
+
+        Args:
+            tokens: At most as many as are committed.
+            cache: The sequence.
+            borrowed: How many positions MLX's kernels have made.
+        """
+        self.tree.insert(tokens, cache.full, cache.sliding, borrowed)
+
+    def shrink(self, nbytes: int) -> None:
+        """Forget what was used longest ago until no more is kept than so many bytes."""
+        self.tree.shrink(lambda: self.tree.nbytes <= nbytes)
+
+    def make_room(self, full: int, sliding: int) -> None:
+        """Forget what was used longest ago until so many pages are free, or all is forgotten."""
+        pages = self.arena
+        self.tree.shrink(lambda: pages.full.free >= full and pages.sliding.free >= sliding)
+
+    def store(self) -> bool:
+        """Write a page that is in no file yet; whether there may be more. Evaluates."""
+        return self._stored is not None and self._stored.save(self.tree, self.arena)
