@@ -11,6 +11,7 @@ import hashlib
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -57,7 +58,8 @@ class PageFiles:
         return self._path(key, kind).is_file()
 
     def read(self, key: str, kind: Kind, nbytes: int) -> bytes | None:
-        """The page of so many bytes; None if it is not there, or is not what it should be."""
+        """The page of so many bytes; None if it is not there, or is not what it should be: then it is
+        removed."""
         path = self._path(key, kind)
         try:
             if path.stat().st_size != DIGEST_BYTES + nbytes:
@@ -67,7 +69,7 @@ class PageFiles:
         except FileNotFoundError:
             return None
         except OSError as error:
-            return self._ignore(path, str(error.strerror))
+            return self._ignore(path, f"cannot be read ({error.strerror})")
         content = data[DIGEST_BYTES:]
         if len(content) != nbytes or data[:DIGEST_BYTES] != _digest(key, kind, content):
             return self._ignore(path, "is damaged")
@@ -111,7 +113,10 @@ class PageFiles:
         return self._own / f"{key}.{kind}.page"
 
     def _ignore(self, path: Path, why: str) -> None:
+        """Say so, and make room for what it should be."""
         self._tell(f"{path} is ignored: it {why}.")
+        with suppress(OSError):
+            path.unlink()
 
 
 def _digest(key: str, kind: Kind, content: bytes) -> bytes:

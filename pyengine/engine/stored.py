@@ -37,23 +37,39 @@ class Stored:
             borrowed: How many positions MLX's kernels make.
             known: Positions that the text may go on from without.
         """
-        path, names = tree.path(tokens, borrowed), self._names(tokens, borrowed)
+        names = self._names(tokens, borrowed)
+        while True:
+            path = tree.path(tokens, borrowed)
+            end, wanted = self._readable(path, names, arena.window)
+            if end * PAGE <= known or not self._has_room(arena, end - len(path), len(wanted)):
+                return
+            if self._read(tree, arena, tokens[: end * PAGE], borrowed, names[:end], wanted):
+                return
+            # A file was none, and is gone: what is left may do for less
+
+    def _readable(
+        self, path: Sequence[Node], names: Sequence[str], window: int
+    ) -> tuple[int, list[int]]:
+        """How many pages a text may begin with after reading, and the sliding ones to be read."""
         end = len(path)
         while end < len(names) and self._files.has(names[end], "full"):
             end += 1
-        while end * PAGE > known:
-            first = max(0, end * PAGE - arena.window + 1) // PAGE
-            there = {at for at in range(first, len(path[:end])) if path[at].sliding is not None}
-            lacking = [
-                at
-                for at in range(first, end)
-                if at not in there and not self._files.has(names[at], "sliding")
-            ]
+        while end:
+            first = max(0, end * PAGE - window + 1) // PAGE
+            wanted = [at for at in range(first, end) if at >= len(path) or path[at].sliding is None]
+            lacking = [at for at in wanted if not self._files.has(names[at], "sliding")]
             if not lacking:
-                wanted = [at for at in range(first, end) if at not in there]
-                self._read(tree, arena, tokens, borrowed, names, end, wanted)
-                return
+                return end, wanted
             end = lacking[-1]
+        return 0, []
+
+    @staticmethod
+    def _has_room(arena: Arena, full: int, sliding: int) -> bool:
+        try:
+            arena.make_room(max(0, full), sliding)
+        except RuntimeError:
+            return False
+        return True
 
     def save(self, tree: Tree, arena: Arena) -> bool:
         """Write a page that is in no file yet; whether there may be more. Evaluates."""
@@ -80,27 +96,24 @@ class Stored:
         tokens: Sequence[int],
         borrowed: int,
         names: Sequence[str],
-        end: int,
         wanted: Sequence[int],
-    ) -> None:
-        """Read the full pages behind those that are known, and these sliding ones."""
-        full = [node.full for node in tree.path(tokens[: end * PAGE], borrowed)]
+    ) -> bool:
+        """Read the pages of a text that the tree lacks, of the sliding ones those wanted; whether
+        all were what they should be."""
+        full = [node.full for node in tree.path(tokens, borrowed)]
         known, sliding = len(full), {}
         try:
-            arena.make_room(end - known, len(wanted))
-        except RuntimeError:
-            return
-        try:
-            for at in range(known, end):
-                page = self._page(arena, False, names[at])
+            for name in names[known:]:
+                page = self._page(arena, False, name)
                 if page is None:
                     break
                 full.append(page)
             for at in wanted:
-                page = self._page(arena, True, names[at]) if at < len(full) else None
+                page = self._page(arena, True, names[at])
                 if page is not None:
                     sliding[at] = page
             tree.insert(tokens[: len(full) * PAGE], full, sliding, borrowed)
+            return len(full) == len(names) and len(sliding) == len(wanted)
         finally:
             for page in full[known:]:
                 arena.full.drop(page)

