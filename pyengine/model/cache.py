@@ -96,7 +96,8 @@ class Arena:
     Args:
         config: The target's.
         dtype: Of keys and values.
-        most_bytes: It grows to no more than this; None: to whatever is asked for.
+        most_bytes: It grows to no more than this, page by page; None: to whatever is asked for, and
+            by more than a few pages at once.
     """
 
     def __init__(
@@ -221,7 +222,7 @@ class Arena:
                     f"[cache] pages must fit the {self.most_bytes / 1e9:.2f} GB of the arena but "
                     f"{lacking * size / 1e9:.2f} GB more are needed."
                 )
-            step = min(step, spare)
+            step = 0  # what one kind has to spare the other would lack
         return max(lacking, step)
 
     def _grow(self, sliding: bool, count: int) -> None:
