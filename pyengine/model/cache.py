@@ -488,5 +488,6 @@ class Cache:
 
 
 def window_pages(window: int, rows: int) -> int:
-    """The most pages that ``rows`` positions and the window before them lie in."""
-    return -(-(window - 1 + rows - 1) // PAGE) + 1
+    """The most pages that a sequence has while ``rows`` positions are written: theirs, and those of
+    the window before the last whole page."""
+    return -(-(window - 1) // PAGE) + -(-(PAGE - 1 + rows) // PAGE)
