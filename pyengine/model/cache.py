@@ -112,6 +112,7 @@ class Arena:
             own = layer.kv_source == i
             self.keys.append(mx.zeros(shape, dtype) if own else None)
             self.values.append(mx.zeros(shape, dtype) if own else None)
+        mx.eval(self.arrays)  # a lazy array belongs to the thread that made it
         self._page_bytes = {
             sliding: sum(
                 2 * n.num_kv_heads * PAGE * n.head_dim * dtype.size

@@ -65,7 +65,8 @@ def test_another_answer_to_the_same_prompt(flavour: str) -> None:
         cold, _ = run(pair, other, None, seed, 10)
         warm, stats = run(pair, other, prefix, seed, 10)
         assert warm == cold
-        assert stats.reused_tokens == len(prompt)
+        # And what the first answer has in common with it, while its window is there
+        assert len(prompt) <= stats.reused_tokens < len(other)
 
 
 def test_a_common_beginning_is_marked_when_prompts_part() -> None:
@@ -73,7 +74,7 @@ def test_a_common_beginning_is_marked_when_prompts_part() -> None:
     document = text[:50]
     reused = []
     for question in range(4):
-        prompt = [*document, 200 + question, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+        prompt = [*document, 200 + question, *range(3, 90)]  # past the page where they part
         cold, _ = run(pair, prompt, None, None, 20)
         warm, stats = run(pair, prompt, prefix, None, 20)
         assert warm == cold
