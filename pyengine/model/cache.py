@@ -29,6 +29,7 @@ from pyengine.model.plan import CHUNK, ROWS
 from pyengine.model.rows import packed
 from pyengine.ops.prepare_qkv import PAGE
 
+BACK = 16  # positions kept before a window, so that a text may be taken back by as many
 # An arena grows by half, from a chunk to this many pages; of large pages by as many as take STEP
 MOST_PAGES = 64
 LEAST_PAGES = CHUNK // PAGE
@@ -161,20 +162,21 @@ class Arena:
         Args:
             length: Positions.
             full: Their pages.
-            sliding: Those of the window before ``length``, by place in the sequence.
+            sliding: Those of the window before ``length``, by place in the sequence; perhaps more.
 
         Raises:
             RuntimeError: There is no room for the copy.
         """
         cache, whole = self.new_cache(), length // PAGE
-        first = max(0, length - (self.window - 1)) // PAGE
+        first = max(0, length - (self.window - 1) - BACK) // PAGE
         try:
             for page in full[:whole]:
                 self.full.hold(page)
                 cache.full.append(page)
             for j in range(first, whole):
-                self.sliding.hold(sliding[j])
-                cache.sliding[j] = sliding[j]
+                if j in sliding:
+                    self.sliding.hold(sliding[j])
+                    cache.sliding[j] = sliding[j]
             if length % PAGE:
                 self.make_room(1, 1)
                 cache.full.append(self.full.take())
@@ -404,7 +406,7 @@ class Cache:
         back what lies behind the window."""
         self.length = mx.array(length, dtype=mx.int32)
         self.length_limit = self.committed = length
-        behind = length - (self.arena.window - 1)
+        behind = length - (self.arena.window - 1) - BACK
         gone = [j for j in self.sliding if PAGE * (j + 1) <= behind]
         for j in gone:
             self.arena.sliding.drop(self.sliding.pop(j))
@@ -462,5 +464,5 @@ class Cache:
 
 
 def window_pages(window: int, rows: int) -> int:
-    """The most pages that ``rows`` positions and the window before them lie in."""
-    return -(-(window - 1 + rows - 1) // PAGE) + 1
+    """The most pages that ``rows`` positions lie in, the window before them, and what is kept."""
+    return -(-(BACK + window - 1 + rows - 1) // PAGE) + 1

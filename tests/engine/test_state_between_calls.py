@@ -259,7 +259,7 @@ def test_the_cache_of_a_prefix_holds_what_it_says() -> None:
     ("length", "cases"),
     [
         (40, [(119, 119), (71, 71), (70, 40), (41, 40), (40, 40), (37, 37), (1, 1)]),
-        (80, [(119, 119), (80, 80), (71, 71), (70, 0), (9, 0)]),
+        (90, [(119, 119), (90, 90), (71, 71), (70, 0), (9, 0)]),
     ],
 )
 def test_how_far_back_a_window_goes(length: int, cases: list[tuple[int, int]]) -> None:
