@@ -101,6 +101,13 @@ inline void check_array(
   check_shape(op, what, a, shape);
 }
 
+// Keys or values of many sequences.
+inline void check_arena(const char* op, const char* what, const mx::array& a) {
+  if (a.ndim() != 4 || a.shape(2) != page_size) [[unlikely]] {
+    fail(op, what, "have shape [P, K, 64, D]", a.shape());
+  }
+}
+
 // Leading dimensions multiply to an int, though one of the others may be 0.
 inline void check_rows(const char* op, const char* what, const mx::array& a) {
   int64_t rows = 1;

@@ -30,20 +30,19 @@ norm_launch(const std::string& op, int rows, int width, mx::Dtype dtype) {
   return launch;
 }
 
-// Without buffers: one threadgroup per four heads of a position, one simdgroup
-// per head, with the head's floats in threadgroup memory.
+// Without buffers: one threadgroup per four heads of a row, one simdgroup per
+// head, with the head's floats in threadgroup memory.
 inline Launch heads_launch(
     const std::string& op,
     int heads,
-    int T,
-    int B,
+    int rows,
     int D,
     mx::Dtype dtype) {
   constexpr int simds = 4;
   Launch launch(
       op,
       op + "_" + dtype_name(dtype),
-      {(heads + simds - 1) / simds, T, B},
+      {(heads + simds - 1) / simds, rows, 1},
       {32 * simds, 1, 1});
   launch.threadgroup_memory = {{0, simds * D * int(sizeof(float))}};
   return launch;

@@ -1,12 +1,12 @@
 #pragma once
-// positions.h: where positions lie in a cache: one rule for the kernels of this
+// positions.h: where positions lie in memory: one rule for the kernels of this
 // folder and for csrc.
 //
-// An offset may be known to the device alone, so no value of it may lead out of
-// a cache. Where rows are written, their slots count from 0 whatever its sign,
-// and are T different ones even where offset + t is no int. Where rows are
-// read, attends() decides. Functions are static, since csrc compiles them once
-// for every instruction set (csrc/cpu/kernel.h).
+// Positions, owners and tables may be known to the device alone, so no value of
+// them may lead out of an arena: page_of() says where a row is written, and
+// that there is no such page. Where rows are read, attends() decides. Functions
+// are static, since csrc compiles them once for every instruction set
+// (csrc/cpu/kernel.h).
 
 namespace pyengine {
 
@@ -14,24 +14,34 @@ namespace pyengine {
 // 2^31 that a kernel may look ahead by a span.
 enum { max_positions = 1 << 30 };
 
-// Positions of a page.
+// Positions of a page: a chunk of block_attention's sums.
 enum { page_size = 64 };
 
-// Position of row t, for its angles: wraps around at 32 bits.
-static inline int position_at(int offset, int t) {
-  return int(unsigned(offset) + unsigned(t));
+// Entry of a sequence's table that has the page of a position: of N, and the
+// position is not negative.
+static inline int entry_of(int position, int N) {
+  return position / page_size % N;
 }
 
-// Slot of a position in a ring of C.
-static inline int slot_of(int position, int C) {
-  int slot = position % C;
-  return slot < 0 ? slot + C : slot;
+// Place of a position in its page.
+static inline int place_of(int position) {
+  return position % page_size;
 }
 
-// The same of row t, below C.
-static inline int slot_of_row(int offset, int t, int C) {
-  int slot = slot_of(offset, C);
-  return t < C - slot ? slot + t : t - (C - slot);
+static inline bool is_page(int page, int P) {
+  return 0 <= page && page < P;
+}
+
+// Page of a position of sequence `owner`, one of P, by the tables [Q, N];
+// negative where there is none. A pointer's type names its address space.
+template <typename Tables>
+static inline int
+page_of(Tables tables, int Q, int N, int P, int owner, int position) {
+  if (position < 0 || owner < 0 || owner >= Q || N == 0) {
+    return -1;
+  }
+  int page = tables[long(owner) * N + entry_of(position, N)];
+  return is_page(page, P) ? page : -1;
 }
 
 // The first position that a row sees: `window` is at least 1.

@@ -149,44 +149,51 @@ def residual_norm(E: int, dtype: str) -> Run:
 
 
 def norm_rope(H: int, D: int, dtype: str) -> Run:
-    x, w = normal("x", 1, MOST, H, D, dtype=dtype), normal("w", D, dtype=dtype)
+    x, w = normal("x", 1, MOST, H, D, dtype=dtype)[0], normal("w", D, dtype=dtype)
 
     def run(T: int) -> Results:
         return [
-            op("norm_rope")(x[:, :T], w, mx.array(offset), frequencies(D))
+            op("norm_rope")(x[:T], w, offset + mx.arange(T), frequencies(D))[None]
             for offset in (0, 1021, 100_003)
         ]
 
     return run
 
 
-def write_cache(K: int, C: int, D: int, dtype: str) -> Run:
-    kept, new = normal("c", 1, K, C, D, dtype=dtype), normal("n", 1, MOST, K, D, dtype=dtype)
+def copy_pages(K: int, D: int, dtype: str) -> Run:
+    P, arena = 6, normal("a", 6, K, 64, D, dtype=dtype)
 
     def run(T: int) -> Results:
-        results = []
-        for offset in (0, 5 * C - 3):
-            own = kept + 0  # written in place
-            mx.eval(own)
-            results.append(op("write_cache")(own, new[:, :T], mx.array(offset)))
-        return results
+        own = arena + 0  # written in place
+        mx.eval(own)
+        n = min(T, P - 1)
+        return [op("copy_pages")(own, mx.full((n,), n), mx.arange(n))]
 
     return run
 
 
 def prepare_qkv(H: int, K: int, C: int, D: int, same: bool, dtype: str) -> Run:
+    """Its keys and values as a ring of C places, which the digests that are kept are of."""
     q, k, v = (normal(x, MOST, n * D, dtype=dtype) for x, n in (("q", H), ("k", K), ("v", K)))
     q_norm, k_norm = normal("qn", D, dtype=dtype), normal("kn", D, dtype=dtype)
-    keys, values = (normal(label, 1, K, C, D, dtype=dtype) for label in ("keys", "values"))
+    rings = [normal(label, 1, K, C, D, dtype=dtype) for label in ("keys", "values")]
 
     def run(T: int) -> Results:
         results: list[mx.array] = []
+        owners, tables = mx.zeros(T, mx.int32), mx.array([[2, 0]])
         for offset in (0, 5 * C - 3):
-            own = keys + 0, values + 0  # written in place
-            mx.eval(own)
+            arenas = [mx.zeros((3, K, 64, D), q.dtype) for _ in rings]  # written in place
+            mx.eval(arenas)
             rows = q[:T], k[:T], (k if same else v)[:T]
             norms = q_norm, k_norm, frequencies(D)
-            results += op("prepare_qkv")(*rows, *norms, *own, mx.array(offset))
+            at = offset + mx.arange(T)
+            turned, *arenas = op("prepare_qkv")(*rows, *norms, *arenas, at, owners, tables)
+            results.append(turned[None])
+            for ring, arena in zip(rings, arenas, strict=True):
+                own = ring + 0
+                new = arena[tables[0, at // 64 % 2], :, at % 64]  # [T, K, D]
+                own[:, :, at % C] = new.swapaxes(0, 1)[None]
+                results.append(own)
         return results
 
     return run
@@ -390,7 +397,7 @@ def settings(pair: str) -> Iterator[tuple[Callable[..., Run], dict[str, Any]]]:
         for dtype in one_of:
             for H in (heads, own_heads, K):
                 yield norm_rope, {"H": H, "D": D, **dtype}
-            yield write_cache, {"K": K, "C": C, "D": D, **dtype}
+            yield copy_pages, {"K": K, "D": D, **dtype}
             same = D == 512 and not per_layer
             yield prepare_qkv, {"H": heads, "K": K, "C": C, "D": D, "same": same, **dtype}
             # The assistant's query stands behind the newest key

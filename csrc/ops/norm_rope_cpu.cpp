@@ -2,7 +2,6 @@
 
 #include "ops/norm_rope_cpu.h"
 
-#include "../metal/positions.h"
 #include "cpu/rope.h"
 
 namespace pyengine::PYENGINE_ISA {
@@ -14,8 +13,7 @@ void rotate_rows(const NormRopeArgs& args, int64_t begin, int64_t end) {
   auto* weight = static_cast<const T*>(args.weight);
   Angles angles;
   for (int64_t row = begin; row < end; ++row) {
-    int position = position_at(args.offset, int(row % args.T));
-    angles.set(position, args.inv_freq, args.D);
+    angles.set(args.positions[row], args.inv_freq, args.D);
     for (int64_t head = row * args.H; head < (row + 1) * args.H; ++head) {
       auto* x = static_cast<const T*>(args.x) + head * args.D;
       auto* out = static_cast<T*>(args.out) + head * args.D;

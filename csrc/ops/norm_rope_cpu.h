@@ -8,19 +8,18 @@ namespace pyengine {
 constexpr int rope_max_width = 1024;
 
 struct NormRopeArgs {
-  const void* x; // [B, T, H, D], storage
+  const void* x; // [R, H, D], storage
   const void* weight; // [D], storage
+  const int32_t* positions; // [R]
   const float* inv_freq; // [D / 2]
-  void* out; // [B, T, H, D], storage
+  void* out; // [R, H, D], storage
   Storage storage;
-  int T;
   int H;
   int D;
-  int offset;
   float eps;
 };
 
-// Rows are the B * T positions, all heads of each.
+// Rows are positions, all heads of each.
 PYENGINE_DECLARE_ROWS(norm_rope_rows, NormRopeArgs)
 
 } // namespace pyengine

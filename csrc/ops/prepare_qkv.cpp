@@ -1,4 +1,4 @@
-// prepare_qkv: head norms, rotary embedding and the write into the cache. The
+// prepare_qkv: head norms, rotary embedding and the write into pages. The
 // arithmetic is in prepare_qkv_cpu.cpp.
 
 #include <nanobind/stl/vector.h>
@@ -18,22 +18,23 @@ namespace pyengine {
 
 namespace {
 
-// Inputs: q, k, v, q_norm, k_norm, inv_freq, offset, keys, values.
+// Inputs: q, k, v, q_norm, k_norm, inv_freq, positions, owners, tables, keys,
+// values.
 struct PrepareQkv {
   static constexpr const char* op = "prepare_qkv";
   float eps;
   bool operator==(const PrepareQkv&) const = default;
 
-  // The caches stay where they are, whoever else holds them (write_cache.cpp).
+  // The arenas stay where they are, whoever else holds them (copy_pages.cpp).
   void share(const Arrays& in, Arrays& out) const {
-    for (int i : {7, 8}) {
+    for (int i : {9, 10}) {
       if (in[i].size() > 0 && !in[i].flags().row_contiguous) {
         throw std::runtime_error(
             "[prepare_qkv] keys and values must be contiguous but got a "
             "strided view; allocate them with mx.zeros and keep only what "
             "prepare_qkv returns.");
       }
-      out[i - 6].copy_shared_buffer(in[i]);
+      out[i - 8].copy_shared_buffer(in[i]);
     }
   }
 
@@ -43,28 +44,36 @@ struct PrepareQkv {
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
     auto dtype = out[0].dtype();
-    int T = out[0].shape(1), H = out[0].shape(2), D = out[0].shape(3);
-    int K = out[1].shape(1), C = out[1].shape(2);
+    int R = out[0].shape(0), H = out[0].shape(1), D = out[0].shape(2);
+    int P = out[1].shape(0), K = out[1].shape(1);
+    int Q = in[8].shape(0), N = in[8].shape(1);
     auto array = [&](Role role, const char* name, mx::Shape shape) {
       int alignment = pair_alignment(D, dtype);
       return Buffer::array(role, name, std::move(shape), dtype, alignment);
     };
-    Launch launch = heads_launch(op, H + 2 * K, T, 1, D, dtype);
+    auto whole = [](const char* name, mx::Shape shape) {
+      return Buffer::array(Role::in, name, std::move(shape), mx::int32);
+    };
+    Launch launch = heads_launch(op, H + 2 * K, R, D, dtype);
     launch.buffers = {
-        array(Role::in, "q", {T, H * D}),
-        array(Role::in, "k", {T, K * D}),
-        array(Role::in, "v", {T, K * D}),
+        array(Role::in, "q", {R, H * D}),
+        array(Role::in, "k", {R, K * D}),
+        array(Role::in, "v", {R, K * D}),
         array(Role::in, "q_norm", {D}),
         array(Role::in, "k_norm", {D}),
         Buffer::array(Role::in, "inv_freq", {D / 2}, mx::float32),
-        Buffer::array(Role::in, "offset", {}, mx::int32),
-        array(Role::out, "out", {1, T, H, D}),
-        array(Role::inout, "keys", {1, K, C, D}),
-        array(Role::inout, "values", {1, K, C, D}),
+        whole("positions", {R}),
+        whole("owners", {R}),
+        whole("tables", {Q, N}),
+        array(Role::out, "out", {R, H, D}),
+        array(Role::inout, "keys", out[1].shape()),
+        array(Role::inout, "values", out[2].shape()),
         Buffer::scalar("H", uint32_t(H)),
         Buffer::scalar("K", uint32_t(K)),
-        Buffer::scalar("C", uint32_t(C)),
         Buffer::scalar("D", uint32_t(D)),
+        Buffer::scalar("P", uint32_t(P)),
+        Buffer::scalar("Q", uint32_t(Q)),
+        Buffer::scalar("N", uint32_t(N)),
         Buffer::scalar("eps", eps)};
     return {launch};
   }
@@ -75,11 +84,12 @@ struct PrepareQkv {
     args.keys = out[1].data<void>();
     args.values = out[2].data<void>();
     args.storage = storage_of(out[0].dtype());
-    args.T = out[0].shape(1);
-    args.H = out[0].shape(2);
-    args.D = out[0].shape(3);
+    args.H = out[0].shape(1);
+    args.D = out[0].shape(2);
+    args.P = out[1].shape(0);
     args.K = out[1].shape(1);
-    args.C = out[1].shape(2);
+    args.Q = in[8].shape(0);
+    args.N = in[8].shape(1);
     args.eps = eps;
     return [q = Contiguous(in[0]),
             k = Contiguous(in[1]),
@@ -87,7 +97,10 @@ struct PrepareQkv {
             q_weight = Contiguous(in[3]),
             k_weight = Contiguous(in[4]),
             inv_freq = Contiguous(in[5]),
-            offset = in[6].data<int32_t>(),
+            positions = Contiguous(in[6]),
+            owners = Contiguous(in[7]),
+            tables = Contiguous(in[8]),
+            rows = out[0].shape(0),
             args]() mutable {
       args.q = q.get();
       args.k = k.get();
@@ -95,34 +108,33 @@ struct PrepareQkv {
       args.q_weight = q_weight.get();
       args.k_weight = k_weight.get();
       args.inv_freq = inv_freq.get<float>();
-      args.offset = *offset;
+      args.positions = positions.get<int32_t>();
+      args.owners = owners.get<int32_t>();
+      args.tables = tables.get<int32_t>();
       int64_t width = (args.H + 2 * int64_t(args.K)) * args.D;
-      split_rows(args.T, width, PYENGINE_PICK_KERNEL(prepare_qkv_rows), args);
+      split_rows(rows, width, PYENGINE_PICK_KERNEL(prepare_qkv_rows), args);
     };
   }
 };
 
-// The queries [1, T, H, D], then keys and values with T positions replaced.
+// The queries [R, H, D], then keys and values with up to R places replaced.
 Arrays prepare_qkv(
-    const mx::array& q, // [T, H * D]
-    const mx::array& k, // [T, K * D]
-    const mx::array& v, // [T, K * D]
+    const mx::array& q, // [R, H * D]
+    const mx::array& k, // [R, K * D]
+    const mx::array& v, // [R, K * D]
     const mx::array& q_norm, // [D]
     const mx::array& k_norm, // [D]
     const mx::array& inv_freq, // float32 [D / 2]
-    const mx::array& keys, // [1, K, C, D]
-    const mx::array& values, // [1, K, C, D]
-    const mx::array& offset, // int32 []
+    const mx::array& keys, // [P, K, 64, D]
+    const mx::array& values, // [P, K, 64, D]
+    const mx::array& positions, // int32 [R]
+    const mx::array& owners, // int32 [R]
+    const mx::array& tables, // int32 [Q, N]
     float eps) {
   constexpr auto op = PrepareQkv::op;
   check_storage_dtype(op, "q", q);
-  check(
-      keys.ndim() == 4 && keys.shape(0) == 1,
-      op,
-      "keys",
-      "have shape [1, K, C, D]",
-      keys.shape());
-  int K = keys.shape(1), C = keys.shape(2), D = keys.shape(3);
+  check_arena(op, "keys", keys);
+  int K = keys.shape(1), D = keys.shape(3);
   check(
       D % 2 == 0 && D > 0 && D <= rope_max_width,
       op,
@@ -133,9 +145,9 @@ Arrays prepare_qkv(
       q.ndim() == 2 && q.shape(1) % D == 0,
       op,
       "q",
-      "have shape [T, H * D]",
+      "have shape [R, H * D]",
       q.shape());
-  int T = q.shape(0);
+  int R = q.shape(0);
   check_shape(op, "values", values, keys.shape());
   check(
       int64_t(K) * D <= INT32_MAX,
@@ -143,7 +155,7 @@ Arrays prepare_qkv(
       "K * D",
       "be below 2**31",
       int64_t(K) * D);
-  check_shape(op, "k", k, {T, K * D});
+  check_shape(op, "k", k, {R, K * D});
   check_shape(op, "v", v, k.shape());
   check_shape(op, "q_norm", q_norm, {D});
   check_shape(op, "k_norm", k_norm, {D});
@@ -158,13 +170,16 @@ Arrays prepare_qkv(
   }
   check_shape(op, "inv_freq", inv_freq, {D / 2});
   check_dtype(op, "inv_freq", inv_freq, mx::float32, "be float32");
-  check_block(op, offset, T, C);
+  check_array(op, "positions", positions, mx::int32, {R});
+  check_array(op, "owners", owners, mx::int32, {R});
+  check(tables.ndim() == 2, op, "tables", "have shape [Q, N]", tables.shape());
+  check_dtype(op, "tables", tables, mx::int32, "be int32");
   check(eps > 0, op, "eps", "be positive", eps);
   auto inputs = Arrays{q, k, v, q_norm, k_norm, inv_freq};
-  inputs.insert(inputs.end(), {offset, keys, values});
+  inputs.insert(inputs.end(), {positions, owners, tables, keys, values});
   return lazy_results(
       PrepareQkv{eps},
-      {{1, T, q.shape(1) / D, D}, keys.shape(), values.shape()},
+      {{R, q.shape(1) / D, D}, keys.shape(), values.shape()},
       {q.dtype(), q.dtype(), q.dtype()},
       inputs);
 }
@@ -183,7 +198,9 @@ void bind_prepare_qkv(nb::module_& m) {
       "inv_freq"_a,
       "keys"_a,
       "values"_a,
-      "offset"_a,
+      "positions"_a,
+      "owners"_a,
+      "tables"_a,
       "eps"_a);
 }
 

@@ -1,5 +1,5 @@
-// prepare_qkv_cpu: a position's angles serve its queries and its keys; keys and
-// values go straight to their slot.
+// prepare_qkv_cpu: a row's angles serve its queries and its keys; keys and
+// values go straight to their place.
 
 #include "ops/prepare_qkv_cpu.h"
 
@@ -12,22 +12,27 @@ namespace {
 
 template <typename T>
 void prepare_rows(const PrepareQkvArgs& args, int64_t begin, int64_t end) {
-  int H = args.H, K = args.K, D = args.D, C = args.C;
+  int H = args.H, K = args.K, D = args.D;
   auto* q_weight = static_cast<const T*>(args.q_weight);
   auto* k_weight = static_cast<const T*>(args.k_weight);
   Angles angles;
-  for (int64_t t = begin; t < end; ++t) {
-    int position = position_at(args.offset, int(t));
+  for (int64_t row = begin; row < end; ++row) {
+    int position = args.positions[row];
     angles.set(position, args.inv_freq, D);
-    for (int64_t head = t * H; head < (t + 1) * H; ++head) {
+    for (int64_t head = row * H; head < (row + 1) * H; ++head) {
       auto* q = static_cast<const T*>(args.q) + head * D;
       auto* out = static_cast<T*>(args.out) + head * D;
       rotate_head(q, q_weight, angles, D, args.eps, out);
     }
-    int slot = slot_of_row(args.offset, int(t), C);
-    for (int head = 0; head < K; ++head) {
-      int64_t from = (t * K + head) * D;
-      int64_t to = (head * int64_t(C) + slot) * D;
+    int page = page_of(
+        args.tables, args.Q, args.N, args.P, args.owners[row], position);
+    if (page < 0) {
+      continue;
+    }
+    for (int64_t head = 0; head < K; ++head) {
+      int64_t from = (row * K + head) * D;
+      int64_t line = (page * int64_t(K) + head) * page_size;
+      int64_t to = (line + place_of(position)) * D;
       auto* k = static_cast<const T*>(args.k) + from;
       auto* v = static_cast<const T*>(args.v) + from;
       auto* keys = static_cast<T*>(args.keys) + to;

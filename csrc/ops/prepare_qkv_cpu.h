@@ -6,22 +6,25 @@
 namespace pyengine {
 
 struct PrepareQkvArgs {
-  const void* q; // [T, H, D], storage
-  const void* k; // [T, K, D]
-  const void* v; // [T, K, D]
+  const void* q; // [R, H, D], storage
+  const void* k; // [R, K, D]
+  const void* v; // [R, K, D]
   const void* q_weight; // [D]
   const void* k_weight; // [D]
   const float* inv_freq; // [D / 2]
-  void* out; // [T, H, D]
-  void* keys; // [K, C, D]
-  void* values; // [K, C, D]
+  const int32_t* positions; // [R]
+  const int32_t* owners; // [R]
+  const int32_t* tables; // [Q, N]
+  void* out; // [R, H, D]
+  void* keys; // [P, K, 64, D]
+  void* values; // [P, K, 64, D]
   Storage storage;
-  int T;
   int H;
   int K;
   int D;
-  int C;
-  int offset; // position of row 0
+  int P;
+  int Q;
+  int N;
   float eps;
 };
 

@@ -20,7 +20,7 @@ from pyengine.cli.output import check_output
 EXAMPLES = (
     "pyengine doctor",
     "pyengine doctor --quick --json",
-    "pyengine doctor --op block_attention --op write_cache --output attention.json",
+    "pyengine doctor --op block_attention --op copy_pages --output attention.json",
 )
 # Extra of pyproject.toml, the modules it brings, and what they serve.
 EXTRAS = {

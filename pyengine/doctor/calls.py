@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from pyengine import ops
+from pyengine.ops.prepare_qkv import PAGE
 from pyengine.ops.quantized_gated_matmul import Matrix
 from pyengine.ops.quantized_matmul import dequantized
 
@@ -146,49 +147,55 @@ def frequencies(D: int) -> mx.array:
     return mx.array([theta ** (-2 * j / D) if j < turning else 0.0 for j in range(D // 2)])
 
 
+def of_rows() -> tuple[mx.array, mx.array]:
+    """Positions and owners of rows of two sequences by turns; across the end of a page."""
+    t = mx.arange(MOST)
+    return 1021 + t // 2, t % 2
+
+
 def norm_rope(H: int, D: int, dtype: str) -> Call:
-    x, w = normal(1, 1, MOST, H, D, dtype=dtype), normal(2, D, dtype=dtype)
-    turn = frequencies(D)
+    x, w = normal(1, MOST, H, D, dtype=dtype), normal(2, D, dtype=dtype)
+    positions, turn = of_rows()[0], frequencies(D)
     return Call(
-        lambda b, e: [ops.norm_rope(x[:, b:e], w, mx.array(1021 + b), turn)], second, rounded(1)
+        lambda b, e: [ops.norm_rope(x[b:e], w, positions[b:e], turn)], first, rounded(1)
     )
 
 
-def _written(offset: int, C: int) -> Callable[[Results, int, int], Results]:
-    """The slot of row t in each cache."""
-    return lambda results, i, t: [a[:, :, (offset + t) % C] for a in results]
+def copy_pages(K: int, D: int, dtype: str) -> Call:
+    """Half of the pages to the other half; a row is a page."""
+    kept = normal(1, 2 * MOST, K, PAGE, D, dtype=dtype)
+    targets = mx.arange(MOST)
+    sources = MOST + 5 * targets % MOST
 
-
-def write_cache(K: int, D: int, C: int, offset: int, dtype: str) -> Call:
-    kept, new = normal(1, 1, K, C, D, dtype=dtype), normal(2, 1, MOST, K, D, dtype=dtype)
-
-    def write(cache: mx.array, b: int, e: int) -> Results:
-        return [ops.write_cache(cache, new[:, b:e], mx.array(offset + b))]
+    def copy(arena: mx.array, b: int, e: int) -> Results:
+        return [ops.copy_pages(arena, sources[b:e], targets[b:e])]
 
     own = copied(kept)
     return Call(
-        lambda b, e: write(copied(kept), b, e),
-        _written(offset, C),
+        lambda b, e: copy(copied(kept), b, e),
+        lambda results, i, t: [results[0][t]],
         exact_definition=True,
-        timed=lambda b, e: write(own, b, e),
+        timed=lambda b, e: copy(own, b, e),
     )
 
 
-def prepare_qkv(H: int, K: int, D: int, C: int, offset: int, same: bool, dtype: str) -> Call:
+def prepare_qkv(H: int, K: int, D: int, same: bool, dtype: str) -> Call:
     q, k, v = (normal(i, MOST, n * D, dtype=dtype) for i, n in ((1, H), (2, K), (3, K)))
     norms = normal(4, D, dtype=dtype), normal(5, D, dtype=dtype), frequencies(D)
-    keys, values = (normal(i, 1, K, C, D, dtype=dtype) for i in (6, 7))
+    keys, values = (normal(i, 5, K, PAGE, D, dtype=dtype) for i in (6, 7))
+    positions, owners = of_rows()
+    tables = mx.array([[3, 0], [1, 4]])  # page 2 is nobody's
 
-    def prepare(cache: Results, b: int, e: int) -> Results:
+    def prepare(arenas: Results, b: int, e: int) -> Results:
         rows = q[b:e], k[b:e], (k if same else v)[b:e]
-        return list(ops.prepare_qkv(*rows, *norms, cache[0], cache[1], mx.array(offset + b)))
+        where = positions[b:e], owners[b:e], tables
+        return list(ops.prepare_qkv(*rows, *norms, arenas[0], arenas[1], *where))
 
     own = [copied(keys), copied(values)]
 
-    written = _written(offset, C)
-
     def row(results: Results, i: int, t: int) -> Results:
-        return [results[0][:, i], *written(results[1:], i, t)]
+        page = tables[owners[t], positions[t] // PAGE % 2]
+        return [results[0][i], *(a[page, :, positions[t] % PAGE] for a in results[1:])]
 
     return Call(
         lambda b, e: prepare([copied(keys), copied(values)], b, e),
@@ -198,9 +205,9 @@ def prepare_qkv(H: int, K: int, D: int, C: int, offset: int, same: bool, dtype: 
     )
 
 
-def copied(cache: mx.array) -> mx.array:
-    """A cache of its own: ours is written in place. Evaluates."""
-    own = cache + 0
+def copied(arena: mx.array) -> mx.array:
+    """An arena of its own: ours is written in place. Evaluates."""
+    own = arena + 0
     mx.eval(own)
     return own
 

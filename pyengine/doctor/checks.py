@@ -16,6 +16,7 @@ from pyengine.doctor import calls
 from pyengine.doctor.calls import MOST, Call, Results
 from pyengine.doctor.device import Device, Refused, using
 from pyengine.doctor.shapes import PROBE, Case
+from pyengine.ops.prepare_qkv import PAGE
 
 POISON = 0xAAAA  # twice a byte of what results begin as
 LOG = 4000  # characters of a compiler's log that are kept
@@ -205,39 +206,43 @@ def _time(call: Call, device: Device, T: int) -> dict[str, Any]:
 
 
 def probe(op: str, device: Device, tell: Tell) -> dict[str, Any]:
-    """Write one slot of a cache again and again, each write behind a read of the one before, with
+    """Write one place of an arena again and again, each write behind a read of the one before, with
     no evaluation between: a write that overtakes that read, or a read that overtakes its write,
     gives another row. The read is the attention of one position to itself: the row's own values.
     """
     began = time.perf_counter()
     D, n = 256, device.probes
-    row: dict[str, Any] = {"op": op, "case": f"{op} {n} writes of one slot", "where": [PROBE]}
+    row: dict[str, Any] = {"op": op, "case": f"{op} {n} writes of one place", "where": [PROBE]}
     row |= {"scaled": {}, "verdict": "ok", "max_error": 0.0, "of_bound": 0.0}
     tell("hazards")
-    rows, q = calls.normal(1, n, 1, 1, 1, D, dtype="bfloat16"), calls.normal(2, 1, 1, 1, D)
+    rows, q = calls.normal(1, n, 1, 1, D, dtype="bfloat16"), calls.normal(2, 1, 1, D)
     q = q.astype(mx.bfloat16)
-    cache = mx.zeros((1, 1, 16, D), mx.bfloat16)
-    keys, values, at = cache + 0, cache + 0, mx.array(0)
-    norm, turn = mx.ones(D, mx.bfloat16), calls.frequencies(D)
-    expected = rows if op == "write_cache" else ops.rms_norm_reference(rows)
-    mx.eval(rows, q, keys, values, expected)
+    at, norm, turn = mx.array([0]), mx.ones(D, mx.bfloat16), calls.frequencies(D)
+    # Page 0 is written: by copy_pages from the others in turn, each of one row
+    others = min(n, 16)
+    pages = mx.broadcast_to(rows[:others], (others, 1, PAGE, D))
+    arena = mx.concatenate([mx.zeros_like(pages[:1]), pages])
+    keys, values = calls.copied(arena), calls.copied(arena)
+    copied = rows[mx.arange(n) % others]
+    expected = copied if op == "copy_pages" else ops.rms_norm_reference(rows)
+    mx.eval(rows, q, expected)
 
     def chain() -> Results:
         nonlocal keys, values
         reads: Results = []
         for i in range(n):
-            new = rows[i]
+            place = at
             if reads:
-                new = mx.depends([new], [reads[-1]])[0]
-            if op == "write_cache":
-                values = ops.write_cache(values, new, at)
+                place = mx.depends([place], [reads[-1]])[0]
+            if op == "copy_pages":
+                values = ops.copy_pages(values, place + (1 + i % others), place)
                 keys, asked = values, q
             else:
-                flat = new.reshape(1, D)
+                flat, page = rows[i].reshape(1, D), place[None]
                 asked, keys, values = ops.prepare_qkv(
-                    flat, flat, flat, norm, norm, turn, keys, values, at
+                    flat, flat, flat, norm, norm, turn, keys, values, place, place, page
                 )
-            reads.append(ops.block_attention(asked, keys, values, at))
+            reads.append(ops.block_attention(asked, keys, values, at, at[None], [1]))
         return reads
 
     try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"
 PROBE = "probe"  # in place of a pair: no shape of one, but the probe for hazards
-PROBED = ("prepare_qkv", "write_cache")
+PROBED = ("copy_pages", "prepare_qkv")
 FULL_OFFSET = 700  # positions before a block in a full layer; two of block_attention's spans
 RING_ROOM = 16  # slots of a ring beside its window
 FILTERS = ("greedy", "64", "256")
@@ -152,8 +152,8 @@ def _of_pair(
         C = target.window - 1 + RING_ROOM if sliding else 1024
         cache = {"K": K, "D": D, "C": C, "offset": offset, "dtype": dtype}
         if own_keys:
-            yield "write_cache", dict(cache), {}
-            yield "prepare_qkv", {"H": H, "same": same, **cache}, {}
+            yield "copy_pages", {"K": K, "D": D, "dtype": dtype}, {}
+            yield "prepare_qkv", {"H": H, "K": K, "D": D, "same": same, "dtype": dtype}, {}
         else:
             yield "norm_rope", {"H": H, "D": D, "dtype": dtype}, {}
         yield "block_attention", {"H": H, "window": window, **cache}, {}

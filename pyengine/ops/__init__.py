@@ -5,6 +5,7 @@ Generated from the files beside this one by `python .ci/ops_page.py`.
 
 from .accept_block import accept_block, accept_block_reference
 from .block_attention import block_attention, block_attention_reference
+from .copy_pages import copy_pages, copy_pages_reference
 from .dense_matmul import dense_matmul, dense_matmul_reference
 from .dispatch import status, use
 from .draw_token import draw_token, draw_token_reference
@@ -12,7 +13,6 @@ from .embed import embed, embed_reference
 from .filter_logits import filter_logits, filter_logits_reference
 from .geglu import geglu, geglu_reference
 from .norm_rope import norm_rope, norm_rope_reference
-from .copy_pages import copy_pages, copy_pages_reference
 from .prepare_qkv import prepare_qkv, prepare_qkv_reference
 from .quantized_expert_matmul import quantized_expert_matmul, quantized_expert_matmul_reference
 from .quantized_filter_logits import quantized_filter_logits, quantized_filter_logits_reference
@@ -26,12 +26,13 @@ from .route_experts import route_experts, route_experts_reference
 from .softcap import softcap, softcap_reference
 from .weigh_experts import weigh_experts, weigh_experts_reference
 
-
 __all__ = [
     "accept_block",
     "accept_block_reference",
     "block_attention",
     "block_attention_reference",
+    "copy_pages",
+    "copy_pages_reference",
     "dense_matmul",
     "dense_matmul_reference",
     "draw_token",

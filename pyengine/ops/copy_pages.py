@@ -34,7 +34,7 @@ ELEMENTWISE = True  # the reference has no reduction
 def copy_pages_reference(arena: mx.array, sources: mx.array, targets: mx.array) -> mx.array:
     """The same in plain MLX, as a copy: older handles keep their content."""
     P = arena.shape[0]
-    if not (P and sources.size):
+    if not (arena.size and sources.size):
         return arena * 1
     known = (sources >= 0) & (sources < P) & (targets >= 0) & (targets < P)
     room = mx.concatenate([arena, mx.zeros_like(arena[:1])])

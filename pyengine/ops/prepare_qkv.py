@@ -82,7 +82,7 @@ def prepare_qkv_reference(
     q = norm_rope_reference(q.reshape(R, q.shape[1] // D, D), q_norm, positions, inv_freq, eps)
     k = norm_rope_reference(k.reshape(R, K, D), k_norm, positions, inv_freq, eps)
     v = rms_norm_reference(v.reshape(R, K, D), None, eps)
-    if not (R and P and tables.size):
+    if not (k.size and keys.size and tables.size):
         return q, keys * 1, values * 1
     Q, N = tables.shape
     known = (positions >= 0) & (owners >= 0) & (owners < Q)

@@ -59,7 +59,7 @@ def test_a_healthy_machine(quick: dict[str, Any]) -> None:
     assert found["check"]["tokens"] == doctor.CHECK_TOKENS and found["check"]["exact"]
     assert found["device"] == "processor" and found["machine"]["chip"] == machine.chip()
     probed = {row["op"] for row in found["ops"] if any("writes" in x for x in row["shapes"])}
-    assert probed == {"write_cache", "prepare_qkv"}
+    assert probed == {"copy_pages", "prepare_qkv"}
 
 
 def test_its_text_is_a_line_per_op(quick: dict[str, Any]) -> None:
@@ -283,7 +283,7 @@ def test_the_compilers_log_names_lines_of_the_source(
 
 
 def test_the_workbench_stands_in_for_a_gpu(tmp_path: Path) -> None:
-    words = ("--quick", "--device", "workbench", "--op", "softcap", "--op", "write_cache")
+    words = ("--quick", "--device", "workbench", "--op", "softcap", "--op", "copy_pages")
     done = run(*words, "--output", str(tmp_path / "out.json"))
     found = json.loads((tmp_path / "out.json").read_text())
     assert done.exit_code == 0 and found["compared_with"] == "processor kernels"

@@ -23,6 +23,7 @@ PROMPT = "Create a single-file HTML5 canvas Snake game."
 GREEDY = {"temperature": 0.0}
 # Op to fault; all others are sound
 PLANTED = {
+    "copy_pages": "stale",
     "draw_token": "aborting",
     "embed": "dropped",
     "geglu": "wrong",
@@ -31,9 +32,9 @@ PLANTED = {
     "residual_norm": "unstable",
     "route_experts": "failing",
     "weigh_experts": "endless",
-    "write_cache": "stale",
 }
 VERDICTS = {
+    "copy_pages": "hazard",
     "draw_token": "crashed",
     "embed": "dropped",
     "geglu": "wrong",
@@ -42,7 +43,6 @@ VERDICTS = {
     "residual_norm": "unstable",
     "route_experts": "error",
     "weigh_experts": "hung",
-    "write_cache": "hazard",
 }
 
 
@@ -123,7 +123,7 @@ def test_what_is_known_of_each(examined: dict[str, Any]) -> None:
     source = _ext.metal_source("quantized_matmul", kernel).splitlines()
     assert refused["source_lines"] == {"1": source[0], "12": source[11]}
     assert "undeclared identifier 'lane'" in refused["detail"] and "note:" in refused["log"]
-    assert "16 writes" not in failed["write_cache"]["case"] and "of one slot" in str(failed)
+    assert "16 writes" not in failed["copy_pages"]["case"] and "of one place" in str(failed)
 
 
 def test_the_others_are_sound(examined: dict[str, Any]) -> None:
@@ -292,7 +292,7 @@ def test_the_first_use_of_a_device_is_examined_and_kept(
     began: list[str] = []
     pair = task.embedded_pair()
     first_use.ready(pair, said.append, lambda done, total, op: began.append(op))
-    assert began[0] == "accept_block" and "geglu" in began and began[-1] == "write_cache"
+    assert began[0] == "accept_block" and "geglu" in began and began[-1] == "weigh_experts"
     assert len(said) == 1 and said[0].startswith("geglu failed") and "geglu" in own.read_text()
     result = generation.generate(PROMPT, sampling=GREEDY, max_tokens=24, block_size=4)
     assert result.tokens == native_text

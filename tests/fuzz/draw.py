@@ -109,6 +109,16 @@ class Draw:
     def offset(self, most: int) -> int:
         return self.pick(INT32) if self.chance(0.3) else int(self.rng.integers(0, most + 1))
 
+    def positions(self, rows: int, most: int) -> mx.array:
+        """Of so many rows, from 0 to `most`; some that are none; seldom of one row less."""
+        values = self.rng.integers(0, most + 1, rows)
+        if self.chance(0.3):
+            wrong = self.rng.choice(INT32, rows)
+            values = np.where(self.rng.random(rows) < 0.4, wrong, values)
+        if self.chance(0.02):
+            values = values[1:]
+        return self.laid_out(mx.array(values.astype(np.int32)))
+
     def packing(self) -> tuple[int, int]:
         """Of quantised weights: group size and bits."""
         return self.pick((32, 64, 128)), self.pick((4, 6, 8))

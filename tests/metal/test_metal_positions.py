@@ -1,4 +1,5 @@
-"""Positions that there are not, on Metal in the workbench: the reference's slots and no others."""
+"""Positions and pages that there are not, on Metal in the workbench: the processor's bits, and no
+byte outside."""
 
 from __future__ import annotations
 
@@ -7,50 +8,74 @@ import numpy as np
 import pytest
 from launched import launched
 from matmuls import bits_of, normal
+from test_copy_pages import by_hand, fresh, int32
 from test_metal_rope import prepare
-from test_positions import WRONG, unseen
-from test_prepare_qkv import arguments
-from test_write_cache import fresh
+from test_positions import WRONG
+from test_prepare_qkv import arguments, assert_close, composed
 
 from pyengine import _ext, ops
 
 FUSED = _ext.instruction_set() != "portable"  # which has no fused multiply-add
+ORDERS = ("forward", "reverse", "random")
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-@pytest.mark.parametrize("offset", WRONG)
-def test_write_cache(offset, dtype):
-    B, T, K, C, D = 2, 5, 3, 7, 9
-    new, cache = normal(1, B, T, K, D, dtype=dtype), fresh(B, K, C, D, dtype=dtype)
-    want = ops.write_cache_reference(cache, new, unseen(offset))
-    (out,), _ = launched(ops.write_cache(cache, new, unseen(offset)), mode="check")
-    assert np.array_equal(bits_of(out), bits_of(want))
+@pytest.mark.parametrize("order", ORDERS)
+def test_copy_pages(order, dtype):
+    P = 5
+    wrong = [*WRONG, P]
+    sources = [*wrong, *[0] * len(wrong), *wrong, 4, 4, 1]
+    targets = [*[1] * len(wrong), *wrong, *wrong[::-1], 2, 3, 1]
+    arena = fresh(P, 2, 64, 6, dtype=dtype)
+    want = by_hand(arena, sources, targets)
+    copy = ops.copy_pages(arena, int32(sources), int32(targets))
+    (out,), _ = launched(copy, mode="check", order=order)
+    assert np.array_equal(bits_of(out), want)
 
 
-@pytest.mark.parametrize("offset", WRONG)
-def test_prepare_qkv(offset):
-    T, H, K, C, D = 5, 2, 3, 7, 16
-    # Whoever is turned so far has no right angle: only slots are compared with the reference
-    given = arguments(T, H, K, C, D) | {"offset": unseen(offset)}
-    own = {name: a + 0 for name, a in given.items()}
-    plain = ops.prepare_qkv_reference(**own | {"inv_freq": 0 * own["inv_freq"]})
-    for inv_freq in (own["inv_freq"], 0 * own["inv_freq"]):
-        call = own | {"inv_freq": inv_freq, "offset": unseen(offset)}
-        outs, _ = prepare(call, mode="check")
-    for got, want in zip(outs, plain, strict=True):
-        assert mx.allclose(got, want, rtol=1e-5, atol=1e-5)
-    native = ops.prepare_qkv(**arguments(T, H, K, C, D) | {"offset": unseen(offset)})
-    outs, _ = prepare(own | {"offset": unseen(offset)}, mode="check")
-    for got, want in zip(outs, native, strict=True):
-        assert not FUSED or np.array_equal(bits_of(got), bits_of(want))
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("value", [*WRONG, None])
+@pytest.mark.parametrize("name, count", [("positions", -1), ("owners", 3), ("tables", 15)])
+def test_prepare_qkv(name, count, value, order):
+    """Half of the rows, or of the pages, say what there is not; then all of them."""
+    value = count if value is None else value  # the first that there is not
+    for every in (2, 1):
+        given = arguments([60, 0, 511], [6, 1, 2], 2, 3, 16, N=16)
+        assert given["keys"].shape[0] == 15
+        wrong = np.array(given[name])
+        wrong.reshape(-1)[::every] = value
+        if name == "positions" and value >= 0:  # a place, but only one
+            wrong[1:] = -1
+        given[name] = mx.array(wrong) + mx.array(0)
+        # Whoever is turned so far has no right angle: only the processor's bits are compared
+        want = composed(given)
+        outs, _ = prepare(given, mode="check", order=order)
+        if name == "positions" and not FUSED:
+            outs, want = outs[1:], want[1:]
+        for got, expected in zip(outs, want, strict=True):
+            if FUSED:
+                assert np.array_equal(bits_of(got), expected)
+            else:
+                assert_close(got, mx.array(expected).view(mx.float32))
 
 
-@pytest.mark.parametrize("offset", WRONG)
-def test_norm_rope(offset):
-    x, weight, inv_freq = normal(2, 1, 3, 2, 16), normal(3, 16), mx.zeros(8)
-    (out,), _ = launched(ops.norm_rope(x, weight, unseen(offset), inv_freq), mode="check")
-    want = ops.norm_rope_reference(x, weight, unseen(offset), inv_freq)
-    assert mx.allclose(out, want, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)])
+def test_prepare_qkv_without_tables(shape):
+    given = arguments([5], [2], 2, 1, 8) | {"tables": mx.zeros(shape, mx.int32)}
+    before = bits_of(given["keys"])
+    (out, keys, _), _ = prepare(given, mode="check")
+    assert np.isfinite(np.array(out)).all() and np.array_equal(bits_of(keys), before)
+
+
+def test_norm_rope():
+    x, weight = normal(2, len(WRONG), 2, 16), normal(3, 16)
+    for inv_freq in (mx.zeros(8), normal(4, 8)):
+        turned = ops.norm_rope(x, weight, mx.array(WRONG) + mx.array(0), inv_freq)
+        (out,), _ = launched(turned, mode="check")
+        assert not FUSED or np.array_equal(bits_of(out), bits_of(turned))
+    turned = ops.norm_rope(x, weight, mx.array(WRONG), mx.zeros(8))
+    (out,), _ = launched(turned, mode="check")
+    assert_close(out, ops.rms_norm_reference(x, weight))
 
 
 def test_ids_of_no_expert():

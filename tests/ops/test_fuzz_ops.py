@@ -19,13 +19,17 @@ def test_an_op_refuses_a_call_or_is_its_reference(op):
 
 def test_the_calls_hold_what_they_shall():
     """Offsets, ids and scalars of every kind: what a generator no longer makes is not tested."""
-    offsets = [random_call("prepare_qkv", (1, n)).args[8] for n in range(200)]
-    assert {a.dtype for a in offsets} == {mx.int32}
-    # Some are unknown to the host, which would refuse them
-    late = [n for n in range(200) if run("write_cache", (4, n)) == "equal"]
-    values = [random_call("write_cache", (4, n)).args[2].item() for n in late]
-    assert min(values) < -(2**30) and max(values) > 2**30
-    assert min(a.item() for a in offsets) == -(2**31) and max(a.item() for a in offsets) > 2**30
+    found = [random_call("prepare_qkv", (1, n)).args[8:11] for n in range(200)]
+    for arrays in zip(*found, strict=True):  # positions, owners, tables
+        assert {a.dtype for a in arrays} == {mx.int32}
+        values = [a for a in arrays if a.size]
+        assert min(a.min().item() for a in values) == -(2**31)
+        assert max(a.max().item() for a in values) > 2**30
+    # Some of these calls have a result, which no other row's place decides
+    late = [n for n in range(200) if run("copy_pages", (4, n)) == "equal"]
+    pages = [a for n in late for a in random_call("copy_pages", (4, n)).args[1:] if a.size]
+    assert min(a.min().item() for a in pages) < -(2**30)
+    assert max(a.max().item() for a in pages) > 2**30
     ids = [random_call("embed", (2, n)).args[0] for n in range(100)]
     assert any((a < 0).any().item() for a in ids if a.size)
     scalars = {random_call("route_experts", (3, n)).args[2] for n in range(400)}
