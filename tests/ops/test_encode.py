@@ -119,12 +119,14 @@ def test_nothing_is_compiled_without_metal():
 
 
 def attention(k: mx.array, v: mx.array) -> mx.array:
-    return ops.block_attention(mx.ones((1, 2, 2, 16)), k, v, mx.array(0))
+    lengths, tables = mx.array([0]), mx.array([[0]])
+    mx.eval(lengths, tables)
+    return ops.block_attention(mx.ones((2, 2, 16)), k, v, lengths, tables, [2])
 
 
 @pytest.mark.usefixtures("rehearsal")
 def test_keys_and_values_are_in_use_until_they_are_read():
-    k, v = mx.ones((1, 1, 8, 16)), mx.ones((1, 1, 8, 16))
+    k, v = mx.ones((1, 1, 64, 16)), mx.ones((1, 1, 64, 16))
     mx.eval(k, v)
     mx.eval(attention(k, v))
     calls = _ext.rehearsed_calls()
@@ -169,11 +171,11 @@ def test_a_strided_input_is_copied_and_state_is_not():
     mx.eval(graph)
     what = [name for name, *_ in _ext.rehearsed_calls()]
     assert what == ["copy", "copy", "input", "input", "output", "bytes", "geglu_float32"]
-    strided = mx.ones((1, 8, 1, 16)).swapaxes(1, 2)[:, :, ::2]
+    strided = mx.ones((1, 128, 1, 16)).swapaxes(1, 2)[:, :, ::2]
     with pytest.raises(RuntimeError) as error:
         mx.eval(attention(strided, strided))
     assert str(error.value) == (
-        "[block_attention] k must be contiguous on a GPU but got a strided view; pass "
+        "[block_attention] keys must be contiguous on a GPU but got a strided view; pass "
         "mx.contiguous of it."
     )
 
