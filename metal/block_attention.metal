@@ -1,9 +1,10 @@
-// block_attention: softmax(scale * q @ k.T + mask) @ v for up to 16 positions
-// of one block against a linear or ring cache, in three launches:
+// block_attention: softmax(scale * q @ k.T + mask) @ v for the rows of several
+// pieces against the pages of each one's sequence, in three launches for all.
+// Their threadgroups are of items, which are up to 16 positions of a piece:
 //
-// * scores: q @ k.T. A threadgroup takes 64 keys of a head (32 for more than 16
-//   rows) and up to 64 rows, which are the positions times the H / K query
-//   heads that share the keys.
+// * scores: q @ k.T. A threadgroup takes a page of a head (half a page for more
+//   than 16 rows) and up to 64 rows, which are the positions times the H / K
+//   query heads that share the keys.
 // * values: the softmax of each span of 512 positions, and its sums of values.
 //   A threadgroup takes a span, 128 columns of v and the same rows.
 // * fold: the spans of a row, one after the other, and the division.
@@ -19,7 +20,7 @@
 // Why three. Scores want 16 partial sums each, values an accumulator for each
 // row and column: registers hold one or the other. And a span's values can
 // start only when its scores are there, so launches of their own fill the GPU
-// from a single key head: C / 64 threadgroups, then C / 512 * D / 128.
+// from a single key head: a threadgroup a page, then D / 128 for eight pages.
 //
 // Why these tiles. Figures of a core are those in quantized_matmul.metal.
 // * Scores: 4 rows and 4 keys make 64 partial sums of a lane, in all some 104
@@ -37,25 +38,26 @@
 //   values 20.2, 13.3 of them fma and 4 of the softmax. A tile of scores is 309
 //   instructions for 256 fma, 16 positions of values are 572 for 512.
 //
-// Chunks of 64 and spans of 512 are cut at absolute positions, and all sums run
-// in the order of csrc/ops/block_attention_cpu.cpp. So the bits are those of
-// the processor, and depend on a row and its visible keys alone: not on T, C,
-// the ring or the grid, which follows from shapes while offset and start are
-// read here. Where there are no such positions, or the cache is too small to
-// hold what they see, nothing is read and all is NaN.
+// Chunks of 64, which are pages, and spans of 512 are cut at absolute positions,
+// and all sums run in the order of csrc/ops/block_attention_cpu.cpp. So the bits
+// are those of the processor, and depend on a row and its visible keys alone:
+// not on other rows, N, which pages they are or the grid, which follows from
+// shapes while lengths and tables are read here. Where a piece has no such
+// positions, or sees more pages than N, nothing is read and it is NaN; where a
+// page is none of the P, page 0 is read for it, and the piece is NaN too.
 //
-// Limits: D a multiple of 16, at most 512; q, k and v on 16 bytes.
+// Limits: up to 128 items; D a multiple of 16, at most 512; q, keys and values
+// on 16 bytes.
 #include "block_attention_params.h"
 #include "ordered_sum.h"
 #include "positions.h"
 
-constant bool has_start [[function_constant(0)]];
-
 namespace pyengine {
 
 typedef BlockAttentionParams Params;
+typedef BlockAttentionItem Item;
 
-constant constexpr int chunk = 64; // positions of one step of a softmax
+constant constexpr int chunk = page_size; // positions of one step of a softmax
 constant constexpr int span = 512; // positions of one state
 
 // Of scores: a quarter of a simdgroup's 16 sums for each of these in a lane.
@@ -67,6 +69,8 @@ constant constexpr ushort max_staged = 96; // rows and keys
 // Of values: rows and columns of a simdgroup.
 constant constexpr ushort simd_rows = 8;
 constant constexpr ushort slice_quads = 32;
+
+constant constexpr ushort max_fold_simds = 4;
 
 // Loads of 16 bytes of the next tile that a thread starts before it works on
 // the one at hand; each takes four registers.
@@ -88,63 +92,59 @@ struct Range {
   }
 };
 
-inline int position_of(constant Params& p, int offset, int row) {
-  return offset + p.first + row / (p.H / p.K);
+// Positions are counted from that of an item's first row, `start`.
+inline int position_of(constant Params& p, int start, int row) {
+  return start + row / (p.H / p.K);
 }
 
 // What a row sees.
 inline Range visible(constant Params& p, int position) {
-  return {max(0, position - p.window + 1), position + 1};
+  return {oldest_seen(position, p.window), position + 1};
 }
 
 // What at least one of the rows [first, last] sees.
-inline Range visible(constant Params& p, int offset, int first, int last) {
+inline Range visible(constant Params& p, int start, int first, int last) {
   return {
-      visible(p, position_of(p, offset, first)).begin,
-      position_of(p, offset, last) + 1};
+      visible(p, position_of(p, start, first)).begin,
+      position_of(p, start, last) + 1};
 }
 
-inline bool attends(constant Params& p, int offset) {
-  return attends(offset, p.T, p.C, p.window);
+inline bool attends(constant Params& p, constant Item& item, int length) {
+  return attends(length, item.count, p.N, p.window);
 }
 
-// The span that the first state of a slice is of.
-inline int first_span(constant Params& p, int offset) {
-  return visible(p, offset + p.first).begin / span;
+// The span that the first state of an item is of.
+inline int first_span(constant Params& p, int start) {
+  return visible(p, start).begin / span;
 }
 
-inline int num_rows(constant Params& p) {
-  return p.positions * (p.H / p.K);
+inline int num_rows(constant Params& p, constant Item& item) {
+  return item.positions * (p.H / p.K);
 }
 
 // Where a row of q or out begins.
-inline ulong row_at(constant Params& p, uint head, int row) {
+inline ulong row_at(constant Params& p, constant Item& item, uint head, int row) {
   int G = p.H / p.K;
-  ulong position = ulong(head / p.K) * p.T + p.first + row / G;
-  return (position * p.H + head % p.K * G + row % G) * p.D;
+  return (ulong(item.row + row / G) * p.H + head * G + row % G) * p.D;
 }
 
-// Where the keys or values of up to C positions from `from` on begin.
-struct Slots {
-  ulong head_at;
-  int from;
-  int first; // slot of `from`
-  int C;
-  int D;
+// The first row of a head in what one launch leaves for the next: [items, K,
+// rows of the item].
+inline ulong
+first_row_between(constant Params& p, constant Item& item, uint head) {
+  return ulong(item.row) * p.H + ulong(head) * num_rows(p, item);
+}
 
-  Slots(constant Params& p, uint head, int from, int start)
-      : head_at(ulong(head) * p.C),
-        from(from),
-        C(p.C),
-        D(p.D) {
-    first = slot_from(start, from, C);
-  }
-
-  ulong at(int position) const {
-    int slot = first + position - from;
-    return (head_at + (slot < C ? slot : slot - C)) * D;
-  }
-};
+// The page of a position, of whatever sequence where the table names none: such
+// a piece is NaN in the end.
+inline int page_of(
+    constant Params& p,
+    constant Item& item,
+    const device int* tables,
+    int position) {
+  int named = tables[ulong(item.piece) * p.N + position / page_size % p.N];
+  return 0 <= named && named < p.P ? named : 0;
+}
 
 // a, or b where a is not greater: a NaN loses.
 inline float greater(float a, float b) {
@@ -301,12 +301,13 @@ inline void multiply_tiles(
 // only load.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(512)]] void block_attention_scores(
-    const device T* q [[buffer(0)]], // [B, T, H, D]
-    const device T* k [[buffer(1)]], // [B, K, C, D]
-    const device int* offset_of_block [[buffer(2)]],
-    device float* scores [[buffer(3)]], // [B * K, R, spans * 512]
-    constant Params& p [[buffer(4)]],
-    const device int* first_slot [[buffer(5), function_constant(has_start)]],
+    const device T* q [[buffer(0)]], // [R, H, D]
+    const device T* k [[buffer(1)]], // [P, K, 64, D]
+    const device int* lengths [[buffer(2)]], // [Q]
+    const device int* tables [[buffer(3)]], // [Q, N]
+    device float* scores [[buffer(4)]], // [R * H, spans * 512]
+    constant Params& p [[buffer(5)]],
+    constant Item* items [[buffer(6)]],
     threadgroup float4* staged [[threadgroup(0)]],
     uint3 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
@@ -314,29 +315,28 @@ template <typename T>
     ushort simds [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   threadgroup ulong begins[max_staged];
-  int offset = *offset_of_block;
-  if (!attends(p, offset)) {
+  constant Item& item = items[group.z / p.tiles];
+  int length = lengths[item.piece];
+  int first_row = group.z % p.tiles * item.rows;
+  int R = num_rows(p, item);
+  if (first_row >= R || !attends(p, item, length)) {
     return;
   }
   uint head = group.y;
-  int R = num_rows(p);
-  int first_row = group.z * p.rows;
-  ushort rows = min(p.rows, R - first_row);
-  ushort row_groups = (p.rows + lane_rows - 1) / lane_rows;
-  int from = first_span(p, offset) * span;
+  int start = length + item.first;
+  ushort rows = min(item.rows, R - first_row);
+  ushort row_groups = (item.rows + lane_rows - 1) / lane_rows;
+  int from = first_span(p, start) * span;
   int base = from + group.x * p.keys;
-  Range seen = visible(p, offset, first_row, first_row + rows - 1)
+  Range seen = visible(p, start, first_row, first_row + rows - 1)
                    .within(base, base + p.keys);
   if (seen.empty()) {
     return;
   }
 
   // Look up where rows and keys begin
-  int start = 0;
-  if (has_start) {
-    start = *first_slot;
-  }
-  Slots slots(p, head, seen.begin, start);
+  ulong page_at = ulong(page_of(p, item, tables, base)) * p.K + head;
+  ulong key_at = (page_at * page_size + base % page_size) * p.D;
   typedef ScoreTile<T> Tile;
   Tile tile = {q, k, begins, staged, ushort(row_groups * lane_rows), p.D};
   ushort threads = simds * 32;
@@ -345,9 +345,9 @@ template <typename T>
     ulong begin = nowhere;
     int position = base + i - tile.rows;
     if (i < tile.rows) { // those beyond the last are that one again
-      begin = row_at(p, head, first_row + min(int(i), rows - 1));
+      begin = row_at(p, item, head, first_row + min(int(i), rows - 1));
     } else if (seen.has(position)) {
-      begin = slots.at(position);
+      begin = key_at + (position - base) * p.D;
     }
     begins[i] = begin;
   }
@@ -375,7 +375,8 @@ template <typename T>
   bool upper = lane & 2;
   bool odd = lane & 1;
   device float* out = scores +
-      (ulong(head) * R + first_row + own_row) * (p.spans * span) +
+      (first_row_between(p, item, head) + first_row + own_row) *
+          (p.spans * span) +
       (base - from + own_key + 8 * quarter + lane / 4);
 #pragma unroll
   for (ushort r = 0; r < lane_rows; ++r) {
@@ -422,19 +423,19 @@ struct State {
 
 // Values of a head in threadgroup memory, 128 columns of a few positions at a
 // time: 256 loads. A thread brings the same sixteen bytes of every so many
-// positions, and steps from slot to slot. There are no more threads than parts.
+// positions. There are no more threads than parts.
 template <typename T>
 struct ValueTile {
   static constant constexpr ushort positions = 32 / sizeof(T);
   static constant constexpr ushort loads = slice_quads / Loaded<T>::quads;
   static constant constexpr ushort parts = positions * loads;
 
-  // Of the head, from the first column on. 2^32 loads of it would be 64 GiB.
+  // Of the head in page 0, from the first column on.
   const device uint4* v;
   threadgroup float4* staged;
   Range seen;
-  int first; // slot of the first position that is seen
-  int C;
+  int own_page; // lane l has the page of the span's chunk l % 8
+  uint page_pitch; // loads of a page, over all heads; below 2^32, which are 64 GiB
   uint pitch; // loads of a row of v
   uint columns; // loads of a row that are within D
 
@@ -444,23 +445,22 @@ struct ValueTile {
       threadgroup float4* staged,
       uint head,
       Range seen,
-      int start,
+      int own_page,
       int column)
-      : v((const device uint4*)(v + ulong(head) * p.C * p.D + column)),
+      : v((const device uint4*)(v + ulong(head) * page_size * p.D + column)),
         staged(staged),
         seen(seen),
-        first(slot_from(start, seen.begin, p.C)),
-        C(p.C),
+        own_page(own_page),
         pitch(p.D / Loaded<T>::elements),
-        columns((p.D - column) / Loaded<T>::elements) {}
-
-  // Where a part of the tile that begins at a position lies.
-  int slot(ushort part, int begin) const {
-    return slot_of(first + (begin + part / loads - seen.begin), C);
+        columns((p.D - column) / Loaded<T>::elements) {
+    page_pitch = uint(p.K) * page_size * pitch;
   }
-  int next_slot(int slot) const {
-    slot += positions % C;
-    return slot < C ? slot : slot - C;
+
+  // Where the tile that begins at a position lies, which is all in one page.
+  const device uint4* from(int position) const {
+    ushort lane = position / page_size % (span / page_size);
+    return v + ulong(simd_shuffle(own_page, lane)) * page_pitch +
+        uint(position % page_size) * pitch;
   }
 
   // A thread's parts of the tile that begins at a position: the first and one
@@ -468,10 +468,10 @@ struct ValueTile {
   // what is seen cuts, and in a last slice of few columns.
   void load(
       thread uint4 (&raw)[ahead],
-      thread const int (&slots)[ahead],
       int begin,
       ushort first,
       ushort threads) const {
+    const device uint4* tile = from(begin);
     bool whole = seen.begin <= begin && begin + positions <= seen.end &&
         loads <= columns;
     if (whole) {
@@ -481,7 +481,7 @@ struct ValueTile {
       for (short i = ahead - 1; i >= 0; --i) {
         ushort part = first + i * threads;
         if (i == 0 || part < parts) {
-          raw[i] = v[uint(slots[i]) * pitch + part % loads];
+          raw[i] = tile[part / loads * pitch + part % loads];
         }
       }
     } else {
@@ -492,7 +492,7 @@ struct ValueTile {
             part % loads < columns;
         raw[i] = 0;
         if (exists) {
-          raw[i] = v[uint(slots[i]) * pitch + part % loads];
+          raw[i] = tile[part / loads * pitch + part % loads];
         }
       }
     }
@@ -507,19 +507,20 @@ struct ValueTile {
 
 // The rows of a simdgroup, and all scores of their span.
 struct SpanRows {
-  int first; // of the slice
+  int first; // of the item
   ushort count;
   int G; // rows of a position
-  int oldest; // position of the slice's first row
+  int positions; // of the item
+  int oldest; // position of the item's first row
   const device float* scores; // of the first row, at the span's first position
   uint pitch; // of rows of scores
 
-  // Those that see a position, as numbers from the first on. Row R of the slice
+  // Those that see a position, as numbers from the first on. Row R of the item
   // is of position oldest + R / G, which sees itself and window - 1 before it.
   Range seeing(constant Params& p, int position) const {
     int after = position - oldest;
-    int begin = clamp(after, 0, p.positions);
-    int end = clamp(after + min(p.window, int(max_positions)), 0, p.positions);
+    int begin = clamp(after, 0, positions);
+    int end = clamp(after + min(p.window, int(max_positions)), 0, positions);
     return {begin * G - first, end * G - first};
   }
 };
@@ -606,13 +607,14 @@ inline void add_position(
 // simdgroups without rows only load.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(256)]] void block_attention_values(
-    const device T* v [[buffer(0)]], // [B, K, C, D]
-    const device int* offset_of_block [[buffer(1)]],
-    const device float* scores [[buffer(2)]], // [B * K, R, spans * 512]
-    device float4* values_out [[buffer(3)]], // [B * K, spans, R, D / 4]
-    device float2* states_out [[buffer(4)]], // [B * K, spans, R]
-    constant Params& p [[buffer(5)]],
-    const device int* first_slot [[buffer(6), function_constant(has_start)]],
+    const device T* v [[buffer(0)]], // [P, K, 64, D]
+    const device int* lengths [[buffer(1)]], // [Q]
+    const device int* tables [[buffer(2)]], // [Q, N]
+    const device float* scores [[buffer(3)]], // [R * H, spans * 512]
+    device float4* values_out [[buffer(4)]], // of an item: [K, spans, R, D / 4]
+    device float2* states_out [[buffer(5)]], // the same: [K, spans, R]
+    constant Params& p [[buffer(6)]],
+    constant Item* items [[buffer(7)]],
     threadgroup float* all_weights [[threadgroup(0)]], // [rows / 8, 64, 8]
     threadgroup float4* staged [[threadgroup(1)]], // [positions, 32]
     uint3 group [[threadgroup_position_in_grid]],
@@ -620,20 +622,21 @@ template <typename T>
     ushort simd [[simdgroup_index_in_threadgroup]],
     ushort simds [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  int offset = *offset_of_block;
-  if (!attends(p, offset)) {
+  constant Item& item = items[group.z / p.tiles];
+  int length = lengths[item.piece];
+  int first_row = group.z % p.tiles * item.rows;
+  int R = num_rows(p, item);
+  if (first_row >= R || !attends(p, item, length)) {
     return;
   }
   uint head = group.y;
-  int R = num_rows(p);
+  int start = length + item.first;
   int slices = (p.D / 4 + slice_quads - 1) / slice_quads;
   int index = group.x / slices;
   int column = group.x % slices * slice_quads * 4;
-  int first_row = group.z * p.rows;
-  int last_row = min(first_row + p.rows, R) - 1;
-  int base = (first_span(p, offset) + index) * span;
-  Range seen =
-      visible(p, offset, first_row, last_row).within(base, base + span);
+  int last_row = min(first_row + item.rows, R) - 1;
+  int base = (first_span(p, start) + index) * span;
+  Range seen = visible(p, start, first_row, last_row).within(base, base + span);
   if (seen.empty()) {
     return;
   }
@@ -643,10 +646,11 @@ template <typename T>
   own.first = first_row + simd * simd_rows;
   own.count = clamp(last_row + 1 - own.first, 0, int(simd_rows));
   own.G = p.H / p.K;
-  own.oldest = offset + p.first;
+  own.positions = item.positions;
+  own.oldest = start;
   own.pitch = p.spans * span;
-  own.scores =
-      scores + (ulong(head) * R + own.first) * own.pitch + index * span;
+  own.scores = scores +
+      (first_row_between(p, item, head) + own.first) * own.pitch + index * span;
   Range any = {base, base}, all = any;
   if (own.count > 0) {
     Range first = visible(p, own.oldest + own.first / own.G);
@@ -656,24 +660,16 @@ template <typename T>
   }
   threadgroup float* weights = all_weights + simd * (chunk * simd_rows);
 
-  int start = 0;
-  if (has_start) {
-    start = *first_slot;
-  }
+  int own_page = page_of(
+      p, item, tables, base + lane % (span / page_size) * page_size);
   ushort threads = simds * 32;
   typedef ValueTile<T> Tile;
-  Tile tile(p, v, staged, head, seen, start, column);
+  Tile tile(p, v, staged, head, seen, own_page, column);
   State states[simd_rows] = {};
   float4 values[simd_rows] = {};
   int part_begin = seen.begin / Tile::positions * Tile::positions;
-  int slots[ahead];
   uint4 next[ahead];
-#pragma unroll
-  for (ushort i = 0; i < ahead; ++i) {
-    ushort part = thread_index + i * threads;
-    slots[i] = tile.slot(part, part_begin);
-  }
-  tile.load(next, slots, part_begin, thread_index, threads);
+  tile.load(next, part_begin, thread_index, threads);
   for (int at = seen.begin / chunk * chunk; at < seen.end; at += chunk) {
     // Turn scores into weights
     simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -703,11 +699,7 @@ template <typename T>
         }
       }
       if (part_end < seen.end) {
-#pragma unroll
-        for (ushort i = 0; i < ahead; ++i) {
-          slots[i] = tile.next_slot(slots[i]);
-        }
-        tile.load(next, slots, part_end, thread_index, threads);
+        tile.load(next, part_end, thread_index, threads);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       auto quads = (const threadgroup float4*)weights + (part_begin - at) * 2;
@@ -733,7 +725,8 @@ template <typename T>
 #pragma unroll
   for (ushort r = 0; r < simd_rows; ++r) {
     if (r < own.count) {
-      ulong state = (ulong(head) * p.spans + index) * R + own.first + r;
+      ulong state = first_row_between(p, item, head) * p.spans +
+          index * R + own.first + r;
       if (column / 4 + lane < p.D / 4) {
         values_out[state * (p.D / 4) + column / 4 + lane] = values[r];
       }
@@ -787,37 +780,78 @@ struct SpanCursor {
   }
 };
 
+// Whether the pages that a piece sees are all of the P; each thread looks at
+// some of them. All threads of a threadgroup ask together.
+inline bool has_pages(
+    constant Params& p,
+    constant Item& item,
+    const device int* table, // [N]
+    int length,
+    threadgroup int* missing, // [simds]
+    ushort thread_index,
+    ushort simds) {
+  int page = visible(p, length).begin / page_size + thread_index;
+  int last = (length + item.count - 1) / page_size;
+  int own = 0;
+  for (; page <= last; page += simds * 32) {
+    int named = table[page % p.N];
+    own |= named < 0 || named >= p.P;
+  }
+  own = simd_max(own);
+  if (thread_index % 32 == 0) {
+    missing[thread_index / 32] = own;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  int any = 0;
+  for (ushort i = 0; i < simds; ++i) {
+    any |= missing[i];
+  }
+  return any == 0;
+}
+
 // A threadgroup owns a row, a thread four of its columns.
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(128)]] void block_attention_fold(
-    const device int* offset_of_block [[buffer(0)]],
-    const device float4* values [[buffer(1)]], // [B * K, spans, R, D / 4]
-    const device float2* states [[buffer(2)]], // [B * K, spans, R]
-    device T* out [[buffer(3)]], // [B, T, H, D]
-    constant Params& p [[buffer(4)]],
+    const device int* lengths [[buffer(0)]], // [Q]
+    const device int* tables [[buffer(1)]], // [Q, N]
+    const device float4* values [[buffer(2)]], // of an item: [K, spans, R, D / 4]
+    const device float2* states [[buffer(3)]], // the same: [K, spans, R]
+    device T* out [[buffer(4)]], // [R, H, D]
+    constant Params& p [[buffer(5)]],
+    constant Item* items [[buffer(6)]],
     uint3 group [[threadgroup_position_in_grid]],
-    ushort thread_index [[thread_index_in_threadgroup]]) {
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simds [[simdgroups_per_threadgroup]]) {
+  threadgroup int missing[max_fold_simds];
+  constant Item& item = items[group.z];
   int row = group.x;
   uint head = group.y;
-  int R = num_rows(p);
-  int offset = *offset_of_block;
+  int R = num_rows(p, item);
+  if (row >= R) {
+    return;
+  }
+  int length = lengths[item.piece];
+  const device int* table = tables + ulong(item.piece) * p.N;
+  bool whole = attends(p, item, length) &&
+      has_pages(p, item, table, length, missing, thread_index, simds);
   if (thread_index >= p.D / 4) {
     return;
   }
-  device T* to = out + row_at(p, head, row) + 4 * thread_index;
-  if (!attends(p, offset)) {
+  device T* to = out + row_at(p, item, head, row) + 4 * thread_index;
+  if (!whole) {
     for (ushort i = 0; i < 4; ++i) {
       to[i] = T(NAN);
     }
     return;
   }
-  int base = first_span(p, offset);
-  Range seen = visible(p, position_of(p, offset, row));
+  int start = length + item.first;
+  int base = first_span(p, start);
+  Range seen = visible(p, position_of(p, start, row));
   int first = seen.begin / span - base;
   int left = (seen.end + span - 1) / span - base - first;
 
   uint width = p.D / 4;
-  ulong at = (ulong(head) * p.spans + first) * R + row;
+  ulong at = first_row_between(p, item, head) * p.spans + first * R + row;
   SpanCursor next = {
       values + at * width + thread_index, states + at, uint(R), width};
   Folded folded = {0.0f, -INFINITY, 0.0f};

@@ -17,17 +17,6 @@ enum { max_positions = 1 << 30 };
 // Positions of a page: a chunk of block_attention's sums.
 enum { page_size = 64 };
 
-// Entry of a sequence's table that has the page of a position: of N, and the
-// position is not negative.
-static inline int entry_of(int position, int N) {
-  return position / page_size % N;
-}
-
-// Place of a position in its page.
-static inline int place_of(int position) {
-  return position % page_size;
-}
-
 static inline bool is_page(int page, int P) {
   return 0 <= page && page < P;
 }
@@ -40,27 +29,23 @@ page_of(Tables tables, int Q, int N, int P, int owner, int position) {
   if (position < 0 || owner < 0 || owner >= Q || N == 0) {
     return -1;
   }
-  int page = tables[long(owner) * N + entry_of(position, N)];
+  int page = tables[long(owner) * N + position / page_size % N];
   return is_page(page, P) ? page : -1;
 }
 
-// Slot of a position in a ring of C.
-static inline int slot_of(int position, int C) {
-  int slot = position % C;
-  return slot < 0 ? slot + C : slot;
+// The first position that a row sees: `window` is at least 1.
+static inline int oldest_seen(int position, int window) {
+  return position < window ? 0 : position - window + 1;
 }
 
-// The same where position `start` lies in slot 0.
-static inline int slot_from(int start, int position, int C) {
-  int slot = slot_of(position, C) - slot_of(start, C);
-  return slot < 0 ? slot + C : slot;
-}
-
-// Whether T rows from `offset` on have positions, and a cache of C slots can
-// hold all that they see: T is at most C, `window` at least 1.
-static inline bool attends(int offset, int T, int C, int window) {
-  int before = offset < window - 1 ? offset : window - 1;
-  return 0 <= offset && offset <= max_positions - T && before <= C - T;
+// Whether T rows from `length` on have positions, and a table of N pages can
+// name all that they see.
+static inline bool attends(int length, int T, int N, int window) {
+  if (length < 0 || length > max_positions - T) {
+    return false;
+  }
+  int first = oldest_seen(length, window) / page_size;
+  return (length + T - 1) / page_size - first < N;
 }
 
 } // namespace pyengine

@@ -1,8 +1,9 @@
-// block_attention: softmax(scale * q @ k.T + mask) @ v for the positions of one
-// block against a linear or ring cache. Here are the sharing of work and the
-// Metal launches; the arithmetic is in block_attention_cpu.cpp.
+// block_attention: softmax(scale * q @ k.T + mask) @ v for the rows of several
+// pieces against the pages of each one's sequence. Here are the sharing of work
+// and the Metal launches; the arithmetic is in block_attention_cpu.cpp.
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <limits>
@@ -30,8 +31,8 @@ namespace {
 constexpr int64_t work_worth_waves = 1 << 22;
 
 // Keys or values: rows of D must be whole, the rest may have any strides.
-struct CacheView {
-  explicit CacheView(const mx::array& a) : contiguous(a) {
+struct ArenaView {
+  explicit ArenaView(const mx::array& a) : contiguous(a) {
     if (a.strides(3) == 1 || a.shape(3) == 1) {
       direct = a.data<char>();
       std::copy_n(a.strides().begin(), 3, strides);
@@ -66,21 +67,9 @@ struct Spans {
 };
 
 Spans spans_of(const BlockAttentionArgs& args, const AttentionRows& rows) {
-  int64_t first = int64_t(args.offset) + rows.first;
-  int64_t newest = first + rows.positions - 1;
-  int64_t oldest = std::max<int64_t>(0, first - args.window + 1);
+  int newest = rows.position + rows.positions - 1;
+  int oldest = oldest_seen(rows.position, args.window);
   return {oldest / attention_span, newest / attention_span};
-}
-
-AttentionRows rows_of(const BlockAttentionArgs& args, int groups, int piece) {
-  int slice = piece / groups;
-  int group = piece % groups;
-  int first = slice * max_rows;
-  return {
-      group / args.K,
-      group % args.K,
-      first,
-      std::min(max_rows, args.T - first)};
 }
 
 // Floats for R rows of q and `states` softmax states.
@@ -88,8 +77,8 @@ size_t scratch_size(int64_t R, int64_t D, int64_t states) {
   return size_t(R * D + states * attention_state_size(R, D));
 }
 
-// One piece, a wave of its spans at a time, which share the threads: for few
-// heads and a long cache. Spans are folded in their order, whatever the wave.
+// One item, a wave of its spans at a time, which share the threads. Spans are
+// folded in their order, whatever the wave.
 void attend(
     const BlockAttentionArgs& args,
     const AttentionRows& rows,
@@ -121,30 +110,109 @@ void attend(
 
 constexpr int no_window = std::numeric_limits<int>::max();
 
-void run(const BlockAttentionArgs& args, const Plan& plan, int B) {
-  // No error: after some hundred tasks that throw one, MLX waits for ever
-  if (!attends(args.offset, args.T, args.C, args.window)) {
-    int64_t size = int64_t(B) * args.T * args.H * args.D;
-    PYENGINE_PICK_KERNEL(store_nan)(args.out, args.storage, 0, size);
-    return;
+// What one thread does: a slice of one piece for one key head.
+struct Item {
+  AttentionRows rows;
+  int64_t work; // multiply-adds
+  int64_t spans;
+};
+
+// Whether a piece has positions, and pages that hold all that its rows see.
+bool can_attend(
+    const BlockAttentionArgs& args,
+    int length,
+    int count,
+    const int32_t* table) {
+  if (!attends(length, count, args.N, args.window)) {
+    return false;
   }
-  int64_t needed = std::min(args.offset, args.window - 1) + args.T;
-  int pieces = plan.slices * plan.groups;
-  auto piece = [&](int i) { attend(args, rows_of(args, plan.groups, i), 1); };
-  // The plan counts the whole capacity, of which little may be in use.
-  int64_t work = plan.work / args.C * needed * plan.slices;
+  int first = oldest_seen(length, args.window) / page_size;
+  int last = (length + count - 1) / page_size;
+  for (int page = first; page <= last; ++page) {
+    int named = table[page % args.N];
+    if (named < 0 || named >= args.P) {
+      return false;
+    }
+  }
+  return true;
+}
+
+void add_items(
+    const BlockAttentionArgs& args,
+    int row,
+    int length,
+    int count,
+    const int32_t* table,
+    std::vector<Item>& items) {
+  for (int first = 0; first < count; first += max_rows) {
+    int positions = std::min(max_rows, count - first);
+    AttentionRows rows = {0, row + first, positions, length + first, table};
+    auto [oldest, newest] = spans_of(args, rows);
+    int64_t seen = rows.position + positions -
+        int64_t(oldest_seen(rows.position, args.window));
+    int64_t columns = int64_t(args.H / args.K) * args.D;
+    for (rows.head = 0; rows.head < args.K; ++rows.head) {
+      items.push_back(
+          {rows, 2 * positions * columns * seen, newest - oldest + 1});
+    }
+  }
+}
+
+// Whether an item keeps its thread at work longer than all threads would take
+// for this item, span by span, and the rest of `work` after it.
+bool outweighs(const Item& item, int64_t work, int threads) {
+  int64_t rounds = (item.spans + threads - 1) / threads;
+  int64_t shared = item.work / item.spans * rounds;
+  return shared + (work - item.work) / threads < item.work;
+}
+
+// Longest first, so that the last to end ends early.
+void attend_all(const BlockAttentionArgs& args, std::vector<Item>& items) {
+  auto longer = [](const Item& a, const Item& b) { return a.work > b.work; };
+  std::stable_sort(items.begin(), items.end(), longer);
+  int64_t work = 0;
+  for (const auto& item : items) {
+    work += item.work;
+  }
   int threads = Pool::shared().threads();
-  if (threads > 1 && pieces >= threads && work >= work_worth_sharing) {
-    Pool::shared().run(pieces, piece);
-  } else if (threads > 1 && pieces < threads && work >= work_worth_waves) {
-    for (int i = 0; i < pieces; ++i) {
-      attend(args, rows_of(args, plan.groups, i), 2 * threads);
-    }
+  const Item* next = items.data();
+  const Item* end = next + items.size();
+  while (next < end && work >= work_worth_waves &&
+         outweighs(*next, work, threads)) {
+    attend(args, next->rows, 2 * threads);
+    work -= next++->work;
+  }
+  auto one = [&](int i) { attend(args, next[i].rows, 1); };
+  int left = int(end - next);
+  if (work >= work_worth_sharing) {
+    Pool::shared().run(left, one);
   } else {
-    for (int i = 0; i < pieces; ++i) {
-      piece(i);
+    for (int i = 0; i < left; ++i) {
+      one(i);
     }
   }
+}
+
+void run(
+    const BlockAttentionArgs& args,
+    const std::vector<int>& counts,
+    const int32_t* lengths,
+    const int32_t* tables) {
+  std::vector<Item> items;
+  int64_t width = int64_t(args.H) * args.D;
+  int row = 0;
+  for (size_t s = 0; s < counts.size(); ++s) {
+    const int32_t* table = tables + s * args.N;
+    if (can_attend(args, lengths[s], counts[s], table)) {
+      add_items(args, row, lengths[s], counts[s], table, items);
+    } else {
+      // No error: after some hundred tasks that throw one, MLX waits for ever
+      PYENGINE_PICK_KERNEL(store_nan)
+      (args.out, args.storage, row * width, counts[s] * width);
+    }
+    row += counts[s];
+  }
+  attend_all(args, items);
 }
 
 // The tiles of metal/block_attention.metal.
@@ -166,50 +234,51 @@ int round_up(int n, int step) {
   return pieces(n, step) * step;
 }
 
-// The spans that the visible positions of a slice may touch.
-int spans_needed(int C, int positions, std::optional<int> window) {
+// The spans that the visible positions of a slice may touch: those of N pages,
+// and of a window.
+int spans_needed(int N, int positions, std::optional<int> window) {
+  constexpr int span_pages = attention_span / page_size;
+  N = std::min(N, max_positions / page_size);
   if (!window) {
-    return pieces(C, attention_span);
+    return pieces(N, span_pages);
   }
-  int64_t visible = std::min<int64_t>(C, int64_t(*window) - 1 + positions);
-  return int((visible + attention_span - 2) / attention_span + 1);
+  int64_t visible = int64_t(*window) - 1 + positions;
+  int64_t touched = (visible + attention_span - 2) / attention_span + 1;
+  return int(std::min<int64_t>((N + span_pages - 2) / span_pages + 1, touched));
 }
 
-// One slice of max_rows positions: its scores, what their spans make of the
-// values, and the fold of these. Grids follow from shapes alone: where a block
-// stands is read on the device.
-class SliceLaunches {
+// Scores, what spans make of the values, and the fold of these, for all slices
+// of a call. Grids follow from shapes alone: where pieces stand is read on the
+// device.
+class AttentionLaunches {
  public:
-  SliceLaunches(
-      const mx::array& q,
-      const mx::array& k,
-      int first,
+  AttentionLaunches(
+      const Arrays& in,
+      const std::vector<int>& counts,
       float scale,
-      std::optional<int> window,
-      bool has_start)
-      : dtype_(q.dtype()),
-        B_(q.shape(0)),
-        has_start_(has_start) {
-    int T = q.shape(1), H = q.shape(2), D = q.shape(3);
-    int K = k.shape(1), C = k.shape(2);
-    int positions = std::min(T - first, max_rows);
-    R_ = positions * (H / K);
-    int tiles = pieces(R_, tile_rows);
+      std::optional<int> window)
+      : q_(in[0]),
+        keys_(in[1]),
+        tables_(in[3]),
+        dtype_(in[0].dtype()) {
+    int H = q_.shape(1), K = keys_.shape(1), N = tables_.shape(1);
+    int positions = add_items(counts, H / K);
+    most_ = positions * (H / K);
+    for (const auto& item : items_) {
+      tile_ = std::max(tile_, item.rows);
+    }
     params_ = {
-        .T = T,
         .H = H,
+        .P = keys_.shape(0),
         .K = K,
-        .C = C,
-        .D = D,
-        .first = first,
-        .positions = positions,
-        .rows = tiles == 1 ? R_ : round_up(pieces(R_, tiles), value_rows),
-        .keys = 0,
-        .spans = spans_needed(C, positions, window),
+        .D = q_.shape(2),
+        .N = N,
+        .tiles = pieces(most_, tile_rows),
+        .keys = row_simds() <= 4 ? 64 : 32,
+        .spans = spans_needed(N, positions, window),
         .window = window.value_or(no_window),
         .scale = scale,
         .minus_zero = -0.0f};
-    params_.keys = row_simds() <= 4 ? 64 : 32;
   }
 
   Launch scores() const {
@@ -221,28 +290,30 @@ class SliceLaunches {
         std::max(
             row_simds() * params_.keys / simd_keys, pieces(loads, 32 * ahead)));
     launch.buffers = {
-        input("q", {B_, params_.T, params_.H, params_.D}),
-        state("k"),
-        offset(),
+        Buffer::array(Role::in, "q", q_.shape(), dtype_, 16),
+        arena("keys"),
+        lengths(),
+        tables(),
         score_list(Role::out),
-        params_buffer()};
-    add_start(launch);
+        params(),
+        items()};
     launch.threadgroup_memory = {{0, staged * tile_bytes / itemsize() * 4}};
     return launch;
   }
 
   Launch values() const {
-    int simds = pieces(params_.rows, value_rows);
+    int simds = pieces(tile_, value_rows);
     auto launch = stage(
         "values", params_.spans * pieces(params_.D, slice_columns), simds);
     launch.buffers = {
-        state("v"),
-        offset(),
+        arena("values"),
+        lengths(),
+        tables(),
         score_list(Role::in),
-        value_list(Role::out),
+        sum_list(Role::out),
         state_list(Role::out),
-        params_buffer()};
-    add_start(launch);
+        params(),
+        items()};
     launch.threadgroup_memory = {
         {0, simds * attention_chunk * value_rows * 4},
         {1, value_bytes / itemsize() * 4}};
@@ -250,29 +321,50 @@ class SliceLaunches {
   }
 
   Launch fold() const {
-    auto launch =
-        kernel("fold", {R_, B_ * params_.K, 1}, round_up(params_.D / 4, 32));
+    auto launch = kernel(
+        "fold",
+        {most_, params_.K, int(items_.size())},
+        round_up(params_.D / 4, 32));
     launch.buffers = {
-        offset(),
-        value_list(Role::in),
+        lengths(),
+        tables(),
+        sum_list(Role::in),
         state_list(Role::in),
-        // Each slice writes rows of its own
-        Buffer::array(
-            params_.first == 0 ? Role::out : Role::inout,
-            "out",
-            {B_, params_.T, params_.H, params_.D},
-            dtype_),
-        params_buffer()};
+        Buffer::array(Role::out, "out", q_.shape(), dtype_),
+        params(),
+        items()};
     return launch;
   }
 
  private:
+  // All slices of all pieces; returns the positions of the longest.
+  int add_items(const std::vector<int>& counts, int G) {
+    int row = 0, most = 0;
+    for (int piece = 0; piece < int(counts.size()); ++piece) {
+      for (int first = 0; first < counts[piece]; first += max_rows) {
+        int positions = std::min(counts[piece] - first, max_rows);
+        int rows = rows_of_a_tile(positions * G);
+        items_.push_back(
+            {piece, counts[piece], row + first, first, positions, rows});
+        most = std::max(most, positions);
+      }
+      row += counts[piece];
+    }
+    return most;
+  }
+
+  // R rows of a head in tiles of equal size.
+  static int rows_of_a_tile(int R) {
+    int tiles = pieces(R, tile_rows);
+    return tiles == 1 ? R : round_up(pieces(R, tiles), value_rows);
+  }
+
   int itemsize() const {
     return int(mx::size_of(dtype_));
   }
 
   int row_simds() const {
-    return pieces(params_.rows, score_rows);
+    return pieces(tile_, score_rows);
   }
 
   // Without buffers.
@@ -284,166 +376,169 @@ class SliceLaunches {
 
   // Scores or values: so many threadgroups per tile of rows.
   Launch stage(const char* name, int groups, int simds) const {
-    auto launch = kernel(
+    return kernel(
         name,
-        {groups, B_ * params_.K, pieces(R_, tile_rows)},
+        {groups, params_.K, int(items_.size()) * params_.tiles},
         32 * std::max(simds, loading_simds));
-    launch.constants = {{0, has_start_}};
-    return launch;
   }
 
-  mx::Shape cache() const {
-    return {B_, params_.K, params_.C, params_.D};
-  }
-
-  Buffer input(const char* name, mx::Shape shape) const {
-    return Buffer::array(Role::in, name, std::move(shape), dtype_, 16);
-  }
-
-  Buffer state(const char* name) const {
-    auto buffer = input(name, cache());
+  Buffer arena(const char* name) const {
+    auto buffer = Buffer::array(Role::in, name, keys_.shape(), dtype_, 16);
     buffer.state = true;
     return buffer;
   }
 
-  Buffer offset() const {
-    return Buffer::array(Role::in, "offset", {}, mx::int32);
+  Buffer lengths() const {
+    return Buffer::array(Role::in, "lengths", {tables_.shape(0)}, mx::int32);
   }
 
-  void add_start(Launch& launch) const {
-    if (has_start_) {
-      launch.buffers.push_back(Buffer::array(Role::in, "start", {}, mx::int32));
-    }
+  Buffer tables() const {
+    return Buffer::array(Role::in, "tables", tables_.shape(), mx::int32);
   }
 
   // What one launch leaves for the next.
   Buffer score_list(Role role) const {
-    mx::Shape shape = {B_ * params_.K, R_, params_.spans * attention_span};
+    int width = params_.spans * attention_span;
+    mx::Shape shape = {q_.shape(0), params_.H, width};
     return Buffer::array(role, "scores", std::move(shape), mx::float32, 16);
   }
 
-  Buffer value_list(Role role) const {
-    mx::Shape shape = {B_ * params_.K, params_.spans, R_, params_.D};
-    return Buffer::array(role, "values", std::move(shape), mx::float32, 16);
+  Buffer sum_list(Role role) const {
+    mx::Shape shape = {q_.shape(0), params_.H, params_.spans, params_.D};
+    return Buffer::array(role, "sums", std::move(shape), mx::float32, 16);
   }
 
   Buffer state_list(Role role) const {
-    mx::Shape shape = {B_ * params_.K, params_.spans, R_, 2};
+    mx::Shape shape = {q_.shape(0), params_.H, params_.spans, 2};
     return Buffer::array(role, "states", std::move(shape), mx::float32);
   }
 
-  Buffer params_buffer() const {
-    std::string data(reinterpret_cast<const char*>(&params_), sizeof(params_));
-    return {"params", Role::bytes, {}, mx::uint32, 4, std::move(data)};
+  template <typename T>
+  static Buffer constants(const char* name, const T* from, size_t count) {
+    std::string data(reinterpret_cast<const char*>(from), count * sizeof(T));
+    return {name, Role::bytes, {}, mx::uint32, 4, std::move(data)};
   }
 
+  Buffer params() const {
+    return constants("params", &params_, 1);
+  }
+
+  Buffer items() const {
+    return constants("items", items_.data(), items_.size());
+  }
+
+  const mx::array& q_;
+  const mx::array& keys_;
+  const mx::array& tables_;
   mx::Dtype dtype_;
-  int B_;
-  bool has_start_;
+  std::vector<BlockAttentionItem> items_;
   BlockAttentionParams params_;
-  int R_; // rows of a key head
+  int most_; // rows of a key head in the largest item
+  int tile_ = 0; // rows of the largest tile
 };
 
-// One group per batch and key head, slices of max_rows positions.
-Plan block_attention_plan(int B, int T, int H, int K, int C, int D) {
-  int positions = std::min(T, max_rows);
-  Plan plan;
-  plan.slices = pieces(T, max_rows);
-  plan.groups = B * K;
-  plan.columns = H / K * D;
-  plan.group_scratch = scratch_size(positions * (H / K), D, 2);
-  plan.work = 2 * int64_t(B) * positions * H * C * D;
-  return plan;
-}
-
-// Inputs: q, k, offset, start where given, v.
+// Inputs: q, keys, lengths, tables, values.
 struct BlockAttention {
   static constexpr const char* op = "block_attention";
+  std::vector<int> counts; // rows of each piece
   float scale;
   std::optional<int> window;
   bool operator==(const BlockAttention&) const = default;
 
-  // Three per slice. Longer blocks are prefill, and MLX's.
+  // Three for all pieces. Longer calls are prefill, and MLX's; those of no
+  // pages are NaN.
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    int T = in[0].shape(1);
-    if (T > max_launch_rows) {
+    bool no_pages = in[1].size() == 0 || in[3].size() == 0;
+    if (in[0].shape(0) > max_launch_rows || no_pages) {
       return {};
     }
-    bool has_start = in.size() == 5;
-    std::vector<Launch> launches;
-    for (int first = 0; first < T; first += max_rows) {
-      SliceLaunches slice(in[0], in[1], first, scale, window, has_start);
-      launches.insert(
-          launches.end(), {slice.scores(), slice.values(), slice.fold()});
-    }
-    return launches;
+    AttentionLaunches all(in, counts, scale, window);
+    return {all.scores(), all.values(), all.fold()};
   }
 
   auto task(const Arrays& in, Arrays& out) const {
-    const auto &q = in[0], &k = in[1];
+    const auto &q = in[0], &keys = in[1], &tables = in[3];
     BlockAttentionArgs args = {};
     args.out = out[0].data<void>();
     args.storage = storage_of(q.dtype());
-    args.T = q.shape(1);
-    args.H = q.shape(2);
-    args.K = k.shape(1);
-    args.C = k.shape(2);
-    args.D = q.shape(3);
+    args.H = q.shape(1);
+    args.P = keys.shape(0);
+    args.K = keys.shape(1);
+    args.D = q.shape(2);
+    args.N = tables.shape(1);
     args.window = window.value_or(no_window);
     args.scale = scale;
-    int B = q.shape(0);
-    auto plan = block_attention_plan(B, args.T, args.H, args.K, args.C, args.D);
     return [q = Contiguous(q),
-            k = CacheView(k),
-            v = CacheView(in.back()),
-            offset = in[2].data<int32_t>(),
-            start = in.size() == 5 ? in[3].data<int32_t>() : nullptr,
-            plan,
-            B,
+            k = ArenaView(keys),
+            v = ArenaView(in[4]),
+            lengths = Contiguous(in[2]),
+            tables = Contiguous(tables),
+            counts = counts,
             args]() mutable {
       args.q = q.get();
       args.k = k.get();
       args.v = v.get();
       std::copy_n(k.strides, 3, args.k_strides);
       std::copy_n(v.strides, 3, args.v_strides);
-      args.offset = *offset;
-      args.start = start ? *start : 0;
-      run(args, plan, B);
+      run(args, counts, lengths.get<int32_t>(), tables.get<int32_t>());
     };
   }
 };
 
+// As a shape, which messages can show.
+mx::Shape checked_counts(const std::vector<Integer>& counts, int R) {
+  constexpr auto op = BlockAttention::op;
+  mx::Shape rows(counts.begin(), counts.end());
+  int64_t total = 0;
+  for (int count : rows) {
+    check(count >= 1, op, "counts", "be at least 1 each", rows);
+    total += count;
+  }
+  if (total != R) {
+    fail(op, "counts", "be R " + std::to_string(R) + " together", rows);
+  }
+  return rows;
+}
+
 mx::array block_attention(
-    const mx::array& q, // [B, T, H, D]
-    const mx::array& k, // [B, K, C, D]
-    const mx::array& v,
-    const mx::array& offset, // int32 []
+    const mx::array& q, // [R, H, D]
+    const mx::array& keys, // [P, K, 64, D]
+    const mx::array& values,
+    const mx::array& lengths, // int32 [Q]
+    const mx::array& tables, // int32 [Q, N]
+    const std::vector<Integer>& counts, // [Q]
     float scale,
-    std::optional<Integer> window,
-    const std::optional<mx::array>& start) { // int32 []
+    std::optional<Integer> window) {
   constexpr auto op = BlockAttention::op;
   check_storage_dtype(op, "q", q);
-  check(q.ndim() == 4, op, "q", "have shape [B, T, H, D]", q.shape());
-  check(k.ndim() == 4, op, "k", "have shape [B, K, C, D]", k.shape());
-  int T = q.shape(1);
-  int H = q.shape(2);
-  int D = q.shape(3);
-  int K = k.shape(1);
-  int C = k.shape(2);
+  check(q.ndim() == 3, op, "q", "have shape [R, H, D]", q.shape());
+  check(
+      keys.ndim() == 4,
+      op,
+      "keys",
+      "have shape [P, K, 64, D]",
+      keys.shape());
+  int H = q.shape(1);
+  int D = q.shape(2);
+  int K = keys.shape(1);
   check(
       D >= 16 && D % 16 == 0 && D <= attention_max_width,
       op,
       "D",
       "be a multiple of 16 and at most 512",
       D);
-  check_shape(op, "k", k, {q.shape(0), K, C, D});
-  check_shape(op, "v", v, k.shape());
-  check_dtype(op, "k", k, q.dtype(), "have the dtype of q");
-  check_dtype(op, "v", v, q.dtype(), "have the dtype of q");
+  check_shape(op, "keys", keys, {keys.shape(0), K, page_size, D});
+  check_shape(op, "values", values, keys.shape());
+  check_dtype(op, "keys", keys, q.dtype(), "have the dtype of q");
+  check_dtype(op, "values", values, q.dtype(), "have the dtype of q");
   if (K == 0 || H % K != 0) {
     fail(op, "H", "be a multiple of K " + std::to_string(K), H);
   }
-  check_block(op, offset, T, C);
+  auto rows = checked_counts(counts, q.shape(0));
+  int Q = int(rows.size());
+  check_array(op, "lengths", lengths, mx::int32, {Q});
+  check(tables.ndim() == 2, op, "tables", "have shape [Q, N]", tables.shape());
+  check_array(op, "tables", tables, mx::int32, {Q, tables.shape(1)});
   if (window) {
     check(
         window->wide() >= 1 && window->wide() <= INT32_MAX,
@@ -452,25 +547,11 @@ mx::array block_attention(
         "be at least 1 and below 2**31",
         *window);
   }
-  if (offset.is_available() && q.size() > 0) {
-    int known = *offset.data<int32_t>();
-    int seen = window ? int(*window) : no_window;
-    if (!attends(known, T, C, seen)) {
-      std::string rule = "be at least " +
-          std::to_string(std::min(known, seen - 1) + T) +
-          " to hold every visible position";
-      fail(op, "C", rule, C);
-    }
-  }
-  Arrays inputs = {q, k, offset};
-  if (start) {
-    check_shape(op, "start", *start, {});
-    check_dtype(op, "start", *start, mx::int32, "be int32");
-    inputs.push_back(*start);
-  }
-  inputs.push_back(v);
   return lazy_result(
-      BlockAttention{scale, window}, q.shape(), q.dtype(), std::move(inputs));
+      BlockAttention{{rows.begin(), rows.end()}, scale, window},
+      q.shape(),
+      q.dtype(),
+      {q, keys, lengths, tables, values});
 }
 
 } // namespace
@@ -480,21 +561,13 @@ void bind_block_attention(nb::module_& m) {
       "block_attention",
       &block_attention,
       "q"_a,
-      "k"_a,
-      "v"_a,
-      "offset"_a,
+      "keys"_a,
+      "values"_a,
+      "lengths"_a,
+      "tables"_a,
+      "counts"_a,
       "scale"_a,
-      "window"_a.none(),
-      "start"_a.none());
-  m.def(
-      "block_attention_plan",
-      &block_attention_plan,
-      "B"_a,
-      "T"_a,
-      "H"_a,
-      "K"_a,
-      "C"_a,
-      "D"_a);
+      "window"_a.none());
 }
 
 } // namespace pyengine

@@ -12,6 +12,7 @@ namespace pyengine::PYENGINE_ISA {
 namespace {
 
 constexpr int chunk = attention_chunk;
+static_assert(chunk == page_size);
 constexpr int tile = 4; // rows that share each load of a key or value
 
 // Keys per pass over D and vectors of D per pass over keys: as many
@@ -251,7 +252,7 @@ int64_t position_of(
     const BlockAttentionArgs& args,
     const AttentionRows& rows,
     int row) {
-  return int64_t(args.offset) + rows.first + row / group_size(args);
+  return int64_t(rows.position) + row / group_size(args);
 }
 
 // Positions that a row at `position` sees, cut to [from, to).
@@ -280,22 +281,22 @@ void attend_span(
   for (int64_t i = 0; i < attention_state_size(R, D); ++i) {
     memory[i] = 0.0f;
   }
-  auto* k = static_cast<const T*>(args.k) + rows.batch * args.k_strides[0] +
-      rows.head * args.k_strides[1];
-  auto* v = static_cast<const T*>(args.v) + rows.batch * args.v_strides[0] +
-      rows.head * args.v_strides[1];
+  auto* k = static_cast<const T*>(args.k) + rows.head * args.k_strides[1];
+  auto* v = static_cast<const T*>(args.v) + rows.head * args.v_strides[1];
 
   for (int64_t at = span * attention_span; at < (span + 1) * attention_span;
        at += chunk) {
     // The first row sees furthest back, the last row furthest ahead.
     int begin = visible(args, position_of(args, rows, 0), at, at + chunk).begin;
     int end = visible(args, position_of(args, rows, R - 1), at, at + chunk).end;
+    if (begin >= end) {
+      continue; // its page may be none
+    }
+    int64_t page = rows.table[at / chunk % args.N];
     Chunk<T> from;
-    int slot = slot_from(args.start, int(at + begin), args.C);
     for (int j = begin; j < end; ++j) {
-      from.k[j] = k + slot * args.k_strides[2];
-      from.v[j] = v + slot * args.v_strides[2];
-      slot = slot + 1 == args.C ? 0 : slot + 1;
+      from.k[j] = k + page * args.k_strides[0] + j * args.k_strides[2];
+      from.v[j] = v + page * args.v_strides[0] + j * args.v_strides[2];
     }
 
     for (int row = 0; row < R;) {
@@ -337,8 +338,8 @@ void for_rows(
     const Step& step) {
   int G = group_size(args);
   for (int row = 0; row < rows.positions * G; ++row) {
-    int64_t t = int64_t(rows.batch) * args.T + rows.first + row / G;
-    step(row, (t * args.H + rows.head * G + row % G) * args.D);
+    int64_t at = int64_t(rows.row) + row / G; // of q
+    step(row, (at * args.H + rows.head * G + row % G) * args.D);
   }
 }
 

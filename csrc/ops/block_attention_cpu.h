@@ -5,39 +5,39 @@
 
 namespace pyengine {
 
-// Softmax partials are taken over chunks of absolute position and folded in
-// order within a span, spans in order within a row. Both cuts are fixed, so the
-// order of every sum is too; threads may share the spans of one head.
+// Softmax partials are taken over chunks of absolute position, which are pages,
+// and folded in order within a span, spans in order within a row. Both cuts are
+// fixed, so the order of every sum is too; threads may share the spans of one
+// head.
 constexpr int attention_chunk = 64;
 constexpr int attention_span = 512;
 constexpr int attention_max_width = 512;
 
 struct BlockAttentionArgs {
-  const void* q; // [B, T, H, D], storage
-  const void* k; // [B, K, C, D], storage
+  const void* q; // [R, H, D], storage
+  const void* k; // [P, K, 64, D], storage
   const void* v;
-  void* out; // [B, T, H, D], storage
-  int64_t k_strides[3]; // of B, K and C, in elements
+  void* out; // [R, H, D], storage
+  int64_t k_strides[3]; // of P, K and 64, in elements
   int64_t v_strides[3];
   Storage storage;
-  int T;
   int H;
+  int P;
   int K;
-  int C;
   int D;
-  int offset;
-  int start;
+  int N;
   int window;
   float scale;
 };
 
-// The rows of one key head in one slice of the block: R = positions * H / K
-// rows, position by position.
+// The rows of one key head in one slice of a piece: R = positions * H / K rows,
+// position by position.
 struct AttentionRows {
-  int batch;
   int head; // of K
-  int first; // position within the block
+  int row; // of q
   int positions; // 1..max_rows
+  int position; // of the first row
+  const int32_t* table; // [N], pages: each that is seen is one of the P
 };
 
 // Running softmax of R rows: largest score, sum of exp, weighted sum of values.
