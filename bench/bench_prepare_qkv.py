@@ -12,15 +12,15 @@ import timing
 from pyengine.ops import norm_rope, prepare_qkv, prepare_qkv_reference, rms_norm
 
 # The call of docs/ops.md
-SMALL = {"H": 8, "K": 2, "D": 256, "Q": 2, "T": 3}
+SMALL = {"H": 8, "K": 2, "D": 256, "Q": 2, "R": 6}
 P = 16  # pages of an arena
 
 
-@pytest.mark.parametrize("Q, T", [(1, 1), (1, 6), (8, 1), (8, 6)])
+@pytest.mark.parametrize("Q, R", [(1, 1), (1, 6), (8, 8), (8, 48)])
 @pytest.mark.parametrize("H, K, D", [(4, 1, 256), (32, 16, 256)])
-def test_prepare_qkv(benchmark, H, K, D, Q, T):
-    """T rows of each of Q sequences, which end anywhere in a page of their own."""
-    R = Q * T
+def test_prepare_qkv(benchmark, H, K, D, Q, R):
+    """As many rows of each of Q sequences, which end anywhere in a page of their own."""
+    T = R // Q
     # Queries in and out, keys and values in and into the arenas; two norms, frequencies; positions
     # and owners; one page of each sequence
     nbytes = 2 * R * H * D * 2 + 2 * 2 * R * K * D * 2 + 2 * D * 2 + D // 2 * 4 + 2 * R * 4 + Q * 4
@@ -60,5 +60,5 @@ def test_prepare_qkv(benchmark, H, K, D, Q, T):
         K=K,
         D=D,
         Q=Q,
-        T=T,
+        R=R,
     )
