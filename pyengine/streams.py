@@ -145,7 +145,8 @@ class Engine:
         if cache_bytes is not None and whole("engine", "cache_bytes", cache_bytes) < 1:
             raise ValueError(f"[engine] cache_bytes must be at least 1 but got {cache_bytes}.")
         self._places, self._cache_bytes = count, cache_bytes
-        self._rounds, self._slots = Rounds(), Slots(count)
+        self._arena = self.pair.target.new_arena()
+        self._rounds, self._slots = Rounds(), Slots(count, self._arena)
         self._incoming: deque[Request] = deque()  # from any thread
         self._waiting: deque[Request] = deque()  # by who steps, as all below
         self._active: list[Request] = []
@@ -205,6 +206,8 @@ class Engine:
         """Add a request that was checked. It is held while so many of its steps are unheard."""
         request = Request(self, task, self._needs(task), most_unheard)
         request.shared = shared
+        if shared is not None:
+            request.at_end.callback(shared.end)
         with self._news:
             if self._closed:
                 raise RuntimeError("[engine] the engine must be open but was closed.")
@@ -225,8 +228,7 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Memory of keys and values: those of texts under way, and prefixes kept for others."""
-        sequences = [request.sequence for request in list(self._active)]
-        return self._slots.nbytes + sum(each.nbytes for each in sequences if each is not None)
+        return self._arena.held_bytes
 
     def step(self) -> bool:
         """Do what comes next: a chunk of a prompt or a round of all texts. Evaluates.
@@ -299,7 +301,7 @@ class Engine:
         if self._cache_bytes is not None:
             return self._cache_bytes
         free = memory.free_bytes()
-        return None if free is None else free + self._slots.nbytes
+        return None if free is None else free + self._arena.nbytes
 
     def _needs(self, task: Task) -> int:
         """Bytes that a request needs at worst. One whose length nobody knows has all there are.
@@ -314,8 +316,7 @@ class Engine:
         tokens = target.context
         if task.max_tokens is not None:
             tokens = min(len(task.ids) + task.max_tokens, target.context)
-        block = none.max_block(task.block_size)
-        return min(target.prompt_bytes(tokens, block, none.marks), budget)
+        return min(target.prompt_bytes(tokens, task.block_size, none.marks), budget)
 
     def _load(self) -> schedule.Load:
         budget = self._budget() if self._waiting else None
@@ -354,7 +355,9 @@ class Engine:
             stats=request.answer.stats,
             prefix=prefix,
             shared=request.shared,
+            arena=self._arena,
         )
+        request.at_end.callback(request.sequence.release)
         request.chunks = request.sequence.prefill()
 
     def _chunk(self) -> None:
@@ -425,6 +428,7 @@ class Engine:
             self._waiting.append(self._incoming.popleft())
         for request in [r for r in self._waiting if r.cancelled]:
             self._waiting.remove(request)
+            request.at_end.close()
             request.ended = True
         for request in [r for r in self._active if r.cancelled]:
             self._end(request)

@@ -24,7 +24,7 @@ class TargetLike(Protocol):
     @property
     def context(self) -> int: ...
 
-    def prompt_bytes(self, tokens: int, max_block: int, marks: int) -> int: ...
+    def prompt_bytes(self, tokens: int, block_size: int, marks: int) -> int: ...
 
 
 class PrefixLike(Protocol):
@@ -35,8 +35,6 @@ class PrefixLike(Protocol):
 
     @property
     def nbytes(self) -> int: ...
-
-    def max_block(self, block_size: int) -> int: ...
 
 
 def weight_bytes(folder: Path, layout: Layout, dtype: mx.Dtype | None = None) -> int:
@@ -83,7 +81,7 @@ def check_prompt(
         return
     marks = 0
     if prefix is not None:
-        marks, block_size = prefix.marks, prefix.max_block(block_size)
+        marks = prefix.marks
         there += prefix.nbytes
     wanted = min(tokens + (max_tokens or 0), target.context)
 

@@ -114,7 +114,7 @@ class Pair:
             raise ValueError(f"[draft] k must be at least 1 but got {count}.")
         self._check_room("draft", len(tokens))
         check_ids("draft", tokens, self.target.config.vocab_size)
-        cache = self.target.new_cache(1)
+        cache = self.target.new_cache()
         drafter = AssistantDrafter(self.target, self.assistant)
         self.target.prefill(tokens[:-1], cache, reader=drafter)
         sampler = Sampler(Sampling(temperature=0.0), tokens, self.target.config.vocab_size)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import mlx.core as mx
 
-from pyengine.model.cache import Cache
+from pyengine.model.cache import Arena, Cache
 from pyengine.model.head import Logits
 from pyengine.model.target import Reader
 from pyengine.ops.filter_logits import Filtered
@@ -24,7 +24,7 @@ class Asked(NamedTuple):
 
     token: mx.array  # int32 [1]: the block's primary one, or the draft before
     drafts: mx.array  # int32 [i]: those of the block so far
-    cache: Cache  # the target's; committed positions may be read, and such a read be noted there
+    cache: Cache  # the target's; committed positions may be read, such a read noted in its arena
     sampler: Sampler
 
 
@@ -84,7 +84,9 @@ class TargetLike(Protocol):
 
     def embed(self, ids: mx.array) -> mx.array: ...
 
-    def new_cache(self, max_block: int) -> Cache: ...
+    def new_cache(self) -> Cache: ...
+
+    def new_arena(self) -> Arena: ...
 
     def prefill(
         self, ids: list[int], cache: Cache, *, reader: Reader | None = None

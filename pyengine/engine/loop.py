@@ -21,7 +21,7 @@ from pyengine.engine import round as on_device
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.report import NonFinite, Report
 from pyengine.engine.stats import Stats
-from pyengine.model.cache import Cache
+from pyengine.model.cache import Arena, Cache
 from pyengine.model.plan import chunk_end, last_chunk
 from pyengine.model.target import Reader
 from pyengine.ops import dispatch
@@ -118,12 +118,12 @@ class Begun(NamedTuple):
 class Shared:
     """A prompt that several texts begin with; the first that comes to it processes it.
 
-    ``texts`` is how many they are. Each gets a copy of its keys and values, the last one the
-    original, so that they are as many as the texts.
+    ``texts`` is how many they are. They share the pages of its keys and values but the last one,
+    of which each gets a copy; the last text gets what was left for all.
     """
 
     def __init__(self, texts: int) -> None:
-        self._left = texts - 1
+        self._left, self._running = texts - 1, texts
         self._begun: Begun | None = None
 
     def take(self) -> Begun | None:
@@ -142,18 +142,26 @@ class Shared:
         if self._begun is None and self._left:
             self._begun = _copied(begun)
 
+    def end(self) -> None:
+        """One of the texts has ended, or never began."""
+        self._running -= 1
+        if not self._running and self._begun is not None:
+            self._begun.cache.release()
+            self._begun = None
+
 
 def _copied(begun: Begun) -> Begun:
     """What a text may write to, apart."""
     carried = [a * 1 for a in begun.drafter]
-    return begun._replace(cache=begun.cache.snapshot(), drafter=carried)
+    return begun._replace(cache=begun.cache.fork(begun.cache.committed), drafter=carried)
 
 
 class TokenSequence:
     """A text on its way: what its rounds work with, and what the host knows of it.
 
     First its :meth:`prefill`, then rounds (:meth:`Rounds.play`) until ``finish_reason`` says
-    "stop" or "length". Arguments and errors are those of :func:`decode`.
+    "stop" or "length"; then :meth:`release`. Arguments and errors are those of :func:`decode`;
+    ``arena`` is where its keys and values go if no prefix has them, None for one of its own.
     """
 
     def __init__(
@@ -169,6 +177,7 @@ class TokenSequence:
         stats: Stats | None = None,
         prefix: Prefix | None = None,
         shared: Shared | None = None,
+        arena: Arena | None = None,
     ) -> None:
         _check(target, drafter, prompt, block_size, max_tokens)
         self.stats = Stats() if stats is None else stats
@@ -181,7 +190,8 @@ class TokenSequence:
         # A drafter with taps has no rows of what a prefix holds
         tapped = self._drafter is not None and self._drafter.taps
         self._prefix = None if tapped else prefix
-        self._shared = shared
+        self._shared, self._arena = shared, arena
+        self._own: Cache | None = None  # where no prefix has it
         room = target.context - len(prompt)
         self._room = room if max_tokens is None else min(max_tokens, room)
         self._text = list(prompt)
@@ -200,9 +210,13 @@ class TokenSequence:
 
     @property
     def nbytes(self) -> int:
-        """Memory of its cache where no prefix holds it; 0 while its prompt is under way."""
-        parts = getattr(self, "parts", None)
-        return parts.cache.nbytes if parts is not None and self._prefix is None else 0
+        """Memory of its pages where no prefix holds them."""
+        return 0 if self._own is None else self._own.nbytes
+
+    def release(self) -> None:
+        """Give back its pages where no prefix holds them."""
+        if self._own is not None:
+            self._own.release()
 
     def prefill(self) -> Iterator[Round]:
         """Process the prompt; the last round that is yielded has the first token. Evaluates."""
@@ -211,15 +225,18 @@ class TokenSequence:
         begun = None if self._shared is None else self._shared.take()
         if begun is not None:
             self._prefix = None  # which holds another cache
+            self._own = begun.cache
             stats.reused_tokens = len(prompt)
             if self._drafter is not None:
                 self._drafter.take_results(begun.drafter)
             yield self._begin(begun, start)
             return
         if self._prefix is None:
-            cache, known = self._target.new_cache(self.block_size), 0
+            arena = self._arena
+            cache = self._target.new_cache() if arena is None else arena.new_cache()
+            self._own, known = cache, 0
         else:
-            cache, known = self._prefix.open(self._target, prompt, self.block_size)
+            cache, known = self._prefix.open(self._target, prompt)
             stats.reused_tokens = known
         for chunk in prefill(self._target, prompt, cache, known, self._prefix, self._drafter):
             if chunk.done < len(prompt):
@@ -239,7 +256,7 @@ class TokenSequence:
         self.kind = self.block_size, type(self._drafter), sampler.settings
         self._dtype = begun.hidden.dtype
         played = on_device.first(self.parts, begun.logits[None])
-        row = _read([self.parts], played)
+        row = _read(played)
         self._primary = played.outcomes[0].primary
         self.stats.prefill_s += time.perf_counter() - start
         return self.commit(row)
@@ -267,7 +284,7 @@ class TokenSequence:
 
     def count(self, accepted: int, seconds: float) -> None:
         """Note how many drafts a round kept, and what it took, whoever else was in it."""
-        self.parts.cache.length_limit = len(self._text) + accepted
+        self.parts.cache.settle(len(self._text) + accepted)
         self.stats.count_round(self.k, accepted)
         self.stats.decode_s += seconds
 
@@ -303,8 +320,8 @@ class Rounds:
         self._recorded: OrderedDict[Any, on_device.RecordedRound] = OrderedDict()
 
     def play(self, sequences: Sequence[TokenSequence]) -> list[Round | Exception]:
-        """One round of sequences that go on; by sequence what it committed, or why it failed: a
-        sequence that fails takes no other with it. Evaluates once.
+        """One round of sequences that go on, all of one arena; by sequence what it committed, or
+        why it failed: a sequence that fails takes no other with it. Evaluates once.
 
         Raises:
             RuntimeError: The process was forked from one that had used MLX.
@@ -320,10 +337,14 @@ class Rounds:
         # In one order whoever came first, so that fewer graphs are recorded
         going = sorted((s for s in sequences if s not in done), key=self._rank)
         if going:
-            played = self._round(going).together(tuple([s.state for s in going]))
+            arena = going[0].parts.cache.arena
+            placed = arena.place([s.parts.cache for s in going])
+            states = on_device.States(placed, tuple([s.state for s in going]))
+            played = self._round(going).together(states)
             for sequence, outcome in zip(going, played.outcomes, strict=True):
                 sequence.take_results(outcome)
-            row = _read([s.parts for s in going], played)
+            row = _read(played)
+            arena.take_results(played.arena)
             rows = []
             for sequence in going:
                 length = Report.length(sequence.k, sequence.logprobs)
@@ -388,10 +409,9 @@ def prefill(
         yield Prefilled(done, logits, hidden)
 
 
-def _read(each: Sequence[on_device.Parts], played: on_device.Played) -> list[int]:
+def _read(played: on_device.Played) -> list[int]:
     """Evaluate a round and read its one small array; nothing else of it is read."""
-    drafters = [outcome.drafter for outcome in played.outcomes]
-    mx.eval(played.report, drafters, [parts.cache.arrays for parts in each])
+    mx.eval(played)
     return cast("list[int]", played.report.tolist())
 
 

@@ -1,10 +1,10 @@
 """Keys and values kept from one generation for the next: a known prompt prefix is processed once.
 
-Full layers keep every position, so going back is a shorter length. A sliding layer's ring has
-overwritten what lies a window behind, so going back further needs a mark: a copy of the rings, a
-window long whatever the context. Marks are made at a prompt's end and where no more than a chunk
-of it is left, for another answer and for another last turn; and where two prompts were seen to
-part.
+Full layers keep every position, so going back means to begin with fewer of their pages. The pages
+of sliding layers are given back behind the window, so going back further needs a mark: a fork,
+which holds a window of them, whatever the context. Marks are made at a prompt's end and where no
+more than a chunk of it is left, for another answer and for another last turn; and where two prompts
+were seen to part.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from contextlib import contextmanager
 from types import NoneType
 from typing import Any, NamedTuple
 
-import mlx.core as mx
-
 from pyengine.drafters.drafter import TargetLike
-from pyengine.model.cache import Cache
+from pyengine.model.cache import Arena, Cache
 from pyengine.model.plan import border, reusable, whole
 from pyengine.ops.dispatch import borrows
 from pyengine.untrusted import shown
@@ -27,14 +25,10 @@ WORTH_A_MARK = 16  # tokens
 
 
 class _Mark(NamedTuple):
-    """The rings when ``written`` positions were in them. The first ``length`` are those of the text
-    that is known; a cache with these rings can have ``least`` to ``length`` positions."""
+    """A fork, whose first ``length`` positions are those of the text that is known."""
 
-    least: int
+    cache: Cache
     length: int
-    written: int
-    keys: list[mx.array | None]
-    values: list[mx.array | None]
 
 
 class Prefix:
@@ -49,13 +43,14 @@ class Prefix:
     prompt's own calls would have made alike is reused, so that no bit goes with what was asked
     before: whole chunks, and what lies behind them while the new prompt completes no further one.
 
-    It holds the cache and at most three marks, each as large as a full window of the sliding
-    layers: in bfloat16 0.84 GB for the 31B, 0.21 GB for the 26B, 0.34 GB for the 12B, 20 MB for E4B
-    and 6 MB for E2B. ``tokens`` are the ids whose keys and values the cache holds; ``reused`` is
-    how many of the last prompt's were found there.
+    It holds the cache and at most three marks, each at most a window's pages of the sliding layers
+    and a page of the full ones: in bfloat16 MARKBYTES.
+    ``tokens`` are the ids whose keys and values the cache holds; ``reused`` is how many of the last
+    prompt's were found there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena | None = None) -> None:
+        self._shared_arena = arena  # with others; else it makes one of its own
         self.reused = 0
         self.parting = 0
         self._busy = False
@@ -72,10 +67,16 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the cache and its marks."""
-        arrays = [a for m in self._marks for a in [*m.keys, *m.values] if a is not None]
+        """Memory of the pages of the cache and its marks."""
+        caches = [mark.cache for mark in self._marks]
         cache = self._cache  # another thread may forget it meanwhile
-        return sum(a.nbytes for a in arrays) + (cache.nbytes if cache else 0)
+        if cache is None:
+            return 0
+        caches.append(cache)
+        full = {page for each in caches for page in each.full}
+        sliding = {page for each in caches for page in list(each.sliding.values())}
+        sizes = (cache.arena.page_bytes(kind) for kind in (False, True))
+        return sum(n * size for n, size in zip((len(full), len(sliding)), sizes, strict=True))
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -100,16 +101,8 @@ class Prefix:
         """The most marks it keeps."""
         return MAX_MARKS
 
-    def max_block(self, block_size: int) -> int:
-        """Twice the block: the last round's tail can be taken back without a mark."""
-        return 2 * block_size
-
     def open(
-        self,
-        target: TargetLike,
-        prompt: Sequence[int],
-        block_size: int,
-        stop: int | None = None,
+        self, target: TargetLike, prompt: Sequence[int], stop: int | None = None
     ) -> tuple[Cache, int]:
         """A cache that holds the first n tokens of a prompt, and n. Evaluates.
 
@@ -120,43 +113,56 @@ class Prefix:
         calls end, if not with the prompt.
         """
         mlx, end = borrows(), len(prompt) if stop is None else stop
+        if target is not self._target:
+            self.forget()
+        old, shared = self._cache, self._shared(prompt)
 
         def alike(length: int) -> int:
             return reusable(length, self._whole, end, mlx)
 
-        max_block = self.max_block(block_size)
-        cache, shared = self._cache, self._shared(prompt)
-        if target is not self._target or cache is None or cache.max_block < max_block:
-            cache, shared = None, 0
         self._ids = []  # nothing is known if Ctrl-C comes in here
-        marks = [m._replace(length=alike(min(m.length, shared))) for m in self._marks]
-        self._marks = [m for m in marks if m.least <= m.length]
-        self.reused = 0 if cache is None else self._rewind(cache, alike(shared))
-        if cache is None or not self.reused:
-            cache = self._cache = target.new_cache(max_block)
-            self._marks = []
+        marks = [mark._replace(length=alike(min(mark.length, shared))) for mark in self._marks]
+        self._keep_marks([mark for mark in marks if mark.cache.can_fork(mark.length)])
+        ends = [] if old is None else [_Mark(old, alike(shared)), *reversed(self._marks)]
+        best = next((each for each in ends if each.cache.can_fork(each.length)), None)
+        if best is None or not best.length:
+            self.reused = 0
+            self._cache = self._new_cache(target)
+            self._keep_marks([])
+        else:
+            self.reused = best.length
+            self._cache = best.cache.fork(best.length)
+        if old is not None:
+            old.release()
         self._target, self._ids, self._whole = target, list(prompt), whole(end, mlx)
         parting = border(shared, end, mlx)
         self.parting = parting if parting - self.reused >= WORTH_A_MARK else 0
-        return cache, self.reused
+        return self._cache, self.reused
+
+    def _new_cache(self, target: TargetLike) -> Cache:
+        if self._shared_arena is not None:
+            return self._shared_arena.new_cache()
+        return target.new_cache() if self._cache is None else self._cache.arena.new_cache()
 
     def mark(self, length: int) -> None:
-        """Note the rings as they are, after ``length`` positions: so that a later prompt can begin
-        there. Evaluates."""
-        assert self._cache is not None
-        rings = [layer.sliding for layer in self._cache.config.layers]
-        if not length or not any(rings) or any(m.least <= length <= m.length for m in self._marks):
+        """Fork the cache, which has ``length`` positions, so that a later prompt can begin there.
+        Evaluates."""
+        cache = self._cache
+        assert cache is not None
+        if any(m.length >= length and m.cache.can_fork(length) for m in self._marks):
             return
-        least = self._least(self._cache)
-        marks = [m for m in self._marks if m.length < least]
         # The shortest stays: it is likeliest to be what other conversations begin with
-        self._marks = marks[:1] + marks[1:][-(MAX_MARKS - 2) :]
-        keys, values = (
-            [_copy(a) if ring else None for a, ring in zip(arrays, rings, strict=True)]
-            for arrays in (self._cache.keys, self._cache.values)
-        )
-        mx.eval([a for a in [*keys, *values] if a is not None])
-        self._marks.append(_Mark(least, length, self._cache.written, keys, values))
+        marks = [m for m in self._marks if not cache.can_fork(m.length)]
+        marks = marks[:1] + marks[1:][-(MAX_MARKS - 2) :]
+        self._keep_marks([*marks, _Mark(cache.fork(length), length)])
+
+    def _keep_marks(self, marks: list[_Mark]) -> None:
+        """Have these marks, and release the others."""
+        kept = [mark.cache for mark in marks]
+        for mark in self._marks:
+            if mark.cache not in kept:
+                mark.cache.release()
+        self._marks = marks
 
     def keep(self, tokens: Sequence[int]) -> None:
         """The cache holds these tokens, and perhaps more behind them."""
@@ -164,7 +170,10 @@ class Prefix:
 
     def forget(self) -> None:
         """Nothing is known any more."""
-        self._ids, self._cache, self._marks = [], None, []
+        cache, self._ids, self._cache = self._cache, [], None
+        self._keep_marks([])
+        if cache is not None:
+            cache.release()
 
     def _shared(self, prompt: Sequence[int]) -> int:
         """Length of the common beginning, short of the whole prompt."""
@@ -172,24 +181,6 @@ class Prefix:
         longest = min(len(known), len(prompt) - 1)
         pairs = zip(known[:longest], prompt, strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), longest)
-
-    def _rewind(self, cache: Cache, length: int) -> int:
-        """Take the cache back to at most this many positions; returns how many it holds then."""
-        if length < self._least(cache):
-            if not self._marks:
-                return 0
-            mark = self._marks[-1]  # each was made behind the one before
-            for i, keys in enumerate(mark.keys):
-                if keys is not None:
-                    cache.keys[i], cache.values[i] = _copy(keys), _copy(mark.values[i])
-            cache.written, length = mark.written, mark.length
-        cache.restart(length)
-        return length
-
-    @staticmethod
-    def _least(cache: Cache) -> int:
-        """The fewest positions that the rings can be taken back to."""
-        return cache.kept_from + cache.window - 1 if cache.kept_from else 0
 
 
 def check_prefix(op: str, prefix: Any) -> None:
@@ -200,8 +191,3 @@ def check_prefix(op: str, prefix: Any) -> None:
     """
     if not isinstance(prefix, (Prefix, NoneType)):
         raise ValueError(f"[{op}] prefix must be a Prefix or None but got {shown(prefix)}.")
-
-
-def _copy(a: mx.array | None) -> mx.array | None:
-    """An independent copy; a plain handle would see later writes."""
-    return None if a is None else a * 1

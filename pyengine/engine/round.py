@@ -1,7 +1,8 @@
 """A round on the device: draft, verify, accept, commit.
 
-It takes a block of each of several sequences. What treats rows alone runs once for the rows of all;
-what has to do with one sequence's cache, settings or noise runs for each. So the bits of a sequence
+It takes a block of each of several sequences, whose keys and values are in one arena. Both models
+run once for the rows of all; what has to do with one sequence's settings or noise runs for each. So
+the bits of a sequence
 do not depend on the others, and a single one is a list of one: no node of its graph is there for
 the sake of more.
 
@@ -21,7 +22,7 @@ import mlx.core as mx
 from pyengine.drafters.drafter import Asked, Drafter, TargetLike
 from pyengine.engine.recorded import recorded
 from pyengine.engine.report import Report
-from pyengine.model.cache import Cache
+from pyengine.model.cache import Arena, Cache, Placed
 from pyengine.model.head import Logits, whole
 from pyengine.model.rows import apart, packed
 from pyengine.ops import dispatch
@@ -30,13 +31,20 @@ from pyengine.sampling.sampler import Listed, Sampler, filter_together
 
 
 class State(NamedTuple):
-    """What a round of a sequence starts from."""
+    """What a round of a sequence starts from, beside what it shares with others."""
 
     primary: mx.array  # int32 [1]: known, not processed
     seed: mx.array
     listed: Listed | None
     drafter: list[mx.array]
     cache: list[mx.array]
+
+
+class States(NamedTuple):
+    """What a round starts from: their keys and values once, and each sequence's own."""
+
+    arena: Placed
+    each: tuple[State, ...]
 
 
 class Block(NamedTuple):
@@ -52,14 +60,16 @@ class Outcome(NamedTuple):
 
     primary: mx.array
     drafter: list[mx.array]
-    cache: list[mx.array]  # the length alone where the rest was written in place
+    cache: list[mx.array]
 
 
 class Played(NamedTuple):
-    """What a round gives: the host's array, report after report, and the outcomes."""
+    """What a round gives: the host's array, report after report, the outcomes, and the arrays of
+    the arena."""
 
     report: mx.array
     outcomes: tuple[Outcome, ...]
+    arena: list[mx.array]  # none where they were written in place
 
 
 @dataclass(frozen=True)
@@ -73,32 +83,29 @@ class Parts:
 
     def state(self, primary: mx.array) -> State:
         arrays = [] if self.drafter is None else self.drafter.arrays
-        return State(primary, self.sampler.seed, self.sampler.listed, arrays, self.cache.arrays)
+        return State(primary, self.sampler.seed, self.sampler.listed, arrays, self.cache.state)
 
-    def with_state(self, state: State) -> Parts:
-        """The same over the arrays of a state."""
+    def with_state(self, state: State, arena: Arena, place: int) -> Parts:
+        """The same over the arrays of a state, as that number ``place`` of a round's arena."""
         return Parts(
             self.target,
             None if self.drafter is None else self.drafter.with_arrays(state.drafter),
-            self.cache.with_arrays(state.cache),
+            self.cache.with_state(state.cache, arena, place),
             self.sampler.with_arrays(state.seed, state.listed),
         )
 
-    def without_arrays(self) -> Parts:
+    def without_arrays(self, arena: Arena, place: int) -> Parts:
         """What a recorded round keeps of them, which serves other sequences too."""
         none = mx.array(0, dtype=mx.int32)
         _, _, listed, drafter, cache = self.state(none)
-        bare = self.with_state(
-            State(
-                none,
-                none,
-                None if listed is None else Listed(none, none, none, none),
-                [none] * len(drafter),
-                [none] * len(cache),
-            )
+        state = State(
+            none,
+            none,
+            None if listed is None else Listed(none, none, none, none),
+            [none] * len(drafter),
+            [none] * len(cache),
         )
-        bare.cache.length_limit = 0  # whoever plays the round has made room for it
-        return bare
+        return self.with_state(state, arena, place)
 
     def take_results(self, outcome: Outcome, rows: int) -> None:
         """Go on with what a round of so many rows gave."""
@@ -112,32 +119,32 @@ class RecordedRound:
     between."""
 
     def __init__(self, each: Sequence[Parts], ks: Sequence[int]) -> None:
-        bare = [parts.without_arrays() for parts in each]
+        none, arena = mx.array(0, dtype=mx.int32), each[0].cache.arena
+        arena = arena.with_placed(Placed([none] * len(arena.arrays), none, none, none))
+        bare = [parts.without_arrays(arena, place) for place, parts in enumerate(each)]
         self.together = recorded(partial(_together, bare, ks))
         self.draft = recorded(partial(_draft_half, bare, ks))
         self.verify = recorded(partial(_verify_half, bare))
 
 
-def _with_states(each: Sequence[Parts], states: Sequence[State]) -> list[Parts]:
-    return [parts.with_state(state) for parts, state in zip(each, states, strict=True)]
+def _with_states(each: Sequence[Parts], states: States) -> list[Parts]:
+    arena = each[0].cache.arena.with_placed(states.arena)
+    own = zip(each, states.each, strict=True)
+    return [parts.with_state(state, arena, place) for place, (parts, state) in enumerate(own)]
 
 
-def _together(each: Sequence[Parts], ks: Sequence[int], states: tuple[State, ...]) -> Played:
+def _together(each: Sequence[Parts], ks: Sequence[int], states: States) -> Played:
     each = _with_states(each, states)
-    return complete(each, draft(each, ks, [state.primary for state in states]))
+    return complete(each, draft(each, ks, [state.primary for state in states.each]))
 
 
-def _draft_half(
-    each: Sequence[Parts], ks: Sequence[int], states: tuple[State, ...]
-) -> tuple[Block, ...]:
+def _draft_half(each: Sequence[Parts], ks: Sequence[int], states: States) -> tuple[Block, ...]:
     # A drafter's own state is that of the round's beginning until it reads what was verified
-    primaries = [state.primary for state in states]
+    primaries = [state.primary for state in states.each]
     return tuple(draft(_with_states(each, states), ks, primaries))
 
 
-def _verify_half(
-    each: Sequence[Parts], states: tuple[State, ...], blocks: tuple[Block, ...]
-) -> Played:
+def _verify_half(each: Sequence[Parts], states: States, blocks: tuple[Block, ...]) -> Played:
     return complete(_with_states(each, states), blocks)
 
 
@@ -186,7 +193,9 @@ def complete(each: Sequence[Parts], blocks: Sequence[Block]) -> Played:
         commit(parts, own, accepted, block.ids.shape[0])
         reports.append(_report(parts, block, rows, p, accepted, token))
         outcomes.append(_outcome(parts, token))
-    return Played(packed(reports), tuple(outcomes))
+    # What was written in place the caller has; MLX's work grows with the square of the results
+    arena = [] if dispatch.in_place() else each[0].cache.arena.arrays
+    return Played(packed(reports), tuple(outcomes), arena)
 
 
 def verify(
@@ -238,7 +247,7 @@ def first(parts: Parts, logits: mx.array | Logits) -> Played:
     p, none = parts.sampler.filter(logits), mx.array(0, mx.int32)
     token = parts.sampler.draw(p, parts.cache.length)
     block = Block(token, mx.zeros(0, mx.int32), None)
-    return Played(_report(parts, block, logits, p, none, token), (_outcome(parts, token),))
+    return Played(_report(parts, block, logits, p, none, token), (_outcome(parts, token),), [])
 
 
 def _report(
@@ -260,6 +269,4 @@ def _report(
 
 def _outcome(parts: Parts, token: mx.array) -> Outcome:
     state = parts.state(token)
-    # What was written in place the caller has; MLX's work grows with the square of the results
-    cache = [parts.cache.length] if dispatch.in_place() else state.cache
-    return Outcome(token, state.drafter, cache)
+    return Outcome(token, state.drafter, state.cache)

@@ -122,7 +122,7 @@ def _rows(
     memory.check_prompt(target, len(whole), None, SCORE_BLOCK, prefix)
     stop = len(whole) - 1  # the last token has nothing after it
     with prefix.in_use():
-        cache, known = prefix.open(target, whole[:first], SCORE_BLOCK, stop)
+        cache, known = prefix.open(target, whole[:first], stop)
         # The newest token of the context goes with the block: its logits are the first scored
         begin = border(first - 1, stop, borrows())
         for _ in prefill(target, whole[:begin], cache, known, prefix):
@@ -130,7 +130,7 @@ def _rows(
         for at, logits in _blocks(target, whole[:stop], begin, first - 1, cache):
             rows = logits.array
             following = mx.array(whole[at + 1 : at + 1 + rows.shape[0]], dtype=mx.int32)
-            mx.eval(rows, cache.length)
+            mx.eval(rows, cache.arrays)
             if not mx.isfinite(mx.logsumexp(rows, axis=-1)).all():
                 raise NonFinite("score", target.dtype)
             yield rows, following
@@ -153,5 +153,5 @@ def _blocks(
         for at in range(start, end, SCORE_BLOCK):
             block = mx.array(ids[at : min(at + SCORE_BLOCK, end)], dtype=mx.int32)
             logits = target.forward([block], [cache])[0]
-            cache.commit(mx.array(block.size, dtype=mx.int32), cache.length_limit + block.size)
+            cache.settle(at + block.size)
             yield at, logits

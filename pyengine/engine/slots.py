@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pyengine.engine.prefix import Prefix
+from pyengine.model.cache import Arena
 
 
 class Slots:
-    """So many prefixes; an idle one is taken for the prompt that it serves best."""
+    """So many prefixes of one arena; an idle one is taken for the prompt that it serves best."""
 
-    def __init__(self, count: int) -> None:
-        self._idle = [Prefix() for _ in range(count)]  # the least recently used first
+    def __init__(self, count: int, arena: Arena) -> None:
+        self._idle = [Prefix(arena) for _ in range(count)]  # the least recently used first
         self._taken: list[Prefix] = []
 
     @property

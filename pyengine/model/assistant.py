@@ -12,7 +12,7 @@ from typing import Literal
 import mlx.core as mx
 
 from pyengine import ops
-from pyengine.model.cache import Cache
+from pyengine.model.cache import Batch, Cache
 from pyengine.model.config import AssistantConfig, LayerConfig, TargetConfig
 from pyengine.model.head import Logits
 from pyengine.model.layers import residual
@@ -83,38 +83,41 @@ class Assistant:
             embedding: The newest tokens' scaled embeddings, from the target, [Q, E].
             hidden: The target's hidden vectors that produced those tokens, after its last norm, or
                 the hidden vectors of the step before, [Q, E].
-            caches: The target's; only committed positions are read.
+            caches: The target's, of one arena; only committed positions are read.
 
         Returns:
             Logits [Q, V], float32, -inf where a centroid head did not look, made when they are
             asked for where there is no such head; hidden vectors [Q, E].
         """
-        eps = self.config.eps
+        eps, batch = self.config.eps, caches[0].arena.batch(caches)
         h = self.pre_projection(mx.concatenate([embedding, hidden], axis=-1))
         x = ops.rms_norm(h, self.layers[0].input_norm, eps)
         for i, layer in enumerate(self.layers):
             is_last = i + 1 == len(self.layers)
             next_norm = self.norm if is_last else self.layers[i + 1].input_norm
-            each = zip(apart(layer.q(x), [1] * len(caches)), caches, strict=True)
-            y = layer.o(packed([self._attend(layer, q, cache) for q, cache in each]))
+            y = layer.o(self._attend(layer, layer.q(x), batch))
             h, x = residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)
             y = layer.down(gated(layer.gate, layer.up, x))
             h, x = residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
         logits, hidden = self._head(x), self.post_projection(x)
-        for cache in caches:
-            cache.note_read(hidden)
+        batch.arena.note_read(hidden)
         return logits, hidden
 
-    def _attend(self, layer: Layer, q: mx.array, cache: Cache) -> mx.array:
-        position = cache.length if self.position == "n-1" else cache.newest
-        q = q.reshape(1, 1, -1, layer.config.head_dim)
-        q = ops.norm_rope(q, layer.q_norm, position, layer.inv_freq, self.config.eps)
-        keys, values = cache.keys[layer.kv_source], cache.values[layer.kv_source]
-        assert keys is not None and values is not None
-        # The query stands behind the newest key, so one position of its window is its own
-        window = self.config.window - 1 if layer.config.sliding else None
-        out = ops.block_attention(q, keys, values, cache.newest, window=window)
-        return out.reshape(1, -1)
+    def _attend(self, layer: Layer, q: mx.array, batch: Batch) -> mx.array:
+        sliding, Q = layer.config.sliding, q.shape[0]
+        positions = batch.lengths if self.position == "n-1" else batch.newest
+        q = q.reshape(Q, -1, layer.config.head_dim)
+        q = ops.norm_rope(q, layer.q_norm, positions, layer.inv_freq, self.config.eps)
+        out = ops.block_attention(
+            q,
+            *batch.arena.slots(layer.kv_source),
+            batch.newest,
+            batch.tables[sliding],
+            [1] * Q,
+            # The query stands behind the newest key, so one position of its window is its own
+            window=self.config.window - 1 if sliding else None,
+        )
+        return out.reshape(Q, -1)
 
     def _head(self, x: mx.array) -> mx.array | Logits:
         if not self.config.num_centroids:

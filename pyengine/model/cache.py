@@ -1,124 +1,249 @@
-"""Keys and values of one generation: append, commit, rollback.
+"""Keys and values: an arena of pages for many sequences, and the pages of each.
 
-Full layers are linear and grow in steps. Sliding layers are rings of ``window - 1 + max_block``
-slots: a block may be written and any tail of it refused without losing a key that a later position
-needs, so rollback is only a length that did not move. Position p of a ring lies in slot ``p % C``.
+A page is 64 positions of one sequence, in every layer of its kind. Full layers keep all pages;
+those of sliding layers are given back when they lie behind the window. A block is written behind
+the committed positions, so any tail of it may be refused: rollback is only a length that did not
+move. Sequences that begin alike share pages; a page is written by its one holder alone.
 
-Writes happen in place (:func:`pyengine.ops.write_cache`), which is safe under three rules kept
-here: the returned handle is the only one; every write depends on the calls that read the cache
-before it (:meth:`Cache.note_read`, :meth:`Cache.after_reads`); readers mask by ``length``, so what
-lies beyond it is nothing. On a GPU the second rule orders the commands, and ``block_attention``
-tells MLX's encoder that what it reads is in use, so that a later write waits for it.
+Writes happen in place (:func:`pyengine.ops.prepare_qkv`), which is safe under three rules kept
+here: the returned handle is the only one; every write depends on the calls that read the arena
+before it (:meth:`Arena.note_read`, :meth:`Arena.after_reads`); readers mask by length, so what
+lies beyond it, or in a free page, is nothing. On a GPU the second rule orders the commands, and
+``block_attention`` tells MLX's encoder that what it reads is in use, so that a later write waits
+for it.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from itertools import count as counted
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from pyengine import ops
 from pyengine.model.config import TargetConfig
+from pyengine.model.pages import Pages
+from pyengine.model.plan import CHUNK, ROWS
+from pyengine.model.rows import packed
+from pyengine.ops.prepare_qkv import PAGE
 
-CAPACITY_STEP = 512
+# An arena grows by half, from a chunk to this many pages; of large pages by as many as take STEP
+MOST_PAGES = 64
+LEAST_PAGES = CHUNK // PAGE
+STEP = 1 << 28  # bytes
 
 
-class Cache:
-    """Keys and values ``[1, K, C, D]`` of the layers that have their own, for one generation.
+class Placed(NamedTuple):
+    """What a round gets of an arena, and of the sequences that it plays."""
 
-    ``length`` is the number of committed positions, on the device; ``length_limit`` is a number
-    that the host knows it not to exceed. No position from ``written`` on was ever written to, so
-    that the rings hold all from ``kept_from`` on. Lists are indexed by layer and hold None where a
-    layer shares.
+    arrays: list[mx.array]
+    lengths: mx.array  # int32 [Q]: positions committed
+    full: mx.array  # int32 [Q, N]: tables of pages
+    sliding: mx.array
+
+
+class Batch:
+    """Sequences of one arena as calls take them: made once for all layers of a round.
+
+    Attributes:
+        arena: Where their keys and values are.
+        lengths: Positions committed, int32 ``[Q]``.
+        tables: By whether layers slide, the sequences' pages, int32 ``[Q, N]``.
     """
 
-    def __init__(self, config: TargetConfig, max_block: int, dtype: mx.Dtype) -> None:
-        if max_block < 1:
-            raise ValueError(f"[cache] max_block must be at least 1 but got {max_block}.")
-        self.config = config
-        self.max_block = max_block
-        self.window = config.window
-        self.length = mx.array(0, dtype=mx.int32)
-        self.length_limit = 0
-        self.written = 0
-        self.keys: list[mx.array | None] = []
-        self.values: list[mx.array | None] = []
-        self._reads: list[mx.array] = []
-        self._newest: tuple[mx.array, mx.array] | None = None
-        for i, layer in enumerate(config.layers):
-            slots = config.window - 1 + max_block if layer.sliding else CAPACITY_STEP
-            shape = (1, layer.num_kv_heads, slots, layer.head_dim)
-            own = layer.kv_source == i
-            self.keys.append(mx.zeros(shape, dtype) if own else None)
-            self.values.append(mx.zeros(shape, dtype) if own else None)
-        mx.eval(self.arrays)
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """Everything a caller has to evaluate to have the cache evaluated."""
-        return [a for a in [*self.keys, *self.values, self.length] if a is not None]
-
-    def with_arrays(self, arrays: Sequence[mx.array]) -> "Cache":
-        """The same cache over other arrays, in the order of ``arrays``: what a round is recorded
-        on."""
-        copy = object.__new__(Cache)
-        copy.__dict__.update(self.__dict__)
-        *stored, copy.length = arrays
-        rest = iter(stored)
-        copy.keys = [None if a is None else next(rest) for a in self.keys]
-        copy.values = [None if a is None else next(rest) for a in self.values]
-        copy._reads = []
-        return copy
-
-    def take_results(self, arrays: Sequence[mx.array], length_limit: int) -> None:
-        """Go on with what a recorded round gave: all arrays, or the length alone where it wrote to
-        those that are here. Its length is at most ``length_limit``."""
-        stored = self.arrays[: -len(arrays)]
-        self.__dict__.update(
-            self.with_arrays([*stored, *arrays]).__dict__, length_limit=length_limit
-        )
-
-    def reserve(self, count: int) -> None:
-        """Make room in linear layers for ``count`` positions more; they are written next."""
-        self.written = max(self.written, self.length_limit + count)
-        slots = _round_up(self.length_limit + count, CAPACITY_STEP)
-        for arrays in (self.keys, self.values):
-            for i, a in enumerate(arrays):
-                if a is not None and not self.config.layers[i].sliding and a.shape[2] < slots:
-                    arrays[i] = _grown(a, slots - a.shape[2])
-
-    def growth(self, count: int) -> int:
-        """Bytes that :meth:`reserve` will add to the cache."""
-        slots = _round_up(self.length_limit + count, CAPACITY_STEP)
-        return sum(
-            a.nbytes // a.shape[2] * (slots - a.shape[2])
-            for arrays in (self.keys, self.values)
-            for a, layer in zip(arrays, self.config.layers, strict=True)
-            if a is not None and not layer.sliding and a.shape[2] < slots
-        )
+    def __init__(self, arena: Arena, lengths: mx.array, tables: Mapping[bool, mx.array]) -> None:
+        self.arena, self.lengths, self.tables = arena, lengths, tables
+        self._newest: mx.array | None = None
+        self._parts: dict[tuple[int, ...], Batch] = {}
 
     @property
     def newest(self) -> mx.array:
-        """Position of the newest committed key, int32 []; made once for a length."""
-        if self._newest is None or self._newest[0] is not self.length:
-            self._newest = self.length, self.length - 1
-        return self._newest[1]
+        """Position of each newest committed key, int32 ``[Q]``."""
+        if self._newest is None:
+            self._newest = self.lengths - 1
+        return self._newest
+
+    def rows(self, counts: Sequence[int]) -> tuple[mx.array, mx.array]:
+        """Positions of the rows that follow, so many of each sequence, and whose they are: int32
+        ``[R]``."""
+        owners = mx.array([s for s, T in enumerate(counts) for _ in range(T)], dtype=mx.int32)
+        if max(counts) == 1:
+            return self.lengths, owners
+        steps = mx.array([t for T in counts for t in range(T)], dtype=mx.int32)
+        first = self.lengths if len(counts) == 1 else mx.take(self.lengths, owners)
+        return first + steps, owners
+
+    def part(self, places: Sequence[int]) -> Batch:
+        """Those at these places, rising."""
+        key, Q = tuple(places), self.lengths.shape[0]
+        if len(key) == Q:
+            return self
+        if key not in self._parts:
+            at = slice(len(key)) if key[-1] == len(key) - 1 else mx.array(key, dtype=mx.int32)
+            tables = {sliding: table[at] for sliding, table in self.tables.items()}
+            self._parts[key] = Batch(self.arena, self.lengths[at], tables)
+        return self._parts[key]
+
+
+class Arena:
+    """Keys and values ``[P, K, 64, D]`` of the layers that have their own, for many sequences.
+
+    It holds no pages at first and grows as they are asked for, a layer at a time. ``keys`` and
+    ``values`` are lists by layer, None where a layer shares.
+
+    Args:
+        config: The target's.
+        dtype: Of keys and values.
+        most_bytes: It grows to no more than this; None: to whatever is asked for.
+    """
+
+    def __init__(
+        self, config: TargetConfig, dtype: mx.Dtype, most_bytes: int | None = None
+    ) -> None:
+        self.config, self.window, self.most_bytes = config, config.window, most_bytes
+        self.full, self.sliding = Pages(0), Pages(0)
+        self.keys: list[mx.array | None] = []
+        self.values: list[mx.array | None] = []
+        for i, layer in enumerate(config.layers):
+            shape = (0, layer.num_kv_heads, PAGE, layer.head_dim)
+            own = layer.kv_source == i
+            self.keys.append(mx.zeros(shape, dtype) if own else None)
+            self.values.append(mx.zeros(shape, dtype) if own else None)
+        self._page_bytes = {
+            sliding: sum(
+                2 * n.num_kv_heads * PAGE * n.head_dim * dtype.size
+                for i, n in enumerate(config.layers)
+                if n.kv_source == i and n.sliding == sliding
+            )
+            for sliding in (False, True)
+        }
+        self._reads: list[mx.array] = []
+        self._changes = counted()
+        self._tables: dict[bool, tuple[tuple[int, ...], mx.array]] = {}
+        self._batch: Batch | None = None  # of the sequences of a recorded round
 
     @property
-    def kept_from(self) -> int:
-        """The first position that no ring has overwritten."""
-        return max(0, self.written - (self.window - 1 + self.max_block))
+    def arrays(self) -> list[mx.array]:
+        """Keys and values of all layers."""
+        return [a for a in [*self.keys, *self.values] if a is not None]
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in self.arrays)
+        """Memory of all pages, held or free."""
+        return sum(self.pages(kind).count * self.page_bytes(kind) for kind in (False, True))
 
-    def commit(self, count: mx.array, length_limit: int) -> None:
-        """Keep ``count`` (int32 []) of the positions written last; the new length is at most
-        ``length_limit``.
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the pages that somebody holds."""
+        kinds = ((self.pages(kind), self.page_bytes(kind)) for kind in (False, True))
+        return sum((pages.count - pages.free) * size for pages, size in kinds)
 
-        Positions written and not committed are rolled back by this, at no cost.
+    def pages(self, sliding: bool) -> Pages:
+        return self.sliding if sliding else self.full
+
+    def page_bytes(self, sliding: bool) -> int:
+        """Memory of a page, over all layers of the kind."""
+        return self._page_bytes[sliding]
+
+    def new_cache(self) -> Cache:
+        """A sequence without positions."""
+        return Cache(self)
+
+    def resume(self, length: int, full: Sequence[int], sliding: Mapping[int, int]) -> Cache:
+        """A sequence that begins with the first ``length`` positions of pages that are held.
+
+        It shares the whole ones and copies the one that it will write to. Evaluates.
+
+        Args:
+            length: Positions.
+            full: Their pages.
+            sliding: Those of the window before ``length``, by place in the sequence.
+
+        Raises:
+            RuntimeError: There is no room for the copy.
         """
-        self.length = self.length + count
-        self.length_limit = length_limit
+        cache, whole = self.new_cache(), length // PAGE
+        first = max(0, length - (self.window - 1)) // PAGE
+        try:
+            for page in full[:whole]:
+                self.full.hold(page)
+                cache.full.append(page)
+            for j in range(first, whole):
+                self.sliding.hold(sliding[j])
+                cache.sliding[j] = sliding[j]
+            if length % PAGE:
+                self.make_room(1, 1)
+                cache.full.append(self.full.take())
+                cache.sliding[whole] = self.sliding.take()
+                self.copy(False, full[whole : whole + 1], cache.full[-1:])
+                self.copy(True, [sliding[whole]], [cache.sliding[whole]])
+            cache.settle(length)
+        except BaseException:
+            cache.release()
+            raise
+        return cache
+
+    def growth(self, full: int, sliding: int) -> int:
+        """Bytes that :meth:`make_room` will add.
+
+        Raises:
+            RuntimeError: More than the arena may have.
+        """
+        wanted = ((False, full), (True, sliding))
+        return sum(self._step(kind, count) * self.page_bytes(kind) for kind, count in wanted)
+
+    def make_room(self, full: int, sliding: int) -> None:
+        """Have so many pages free. Evaluates if it grows.
+
+        Raises:
+            RuntimeError: More than the arena may have.
+        """
+        for kind, wanted in ((False, full), (True, sliding)):
+            step = self._step(kind, wanted)
+            if step:
+                self._grow(kind, self.pages(kind).count + step)
+
+    def _step(self, sliding: bool, wanted: int) -> int:
+        """Pages to grow by for so many to be free."""
+        pages, size = self.pages(sliding), max(1, self.page_bytes(sliding))
+        lacking = wanted - pages.free
+        if lacking <= 0:
+            return 0
+        step = min(max(LEAST_PAGES, pages.count // 2), MOST_PAGES, max(1, STEP // size))
+        if sliding:  # no more beyond what one sequence may need
+            step = min(step, window_pages(self.window, CHUNK) - pages.count)
+        if self.most_bytes is not None:
+            spare = (self.most_bytes - self.nbytes) // size
+            if lacking > spare:
+                raise RuntimeError(
+                    f"[cache] pages must fit the {self.most_bytes / 1e9:.2f} GB of the arena but "
+                    f"{lacking * size / 1e9:.2f} GB more are needed."
+                )
+            step = min(step, spare)
+        return max(lacking, step)
+
+    def _grow(self, sliding: bool, count: int) -> None:
+        """Have so many pages in all, one array after the other."""
+        for arrays in (self.keys, self.values):
+            for i, a in enumerate(arrays):
+                if a is not None and self.config.layers[i].sliding == sliding:
+                    more = mx.zeros((count - a.shape[0], *a.shape[1:]), a.dtype)
+                    arrays[i] = a = mx.concatenate([a, more])
+                    mx.eval(a)
+        pages = self.pages(sliding)
+        pages.add(count - pages.count)
+
+    def copy(self, sliding: bool, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy pages in every layer of the kind. Evaluates."""
+        mx.eval(self._reads)  # what was read from the targets when they were another's
+        pair = (mx.array(sources, dtype=mx.int32), mx.array(targets, dtype=mx.int32))
+        for arrays in (self.keys, self.values):
+            for i, a in enumerate(arrays):
+                if a is not None and self.config.layers[i].sliding == sliding:
+                    arrays[i] = ops.copy_pages(a, *pair)
+        mx.eval(self.arrays)
 
     def after_reads(self, x: mx.array) -> mx.array:
         """x, made to depend on every result noted by :meth:`note_read` so far."""
@@ -126,7 +251,7 @@ class Cache:
         return mx.depends([x], reads)[0] if reads else x
 
     def note_read(self, result: mx.array) -> None:
-        """Note a result that depends on reading the cache; the next call's writes wait for it."""
+        """Note a result that depends on reading the arena; the next call's writes wait for it."""
         self._reads.append(result)
 
     def slots(self, i: int) -> tuple[mx.array, mx.array]:
@@ -139,61 +264,201 @@ class Cache:
         """Keep what a write to the slots of layer i returned."""
         self.keys[i], self.values[i] = keys, values
 
-    def is_prefill_chunk(self, i: int, T: int) -> bool:
-        """Whether T new positions are more than a block: in a ring they would push out keys that
-        they attend to."""
-        return self.config.layers[i].sliding and self.max_block < T
+    def take_results(self, arrays: Sequence[mx.array]) -> None:
+        """Go on with other arrays, in the order of ``arrays``; with these if there are none."""
+        if arrays:
+            rest = iter(arrays)
+            self.keys = [None if a is None else next(rest) for a in self.keys]
+            self.values = [None if a is None else next(rest) for a in self.values]
 
-    def append_chunk(
-        self, i: int, keys: mx.array, values: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """Write a prefill chunk [1, T, K, D] that overflows the ring: attend a copy, keep the
-        newest keys.
+    def place(self, caches: Sequence[Cache]) -> Placed:
+        """What a round of these sequences gets, whose lengths the host knows."""
+        lengths = mx.array([cache.committed for cache in caches], dtype=mx.int32)
+        tables = (self._table(sliding, caches, is_round=True) for sliding in (False, True))
+        return Placed(self.arrays, lengths, *tables)
 
-        Returns what the chunk attends to: keys and values, the ``window - 1`` before the chunk and
-        then its own, and the position of the first. Commits nothing.
+    def with_placed(self, placed: Placed) -> Arena:
+        """The same over the arrays of a round: what one is recorded on."""
+        other = copy.copy(self)
+        other.take_results(placed.arrays)
+        other._reads, other._tables = [], {}
+        other._batch = Batch(other, placed.lengths, {False: placed.full, True: placed.sliding})
+        return other
+
+    def batch(self, caches: Sequence[Cache]) -> Batch:
+        """Sequences as one call takes them; what it writes they have pages for."""
+        if self._batch is not None:
+            return self._batch.part([cache.place for cache in caches])
+        lengths = packed([cache.length.reshape(1) for cache in caches])
+        tables = {kind: self._table(kind, caches, is_round=False) for kind in (False, True)}
+        return Batch(self, lengths, tables)
+
+    def _table(self, sliding: bool, caches: Sequence[Cache], is_round: bool) -> mx.array:
+        """Pages of sequences, int32 ``[Q, N]``. Of a round N is a power of two, so that few graphs
+        are recorded; of other calls it is near what is held, all of which MLX's kernels read."""
+        N = max(LEAST_PAGES, *(cache.width(sliding) for cache in caches))
+        N = 1 << (N - 1).bit_length() if is_round else -(-N // LEAST_PAGES) * LEAST_PAGES
+        key = (N, *(cache.changed[sliding] for cache in caches))
+        if sliding not in self._tables or self._tables[sliding][0] != key:
+            rows = [cache.row(sliding, N) for cache in caches]
+            self._tables[sliding] = key, mx.array(rows, dtype=mx.int32)
+        return self._tables[sliding][1]
+
+    def note_change(self) -> int:
+        """A number for the pages that a sequence has now."""
+        return next(self._changes)
+
+
+class Cache:
+    """One sequence's part of an arena.
+
+    Attributes:
+        arena: Where its keys and values are.
+        length: Committed positions, int32 ``[]`` on the device.
+        length_limit: A number that the host knows ``length`` not to exceed.
+        committed: So many positions the host knows to be committed.
+        full: Pages of the full layers; ``full[j]`` has positions ``64 j`` to ``64 j + 63``.
+        sliding: Pages of the sliding layers, by j; those behind the window are given back.
+        place: Its place in a recorded round.
+        changed: By kind, a number that is another one whenever its pages are others.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self.length = mx.array(0, dtype=mx.int32)
+        self.length_limit = self.committed = 0
+        self.full: list[int] = []
+        self.sliding: dict[int, int] = {}
+        self.place = -1
+        self.changed = {sliding: arena.note_change() for sliding in (False, True)}
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Everything a caller has to evaluate to have the cache evaluated."""
+        return [*self.arena.arrays, self.length]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its pages, whoever else holds them."""
+        full, sliding = (self.arena.page_bytes(kind) for kind in (False, True))
+        return len(self.full) * full + len(self.sliding) * sliding
+
+    @property
+    def state(self) -> list[mx.array]:
+        """What a round changes, beside the arena's arrays."""
+        return [self.length]
+
+    def with_state(self, state: Sequence[mx.array], arena: Arena, place: int) -> Cache:
+        """The same sequence in a recorded round, as that number ``place`` of ``arena``."""
+        other = copy.copy(self)
+        other.arena, other.place = arena, place
+        [other.length] = state
+        return other
+
+    def take_results(self, state: Sequence[mx.array], length_limit: int) -> None:
+        """Go on with what a round gave; its length is at most ``length_limit``."""
+        [self.length] = state
+        self.length_limit = length_limit
+
+    def growth(self, count: int) -> int:
+        """Bytes that :meth:`reserve` will add to the arena."""
+        full, sliding = self._missing(count)
+        return self.arena.growth(len(full), len(sliding))
+
+    def reserve(self, count: int) -> None:
+        """Have pages for ``count`` positions more; they are written next. Evaluates if the arena
+        grows.
+
+        Raises:
+            RuntimeError: More than the arena may have.
         """
-        ring_keys, ring_values = self.slots(i)
-        T, slots = keys.shape[1], ring_keys.shape[2]
-        start = self.length - (self.window - 1)  # negative near the beginning; masked there
-        newest = (start + mx.arange(self.window - 1, dtype=mx.int32)) % slots
-        seen = [
-            mx.concatenate([mx.take(ring, newest, axis=2), new.swapaxes(1, 2)], axis=2)
-            for ring, new in ((ring_keys, keys), (ring_values, values))
-        ]
-        # Out of what was read, so that the write cannot overtake the reads: not on a GPU either,
-        # where mx.depends orders the commands but not buffers that no command shares
-        kept = min(T, slots)
-        tail_keys, tail_values = (a[:, :, -kept:].swapaxes(1, 2) for a in seen)
-        offset = self.length + (T - kept)
-        self.keys[i] = ops.write_cache(ring_keys, tail_keys, offset)
-        self.values[i] = ops.write_cache(ring_values, tail_values, offset)
-        return seen[0], seen[1], start
+        if self.place >= 0:  # whoever plays a round has made room for it
+            return
+        full, sliding = self._missing(count)
+        self.arena.make_room(len(full), len(sliding))
+        for _ in full:
+            self.full.append(self.arena.full.take())
+        for j in sliding:
+            self.sliding[j] = self.arena.sliding.take()
+        self._note_changes(bool(full), bool(sliding))
 
-    def restart(self, length: int) -> None:
-        """Go on from ``length`` positions, which must be committed and in the rings. Evaluates."""
+    def _missing(self, count: int) -> tuple[range, list[int]]:
+        """Places of pages that ``count`` positions more need, of each kind."""
+        end = -(-(self.length_limit + count) // PAGE)
+        first = max(0, self.committed - (self.arena.window - 1)) // PAGE
+        return range(len(self.full), end), [j for j in range(first, end) if j not in self.sliding]
+
+    def commit(self, count: mx.array, length_limit: int) -> None:
+        """Keep ``count`` (int32 []) of the positions written last; the new length is at most
+        ``length_limit``.
+
+        Positions written and not committed are rolled back by this, at no cost.
+        """
+        self.length = self.length + count
+        self.length_limit = length_limit
+
+    def settle(self, length: int) -> None:
+        """Note that exactly ``length`` positions are committed, no fewer than ever before; give
+        back what lies behind the window."""
         self.length = mx.array(length, dtype=mx.int32)
-        self.length_limit = length
-        self._reads = []
-        mx.eval(self.arrays)
+        self.length_limit = self.committed = length
+        behind = length - (self.arena.window - 1)
+        gone = [j for j in self.sliding if PAGE * (j + 1) <= behind]
+        for j in gone:
+            self.arena.sliding.drop(self.sliding.pop(j))
+        self._note_changes(False, bool(gone))
 
-    def snapshot(self) -> "Cache":
-        """An independent copy of the committed state; copies every array."""
-        copy = object.__new__(Cache)
-        copy.__dict__.update(self.__dict__)
-        # A product by one is a new buffer; a plain handle would see later writes
-        copy.keys = [None if a is None else a * 1 for a in self.keys]
-        copy.values = [None if a is None else a * 1 for a in self.values]
-        copy._reads = []
-        mx.eval(copy.arrays)
-        return copy
+    def can_fork(self, length: int) -> bool:
+        """Whether the positions that the next ones attend to are there."""
+        first = max(0, length - (self.arena.window - 1)) // PAGE
+        return length <= self.length_limit and all(
+            j in self.sliding for j in range(first, -(-length // PAGE))
+        )
+
+    def fork(self, length: int) -> Cache:
+        """A sequence that begins with the first ``length`` positions of this one; neither will
+        see what the other does. Shares all pages but the last. Evaluates.
+
+        Raises:
+            ValueError: Pages of the window before ``length`` were given back.
+            RuntimeError: There is no room for a copy of the last page.
+        """
+        if not self.can_fork(length):
+            raise ValueError(
+                f"[cache] a fork's length must be at most {self.length_limit} and within the "
+                f"window that is kept but got {length}."
+            )
+        return self.arena.resume(length, self.full, self.sliding)
+
+    def release(self) -> None:
+        """Give all pages back; it has no positions any more."""
+        while self.full:
+            self.arena.full.drop(self.full.pop())
+        while self.sliding:
+            self.arena.sliding.drop(self.sliding.popitem()[1])
+        self._note_changes(True, True)
+        self.length_limit = self.committed = 0
+
+    def width(self, sliding: bool) -> int:
+        """How many entries its row of a table needs."""
+        if not sliding:
+            return len(self.full)
+        return 1 + max(self.sliding) - min(self.sliding) if self.sliding else 0
+
+    def row(self, sliding: bool, N: int) -> list[int]:
+        """Its row of a table with N entries: the page with place j is at ``j % N``."""
+        row = [-1] * N
+        for j, page in self.sliding.items() if sliding else enumerate(self.full):
+            row[j % N] = page
+        return row
+
+    def _note_changes(self, full: bool, sliding: bool) -> None:
+        if full:
+            self.changed[False] = self.arena.note_change()
+        if sliding:
+            self.changed[True] = self.arena.note_change()
 
 
-def _round_up(n: int, step: int) -> int:
-    return -(-n // step) * step
-
-
-def _grown(a: mx.array, slots: int) -> mx.array:
-    """The linear cache a with zeroed slots behind it."""
-    B, K, _, D = a.shape
-    return mx.concatenate([a, mx.zeros((B, K, slots, D), a.dtype)], axis=2)
+def window_pages(window: int, rows: int) -> int:
+    """The most pages that ``rows`` positions and the window before them lie in."""
+    return -(-(window - 1 + rows - 1) // PAGE) + 1

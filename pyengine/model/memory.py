@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pyengine.model.cache import CAPACITY_STEP
+from pyengine.model.cache import window_pages
 from pyengine.model.config import LayerConfig, TargetConfig
 from pyengine.model.plan import CHUNK, ROWS, plan
 from pyengine.ops.block_attention import TILE
 from pyengine.ops.dispatch import borrows, runs
+from pyengine.ops.prepare_qkv import PAGE
 
 # Arrays of a chunk, and of a tile of its attention, that are alive at once. Measured: MLX runs
 # ahead of its results
@@ -15,27 +16,32 @@ TILES_IN_FLIGHT = 6
 
 
 def cache_bytes(config: TargetConfig, context: int, block_size: int, size: int) -> int:
-    """Memory of keys and values for ``context`` positions of ``size``-byte numbers.
+    """Memory of keys and values for ``context`` positions of ``size``-byte numbers: whole pages.
 
     Sliding layers hold a window and a block, whatever the context.
     """
-    steps = -(-context // CAPACITY_STEP) * CAPACITY_STEP
-    slots = {True: config.window - 1 + block_size, False: steps}
+    return _pages_bytes(config, context + block_size - 1, block_size, size)
+
+
+def _pages_bytes(config: TargetConfig, positions: int, rows: int, size: int) -> int:
+    """Memory of one sequence's pages while calls have so many rows."""
+    full = -(-positions // PAGE)
+    pages = {False: full, True: min(full, window_pages(config.window, rows))}
     own = [layer for i, layer in enumerate(config.layers) if layer.kv_source == i]
-    return sum(2 * n.num_kv_heads * n.head_dim * slots[n.sliding] * size for n in own)
+    return sum(2 * n.num_kv_heads * PAGE * n.head_dim * pages[n.sliding] * size for n in own)
 
 
-def prompt_bytes(config: TargetConfig, tokens: int, max_block: int, marks: int, size: int) -> int:
-    """Memory while ``tokens`` positions are processed and after: their keys and values, copies of
-    the sliding layers' (marks), and what the last chunk needs in between.
+def prompt_bytes(config: TargetConfig, tokens: int, block_size: int, marks: int, size: int) -> int:
+    """Memory while ``tokens`` positions are processed and after: their keys and values, a window's
+    pages for each mark, and what the last chunk needs in between.
 
-    The last is an estimate from what was measured: a grown cache stands beside the old one, a layer
+    The last is an estimate from what was measured: a grown arena stands beside the old one, a layer
     at a time; the reference's attention keeps its scores, and that of a GPU's whole chunks those of
     a tile of keys, with all of its rows, in float32.
     """
-    rings = cache_bytes(config, 0, max_block, size)
+    mark = _pages_bytes(config, min(tokens, config.window), 1, size)
     rows = min(tokens, CHUNK)
-    steps = -(-tokens // CAPACITY_STEP) * CAPACITY_STEP
+    steps = -(-tokens // PAGE) * PAGE
     full = [n for i, n in enumerate(config.layers) if not n.sliding and n.kv_source == i]
     layer = max((n.num_kv_heads * n.head_dim for n in full), default=0) * steps
     widest = max(
@@ -55,7 +61,8 @@ def prompt_bytes(config: TargetConfig, tokens: int, max_block: int, marks: int, 
         tile = max(_tile_bytes(config.num_heads, n) for n in config.layers)
         work = max(work, TILES_IN_FLIGHT * tile)  # a layer's attention comes before the rest of it
     grown = 2 * layer * size
-    return cache_bytes(config, tokens, max_block, size) + marks * rings + grown + work
+    cache = _pages_bytes(config, tokens + block_size - 1, max(rows, block_size), size)
+    return cache + marks * mark + grown + work
 
 
 def _tile_bytes(num_heads: int, layer: LayerConfig) -> int:

@@ -7,24 +7,21 @@ elementwise operations only. Values are kept in the checkpoint's dtype, rounded 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import mlx.core as mx
 
 from pyengine import ops
 from pyengine.model import memory
-from pyengine.model.cache import Cache
+from pyengine.model.cache import Arena, Batch, Cache
 from pyengine.model.config import LayerConfig, TargetConfig
 from pyengine.model.experts import Experts, with_experts
 from pyengine.model.head import Logits
 from pyengine.model.layers import MLP, residual
 from pyengine.model.linear import Linear, Weights, side_by_side
 from pyengine.model.plan import ROWS, plan
-from pyengine.model.rows import apart, packed
+from pyengine.model.rows import packed
 from pyengine.ops.dispatch import borrows
-
-# What a layer attends to: keys, values, and the position of the first, None where that is 0
-Seen = tuple[mx.array, mx.array, mx.array | None]
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,15 @@ class Layer:
     pre_mlp_norm: mx.array
     post_mlp_norm: mx.array
     scalar: mx.array
+
+
+class Rows(NamedTuple):
+    """The rows of a call, sequence by sequence."""
+
+    batch: Batch
+    counts: Sequence[int]  # of each sequence
+    positions: mx.array  # int32 [R]
+    owners: mx.array  # int32 [R]
 
 
 class Reader(Protocol):
@@ -117,13 +123,17 @@ class Target:
         """Scaled embeddings of ids [T]: [T, E]."""
         return self.table.rows(ids, self.embedding_scale)
 
-    def new_cache(self, max_block: int) -> Cache:
-        """An empty cache for verify calls of up to max_block tokens."""
-        return Cache(self.config, max_block, self.dtype)
+    def new_arena(self, most_bytes: int | None = None) -> Arena:
+        """An arena without pages for any number of sequences."""
+        return Arena(self.config, self.dtype, most_bytes)
 
-    def prompt_bytes(self, tokens: int, max_block: int, marks: int) -> int:
+    def new_cache(self) -> Cache:
+        """A sequence without positions, in an arena of its own."""
+        return self.new_arena().new_cache()
+
+    def prompt_bytes(self, tokens: int, block_size: int, marks: int) -> int:
         """Memory for a prompt, see :func:`pyengine.model.memory.prompt_bytes`."""
-        return memory.prompt_bytes(self.config, tokens, max_block, marks, self.dtype.size)
+        return memory.prompt_bytes(self.config, tokens, block_size, marks, self.dtype.size)
 
     def prefill(
         self,
@@ -167,12 +177,19 @@ class Target:
         Yields:
             Each call's rows, of which no logits are made until they are asked for.
         """
-        first = cache.length_limit = cast(int, cache.length.item())
+        first = cast(int, cache.length.item())
+        cache.settle(first)
         for start, rows, _ in plan(first, first + len(ids), borrows(), chunk):
             part = mx.array(ids[start - first : start - first + rows], dtype=mx.int32)
-            hidden, tapped = self._hidden([part], [cache], () if reader is None else reader.taps)
-            cache.commit(mx.array(rows, dtype=mx.int32), start + rows)
-            mx.eval(hidden, tapped, cache.arrays)
+            arrays = cache.arena.arrays
+            try:
+                taps = () if reader is None else reader.taps
+                hidden, tapped = self._hidden([part], [cache], taps)
+                cache.settle(start + rows)
+                mx.eval(hidden, tapped, cache.arrays)
+            except Exception:  # what failed would fail again, and others have pages there
+                cache.arena.take_results(arrays)
+                raise
             if reader is not None:
                 reader.read(tapped, mx.array(rows - 1, dtype=mx.int32))
             yield self._head(hidden)
@@ -181,29 +198,21 @@ class Target:
         self, ids: Sequence[mx.array], caches: Sequence[Cache], taps: tuple[int, ...] = ()
     ) -> tuple[Logits, mx.array]:
         """Run each sequence's ids [T] behind the committed positions of its cache; writes keys and
-        values, commits nothing. Rows of all sequences are processed together.
+        values, commits nothing. The caches share an arena. Rows of all sequences are processed
+        together.
 
         Returns:
             Of the R rows, sequence by sequence: logits [R, V], float32, after the softcap, none of
             them made until they are asked for; hidden vectors [R, E], after the last norm; with n
             taps [R, (1 + n) * E], behind them those that left the tapped layers.
-
-        Raises:
-            ValueError: A T is more than the max_block of its cache.
         """
-        for own, cache in zip(ids, caches, strict=True):
-            if own.size > cache.max_block:
-                raise ValueError(
-                    f"[verify] T must be at most the cache's max_block {cache.max_block} but got "
-                    f"{own.size}."
-                )
         hidden, tapped = self._hidden(ids, caches, taps)
         return self._head(hidden), tapped
 
     def logits(self, ids: list[int]) -> mx.array:
         """Logits [T, V], float32, of every position of ids. Evaluates, see :meth:`rows`."""
         check_ids("logits", ids, self.config.vocab_size)
-        calls = self.rows(ids, self.new_cache(1))
+        calls = self.rows(ids, self.new_cache())
         return mx.concatenate([part.array for rows in calls for part in rows.parts(ROWS)])
 
     def _head(self, x: mx.array) -> Logits:
@@ -213,21 +222,21 @@ class Target:
         self, each: Sequence[mx.array], caches: Sequence[Cache], taps: tuple[int, ...] = ()
     ) -> tuple[mx.array, mx.array]:
         """Post-final-norm hidden vectors [R, E] of each sequence's ids; the same with what left the
-        tapped layers behind them, [R, (1 + taps) * E]. Keys and values go to the caches."""
+        tapped layers behind them, [R, (1 + taps) * E]. Keys and values go to the arena."""
         for own, cache in zip(each, caches, strict=True):
             cache.reserve(own.size)
-        ids = packed([cache.after_reads(own) for own, cache in zip(each, caches, strict=True)])
-        counts = [own.size for own in each]
+        arena, counts = caches[0].arena, [own.size for own in each]
+        ids, batch = arena.after_reads(packed(each)), arena.batch(caches)
+        rows = Rows(batch, counts, *batch.rows(counts))
         eps = self.config.eps
         h = self.embed(ids)
         per_layer = self._per_layer_inputs(ids, h) if self.config.per_layer_width else None
         x = ops.rms_norm(h, self.layers[0].input_norm, eps)
-        seen: list[dict[int, Seen]] = [{} for _ in caches]
         left: list[mx.array] = []  # by layer, the residual stream behind it
         for i, layer in enumerate(self.layers):
             is_last = i + 1 == len(self.layers)
             next_norm = self.norm if is_last else self.layers[i + 1].input_norm
-            y = self._attention(i, x, counts, caches, seen)
+            y = self._attention(i, x, rows)
             h, x = residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)
             y = layer.mlp(x)
             if layer.experts is not None:
@@ -240,58 +249,36 @@ class Target:
                 y = layer.per_layer.projection(y)
                 h, x = residual(h, y, layer.per_layer.norm, next_norm, eps, layer.scalar)
             left.append(h)
-        for cache in caches:
-            cache.note_read(x)
+        arena.note_read(x)
         return x, mx.concatenate([x, *(left[tap] for tap in taps)], axis=-1) if taps else x
 
-    def _attention(
-        self,
-        i: int,
-        x: mx.array,
-        counts: Sequence[int],
-        caches: Sequence[Cache],
-        seen: Sequence[dict[int, Seen]],
-    ) -> mx.array:
-        """Attention of layer i: each sequence's rows to its own keys."""
-        attention = self.layers[i].attention
-        parts = [m for m in (attention.q, attention.k, attention.v) if m is not None]
-        each = zip(*(apart(m, counts) for m in side_by_side(parts, x)), strict=True)
-        out = [
-            self._attend(i, q, kv, cache, known)
-            for (q, *kv), cache, known in zip(each, caches, seen, strict=True)
-        ]
-        return attention.o(packed(out))
-
-    def _attend(
-        self, i: int, q: mx.array, kv: list[mx.array], cache: Cache, seen: dict[int, Seen]
-    ) -> mx.array:
-        """One sequence's rows to the keys of layer i, or to those of the layer it shares with."""
+    def _attention(self, i: int, x: mx.array, rows: Rows) -> mx.array:
+        """Attention of layer i: each sequence's rows to its own keys, in the pages of this layer or
+        of the one that it shares with."""
         geometry, attention = self.layers[i].config, self.layers[i].attention
-        T, D, eps = q.shape[0], geometry.head_dim, self.config.eps
+        parts = [m for m in (attention.q, attention.k, attention.v) if m is not None]
+        q, *kv = side_by_side(parts, x)
+        arena, tables = rows.batch.arena, rows.batch.tables[geometry.sliding]
+        R, inv_freq, eps = q.shape[0], attention.inv_freq, self.config.eps
         if attention.k_norm is None:
-            q = q.reshape(1, T, -1, D)
-            q = ops.norm_rope(q, attention.q_norm, cache.length, attention.inv_freq, eps)
+            q = q.reshape(R, -1, geometry.head_dim)
+            q = ops.norm_rope(q, attention.q_norm, rows.positions, inv_freq, eps)
         else:
-            norms = attention.q_norm, attention.k_norm
             k, v = kv[0], kv[-1]  # keys may double as values
-            if cache.is_prefill_chunk(i, T):
-                turn = cache.length, attention.inv_freq, eps
-                q, k, v = (a.reshape(1, T, -1, D) for a in (q, k, v))
-                q, k = (ops.norm_rope(a, w, *turn) for a, w in zip((q, k), norms, strict=True))
-                seen[i] = cache.append_chunk(i, k, ops.rms_norm(v, None, eps))
-            else:
-                q, keys, values = ops.prepare_qkv(
-                    q, k, v, *norms, attention.inv_freq, *cache.slots(i), cache.length, eps
-                )
-                cache.store(i, keys, values)
-                seen[i] = keys, values, None
-        keys, values, start = seen[geometry.kv_source]
-        if not geometry.sliding and T > ROWS and borrows():  # not all that the cache has room for
-            stop = cache.length_limit + T
-            keys, values = keys[:, :, :stop], values[:, :, :stop]
-        window = self.config.window if geometry.sliding else None
-        out = ops.block_attention(q, keys, values, cache.length, window=window, start=start)
-        return out.reshape(T, -1)
+            norms, to = (attention.q_norm, attention.k_norm), (rows.positions, rows.owners, tables)
+            q, keys, values = ops.prepare_qkv(
+                q, k, v, *norms, inv_freq, *arena.slots(i), *to, eps
+            )
+            arena.store(i, keys, values)
+        out = ops.block_attention(
+            q,
+            *arena.slots(geometry.kv_source),
+            rows.batch.lengths,
+            tables,
+            rows.counts,
+            window=self.config.window if geometry.sliding else None,
+        )
+        return attention.o(out.reshape(R, -1))
 
     def _per_layer_inputs(self, ids: mx.array, h: mx.array) -> list[mx.array]:
         """The second embedding of E2B and E4B, [T, P] a layer; float32 until its one rounding."""

@@ -48,7 +48,7 @@ def test_figures_are_those_of_the_loaded_pair(flavour: str, quantized: bool) -> 
     own = [m for layer in model.layers for m in (layer.mlp.gate, layer.mlp.up, layer.mlp.down)]
     assert report["target"]["tensors"]["matrices"][way] > len(own)
     # What the cache really takes, after as many tokens
-    cache = model.new_cache(BLOCK)
+    cache = model.new_cache()
     model.prefill([5] * 300, cache)
     assert report["memory"]["cache"] == cache.nbytes - cache.length.nbytes
     gc.collect()  # so that nothing older is given back while it loads

@@ -47,7 +47,7 @@ def fitting(text: str) -> int:
 
 @pytest.mark.parametrize("tokens", [600, 2000, 4000])
 def test_the_estimate_is_near_what_is_measured(pair: Pair, long: list[int], tokens: int) -> None:
-    cache = pair.target.new_cache(8)
+    cache = pair.target.new_cache()
     before = mx.get_active_memory() - cache.nbytes
     mx.reset_peak_memory()
     pair.target.prefill(long[:tokens], cache)
@@ -88,7 +88,7 @@ def test_a_gpus_whole_chunks_take_what_is_said(monkeypatch: pytest.MonkeyPatch) 
     """Measured on the processor under a GPU's rules; MLX runs further ahead in deeper models."""
     monkeypatch.setattr(dispatch, "_gpu_rules", True)
     model = like_the_31b()
-    cache = model.new_cache(8)
+    cache = model.new_cache()
     before = mx.get_active_memory() - cache.nbytes
     mx.reset_peak_memory()
     model.prefill([5] * 1024, cache)

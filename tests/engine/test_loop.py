@@ -39,7 +39,7 @@ class MarkovTarget:
     def embed(self, ids: mx.array) -> mx.array:
         return ids.astype(mx.float32)[:, None]
 
-    def new_cache(self, max_block: int) -> LengthCache:
+    def new_cache(self) -> LengthCache:
         self.cache = LengthCache()
         return self.cache
 

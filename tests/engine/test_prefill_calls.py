@@ -194,7 +194,7 @@ def test_bits_with_a_gpus_rules(flavour: str, monkeypatch: pytest.MonkeyPatch) -
         cache, known = prefix.open(model, text[:length], BLOCK)
         assert known == reused
         *_, last = prefill(model, text[:length], cache, known, prefix)
-        cold = model.new_cache(2 * BLOCK)
+        cold = model.new_cache()
         logits, _ = model.prefill(text[:length], cold)
         assert (bits(last.logits) == bits(logits)).all(), length
         full = model.config.last_source(False)

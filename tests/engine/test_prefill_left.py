@@ -100,9 +100,9 @@ def test_chunks_and_their_borders_are_those_of_one_call(
 ) -> None:
     monkeypatch.setattr(plan, "CHUNK", 16)
     target, prompt = tiny_pair(flavour, "bfloat16-q8").target, greedy_text(flavour)[:75]
-    whole = target.new_cache(4)
+    whole = target.new_cache()
     want, _ = target.prefill(prompt, whole, chunk=16)
-    cache = target.new_cache(4)
+    cache = target.new_cache()
     parts = list(prefill(target, prompt, cache, 0, None))
     assert [part.done for part in parts] == [16, 32, 48, 64, 75]
     assert np.array_equal(bits(parts[-1].logits), bits(want))

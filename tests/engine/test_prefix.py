@@ -109,7 +109,7 @@ def test_logits_after_reuse_are_those_of_a_cold_start_bit_for_bit() -> None:
     cache, known = prefix.open(pair.target, prompt, BLOCK)
     assert known == 49
     warm, _ = pair.target.prefill(prompt[known:], cache)
-    cold, _ = pair.target.prefill(prompt, pair.target.new_cache(BLOCK))
+    cold, _ = pair.target.prefill(prompt, pair.target.new_cache())
     assert (bits(warm) == bits(cold)).all()
 
 

@@ -49,8 +49,8 @@ def played(flavour: str, drafter: Name, sampling: Sampling) -> tuple[list[loop.R
         def __getattr__(self, name: str) -> Any:
             return getattr(target, name)
 
-        def new_cache(self, max_block: int) -> Any:
-            caches.append(target.new_cache(max_block))
+        def new_cache(self) -> Any:
+            caches.append(target.new_cache())
             return caches[-1]
 
     watched: Any = Watched()

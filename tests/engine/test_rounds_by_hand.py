@@ -58,7 +58,7 @@ class FakeTarget:
     def embed(self, ids: mx.array) -> mx.array:
         return ids[:, None]
 
-    def new_cache(self, max_block: int) -> LengthCache:
+    def new_cache(self) -> LengthCache:
         return LengthCache()
 
     def prefill(

@@ -123,7 +123,7 @@ class CountingTarget:
     def embed(self, ids: mx.array) -> mx.array:
         return ids.astype(mx.float32)[:, None]
 
-    def new_cache(self, max_block: int) -> LengthCache:
+    def new_cache(self) -> LengthCache:
         self.events.append("cache")
         self.clock.now += 0.25
 

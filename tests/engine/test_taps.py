@@ -32,7 +32,7 @@ def left_by(target: Target, tap: int, ids: Sequence[int]) -> np.ndarray:
     short = copy.copy(target)
     short.layers = target.layers[: tap + 1]
     vars(short)["_per_layer_inputs"] = target._per_layer_inputs  # cut into all layers' slices
-    cache = short.new_cache(len(ids))
+    cache = short.new_cache()
     _, normed = short.forward([mx.array(ids, dtype=mx.int32)], [cache])
     return np.array(normed)
 
@@ -78,7 +78,7 @@ def test_taps_are_what_left_the_layer(flavour: str) -> None:
     """Of a prefill in chunks and of a block; what is not tapped stays as it is."""
     target, text = tiny_pair(flavour).target, greedy_text(flavour)
     E, drafter = target.config.hidden_size, Tapping(target, None)
-    cache = target.new_cache(4)
+    cache = target.new_cache()
     target.prefill(text[:19], cache, chunk=8, reader=drafter)
     assert [rows.shape[0] for rows in drafter.prompt] == [8, 8, 3]
     block = mx.array(text[19:23], dtype=mx.int32)

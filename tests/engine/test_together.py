@@ -142,7 +142,8 @@ def test_a_block_size_must_not_vary_where_rounds_key_the_draws(rule: Rule) -> No
 
 
 def begun(pair: Any, cases: list[Case]) -> list[loop.TokenSequence]:
-    sequences = [case.begin(pair) for case in cases]
+    arena = pair.target.new_arena()
+    sequences = [case.begin(pair, arena) for case in cases]
     for sequence in sequences:
         list(sequence.prefill())
     return sequences

@@ -9,7 +9,7 @@ import numpy as np
 from models import step, verify
 
 from pyengine.checkpoint.pair import Pair
-from pyengine.model.cache import Cache
+from pyengine.model.cache import Cache, Placed
 from pyengine.model.head import whole
 from pyengine.model.target import Target
 
@@ -77,13 +77,20 @@ class Equal:
         [cache] = caches
         if self.calls % self.k == 0:
             # A product by one is a copy; what is written to it the target never sees
-            self.own = cache.with_arrays([a * 1 for a in cache.arrays])
+            self._go_on(cache, [a * 1 for a in cache.arena.arrays], 0)
         self.calls += 1
         token = mx.argmax((self.embeddings == embedding).all(axis=-1)).astype(mx.int32)
         logits, hidden = self.target.forward([token[None]], [self.own])
-        self.own.commit(mx.array(1, dtype=mx.int32), self.own.length_limit + 1)
-        cache.note_read(hidden)
+        self._go_on(self.own, self.own.arena.arrays, 1)
+        cache.arena.note_read(hidden)
         return logits, hidden
+
+    def _go_on(self, cache: Cache, arrays: list[mx.array], count: int) -> None:
+        """So many positions further, over these arrays."""
+        batch = cache.arena.batch([cache])
+        tables = batch.tables[False], batch.tables[True]
+        arena = cache.arena.with_placed(Placed(arrays, batch.lengths + count, *tables))
+        self.own = cache.with_state([cache.length + count], arena, 0)
 
 
 class Near:
@@ -113,7 +120,7 @@ class Walk:
         self._prefill()
 
     def _prefill(self) -> None:
-        self.cache = self.target.new_cache(1)
+        self.cache = self.target.new_cache()
         logits, self.hidden = self.target.prefill(list(self.prompt), self.cache)
         self.done, self.logits[self.prompt] = self.prompt, np.array(logits)
 

@@ -16,6 +16,7 @@ import pytest
 from pyengine.drafters import Name, new_drafter
 from pyengine.engine import round as on_device
 from pyengine.engine.loop import Round, Rounds, TokenSequence
+from pyengine.model.cache import Arena
 from pyengine.model.head import whole
 from pyengine.model.rows import apart
 from pyengine.ops.accept_block import RULES
@@ -34,7 +35,7 @@ class Case:
     max_tokens: int
     drafter: Name = "assistant"
 
-    def begin(self, pair: Any) -> TokenSequence:
+    def begin(self, pair: Any, arena: Arena | None = None) -> TokenSequence:
         return TokenSequence(
             pair.target,
             new_drafter(self.drafter, pair.target, pair.assistant),
@@ -42,6 +43,7 @@ class Case:
             sampling=self.sampling,
             block_size=self.block_size,
             max_tokens=self.max_tokens,
+            arena=arena,
         )
 
 
@@ -157,16 +159,16 @@ def together(
 ) -> list[Story]:
     """The texts in rounds of at most so many; one that waits joins at random, one under way leaves
     with that chance per round. ``vary`` draws each round's block sizes anew."""
-    rounds = Rounds() if rounds is None else rounds
+    rounds, arena = Rounds() if rounds is None else rounds, pair.target.new_arena()
     waiting, active = list(range(len(cases))), dict[int, TokenSequence]()
     stories = [Story() for _ in cases]
     while waiting or active:
         while waiting and len(active) < most and (not active or rng.random() < 0.5):
             number = waiting.pop(0)
-            active[number] = cases[number].begin(pair)
+            active[number] = cases[number].begin(pair, arena)
             stories[number].rounds += active[number].prefill()
         for number in [n for n, s in active.items() if s.finish_reason or rng.random() < leave]:
-            del active[number]
+            active.pop(number).release()
         order = list(active)
         rng.shuffle(order)
         if vary:
@@ -177,4 +179,5 @@ def together(
             stories[number].rounds.append(done)
             if isinstance(rounds, Watched):
                 stories[number].bits.append(rounds.told[active[number]])
+    assert arena.held_bytes == 0
     return stories

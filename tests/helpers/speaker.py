@@ -31,7 +31,7 @@ class Speaker(ScriptTarget):
             * (mx.array(sure)[:, None])
         )
 
-    def new_cache(self, max_block: int) -> LengthCache:
+    def new_cache(self) -> LengthCache:
         return LengthCache(self.before_call)
 
 

@@ -8,13 +8,14 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
 import sentencepiece
 import tokenizers
 
+from pyengine.model.cache import Placed
 from pyengine.model.target import Reader
 from pyengine.text.tokenizer import Tokenizer
 
@@ -108,25 +109,50 @@ def as_tokenizer_json(model: Path) -> str:
     return out.to_str()
 
 
+class NoArena:
+    """An arena of sequences that store nothing. ``new_cache`` makes one."""
+
+    arrays: ClassVar[list[mx.array]] = []
+    nbytes = 0
+
+    def __init__(self, new_cache: Callable[[], LengthCache]) -> None:
+        self.new_cache, self.held_bytes = new_cache, 0
+
+    def page_bytes(self, sliding: bool) -> int:
+        return 1
+
+    def place(self, caches: Sequence[LengthCache]) -> Placed:
+        none = mx.array(0, dtype=mx.int32)
+        return Placed([], none, none, none)
+
+    def with_placed(self, placed: Placed) -> NoArena:
+        return self
+
+    def take_results(self, arrays: list[mx.array]) -> None:
+        assert not arrays
+
+
 class LengthCache:
     """A cache that stores nothing but lengths: the prompt's, and its own. ``on_round`` hears the
     size of each block."""
 
-    max_block = 0  # too little for any block, so that no prefix takes it up again
-    config = SimpleNamespace(layers=[])
+    nbytes = 4
+    full: ClassVar[list[int]] = [0]
+    sliding: ClassVar[dict[int, int]] = {}
 
     def __init__(self, on_round: Callable[[int], None] = lambda rows: None) -> None:
         self.length, self.length_limit = mx.array(0, mx.int32), 0
         self.prompt = mx.array(0, mx.int32)
         self.reserve = on_round
+        self.arena = NoArena(lambda: LengthCache(on_round))
 
     @property
-    def arrays(self) -> list[mx.array]:
+    def state(self) -> list[mx.array]:
         return [self.prompt, self.length]
 
     @property
-    def nbytes(self) -> int:
-        return self.length.nbytes
+    def committed(self) -> int:
+        return self.length_limit
 
     def growth(self, count: int) -> int:
         return 0
@@ -134,16 +160,28 @@ class LengthCache:
     def commit(self, count: mx.array, length_limit: int) -> None:
         self.length, self.length_limit = self.length + count, length_limit
 
-    def with_arrays(self, arrays: list[mx.array]) -> LengthCache:
+    def settle(self, length: int) -> None:
+        self.length_limit = length
+
+    def with_state(self, state: list[mx.array], arena: NoArena, place: int) -> LengthCache:
         other = LengthCache()
-        other.take_results(arrays, self.length_limit)
+        other.take_results(state, self.length_limit)
         return other
 
-    def take_results(self, arrays: list[mx.array], length_limit: int) -> None:
-        *prompt, self.length = arrays
+    def take_results(self, state: list[mx.array], length_limit: int) -> None:
+        self.prompt, self.length = state
         self.length_limit = length_limit
-        if prompt:
-            [self.prompt] = prompt
+
+    def can_fork(self, length: int) -> bool:
+        return False  # no prefix takes it up again
+
+    def fork(self, length: int) -> LengthCache:
+        other = LengthCache(self.reserve)
+        other.take_results(self.state, length)
+        return other
+
+    def release(self) -> None:
+        pass
 
 
 @functools.cache
@@ -177,7 +215,7 @@ class ScriptTarget:
     def embed(self, ids: mx.array) -> mx.array:
         return ids.astype(mx.float32)[:, None]
 
-    def new_cache(self, max_block: int) -> LengthCache:
+    def new_cache(self) -> LengthCache:
         rounds = 0
 
         def on_round(rows: int) -> None:
@@ -190,7 +228,10 @@ class ScriptTarget:
 
         return LengthCache(on_round)
 
-    def prompt_bytes(self, tokens: int, max_block: int, marks: int) -> int:
+    def new_arena(self) -> NoArena:
+        return NoArena(self.new_cache)
+
+    def prompt_bytes(self, tokens: int, block_size: int, marks: int) -> int:
         return 0
 
     def prefill(

@@ -38,7 +38,7 @@ NUM_DRAFTS = 4
 
 def prefilled(flavour, length, form="float32", max_block=5):
     model = tiny_pair(flavour, form).target
-    cache = model.new_cache(max_block)
+    cache = model.new_cache()
     _, hidden = model.prefill(reference(flavour)[f"{length}.ids"].tolist(), cache, chunk=9)
     return model, cache, hidden
 
@@ -193,7 +193,7 @@ def test_refused_positions_are_not_read(flavour):
     """What a refused block leaves behind the committed length changes no bit of a draft."""
     pair = tiny_pair(flavour)
     text = greedy_text(flavour)
-    model, cache, hidden = pair.target, pair.target.new_cache(5), None
+    model, cache, hidden = pair.target, pair.target.new_cache(), None
     _, hidden = model.prefill(text[:40], cache)
     embedding = model.embed(mx.array(text[40:41]))
     clean, _ = step(pair.assistant, embedding, hidden, cache)
@@ -207,7 +207,7 @@ def test_refused_positions_are_not_read(flavour):
 def test_sliding_layers_read_the_newest_window_less_one(age, is_read):
     """Spoil the key of one position in the sliding layer the assistant reads."""
     pair = tiny_pair("dense31")
-    model, cache = pair.target, pair.target.new_cache(5)
+    model, cache = pair.target, pair.target.new_cache()
     _, hidden = model.prefill(greedy_text("dense31")[:40], cache)
     embedding = model.embed(mx.array([3]))
     before, _ = step(pair.assistant, embedding, hidden, cache)
@@ -223,7 +223,7 @@ def test_sliding_layers_read_the_newest_window_less_one(age, is_read):
 
 def test_full_layer_reads_the_first_position():
     pair = tiny_pair("dense31")
-    model, cache = pair.target, pair.target.new_cache(5)
+    model, cache = pair.target, pair.target.new_cache()
     _, hidden = model.prefill(greedy_text("dense31")[:40], cache)
     embedding = model.embed(mx.array([3]))
     before, _ = step(pair.assistant, embedding, hidden, cache)

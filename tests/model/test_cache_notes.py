@@ -22,7 +22,7 @@ def block(*ids: int) -> mx.array:
 
 def begun(target: Target, text: list[int], max_block: int = 4) -> Cache:
     """A cache that holds a text, of which the last tokens came one by one."""
-    cache = target.new_cache(max_block)
+    cache = target.new_cache()
     target.prefill(text[:20], cache)
     steps(target, cache, text[20:])
     return cache
@@ -98,7 +98,7 @@ def test_reads_are_waited_for_once_and_not_by_copies() -> None:
 
 def test_newest_follows_every_change_of_the_length() -> None:
     target, text = tiny_pair("uni12").target, greedy_text("uni12")
-    cache = target.new_cache(4)
+    cache = target.new_cache()
     assert cache.newest.item() == -1
     target.prefill(text[:21], cache)
     assert cache.newest.item() == 20
@@ -168,9 +168,9 @@ def test_growth_is_what_making_room_adds() -> None:
     target = tiny_pair("dense31").target
     layers = [n for i, n in enumerate(target.config.layers) if n.kv_source == i and not n.sliding]
     step = sum(2 * n.num_kv_heads * n.head_dim * 512 * 4 for n in layers)
-    cache = target.new_cache(4)
+    cache = target.new_cache()
     for bound, count, steps_more in ((0, 512, 0), (500, 12, 0), (500, 13, 1), (1020, 600, 3)):
-        cache = target.new_cache(4)
+        cache = target.new_cache()
         cache.length_limit = bound
         before = cache.nbytes
         assert cache.growth(count) == steps_more * step

@@ -153,7 +153,7 @@ def assistant_of(flavour: str, form: str, points: frozenset[str]) -> roundings.A
 
 def cache_of(flavour: str, model: Target) -> Cache:
     """A cache that holds transformers' keys and values where the assistant reads."""
-    wanted, cache = reference(flavour), model.new_cache(T)
+    wanted, cache = reference(flavour), model.new_cache()
     model.prefill(ids_of(flavour), cache)
     for kind in (SLIDING, FULL):
         source = model.config.last_source(kind == SLIDING)
@@ -200,11 +200,11 @@ def through(
     """What each layer gives from ``streams``, hidden vectors, logits (of the positions they are
     given for), and the cache."""
     if way == "chunk":
-        cache = model.new_cache(1)
+        cache = model.new_cache()
         assert cache.is_prefill_chunk(0, T)
         found, (logits, hidden) = forced.run(streams, lambda: model.prefill(ids, cache, chunk=T))
         return found, values(hidden), values(logits)[None], cache
-    cache, parts = model.new_cache(T), []
+    cache, parts = model.new_cache(), []
     size = T if way == "block" else T // 2
     for at in range(0, T, size):
         block, rows = mx.array(ids[at : at + size], dtype=mx.int32), slice(at, at + size)

@@ -63,7 +63,7 @@ def test_logits_match_transformers(flavour, length):
 def test_prefill_matches_transformers(flavour, length):
     wanted = reference(flavour)
     model = tiny_pair(flavour).target
-    cache = model.new_cache(4)
+    cache = model.new_cache()
     logits, hidden = model.prefill(wanted[f"{length}.ids"].tolist(), cache, chunk=6)
     assert gap(logits, wanted[f"{length}.logits"][-1]) <= FLOAT32
     assert gap(hidden, wanted[f"{length}.hidden"][-1:]) <= FLOAT32
@@ -86,7 +86,7 @@ def test_every_layer_matches_transformers(flavour, monkeypatch):
     residual_norm = ops.residual_norm
     monkeypatch.setattr(ops, "residual_norm", spy)
     ids = wanted["21.ids"].tolist()
-    cache = model.new_cache(21)
+    cache = model.new_cache()
     _, hidden = verify(model, mx.array(ids, dtype=mx.int32), cache)
     assert len(streams) == len(model.layers)
     assert gap(model.embed(mx.array(ids)), wanted["21.layer.0"]) <= FLOAT32
@@ -116,7 +116,7 @@ def test_greedy_text_matches_transformers(flavour):
     """The target's own steps; the engine's rounds are the next test's."""
     text = greedy_text(flavour)
     model = tiny_pair(flavour).target
-    cache = model.new_cache(1)
+    cache = model.new_cache()
     logits, _ = model.prefill(text[:21], cache)
     written = [int(mx.argmax(logits).item())]
     while len(written) < 40:
@@ -146,7 +146,7 @@ def test_a_block_gives_the_bits_of_single_steps(flavour, form):
     """The promise that makes greedy speculative text equal greedy text; past five windows."""
     text = greedy_text(flavour)
     model = tiny_pair(flavour, form).target
-    cache = model.new_cache(40)
+    cache = model.new_cache()
     model.prefill(text[:21], cache)
     start = cache.snapshot()
     single_logits, single_hidden = steps(model, cache, text[21:61])
@@ -165,7 +165,7 @@ def test_prefill_chunks_change_nothing(flavour):
     model = tiny_pair(flavour, "bfloat16").target
     results = []
     for chunk in (1, 3, WINDOW, 10, 11, 20, 512):
-        cache = model.new_cache(3)
+        cache = model.new_cache()
         logits, hidden = model.prefill(text, cache, chunk=chunk)
         follow, _ = verify(model, mx.array([7, 8, 9], dtype=mx.int32), cache)
         results.append([bits(a) for a in (logits, hidden, follow)])
@@ -177,7 +177,7 @@ def test_prefill_chunks_change_nothing(flavour):
 def test_prefill_continues_where_it_stopped():
     text = greedy_text("e2b")[:50]
     model = tiny_pair("e2b").target
-    whole, parts = model.new_cache(4), model.new_cache(4)
+    whole, parts = model.new_cache(), model.new_cache()
     expected, _ = model.prefill(text, whole)
     model.prefill(text[:23], parts)
     verify(model, mx.array([1, 2, 3, 4], dtype=mx.int32), parts)  # refused altogether
@@ -297,7 +297,7 @@ def test_router_ties_go_to_the_lower_expert():
 
 def test_verify_neither_evaluates_nor_commits(monkeypatch):
     model = tiny_pair("dense31").target
-    cache = model.new_cache(4)
+    cache = model.new_cache()
     model.prefill([5, 6, 7], cache)
 
     def refuse(*_):
@@ -312,7 +312,7 @@ def test_verify_neither_evaluates_nor_commits(monkeypatch):
 
 def test_errors():
     model = tiny_pair("uni12").target
-    cache = model.new_cache(2)
+    cache = model.new_cache()
     with pytest.raises(ValueError, match=r"\[verify\] T must be at most the cache's max_block 2"):
         verify(model, mx.array([1, 2, 3], dtype=mx.int32), cache)
     with pytest.raises(ValueError, match=r"\[prefill\] ids must not be empty"):

@@ -122,7 +122,7 @@ def test_embedded_target_writes_the_same_greedy_text():
     close, worst = [], 0.0
     for number, prompt in enumerate(PROMPTS):
         ids = pair.tokenizer.encode(prompt, bos=True)
-        cache, their_cache = pair.target.new_cache(1), make_prompt_cache(theirs)
+        cache, their_cache = pair.target.new_cache(), make_prompt_cache(theirs)
         logits, _ = pair.target.prefill(ids, cache)
         their_logits = theirs(mx.array([ids]), cache=their_cache)[0, -1]
         for position in range(NUM_TOKENS):
@@ -169,10 +169,10 @@ def compare_assistants(target: Path, assistant: Path, ids: list[int]) -> None:
     theirs = their_assistant(assistant)
     for position in ("n-1", "n-2"):
         pair = load(target, assistant, dtype=mx.float32, position=position)
-        model, cache = pair.target, pair.target.new_cache(1)
+        model, cache = pair.target, pair.target.new_cache()
         # One chunk, and a ring that has not wrapped: slot p is position p
         n = len(ids)
-        logits, hidden = model.prefill(ids, cache := model.new_cache(n))
+        logits, hidden = model.prefill(ids, cache := model.new_cache())
         shared = {}
         for kind, sliding in (("sliding_attention", True), ("full_attention", False)):
             source = model.config.last_source(sliding)

@@ -80,7 +80,7 @@ def test_layers_and_keys(tiny, pairs, monkeypatch):
         return out
 
     monkeypatch.setattr(ops, "residual_norm", spy)
-    cache = model.new_cache(21)
+    cache = model.new_cache()
     _, hidden = verify(model, mx.array(wanted["21.ids"].numpy(), dtype=mx.int32), cache)
     for i, stream in enumerate(streams[:-1], 1):
         assert gap(stream, wanted[f"21.layer.{i}"]) <= FLOAT32, f"layer {i}"
@@ -97,7 +97,7 @@ def test_drafts(tiny, pairs, length, position):
     """Every step from the reference's own input; the tokens from one chain of ours."""
     wanted, pair = tiny[2], pairs[position]
     ids = wanted[f"{length}.ids"].tolist()
-    cache = pair.target.new_cache(1)
+    cache = pair.target.new_cache()
     pair.target.prefill(ids, cache, chunk=7)
     worst = 0.0
     for step in range(make_tiny.NUM_DRAFTS):
