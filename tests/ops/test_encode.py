@@ -211,7 +211,7 @@ def test_a_misaligned_input_is_refused():
     arena = mx.ones(2 * 64 * 16 + 1)[1:].reshape(2, 1, 64, 16)
     with pytest.raises(RuntimeError, match=r"\[copy_pages\] arena must start on 16 bytes but sta"):
         mx.eval(ops.copy_pages(arena, mx.array([0]), mx.array([1])))
-    with pytest.raises(RuntimeError, match=r"\[prepare_qkv\] keys must start on 8 bytes but starts"):
+    with pytest.raises(RuntimeError, match=r"\[prepare_qkv\] keys must start on 8 bytes"):
         mx.eval(prepared(arena, mx.ones(arena.shape)))
 
 
