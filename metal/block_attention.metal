@@ -790,11 +790,13 @@ inline bool has_pages(
     threadgroup int* missing, // [simds]
     ushort thread_index,
     ushort simds) {
-  int page = visible(p, length).begin / page_size + thread_index;
-  int last = (length + item.count - 1) / page_size;
+  int first = visible(p, length).begin / page_size;
+  int count = (length + item.count - 1) / page_size - first + 1; // at most N
+  first %= p.N;
   int own = 0;
-  for (; page <= last; page += simds * 32) {
-    int named = table[page % p.N];
+  for (int i = thread_index; i < count; i += simds * 32) {
+    int at = first + i;
+    int named = table[at < p.N ? at : at - p.N];
     own |= named < 0 || named >= p.P;
   }
   own = simd_max(own);
