@@ -152,9 +152,7 @@ def of_rows() -> tuple[mx.array, mx.array]:
 def norm_rope(H: int, D: int, dtype: str) -> Call:
     x, w = normal(1, MOST, H, D, dtype=dtype), normal(2, D, dtype=dtype)
     positions, turn = of_rows()[0], frequencies(D)
-    return Call(
-        lambda b, e: [ops.norm_rope(x[b:e], w, positions[b:e], turn)], first, rounded(1)
-    )
+    return Call(lambda b, e: [ops.norm_rope(x[b:e], w, positions[b:e], turn)], first, rounded(1))
 
 
 def copy_pages(K: int, D: int, dtype: str) -> Call:

@@ -93,4 +93,4 @@ def small_call(op: str) -> tuple[Any, int | None]:
     few = mock.patch.object(arrays, "cold_copies", lambda nbytes: 1)
     with few, mock.patch.multiple(timing, compare=compare, check=check):
         getattr(bench, f"test_{op}")(None, **bench.SMALL)
-    return kept[0], bench.SMALL.get("T")
+    return kept[0], bench.SMALL.get("R", bench.SMALL.get("T"))
