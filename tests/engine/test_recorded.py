@@ -156,21 +156,22 @@ def test_what_is_not_read_any_more_is_freed_on_the_way():
 
 def test_the_error_of_a_node_comes_through_and_leaves_the_function_usable():
     def function(arrays):
-        x, cache, new = arrays
+        x, arena, pages = arrays
         for _ in range(50):
             x = ops.rms_norm(x, None)
-        return [x, ops.write_cache(cache, new, mx.array(0, mx.int32))]
+        return [x, ops.copy_pages(arena, pages[:1], pages[1:])]
 
-    play, new = recorded(function), mx.ones((1, 1, 1, 2))
-    x, cache = mx.ones((512, 512)), mx.zeros((1, 1, 4, 4))
+    play, pages = recorded(function), mx.array([1, 0])
+    x, arena = mx.ones((512, 512)), mx.zeros((2, 1, 64, 4))
+    arena[1] = 1
     for strided in (True, False, True):
-        given = cache[..., ::2] if strided else mx.contiguous(cache[..., ::2])
+        given = arena[..., ::2] if strided else mx.contiguous(arena[..., ::2])
         mx.eval(given)
         if strided:
             with pytest.raises(RuntimeError, match="contiguous"):
-                mx.eval(play([x, given, new]))
+                mx.eval(play([x, given, pages]))
         else:
-            assert play([x, given, new])[1].sum().item() == 2
+            assert play([x, given, pages])[1].sum().item() == 2 * 64 * 2
 
 
 def test_graphs_of_shapes_that_do_not_come_back_are_dropped():
