@@ -1,4 +1,6 @@
-"""prepare_qkv against the five ops it stands for: what one launch saves.
+"""prepare_qkv against the ops it stands for: norms and rotations of our own, MLX's scatters.
+
+MLX's scatter copies an arena that somebody else holds; the arenas here are small.
 
 Run: pytest bench/bench_prepare_qkv.py --benchmark-columns=median,iqr,rounds
 """
@@ -7,31 +9,56 @@ import mlx.core as mx
 import pytest
 import timing
 
-from pyengine.ops import norm_rope, prepare_qkv, prepare_qkv_reference, rms_norm, write_cache
+from pyengine.ops import norm_rope, prepare_qkv, prepare_qkv_reference, rms_norm
 
 # The call of docs/ops.md
-SMALL = {"H": 8, "K": 2, "D": 256, "T": 6}
-C = 1024  # places of the cache
+SMALL = {"H": 8, "K": 2, "D": 256, "Q": 2, "R": 6}
+P = 16  # pages of an arena
 
 
-@pytest.mark.parametrize("T", [1, 6])
+@pytest.mark.parametrize("Q, R", [(1, 1), (1, 6), (8, 8), (8, 48)])
 @pytest.mark.parametrize("H, K, D", [(4, 1, 256), (32, 16, 256)])
-def test_prepare_qkv(benchmark, H, K, D, T):
-    # Queries in and out, keys and values in and into the cache; two norms, frequencies, the offset
-    nbytes = 2 * T * H * D * 2 + 2 * 2 * T * K * D * 2 + 2 * D * 2 + D // 2 * 4 + 4
-    rows = [timing.normal(i, T, heads * D) for i, heads in enumerate((H, K, K))]
+def test_prepare_qkv(benchmark, H, K, D, Q, R):
+    """As many rows of each of Q sequences, which end anywhere in a page of their own."""
+    T = R // Q
+    # Queries in and out, keys and values in and into the arenas; two norms, frequencies; positions
+    # and owners; one page of each sequence
+    nbytes = 2 * R * H * D * 2 + 2 * 2 * R * K * D * 2 + 2 * D * 2 + D // 2 * 4 + 2 * R * 4 + Q * 4
+    rows = [timing.normal(i, R, heads * D) for i, heads in enumerate((H, K, K))]
     norms = timing.normal(3, D), timing.normal(4, D)
-    inv_freq, offset = 10000.0 ** (-mx.arange(D // 2) / (D // 2)), mx.array(C + 9)
-    cache = timing.normal(5, 1, K, C, D), timing.normal(6, 1, K, C, D)
-    turns = timing.turns(*rows, *norms, inv_freq, *cache, offset, nbytes=nbytes)
+    inv_freq = 10000.0 ** (-mx.arange(D // 2) / (D // 2))
+    arenas = timing.normal(5, P, K, 64, D), timing.normal(6, P, K, 64, D)
+    owners = mx.arange(R) // T
+    positions, tables = owners * 7 % 50 + mx.arange(R) % T, P - 1 - mx.arange(Q)[:, None]
+    where = positions, owners, tables
+    turns = timing.turns(*rows, *norms, inv_freq, *arenas, *where, nbytes=nbytes)
 
-    def separate(q, k, v, q_norm, k_norm, inv_freq, keys, values, offset):
-        q, k, v = (a.reshape(1, T, -1, D) for a in (q, k, v))
-        k = norm_rope(k, k_norm, offset, inv_freq)
-        keys, values = write_cache(keys, k, offset), write_cache(values, rms_norm(v), offset)
-        return norm_rope(q, q_norm, offset, inv_freq), keys, values
+    def separate(q, k, v, q_norm, k_norm, inv_freq, keys, values, positions, owners, tables):
+        q, k, v = (a.reshape(R, -1, D) for a in (q, k, v))
+        k, v = norm_rope(k, k_norm, positions, inv_freq), rms_norm(v)
+        pages = tables[owners, positions // 64 % tables.shape[1]]
+        written = []
+        for arena, new in ((keys, k), (values, v)):
+            arena = arena + 0
+            arena[pages, :, positions % 64] = new
+            written.append(arena)
+        return norm_rope(q, q_norm, positions, inv_freq), *written
 
     expected = prepare_qkv_reference(*turns[0])
+    apart = separate(*turns[0])
+    mx.eval(expected, apart)  # before the arenas are written
     timing.check(prepare_qkv(*turns[0]), expected, rtol=2**-7, atol=2**-10)
-    timing.check(separate(*turns[0]), prepare_qkv(*turns[0]))
-    timing.compare(benchmark, prepare_qkv, separate, turns, nbytes=nbytes, H=H, K=K, D=D, T=T)
+    timing.check(apart, prepare_qkv(*turns[0]))
+    timing.compare(
+        benchmark,
+        prepare_qkv,
+        separate,
+        turns,
+        nbytes=nbytes,
+        baseline_calls=10,
+        H=H,
+        K=K,
+        D=D,
+        Q=Q,
+        R=R,
+    )

@@ -79,8 +79,8 @@ GEOMETRIES = (
 # Buffers by what the kernels call them
 WEIGHTS = r"(.*_)?w"
 MATRICES = r"(.*_)?(w|scales|biases)"
-CACHE = r"k|v"
-STREAMS = r"x|h|y|q|k|v|gate|up|new"  # all but weights and frequencies, which all rows share
+CACHE = r"keys|values"
+STREAMS = r"x|h|y|q|k|v|gate|up"  # all but weights and frequencies, which all rows share
 
 # By name: an attribute of `Moved`, the buffers that it is summed over, and those whose needed bytes
 # it is divided by. A call has those of its buffers.
@@ -307,18 +307,20 @@ def layers(rows: Sequence[int] = LAYER_ROWS) -> Iterator[Call]:
 
 
 def heads(T: int, H: int, K: int, D: int) -> Iterator[Call]:
-    """The cache has as many slots as the call has positions: all of it is written."""
+    """A sequence per row, each with a page; copied is one page of two."""
     q, k, v = random(1, T, H * D), random(2, T, K * D), random(3, T, K * D)
     q_norm, k_norm = random(4, D), random(5, D)
     inv_freq = mx.array((1e4 ** (-2 * np.arange(D // 2) / D)).astype(np.float32))
-    keys, values = random(6, 1, K, T, D), random(6, 1, K, T, D)
-    at = mx.array(4000)
-    result = ops.prepare_qkv(q, k, v, q_norm, k_norm, inv_freq, keys, values, at, eps=EPS)[0]
-    yield Call("prepare_qkv", result, {"M": T, "shape": f"{H} + 2 * {K} of {D}"})
-    result = ops.norm_rope(q.reshape(1, T, H, D), q_norm, at, inv_freq, eps=EPS)
+    keys, values = random(6, T, K, 64, D), random(6, T, K, 64, D)
+    positions, owners = 4000 + mx.arange(T), mx.arange(T)
+    where = (keys, values, positions, owners, owners[:, None])
+    result = ops.prepare_qkv(q, k, v, q_norm, k_norm, inv_freq, *where, eps=EPS)[0]
+    yield Call("prepare_qkv", result, {"M": T, "shape": f"{H} + 2 * {K} of {D}"}, 1 / 64)
+    result = ops.norm_rope(q.reshape(T, H, D), q_norm, positions, inv_freq, eps=EPS)
     yield Call("norm_rope", result, {"M": T, "shape": f"{H} of {D}"})
-    result = ops.write_cache(keys, random(7, 1, T, K, D), at)
-    yield Call("write_cache", result, {"M": T, "shape": f"{K} of {D}"})
+    if T == 1:
+        result = ops.copy_pages(random(7, 2, K, 64, D), mx.array([1]), mx.array([0]))
+        yield Call("copy_pages", result, {"M": 1, "shape": f"{K} of {D}"})
 
 
 def rules(vocab: int = VOCAB, rows: Sequence[int] = ROWS) -> Iterator[Call]:
@@ -423,7 +425,7 @@ LAYERS_SHOWN = Table(
 ## Norms, heads and gates
 
 Rows: bytes that all loads of the rows bring, over the bytes of the rows. Total: as above, and of
-a cache only what is written; weights and frequencies are read by every threadgroup, which has one
+an arena only what is written; weights and frequencies are read by every threadgroup, which has one
 row, or four heads.
 """,
     "op | M | shape | launches | read | written | rows | total | threadgroup memory",

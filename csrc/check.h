@@ -117,25 +117,4 @@ inline void check_rows(const char* op, const char* what, const mx::array& a) {
   }
 }
 
-// The position of row 0 of T. Its value is checked where the host has it.
-inline void check_offset(const char* op, const mx::array& offset, int T) {
-  check_shape(op, "offset", offset, {});
-  check_dtype(op, "offset", offset, mx::int32, "be int32");
-  if (!offset.is_available()) {
-    return;
-  }
-  int32_t first = *offset.data<int32_t>(), last = max_positions - T;
-  if (first < 0 || first > last) [[unlikely]] {
-    fail(op, "offset", "be from 0 to " + std::to_string(last), first);
-  }
-}
-
-// The T positions of a block, from `offset` on, in a cache of C.
-inline void check_block(const char* op, const mx::array& offset, int T, int C) {
-  if (T > C) [[unlikely]] {
-    fail(op, "T", "be at most the capacity " + std::to_string(C), T);
-  }
-  check_offset(op, offset, T);
-}
-
 } // namespace pyengine

@@ -139,6 +139,15 @@ bool Prepared::fits(const Arrays& inputs) const {
 
 namespace {
 
+void check_alignment(const char* op, const Buffer& buffer, const mx::array& a) {
+  if (a.offset() % buffer.alignment != 0) {
+    throw std::runtime_error(
+        std::string("[") + op + "] " + buffer.name + " must start on " +
+        std::to_string(buffer.alignment) + " bytes but starts at byte " +
+        std::to_string(a.offset()) + " of its memory; pass a copy of it.");
+  }
+}
+
 // An input as a kernel may read it. A copy of a whole cache for every block
 // would go unnoticed, and a write would miss it.
 mx::array readable(
@@ -155,12 +164,7 @@ mx::array readable(
     }
     return encoder.contiguous(a);
   }
-  if (a.offset() % buffer.alignment != 0) {
-    throw std::runtime_error(
-        std::string("[") + op + "] " + buffer.name + " must start on " +
-        std::to_string(buffer.alignment) + " bytes but starts at byte " +
-        std::to_string(a.offset()) + " of its memory; pass a copy of it.");
-  }
+  check_alignment(op, buffer, a);
   return a;
 }
 
@@ -227,6 +231,7 @@ void encode(
               " must be contiguous on a GPU to be written in place but got a "
               "strided view.");
         }
+        check_alignment(prepared.op_, buffer, a);
         buffer.role == Role::in ? encoder.set_input(a, i)
                                 : encoder.set_output(a, i);
       } else {

@@ -70,8 +70,6 @@ constant constexpr ushort max_staged = 96; // rows and keys
 constant constexpr ushort simd_rows = 8;
 constant constexpr ushort slice_quads = 32;
 
-constant constexpr ushort max_fold_simds = 4;
-
 // Loads of 16 bytes of the next tile that a thread starts before it works on
 // the one at hand; each takes four registers.
 constant constexpr ushort ahead = 2;
@@ -135,16 +133,36 @@ first_row_between(constant Params& p, constant Item& item, uint head) {
   return ulong(item.row) * p.H + ulong(head) * num_rows(p, item);
 }
 
-// The page of a position, of whatever sequence where the table names none: such
-// a piece is NaN in the end.
-inline int page_of(
+// The entry of a table that has page j of a sequence. Those of full attention
+// never turn, and a division takes longer than all else about a page.
+inline int turned(constant Params& p, int j) {
+  return j < p.N ? j : j % p.N;
+}
+
+// The page of a position, or page 0 where the table names none: such a piece is
+// NaN in the end.
+inline int page_read(
     constant Params& p,
     constant Item& item,
     const device int* tables,
     int position) {
-  int named = tables[ulong(item.piece) * p.N + position / page_size % p.N];
-  return 0 <= named && named < p.P ? named : 0;
+  int page =
+      tables[ulong(item.piece) * p.N + turned(p, position / page_size)];
+  return is_page(page, p.P) ? page : 0;
 }
+
+// A threadgroup's item and the first of its rows.
+struct Place {
+  uint item;
+  int first_row;
+
+  Place(constant Params& p, constant Item* items, uint z) : item(z), first_row(0) {
+    if (p.tiles > 1) {
+      item = z / p.tiles;
+      first_row = z % p.tiles * items[item].rows;
+    }
+  }
+};
 
 // a, or b where a is not greater: a NaN loses.
 inline float greater(float a, float b) {
@@ -315,9 +333,10 @@ template <typename T>
     ushort simds [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
   threadgroup ulong begins[max_staged];
-  constant Item& item = items[group.z / p.tiles];
+  Place place(p, items, group.z);
+  constant Item& item = items[place.item];
+  int first_row = place.first_row;
   int length = lengths[item.piece];
-  int first_row = group.z % p.tiles * item.rows;
   int R = num_rows(p, item);
   if (first_row >= R || !attends(p, item, length)) {
     return;
@@ -335,7 +354,7 @@ template <typename T>
   }
 
   // Look up where rows and keys begin
-  ulong page_at = ulong(page_of(p, item, tables, base)) * p.K + head;
+  ulong page_at = ulong(page_read(p, item, tables, base)) * p.K + head;
   ulong key_at = (page_at * page_size + base % page_size) * p.D;
   typedef ScoreTile<T> Tile;
   Tile tile = {q, k, begins, staged, ushort(row_groups * lane_rows), p.D};
@@ -457,10 +476,14 @@ struct ValueTile {
   }
 
   // Where the tile that begins at a position lies, which is all in one page.
-  const device uint4* from(int position) const {
+  const device uint4* find(int position) const {
     ushort lane = position / page_size % (span / page_size);
     return v + ulong(simd_shuffle(own_page, lane)) * page_pitch +
         uint(position % page_size) * pitch;
+  }
+  // The same where that of the tile before it is known.
+  const device uint4* next(const device uint4* tile, int position) const {
+    return position % page_size == 0 ? find(position) : tile + positions * pitch;
   }
 
   // A thread's parts of the tile that begins at a position: the first and one
@@ -468,10 +491,10 @@ struct ValueTile {
   // what is seen cuts, and in a last slice of few columns.
   void load(
       thread uint4 (&raw)[ahead],
+      const device uint4* tile,
       int begin,
       ushort first,
       ushort threads) const {
-    const device uint4* tile = from(begin);
     bool whole = seen.begin <= begin && begin + positions <= seen.end &&
         loads <= columns;
     if (whole) {
@@ -622,9 +645,10 @@ template <typename T>
     ushort simd [[simdgroup_index_in_threadgroup]],
     ushort simds [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constant Item& item = items[group.z / p.tiles];
+  Place place(p, items, group.z);
+  constant Item& item = items[place.item];
+  int first_row = place.first_row;
   int length = lengths[item.piece];
-  int first_row = group.z % p.tiles * item.rows;
   int R = num_rows(p, item);
   if (first_row >= R || !attends(p, item, length)) {
     return;
@@ -660,7 +684,7 @@ template <typename T>
   }
   threadgroup float* weights = all_weights + simd * (chunk * simd_rows);
 
-  int own_page = page_of(
+  int own_page = page_read(
       p, item, tables, base + lane % (span / page_size) * page_size);
   ushort threads = simds * 32;
   typedef ValueTile<T> Tile;
@@ -669,7 +693,8 @@ template <typename T>
   float4 values[simd_rows] = {};
   int part_begin = seen.begin / Tile::positions * Tile::positions;
   uint4 next[ahead];
-  tile.load(next, part_begin, thread_index, threads);
+  const device uint4* from = tile.find(part_begin);
+  tile.load(next, from, part_begin, thread_index, threads);
   for (int at = seen.begin / chunk * chunk; at < seen.end; at += chunk) {
     // Turn scores into weights
     simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -699,7 +724,8 @@ template <typename T>
         }
       }
       if (part_end < seen.end) {
-        tile.load(next, part_end, thread_index, threads);
+        from = tile.next(from, part_end);
+        tile.load(next, from, part_end, thread_index, threads);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       auto quads = (const threadgroup float4*)weights + (part_begin - at) * 2;
@@ -780,33 +806,23 @@ struct SpanCursor {
   }
 };
 
-// Whether the pages that a piece sees are all of the P; each thread looks at
-// some of them. All threads of a threadgroup ask together.
+// Whether the pages that a piece sees are all of the P. A simdgroup asks
+// together.
 inline bool has_pages(
     constant Params& p,
     constant Item& item,
     const device int* table, // [N]
     int length,
-    threadgroup int* missing, // [simds]
-    ushort thread_index,
-    ushort simds) {
-  int page = visible(p, length).begin / page_size + thread_index;
-  int last = (length + item.count - 1) / page_size;
-  int own = 0;
-  for (; page <= last; page += simds * 32) {
-    int named = table[page % p.N];
-    own |= named < 0 || named >= p.P;
+    ushort lane) {
+  int first = visible(p, length).begin / page_size;
+  int count = (length + item.count - 1) / page_size - first + 1; // at most N
+  first = turned(p, first);
+  int missing = 0;
+  for (int i = lane; i < count; i += 32) {
+    int at = first + i;
+    missing |= !is_page(table[at < p.N ? at : at - p.N], p.P);
   }
-  own = simd_max(own);
-  if (thread_index % 32 == 0) {
-    missing[thread_index / 32] = own;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  int any = 0;
-  for (ushort i = 0; i < simds; ++i) {
-    any |= missing[i];
-  }
-  return any == 0;
+  return simd_max(missing) == 0;
 }
 
 // A threadgroup owns a row, a thread four of its columns.
@@ -821,8 +837,7 @@ template <typename T>
     constant Item* items [[buffer(6)]],
     uint3 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
-    ushort simds [[simdgroups_per_threadgroup]]) {
-  threadgroup int missing[max_fold_simds];
+    ushort lane [[thread_index_in_simdgroup]]) {
   constant Item& item = items[group.z];
   int row = group.x;
   uint head = group.y;
@@ -833,7 +848,7 @@ template <typename T>
   int length = lengths[item.piece];
   const device int* table = tables + ulong(item.piece) * p.N;
   bool whole = attends(p, item, length) &&
-      has_pages(p, item, table, length, missing, thread_index, simds);
+      has_pages(p, item, table, length, lane);
   if (thread_index >= p.D / 4) {
     return;
   }

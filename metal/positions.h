@@ -17,17 +17,6 @@ enum { max_positions = 1 << 30 };
 // Positions of a page: a chunk of block_attention's sums.
 enum { page_size = 64 };
 
-// Entry of a sequence's table that has the page of a position: of N, and the
-// position is not negative.
-static inline int entry_of(int position, int N) {
-  return position / page_size % N;
-}
-
-// Place of a position in its page.
-static inline int place_of(int position) {
-  return position % page_size;
-}
-
 static inline bool is_page(int page, int P) {
   return 0 <= page && page < P;
 }
@@ -40,7 +29,7 @@ page_of(Tables tables, int Q, int N, int P, int owner, int position) {
   if (position < 0 || owner < 0 || owner >= Q || N == 0) {
     return -1;
   }
-  int page = tables[long(owner) * N + entry_of(position, N)];
+  int page = tables[long(owner) * N + position / page_size % N];
   return is_page(page, P) ? page : -1;
 }
 

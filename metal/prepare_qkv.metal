@@ -62,7 +62,7 @@ template <typename T>
     return;
   }
   ulong line = (ulong(page) * K + head) * page_size;
-  ulong place = (line + place_of(position)) * D;
+  ulong place = (line + position % page_size) * D;
   if ((task - H) % 2 == 0) {
     device T* to = keys + place;
     rotate_head(k + from, k_norm, inv_freq, to, normed, position, D, eps, lane);

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import mlx.core as mx
 
 from pyengine.arguments import whole
 from pyengine.checkpoint import memory
+from pyengine.checkpoint.fingerprint import fingerprint
 from pyengine.engine import schedule
-from pyengine.engine.loop import Round, Rounds, Shared, TokenSequence
 from pyengine.engine.known import Known
+from pyengine.engine.loop import Round, Rounds, Shared, TokenSequence
+from pyengine.engine.page_files import PageFiles
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.stats import Totals
+from pyengine.engine.stored import Stored
 from pyengine.sampling.settings import MAX_SEED
 from pyengine.task import Answer, Result, Step, Task, embedded_pair, new_task
 from pyengine.text.prompt import Prompt
@@ -28,6 +33,9 @@ if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
 
 MOST_SEQUENCES = 128
+CACHE_DIR_BYTES = 20_000_000_000
+
+_log = logging.getLogger("pyengine")
 
 
 class Request(Iterator[str]):
@@ -123,9 +131,14 @@ class Engine:
         pair: From :func:`pyengine.load`; the embedded pair when None.
         sequences: Most texts under way, 1 to 128.
         cache_bytes: Memory for the keys and values of all; None for what is free.
+        cache_dir: A folder where pages of prompts are kept for the processes to come; None for
+            none. They are written while nothing else is to be done, and when the engine is closed.
+            Pages of other weights or another version are not used; damaged ones are told by the
+            logger ``pyengine``.
+        cache_dir_bytes: Most bytes of that folder; what was used longest ago goes first.
 
     Raises:
-        ValueError: An argument is impossible.
+        ValueError: An argument is impossible, or the folder cannot be used.
     """
 
     def __init__(
@@ -134,6 +147,8 @@ class Engine:
         *,
         sequences: int = 8,
         cache_bytes: int | None = None,
+        cache_dir: str | Path | None = None,
+        cache_dir_bytes: int = CACHE_DIR_BYTES,
     ) -> None:
         self.pair = embedded_pair() if pair is None else pair
         self.totals = Totals()
@@ -146,7 +161,10 @@ class Engine:
             raise ValueError(f"[engine] cache_bytes must be at least 1 but got {cache_bytes}.")
         self._places, self._cache_bytes = count, cache_bytes
         self._arena = self.pair.target.new_arena()
-        self._rounds, self._known = Rounds(), Known(self._arena)
+        stored = None
+        if cache_dir is not None:
+            stored = stored_pages(self.pair, cache_dir, cache_dir_bytes)
+        self._rounds, self._known = Rounds(), Known(self._arena, stored)
         self._incoming: deque[Request] = deque()  # from any thread
         self._waiting: deque[Request] = deque()  # by who steps, as all below
         self._active: list[Request] = []
@@ -279,6 +297,8 @@ class Engine:
             for request in [*self._incoming, *self._waiting, *self._active]:
                 request.cancelled = True
             self._leave_out_cancelled()
+            while self._known.store():
+                pass
             self._known.shrink(0)
 
     def __enter__(self) -> Engine:
@@ -290,11 +310,15 @@ class Engine:
     def _run(self) -> None:
         while not self._closed:
             before = self._calls
-            worked = self.step()
+            worked = self.step() or self._store()
             with self._news:
                 self._news.notify_all()
                 while not worked and self._calls == before:
                     self._news.wait()
+
+    def _store(self) -> bool:
+        with self._stepping:
+            return self._known.store()
 
     def _budget(self) -> int | None:
         """Bytes that all requests together may have; None where nobody counts."""
@@ -431,6 +455,33 @@ class Engine:
             request.ended = True
         for request in [r for r in self._active if r.cancelled]:
             self._end(request)
+
+
+def stored_pages(
+    pair: Pair,
+    folder: str | Path,
+    nbytes: int = CACHE_DIR_BYTES,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Stored:
+    """Files for the pages of a pair. Its weights are hashed, which may take as long as to read
+    them; once.
+
+    Args:
+        pair: From :func:`pyengine.load`.
+        folder: Made if it is not there.
+        nbytes: Most bytes of all files.
+        on_progress: Gets the bytes that were hashed, and all.
+
+    Raises:
+        ValueError: An argument is impossible, or the folder cannot be used.
+    """
+    if not isinstance(folder, (str, Path)):
+        raise ValueError(f"[cache] the folder must be a path but got {shown(folder)}.")
+    if whole("cache", "bytes", nbytes) < 1:
+        raise ValueError(f"[cache] bytes must be at least 1 but got {nbytes}.")
+    place = Path(folder)
+    model = fingerprint(pair, place, on_progress)
+    return Stored(PageFiles(place, model, nbytes, lambda line: _log.warning("[cache] %s", line)))
 
 
 def several(task: Task, n: int) -> list[Task]:

@@ -200,14 +200,28 @@ def prepare_qkv(H: int, K: int, C: int, D: int, same: bool, dtype: str) -> Run:
 
 
 def block_attention(H: int, K: int, D: int, window: int | None, offset: int, dtype: str) -> Run:
+    """Its keys and values from a ring of C places, which the digests that are kept are of."""
     C = (window or offset) + 2 * MOST
-    q = normal("q", 1, MOST, H, D, dtype=dtype, scale=0.25)
-    k, v = (normal(label, 1, K, C, D, dtype=dtype, scale=0.5) for label in "kv")
-    start = None if window is None else mx.array(offset // 3)
+    q = normal("q", 1, MOST, H, D, dtype=dtype, scale=0.25)[0]
+    rings = [normal(label, 1, K, C, D, dtype=dtype, scale=0.5)[0] for label in "kv"]
+    start = 0 if window is None else offset // 3
+    first = 0 if window is None else max(0, offset - window + 1) // 64
+    behind = (offset + MOST - 1) // 64 + 1
+    # Page n of the arena has the last but n of them
+    positions = mx.arange(first * 64, behind * 64)
+    arenas = [
+        mx.contiguous(ring[:, (positions - start) % C].reshape(K, -1, 64, D).swapaxes(0, 1)[::-1])
+        for ring in rings
+    ]
+    N = behind - first
+    pages = behind - 1 - mx.arange(first, behind)
+    tables = mx.zeros(N, mx.int32)
+    tables[mx.arange(first, behind) % N] = pages
+    mx.eval(q, arenas, tables)
 
     def run(T: int) -> Results:
-        at = mx.array(offset)
-        return [op("block_attention")(q[:, :T], k, v, at, window=window, start=start)]
+        where = mx.array([offset]), tables[None], [T]
+        return [op("block_attention")(q[:T], *arenas, *where, window=window)[None]]
 
     return run
 

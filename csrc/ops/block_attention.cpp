@@ -129,8 +129,7 @@ bool can_attend(
   int first = oldest_seen(length, args.window) / page_size;
   int last = (length + count - 1) / page_size;
   for (int page = first; page <= last; ++page) {
-    int named = table[page % args.N];
-    if (named < 0 || named >= args.P) {
+    if (!is_page(table[page % args.N], args.P)) {
       return false;
     }
   }

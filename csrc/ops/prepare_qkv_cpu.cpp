@@ -32,7 +32,7 @@ void prepare_rows(const PrepareQkvArgs& args, int64_t begin, int64_t end) {
     for (int64_t head = 0; head < K; ++head) {
       int64_t from = (row * K + head) * D;
       int64_t line = (page * int64_t(K) + head) * page_size;
-      int64_t to = (line + place_of(position)) * D;
+      int64_t to = (line + position % page_size) * D;
       auto* k = static_cast<const T*>(args.k) + from;
       auto* v = static_cast<const T*>(args.v) + from;
       auto* keys = static_cast<T*>(args.keys) + to;

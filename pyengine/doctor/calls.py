@@ -80,10 +80,6 @@ def first(results: Results, i: int, t: int) -> Results:
     return [a[i] for a in results]
 
 
-def second(results: Results, i: int, t: int) -> Results:
-    return [a[:, i] for a in results]
-
-
 def rounded(steps: float) -> Callable[[Results], Results]:
     """Room for float32 sums in other orders, and so many roundings."""
 
@@ -210,16 +206,22 @@ def copied(arena: mx.array) -> mx.array:
     return own
 
 
-def block_attention(
-    H: int, K: int, D: int, C: int, offset: int, window: int | None, dtype: str
-) -> Call:
-    q = normal(1, 1, MOST, H, D, dtype=dtype, scale=0.25)
-    k, v = (normal(i, 1, K, C, D, dtype=dtype, scale=0.5) for i in (2, 3))
+def block_attention(H: int, K: int, D: int, length: int, window: int | None, dtype: str) -> Call:
+    """Rows of one sequence behind those of another, as one piece each."""
+    q = normal(1, MOST, H, D, dtype=dtype, scale=0.25)
+    pages = (length + MOST) // PAGE + 1
+    keys, values = (normal(i, pages + 1, K, PAGE, D, dtype=dtype, scale=0.5) for i in (2, 3))
+    # From the last page down; the other sequence has one, and none that anybody sees beside it
+    own = pages - mx.arange(pages)
+    tables = mx.stack([mx.where(mx.arange(pages) == 0, 0, -1), own])
 
     def run(b: int, e: int) -> Results:
-        return [ops.block_attention(q[:, b:e], k, v, mx.array(offset + b), window=window)]
+        rows = mx.concatenate([q[:1], q[b:e]])
+        lengths = mx.array([5, length + b])
+        out = ops.block_attention(rows, keys, values, lengths, tables, [1, e - b], window=window)
+        return [out[1:]]
 
-    return Call(run, second, rounded(1))
+    return Call(run, first, rounded(1))
 
 
 def dense_matmul(N: int, K: int, dtype: str) -> Call:

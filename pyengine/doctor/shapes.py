@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 PROBE = "probe"  # in place of a pair: no shape of one, but the probe for hazards
 PROBED = ("copy_pages", "prepare_qkv")
-FULL_OFFSET = 700  # positions before a block in a full layer; two of block_attention's spans
-RING_ROOM = 16  # slots of a ring beside its window
+FULL_LENGTH = 700  # positions before a piece in a full layer; two of block_attention's spans
 FILTERS = ("greedy", "64", "256")
 Settings = dict[str, Any]
 Packing = tuple[int, int] | None  # group size and bits; None is not quantised
@@ -148,18 +147,17 @@ def _of_pair(
 
     for (sliding, D, K, own_keys, same), _ in layers:
         window = target.window if sliding else None
-        offset = target.window + 37 if sliding else FULL_OFFSET
-        C = target.window - 1 + RING_ROOM if sliding else 1024
-        cache = {"K": K, "D": D, "C": C, "offset": offset, "dtype": dtype}
+        length = target.window + 37 if sliding else FULL_LENGTH
+        keys = {"K": K, "D": D, "length": length, "dtype": dtype}
         if own_keys:
             yield "copy_pages", {"K": K, "D": D, "dtype": dtype}, {}
             yield "prepare_qkv", {"H": H, "K": K, "D": D, "same": same, "dtype": dtype}, {}
         else:
             yield "norm_rope", {"H": H, "D": D, "dtype": dtype}, {}
-        yield "block_attention", {"H": H, "window": window, **cache}, {}
+        yield "block_attention", {"H": H, "window": window, **keys}, {}
         if assistant is not None:
             narrow = None if window is None else window - 1
-            yield "block_attention", {"H": assistant.num_heads, "window": narrow, **cache}, {}
+            yield "block_attention", {"H": assistant.num_heads, "window": narrow, **keys}, {}
 
     yield from _matrices(matrices, packings - {None}, dtype, limits)
     if None in packings:  # what is fused where it is quantised

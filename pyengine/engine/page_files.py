@@ -58,7 +58,7 @@ class PageFiles:
         return self._path(key, kind).is_file()
 
     def read(self, key: str, kind: Kind, nbytes: int) -> bytes | None:
-        """The page of so many bytes; None if it is not there, or is not what it should be: then it is
+        """The page of so many bytes; None if it is not there, or not what it should be: then it is
         removed."""
         path = self._path(key, kind)
         try:

@@ -25,10 +25,11 @@ import mlx.core as mx
 from pyengine import ops
 from pyengine.model.config import TargetConfig
 from pyengine.model.pages import Pages
-from pyengine.model.plan import CHUNK, ROWS
+from pyengine.model.plan import CHUNK
 from pyengine.model.rows import packed
 from pyengine.ops.prepare_qkv import PAGE
 
+BACK = 16  # positions kept before a window, so that a text may be taken back by as many
 # An arena grows by half, from a chunk to this many pages; of large pages by as many as take STEP
 MOST_PAGES = 64
 LEAST_PAGES = CHUNK // PAGE
@@ -112,6 +113,7 @@ class Arena:
             own = layer.kv_source == i
             self.keys.append(mx.zeros(shape, dtype) if own else None)
             self.values.append(mx.zeros(shape, dtype) if own else None)
+        mx.eval(self.arrays)  # a lazy array belongs to the thread that made it
         self._page_bytes = {
             sliding: sum(
                 2 * n.num_kv_heads * PAGE * n.head_dim * dtype.size
@@ -160,7 +162,7 @@ class Arena:
         Args:
             length: Positions.
             full: Their pages.
-            sliding: Those of the window before ``length``, by place in the sequence.
+            sliding: Those of the window before ``length``, by place in the sequence; perhaps more.
 
         Raises:
             RuntimeError: There is no room for the copy.
@@ -171,7 +173,7 @@ class Arena:
             for page in full[:whole]:
                 self.full.hold(page)
                 cache.full.append(page)
-            for j in range(first, whole):
+            for j in sorted({*range(first, whole), *(j for j in sliding if j < whole)}):
                 self.sliding.hold(sliding[j])
                 cache.sliding[j] = sliding[j]
             if length % PAGE:
@@ -427,10 +429,11 @@ class Cache:
 
     def settle(self, length: int) -> None:
         """Note that exactly ``length`` positions are committed, no fewer than ever before; give
-        back what lies behind the window of the last whole page: a text may be taken up there."""
+        back what lies behind the window of the last whole page, some positions back: a text may be
+        taken up there, in this process or another."""
         self.length = mx.array(length, dtype=mx.int32)
         self.length_limit = self.committed = length
-        behind = length // PAGE * PAGE - (self.arena.window - 1)
+        behind = max(0, length - BACK) // PAGE * PAGE - (self.arena.window - 1)
         gone = [j for j in self.sliding if PAGE * (j + 1) <= behind]
         for j in gone:
             self.arena.sliding.drop(self.sliding.pop(j))
@@ -488,6 +491,6 @@ class Cache:
 
 
 def window_pages(window: int, rows: int) -> int:
-    """The most pages that a sequence has while ``rows`` positions are written: theirs, and those of
-    the window before the last whole page."""
-    return -(-(window - 1) // PAGE) + -(-(PAGE - 1 + rows) // PAGE)
+    """The most pages that a sequence has while ``rows`` positions are written: theirs, and what
+    :meth:`Cache.settle` keeps before them."""
+    return -(-(window - 1) // PAGE) + -(-(PAGE - 1 + BACK + rows) // PAGE)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from pyengine import cli
 from pyengine.checkpoint import memory
-from pyengine.checkpoint.inspect import BLOCK, inspect
+from pyengine.checkpoint.inspect import inspect
 from pyengine.checkpoint.pair import load
 from pyengine.checkpoint.safetensors import SINGLE
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from models import decode
-from tiny_pairs import FLAVOURS, bits, greedy_text, tiny_pair
+from tiny_pairs import FLAVOURS, bits, tiny_pair
 
 from pyengine.checkpoint.pair import Pair
 from pyengine.engine.known import Known

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import mlx.core as mx
 import pytest
 from models import decode
 from tiny_pairs import FLAVOURS, bits, greedy_text, tiny_pair

@@ -65,11 +65,12 @@ def test_buffers_are_the_arrays_in_order(op):
 WIDE = {
     "embed": lambda: ops.embed(mx.zeros(1, mx.int32), [mx.zeros((2, 1024))]),
     "block_attention": lambda: ops.block_attention(
-        mx.zeros((1, 16, 4, 512)),
+        mx.zeros((16, 4, 512)),
         mx.zeros((1, 1, 64, 512)),
         mx.zeros((1, 1, 64, 512)),
-        mx.array(0),
-        scale=1.0,
+        mx.array([0]),
+        mx.array([[0]]),
+        [16],
     ),
 }
 

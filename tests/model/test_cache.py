@@ -150,15 +150,15 @@ def test_growth_inside_a_block() -> None:
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_pages_behind_the_window_are_given_back_and_no_others(flavour: str) -> None:
-    """By hand, for a window of 8: at 128 positions the next one sees the 121st; until then a text
-    may be taken up at 64."""
+    """By hand, for a window of 8: at 128 the next one sees the 121st, and 16 positions later the
+    first page is not needed: until then a text may be taken up at 64."""
     model, text = tiny_pair(flavour).target, long_text(260)
     cache = model.new_cache()
     for length in range(1, 260):
         logits, _ = verify(model, block(text[length - 1], 7, 8, 9), cache)
         mx.eval(logits, cache.arrays)
         cache.settle(length)
-        first = max(0, length // 64 * 64 - 7) // 64
+        first = max(0, max(0, length - 16) // 64 * 64 - 7) // 64
         assert list(cache.sliding) == list(range(first, -(-(length + 3) // 64)))
         assert len(cache.full) == -(-(length + 3) // 64)
         assert_pages(cache.arena, [cache])
@@ -258,12 +258,12 @@ def test_a_fork_and_its_origin_do_not_see_each_other(flavour: str, length: int) 
 
 
 def test_a_fork_may_begin_before_the_end_as_far_as_the_window_is_kept() -> None:
-    model, text = tiny_pair("moe26").target, long_text(140)
+    model, text = tiny_pair("moe26").target, long_text(160)
     cache = model.new_cache()
-    model.prefill(text[:140], cache)
+    model.prefill(text[:150], cache)
     assert list(cache.sliding) == [1, 2]  # positions from 64 on
-    assert [n for n in range(1, 142) if cache.can_fork(n)] == list(range(71, 141))
-    for length in (70, 141):
+    assert [n for n in range(1, 152) if cache.can_fork(n)] == list(range(71, 151))
+    for length in (70, 151):
         with pytest.raises(ValueError, match=rf"\[cache\] a fork's length .* but got {length}\."):
             cache.fork(length)
     fork, cold = cache.fork(136), model.new_cache()

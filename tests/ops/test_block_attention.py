@@ -1,25 +1,25 @@
-"""block_attention: kernel against reference, window and ring edges, row-stability, errors."""
+"""block_attention: kernel against reference, pages, windows, row-stability, errors.
+
+All calls have NaN wherever no row of a piece sees: in free pages, beyond lengths, before windows."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from draw import INT32, Call, Draw, near_sum
+from draw import Call, Draw, near_sum
+from pieces import Paged, Piece, paged, piece, random_pieces
 
 from pyengine import _ext
 from pyengine.model.memory import TILES_IN_FLIGHT
-from pyengine.ops import block_attention, block_attention_reference, dispatch, write_cache
+from pyengine.ops import block_attention, block_attention_reference, dispatch
+from pyengine.ops.prepare_qkv import PAGE
 
 # Outputs are means of values of size 1. Both sides work in float32 (sums of up to D products and of
 # up to 1500 weights in different orders) and round once.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
 DTYPES = list(TOLERANCE)
-
-
-def normal(seed: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
-    return mx.array(np.random.default_rng(seed).normal(size=shape).astype(np.float32)).astype(dtype)
 
 
 def bits(x: mx.array) -> np.ndarray:
@@ -32,12 +32,16 @@ def assert_close(out: mx.array, expected: mx.array) -> None:
     np.testing.assert_allclose(a, b, rtol=TOLERANCE[out.dtype], atol=TOLERANCE[out.dtype])
 
 
-def both(q, k, v, offset, **options):
-    offset = mx.array(offset)
-    if options.get("start") is not None:
-        options["start"] = mx.array(options["start"])
-    out = block_attention(q, k, v, offset, **options)
-    return out, block_attention_reference(q, k, v, offset, **options)
+def assert_right(call: Paged, **options) -> None:
+    assert_close(block_attention(*call, **options), block_attention_reference(*call, **options))
+
+
+def alone(
+    pieces: Sequence[Piece], window: int | None = None, *, dtype: mx.Dtype = mx.float32, **options
+) -> np.ndarray:
+    """The rows of each in a call and an arena of their own."""
+    calls = [paged([p], window, dtype=dtype) for p in pieces]
+    return np.concatenate([bits(block_attention(*c, window=window, **options)) for c in calls])
 
 
 @pytest.fixture
@@ -48,195 +52,211 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 511, 512, 513, 1100])
-def test_linear_lengths(length, dtype):
-    """One position against `length` keys, itself the last; the slots behind hold NaN."""
-    q = normal(1, 1, 1, 4, 32, dtype=dtype)
-    k, v = normal(2, 1, 2, length, 32, dtype=dtype), normal(3, 1, 2, length, 32, dtype=dtype)
-    out, expected = both(q, k, v, length - 1, scale=0.3)
-    assert_close(out, expected)
-    junk = mx.full((1, 2, 7, 32), float("nan"), dtype=dtype)
-    k, v = (mx.concatenate([a, junk], axis=2) for a in (k, v))
-    longer = block_attention(q, k, v, mx.array(length - 1), scale=0.3)
-    assert np.array_equal(bits(longer), bits(out))
+@pytest.mark.parametrize("seen", [1, 31, 32, 33, 63, 64, 65, 511, 512, 513, 1100])
+def test_lengths(seen, dtype):
+    """One position against `seen` keys, itself the last."""
+    p = piece(1, 1, seen - 1, 4, 2, 32)
+    assert_right(paged([p], dtype=dtype), scale=0.3)
+    assert_right(paged([p], dtype=dtype, room=3), scale=0.3)
 
 
 @pytest.mark.parametrize("G", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("T", [1, 2, 5, 15, 16, 17, 40])
-def test_blocks_and_groups(T, G):
-    q = normal(4, 2, T, 3 * G, 16)
-    k, v = normal(5, 2, 3, 90 + T, 16), normal(6, 2, 3, 90 + T, 16)
+def test_rows_and_groups(T, G):
+    pieces = [piece(4, T, 90, 3 * G, 3, 16), piece(7, 2, 30, 3 * G, 3, 16)]
     for window in (None, 1, 2, 64, 70):
-        assert_close(*both(q, k, v, 90, window=window))
+        assert_right(paged(pieces, window), window=window)
 
 
 @pytest.mark.parametrize("D", [16, 32, 48, 80, 256, 512])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_head_widths(D, dtype):
-    q = normal(7, 1, 6, 8, D, dtype=dtype)
-    k, v = normal(8, 1, 2, 200, D, dtype=dtype), normal(9, 1, 2, 200, D, dtype=dtype)
-    assert_close(*both(q, k, v, 190, scale=D**-0.5))
-    assert_close(*both(q, k, v, 190, scale=D**-0.5, window=100))
+    p = piece(7, 6, 190, 8, 2, D)
+    assert_right(paged([p], dtype=dtype), scale=D**-0.5)
+    assert_right(paged([p], 100, dtype=dtype), scale=D**-0.5, window=100)
 
 
 @pytest.mark.parametrize("window", [1, 5, 33, 256])
-def test_ring(window):
-    """Positions past several windows, in a ring as small as a block of 5 allows."""
-    T, C = 5, window - 1 + 5
-    k, v = normal(10, 1, 2, C, 32), normal(11, 1, 2, C, 32)
-    q = normal(12, 1, T, 4, 32)
-    for offset in (0, 1, window - 1, window, C - 1, C, 3 * C + 2, 10 * window + 7):
-        for start in (None, 0, 3, -2, offset):
-            assert_close(*both(q, k, v, offset, window=window, start=start))
+def test_windows(window):
+    """Positions past several windows, in tables as short as a piece of 5 allows."""
+    for length in (0, 1, window - 1, window, 63, 64, 3 * window + 2, 10 * window + 7):
+        p = piece(10, 5, length, 4, 2, 32)
+        for room in (0, 1, 3):
+            assert_right(paged([p], window, room=room), window=window)
 
 
-def test_random_shapes():
+def test_random_calls():
     rng = np.random.default_rng(13)
-    for _ in range(25):
-        B, K, G, T = (int(rng.integers(1, n)) for n in (3, 4, 9, 41))
-        D = int(rng.choice([16, 32, 64]))
+    for seed in range(25):
+        K, G, Q = (int(rng.integers(1, n)) for n in (4, 9, 5))
         window = None if rng.random() < 0.4 else int(rng.integers(1, 200))
-        offset = int(rng.integers(0, 1500))
-        needed = offset + T if window is None else min(offset + T, window - 1 + T)
-        C = needed + int(rng.integers(0, 9))
-        start = int(rng.integers(-50, offset + 1)) if window and rng.random() < 0.5 else None
-        q = normal(14, B, T, K * G, D)
-        k, v = normal(15, B, K, C, D), normal(16, B, K, C, D)
-        assert_close(*both(q, k, v, offset, scale=0.3, window=window, start=start))
+        pieces = random_pieces(rng, Q, 40, K, G, int(rng.choice([16, 32, 64])))
+        call = paged(pieces, window, seed=seed, room=int(rng.integers(0, 9)))
+        assert_right(call, scale=0.3, window=window)
 
 
 def test_by_hand():
     """Window 2: equal scores, so each row is the mean of the newest two values."""
-    q, k = mx.zeros((1, 3, 1, 16)), normal(17, 1, 1, 4, 16)
-    v = mx.arange(4.0)[:, None] * mx.ones((1, 1, 4, 16))  # slot s holds s
-    out = block_attention(q, k, v, mx.array(5), window=2)  # positions 4, 5, 6, 7 in slots 0..3
-    assert out[0, :, 0, 0].tolist() == [0.5, 1.5, 2.5]
-    out = block_attention(q, k, v, mx.array(0))
-    assert out[0, :, 0, 0].tolist() == [0, 0.5, 1]
+    k = np.random.default_rng(17).normal(size=(1, 68, 16)).astype(np.float32)
+    v = np.arange(68, dtype=np.float32)[:, None] * np.ones((1, 68, 16), np.float32)
+    late = Piece(np.zeros((3, 1, 16), np.float32), k, v)
+    first = Piece(np.zeros((3, 1, 16), np.float32), k[:, :3], v[:, :3])
+    out = block_attention(*paged([late, first], 2), window=2)
+    assert out[:, 0, 0].tolist() == [64.5, 65.5, 66.5, 0, 0.5, 1.5]
+    out = block_attention(*paged([first, late]))
+    assert out[:3, 0, 0].tolist() == [0, 0.5, 1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 100])
 def test_row_stable(window, dtype, threads):
-    """Bits of a row: alone or in a block of 40, in any ring, whoever shares the work."""
-    T, K, G, D, offset = 40, 2, 3, 64, 600
-    total = offset + T
-    k, v = normal(18, 1, K, total, D, dtype=dtype), normal(19, 1, K, total, D, dtype=dtype)
-    q = normal(20, 1, T, K * G, D, dtype=dtype)
+    """Bits of a row: alone or in a piece of 40, in any pages, whoever shares the work."""
+    T = 40
+    p = piece(18, T, 600, 6, 2, 64)
     options = {"scale": 0.2, "window": window}
-    whole = bits(block_attention(q, k, v, mx.array(offset), **options))
+    whole = bits(block_attention(*paged([p], window, dtype=dtype), **options))
     for t in range(T):
-        row = block_attention(q[:, t : t + 1], k, v, mx.array(offset + t), **options)
-        assert np.array_equal(bits(row)[:, 0], whole[:, t]), t
-    for first, count in ((3, 2), (7, 16), (20, 19)):
-        some = block_attention(
-            q[:, first : first + count], k, v, mx.array(offset + first), **options
-        )
-        assert np.array_equal(bits(some), whole[:, first : first + count])
+        row = block_attention(*paged([p.part(t, t + 1)], window, dtype=dtype), **options)
+        assert np.array_equal(bits(row)[0], whole[t]), t
+    for begin, end in ((3, 5), (7, 23), (20, 39)):
+        some = block_attention(*paged([p.part(begin, end)], window, dtype=dtype), **options)
+        assert np.array_equal(bits(some), whole[begin:end])
     for count in (1, 2, 3, 5):
         _ext.set_threads(count)
-        assert np.array_equal(bits(block_attention(q, k, v, mx.array(offset), **options)), whole)
-    slots = np.arange(total)
-    for start in (1, 17, 599):  # the same keys, turned: position j in slot (j - start) % C
-        turned = mx.array((slots + start) % total)
-        out = block_attention(
-            q, k[:, :, turned], v[:, :, turned], mx.array(offset), start=mx.array(start), **options
+        call = paged([p], window, dtype=dtype, seed=count, spare=count, room=count % 3)
+        assert np.array_equal(bits(block_attention(*call, **options)), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1, 65, 400])
+def test_pieces_are_calls_of_their_own(window, dtype, threads):
+    """Ragged rows, random pages, tables that are too long: bit for bit what each piece gives."""
+    rng = np.random.default_rng(window or 0)
+    for count in range(1, 9):
+        _ext.set_threads(count)
+        pieces = random_pieces(rng, int(rng.integers(2, 9)), 40, 2, int(rng.integers(1, 4)), 32)
+        want = alone(pieces, window, dtype=dtype, scale=0.3)
+        room = int(rng.integers(0, 7))
+        call = paged(pieces, window, dtype=dtype, seed=count, room=room)
+        out = block_attention(*call, scale=0.3, window=window)
+        assert np.array_equal(bits(out), want)
+
+
+def test_pieces_share_pages():
+    """Three sequences that begin alike, whose first pages are one sequence's."""
+    T, common, K, D = 3, 2 * PAGE, 2, 16
+    first = piece(20, T, 300, 4, K, D)
+    pieces = [first]
+    for seed in (30, 40):
+        other = piece(seed, T, 150 + seed, 4, K, D)
+        k, v = (
+            np.concatenate([a[:, :common], b[:, common:]], 1)
+            for a, b in ((first.k, other.k), (first.v, other.v))
         )
-        assert np.array_equal(bits(out), whole)
+        pieces.append(other._replace(k=k, v=v))
+    call = paged(pieces)
+    tables = np.array(call.tables)
+    tables[1:, :2] = tables[0, :2]
+    out = block_attention(*call._replace(tables=mx.array(tables)))
+    assert np.array_equal(bits(out), alone(pieces))
 
 
-def test_later_rows_do_not_leak():
-    """What later rows of the block put into the cache cannot change an earlier row's bits."""
-    k, v, q = normal(21, 1, 1, 80, 32), normal(22, 1, 1, 80, 32), normal(23, 1, 8, 2, 32)
-    expected = bits(block_attention(q, k, v, mx.array(60)))[:, :3]
+@pytest.mark.parametrize("window", [None, 90])
+def test_what_nobody_sees_may_be_anything(window):
+    pieces = [piece(50 + T, T, length, 4, 2, 32) for T, length in ((3, 200), (17, 63), (1, 64))]
+    want = bits(block_attention(*paged(pieces, window), window=window))
+    for junk in (float("inf"), -float("inf"), 1e30, 0.0):
+        out = block_attention(*paged(pieces, window, junk=junk), window=window)
+        assert np.array_equal(bits(out), want)
+
+
+def test_a_piece_of_nan_leaves_the_others_alone():
+    """Other sequences' keys and values, and later rows' own, change no bit of a row."""
+    pieces = [piece(60 + T, T, length, 2, 1, 32) for T, length in ((8, 60), (20, 130), (2, 5))]
+    want = bits(block_attention(*paged(pieces)))
+    spoilt = pieces[1]._replace(k=pieces[1].k * np.nan, v=pieces[1].v * np.nan)
+    out = bits(block_attention(*paged([pieces[0], spoilt, pieces[2]])))
+    assert np.array_equal(out[:8], want[:8]) and np.array_equal(out[28:], want[28:])
     for junk in (float("nan"), float("inf"), 1e30):
-        spoilt = [mx.concatenate([a[:, :, :63], mx.full((1, 1, 17, 32), junk)], 2) for a in (k, v)]
-        out = block_attention(q, *spoilt, mx.array(60))
-        assert np.array_equal(bits(out)[:, :3], expected)
+        k, v = (a.copy() for a in (pieces[0].k, pieces[0].v))
+        k[:, 63:], v[:, 63:] = junk, junk
+        late = pieces[0]._replace(k=k, v=v)
+        out = bits(block_attention(*paged([late, *pieces[1:]])))
+        assert np.array_equal(out[:3], want[:3]) and np.array_equal(out[8:], want[8:])
 
 
 @pytest.mark.parametrize("instruction_set", _ext.instruction_sets())
 def test_instruction_sets(instruction_set):
-    q, k, v = normal(24, 1, 9, 4, 80), normal(25, 1, 1, 300, 80), normal(26, 1, 1, 300, 80)
+    call = paged([piece(24, 9, 290, 4, 1, 80)])
     before = _ext.instruction_set()
     _ext.use_instruction_set(instruction_set)
     try:
-        out, expected = both(q, k, v, 290, scale=0.1)
-        assert_close(out, expected)
+        out = block_attention(*call, scale=0.1)
+        assert_close(out, block_attention_reference(*call, scale=0.1))
     finally:
         _ext.use_instruction_set(before)
     if instruction_set != "portable" and before != "portable":
-        assert np.array_equal(bits(out), bits(both(q, k, v, 290, scale=0.1)[0]))
+        assert np.array_equal(bits(out), bits(block_attention(*call, scale=0.1)))
 
 
-@pytest.mark.parametrize("start", [None, 5])
-def test_few_heads_and_a_long_cache(start, threads):
-    """One head: threads share its spans, and the bits stay."""
-    q, k, v = normal(27, 1, 2, 8, 64), normal(28, 1, 1, 9000, 64), normal(29, 1, 1, 9000, 64)
+@pytest.mark.parametrize("others", [0, 3])
+def test_one_long_sequence(others, threads):
+    """One head, alone and among short sequences: threads share its spans, and the bits stay."""
+    pieces = [piece(27, 2, 8990, 8, 1, 64), *(piece(i, 2, 40 * i, 8, 1, 64) for i in range(others))]
+    call = paged(pieces[::-1])
     _ext.set_threads(1)
-    alone, expected = both(q, k, v, 8990, scale=0.2, start=start)
-    alone = bits(alone)
+    want = block_attention(*call, scale=0.2)
+    mx.eval(want)
     for count in (2, 3, 7):
         _ext.set_threads(count)
-        out = block_attention(
-            q, k, v, mx.array(8990), scale=0.2, start=None if start is None else mx.array(start)
-        )
-        assert np.array_equal(bits(out), alone)
-    assert_close(out, expected)
+        assert np.array_equal(bits(block_attention(*call, scale=0.2)), bits(want))
+    assert_close(want, block_attention_reference(*call, scale=0.2))
 
 
 def test_extreme_scores():
-    q, k, v = 40 * normal(30, 1, 3, 2, 64), normal(31, 1, 1, 200, 64), normal(32, 1, 1, 200, 64)
-    out, expected = (np.array(a) for a in both(q, k, v, 190))
+    p = piece(30, 3, 190, 2, 1, 64)
+    call = paged([p._replace(q=40 * p.q)])
+    out, expected = (np.array(f(*call)) for f in (block_attention, block_attention_reference))
     # Scores near 1000: their own rounding, 3e-5, is the error of the weights
     np.testing.assert_allclose(out, expected, rtol=3e-4, atol=3e-4)
-    nan = mx.concatenate([v[:, :, :100], mx.full((1, 1, 100, 64), float("nan"))], axis=2)
-    assert np.isnan(np.array(block_attention(q, k, nan, mx.array(190)))).all()
+    p.v[:, 100:] = np.nan
+    assert np.isnan(np.array(block_attention(*paged([p])))).all()
 
 
 def test_strided():
-    wide = normal(33, 2, 6, 8, 64, dtype=mx.bfloat16)
-    cache = normal(34, 2, 2, 2, 50, 32, dtype=mx.bfloat16)
-    views = [
-        (wide[:, ::2, 1::2, ::2], cache[:, 0], cache[:, 1]),
-        (wide[..., 32:], cache[:, :, 0], cache[:, :, 1, ::-1]),
-        (wide[..., :16], cache[:, 0, :, :, ::2], cache[:, 1, :, :, 1::2]),
-        (wide[:, :, ::-1, :32], mx.broadcast_to(cache[:, :1, 0], (2, 2, 50, 32)), cache[:, 1]),
-    ]
-    for view in views:
-        out = block_attention(*view, mx.array(40), window=20)
-        plain = block_attention(*(mx.contiguous(a) for a in view), mx.array(40), window=20)
-        assert np.array_equal(bits(out), bits(plain))
+    pieces = [piece(33, 6, 100, 4, 2, 32), piece(36, 5, 70, 4, 2, 32)]
+    call = paged(pieces, 20, dtype=mx.bfloat16)
+    want = bits(block_attention(*call, window=20))
 
+    def doubled(a: mx.array, axis: int) -> mx.array:
+        wide = mx.contiguous(mx.repeat(a, 2, axis=axis))
+        mx.eval(wide)
+        return wide[(*(slice(None),) * axis, slice(None, None, 2))]
 
-def test_with_write_cache():
-    """A decoder's use: random blocks, random commits, a ring and a linear cache side by side."""
-    window, T_max, K, D = 40, 6, 2, 16
-    rng, length = np.random.default_rng(35), 0
-    ring = [mx.zeros((1, K, window - 1 + T_max, D)) for _ in range(2)]
-    line = [mx.zeros((1, K, 400, D)) for _ in range(2)]
-    while length < 300:
-        T, offset = int(rng.integers(1, T_max + 1)), mx.array(length)
-        new = [normal(length + i, 1, T, K, D) for i in (1000, 2000)]
-        q = normal(length + 3000, 1, T, 2 * K, D)
-        ring = [write_cache(c, x, offset) for c, x in zip(ring, new, strict=True)]
-        line = [write_cache(c, x, offset) for c, x in zip(line, new, strict=True)]
-        a = block_attention(q, *ring, offset, window=window)
-        b = block_attention(q, *line, offset, window=window)
-        assert np.array_equal(bits(a), bits(b))
-        length += int(rng.integers(1, T + 1))
-    assert_close(a, block_attention_reference(q, *line, offset, window=window))
+    def turned(a: mx.array) -> mx.array:
+        moved = mx.contiguous(a.swapaxes(1, 2))
+        mx.eval(moved)
+        return moved.swapaxes(1, 2)
+
+    for axis in range(4):
+        strided = call._replace(
+            q=doubled(call.q, axis % 3),
+            keys=doubled(call.keys, axis),
+            values=turned(call.values),
+            lengths=doubled(call.lengths, 0),
+            tables=doubled(call.tables, axis % 2),
+        )
+        assert np.array_equal(bits(block_attention(*strided, window=20)), want)
 
 
 def test_two_threads(threads):
     _ext.set_threads(2)
-    q, k, v = normal(36, 1, 16, 8, 64), normal(37, 1, 4, 700, 64), normal(38, 1, 4, 700, 64)
-    offset = mx.array(680)
-    expected, found = bits(block_attention(q, k, v, offset)), {}
+    call = paged([piece(36, 16, 680, 8, 4, 64), piece(39, 3, 100, 8, 4, 64)])
+    expected, found = bits(block_attention(*call)), {}
 
     def run(name: int) -> None:
         with mx.stream(mx.new_stream(mx.cpu)):
-            found[name] = [bits(block_attention(q, k, v, offset)) for _ in range(8)]
+            found[name] = [bits(block_attention(*call)) for _ in range(8)]
 
     workers = [threading.Thread(target=run, args=(i,)) for i in range(2)]
     for worker in workers:
@@ -246,135 +266,156 @@ def test_two_threads(threads):
     assert all(np.array_equal(out, expected) for i in range(2) for out in found[i])
 
 
-def test_plan():
-    plan = _ext.block_attention_plan(B=2, T=17, H=32, K=4, C=300, D=256)
-    assert (plan.slices, plan.groups, plan.columns) == (2, 2 * 4, 8 * 256)
-    assert plan.group_scratch == 16 * 8 * (256 + 2 * 258)
-    assert plan.work == 2 * 2 * 16 * 32 * 300 * 256
+@pytest.mark.parametrize("f", [block_attention, block_attention_reference])
+def test_nothing_to_see(f):
+    """No rows; an arena or tables of no pages."""
+    call = paged([piece(39, 4, 9, 2, 1, 16)])
+    for empty in (call._replace(tables=mx.zeros((1, 0), mx.int32)), no_pages(call)):
+        assert np.isnan(np.array(f(*empty))).all()
+    none = [mx.zeros((0, *a.shape[1:]), a.dtype) for a in (call.q, call.lengths, call.tables)]
+    assert f(none[0], call.keys, call.values, *none[1:], []).shape == (0, 2, 16)
 
 
-def test_a_cache_too_small_is_refused():
-    q, k = normal(39, 1, 4, 2, 16), mx.zeros((1, 1, 20, 16))
-    mx.eval(block_attention(q, k, k, mx.array(16)))  # positions 0..19
-    mx.eval(block_attention(q, k, k, mx.array(500), window=17))  # 484..503
-    for offset, window in ((17, None), (500, 18)):
-        with pytest.raises(ValueError, match=r"\[block_attention\] C must be at least 21 .* 20\."):
-            block_attention(q, k, k, mx.array(offset), window=window)
+def no_pages(call: Paged) -> Paged:
+    return call._replace(keys=call.keys[:0], values=call.values[:0])
 
 
 def test_errors():
-    q, k, offset = normal(40, 1, 3, 4, 32), normal(41, 1, 2, 9, 32), mx.array(0)
+    call = paged([piece(40, 3, 6, 4, 2, 32), piece(43, 2, 3, 4, 2, 32)])
 
-    def refused(pattern, *args, **options):
+    def refused(pattern, window=None, **changed):
         with pytest.raises(ValueError, match=r"\[block_attention\] " + pattern):
-            block_attention(*args, **options)
+            block_attention(*call._replace(**changed), window=window)
 
-    refused(r"q must be .* but got int32\.", q.astype(mx.int32), k, k, offset)
-    refused(r"q must have .* but got \[3, 4, 32\]\.", q[0], k, k, offset)
-    refused(r"k must have .* but got \[2, 9, 32\]\.", q, k[0], k, offset)
-    refused(r"k must have .* but got \[1, 2, 9, 16\]\.", q, k[..., :16], k, offset)
-    refused(r"v must have .* but got \[1, 2, 8, 32\]\.", q, k, k[:, :, :8], offset)
-    refused(r"k must have the dtype .* but got float16\.", q, k.astype(mx.float16), k, offset)
-    refused(r"v must have the dtype .* but got bfloat16\.", q, k, k.astype(mx.bfloat16), offset)
-    refused(r"D must be .* at most 512 but got 24\.", q[..., :24], k[..., :24], k, offset)
-    wide = mx.zeros((1, 1, 4, 528))
-    refused(r"D must be .* at most 512 but got 528\.", wide, wide, wide, offset)
-    refused(r"H must be a multiple of K 2 but got 3\.", q[:, :, :3], k, k, offset)
-    refused(r"T must be at most the capacity 2 .* 3\.", q, k[:, :, :2], k[:, :, :2], offset)
-    refused(r"offset must have shape \[\] but got \[1\]\.", q, k, k, offset[None])
-    refused(r"offset must be int32 but got float32\.", q, k, k, mx.array(0.0))
-    refused(r"window must be at least 1 and below 2\*\*31 but got 0\.", q, k, k, offset, window=0)
-    refused(r"start must have shape \[\] but got \[2\]\.", q, k, k, offset, start=mx.array([1, 2]))
-    refused(r"start must be int32 but got uint32\.", q, k, k, offset, start=mx.array(1, mx.uint32))
+    q, k, lengths, tables = call.q, call.keys, call.lengths, call.tables
+    refused(r"q must be .* but got int32\.", q=q.astype(mx.int32))
+    refused(r"q must have .* \[R, H, D\] but got \[1, 5, 4, 32\]\.", q=q[None])
+    refused(r"keys must have .* but got \[2, 64, 32\]\.", keys=k[0])
+    refused(r"keys must have .* but got \[4, 2, 64, 16\]\.", keys=k[..., :16])
+    refused(r"keys must have shape \[4, 2, 64, 32\] .* \[4, 2, 63, 32\]\.", keys=k[:, :, :63])
+    refused(r"values must have .* but got \[3, 2, 64, 32\]\.", values=k[:3])
+    refused(r"keys must have the dtype .* but got float16\.", keys=k.astype(mx.float16))
+    refused(r"values must have the dtype .* but got bfloat16\.", values=k.astype(mx.bfloat16))
+    refused(r"D must be .* at most 512 but got 24\.", q=q[..., :24], keys=k[..., :24])
+    refused(r"D must be .* at most 512 but got 528\.", q=mx.zeros((5, 4, 528)))
+    refused(r"H must be a multiple of K 2 but got 3\.", q=q[:, :3])
+    refused(r"lengths must have shape \[2\] but got \[1\]\.", lengths=lengths[:1])
+    refused(r"lengths must be int32 but got float32\.", lengths=lengths.astype(mx.float32))
+    refused(r"tables must have shape \[Q, N\] but got \[1\]\.", tables=tables[0])
+    refused(r"tables must have shape \[2, 1\] but got \[1, 1\]\.", tables=tables[:1])
+    refused(r"tables must be int32 but got uint32\.", tables=tables.astype(mx.uint32))
+    refused(r"counts must be R 5 together but got \[3, 3\]\.", counts=[3, 3])
+    refused(r"counts must be at least 1 each but got \[5, 0\]\.", counts=[5, 0])
+    refused(r"counts must be at least 1 each but got \[6, -1\]\.", counts=[6, -1])
+    refused(r"counts must be R 5 together but got \[2147483647, 1\]\.", counts=[2**40, 1])
+    refused(r"lengths must have shape \[1\] but got \[2\]\.", counts=[5])
+    refused(r"window must be at least 1 and below 2\*\*31 but got 0\.", window=0)
+    refused(r"window must be at least 1 and below 2\*\*31 but got 2147483648\.", window=2**31)
 
 
-# As a GPU runs a long block, forced here: (positions, slots, offset, window, position in slot 0)
+# As a GPU runs long pieces, forced here: rows, length, window, entries more than needed
 LONG = [
-    (512, 1536, 1024, None, None),  # a chunk over tiles that end at 512, 1024, 1536
-    (512, 2048, 1024, None, None),  # and with a tile that nobody sees
-    (512, 767, 1024, 256, 769),  # a chunk and the window before it
-    (512, 767, 0, 256, -255),  # before which there is nothing: rows that meet no key at first
-    (300, 700, 350, 100, None),
-    (129, 129, 0, None, None),
+    (512, 1024, None, 0),  # a chunk over tiles that end at 512, 1024, 1536
+    (512, 1024, None, 8),  # and with a tile that nobody sees
+    (512, 1024, 256, 3),  # a chunk and the window before it
+    (512, 0, 256, 0),  # before which there is nothing
+    (300, 350, 100, 5),
+    (129, 0, None, 0),
 ]
 
 
 @pytest.mark.parametrize("case", LONG)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_long_blocks_by_tiles(case, dtype, monkeypatch):
-    T, C, offset, window, start = case
-    q, k, v = (
-        normal(3, 1, T, 4, 64, dtype=dtype),
-        normal(4, 1, 2, C, 64, dtype=dtype),
-        normal(5, 1, 2, C, 64, dtype=dtype),
-    )
-    options = {"window": window, "start": None if start is None else mx.array(start), "scale": 0.3}
-    expected = block_attention(q, k, v, mx.array(offset), **options)
+def test_long_pieces_by_tiles(case, dtype, monkeypatch):
+    T, length, window, room = case
+    call = paged([piece(3, T, length, 4, 2, 64)], window, dtype=dtype, room=room)
+    expected = block_attention(*call, scale=0.3, window=window)
     monkeypatch.setattr(dispatch, "_gpu_rules", True)
-    out = block_attention(q, k, v, mx.array(offset), **options)
+    out = block_attention(*call, scale=0.3, window=window)
+    assert not np.array_equal(bits(out), bits(expected))
     assert_close(out, expected)
 
 
-def test_blocks_of_128_positions_are_the_kernels_on_a_gpu_too(monkeypatch):
+@pytest.mark.parametrize("window", [None, 90])
+def test_many_rows_of_short_and_long_pieces(window, monkeypatch):
+    """Past 128 rows together, each by what its own width is for."""
+    pieces = [piece(i, T, 40 * i, 4, 2, 32) for i, T in enumerate((100, 5, 130, 1))]
+    call = paged(pieces, window)
+    expected = block_attention(*call, window=window)
+    monkeypatch.setattr(dispatch, "_gpu_rules", True)
+    assert_close(block_attention(*call, window=window), expected)
+
+
+def test_128_rows_are_the_kernels_on_a_gpu_too(monkeypatch):
     """Decoding after a prompt, and the end of a prompt, run nothing of MLX's."""
-    q, k, v = normal(1, 1, 129, 4, 32), normal(2, 1, 2, 300, 32), normal(3, 1, 2, 300, 32)
-    expected = block_attention(q, k, v, mx.array(171))
+    p = piece(1, 129, 171, 4, 2, 32)
+    expected = bits(block_attention(*paged([p])))
     monkeypatch.setattr(dispatch, "_gpu_rules", True)
     for T in (1, 16, 128):
-        out = block_attention(q[:, :T], k, v, mx.array(171))
-        assert np.array_equal(bits(out), bits(expected[:, :T]))
-    assert not np.array_equal(bits(block_attention(q, k, v, mx.array(171))), bits(expected))
+        out = block_attention(*paged([p.part(0, T)]))
+        assert np.array_equal(bits(out), expected[:T])
+    halves = block_attention(*paged([p.part(0, 64), p.part(64, 128)]))
+    assert np.array_equal(bits(halves), expected[:128])
+    assert not np.array_equal(bits(block_attention(*paged([p]))), expected)
 
 
-def test_long_blocks_keep_a_tile_of_scores(monkeypatch):
+def test_long_pieces_keep_a_tile_of_scores(monkeypatch):
     """Peak memory does not go with the number of keys, and is what model/memory.py counts."""
     monkeypatch.setattr(dispatch, "_gpu_rules", True)
-    q, peaks = normal(0, 1, 130, 4, 256), []
-    for C in (4096, 8192):
-        k = v = normal(1, 1, 2, C, 256)
-        mx.eval(q, k)
+    q, peaks = mx.random.normal((130, 4, 256)), []
+    for N in (64, 128):
+        keys = mx.random.normal((N, 2, PAGE, 256))
+        tables, lengths = mx.arange(N, dtype=mx.int32)[None], mx.array([64 * N - 130])
+        mx.eval(q, keys, tables)
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        mx.eval(block_attention(q, k, v, mx.array(C - 130)))
+        mx.eval(block_attention(q, keys, keys, lengths, tables, [130]))
         peaks.append(mx.get_peak_memory() - before)
     tile = 4 * (4 * 130 * (512 + 256) + 2 * 512 * 256)
     # Twice the keys; MLX may run a little further ahead of its results
     assert peaks[1] < 1.3 * peaks[0] and peaks[1] < 1.1 * TILES_IN_FLIGHT * tile
 
 
-def test_tile_borders_are_absolute(monkeypatch):
-    """A chunk's rows have the same bits in a cache with more room in front, where a window begins
-    inside of a tile: slots are counted from the chunk's end."""
+def test_a_longer_table_changes_no_tile(monkeypatch):
+    """Whole tiles of nothing more leave a long piece's bits."""
     monkeypatch.setattr(dispatch, "_gpu_rules", True)
-    k, v = normal(1, 1, 1, 1536, 32), normal(2, 1, 1, 1536, 32)
-    q, offset = normal(3, 1, 512, 2, 32), mx.array(1024)
-    want = block_attention(q, k, v, offset, window=700)
-    for first in (1, 100, 325):
-        less = [a[:, :, first:] for a in (k, v)]
-        got = block_attention(q, *less, offset, window=700, start=mx.array(first))
-        assert np.array_equal(bits(got), bits(want))
+    p = piece(1, 512, 1024, 2, 1, 32)
+    want = bits(block_attention(*paged([p])))
+    for room in (8, 40):
+        assert np.array_equal(bits(block_attention(*paged([p], room=room))), want)
 
 
 def random_call(d: Draw) -> Call:
-    B, K, G = d.size(1, 2), d.size(1, 2), d.size(1, 2, 5)
-    T, C, dtype = d.size(1, 2, 5, 17, 40), d.size(1, 5, 16, 64, 70, 600), d.dtype()
-    D = d.size(16, 32, 80, 256, 512, 24)
+    K, G, Q, N, P = d.size(1, 2), d.size(1, 2, 5), d.size(1, 2, 4), d.size(1, 3, 4, 9), d.size(1, 7)
+    counts = [d.integer(1, 2, 5, 17, 40) if d.chance(0.9) else 1 for _ in range(Q)]
+    rows = sum(counts) if all(1 <= c <= 40 for c in counts) else 3
+    D, dtype = d.size(16, 32, 80, 256, 512, 24), d.dtype()
     H = K * G if d.chance(0.97) else K * G + 1
-    q = d.array(B, T, H, D, dtype=dtype)
-    k, v = (d.array(B, K, C, D, dtype=dtype) for _ in range(2))
-    window = None if d.chance(0.5) else d.integer(1, 3, max(C - T + 1, 1), 512)
-    fitting = C - T if window is None or window >= C else 3 * C
-    offset = d.whole(d.offset(max(fitting, 0)))
-    start = None if d.chance(0.5) else d.whole(d.pick((*INT32, 0, 3, -5, C)))
-    options = {"scale": d.pick((0.0, 0.1, -1.0)), "window": window, "start": start}
-    return Call((q, k, v, offset), options, near_sum)
+    q = d.array(rows, H, D, dtype=dtype)
+    keys, values = (d.array(P, K, PAGE, D, dtype=dtype) for _ in range(2))
+    window = None if d.chance(0.5) else d.integer(1, 3, 64, 130, 512)
+    fitting = N * PAGE - 40 if window is None or window > N * PAGE - 104 else 10 * N * PAGE
+    lengths = mx.array(np.array([d.offset(max(fitting, 0)) for _ in range(Q)], np.int32))
+    tables = d.ids((Q, N), P)
+    options = {"scale": d.pick((0.0, 0.1, -1.0)), "window": window}
+    return Call((q, keys, values, d.laid_out(lengths), tables, counts), options, near_sum)
 
 
-# The largest call of a kind that the Metal kernel takes
-LIMITS = {
-    "positions": (128, lambda n: block_attention(*3 * [mx.zeros((1, n, n, 16))], mx.array(0)))
-}
+def rows_of_one_piece(n: int) -> mx.array:
+    keys = mx.zeros((1, n, PAGE, 16))
+    table = mx.zeros((1, 4), mx.int32)
+    return block_attention(mx.zeros((n, n, 16)), keys, keys, mx.array([0]), table, [n])
 
-# What bench/bench_block_attention.py has to say that its SMALL call moves: keys and values of 260
-# places of 256, queries and results of 5 * 4; the offset
-BENCH_BYTES = 2 * 260 * 512 + 2 * 20 * 512 + 4
+
+def pieces_of_one_row(n: int) -> mx.array:
+    keys, tables = mx.zeros((1, 1, PAGE, 16)), mx.zeros((n, 1), mx.int32)
+    lengths = mx.zeros(n, mx.int32)
+    return block_attention(mx.zeros((n, 1, 16)), keys, keys, lengths, tables, n * [1])
+
+
+# The largest calls of a kind that the Metal kernel takes
+LIMITS = {"rows": (128, rows_of_one_piece), "pieces": (128, pieces_of_one_row)}
+
+# What bench/bench_block_attention.py has to say that its SMALL call moves: keys and values of four
+# sequences' 260 places of 256, queries and results of 4 * 5 * 4; four lengths, tables of 5 pages
+BENCH_BYTES = 4 * (2 * 260 * 512 + 2 * 20 * 512 + 4 + 4 * 5)

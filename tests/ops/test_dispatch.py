@@ -125,12 +125,10 @@ def test_what_is_set_aside_runs_mlx_alone(tmp_path: Path, native: None) -> None:
     assert not dispatch.exact() and dispatch.in_place()
     assert "QuantizedMatmul" in operations("quantized_matmul", tmp_path / "aside")
     assert "quantized_gated_matmul" in operations("quantized_gated_matmul", tmp_path / "native")
-    dispatch.set_aside(["write_cache"])
-    assert not dispatch.in_place() and "write_cache" not in operations(
-        "write_cache", tmp_path / "w"
-    )
+    dispatch.set_aside(["copy_pages"])
+    assert not dispatch.in_place() and "copy_pages" not in operations("copy_pages", tmp_path / "c")
     ops.use("reference")
-    assert dispatch.runs("write_cache") == "reference"
+    assert dispatch.runs("copy_pages") == "reference"
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,12 +119,14 @@ def test_nothing_is_compiled_without_metal():
 
 
 def attention(k: mx.array, v: mx.array) -> mx.array:
-    return ops.block_attention(mx.ones((1, 2, 2, 16)), k, v, mx.array(0))
+    lengths, tables = mx.array([0]), mx.array([[0]])
+    mx.eval(lengths, tables)
+    return ops.block_attention(mx.ones((2, 2, 16)), k, v, lengths, tables, [2])
 
 
 @pytest.mark.usefixtures("rehearsal")
 def test_keys_and_values_are_in_use_until_they_are_read():
-    k, v = mx.ones((1, 1, 8, 16)), mx.ones((1, 1, 8, 16))
+    k, v = mx.ones((1, 1, 64, 16)), mx.ones((1, 1, 64, 16))
     mx.eval(k, v)
     mx.eval(attention(k, v))
     calls = _ext.rehearsed_calls()
@@ -133,6 +135,30 @@ def test_keys_and_values_are_in_use_until_they_are_read():
         assert len(reads) == 1
         assert calls[reads[0] + 1] == ("register", -1, place(a))
     assert sum(what == "register" for what, *_ in calls) == 2
+
+
+def prepared(keys: mx.array, values: mx.array) -> list[mx.array]:
+    q, k, ones, none = mx.ones((2, 32)), mx.ones((2, 16)), mx.ones(16), mx.array([0, 1])
+    where = keys, values, none, none, mx.array([[0], [1]])
+    return list(ops.prepare_qkv(q, k, k, ones, ones, mx.ones(8), *where))
+
+
+@pytest.mark.usefixtures("rehearsal")
+def test_arenas_that_are_written_in_place_are_outputs():
+    """So whoever reads them next waits, and so do they for whoever registered its reads."""
+    keys, values = (mx.ones((2, 1, 64, 16)) + i for i in range(2))
+    mx.eval(keys, values)
+    _, *after = prepared(keys, values)
+    mx.eval(after)
+    copied = ops.copy_pages(after[0], mx.array([0]), mx.array([1]))
+    mx.eval(copied)
+    outputs = {place(a) for a in (keys, values)}
+    calls = [call for call in _ext.rehearsed_calls() if call[2] in outputs]
+    assert calls == [
+        ("output", 10, place(keys)),
+        ("output", 11, place(values)),
+        ("output", 2, place(keys)),
+    ]
 
 
 @pytest.mark.usefixtures("rehearsal")
@@ -169,11 +195,11 @@ def test_a_strided_input_is_copied_and_state_is_not():
     mx.eval(graph)
     what = [name for name, *_ in _ext.rehearsed_calls()]
     assert what == ["copy", "copy", "input", "input", "output", "bytes", "geglu_float32"]
-    strided = mx.ones((1, 8, 1, 16)).swapaxes(1, 2)[:, :, ::2]
+    strided = mx.ones((1, 128, 1, 16)).swapaxes(1, 2)[:, :, ::2]
     with pytest.raises(RuntimeError) as error:
         mx.eval(attention(strided, strided))
     assert str(error.value) == (
-        "[block_attention] k must be contiguous on a GPU but got a strided view; pass "
+        "[block_attention] keys must be contiguous on a GPU but got a strided view; pass "
         "mx.contiguous of it."
     )
 
@@ -184,6 +210,11 @@ def test_a_misaligned_input_is_refused():
     w = mx.ones((32, 64))
     with pytest.raises(RuntimeError, match=r"\[dense_matmul\] x must start on 16 bytes but starts"):
         mx.eval(ops.dense_matmul(x, w))
+    arena = mx.ones(2 * 64 * 16 + 1)[1:].reshape(2, 1, 64, 16)
+    with pytest.raises(RuntimeError, match=r"\[copy_pages\] arena must start on 16 bytes but sta"):
+        mx.eval(ops.copy_pages(arena, mx.array([0]), mx.array([1])))
+    with pytest.raises(RuntimeError, match=r"\[prepare_qkv\] keys must start on 8 bytes"):
+        mx.eval(prepared(arena, mx.ones(arena.shape)))
 
 
 def test_a_node_that_is_evaluated_again_follows_its_inputs():

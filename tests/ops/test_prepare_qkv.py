@@ -485,5 +485,5 @@ LIMITS = {}  # the Metal kernel takes every call
 
 # What bench/bench_prepare_qkv.py has to say that its SMALL call moves: 48 heads of queries and 24
 # of keys and values, 512 bytes each, in and out; two weights, 128 frequencies, position and owner
-# of 6 rows, an entry of the table
-BENCH_BYTES = 2 * (48 + 24) * 512 + 2 * 512 + 512 + 2 * 24 + 4
+# of 6 rows, an entry of two tables
+BENCH_BYTES = 2 * (48 + 24) * 512 + 2 * 512 + 512 + 2 * 24 + 2 * 4

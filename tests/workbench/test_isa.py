@@ -29,9 +29,9 @@ BOUNDS = {
 
 # The same of kernels that are no matmuls, without the cycles
 OTHER_BOUNDS = {
-    "block_attention_scores": (104, 24, 2, 14.6),
-    "block_attention_values": (120, 0, 2, 20.4),
-    "block_attention_fold": (64, 0, 2, 10.0),
+    "block_attention_scores": (104, 24, 2, 14.8),
+    "block_attention_values": (124, 0, 2, 20.4),
+    "block_attention_fold": (64, 0, 1, 11.5),
     "rms_norm": (64, 0, 16, 5.5),
     "filter_logits": (64, 0, 4, 17.6),
 }
@@ -70,7 +70,11 @@ CALLS = {
     "geglu": lambda: ops.geglu(random(0, 1, 200), random(1, 1, 200)),
     "filter_logits": lambda: ops.filter_logits(random(0, 1, 600, dtype=mx.float32), top_k=20),
     "block_attention": lambda: ops.block_attention(
-        random(0, 1, 2, 4, 64), *(random(s, 1, 2, 40, 64) for s in (1, 2)), mx.array(30)
+        random(0, 2, 4, 64),
+        *(random(s, 2, 2, 64, 64) for s in (1, 2)),
+        mx.array([70]),
+        mx.array([[1, 0]]),
+        [2],
     ),
 }
 
