@@ -63,8 +63,7 @@ class Prefix:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Reserve the prefix for one generation. If that fails, what it has made is forgotten, and
-        all that a prefix of its own knows.
+        """Reserve the prefix for one generation. If that fails, everything is forgotten.
 
         Raises:
             ValueError: Another generation is under way.
@@ -120,11 +119,11 @@ class Prefix:
         self._ids = list(tokens)
 
     def forget(self) -> None:
-        """Nothing is known any more; of an engine's, nothing of this text."""
+        """Nothing is known any more: others may begin with what this text has made."""
         cache, self._ids, self._cache = self._cache, [], None
         if cache is not None:
             cache.release()
-        if self._known is not None and self._is_own:
+        if self._known is not None:
             self._known.shrink(0)
 
     def _leave(self) -> None:

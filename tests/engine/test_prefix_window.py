@@ -22,6 +22,7 @@ from pyengine.engine.prefix import WINDOWS, Prefix
 from pyengine.engine.stats import Stats
 from pyengine.generation import generate
 from pyengine.model import plan
+from pyengine.model.cache import window_pages
 from pyengine.sampling.settings import Sampling
 
 BLOCK = 4
@@ -257,7 +258,7 @@ def test_memory_is_twice_the_newest_texts_pages_and_four_windows() -> None:
         with prefix.in_use():
             said, _ = answer(pair, prompt, prefix)
         pages = -(-(len(prompt) + len(said)) // 64)
-        windows = WINDOWS * 2  # a window of 8 lies in two pages at most
+        windows = WINDOWS * window_pages(8, 1)
         assert 0 < prefix.nbytes <= 2 * pages * full + windows * sliding
     assert prefix.nbytes > pages * full
     prefix.forget()

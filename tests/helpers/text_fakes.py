@@ -16,6 +16,7 @@ import sentencepiece
 import tokenizers
 
 from pyengine.model.cache import Placed
+from pyengine.model.pages import Pages
 from pyengine.model.target import Reader
 from pyengine.text.tokenizer import Tokenizer
 
@@ -113,13 +114,19 @@ class NoArena:
     """An arena of sequences that store nothing. ``new_cache`` makes one."""
 
     arrays: ClassVar[list[mx.array]] = []
-    nbytes = 0
+    nbytes = held_bytes = 0
+    window = 0
 
     def __init__(self, new_cache: Callable[[], LengthCache]) -> None:
-        self.new_cache, self.held_bytes = new_cache, 0
+        self.new_cache = new_cache
+        self.full, self.sliding = Pages(0), Pages(0)
 
     def page_bytes(self, sliding: bool) -> int:
         return 1
+
+    def resume(self, length: int, full: list[int], sliding: dict[int, int]) -> LengthCache:
+        assert not (length or full or sliding)
+        return self.new_cache()
 
     def place(self, caches: Sequence[LengthCache]) -> Placed:
         none = mx.array(0, dtype=mx.int32)
@@ -137,7 +144,7 @@ class LengthCache:
     size of each block."""
 
     nbytes = 4
-    full: ClassVar[list[int]] = [0]
+    full: ClassVar[list[int]] = []
     sliding: ClassVar[dict[int, int]] = {}
 
     def __init__(self, on_round: Callable[[int], None] = lambda rows: None) -> None:
