@@ -47,10 +47,10 @@ def checked(pair: Any, **options: Any) -> Iterator[Engine]:
         arena = engine._arena
         yield engine
         assert not engine.active
-        idle = [c for p in engine._slots._idle for c in (p._cache, *(m.cache for m in p._marks))]
+        nodes = list(engine._known.tree.nodes())
         for pages, own in (
-            (arena.full, {page for c in idle if c for page in c.full}),
-            (arena.sliding, {page for c in idle if c for page in c.sliding.values()}),
+            (arena.full, {node.full for node in nodes}),
+            (arena.sliding, {node.sliding for node in nodes} - {None}),
         ):
             assert pages.count - pages.free == len(own)
         assert engine.cache_bytes == arena.held_bytes
