@@ -13,15 +13,10 @@ class Slots:
 
     def __init__(self, count: int, arena: Arena) -> None:
         self._idle = [Prefix(arena) for _ in range(count)]  # the least recently used first
-        self._taken: list[Prefix] = []
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all."""
-        return self.idle_nbytes + sum(prefix.nbytes for prefix in list(self._taken))
 
     @property
     def idle_nbytes(self) -> int:
+        """Memory of those that nobody has taken."""
         return sum(prefix.nbytes for prefix in list(self._idle))
 
     def take(self, prompt: Sequence[int]) -> Prefix:
@@ -36,11 +31,9 @@ class Slots:
             empty = (prefix for prefix in self._idle if not prefix.tokens)
             best = next(empty, self._idle[0])
         self._idle.remove(best)
-        self._taken.append(best)
         return best
 
     def give_back(self, prefix: Prefix) -> None:
-        self._taken.remove(prefix)
         self._idle.append(prefix)
 
     def shrink(self, nbytes: int, keep: int = 0) -> None:
