@@ -11,8 +11,9 @@
 
 namespace pyengine {
 
-[[host_name("copy_pages")]] [[kernel, max_total_threads_per_threadgroup(256)]]
-void copy_pages(
+[[host_name(
+    "copy_pages")]] [[kernel, max_total_threads_per_threadgroup(256)]] void
+copy_pages(
     const device int* sources [[buffer(0)]], // [n]
     const device int* targets [[buffer(1)]], // [n]
     device uint4* arena [[buffer(2)]], // [P, words]

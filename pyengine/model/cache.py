@@ -25,10 +25,11 @@ import mlx.core as mx
 from pyengine import ops
 from pyengine.model.config import TargetConfig
 from pyengine.model.pages import Pages
-from pyengine.model.plan import CHUNK, ROWS
+from pyengine.model.plan import CHUNK
 from pyengine.model.rows import packed
 from pyengine.ops.prepare_qkv import PAGE
 
+BACK = 16  # positions kept before a window, so that a text may be taken back by as many
 # An arena grows by half, from a chunk to this many pages; of large pages by as many as take STEP
 MOST_PAGES = 64
 LEAST_PAGES = CHUNK // PAGE
@@ -96,7 +97,8 @@ class Arena:
     Args:
         config: The target's.
         dtype: Of keys and values.
-        most_bytes: It grows to no more than this; None: to whatever is asked for.
+        most_bytes: It grows to no more than this, page by page; None: to whatever is asked for, and
+            by more than a few pages at once.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Arena:
             own = layer.kv_source == i
             self.keys.append(mx.zeros(shape, dtype) if own else None)
             self.values.append(mx.zeros(shape, dtype) if own else None)
+        mx.eval(self.arrays)  # a lazy array belongs to the thread that made it
         self._page_bytes = {
             sliding: sum(
                 2 * n.num_kv_heads * PAGE * n.head_dim * dtype.size
@@ -159,20 +162,21 @@ class Arena:
         Args:
             length: Positions.
             full: Their pages.
-            sliding: Those of the window before ``length``, by place in the sequence.
+            sliding: Those of the window before ``length``, by place in the sequence; perhaps more.
 
         Raises:
             RuntimeError: There is no room for the copy.
         """
         cache, whole = self.new_cache(), length // PAGE
-        first = max(0, length - (self.window - 1)) // PAGE
+        first = max(0, length - (self.window - 1) - BACK) // PAGE
         try:
             for page in full[:whole]:
                 self.full.hold(page)
                 cache.full.append(page)
             for j in range(first, whole):
-                self.sliding.hold(sliding[j])
-                cache.sliding[j] = sliding[j]
+                if j in sliding:
+                    self.sliding.hold(sliding[j])
+                    cache.sliding[j] = sliding[j]
             if length % PAGE:
                 self.make_room(1, 1)
                 cache.full.append(self.full.take())
@@ -221,7 +225,7 @@ class Arena:
                     f"[cache] pages must fit the {self.most_bytes / 1e9:.2f} GB of the arena but "
                     f"{lacking * size / 1e9:.2f} GB more are needed."
                 )
-            step = min(step, spare)
+            step = 0  # what one kind has to spare the other would lack
         return max(lacking, step)
 
     def _grow(self, sliding: bool, count: int) -> None:
@@ -238,7 +242,7 @@ class Arena:
     def copy(self, sliding: bool, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages in every layer of the kind. Evaluates."""
         mx.eval(self._reads)  # what was read from the targets when they were another's
-        pair = (mx.array(sources, dtype=mx.int32), mx.array(targets, dtype=mx.int32))
+        pair = [mx.array(list(pages), dtype=mx.int32) for pages in (sources, targets)]
         for arrays in (self.keys, self.values):
             for i, a in enumerate(arrays):
                 if a is not None and self.config.layers[i].sliding == sliding:
@@ -402,7 +406,7 @@ class Cache:
         back what lies behind the window."""
         self.length = mx.array(length, dtype=mx.int32)
         self.length_limit = self.committed = length
-        behind = length - (self.arena.window - 1)
+        behind = length - (self.arena.window - 1) - BACK
         gone = [j for j in self.sliding if PAGE * (j + 1) <= behind]
         for j in gone:
             self.arena.sliding.drop(self.sliding.pop(j))
@@ -460,5 +464,5 @@ class Cache:
 
 
 def window_pages(window: int, rows: int) -> int:
-    """The most pages that ``rows`` positions and the window before them lie in."""
-    return -(-(window - 1 + rows - 1) // PAGE) + 1
+    """The most pages that ``rows`` positions lie in, the window before them, and what is kept."""
+    return -(-(BACK + window - 1 + rows - 1) // PAGE) + 1

@@ -20,28 +20,27 @@ def cache_bytes(config: TargetConfig, context: int, block_size: int, size: int) 
 
     Sliding layers hold a window and a block, whatever the context.
     """
-    return _pages_bytes(config, context + block_size - 1, block_size, size)
+    pages = -(-(context + block_size - 1) // PAGE)
+    return _bytes(config, pages, min(pages, window_pages(config.window, block_size)), size)
 
 
-def _pages_bytes(config: TargetConfig, positions: int, rows: int, size: int) -> int:
-    """Memory of one sequence's pages while calls have so many rows."""
-    full = -(-positions // PAGE)
-    pages = {False: full, True: min(full, window_pages(config.window, rows))}
+def _bytes(config: TargetConfig, full: int, sliding: int, size: int) -> int:
+    """Memory of so many pages of each kind."""
+    pages = {False: full, True: sliding}
     own = [layer for i, layer in enumerate(config.layers) if layer.kv_source == i]
     return sum(2 * n.num_kv_heads * PAGE * n.head_dim * pages[n.sliding] * size for n in own)
 
 
 def prompt_bytes(config: TargetConfig, tokens: int, block_size: int, marks: int, size: int) -> int:
-    """Memory while ``tokens`` positions are processed and after: their keys and values, a window's
-    pages for each mark, and what the last chunk needs in between.
+    """Memory while ``tokens`` positions are processed and after: their keys and values, for each
+    mark a window's pages and a copied one, and what the last chunk needs in between.
 
     The last is an estimate from what was measured: a grown arena stands beside the old one, a layer
     at a time; the reference's attention keeps its scores, and that of a GPU's whole chunks those of
     a tile of keys, with all of its rows, in float32.
     """
-    mark = _pages_bytes(config, min(tokens, config.window), 1, size)
     rows = min(tokens, CHUNK)
-    steps = -(-tokens // PAGE) * PAGE
+    steps = -(-tokens // CHUNK) * CHUNK  # tables and arenas grow by chunks
     full = [n for i, n in enumerate(config.layers) if not n.sliding and n.kv_source == i]
     layer = max((n.num_kv_heads * n.head_dim for n in full), default=0) * steps
     widest = max(
@@ -61,8 +60,10 @@ def prompt_bytes(config: TargetConfig, tokens: int, block_size: int, marks: int,
         tile = max(_tile_bytes(config.num_heads, n) for n in config.layers)
         work = max(work, TILES_IN_FLIGHT * tile)  # a layer's attention comes before the rest of it
     grown = 2 * layer * size
-    cache = _pages_bytes(config, tokens + block_size - 1, max(rows, block_size), size)
-    return cache + marks * mark + grown + work
+    pages = -(-(tokens + block_size - 1) // PAGE)
+    window = min(pages, window_pages(config.window, max(rows, block_size)))
+    mark = _bytes(config, 1, min(pages, window_pages(config.window, 1)), size)
+    return _bytes(config, pages, window, size) + marks * mark + grown + work
 
 
 def _tile_bytes(num_heads: int, layer: LayerConfig) -> int:

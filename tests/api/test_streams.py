@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from knowing import tiny
+from models import spoil
 from text_fakes import script_pair, write_tokenizers
 from tiny_pairs import greedy_text
 
@@ -138,8 +139,7 @@ def test_one_that_fails_fails_alone(pair: Any, alone: Any, prompts_first: None) 
         requests = submitted(engine)
         while requests[1].sequence is None or requests[1].chunks is not None:
             engine.step()
-        cache = requests[1].sequence.parts.cache
-        cache.keys[0] = cache.slots(0)[0] * mx.nan
+        spoil(requests[1].sequence.parts.cache)
         run(engine)
         with pytest.raises(NonFinite, match=r"\[decode\] logits must be finite"):
             list(requests[1])
@@ -312,7 +312,7 @@ def test_a_closed_engine_takes_nothing_and_ends_all(pair: Any) -> None:
 
 
 def needs(pair: Any, tokens: int, block_size: int = 4) -> int:
-    return int(pair.target.prompt_bytes(tokens, 2 * block_size, 3))
+    return int(pair.target.prompt_bytes(tokens, block_size, 3))
 
 
 def test_what_can_never_fit_is_refused_with_the_number_that_would(pair: Any) -> None:
@@ -390,7 +390,7 @@ def test_conversations_by_turns_do_not_evict_each_other(pair: Any) -> None:
 
 
 def test_slots_take_what_serves_best() -> None:
-    slots = Slots(3)
+    slots = Slots(3, tiny("uni12").target.new_arena())
     made = [slots.take([]) for _ in range(3)]
     known = [[1] * 30, [1] * 10 + [2] * 20, [3] * 8]
     for prefix, tokens in zip(made, known, strict=True):

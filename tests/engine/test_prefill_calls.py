@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_pairs import bits, tiny_pair
 
-from pyengine import ops
 from pyengine.engine.loop import prefill
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import score
@@ -25,6 +24,7 @@ from pyengine.model.cache import Cache
 from pyengine.model.config import LayerConfig, Rope, TargetConfig
 from pyengine.model.linear import Linear
 from pyengine.ops import dispatch
+from pyengine.ops.prepare_qkv import PAGE
 
 BLOCK, WINDOW, CHUNK, ROWS = 3, 12, 16, 4
 OWN = 1  # what the maker of a position is called where our kernels made it
@@ -52,16 +52,14 @@ class Scribe(target.Target):
         maker = OWN if call is None else 7 + 3 * call.start + call.rows
         cache.reserve(count)
         values = sums(ids.tolist(), [maker] * count, held(cache, 1, start - 1, start))  # type: ignore[arg-type]
-        # A window behind the call must be in the ring, as the full layer has it
+        # A window behind the call must be there, as the full layer has it
         behind = max(0, start - WINDOW + 1)
         assert held(cache, 0, behind, start) == held(cache, 1, behind, start)
-        new = mx.array(values, dtype=mx.float32)[None, :, None, None] * mx.ones((1, 1, 1, 16))
         for i in (0, 1):
-            if cache.is_prefill_chunk(i, count):
-                cache.append_chunk(i, new, new)
-            else:
-                written = (ops.write_cache(a, new, cache.length) for a in cache.slots(i))
-                cache.store(i, *written)
+            keys = np.array(cache.arena.slots(i)[0])
+            for position, value in enumerate(values, start):
+                keys[pages(cache, i)[position // PAGE], 0, position % PAGE] = value
+            cache.arena.store(i, mx.array(keys), mx.array(keys))
         x = mx.array(values, dtype=mx.float32)[:, None] * mx.ones((1, 16)) / 2**20
         return x, x
 
@@ -74,11 +72,13 @@ def sums(tokens: list[int], makers: list[int], before: list[float]) -> list[floa
     return made
 
 
+def pages(cache: Cache, i: int) -> dict[int, int]:
+    return dict(enumerate(cache.full)) if i else cache.sliding
+
+
 def held(cache: Cache, i: int, first: int, end: int) -> list[float]:
-    keys = cache.keys[i]
-    assert keys is not None
-    slots = [p % keys.shape[2] for p in range(max(0, first), end)]
-    return np.array(keys)[0, 0, slots, 0].tolist() if slots else []
+    keys, own = np.array(cache.arena.slots(i)[0]), pages(cache, i)
+    return [float(keys[own[p // PAGE], 0, p % PAGE, 0]) for p in range(max(0, first), end)]
 
 
 def expected(tokens: list[int], stop: int) -> list[float]:
@@ -128,7 +128,7 @@ def test_keys_are_those_of_a_cold_start(history: list[tuple[str, int, int, int]]
                 cache, count, stop = prefix._cache, len(text) - 1, len(text) - 1
             else:
                 with prefix.in_use():
-                    cache, known = prefix.open(model, text, BLOCK)
+                    cache, known = prefix.open(model, text)
                     running = prefill(model, text, cache, known, prefix)
                     steps = 1 if kind == "left" else 10**6
                     done = [at.done for _, at in zip(range(steps), running, strict=False)]
@@ -138,7 +138,7 @@ def test_keys_are_those_of_a_cold_start(history: list[tuple[str, int, int, int]]
                         block = [(count + i) % 8 for i in range(BLOCK)]
                         model.forward([mx.array(block)], [cache])
                         kept = 1 + answer % BLOCK
-                        cache.commit(mx.array(kept), count + kept)
+                        cache.settle(count + kept)
                         text, count, answer = [*text, *block[:kept]], count + kept, answer - kept
                     if count >= stop:
                         prefix.keep(text)
@@ -165,7 +165,7 @@ def test_what_is_reused_by_hand() -> None:
             (75, 64),
             (71, 71 - 1),
         ):
-            cache, known = prefix.open(model, text[:length], BLOCK)
+            cache, known = prefix.open(model, text[:length])
             for _ in prefill(model, text[:length], cache, known, prefix):
                 pass
             assert known == reused, length
@@ -173,7 +173,7 @@ def test_what_is_reused_by_hand() -> None:
         # Of a scored text the calls go by its end: of all but the first 16, MLX's made up to 48
         pair: Any = SimpleNamespace(target=model)
         score(pair, text[100:120], text[120:160], prefix=prefix)
-        assert prefix.open(model, text[100:130], BLOCK)[1] == 16
+        assert prefix.open(model, text[100:130])[1] == 16
 
 
 @pytest.mark.parametrize("flavour", ["e2b", "moe26"])
@@ -191,18 +191,24 @@ def test_bits_with_a_gpus_rules(flavour: str, monkeypatch: pytest.MonkeyPatch) -
     model, prefix = tiny_pair(flavour, "float32-q8").target, Prefix()
     text = [5 + i * i * 7 % 250 for i in range(1100)]
     for length, reused in ((530, 0), (535, 530), (1026, 512), (1025, 1024), (520, 512)):
-        cache, known = prefix.open(model, text[:length], BLOCK)
+        cache, known = prefix.open(model, text[:length])
         assert known == reused
         *_, last = prefill(model, text[:length], cache, known, prefix)
         cold = model.new_cache()
         logits, _ = model.prefill(text[:length], cold)
         assert (bits(last.logits) == bits(logits)).all(), length
         full = model.config.last_source(False)
-        ours, theirs = (bits(c.keys[full][:, :, :length]) for c in (cache, cold))  # type: ignore[index]
-        assert (ours == theirs).all(), length
+        ours, theirs = (bits(c.arena.slots(full)[0])[c.full] for c in (cache, cold))
+        for a, b in zip(in_a_row(ours, length), in_a_row(theirs, length), strict=True):
+            assert (a == b).all(), length
         prefix.keep(text[:length])
         counts -= {0}
     assert counts == {512}
+
+
+def in_a_row(pages: np.ndarray, length: int) -> np.ndarray:
+    """What is in pages, by position."""
+    return pages.swapaxes(1, 2).reshape(-1, *pages.shape[1:2], pages.shape[3])[:length]
 
 
 def test_scores_with_a_gpus_rules_do_not_go_by_the_context(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import mlx.core as mx
 import pytest
 from models import decode
 from tiny_pairs import FLAVOURS, bits, greedy_text, tiny_pair
@@ -58,7 +57,7 @@ def test_turns_of_a_conversation(flavour: str) -> None:
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_another_answer_to_the_same_prompt(flavour: str) -> None:
-    """The rings have forgotten the prompt's end by then; a mark brings it back."""
+    """The window of the prompt's end may be gone by then; a mark brings it back."""
     pair, prefix, prompt = tiny_pair(flavour), Prefix(), greedy_text(flavour)[:40]
     for seed in range(3):
         other = [*prompt, 100 + seed, 7]  # the answer is replaced, as where thoughts are cut
@@ -66,7 +65,8 @@ def test_another_answer_to_the_same_prompt(flavour: str) -> None:
         cold, _ = run(pair, other, None, seed, 10)
         warm, stats = run(pair, other, prefix, seed, 10)
         assert warm == cold
-        assert stats.reused_tokens == len(prompt)
+        # And what the first answer has in common with it, while its window is there
+        assert len(prompt) <= stats.reused_tokens < len(other)
 
 
 def test_a_common_beginning_is_marked_when_prompts_part() -> None:
@@ -74,7 +74,7 @@ def test_a_common_beginning_is_marked_when_prompts_part() -> None:
     document = text[:50]
     reused = []
     for question in range(4):
-        prompt = [*document, 200 + question, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+        prompt = [*document, 200 + question, *range(3, 90)]  # past the page where they part
         cold, _ = run(pair, prompt, None, None, 20)
         warm, stats = run(pair, prompt, prefix, None, 20)
         assert warm == cold
@@ -106,7 +106,7 @@ def test_logits_after_reuse_are_those_of_a_cold_start_bit_for_bit() -> None:
     run(pair, text[:30], prefix, None, 20)
     out, _ = run(pair, text[:30], None, None, 20)
     prompt = [*text[:30], *out, 5, 6, 7, 8]
-    cache, known = prefix.open(pair.target, prompt, BLOCK)
+    cache, known = prefix.open(pair.target, prompt)
     assert known == 49
     warm, _ = pair.target.prefill(prompt[known:], cache)
     cold, _ = pair.target.prefill(prompt, pair.target.new_cache())
@@ -175,13 +175,13 @@ def test_one_generation_at_a_time() -> None:
     assert generate("fox", pair=pair, prefix=prefix, max_tokens=3).tokens
 
 
-def test_another_pair_or_a_larger_block_starts_afresh() -> None:
+def test_another_pair_starts_afresh() -> None:
     a, b, prefix = tiny_pair("uni12"), tiny_pair("uni12", "bfloat16"), Prefix()
     prompt = greedy_text("uni12")[:21]
     run(a, prompt, prefix, None, 9)
     longer = [*prompt, 5, 6]  # on the first pair all of the prompt would be known
     warm, stats = run(b, longer, prefix, None, 9)
     assert stats.reused_tokens == 0 and warm == run(b, longer, None, None, 9)[0]
-    cache, known = prefix.open(b.target, prompt, BLOCK + 1)
-    assert (known, cache.max_block) == (0, 2 * (BLOCK + 1))
-    assert mx.array_equal(cache.length, mx.array(0))
+    # A block of any size goes on from it
+    cache, known = prefix.open(b.target, prompt)
+    assert known == cache.length.item() == 20

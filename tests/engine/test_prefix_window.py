@@ -22,6 +22,7 @@ from pyengine.engine.prefix import MAX_MARKS, Prefix
 from pyengine.engine.stats import Stats
 from pyengine.generation import generate
 from pyengine.model import plan
+from pyengine.model.cache import window_pages
 from pyengine.sampling.settings import Sampling
 
 BLOCK = 4
@@ -98,9 +99,10 @@ def test_an_edited_last_turn_reuses_the_turns_before(flavour: str) -> None:
 
 def test_an_edited_end_of_a_first_prompt_reuses_the_chunks_before_the_last() -> None:
     pair, prefix, text = tiny_pair("dense31"), Prefix(), greedy_text("dense31")
-    edits = [[200 + i, *range(30, 50)] for i in range(3)]
-    prompts = [[*text[:86], *edit] for edit in edits]  # the last chunk begins at 96
-    assert reused(pair, prefix, prompts) == [0, 0, 86]
+    edits = [[200 + i, *range(30, 66)] for i in range(3)]
+    # The last chunk begins at 96, by when the page where they part is behind the window
+    prompts = [[*text[:70], *edit] for edit in edits]
+    assert reused(pair, prefix, prompts) == [0, 0, 70]
     prompts = [[*text[:98], *edit[:9]] for edit in edits]  # and here
     assert reused(pair, Prefix(), prompts) == [0, 96, 96]
 
@@ -204,7 +206,7 @@ def test_ctrl_c_at_a_chunks_end_keeps_the_chunk(monkeypatch: pytest.MonkeyPatch)
     pair, text = tiny_pair("e2b"), greedy_text("e2b")
     prefix, prompt = Prefix(), text[:75]
     with monkeypatch.context() as patch:
-        Interrupts(patch, mx, "eval", 3, after=True)  # the cache is made by the first
+        Interrupts(patch, mx, "eval", 8, after=True)  # the first six make room
         with pytest.raises(KeyboardInterrupt):
             answer(pair, prompt, prefix)
     assert reused(pair, prefix, [prompt]) == [2 * CHUNK]
@@ -244,12 +246,15 @@ def test_random_histories_never_change_the_text(monkeypatch: pytest.MonkeyPatch)
         assert total > 300
 
 
-def test_memory_is_the_cache_and_three_copies_of_the_rings() -> None:
+def test_memory_is_the_cache_and_three_windows() -> None:
     pair, prefix, text = tiny_pair("dense31"), Prefix(), greedy_text("dense31")
     for i in range(12):
         answer(pair, [*text[: 40 + 5 * i], 200 + i], prefix)
-    cache, layers = prefix._cache, pair.target.config.layers
-    assert cache is not None
-    arrays = [*zip(cache.keys, layers, strict=True), *zip(cache.values, layers, strict=True)]
-    rings = sum(a.nbytes for a, layer in arrays if a is not None and layer.sliding)
-    assert cache.nbytes < prefix.nbytes <= cache.nbytes + MAX_MARKS * rings
+        cache = prefix._cache
+        assert cache is not None
+        arena, window = cache.arena, window_pages(pair.target.config.window, 1)
+        mark = window * arena.page_bytes(True) + arena.page_bytes(False)
+        assert cache.nbytes < prefix.nbytes <= cache.nbytes + MAX_MARKS * mark
+        assert prefix.nbytes == arena.held_bytes
+    prefix.forget()
+    assert prefix.nbytes == arena.held_bytes == 0

@@ -31,7 +31,7 @@ class Apart(on_device.RecordedRound):
         self.blocks = blocks
         self.together = self.halves
 
-    def halves(self, states: tuple[on_device.State, ...]) -> on_device.Played:
+    def halves(self, states: on_device.States) -> on_device.Played:
         blocks = self.draft(states)
         mx.eval(blocks)
         self.blocks += [block.ids.tolist() for block in blocks]
@@ -63,7 +63,7 @@ def played(flavour: str, drafter: Name, sampling: Sampling) -> tuple[list[loop.R
         block_size=4,
         max_tokens=16,
     )
-    return list(rounds), [bits(a) for a in caches[0].arrays if a.ndim]
+    return list(rounds), [bits(a) for a in caches[0].arena.arrays]
 
 
 @pytest.mark.parametrize("drafter", NAMES)

@@ -29,6 +29,7 @@ from pyengine.engine import round as on_device
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs, score
 from pyengine.generation import generate, stream
+from pyengine.model import cache as cache_module
 from pyengine.model import plan
 from pyengine.sampling.settings import Sampling
 from pyengine.task import Result
@@ -114,11 +115,12 @@ class Breaks:
 def test_a_prefix_after_ctrl_c(
     flavour: str, block_size: int, right: int, after: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every evaluation: as the cache is made, in each chunk of the prompt, in every round."""
+    """At every evaluation: as room is made, in each chunk of the prompt, in every round."""
     text = greedy_text(flavour)
     pair = tiny(flavour, knows=(block_size, right) if block_size > 1 else None)
     ask: dict[str, Any] = {"block_size": block_size}
-    for n in range(1, 12):
+    room = len(pair.target.new_arena().arrays)  # an evaluation each
+    for n in (1, *range(room, room + 11)):
         prefix, got = Prefix(), []
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             Breaks(patch, n, after, KeyboardInterrupt())
@@ -169,8 +171,8 @@ class AtLine:
 @pytest.mark.parametrize("again", ["same", "longer", "score"])
 @pytest.mark.usefixtures("small_chunks")
 def test_a_prefix_after_ctrl_c_at_any_line(again: str) -> None:
-    """As a prefix is opened, its rings are taken back, marks are made, a chunk is processed, a
-    round is built, played, counted, kept."""
+    """As a prefix is opened, its cache is forked, marks are made, a chunk is processed, a round is
+    built, played, counted, kept."""
     text, pair = greedy_text("dense31"), tiny("dense31", knows=(4, 3))
     ask: dict[str, Any] = {"pair": pair, "sampling": GREEDY, "block_size": 4, "max_tokens": 9}
 
@@ -178,7 +180,7 @@ def test_a_prefix_after_ctrl_c_at_any_line(again: str) -> None:
         """How many lines there are, if ``n`` is not one of them."""
         prefix = Prefix()
         if again == "score":
-            score(pair, text[:9], text[9:12], prefix=prefix)  # whose rings are wide enough
+            score(pair, text[:9], text[9:12], prefix=prefix)
         goes_on(pair, text, 60, prefix, max_tokens=20)
         with AtLine(n) as lines, contextlib.suppress(KeyboardInterrupt):
             if again == "score":
@@ -250,31 +252,27 @@ def test_the_cache_of_a_prefix_holds_what_it_says() -> None:
                 if count < known + 20:  # a last round goes past the end
                     assert cache.length_limit == count - 1
                 assert prefix.tokens == text[: count - 1]
-                # Positions of refused drafts were written too
-                assert cache.written >= cache.length_limit
             assert running.result.tokens == text[known : known + 20]
 
 
-def test_how_far_back_a_ring_goes() -> None:
-    """Worked out by hand. The window is 8 and a block 1, so a ring has 7 + 2 slots. A prompt of 40
-    and 20 tokens more write 59 positions; the rings hold 50 to 58. The 57th has its 7 before it,
-    the 56th has not: further back only the mark at the prompt's end helps, which holds 31 to 39."""
+@pytest.mark.parametrize(
+    ("length", "cases"),
+    [
+        (40, [(119, 119), (71, 71), (70, 40), (41, 40), (40, 40), (37, 37), (1, 1)]),
+        (90, [(119, 119), (90, 90), (71, 71), (70, 0), (9, 0)]),
+    ],
+)
+def test_how_far_back_a_window_goes(length: int, cases: list[tuple[int, int]]) -> None:
+    """Worked out by hand. The window is 8 and a block 1. Prompt and answer write 119 positions; of
+    the sliding layers the page of 64 to 127 is left. The 71st has its 7 before it, the 70th has
+    not: further back only the mark at the prompt's end helps, with the pages of its own window."""
     text = greedy_text("dense31")
     pair = tiny("dense31", knows=None)
-    for shared, reused in (
-        (59, 59),
-        (58, 58),
-        (57, 57),
-        (56, 40),
-        (41, 40),
-        (40, 40),
-        (38, 38),
-        (37, 0),
-    ):
+    for shared, reused in cases:
         prefix = Prefix()
-        goes_on(pair, text, 40, prefix, max_tokens=20, block_size=1)
+        goes_on(pair, text, length, prefix, max_tokens=120 - length, block_size=1)
         cache = prefix._cache
-        assert cache is not None and (cache.written, cache.kept_from) == (59, 50)
+        assert cache is not None and (cache.committed, list(cache.sliding)) == (119, [1])
         prompt = [*text[:shared], 255 - text[shared], 9, 9]
         ask: dict[str, Any] = {"pair": pair, "max_tokens": 12, "sampling": GREEDY, "block_size": 1}
         warm = generate(prompt, prefix=prefix, **ask)
@@ -282,33 +280,36 @@ def test_how_far_back_a_ring_goes() -> None:
         assert warm.tokens == generate(prompt, **ask).tokens
 
 
-def test_marks_cost_their_rings_and_are_given_back() -> None:
-    """Worked out from the layers: keys and values of 7 + 8 slots of each ring, in float32."""
+def test_marks_hold_pages_and_give_them_back() -> None:
+    """The cache, and one mark or two; what both hold counts once."""
     text, pair = greedy_text("dense31"), tiny("dense31")
-    config = pair.target.config
-    own = [n for i, n in enumerate(config.layers) if n.sliding and n.kv_source == i]
-    ring = sum(2 * n.num_kv_heads * n.head_dim * 15 * 4 for n in own)
     prefix = Prefix()
     gc.collect()
     before = mx.get_active_memory()
-    for number, known in enumerate((40, 60, 75, 90, 100), 1):
+    for known in (40, 60, 75, 90, 100):
         goes_on(pair, text, known, prefix)
         cache = prefix._cache
-        assert cache is not None
-        marks, rest = divmod(prefix.nbytes - cache.nbytes, ring)
-        # At the prompt's end, from the second on at what was known of it too; three are kept
-        assert (marks, rest) == (1 if number == 1 else 3, 0)
+        assert cache is not None and prefix._marks
+        arena = cache.arena
+        pages = {page for each in (cache, *(m.cache for m in prefix._marks)) for page in each.full}
+        assert arena.full.count - arena.full.free == len(pages) > len(cache.full)
+        assert prefix.nbytes == arena.held_bytes
     assert mx.get_active_memory() - before >= prefix.nbytes
-    # Of another text no mark is kept, also one of a prompt so short that its ring holds it all
+    # Of another text no mark is kept
     for start, length in ((20, 10), (120, 40)):
         other = list(range(start, start + length))
         generate(other, pair=pair, max_tokens=3, sampling=GREEDY, block_size=4, prefix=prefix)
-        assert prefix._cache is not None
-        assert prefix.nbytes - prefix._cache.nbytes == ring
+        assert (
+            prefix.nbytes
+            == arena.held_bytes
+            == 2 * (arena.page_bytes(True) + arena.page_bytes(False))
+        )
     prefix.forget()
-    del cache
+    assert prefix.nbytes == arena.held_bytes == 0
+    size = arena.nbytes
+    del cache, arena
     gc.collect()
-    assert prefix.nbytes == 0 and mx.get_active_memory() - before < 4 * ring
+    assert mx.get_active_memory() - before < size
 
 
 @pytest.mark.parametrize("other", ["bfloat16", "float32-q8"])
@@ -375,7 +376,8 @@ def test_a_graph_is_not_played_under_other_settings(
 def test_a_graph_from_before_the_cache_grew_is_not_played_after(
     block_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Full layers grow at 512: in a cold answer, in one that goes on, in one after a growth."""
+    """Where a page is lacking: in a cold answer, in one that goes on, in one after a growth."""
+    monkeypatch.setattr(cache_module, "MOST_PAGES", 1)
     pair, text = tiny("dense31"), greedy_text("dense31")
     monkeypatch.setattr(pair.target, "context", 4096)
     prompt = [5 + i * i * 7 % 250 for i in range(400)] + text[:100]
@@ -389,13 +391,12 @@ def test_a_graph_from_before_the_cache_grew_is_not_played_after(
     prefix = Prefix()
     first = generate(prompt, max_tokens=5, prefix=prefix, **ask)
     assert first.tokens == want.tokens[:5]
-    cache = prefix._cache
-    assert cache is not None
-    full = pair.target.config.last_source(False)
-    assert cache.keys[full].shape[2] == 512  # type: ignore[union-attr]
-    for _ in range(2):  # the second begins with a cache that has grown
+    assert prefix._cache is not None
+    pages = prefix._cache.arena.full
+    assert pages.count == 9  # one is the mark's
+    for _ in range(2):  # the second begins with an arena that has grown
         assert told(generate(prompt, max_tokens=40, prefix=prefix, **ask)) == told(want)
-    assert cache.keys[full].shape[2] == 1024  # type: ignore[union-attr]
+    assert prefix._cache.arena.full is pages and pages.count > 9
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
@@ -597,7 +598,7 @@ def test_random_calls_in_any_order(flavour: str, monkeypatch: pytest.MonkeyPatch
     pair, text = tiny(flavour), greedy_text(flavour)
     prefixes = [Prefix(), Prefix()]
     prompts = [text[:30], text[:70]]
-    score(pair, text[:5], text[5:9], prefix=prefixes[0])  # its rings take blocks of up to 16
+    score(pair, text[:5], text[5:9], prefix=prefixes[0])
     reused = 0
     for step in range(40):
         old = rng.choice(prompts[-4:])

@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from pyengine.drafters import new_drafter
 from pyengine.engine import loop
+from pyengine.model.cache import Cache
 from pyengine.model.head import whole
 
 
@@ -41,3 +43,11 @@ def step(
     """An assistant's logits ``[1, V]`` and hidden vector."""
     logits, hidden = assistant.forward(embedding, hidden, [cache])
     return whole(logits), hidden
+
+
+def spoil(cache: Cache) -> None:
+    """NaN in all its pages of the first layer."""
+    arena, layer = cache.arena, cache.arena.config.layers[0]
+    keys = np.array(arena.slots(0)[0])
+    keys[list(cache.sliding.values()) if layer.sliding else cache.full] = np.nan
+    arena.store(0, mx.array(keys), arena.slots(0)[1])

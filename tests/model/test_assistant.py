@@ -36,7 +36,7 @@ LENGTHS = (5, 21, 40)
 NUM_DRAFTS = 4
 
 
-def prefilled(flavour, length, form="float32", max_block=5):
+def prefilled(flavour, length, form="float32"):
     model = tiny_pair(flavour, form).target
     cache = model.new_cache()
     _, hidden = model.prefill(reference(flavour)[f"{length}.ids"].tolist(), cache, chunk=9)
@@ -213,10 +213,9 @@ def test_sliding_layers_read_the_newest_window_less_one(age, is_read):
     before, _ = step(pair.assistant, embedding, hidden, cache)
     mx.eval(before)
     source = model.config.last_source(True)
-    keys = cache.keys[source]
-    slots = keys.shape[2]
-    spoiled = mx.arange(slots) == (39 - age) % slots
-    cache.keys[source] = mx.where(spoiled[None, None, :, None], 3.0, keys)
+    keys, values = cache.arena.slots(source)
+    spoiled = mx.arange(64) == 39 - age
+    cache.arena.store(source, mx.where(spoiled[None, None, :, None], 3.0, keys), values)
     after, _ = step(pair.assistant, embedding, hidden, cache)
     assert (gap(before, after) > 0) == is_read
 
@@ -228,9 +227,10 @@ def test_full_layer_reads_the_first_position():
     embedding = model.embed(mx.array([3]))
     before, _ = step(pair.assistant, embedding, hidden, cache)
     source = model.config.last_source(False)
-    first = (mx.arange(cache.keys[source].shape[2]) == 0)[None, None, :, None]
+    keys, values = cache.arena.slots(source)
+    first = (mx.arange(64) == 0)[None, None, :, None]
     mx.eval(before)
-    cache.values[source] = mx.where(first, 30.0, cache.values[source])
+    cache.arena.store(source, keys, mx.where(first, 30.0, values))
     after, _ = step(pair.assistant, embedding, hidden, cache)
     assert gap(before, after) > 0
 

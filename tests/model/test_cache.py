@@ -1,4 +1,4 @@
-"""Append, commit, rollback, fork: whatever the pattern, the cache holds what plain decoding would."""
+"""Append, commit, rollback, fork: the cache holds what plain decoding would, whatever comes."""
 
 from __future__ import annotations
 
@@ -150,14 +150,14 @@ def test_growth_inside_a_block() -> None:
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_pages_behind_the_window_are_given_back_and_no_others(flavour: str) -> None:
-    """By hand, for a window of 8: at 71 positions the next one sees the 64th."""
+    """By hand, for a window of 8 and 16 positions before it: at 87 the first page is not needed."""
     model, text = tiny_pair(flavour).target, long_text(260)
     cache = model.new_cache()
     for length in range(1, 260):
         logits, _ = verify(model, block(text[length - 1], 7, 8, 9), cache)
         mx.eval(logits, cache.arrays)
         cache.settle(length)
-        first = (length - 7) // 64 if length > 7 else 0
+        first = (length - 23) // 64 if length > 23 else 0
         assert list(cache.sliding) == list(range(first, -(-(length + 3) // 64)))
         assert len(cache.full) == -(-(length + 3) // 64)
         assert_pages(cache.arena, [cache])
@@ -257,12 +257,12 @@ def test_a_fork_and_its_origin_do_not_see_each_other(flavour: str, length: int) 
 
 
 def test_a_fork_may_begin_before_the_end_as_far_as_the_window_is_kept() -> None:
-    model, text = tiny_pair("moe26").target, long_text(140)
+    model, text = tiny_pair("moe26").target, long_text(160)
     cache = model.new_cache()
-    model.prefill(text[:140], cache)
+    model.prefill(text[:151], cache)
     assert list(cache.sliding) == [2]  # positions from 128 on
-    assert [n for n in range(1, 142) if cache.can_fork(n)] == list(range(135, 141))
-    for length in (134, 141):
+    assert [n for n in range(1, 153) if cache.can_fork(n)] == list(range(135, 152))
+    for length in (134, 152):
         with pytest.raises(ValueError, match=rf"\[cache\] a fork's length .* but got {length}\."):
             cache.fork(length)
     fork, cold = cache.fork(136), model.new_cache()
@@ -310,11 +310,16 @@ def test_sharing_layers_hold_nothing() -> None:
     own = [i for i, layer in enumerate(model.config.layers) if layer.kv_source == i]
     assert [i for i, keys in enumerate(arena.keys) if keys is not None] == own == [0, 1, 2]
     assert [i for i, values in enumerate(arena.values) if values is not None] == own
-    assert (arena.page_bytes(True), arena.page_bytes(False)) == (2 * 2 * 2 * 16 * 64, 2 * 2 * 32 * 64)
+    assert (arena.page_bytes(True), arena.page_bytes(False)) == (
+        2 * 2 * 2 * 16 * 64,
+        2 * 2 * 32 * 64,
+    )
     assert arena.nbytes == arena.held_bytes == 0
     cache = arena.new_cache()
     cache.reserve(65)
-    assert cache.nbytes == arena.held_bytes == 2 * (arena.page_bytes(True) + arena.page_bytes(False))
+    assert (
+        cache.nbytes == arena.held_bytes == 2 * (arena.page_bytes(True) + arena.page_bytes(False))
+    )
 
 
 def steps_of_growth(arena: Arena, sliding: bool) -> list[int]:
@@ -362,7 +367,9 @@ def test_an_arena_has_no_more_than_it_may() -> None:
     other.reserve(64)
     assert arena.nbytes <= 3 * size
     for call in (cache.reserve, cache.growth):
-        with pytest.raises(RuntimeError, match=r"\[cache\] pages must fit the 0\.00 GB of the arena"):
+        with pytest.raises(
+            RuntimeError, match=r"\[cache\] pages must fit the 0\.00 GB of the arena"
+        ):
             call(150)
         assert_pages(arena, [cache, other])
     other.release()
@@ -383,7 +390,7 @@ def test_of_31b_a_short_chat_takes_a_few_pages() -> None:
     arena = Arena(config, mx.bfloat16)
     assert arena.page_bytes(True) == 50 * 2**20 and arena.page_bytes(False) == 5 * 2**20
     cache = arena.new_cache()
-    assert cache.growth(10) < 0.3e9
+    assert cache.growth(10) < 0.31e9
     assert arena.growth(*(2 * [window_pages(1024, 8)])) < 1.1e9
 
 
@@ -397,7 +404,7 @@ def test_a_call_that_fails_leaves_the_pages_of_others_as_they_were(
     want = follow_up(model, other.fork(30))
     real = mx.eval
 
-    def fail(*arrays: Any) -> None:
+    def fail(*args: Any, **options: Any) -> None:
         raise RuntimeError("the machine")
 
     for name, owner in (("eval", mx), ("block_attention", ops)):

@@ -9,6 +9,7 @@ from models import step, verify
 from tiny_pairs import FLAVOURS, bits, greedy_text, steps, tiny_pair
 
 from pyengine.model.cache import Cache
+from pyengine.model.head import whole
 from pyengine.model.target import Target
 
 
@@ -20,7 +21,7 @@ def block(*ids: int) -> mx.array:
     return mx.array(ids, dtype=mx.int32)
 
 
-def begun(target: Target, text: list[int], max_block: int = 4) -> Cache:
+def begun(target: Target, text: list[int]) -> Cache:
     """A cache that holds a text, of which the last tokens came one by one."""
     cache = target.new_cache()
     target.prefill(text[:20], cache)
@@ -74,47 +75,45 @@ def test_an_assistants_reads_are_noted(flavour: str) -> None:
         assert np.array_equal(a, b)
 
 
-def test_reads_are_waited_for_once_and_not_by_copies() -> None:
+def test_reads_are_waited_for_once_and_not_by_others() -> None:
     """What is evaluated is not held any longer than until the next call."""
     target, text = tiny_pair("dense31").target, greedy_text("dense31")
     cache, x = begun(target, text[:25]), block(5)
-    assert cache.after_reads(x) is not x and cache.after_reads(x) is x
+    arena = cache.arena
+    assert arena.after_reads(x) is not x and arena.after_reads(x) is x
     for _ in range(3):
-        cache.note_read(mx.ones(3) * 2)
-    ordered = cache.after_reads(x)
+        arena.note_read(mx.ones(3) * 2)
+    ordered = arena.after_reads(x)
     assert ordered is not x and ordered.tolist() == [5]
-    assert cache.after_reads(x) is x
+    assert arena.after_reads(x) is x
     verify(target, block(5), cache)
-    for copy in (cache.snapshot(), cache.with_arrays(cache.arrays)):
-        assert copy.after_reads(x) is x
-    assert cache.after_reads(x) is not x
-    verify(target, block(5), cache)
-    cache.take_results([cache.length], cache.length_limit)
-    assert cache.after_reads(x) is x
-    verify(target, block(5), cache)
-    cache.restart(20)
-    assert cache.after_reads(x) is x
+    # A round begins when all before it was evaluated
+    recorded = arena.with_placed(arena.place([cache]))
+    assert recorded.after_reads(x) is x and arena.after_reads(x) is not x
 
 
 def test_newest_follows_every_change_of_the_length() -> None:
     target, text = tiny_pair("uni12").target, greedy_text("uni12")
     cache = target.new_cache()
-    assert cache.newest.item() == -1
+
+    def newest() -> int:
+        batch = cache.arena.batch([cache])
+        assert batch.newest is batch.newest  # made once
+        [position] = batch.newest.tolist()
+        return int(position)
+
+    assert newest() == -1
     target.prefill(text[:21], cache)
-    assert cache.newest.item() == 20
-    assert cache.newest is cache.newest  # made once
+    assert newest() == 20
     verify(target, block(1, 2, 3), cache)
-    assert cache.newest.item() == 20  # nothing is committed yet
-    for count, newest in ((2, 22), (0, 22), (1, 23)):
+    assert newest() == 20  # nothing is committed yet
+    for count, position in ((2, 22), (0, 22), (1, 23)):
         cache.commit(one(count), cache.length_limit + 3)
-        assert cache.newest.item() == newest
-    copies = [cache.snapshot(), cache.with_arrays([*cache.arrays[:-1], one(9)])]
-    assert [copy.newest.item() for copy in copies] == [23, 8]
+        assert newest() == position
     cache.take_results([one(25)], 27)
-    assert (cache.newest.item(), cache.length.item(), cache.length_limit) == (24, 25, 27)
-    cache.restart(22)
-    assert (cache.newest.item(), cache.length.item(), cache.length_limit) == (21, 22, 22)
-    assert [copy.newest.item() for copy in copies] == [23, 8]
+    assert (newest(), cache.length.item(), cache.length_limit) == (24, 25, 27)
+    cache.settle(26)
+    assert (newest(), cache.length.item(), cache.length_limit) == (25, 26, 26)
 
 
 @pytest.mark.parametrize("position", ["n-1", "n-2"])
@@ -143,38 +142,40 @@ def test_length_and_bound_after_rollback(flavour: str) -> None:
     """A refused tail moves nothing: what is written next goes on from the length."""
     target, text = tiny_pair(flavour).target, greedy_text(flavour)
     rng = np.random.default_rng(5)
-    cache, known, written = begun(target, text[:21], max_block=6), 21, 21
+    cache, known = begun(target, text[:21]), 21
     while known < 90:
         T = int(rng.integers(1, 7))
         kept = int(rng.integers(0, T + 1))
         ids = [*text[known : known + kept], *rng.integers(0, 256, T - kept).tolist()]
         verify(target, mx.array(ids, dtype=mx.int32), cache)
-        written = max(written, cache.length_limit + T)
         cache.commit(one(kept), cache.length_limit + T)
         known += kept
-        assert cache.length.item() == known <= cache.length_limit
-        # The rings have 7 + 6 slots, and hold what nobody wrote over
-        assert (cache.written, cache.kept_from) == (written, max(0, written - 13))
+        assert cache.committed <= cache.length.item() == known <= cache.length_limit
+        assert 64 * len(cache.full) >= cache.length_limit
         if rng.random() < 0.5:  # the host has read how many were kept
-            cache.length_limit = known
-    assert cache.written > known
+            cache.settle(known)
+            assert cache.committed == cache.length_limit == known
     rows, _ = verify(target, block(11, 12), cache)
     single, _ = steps(target, begun(target, text[:known]), [11, 12])
     assert np.array_equal(bits(rows), bits(single))
 
 
-def test_growth_is_what_making_room_adds() -> None:
-    """Nothing up to the 512th position, then 512 slots of each full layer at once."""
-    target = tiny_pair("dense31").target
-    layers = [n for i, n in enumerate(target.config.layers) if n.kv_source == i and not n.sliding]
-    step = sum(2 * n.num_kv_heads * n.head_dim * 512 * 4 for n in layers)
-    cache = target.new_cache()
-    for bound, count, steps_more in ((0, 512, 0), (500, 12, 0), (500, 13, 1), (1020, 600, 3)):
-        cache = target.new_cache()
-        cache.length_limit = bound
-        before = cache.nbytes
-        assert cache.growth(count) == steps_more * step
-        cache.reserve(count)
-        mx.eval(cache.arrays)
-        assert cache.nbytes - before == steps_more * step
-        assert cache.growth(count) == 0 and cache.written == bound + count
+@pytest.mark.parametrize("flavour", ["dense31", "moe26"])
+def test_drafts_of_some_of_a_batch_are_those_alone(flavour: str) -> None:
+    """Sequences that draft no more are left out, wherever they stand."""
+    pair, text = tiny_pair(flavour), greedy_text(flavour)
+    target, hidden = pair.target, some_hidden(pair.target)
+    arena = target.new_arena()
+    caches = [arena.new_cache() for _ in range(4)]
+    for n, cache in enumerate(caches):
+        target.prefill(text[: 20 + 19 * n], cache)
+    placed = arena.with_placed(arena.place(caches))
+    views = [c.with_state(c.state, placed, n) for n, c in enumerate(caches)]
+    embedded = target.embed(block(9))
+    assert pair.assistant is not None
+    alone = [bits(step(pair.assistant, embedded, hidden, cache)[0])[0] for cache in caches]
+    for places in ([0, 1, 2, 3], [0, 1, 2], [0], [3], [1, 3], [0, 3]):
+        rows = [mx.repeat(a, len(places), axis=0) for a in (embedded, hidden)]
+        logits, _ = pair.assistant.forward(*rows, [views[n] for n in places])
+        for row, n in zip(bits(whole(logits)), places, strict=True):
+            assert np.array_equal(row, alone[n]), places

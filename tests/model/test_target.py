@@ -95,9 +95,10 @@ def test_every_layer_matches_transformers(flavour, monkeypatch):
     assert gap(hidden, wanted["21.hidden"]) <= FLOAT32
     for kind, sliding in (("sliding_attention", True), ("full_attention", False)):
         source = model.config.last_source(sliding)
-        for ours, theirs in ((cache.keys, "k"), (cache.values, "v")):
-            own = ours[source][:, :, :21]  # the ring has 28 slots and has not wrapped
-            assert gap(own, wanted[f"21.kv.{kind}.{theirs}"]) <= FLOAT32
+        for own, theirs in zip(cache.arena.slots(source), "kv", strict=True):
+            page = cache.sliding[0] if sliding else cache.full[0]
+            found = own[page : page + 1, :, :21]
+            assert gap(found, wanted[f"21.kv.{kind}.{theirs}"]) <= FLOAT32
 
 
 @pytest.mark.short
@@ -148,10 +149,10 @@ def test_a_block_gives_the_bits_of_single_steps(flavour, form):
     model = tiny_pair(flavour, form).target
     cache = model.new_cache()
     model.prefill(text[:21], cache)
-    start = cache.snapshot()
+    start = cache.fork(21)
     single_logits, single_hidden = steps(model, cache, text[21:61])
     for T in (2, 3, 7, 16, 17, 40):
-        block = start.snapshot()
+        block = start.fork(21)
         logits, hidden = verify(model, mx.array(text[21 : 21 + T], dtype=mx.int32), block)
         assert np.array_equal(bits(logits), bits(single_logits[:T])), T
         assert np.array_equal(bits(hidden), bits(single_hidden[:T])), T
@@ -160,7 +161,7 @@ def test_a_block_gives_the_bits_of_single_steps(flavour, form):
 @pytest.mark.native("bits do not depend on the number of rows, which plain MLX does not promise")
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_prefill_chunks_change_nothing(flavour):
-    """Chunks below, at and above the ring's 10 slots, from the first position on."""
+    """Chunks below, at and above the window and a block, from the first position on."""
     text = greedy_text(flavour)[:57]
     model = tiny_pair(flavour, "bfloat16").target
     results = []
@@ -313,8 +314,6 @@ def test_verify_neither_evaluates_nor_commits(monkeypatch):
 def test_errors():
     model = tiny_pair("uni12").target
     cache = model.new_cache()
-    with pytest.raises(ValueError, match=r"\[verify\] T must be at most the cache's max_block 2"):
-        verify(model, mx.array([1, 2, 3], dtype=mx.int32), cache)
     with pytest.raises(ValueError, match=r"\[prefill\] ids must not be empty"):
         model.prefill([], cache)
     for bad in (-1, 256):

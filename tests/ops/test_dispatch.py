@@ -185,7 +185,7 @@ def test_every_metal_kernel_has_its_source_in_the_extension() -> None:
     assert {library for library, _ in kernels} == {*dispatch.OPS, "merge_candidates"}
     for library, kernel in kernels:
         source = _ext.metal_source(library, kernel)
-        assert re.search(rf"\[\[kernel\b.*\]\]\s+void\s+{library}", source)
+        assert re.search(rf"\[\[kernel\b.*\]\] void\s+{library}", source)
         assert '#include "' not in source and source.isascii()
 
 

@@ -1,0 +1,159 @@
+"""Pages of an engine: whatever becomes of its requests, all come back, and no text is another."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from knowing import tiny
+from models import spoil
+from tiny_pairs import greedy_text
+
+from pyengine import Engine, Sampling, generate
+from pyengine.engine import loop
+from pyengine.model import plan
+
+TEXT = greedy_text("dense31")
+# Past a page, past a window's page, and short; the last two have one prompt
+PROMPTS = [TEXT[:70], [*TEXT, *TEXT[:30]], TEXT[:9], TEXT[:66], TEXT[:66]]
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(plan, "CHUNK", 32)
+    pair = tiny("dense31")
+    monkeypatch.setattr(pair.target, "context", 4096)
+    return pair
+
+
+def settings(number: int) -> dict[str, Any]:
+    sampling = Sampling(1.2, seed=number % 4, top_k=8, verify="coupled")
+    return {"sampling": sampling, "max_tokens": 12 + 9 * number, "block_size": 1 + number % 4}
+
+
+@pytest.fixture
+def alone(pair: Any) -> list[list[int]]:
+    return [generate(p, pair=pair, **settings(n)).tokens for n, p in enumerate(PROMPTS)]
+
+
+@contextmanager
+def checked(pair: Any, **options: Any) -> Iterator[Engine]:
+    """An engine whose pages are those of its prefixes when nobody is active, and none in the
+    end."""
+    with Engine(pair, **options) as engine:
+        arena = engine._arena
+        yield engine
+        assert not engine.active
+        idle = [c for p in engine._slots._idle for c in (p._cache, *(m.cache for m in p._marks))]
+        for pages, own in (
+            (arena.full, {page for c in idle if c for page in c.full}),
+            (arena.sliding, {page for c in idle if c for page in c.sliding.values()}),
+        ):
+            assert pages.count - pages.free == len(own)
+        assert engine.cache_bytes == arena.held_bytes
+    assert arena.held_bytes == 0
+
+
+def run(engine: Engine) -> None:
+    while engine.step():
+        pass
+
+
+def submitted(engine: Engine) -> list[Any]:
+    """The last prompt twice, as two texts of one prompt."""
+    requests = [engine.submit(p, **settings(n)) for n, p in enumerate(PROMPTS)]
+    return [*requests, *engine.submit(PROMPTS[-1], n=3, **settings(4))]
+
+
+@pytest.mark.parametrize("sequences", [2, 8])
+def test_cancelled_at_every_stage(sequences: int, pair: Any, alone: Any) -> None:
+    """One or more, while they wait, amid their prompt, behind it, amid their text."""
+    rng = random.Random(1)
+    with checked(pair, sequences=sequences) as engine:
+        for steps in (0, 1, 2, 3, 5, 8, 11, 15, 19, 24, 30):
+            requests = submitted(engine)
+            for _ in range(steps):
+                engine.step()
+            gone = rng.sample(range(len(requests)), rng.randint(1, 5))
+            for number in gone:
+                requests[number].cancel()
+            run(engine)
+            for number, request in enumerate(requests[:5]):
+                tokens = request.result.tokens
+                assert tokens == alone[number][: len(tokens)]
+                assert number in gone or len(tokens) == len(alone[number])
+
+
+def test_who_finds_no_page_fails_alone(pair: Any, alone: Any) -> None:
+    """In the prompt or in the text; what it had serves others."""
+    page = sum(pair.target.new_arena().page_bytes(kind) for kind in (False, True))
+    failed = set()
+    for most in (3, 6, 9):
+        with checked(pair, sequences=3) as engine:
+            engine._arena.most_bytes = most * page
+            requests = submitted(engine)
+            run(engine)
+            for number, request in enumerate(requests):
+                if request.error is not None:
+                    assert str(request.error).startswith("[cache] pages must fit the 0.00 GB")
+                    failed.add((most, number))
+                elif number < 5:
+                    assert request.result.tokens == alone[number]
+    assert 3 < len(failed) < 20
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 7, 11])
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_round_that_raises_gives_all_pages_back(
+    count: int, place: str, pair: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with checked(pair, sequences=4) as engine:
+        requests, read, calls = submitted(engine), loop._read, []
+
+        def broken(*args: Any) -> list[int]:
+            calls.append(0)
+            row = read(*args) if place == "after" else []
+            if len(calls) == count:
+                raise RuntimeError("the machine")
+            return row or read(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "_read", broken)
+            run(engine)
+        failed = [request for request in requests if request.error is not None]
+        assert failed and {str(request.error) for request in failed} == {"the machine"}
+        for number, request in enumerate(requests[:5]):
+            assert request.error or request.result.tokens == alone[number]
+        again = submitted(engine)
+        run(engine)
+        assert [request.result.tokens for request in again[:5]] == alone
+
+
+def test_what_turned_nan_serves_the_next(pair: Any, alone: Any) -> None:
+    with checked(pair, sequences=3) as engine:
+        for _ in range(2):
+            requests = submitted(engine)
+            while requests[1].sequence is None or requests[1].chunks is not None:
+                engine.step()
+            spoil(requests[1].sequence.parts.cache)
+            run(engine)
+            assert "must be finite" in str(requests[1].error)
+            for number in (0, 2, 3, 4):
+                assert requests[number].result.tokens == alone[number]
+
+
+def test_texts_of_one_prompt_share_its_whole_pages(pair: Any) -> None:
+    with checked(pair, sequences=4) as engine:
+        texts = engine.submit(TEXT[:70] * 2, n=3, max_tokens=9, block_size=3)
+        while not all(text.result.tokens for text in texts):
+            engine.step()
+        caches = [text.sequence.parts.cache for text in texts]
+        assert len({tuple(cache.full[:2]) for cache in caches}) == 1
+        assert len({cache.full[2] for cache in caches}) == 3
+        run(engine)
+        for n, text in enumerate(texts):
+            ask = {"max_tokens": 9, "block_size": 3, "sampling": Sampling(seed=n)}
+            assert text.result.tokens == generate(TEXT[:70] * 2, pair=pair, **ask).tokens
