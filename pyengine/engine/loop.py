@@ -208,11 +208,6 @@ class TokenSequence:
     def logprobs(self) -> int | None:
         return self._sampling.logprobs
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of its pages where no prefix holds them."""
-        return 0 if self._own is None else self._own.nbytes
-
     def release(self) -> None:
         """Give back its pages where no prefix holds them."""
         if self._own is not None:

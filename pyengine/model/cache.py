@@ -241,7 +241,7 @@ class Arena:
     def copy(self, sliding: bool, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages in every layer of the kind. Evaluates."""
         mx.eval(self._reads)  # what was read from the targets when they were another's
-        pair = (mx.array(sources, dtype=mx.int32), mx.array(targets, dtype=mx.int32))
+        pair = [mx.array(list(pages), dtype=mx.int32) for pages in (sources, targets)]
         for arrays in (self.keys, self.values):
             for i, a in enumerate(arrays):
                 if a is not None and self.config.layers[i].sliding == sliding:
@@ -303,6 +303,7 @@ class Arena:
 
     def place(self, caches: Sequence[Cache]) -> Placed:
         """What a round of these sequences gets, whose lengths the host knows."""
+        assert all(cache.arena is self and cache.committed == cache.length_limit for cache in caches)
         lengths = mx.array([cache.committed for cache in caches], dtype=mx.int32)
         tables = (self._table(sliding, caches, is_round=True) for sliding in (False, True))
         return Placed(self.arrays, lengths, *tables)

@@ -11,12 +11,14 @@ from models import spoil
 from schedules import LARGEST_BLOCK, Case, Watched, alone, random_cases, together
 from tiny_pairs import FLAVOURS, FORMS, greedy_text, tiny_pair
 
+from pyengine import ops
 from pyengine.checkpoint import memory
 from pyengine.engine import loop
 from pyengine.engine import round as on_device
 from pyengine.engine.loop import Round, Rounds
 from pyengine.engine.recorded import Recorded
 from pyengine.engine.report import NonFinite
+from pyengine.ops import dispatch
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.sampling.settings import Sampling
 from pyengine.task import embedded_pair
@@ -101,6 +103,26 @@ def test_texts_of_hundreds_of_schedules_are_those_alone(part: int) -> None:
         flavour, form = FLAVOURS[seed % 4], list(FORMS)[seed // 4 % 4]
         text = greedy_text(flavour)
         check_schedule(tiny_pair(flavour, form), text, 1000 + seed, 8)
+
+
+@pytest.mark.parametrize("kind", ["reference", "copies alone"])
+def test_what_a_round_copied_is_what_the_next_begins_with(kind: str) -> None:
+    """Where writes are not in place: the texts are still what greedily follows."""
+    pair, text = tiny_pair("dense31"), greedy_text("dense31")
+    cases = [Case(text[:n], GREEDY, 1 + n % 4, 9) for n in (21, 40, 62)]
+    try:
+        if kind == "reference":
+            ops.use("reference")
+        else:
+            dispatch.set_aside({"prepare_qkv"})
+        assert not dispatch.in_place()
+        stories = together(pair, cases, random.Random(2))
+    finally:
+        ops.use("native")
+        dispatch.set_aside(())
+    for case, story in zip(cases, stories, strict=True):
+        n = len(case.prompt)
+        assert story.tokens == text[n : n + 9]
 
 
 @pytest.mark.native("plain MLX takes minutes")

@@ -1,4 +1,4 @@
-"""Append, commit, rollback, fork: whatever the pattern, the cache holds what plain decoding would."""
+"""Append, commit, rollback, fork: the cache holds what plain decoding would, whatever comes."""
 
 from __future__ import annotations
 

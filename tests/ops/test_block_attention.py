@@ -1,6 +1,7 @@
 """block_attention: kernel against reference, pages, windows, row-stability, errors.
 
-All calls have NaN wherever no row of a piece sees: in free pages, beyond lengths, before windows."""
+All calls have NaN where no row of a piece sees: in free pages, beyond lengths, before windows.
+"""
 
 import threading
 from collections.abc import Iterator, Sequence
