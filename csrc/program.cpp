@@ -27,7 +27,13 @@ const AnyOp* as_ours(const Graph::Node& node) {
 // Of MLX's, those that mostly hand on memory.
 bool is_view(const Graph::Node& node) {
   static const std::set<std::string> names = {
-      "Depends", "ExpandDims", "Reshape", "Slice", "Split", "Squeeze"};
+      "Broadcast",
+      "Depends",
+      "ExpandDims",
+      "Reshape",
+      "Slice",
+      "Split",
+      "Squeeze"};
   return names.count(node.primitive->name());
 }
 
@@ -234,7 +240,6 @@ class Program::Maker {
     Part part = {{}, node.primitive, from, results_of(node)};
     std::vector<char*> places;
     for (size_t i = 0; i < made.size(); ++i) {
-      program_->can_repeat_ &= made[i].flags().row_contiguous;
       program_->place(part.to[i]);
       places.push_back(part.to[i].data<char>());
     }

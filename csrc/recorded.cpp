@@ -107,6 +107,7 @@ class Played : public mx::Primitive {
     if (kept_->tries) {
       program = Program::make(*graph_, inputs, outputs, stream());
       kept_->tries = program != nullptr;
+      kept_->made += kept_->tries;
     }
     return kept_->tries;
   }
@@ -361,7 +362,7 @@ void bind_recorded(nb::module_& m) {
   nb::class_<Recorded>(m, "Recorded")
       .def(nb::init<ArrayFunction>(), "function"_a)
       .def("__call__", &Recorded::operator(), "inputs"_a)
-      .def_prop_ro("is_program", &Recorded::is_program)
+      .def_prop_ro("programs", &Recorded::programs)
       .def_prop_ro("tapes", &Recorded::tapes)
       .def_prop_ro("nodes", &Recorded::nodes);
 }

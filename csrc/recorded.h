@@ -51,6 +51,7 @@ struct Graph {
 struct Kept {
   std::mutex mutex;
   bool tries = true;
+  int made = 0;
   std::shared_ptr<Program> program;
 };
 
@@ -64,8 +65,8 @@ class Tape {
   bool fits(const std::vector<mx::array>& inputs) const;
   std::vector<mx::array> play(const std::vector<mx::array>& inputs) const;
   std::vector<std::string> nodes() const; // names of their primitives
-  bool is_program() const {
-    return kept_->program != nullptr;
+  int programs() const {
+    return kept_->made;
   }
 
  private:
@@ -94,9 +95,9 @@ class Recorded {
   std::vector<std::string> nodes() const {
     return tapes_.empty() ? std::vector<std::string>() : tapes_.back().nodes();
   }
-  // Whether that graph is kept as a program.
-  bool is_program() const {
-    return !tapes_.empty() && tapes_.back().is_program();
+  // How often a program was made for that graph.
+  int programs() const {
+    return tapes_.empty() ? 0 : tapes_.back().programs();
   }
 
  private:

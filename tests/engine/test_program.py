@@ -44,9 +44,9 @@ def test_results_are_those_of_the_function_and_stay() -> None:
     play = _ext.Recorded(layers)
     want = [layers(given(seed)) for seed in range(6)]
     got = [play(given(seed)) for seed in range(3)]  # not evaluated in between
-    assert not play.is_program
+    assert play.programs == 0
     mx.eval(got, want)
-    assert play.is_program
+    assert play.programs
     got += [play(given(seed)) for seed in range(3, 6)]
     mx.eval(got)
     for a, b in zip(got, want, strict=True):
@@ -88,13 +88,34 @@ def test_large_arguments_may_lie_elsewhere() -> None:
     play, weight = _ext.Recorded(chain), normal(0, 1024)
     large = [normal(seed, 64, 1024) for seed in range(3)]
     mx.eval(large)
-    for n in (0, 0, 1, 2, 1, 0, 0):
+    for n, made in ((0, 1), (0, 1), (1, 2), (2, 3), (1, 4), (0, 5), (0, 5)):
         same(play([large[n], weight]), chain([large[n], weight]))
-        assert play.is_program
+        assert play.programs == made
     square = normal(7, 256, 256)
     mx.eval(square)
     for x in (square, square.T, square):  # one address, other strides
         same(play([x, weight[:256]]), chain([x, weight[:256]]))
+
+
+def test_a_program_is_made_once() -> None:
+    """Whatever strides the nodes between give their results."""
+
+    def between(arrays):
+        x, y, n = arrays
+        for _ in range(8):
+            x = ops.rms_norm(ops.softcap(x, 3.0), None)
+        wide = mx.broadcast_to(n, (3,)) + mx.arange(3)
+        turned = mx.transpose(ops.softcap(x, 2.0)) * 2
+        return [
+            ops.softcap(mx.broadcast_to(x[:1], (3, WIDTH)), 2.0),
+            wide,
+            ops.rms_norm(turned, None),
+        ]
+
+    play = _ext.Recorded(between)
+    for seed in range(4):
+        same(play(given(seed)), between(given(seed)))
+    assert play.programs == 1
 
 
 def test_what_is_mostly_mlx_is_played_node_by_node() -> None:
@@ -102,7 +123,7 @@ def test_what_is_mostly_mlx_is_played_node_by_node() -> None:
     for seed in range(3):
         x = normal(seed, 5)
         same(play([x]), [mx.exp(ops.softcap(x + 1, 2.0)) * 2])
-    assert play.is_program is False
+    assert play.programs == 0
 
 
 def test_large_arguments_are_not_kept() -> None:
@@ -115,7 +136,7 @@ def test_large_arguments_are_not_kept() -> None:
     play = _ext.Recorded(chain)
     x = normal(0, 512, 1024)
     mx.eval(play([x]))
-    assert play.is_program
+    assert play.programs
     gc.collect()
     before = mx.get_active_memory()
     nbytes = x.nbytes
@@ -135,7 +156,7 @@ def test_places_are_used_again() -> None:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.eval(play([x]))
-    assert play.is_program
+    assert play.programs
     assert mx.get_peak_memory() - before < 5 * x.nbytes
     mx.eval(play([x]))
     assert mx.get_peak_memory() - before < 5 * x.nbytes
@@ -180,4 +201,4 @@ def test_what_is_written_in_place_is_written_where_it_lies(pages: int) -> None:
         mx.eval(out, made)
         assert (bits(arena) == bits(want)).all()  # through the older handle
         assert (bits(out) == bits(want)).all()
-    assert play.is_program
+    assert play.programs
