@@ -1,5 +1,8 @@
 """block_attention against MLX's attention, on Gemma 4's shapes and the embedded pair's.
 
+Pieces of several sequences are one call of ours, and of MLX's a call per sequence. Then against a
+call per sequence of our own.
+
 Run: pytest bench/bench_block_attention.py --benchmark-columns=median,iqr,rounds
 """
 
@@ -10,6 +13,7 @@ import pytest
 import timing
 
 from pyengine.ops import block_attention, block_attention_reference
+from pyengine.ops.prepare_qkv import PAGE
 
 # Name: H, K, D, cached positions S, window.
 SHAPES = {
@@ -19,33 +23,85 @@ SHAPES = {
     "31b_full": (32, 4, 512, 4096, None),
     "e2b_full": (8, 1, 512, 4096, None),
 }
+STREAMS = (1, 4, 8)
 # The call of docs/ops.md
-SMALL = {"shape": "embedded_sliding", "T": 5}
+SMALL = {"shape": "embedded_sliding", "T": 5, "Q": 4}
 
 
+def pieces(H, K, D, S, window, T, Q):
+    """Arguments of one call, but for the arena; the positions that rows see, and their keys and
+    values in a row."""
+    C = S if window is None else S - 1 + T  # that any row of a piece sees
+    N = -(-C // PAGE)
+    q, length = timing.normal(0, Q * T, H, D), mx.array(Q * [C - T])
+    tables = mx.arange(Q * N, dtype=mx.int32).reshape(N, Q).T  # pages of all by turns
+    mx.eval(q, length, tables)
+
+    def gathered(arena, s):
+        own = arena[tables[s]].swapaxes(0, 1).reshape(K, N * PAGE, D)[:, :C]
+        return mx.contiguous(own[None])
+
+    # Keys and values of all C places once, queries and results, lengths and tables
+    nbytes = Q * ((2 * K * C * D + 2 * T * H * D) * 2 + 4 + 4 * N)
+    return (q, length, tables, Q * [T]), C, gathered, nbytes
+
+
+@pytest.mark.parametrize("Q", STREAMS)
 @pytest.mark.parametrize("T", [1, 5, 16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_block_attention(benchmark, shape, T):
+def test_block_attention(benchmark, shape, T, Q):
     H, K, D, S, window = SHAPES[shape]
-    C = S if window is None else S - 1 + T
-    q, offset, scale = timing.normal(0, 1, T, H, D), mx.array(C - T), 1 / math.sqrt(D)
-    # Keys and values of all C places once, queries and results
-    nbytes = (2 * K * C * D + 2 * T * H * D) * 2 + 4
-    turns = timing.turns(timing.normal(1, 1, K, C, D), timing.normal(2, 1, K, C, D), nbytes=nbytes)
-    turned = mx.contiguous(q.swapaxes(1, 2))  # [B, H, T, D], as MLX's attention wants it
+    (q, *where), C, gathered, nbytes = pieces(H, K, D, S, window, T, Q)
+    P, scale = where[1].size, 1 / math.sqrt(D)
+    arenas = timing.turns(
+        timing.normal(1, P, K, PAGE, D), timing.normal(2, P, K, PAGE, D), nbytes=nbytes
+    )
+    turns = [(*turn, [[gathered(a, s) for a in turn] for s in range(Q)]) for turn in arenas]
+    turned = mx.contiguous(q.reshape(Q, T, H, D).swapaxes(1, 2))  # as MLX's attention wants it
     mask = None
     if T > 1:
         rows, columns = mx.arange(C - T, C)[:, None], mx.arange(C)
         mask = (columns <= rows) & (columns > rows - (window or C))
-    mx.eval(q, turned, mask, offset)
+    mx.eval(turns, turned, mask)
 
-    def kernel(k, v):
-        return block_attention(q, k, v, offset, scale=scale, window=window)
+    def kernel(keys, values, alone):
+        return block_attention(q, keys, values, *where, scale=scale, window=window)
 
-    def mlx(k, v):
-        return mx.fast.scaled_dot_product_attention(turned, k, v, scale=scale, mask=mask)
+    def mlx(keys, values, alone):
+        return mx.concatenate(
+            [
+                mx.fast.scaled_dot_product_attention(one[None], k, v, scale=scale, mask=mask)
+                for one, (k, v) in zip(turned, alone, strict=True)
+            ]
+        )
 
-    expected = block_attention_reference(q, *turns[0], offset, scale=scale, window=window)
+    expected = block_attention_reference(q, *arenas[0], *where, scale=scale, window=window)
     timing.check(kernel(*turns[0]), expected, atol=2**-7)
-    timing.check(mlx(*turns[0]).swapaxes(1, 2), expected, atol=2**-5)
-    timing.compare(benchmark, kernel, mlx, turns, nbytes=nbytes, shape=shape, T=T)
+    timing.check(mlx(*turns[0]).swapaxes(1, 2).reshape(q.shape), expected, atol=2**-5)
+    timing.compare(benchmark, kernel, mlx, turns, nbytes=nbytes, shape=shape, T=T, Q=Q)
+
+
+@pytest.mark.parametrize("Q", STREAMS[1:])
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pieces_against_calls(benchmark, shape, T, Q):
+    """One call for all sequences against one of ours for each; both give the same bits."""
+    H, K, D, S, window = SHAPES[shape]
+    (q, lengths, tables, counts), _, _, nbytes = pieces(H, K, D, S, window, T, Q)
+    P, options = tables.size, {"scale": 1 / math.sqrt(D), "window": window}
+    turns = timing.turns(
+        timing.normal(1, P, K, PAGE, D), timing.normal(2, P, K, PAGE, D), nbytes=nbytes
+    )
+    own = [(q[T * s : T * s + T], lengths[s : s + 1], tables[s : s + 1]) for s in range(Q)]
+    mx.eval(own)
+
+    def together(keys, values):
+        return block_attention(q, keys, values, lengths, tables, counts, **options)
+
+    def apart(keys, values):
+        return mx.concatenate(
+            [block_attention(rows, keys, values, *where, [T], **options) for rows, *where in own]
+        )
+
+    assert mx.array_equal(together(*turns[0]), apart(*turns[0]))
+    timing.compare(benchmark, together, apart, turns, nbytes=nbytes, shape=shape, T=T, Q=Q)

@@ -27,6 +27,7 @@ from pyengine.engine import loop
 from pyengine.engine import round as on_device
 from pyengine.engine.recorded import Recorded
 from pyengine.ops import workbench
+from pyengine.ops.prepare_qkv import PAGE
 from pyengine.sampling.settings import Sampling
 from pyengine.task import embedded_pair
 
@@ -56,8 +57,7 @@ EPS = 1e-6
 VOCAB, TOP_K, DRAFTS = 262144, 64, 5
 HEAD_WIDTH = 1536  # of E2B
 
-OFFSET = 1500
-BLOCK = 16  # positions that a ring has room for beside its window
+LENGTH = 1500  # positions before a piece
 
 
 class Geometry(NamedTuple):
@@ -92,7 +92,7 @@ RATIOS = {
     "load_ratio": ("loaded", ".*", MATRICES),
     "kv_load_ratio": ("loaded", CACHE, CACHE),
     "q_load_ratio": ("loaded", "q", CACHE),
-    "between_ratio": ("moved", "scores|values|states", CACHE),
+    "between_ratio": ("moved", "scores|sums|states", CACHE),
     "row_ratio": ("loaded", STREAMS, STREAMS),
     "logits_ratio": ("read", "logits", "logits"),
 }
@@ -164,7 +164,7 @@ def count(result: Result, needed: float = 1.0) -> Count:
         found, inputs = launches_of(result)
         launches, arrays = found, workbench.named(found, inputs)
         outer = {buffer.name for part in _ext.launch_arguments(found) for buffer in part}
-    # block_attention leaves the room for spans that an offset does not need as it is
+    # block_attention leaves the room for spans that a length does not need as it is
     _, report = workbench.load().run(
         launches, arrays, mode="count", include=include, allow={"unwritten-output"}
     )
@@ -274,20 +274,23 @@ def mlx_kernel(
 def attention(
     geometries: Sequence[Geometry] = GEOMETRIES,
     rows: Sequence[int] = ROWS,
-    offset: int = OFFSET,
+    length: int = LENGTH,
 ) -> Iterator[Call]:
     """Key heads are independent of each other, so one is counted, with its query heads."""
     for layer, G, D, window in geometries:
         for T in rows:
-            C = offset + BLOCK if window is None else window - 1 + BLOCK
-            keys = offset + T if window is None else min(offset, window - 1) + T  # that a row sees
-            shapes = ((1, T, G, D), (1, 1, C, D), (1, 1, C, D))
+            seen = T + (length if window is None else min(length, window - 1))
+            first, behind = (length + T - seen) // PAGE, (length + T - 1) // PAGE + 1
+            N = behind - first
+            shapes = ((T, G, D), (N, 1, PAGE, D), (N, 1, PAGE, D))
             draw = np.random.default_rng(T)
-            q, k, v = (bfloat16(draw.normal(size=shape)) for shape in shapes)
-            at = mx.array(offset)
-            result = ops.block_attention(q, k, v, at, scale=1.0, window=window, start=None)
-            labels = {"layer": layer, "D": D, "M": T, "rows": T * G, "keys": keys}
-            yield Call("block_attention", result, labels, keys / C)
+            q, keys, values = (bfloat16(draw.normal(size=shape)) for shape in shapes)
+            table = np.zeros((1, N), np.int32)
+            table[0, np.arange(first, behind) % N] = draw.permutation(N)
+            where = mx.array([length]), mx.array(table), [T]
+            result = ops.block_attention(q, keys, values, *where, window=window)
+            labels = {"layer": layer, "D": D, "M": T, "rows": T * G, "keys": seen}
+            yield Call("block_attention", result, labels, seen / (N * PAGE))
 
 
 def layers(rows: Sequence[int] = LAYER_ROWS) -> Iterator[Call]:
@@ -311,7 +314,7 @@ def heads(T: int, H: int, K: int, D: int) -> Iterator[Call]:
     q, k, v = random(1, T, H * D), random(2, T, K * D), random(3, T, K * D)
     q_norm, k_norm = random(4, D), random(5, D)
     inv_freq = mx.array((1e4 ** (-2 * np.arange(D // 2) / D)).astype(np.float32))
-    keys, values = random(6, T, K, 64, D), random(6, T, K, 64, D)
+    keys, values = random(6, T, K, PAGE, D), random(6, T, K, PAGE, D)
     positions, owners = 4000 + mx.arange(T), mx.arange(T)
     where = (keys, values, positions, owners, owners[:, None])
     result = ops.prepare_qkv(q, k, v, q_norm, k_norm, inv_freq, *where, eps=EPS)[0]
@@ -319,7 +322,7 @@ def heads(T: int, H: int, K: int, D: int) -> Iterator[Call]:
     result = ops.norm_rope(q.reshape(T, H, D), q_norm, positions, inv_freq, eps=EPS)
     yield Call("norm_rope", result, {"M": T, "shape": f"{H} of {D}"})
     if T == 1:
-        result = ops.copy_pages(random(7, 2, K, 64, D), mx.array([1]), mx.array([0]))
+        result = ops.copy_pages(random(7, 2, K, PAGE, D), mx.array([1]), mx.array([0]))
         yield Call("copy_pages", result, {"M": 1, "shape": f"{K} of {D}"})
 
 
@@ -409,7 +412,7 @@ ATTENTION_SHOWN = Table(
     f"""
 ## Attention
 
-Blocks at position {OFFSET} of a cache, bfloat16, one key head with the query heads that share it.
+Pieces behind {LENGTH} positions, bfloat16, one key head with the query heads that share it.
 Keys + values, q: bytes by load over those of the visible keys and values. Between: bytes that one
 launch leaves for the next, written and read, likewise. Total: as above, of visible keys and values.
 """,
@@ -529,10 +532,12 @@ def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[
     for name, number in Counter(node.split()[0] for node in played[0].nodes).items():
         if name not in _VIEWS:
             calls[name if hasattr(ops, name) else "MLX"] += number
-    one = mx.zeros((1, 1, 1, 16))
+    one, page = mx.zeros((1, 1, 16)), mx.zeros((1, 1, PAGE, 16))
     x, w = (mx.zeros((rows, HEAD_WIDTH), mx.bfloat16) for rows in (1, VOCAB))
     several: dict[str, mx.array | Sequence[mx.array]] = {
-        "block_attention": ops.block_attention(one, one, one, mx.array(0)),
+        "block_attention": ops.block_attention(
+            one, page, page, mx.array([0]), mx.array([[0]]), [1]
+        ),
         "filter_logits": ops.filter_logits(mx.zeros((1, VOCAB)), top_k=TOP_K),
         "quantized_filter_logits": filtered(x, mx.quantize(w, GROUP_SIZE, BITS)),
     }

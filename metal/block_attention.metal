@@ -38,13 +38,14 @@
 //   values 20.2, 13.3 of them fma and 4 of the softmax. A tile of scores is 309
 //   instructions for 256 fma, 16 positions of values are 572 for 512.
 //
-// Chunks of 64, which are pages, and spans of 512 are cut at absolute positions,
-// and all sums run in the order of csrc/ops/block_attention_cpu.cpp. So the bits
-// are those of the processor, and depend on a row and its visible keys alone:
-// not on other rows, N, which pages they are or the grid, which follows from
-// shapes while lengths and tables are read here. Where a piece has no such
-// positions, or sees more pages than N, nothing is read and it is NaN; where a
-// page is none of the P, page 0 is read for it, and the piece is NaN too.
+// Chunks of 64, which are pages, and spans of 512 are cut at absolute
+// positions, and all sums run in the order of csrc/ops/block_attention_cpu.cpp.
+// So the bits are those of the processor, and depend on a row and its visible
+// keys alone: not on other rows, N, which pages they are or the grid, which
+// follows from shapes while lengths and tables are read here. Where a piece has
+// no such positions, or sees more pages than N, nothing is read and it is NaN;
+// where a page is none of the P, page 0 is read for it, and the piece is NaN
+// too.
 //
 // Limits: up to 128 items; D a multiple of 16, at most 512; q, keys and values
 // on 16 bytes.
@@ -121,7 +122,8 @@ inline int num_rows(constant Params& p, constant Item& item) {
 }
 
 // Where a row of q or out begins.
-inline ulong row_at(constant Params& p, constant Item& item, uint head, int row) {
+inline ulong
+row_at(constant Params& p, constant Item& item, uint head, int row) {
   int G = p.H / p.K;
   return (ulong(item.row + row / G) * p.H + head * G + row % G) * p.D;
 }
@@ -146,8 +148,7 @@ inline int page_read(
     constant Item& item,
     const device int* tables,
     int position) {
-  int page =
-      tables[ulong(item.piece) * p.N + turned(p, position / page_size)];
+  int page = tables[ulong(item.piece) * p.N + turned(p, position / page_size)];
   return is_page(page, p.P) ? page : 0;
 }
 
@@ -156,7 +157,9 @@ struct Place {
   uint item;
   int first_row;
 
-  Place(constant Params& p, constant Item* items, uint z) : item(z), first_row(0) {
+  Place(constant Params& p, constant Item* items, uint z)
+      : item(z),
+        first_row(0) {
     if (p.tiles > 1) {
       item = z / p.tiles;
       first_row = z % p.tiles * items[item].rows;
@@ -454,7 +457,8 @@ struct ValueTile {
   threadgroup float4* staged;
   Range seen;
   int own_page; // lane l has the page of the span's chunk l % 8
-  uint page_pitch; // loads of a page, over all heads; below 2^32, which are 64 GiB
+  uint page_pitch; // loads of a page, over all heads; below 2^32, which are 64
+                   // GiB
   uint pitch; // loads of a row of v
   uint columns; // loads of a row that are within D
 
@@ -483,7 +487,8 @@ struct ValueTile {
   }
   // The same where that of the tile before it is known.
   const device uint4* next(const device uint4* tile, int position) const {
-    return position % page_size == 0 ? find(position) : tile + positions * pitch;
+    return position % page_size == 0 ? find(position)
+                                     : tile + positions * pitch;
   }
 
   // A thread's parts of the tile that begins at a position: the first and one
@@ -684,8 +689,8 @@ template <typename T>
   }
   threadgroup float* weights = all_weights + simd * (chunk * simd_rows);
 
-  int own_page = page_read(
-      p, item, tables, base + lane % (span / page_size) * page_size);
+  int own_page =
+      page_read(p, item, tables, base + lane % (span / page_size) * page_size);
   ushort threads = simds * 32;
   typedef ValueTile<T> Tile;
   Tile tile(p, v, staged, head, seen, own_page, column);
@@ -751,8 +756,8 @@ template <typename T>
 #pragma unroll
   for (ushort r = 0; r < simd_rows; ++r) {
     if (r < own.count) {
-      ulong state = first_row_between(p, item, head) * p.spans +
-          index * R + own.first + r;
+      ulong state = first_row_between(p, item, head) * p.spans + index * R +
+          own.first + r;
       if (column / 4 + lane < p.D / 4) {
         values_out[state * (p.D / 4) + column / 4 + lane] = values[r];
       }
@@ -830,7 +835,8 @@ template <typename T>
 [[kernel, max_total_threads_per_threadgroup(128)]] void block_attention_fold(
     const device int* lengths [[buffer(0)]], // [Q]
     const device int* tables [[buffer(1)]], // [Q, N]
-    const device float4* values [[buffer(2)]], // of an item: [K, spans, R, D / 4]
+    const device float4* values
+    [[buffer(2)]], // of an item: [K, spans, R, D / 4]
     const device float2* states [[buffer(3)]], // the same: [K, spans, R]
     device T* out [[buffer(4)]], // [R, H, D]
     constant Params& p [[buffer(5)]],
@@ -847,8 +853,8 @@ template <typename T>
   }
   int length = lengths[item.piece];
   const device int* table = tables + ulong(item.piece) * p.N;
-  bool whole = attends(p, item, length) &&
-      has_pages(p, item, table, length, lane);
+  bool whole =
+      attends(p, item, length) && has_pages(p, item, table, length, lane);
   if (thread_index >= p.D / 4) {
     return;
   }

@@ -210,9 +210,7 @@ def block_attention(H: int, K: int, D: int, window: int | None, offset: int, dty
     # Page n of the arena has the last but n of them
     positions = mx.arange(first * 64, behind * 64)
     arenas = [
-        mx.contiguous(
-            ring[:, (positions - start) % C].reshape(K, -1, 64, D).swapaxes(0, 1)[::-1]
-        )
+        mx.contiguous(ring[:, (positions - start) % C].reshape(K, -1, 64, D).swapaxes(0, 1)[::-1])
         for ring in rings
     ]
     N = behind - first

@@ -511,12 +511,7 @@ mx::array block_attention(
   constexpr auto op = BlockAttention::op;
   check_storage_dtype(op, "q", q);
   check(q.ndim() == 3, op, "q", "have shape [R, H, D]", q.shape());
-  check(
-      keys.ndim() == 4,
-      op,
-      "keys",
-      "have shape [P, K, 64, D]",
-      keys.shape());
+  check(keys.ndim() == 4, op, "keys", "have shape [P, K, 64, D]", keys.shape());
   int H = q.shape(1);
   int D = q.shape(2);
   int K = keys.shape(1);

@@ -292,7 +292,7 @@ void attend_span(
     if (begin >= end) {
       continue; // its page may be none
     }
-    int64_t page = rows.table[entry_of(int(at), args.N)];
+    int64_t page = rows.table[at / chunk % args.N];
     Chunk<T> from;
     for (int j = begin; j < end; ++j) {
       from.k[j] = k + page * args.k_strides[0] + j * args.k_strides[2];

@@ -206,9 +206,7 @@ def copied(arena: mx.array) -> mx.array:
     return own
 
 
-def block_attention(
-    H: int, K: int, D: int, length: int, window: int | None, dtype: str
-) -> Call:
+def block_attention(H: int, K: int, D: int, length: int, window: int | None, dtype: str) -> Call:
     """Rows of one sequence behind those of another, as one piece each."""
     q = normal(1, MOST, H, D, dtype=dtype, scale=0.25)
     pages = (length + MOST) // PAGE + 1

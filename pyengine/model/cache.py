@@ -25,7 +25,7 @@ import mlx.core as mx
 from pyengine import ops
 from pyengine.model.config import TargetConfig
 from pyengine.model.pages import Pages
-from pyengine.model.plan import CHUNK, ROWS
+from pyengine.model.plan import CHUNK
 from pyengine.model.rows import packed
 from pyengine.ops.prepare_qkv import PAGE
 
@@ -242,7 +242,7 @@ class Arena:
     def copy(self, sliding: bool, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages in every layer of the kind. Evaluates."""
         mx.eval(self._reads)  # what was read from the targets when they were another's
-        pair = (mx.array(sources, dtype=mx.int32), mx.array(targets, dtype=mx.int32))
+        pair = [mx.array(list(pages), dtype=mx.int32) for pages in (sources, targets)]
         for arrays in (self.keys, self.values):
             for i, a in enumerate(arrays):
                 if a is not None and self.config.layers[i].sliding == sliding:

@@ -40,7 +40,7 @@ def prompt_bytes(config: TargetConfig, tokens: int, block_size: int, marks: int,
     a tile of keys, with all of its rows, in float32.
     """
     rows = min(tokens, CHUNK)
-    steps = -(-tokens // PAGE) * PAGE
+    steps = -(-tokens // CHUNK) * CHUNK  # tables and arenas grow by chunks
     full = [n for i, n in enumerate(config.layers) if not n.sliding and n.kv_source == i]
     layer = max((n.num_kv_heads * n.head_dim for n in full), default=0) * steps
     widest = max(

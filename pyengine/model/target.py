@@ -266,9 +266,7 @@ class Target:
         else:
             k, v = kv[0], kv[-1]  # keys may double as values
             norms, to = (attention.q_norm, attention.k_norm), (rows.positions, rows.owners, tables)
-            q, keys, values = ops.prepare_qkv(
-                q, k, v, *norms, inv_freq, *arena.slots(i), *to, eps
-            )
+            q, keys, values = ops.prepare_qkv(q, k, v, *norms, inv_freq, *arena.slots(i), *to, eps)
             arena.store(i, keys, values)
         out = ops.block_attention(
             q,

@@ -175,8 +175,8 @@ def test_ratios_of_attention_are_over_what_must_move(attention: list[Row]) -> No
     r = one(attention, layer="full", M=6)
     keys, rows, D = 306, 48, 512
     visible = 2 * keys * D * 2
-    # q, out and the offset beside keys and values
-    assert r["compulsory_bytes"] == visible + 2 * rows * D * 2 + 4
+    # q, out, a length and five pages beside keys and values
+    assert r["compulsory_bytes"] == visible + 2 * rows * D * 2 + 4 + 5 * 4
     assert r["ratio"] == (r["read_bytes"] + r["written_bytes"]) / r["compulsory_bytes"]
     # Scores of whole chunks written, and by four slices of columns read; states of one span, twice
     scores, states = rows * 4 * (320 + 4 * keys), 2 * rows * (D + 2) * 4

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from pyengine import cli
 from pyengine.checkpoint import memory
-from pyengine.checkpoint.inspect import BLOCK, inspect
+from pyengine.checkpoint.inspect import inspect
 from pyengine.checkpoint.pair import load
 from pyengine.checkpoint.safetensors import SINGLE
 
@@ -50,7 +50,8 @@ def test_figures_are_those_of_the_loaded_pair(flavour: str, quantized: bool) -> 
     # What the cache really takes, after as many tokens
     cache = model.new_cache()
     model.prefill([5] * 300, cache)
-    assert report["memory"]["cache"] == cache.nbytes - cache.length.nbytes
+    spare = cache.arena.page_bytes(True)  # a window may begin anywhere in a page
+    assert cache.nbytes <= report["memory"]["cache"] <= cache.nbytes + spare
     gc.collect()  # so that nothing older is given back while it loads
     before = mx.get_active_memory()
     again = load(target)

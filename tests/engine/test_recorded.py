@@ -323,9 +323,7 @@ def test_nothing_is_kept_after_a_generation(monkeypatch):
     pair = tiny_pair("uni12")
     caches = []
     new_cache = pair.target.new_cache
-    monkeypatch.setattr(
-        pair.target, "new_cache", lambda: caches.append(new_cache()) or caches[-1]
-    )
+    monkeypatch.setattr(pair.target, "new_cache", lambda: caches.append(new_cache()) or caches[-1])
     for _ in decode(
         pair.target, pair.assistant, [5], sampling=Sampling(), block_size=3, max_tokens=9
     ):

@@ -263,9 +263,9 @@ def test_the_cache_of_a_prefix_holds_what_it_says() -> None:
     ],
 )
 def test_how_far_back_a_window_goes(length: int, cases: list[tuple[int, int]]) -> None:
-    """Worked out by hand. The window is 8 and a block 1. A prompt and an answer write 119 positions;
-    of the sliding layers the page of 64 to 127 is left. The 71st has its 7 before it, the 70th has
-    not: further back only the mark at the prompt's end helps, with the page of its own window."""
+    """Worked out by hand. The window is 8 and a block 1. Prompt and answer write 119 positions; of
+    the sliding layers the page of 64 to 127 is left. The 71st has its 7 before it, the 70th has
+    not: further back only the mark at the prompt's end helps, with the pages of its own window."""
     text = greedy_text("dense31")
     pair = tiny("dense31", knows=None)
     for shared, reused in cases:
@@ -299,8 +299,10 @@ def test_marks_hold_pages_and_give_them_back() -> None:
     for start, length in ((20, 10), (120, 40)):
         other = list(range(start, start + length))
         generate(other, pair=pair, max_tokens=3, sampling=GREEDY, block_size=4, prefix=prefix)
-        assert prefix.nbytes == arena.held_bytes == 2 * (
-            arena.page_bytes(True) + arena.page_bytes(False)
+        assert (
+            prefix.nbytes
+            == arena.held_bytes
+            == 2 * (arena.page_bytes(True) + arena.page_bytes(False))
         )
     prefix.forget()
     assert prefix.nbytes == arena.held_bytes == 0

@@ -6,7 +6,6 @@ import random
 from dataclasses import replace
 from typing import Any
 
-import mlx.core as mx
 import pytest
 from models import spoil
 from schedules import LARGEST_BLOCK, Case, Watched, alone, random_cases, together

@@ -1,4 +1,4 @@
-"""Append, commit, rollback, fork: whatever the pattern, the cache holds what plain decoding would."""
+"""Append, commit, rollback, fork: the cache holds what plain decoding would, whatever comes."""
 
 from __future__ import annotations
 
@@ -310,11 +310,16 @@ def test_sharing_layers_hold_nothing() -> None:
     own = [i for i, layer in enumerate(model.config.layers) if layer.kv_source == i]
     assert [i for i, keys in enumerate(arena.keys) if keys is not None] == own == [0, 1, 2]
     assert [i for i, values in enumerate(arena.values) if values is not None] == own
-    assert (arena.page_bytes(True), arena.page_bytes(False)) == (2 * 2 * 2 * 16 * 64, 2 * 2 * 32 * 64)
+    assert (arena.page_bytes(True), arena.page_bytes(False)) == (
+        2 * 2 * 2 * 16 * 64,
+        2 * 2 * 32 * 64,
+    )
     assert arena.nbytes == arena.held_bytes == 0
     cache = arena.new_cache()
     cache.reserve(65)
-    assert cache.nbytes == arena.held_bytes == 2 * (arena.page_bytes(True) + arena.page_bytes(False))
+    assert (
+        cache.nbytes == arena.held_bytes == 2 * (arena.page_bytes(True) + arena.page_bytes(False))
+    )
 
 
 def steps_of_growth(arena: Arena, sliding: bool) -> list[int]:
@@ -362,7 +367,9 @@ def test_an_arena_has_no_more_than_it_may() -> None:
     other.reserve(64)
     assert arena.nbytes <= 3 * size
     for call in (cache.reserve, cache.growth):
-        with pytest.raises(RuntimeError, match=r"\[cache\] pages must fit the 0\.00 GB of the arena"):
+        with pytest.raises(
+            RuntimeError, match=r"\[cache\] pages must fit the 0\.00 GB of the arena"
+        ):
             call(150)
         assert_pages(arena, [cache, other])
     other.release()

@@ -1,6 +1,7 @@
 """block_attention: kernel against reference, pages, windows, row-stability, errors.
 
-All calls have NaN wherever no row of a piece sees: in free pages, beyond lengths, before windows."""
+All calls have NaN where no row of a piece sees: in free pages, beyond lengths, before windows.
+"""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -8,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 import pytest
-from draw import INT32, Call, Draw, near_sum
+from draw import Call, Draw, near_sum
 from pieces import Paged, Piece, paged, piece, random_pieces
 
 from pyengine import _ext

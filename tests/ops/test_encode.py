@@ -166,6 +166,7 @@ def test_two_verify_calls_without_evaluation_between():
     """Whoever writes keys or values has a fence to wait for: that of the last that read them."""
     target = tiny_pair("dense31").target
     cache = target.new_cache()
+    cache.reserve(6)
     caches = {place(a) for a in cache.arrays if a.ndim == 4}
     ids = mx.array([1, 2, 3])
     mx.eval(ids)

@@ -1,10 +1,10 @@
-"""Positions and ids that there are not: refused where the host knows them; where the device alone
-does, one rule for all implementations, and no memory but the op's own."""
+"""Positions, pages and ids that there are not: one rule for all implementations, and no memory but
+the op's own."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_norm_rope import bits, normal
+from test_norm_rope import normal
 
 from pyengine import ops
 from pyengine.ops.filter_logits import Edits
@@ -30,59 +30,62 @@ def test_norm_rope_takes_any_position(implementation):
         ops.use("native")
 
 
-@pytest.mark.parametrize("implementation", ["native", "reference", "workbench"])
+@pytest.mark.parametrize("implementation", ["native", "mlx", "reference", "workbench"])
 def test_block_attention_sees_nothing_at_wrong_positions(implementation):
-    q, k = normal(1, 1, 3, 4, 16), normal(2, 1, 2, 20, 16)
-    cases = [(offset, window) for offset in WRONG for window in (None, 5)]
-    cases += [(18, None), (500, 19)]  # the cache no longer holds all they see
+    """A piece whose positions there are not, or whose table is too short for what it sees, is NaN;
+    the piece beside it is as ever."""
+    q, keys = normal(1, 5, 4, 16), normal(2, 3, 2, 64, 16)
+    beside = ops.block_attention(q[3:], keys, keys, mx.array([9]), mx.array([[2, 1]]), [2])
+    tables = mx.array([[0, 1], [2, 1]]) + mx.array(0)
+    cases = [(length, window) for length in WRONG for window in (None, 5, 2**31 - 1)]
+    cases += [(126, None), (500, 118), (2**30 - 2, 5)]
+    right = [(125, None), (500, 117), (2**30 - 3, 18)]
     ops.use(implementation)
     try:
-        for offset, window in cases:
-            for start in (None, unseen(-(2**31)), unseen(2**31 - 1)):
-                out = ops.block_attention(q, k, k, unseen(offset), window=window, start=start)
-                assert np.isnan(np.array(out)).all(), (offset, window)
-        for offset, window in ((17, None), (500, 18), (2**30 - 3, 18)):  # and these are right
-            out = ops.block_attention(q, k, k, unseen(offset), window=window)
-            assert np.isfinite(np.array(out)).all()
+        for length, window in cases + right:
+            lengths = mx.array([length, 9]) + mx.array(0)
+            out = ops.block_attention(q, keys, keys, lengths, tables, [3, 2], window=window)
+            nan = np.isnan(np.array(out[:3]))
+            assert nan.all() if (length, window) in cases else not nan.any(), (length, window)
+            if window != 5:
+                assert mx.allclose(out[3:], beside, atol=1e-5)
     finally:
         ops.use("native")
 
 
-@pytest.mark.parametrize("start", [*WRONG, -3, 4])
-def test_block_attention_takes_any_start(start):
-    q, k = normal(3, 1, 3, 4, 16), normal(4, 1, 2, 23, 16)
-    turned = mx.array((np.arange(23) + start) % 23)
-    want = bits(ops.block_attention(q, k, k, mx.array(1000), window=20))
-    for f in (ops.block_attention, ops.block_attention_reference):
-        out = f(
-            q, k[:, :, turned], k[:, :, turned], mx.array(1000), window=20, start=mx.array(start)
-        )
-        if f is ops.block_attention:
-            assert np.array_equal(bits(out), want)
-        else:
-            assert mx.allclose(out, mx.array(want.view(np.float32)), atol=1e-5)
-
-
-@pytest.mark.parametrize("offset", [-1, -(2**31), 2**30 - 2, 2**31 - 1])
-def test_an_offset_that_the_host_knows_is_refused(offset):
-    T, known = 3, mx.array(offset)
-    x, k = normal(5, 1, T, 4, 16), normal(6, 1, 2, 20, 16)
-    calls = {"block_attention": lambda: ops.block_attention(x, k, k, known)}
-    for op, call in calls.items():
-        with pytest.raises(ValueError) as error:
-            call()
-        text = f"[{op}] offset must be from 0 to 1073741821 but got {offset}."
-        assert str(error.value) == text
+@pytest.mark.parametrize("implementation", ["native", "mlx", "reference", "workbench"])
+@pytest.mark.parametrize("page", [-(2**31), -1, 3, 2**31 - 1])
+def test_block_attention_of_a_page_there_is_not(implementation, page):
+    """NaN is a whole piece that sees it with any of its rows, and no other."""
+    q, keys = normal(3, 40, 2, 16), normal(4, 3, 1, 64, 16)
+    tables = mx.array([[1, 2, page, 0], [page, 0, 1, page]]) + mx.array(0)
+    # Positions of the first piece, and whether it sees page 2 of its sequence
+    cases = [(100, 28, False), (100, 29, True), (128, 1, True), (210, 20, True), (211, 20, False)]
+    ops.use(implementation)
+    try:
+        for length, T, sees in cases:
+            lengths = mx.array([length, 64]) + mx.array(0)
+            counts = [T, 40 - T]
+            out = ops.block_attention(q, keys, keys, lengths, tables, counts, window=20)
+            nan = np.isnan(np.array(out)).reshape(40, -1)
+            assert nan[:T].all() if sees else not nan[:T].any(), (length, T)
+            assert nan[T:].all()  # sees the last 19 positions of its sequence's page 0
+            lengths = mx.array([length, 84]) + mx.array(0)
+            out = ops.block_attention(q, keys, keys, lengths, tables, counts, window=20)
+            assert not np.isnan(np.array(out[T:])).any()
+    finally:
+        ops.use("native")
 
 
 def test_wrong_numbers_of_the_device_do_not_wear_mlx_out():
     """Tasks that throw do: after some hundred MLX waits for ever."""
-    q, k = normal(10, 1, 2, 2, 16), normal(11, 1, 1, 20, 16)
+    q, k, table = normal(10, 2, 2, 16), normal(11, 1, 1, 64, 16), mx.array([[0]])
     stack = [a.reshape(2, 8, -1) for a in mx.quantize(normal(12, 16, 64), 64, 8)]
     for _ in range(300):
-        mx.eval(ops.block_attention(q, k, k, unseen(-1)))
+        mx.eval(ops.block_attention(q, k, k, unseen(-1)[None], table, [2]))
         mx.eval(ops.quantized_expert_matmul(normal(13, 1, 64), stack, mx.array([[-1, 2]])))
-    assert np.isfinite(np.array(ops.block_attention(q, k, k, unseen(0)))).all()
+    out = ops.block_attention(q, k, k, unseen(0)[None], table, [2])
+    assert np.isfinite(np.array(out)).all()
 
 
 @pytest.mark.parametrize("implementation", ["native", "reference", "workbench"])
