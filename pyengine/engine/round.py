@@ -66,7 +66,6 @@ class Played(NamedTuple):
     report: mx.array
     outcomes: tuple[Outcome, ...]
     arena: list[mx.array]  # none where they were written in place
-    arena: list[mx.array]  # none where they were written in place
 
 
 @dataclass(frozen=True)

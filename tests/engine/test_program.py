@@ -158,28 +158,30 @@ def test_two_graphs_do_not_share_places() -> None:
         same(a, b)
 
 
-@pytest.mark.parametrize("size", [16, 4096])
-def test_what_is_written_in_place_is_written_where_it_lies(size: int) -> None:
+@pytest.mark.parametrize("pages", [1, 64])
+def test_what_is_written_in_place_is_written_where_it_lies(pages: int) -> None:
     """Small enough to be copied or not: the memory itself, whoever holds it."""
+    ones, none, table = mx.ones(16), mx.zeros(1, mx.int32), mx.array([[pages - 1]])
 
     def write(arrays):
-        cache, new, at = arrays
+        keys, values, new, at = arrays
         for _ in range(4):
             new = ops.rms_norm(new, None)
-        return [ops.write_cache(cache, new, at), ops.softcap(new, 2.0)]
+        norms = ones, ones, mx.zeros(8)
+        return list(ops.prepare_qkv(new, new, new, *norms, keys, values, at, none, table))[1:]
 
     play = _ext.Recorded(write)
-    caches = [mx.zeros((1, 1, size, 16)) for _ in range(2)]
-    mx.eval(caches)
+    arenas = [[mx.zeros((pages, 1, 64, 16)) for _ in range(2)] for _ in range(2)]
+    mx.eval(arenas, ones, none, table)
     for at in range(6):
-        new = normal(at, 1, 1, 1, 16)
-        cache = caches[at % 2]
-        out, _ = play([cache, new, mx.array(at, mx.int32)])
+        new = normal(at, 1, 16)
+        arena = arenas[at % 2]
+        out = play([*arena, new, mx.array([at], mx.int32)])
         mx.eval(out)
         want = new
-        for _ in range(4):
+        for _ in range(5):
             want = ops.rms_norm(want, None)
-        assert (bits(cache[0, 0, at]) == bits(want[0, 0, 0])).all()  # through the older handle
-        assert (bits(out[0, 0, at]) == bits(want[0, 0, 0])).all()
-        assert not cache[0, 0, at + 1 :].any()
+        for values in (arena[1], out[1]):  # through the older handle too
+            assert (bits(values[-1, 0, at]) == bits(want[0])).all()
+            assert not values[-1, 0, at + 1 :].any()
     assert play.is_program
