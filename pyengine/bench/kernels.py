@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from pyengine.checkpoint.pair import Pair
 from pyengine.checkpoint.published import PUBLISHED, published_name
 from pyengine.model.head import Logits
 from pyengine.model.linear import Linear, gated, side_by_side
+from pyengine.ops.prepare_qkv import PAGE
 
 STAND_IN = "E2B"  # the smallest published pair: its largest matrix fits any machine
 VOCABULARY, TOP_K, SOFTCAP = 262144, 64, 30.0
@@ -294,25 +295,31 @@ def _head(shapes: Shapes, m: int, E: int, place: str) -> Call:
 
 
 def _attention(m: int, H: int, K: int, D: int, S: int, window: int | None, place: str) -> Call:
-    """The rows of a block over S positions, their own among them."""
-    q, offset = arrays.normal(0, 1, m, H, D), mx.array(S - m)
-    turned = mx.contiguous(q.swapaxes(1, 2))
-    keys, values = arrays.normal(1, 1, K, S, D), arrays.normal(2, 1, K, S, D)
+    """The rows of a block over S positions, their own among them; MLX's are not in pages."""
+    N = -(-S // PAGE)
+    q, lengths = arrays.normal(0, m, H, D), mx.array([S - m])
+    tables = mx.arange(N, dtype=mx.int32)[None]
+    turned = mx.contiguous(q[None].swapaxes(1, 2))
+    keys, values = arrays.normal(1, N, K, PAGE, D), arrays.normal(2, N, K, PAGE, D)
     scale, mask = D**-0.5, None
     if m > 1:
         rows, columns = mx.arange(S - m, S)[:, None], mx.arange(S)
         mask = (columns <= rows) & (columns > rows - (window or S))
 
     def kernel(k: mx.array, v: mx.array) -> mx.array:
-        return ops.block_attention(q, k, v, offset, scale=scale, window=window)
+        where = lengths, tables, [m]
+        return ops.block_attention(q, k, v, *where, scale=scale, window=window)
 
     def mlx(k: mx.array, v: mx.array) -> mx.array:
+        k, v = (a.reshape(1, K, N * PAGE, D)[:, :, :S] for a in (k, v))
         out = mx.fast.scaled_dot_product_attention(turned, k, v, scale=scale, mask=mask)
         return out.swapaxes(1, 2)
 
-    mx.eval(turned, mask, offset)
+    mx.eval(turned, mask, lengths, tables)
     shape = f"{H} heads on {K} x {S} x {D}"
-    return _call(place, "block_attention", shape, [q], (keys, values), kernel, mlx)
+    call = _call(place, "block_attention", shape, [q], (keys, values), kernel, mlx)
+    unseen = (keys.nbytes + values.nbytes) // (N * PAGE) * (N * PAGE - S)
+    return replace(call, nbytes=call.nbytes - unseen)
 
 
 def _experts(shapes: Shapes, m: int, count: int, E: int, place: str) -> Call:
