@@ -25,7 +25,7 @@ from pyengine.model.cache import Arena, Cache
 from pyengine.model.plan import chunk_end, last_chunk
 from pyengine.model.target import Reader
 from pyengine.ops import dispatch
-from pyengine.sampling.sampler import Logprob, Sampler
+from pyengine.sampling.sampler import Choices, Logprob, Sampler
 from pyengine.sampling.settings import Sampling, seeded
 
 MOST_RECORDED = 16  # rounds of other makes than these are recorded anew
@@ -208,6 +208,11 @@ class TokenSequence:
     def logprobs(self) -> int | None:
         return self._sampling.logprobs
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether all V are candidates."""
+        return self.sampler.top_k == 0
+
     def release(self) -> None:
         """Give back its pages where no prefix holds them."""
         if self._own is not None:
@@ -246,15 +251,16 @@ class TokenSequence:
 
     def _begin(self, begun: Begun, start: float) -> Round:
         """The first token, behind a prompt that was processed. Evaluates."""
-        sampler = Sampler(self._sampling, self.prompt, begun.logits.shape[-1])
-        self.parts = on_device.Parts(self._target, self._drafter, begun.cache, sampler)
-        self.kind = self.block_size, type(self._drafter), sampler.settings
+        vocab = begun.logits.shape[-1]
+        self.sampler = Sampler(self._sampling, self.prompt, vocab)
+        self.parts = on_device.Parts(self._target, self._drafter, begun.cache, vocab, self.logprobs)
+        self.kind = self.block_size, type(self._drafter), self.logprobs
         self._dtype = begun.hidden.dtype
-        played = on_device.first(self.parts, begun.logits[None])
-        row = _read(played)
+        played = on_device.first(self.parts, self.sampler, begun.logits[None])
+        [report] = Report.unpack(_read(played), [0], [self.logprobs])
         self._primary = played.outcomes[0].primary
         self.stats.prefill_s += time.perf_counter() - start
-        return self.commit(row)
+        return self.commit(report)
 
     def prepare(self) -> None:
         """Make ready for a round: the tokens so far, how many drafts, room in the cache.
@@ -263,7 +269,7 @@ class TokenSequence:
             RuntimeError: The memory has no room for it.
         """
         parts = self.parts
-        parts.sampler.add(self._new)
+        self.sampler.add(self._new)
         self._new = []
         self.k = self.block_size - 1
         if self._drafter is not None and not self._drafter.wants_to_draft(self._text, self.k):
@@ -283,13 +289,12 @@ class TokenSequence:
         self.stats.count_round(self.k, accepted)
         self.stats.decode_s += seconds
 
-    def commit(self, row: list[int]) -> Round:
+    def commit(self, report: Report) -> Round:
         """What a round's report says, as text: up to a stop id or the end of the room.
 
         Raises:
             NonFinite: The target's logits were NaN or infinite.
         """
-        report = Report.unpack(row, self.k, self.logprobs)
         if not report.finite:
             raise NonFinite("decode", self._dtype)
         room = self._room - self.stats.generated_tokens
@@ -307,11 +312,13 @@ class TokenSequence:
 class Rounds:
     """Plays rounds of any sequences of one pair; keeps the graphs that were recorded.
 
-    A graph serves all sequences of its kind: seeds, edits, lengths and caches are arguments.
+    A graph serves all sequences that draft as many tokens and have candidates, lists of edits and
+    log-probabilities of the same number: settings, seeds, edits, lengths and caches are arguments.
     """
 
     def __init__(self) -> None:
         self._kinds: dict[Any, int] = {}
+        self._choices: dict[tuple[Sampler, ...], Choices] = {}  # of the newest round's groups
         self._recorded: OrderedDict[Any, on_device.RecordedRound] = OrderedDict()
 
     def play(self, sequences: Sequence[TokenSequence]) -> list[Round | Exception]:
@@ -332,36 +339,50 @@ class Rounds:
         # In one order whoever came first, so that fewer graphs are recorded
         going = sorted((s for s in sequences if s not in done), key=self._rank)
         if going:
-            arena = going[0].parts.cache.arena
+            groups = on_device.groups_of([s.sampler for s in going])
+            arena, states = going[0].parts.cache.arena, tuple([s.state for s in going])
             placed = arena.place([s.parts.cache for s in going])
-            states = on_device.States(placed, tuple([s.state for s in going]))
-            played = self._round(going).together(states)
+            start_of = on_device.Start(placed, states, self._choices_of(going, groups))
+            played = self._round(going, groups).together(start_of)
             for sequence, outcome in zip(going, played.outcomes, strict=True):
                 sequence.take_results(outcome)
             row = _read(played)
             arena.take_results(played.arena)
-            rows = []
-            for sequence in going:
-                length = Report.length(sequence.k, sequence.logprobs)
-                rows.append(row[:length])
-                row = row[length:]
+            reports = Report.unpack(row, [s.k for s in going], [s.logprobs for s in going])
             seconds = time.perf_counter() - start
-            for sequence, own in zip(going, rows, strict=True):
-                sequence.count(own[0], seconds)
+            for sequence, report in zip(going, reports, strict=True):
+                sequence.count(report.accepted, seconds)
                 try:
-                    done[sequence] = sequence.commit(own)
+                    done[sequence] = sequence.commit(report)
                 except NonFinite as error:
                     done[sequence] = error.with_traceback(None)
         return [done[sequence] for sequence in sequences]
 
-    def _rank(self, sequence: TokenSequence) -> tuple[int, int]:
-        return -sequence.k, self._kinds.setdefault(sequence.kind, len(self._kinds))
+    def _rank(self, sequence: TokenSequence) -> tuple[bool, int, int]:
+        kind = self._kinds.setdefault(sequence.kind, len(self._kinds))
+        return sequence.is_dense, -sequence.k, kind
 
-    def _round(self, going: Sequence[TokenSequence]) -> on_device.RecordedRound:
-        key = dispatch.chosen(), *(self._rank(sequence) for sequence in going)
+    def _choices_of(
+        self, going: Sequence[TokenSequence], groups: Sequence[on_device.Group]
+    ) -> tuple[Choices, ...]:
+        """What the round is told of its texts; settings are in arrays from their first round on."""
+        known, self._choices = self._choices, {}
+        found = []
+        for places, form in groups:
+            samplers = tuple([going[n].sampler for n in places])
+            choices = known[samplers] if samplers in known else Choices.of(samplers, form)
+            self._choices[samplers] = choices
+            found.append(choices.with_lists(samplers, form))
+        return tuple(found)
+
+    def _round(
+        self, going: Sequence[TokenSequence], groups: Sequence[on_device.Group]
+    ) -> on_device.RecordedRound:
+        forms = [form for _, form in groups]
+        key = dispatch.chosen(), *forms, *(self._rank(sequence) for sequence in going)
         if key not in self._recorded:
             each = [sequence.parts for sequence in going]
-            self._recorded[key] = on_device.RecordedRound(each, [s.k for s in going])
+            self._recorded[key] = on_device.RecordedRound(each, [s.k for s in going], groups)
             if len(self._recorded) > MOST_RECORDED:
                 self._recorded.popitem(last=False)
         self._recorded.move_to_end(key)

@@ -73,11 +73,11 @@ class Prefix:
         self._busy = True
         try:
             yield
+            self._leave()
         except Exception:
             self.forget()
             raise
         finally:
-            self._leave()
             self._busy = False
 
     @property

@@ -303,7 +303,7 @@ class Arena:
 
     def place(self, caches: Sequence[Cache]) -> Placed:
         """What a round of these sequences gets, whose lengths the host knows."""
-        assert all(cache.arena is self and cache.committed == cache.length_limit for cache in caches)
+        assert all(c.arena is self and c.committed == c.length_limit for c in caches)
         lengths = mx.array([cache.committed for cache in caches], dtype=mx.int32)
         tables = (self._table(sliding, caches, is_round=True) for sliding in (False, True))
         return Placed(self.arrays, lengths, *tables)

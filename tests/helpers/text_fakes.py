@@ -129,8 +129,8 @@ class NoArena:
         return self.new_cache()
 
     def place(self, caches: Sequence[LengthCache]) -> Placed:
-        none = mx.array(0, dtype=mx.int32)
-        return Placed([], none, none, none)
+        lengths = mx.array([cache.length_limit for cache in caches], dtype=mx.int32)
+        return Placed([], lengths, lengths, lengths)
 
     def with_placed(self, placed: Placed) -> NoArena:
         return self
