@@ -18,7 +18,7 @@ from pyengine.arguments import whole
 from pyengine.checkpoint import memory
 from pyengine.checkpoint.fingerprint import fingerprint
 from pyengine.engine import schedule
-from pyengine.engine.known import Known
+from pyengine.engine.beginnings import Beginnings
 from pyengine.engine.loop import Round, Rounds, Shared, TokenSequence
 from pyengine.engine.page_files import PageFiles
 from pyengine.engine.prefix import Prefix
@@ -164,7 +164,7 @@ class Engine:
         stored = None
         if cache_dir is not None:
             stored = stored_pages(self.pair, cache_dir, cache_dir_bytes)
-        self._rounds, self._known = Rounds(), Known(self._arena, stored)
+        self._rounds, self._known = Rounds(), Beginnings(self._arena, stored)
         self._incoming: deque[Request] = deque()  # from any thread
         self._waiting: deque[Request] = deque()  # by who steps, as all below
         self._active: list[Request] = []

@@ -8,7 +8,7 @@ from types import NoneType
 from typing import Any
 
 from pyengine.drafters.drafter import TargetLike
-from pyengine.engine.known import Known
+from pyengine.engine.beginnings import Beginnings
 from pyengine.model.cache import Cache, window_pages
 from pyengine.model.plan import whole
 from pyengine.ops.dispatch import borrows
@@ -37,7 +37,7 @@ class Prefix:
     ``reused`` is how many of the last prompt's were found.
     """
 
-    def __init__(self, known: Known | None = None) -> None:
+    def __init__(self, known: Beginnings | None = None) -> None:
         self.reused = 0
         self.parting = 0
         self._busy = False
@@ -96,9 +96,18 @@ class Prefix:
         alike is reused (:mod:`pyengine.model.plan`); ``stop`` is where those calls end, if not with
         the prompt.
         """
-        self._leave()
-        if self._is_own and target is not self._target:
-            self._known = Known(target.new_arena())
+        try:
+            self._leave()
+            return self._begin(target, prompt, stop)
+        except BaseException:  # Ctrl-C among them: who knows what it came between
+            self._drop()
+            raise
+
+    def _begin(
+        self, target: TargetLike, prompt: Sequence[int], stop: int | None
+    ) -> tuple[Cache, int]:
+        if self._is_own and (self._known is None or target is not self._target):
+            self._known = Beginnings(target.new_arena())
         assert self._known is not None
         self._target = target
         parting = self._known.parting(prompt, stop)
@@ -120,11 +129,17 @@ class Prefix:
 
     def forget(self) -> None:
         """Nothing is known any more: others may begin with what this text has made."""
-        cache, self._ids, self._cache = self._cache, [], None
-        if cache is not None:
-            cache.release()
+        if self._cache is not None:
+            self._cache.release()
+        self._cache, self._ids = None, []
         if self._known is not None:
             self._known.shrink(0)
+
+    def _drop(self) -> None:
+        """Have nothing, not even an arena of its own."""
+        self._cache, self._ids = None, []
+        if self._is_own:
+            self._known = None
 
     def _leave(self) -> None:
         """Leave the text under way to those to come."""
@@ -135,8 +150,8 @@ class Prefix:
         length = self._processed
         if length:
             known.note(self._ids[:length], cache, min(self._borrowed, length))
-        self._cache = None
         cache.release()
+        self._cache = None
         if self._is_own:
             arena, windows = known.arena, WINDOWS * window_pages(known.arena.window, 1)
             pages = 2 * -(-length // PAGE)

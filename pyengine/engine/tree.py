@@ -215,25 +215,27 @@ class Tree:
 
     def _touch(self, nodes: Sequence[Node], windows: Iterable[int]) -> None:
         """Note that a path of nodes was used just now, and these of its sliding pages."""
-        for at in reversed(range(len(nodes))):
-            self._used.move_to_end((nodes[at], False))
-        for at in windows:
-            if at < len(nodes) and nodes[at].sliding is not None:
-                self._used.move_to_end((nodes[at], True))
+        used = [(node, False) for node in reversed(nodes)]
+        used += [(nodes[at], True) for at in windows if at < len(nodes)]
+        for node, is_window in used:
+            if not is_window or node.sliding is not None:
+                self._used[node, is_window] = None  # Ctrl-C may have come as it was made
+                self._used.move_to_end((node, is_window))
 
     def _remove(self, node: Node) -> None:
         """Forget a leaf."""
         assert node.parent is not None and not node.children
-        del node.parent.children[node.key], self._used[node, False]
+        node.parent.children.pop(node.key, None)
+        self._used.pop((node, False), None)
         self._num_nodes -= 1
         self._full.drop(node.full)
         self._remove_window(node)
 
     def _remove_window(self, node: Node) -> None:
         if node.sliding is not None:
-            self._sliding.drop(node.sliding)
-            node.sliding = None
-            del self._used[node, True]
+            page, node.sliding = node.sliding, None
+            self._used.pop((node, True), None)
+            self._sliding.drop(page)
 
 
 def _shared(known: Sequence[int], tokens: Sequence[int]) -> int:

@@ -123,6 +123,7 @@ class Arena:
             for sliding in (False, True)
         }
         self._reads: list[mx.array] = []
+        self._growing: set[bool] = set()  # kinds that are in the midst of it
         self._changes = counted()
         self._tables: dict[bool, tuple[tuple[int, ...], mx.array]] = {}
         self._batch: Batch | None = None  # of the sequences of a recorded round
@@ -205,7 +206,7 @@ class Arena:
         """
         for kind, wanted in ((False, full), (True, sliding)):
             step = self._step(kind, wanted)
-            if step:
+            if step or kind in self._growing:
                 self._grow(kind, self.pages(kind).count + step)
 
     def _step(self, sliding: bool, wanted: int) -> int:
@@ -229,6 +230,8 @@ class Arena:
 
     def _grow(self, sliding: bool, count: int) -> None:
         """Have so many pages in all, one array after the other."""
+        self._growing.add(sliding)  # whoever breaks this off, the next one ends it
+        count = max([count, *(a.shape[0] for a in self._of_kind(sliding))])
         for arrays in (self.keys, self.values):
             for i, a in enumerate(arrays):
                 if a is not None and self.config.layers[i].sliding == sliding:
@@ -237,6 +240,7 @@ class Arena:
                     mx.eval(a)
         pages = self.pages(sliding)
         pages.add(count - pages.count)
+        self._growing.discard(sliding)
 
     def copy(self, sliding: bool, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages in every layer of the kind. Evaluates."""

@@ -181,6 +181,7 @@ class Target:
         cache.settle(first)
         for start, rows, _ in plan(first, first + len(ids), borrows(), chunk):
             part = mx.array(ids[start - first : start - first + rows], dtype=mx.int32)
+            cache.reserve(rows)  # an arena that grows has other arrays then
             arrays = cache.arena.arrays
             try:
                 taps = () if reader is None else reader.taps

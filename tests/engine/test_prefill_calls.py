@@ -26,7 +26,7 @@ from pyengine.model.linear import Linear
 from pyengine.ops import dispatch
 from pyengine.ops.prepare_qkv import PAGE
 
-BLOCK, WINDOW, CHUNK, ROWS = 3, 12, 16, 4
+BLOCK, WINDOW, CHUNK, ROWS = 3, 12, 64, 16
 OWN = 1  # what the maker of a position is called where our kernels made it
 LAYERS = tuple(LayerConfig(sliding, 16, 1, 16, i, False) for i, sliding in enumerate((True, False)))
 
@@ -102,8 +102,8 @@ def histories(draw: st.DrawFn) -> list[tuple[str, int, int, int]]:
     """What is asked one after the other: how the next text is made of the last one, where it is
     cut, how long it grows, and how many tokens are answered."""
     kind = st.sampled_from(["extend", "edit", "same", "left", "score", "other"])
-    place, answer = st.integers(0, 130), st.integers(0, 40)
-    step = st.tuples(kind, place, st.integers(1, 60), answer)
+    place, answer = st.integers(0, 400), st.integers(0, 80)
+    step = st.tuples(kind, place, st.integers(1, 200), answer)
     return draw(st.lists(step, min_size=2, max_size=7))
 
 
@@ -125,7 +125,7 @@ def test_keys_are_those_of_a_cold_start(history: list[tuple[str, int, int, int]]
                 first = 1 + place % len(text)
                 warm = score(pair, text[:first], text[first:], prefix=prefix)
                 assert warm == score(pair, text[:first], text[first:])
-                cache, count, stop = prefix._cache, len(text) - 1, len(text) - 1
+                count = stop = len(text) - 1
             else:
                 with prefix.in_use():
                     cache, known = prefix.open(model, text)
@@ -142,38 +142,41 @@ def test_keys_are_those_of_a_cold_start(history: list[tuple[str, int, int, int]]
                         text, count, answer = [*text, *block[:kept]], count + kept, answer - kept
                     if count >= stop:
                         prefix.keep(text)
-            assert cache is not None
+            assert prefix._known is not None
+            cache, known = prefix._known.begin([*text[:count], 0], stop)
+            assert known == count
             assert held(cache, 1, 0, count) == expected(text[:count], min(stop, count))
             behind = max(0, count - WINDOW + 1)
             assert held(cache, 0, behind, count) == held(cache, 1, behind, count)
+            cache.release()
 
 
 def test_what_is_reused_by_hand() -> None:
-    """A chunk is 16. What MLX's kernels made is reused by chunks, what ours made while the whole
+    """A chunk is 64. What MLX's kernels made is reused by chunks, what ours made while the whole
     chunks of both prompts are the same."""
     model, prefix = Scribe(), Prefix()
-    text = [i * i % 8 for i in range(200)]
+    text = [i * i % 8 for i in range(800)]
     chunks, rules = small_gpu()
     with chunks, rules:
         for length, reused in (
-            (40, 0),
-            (40, 39),  # its end was made by our kernels
-            (45, 40),  # no other whole chunk
-            (50, 32),  # from 32 to 48 it is MLX's turn now
-            (70, 48),
-            (64, 48),  # its last token is needed, and comes with its chunk
-            (75, 64),
-            (71, 71 - 1),
+            (160, 0),
+            (160, 159),  # its end was made by our kernels
+            (180, 160),  # no other whole chunk
+            (200, 128),  # from 128 to 192 it is MLX's turn now
+            (280, 192),
+            (256, 192),  # its last token is needed, and comes with its chunk
+            (300, 280),
+            (284, 284 - 1),
         ):
             cache, known = prefix.open(model, text[:length])
             for _ in prefill(model, text[:length], cache, known, prefix):
                 pass
             assert known == reused, length
             prefix.keep(text[:length])
-        # Of a scored text the calls go by its end: of all but the first 16, MLX's made up to 48
+        # Of a scored text the calls go by its end: of all but the first 64, MLX's made up to 192
         pair: Any = SimpleNamespace(target=model)
-        score(pair, text[100:120], text[120:160], prefix=prefix)
-        assert prefix.open(model, text[100:130])[1] == 16
+        score(pair, text[400:480], text[480:640], prefix=prefix)
+        assert prefix.open(model, text[400:520])[1] == 64
 
 
 @pytest.mark.parametrize("flavour", ["e2b", "moe26"])
@@ -190,7 +193,7 @@ def test_bits_with_a_gpus_rules(flavour: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(mx, "quantized_matmul", spy)
     model, prefix = tiny_pair(flavour, "float32-q8").target, Prefix()
     text = [5 + i * i * 7 % 250 for i in range(1100)]
-    for length, reused in ((530, 0), (535, 530), (1026, 512), (1025, 1024), (520, 512)):
+    for length, reused in ((530, 0), (535, 530), (1026, 512), (1025, 1024), (520, 519)):
         cache, known = prefix.open(model, text[:length])
         assert known == reused
         *_, last = prefill(model, text[:length], cache, known, prefix)

@@ -101,7 +101,7 @@ def test_a_program_is_made_once() -> None:
     """Whatever strides the nodes between give their results."""
 
     def between(arrays):
-        x, y, n = arrays
+        x, _, n = arrays
         for _ in range(8):
             x = ops.rms_norm(ops.softcap(x, 3.0), None)
         wide = mx.broadcast_to(n, (3,)) + mx.arange(3)

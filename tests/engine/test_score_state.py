@@ -72,8 +72,10 @@ def test_a_score_may_extend_a_scored_prefix(flavour: str, form: str) -> None:
         assert np.allclose(got, want[first - 1 : end - 1], atol=1e-4 if form == "float32" else 0.1)
         # The last token of the text is scored, not processed
         assert prefix.tokens == text[: end - 1]
-        cache = prefix._cache
-        assert cache is not None and cache.length_limit == cache.length.item() == end - 1
+        assert prefix._known is not None
+        cache, there = prefix._known.begin(text[:end], end - 1)
+        assert there == cache.length.item() == end - 1
+        cache.release()
         if end > known > first:
             assert prefix.reused == first - 1
     # Another continuation of the same context; then the first again

@@ -10,7 +10,7 @@ from models import decode
 from tiny_pairs import FLAVOURS, bits, tiny_pair
 
 from pyengine.checkpoint.pair import Pair
-from pyengine.engine.known import Known
+from pyengine.engine.beginnings import Beginnings
 from pyengine.engine.page_files import PageFiles
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.stats import Stats
@@ -20,16 +20,16 @@ from pyengine.sampling.settings import Sampling
 MODEL = "c" * 64
 
 
-def known_of(pair: Pair, folder: Path | None = None, told: list[str] | None = None) -> Known:
+def known_of(pair: Pair, folder: Path | None = None, told: list[str] | None = None) -> Beginnings:
     arena = pair.target.new_arena()
     if folder is None:
-        return Known(arena)
+        return Beginnings(arena)
     lines = [] if told is None else told
-    return Known(arena, Stored(PageFiles(folder, MODEL, 1 << 30, lines.append)))
+    return Beginnings(arena, Stored(PageFiles(folder, MODEL, 1 << 30, lines.append)))
 
 
 def answer(
-    pair: Pair, prompt: list[int], known: Known | None, seed: int = 1
+    pair: Pair, prompt: list[int], known: Beginnings | None, seed: int = 1
 ) -> tuple[list[int], int]:
     """New tokens, and how many of the prompt's were reused."""
     stats = Stats()
@@ -103,6 +103,20 @@ def test_a_prompt_is_not_read_again_by_another_process(
     assert (bits(logits) == bits(cold)).all()
 
 
+def test_how_far_back_a_window_goes() -> None:
+    """By hand, for a window of 8: 200 positions and 12 of an answer, whose newest is not processed.
+    Pages are kept from the last whole one 16 positions back on, which is the third: its window
+    begins at 121, in the second. Further back only the mark at the prompt's end helps."""
+    pair, prompt = tiny_pair("dense31"), text(200)
+    for shared, reused in ((211, 211), (200, 200), (135, 135), (71, 71), (70, 0), (9, 0)):
+        known = known_of(pair)
+        whole = [*prompt, *answer(pair, prompt, known)[0]]
+        asked = [*whole[:shared], 255 - whole[shared], 9, 9]
+        warm, count = answer(pair, asked, known, 5)
+        assert count == reused, shared
+        assert warm == answer(pair, asked, None, 5)[0]
+
+
 def test_another_model_finds_nothing(tmp_path: Path) -> None:
     pair, prompt = tiny_pair("uni12"), text(150)
     first = known_of(pair, tmp_path)
@@ -110,7 +124,7 @@ def test_another_model_finds_nothing(tmp_path: Path) -> None:
     while first.store():
         pass
     files = PageFiles(tmp_path, "d" * 64, 1 << 30, lambda line: None)
-    other = Known(pair.target.new_arena(), Stored(files))
+    other = Beginnings(pair.target.new_arena(), Stored(files))
     assert answer(pair, prompt, other)[1] == 0
 
 
@@ -154,7 +168,7 @@ def test_where_the_arena_has_no_room_nothing_is_read(tmp_path: Path) -> None:
         pass
     arena = pair.target.new_arena(first.arena.page_bytes(False) * 2)
     files = PageFiles(tmp_path, MODEL, 1 << 30, lambda line: None)
-    known = Known(arena, Stored(files))
+    known = Beginnings(arena, Stored(files))
     assert len(known.tree) == 0
     cache, begun = known.begin(prompt)
     assert begun == 0 and arena.held_bytes == 0

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from pyengine.engine.stored import Stored
 from pyengine.engine.tree import Tree
+from pyengine.model import plan
 from pyengine.model.cache import Arena, Cache
-from pyengine.model.plan import CHUNK, border, whole
 from pyengine.ops.dispatch import borrows
 
 
-class Known:
+class Beginnings:
     """A tree of beginnings over an arena's pages, and the pages that are kept in files.
 
     Args:
@@ -40,18 +40,18 @@ class Known:
             prompt: Its tokens.
             stop: Where the calls that process it end, if not with it.
         """
-        borrowed = whole(len(prompt) if stop is None else stop, borrows())
-        found = self.tree.find(prompt[:-1], borrowed, CHUNK)
+        borrowed = plan.whole(len(prompt) if stop is None else stop, borrows())
+        found = self.tree.find(prompt[:-1], borrowed, plan.CHUNK)
         if self._stored is not None:
             self._stored.load(self.tree, self.arena, prompt[:-1], borrowed, found.length)
-            found = self.tree.find(prompt[:-1], borrowed, CHUNK)
+            found = self.tree.find(prompt[:-1], borrowed, plan.CHUNK)
         return self.arena.resume(*found), found.length
 
     def parting(self, prompt: Sequence[int], stop: int | None = None) -> int:
         """Where a prompt parts from what is known: the last place there at which its calls may be
         parted."""
         end = len(prompt) if stop is None else stop
-        return border(self.tree.shared(prompt[:-1]), end, borrows())
+        return plan.border(self.tree.shared(prompt[:-1]), end, borrows())
 
     def note(self, tokens: Sequence[int], cache: Cache, borrowed: int) -> None:
         """Keep the pages of a sequence's first positions, whose tokens these are.
