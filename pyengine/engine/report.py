@@ -88,4 +88,3 @@ class Report(NamedTuple):
             floats = struct.unpack(f"{1 + n}f", struct.pack(f"{1 + n}i", own, *best[n:]))
             found.append(Logprob(token, floats[0], list(zip(best[:n], floats[1:], strict=True))))
         return cls(accepted, tokens, finite, found)
-
