@@ -286,7 +286,7 @@ def test_rules_take_as_many_nodes_for_more_sequences(
     monkeypatch.setattr(on_device, "recorded", record)
     pair, text = tiny_pair("dense31", "bfloat16-q8"), greedy_text("dense31")
     totals = []
-    for count in (3, 4, 5):
+    for count in (4, 5, 6):
         made.clear()
         cases = [
             Case(text[: 5 + n], replace(sampling, seed=n), 1 + 2 * (n < 2), 9) for n in range(count)
