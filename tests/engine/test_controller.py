@@ -193,9 +193,7 @@ def test_over_any_state_it_chooses_what_may_be_chosen(
         controller.note(ks, [0] * len(ks), 1e-3 * (1 + turn % 3), turn == 0)
     for text in texts:
         reach = text.acceptance.reach()
-        assert all(
-            0 <= later <= sooner <= 1 for sooner, later in itertools.pairwise(reach)
-        )
+        assert all(0 <= later <= sooner <= 1 for sooner, later in itertools.pairwise(reach))
 
 
 def test_a_choice_holds_while_the_texts_are_the_same() -> None:
