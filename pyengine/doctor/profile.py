@@ -20,12 +20,13 @@ from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 
 from pyengine.checkpoint.defaults import OURS
+from pyengine.checkpoint.pair import Pair
 from pyengine.doctor import device, first_use, machine, quarantine
 from pyengine.drafters import new_drafter
 from pyengine.drafters.assistant import AssistantDrafter
@@ -37,9 +38,6 @@ from pyengine.ops import dispatch
 from pyengine.sampling.settings import Sampling
 from pyengine.text.prompt import encode_prompt
 from pyengine.untrusted import parse, read_text, shown, write_whole
-
-if TYPE_CHECKING:
-    from pyengine.checkpoint.pair import Pair
 
 FORMAT = 1
 LONGEST_S = 10.0  # that measuring may take; what is slower has no profile
@@ -132,7 +130,8 @@ def kept(pair: Pair, tell: first_use.Tell = first_use.warn) -> Profile | None:
 
 
 def _known_here(pair: Pair, tell: first_use.Tell, make: bool) -> Profile | None:
-    if pair.assistant is None or dispatch.chosen() != "native" or not dispatch.exact():
+    loaded = isinstance(pair, Pair) and pair.assistant is not None
+    if not loaded or dispatch.chosen() != "native" or not dispatch.exact():
         return None
     with _lock:
         if pair.target in _profiles:

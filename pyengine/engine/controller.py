@@ -6,7 +6,6 @@ where no text can tell the block size, which is greedy decoding and the rule ``c
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from itertools import accumulate, groupby
@@ -179,6 +178,7 @@ class Known:
     def __init__(self, width: int = 1) -> None:
         self.costs = Costs(width)
         self.acceptance = Acceptance(forget=FORGET_ALL)
+        self.spare_s: float | None = None  # what trials may lose; None before any round
 
 
 class Text(NamedTuple):
@@ -222,7 +222,6 @@ class Controller:
         self._ks: list[int] = []
         self._held = 0  # rounds that it has still to hold
         self._missed_s = 0.0  # what a better shape, not recorded, would have saved
-        self._spare_s = -math.inf  # what trials may lose; nothing before the first round
         self._instead_of = 0.0  # tokens per second of what a trial stands in for, else 0
 
     def choose(self, texts: Sequence[Text]) -> list[int]:
@@ -257,11 +256,11 @@ class Controller:
             self.known.acceptance.note(k, kept)
         self.known.costs.note(shape, seconds, recorded)
         most = CREDIT * seconds + self.known.costs.recording_s
-        self._spare_s = min(most, max(self._spare_s, -most) + PROBES * seconds)
-        if self._rounds == 1:
-            self._spare_s = most
+        spare = CREDIT * seconds if self.known.spare_s is None else self.known.spare_s
+        spare = min(most, max(spare, -most) + PROBES * seconds)
         if self._instead_of:
-            self._spare_s -= seconds - (len(ks) + sum(accepted)) / self._instead_of
+            spare -= seconds - (len(ks) + sum(accepted)) / self._instead_of
+        self.known.spare_s = spare
 
     def _opening(self, texts: Sequence[Text]) -> list[int] | None:
         """Shapes far apart that tell, to begin with, what rounds cost."""
@@ -322,10 +321,10 @@ class Controller:
         place = choices.index(best)
         beside = {0, max(0, place - 1), min(place + 1, len(choices) - 1)} - {place}
         near = [choices[n] for n in sorted(beside) if choices[n].rate > NEAR * best.rate]
-        if not near:
+        if not near or self.known.spare_s is None:
             return None
         trial = min(near, key=lambda choice: self._played.get(choice.shape, 0))
         loss = max(trial.seconds - trial.tokens / best.rate, LEAST * trial.seconds)
         if trial.shape not in self._played:
             loss += self.known.costs.recording_s
-        return trial if loss < self._spare_s else None
+        return trial if loss < self.known.spare_s else None

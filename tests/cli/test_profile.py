@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def test_it_is_measured_once_and_then_stays(
 
 
 def test_a_measurement_is_of_the_pair(pair: Any) -> None:
-    found = profile.measured(pair)
+    seconds = itertools.count(0.0, 1e-3)  # however busy the machine is
+    found = profile.measured(pair, lambda: next(seconds))
     assert found is not None and found.pair == pair.name
     assert len(found.round_s) == 8 and min(found.round_s) > 0 < found.draft_s
     assert found.drafted[0] >= 40 and 1 <= found.best_block <= 8
