@@ -11,6 +11,7 @@ from pyengine.engine.prefix import Prefix
 from pyengine.generation import Stream, stream
 from pyengine.sampling.settings import Sampling
 from pyengine.task import (
+    BlockSize,
     Result,
     Step,
     check_settings,
@@ -43,7 +44,7 @@ class Chat:
         system: str | None = None,
         max_tokens: int | None = None,
         sampling: Sampling | Mapping[str, Any] | None = None,
-        block_size: int | None = None,
+        block_size: BlockSize = "auto",
         drafter: str | None = None,
         stop: str | Sequence[str] | None = None,
         variables: Mapping[str, Any] | None = None,

@@ -34,7 +34,7 @@ from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import score
 from pyengine.sampling.settings import Sampling
 from pyengine.streams import Engine, Request
-from pyengine.task import resolve_sampling
+from pyengine.task import BlockSize, resolve_sampling
 
 MAX_NEW_TOKENS = 256  # lm-eval's own default
 
@@ -48,14 +48,14 @@ class PyengineLM(TemplateLM):  # type: ignore[misc]
         target: str | None = None,
         assistant: str | None = None,
         bundle: str | None = None,
-        block_size: int | None = None,
+        block_size: BlockSize = "auto",
         sequences: int = 8,
         **_: Any,
     ) -> None:
         super().__init__()
         self.pair = load(target, assistant, bundle)
         first_use.ready(self.pair)  # scoring does not go through generate
-        self.block_size = None if block_size is None else int(block_size)
+        self.block_size = "auto" if block_size in (None, "auto") else int(block_size)
         self.sequences = int(sequences)
         self.prefix = Prefix()
 

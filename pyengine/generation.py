@@ -10,7 +10,7 @@ from pyengine.engine.loop import decode
 from pyengine.engine.prefix import Prefix, check_prefix
 from pyengine.sampling.settings import Sampling
 from pyengine.streams import Engine, several
-from pyengine.task import Answer, Result, Step, Task, new_task
+from pyengine.task import Answer, BlockSize, Result, Step, Task, new_task
 from pyengine.text.prompt import Prompt
 from pyengine.text.template import Message
 
@@ -29,7 +29,7 @@ class Asked(TypedDict, total=False):
     pair: Pair | None
     max_tokens: int | None
     sampling: Settings | Sequence[Settings] | None
-    block_size: int | None
+    block_size: BlockSize
     drafter: str | None
     stop: str | Sequence[str] | None
     raw: bool
@@ -56,7 +56,7 @@ def generate(
     pair: Pair | None = None,
     max_tokens: int | None = None,
     sampling: Settings | Sequence[Settings] | None = None,
-    block_size: int | None = None,
+    block_size: BlockSize = "auto",
     drafter: str | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
@@ -80,8 +80,13 @@ def generate(
         sampling: How tokens are chosen. None takes the pair's own defaults; a dict of fields of
             :class:`Sampling`, such as ``{"temperature": 0}``, changes these fields of them. Tokens
             that the pair suppresses stay suppressed either way. A list has one for each prompt.
-        block_size: Primary token and its drafts, 2 to 128; 1 is plain decoding. None takes the
-            pair's measured best, else what its assistant asks for, else 4.
+        block_size: Primary token and its drafts, 2 to 128; 1 is plain decoding. With "auto", greedy
+            texts and those of the rule ``coupled`` take in each round the drafts that pay, up to
+            seven, or none: no text depends on it. Under the other rules, where the text does, it is
+            one number for all rounds, told in the statistics: the best by the profile of pair and
+            machine, which is measured once (``pyengine doctor`` shows it); where there can be none,
+            and with "lookup", the pair's measured best, else what its assistant asks for, else 4,
+            and 8. None is "auto".
         drafter: Where drafts come from. "assistant" (the default) is the pair's own; "lookup" takes
             what followed the newest tokens earlier in the text, needs no assistant, and pays where
             an answer repeats its prompt.
@@ -168,7 +173,7 @@ def stream(
     pair: Pair | None = None,
     max_tokens: int | None = None,
     sampling: Sampling | Mapping[str, Any] | None = None,
-    block_size: int | None = None,
+    block_size: BlockSize = "auto",
     drafter: str | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,

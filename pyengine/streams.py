@@ -402,7 +402,9 @@ class Engine:
     def _round(self) -> None:
         """A round of every text that can have one; more than fit one call go in groups."""
         start, texts = time.perf_counter(), self._texts()
-        for places in schedule.groups([r.task.block_size for r in texts]):
+        sequences = [r.sequence for r in texts if r.sequence is not None]
+        self._rounds.choose(sequences)
+        for places in schedule.groups([each.drafts + 1 for each in sequences]):
             group = [texts[place] for place in places]
             try:
                 each = self._rounds.play([r.sequence for r in group if r.sequence is not None])

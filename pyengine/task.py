@@ -12,12 +12,14 @@ from pyengine import forked
 from pyengine.arguments import flag, whole
 from pyengine.checkpoint import memory
 from pyengine.checkpoint.defaults import OURS
-from pyengine.doctor import first_use
+from pyengine.doctor import first_use, profile
 from pyengine.drafters import NAMES, Name, new_drafter
 from pyengine.drafters.drafter import MAX_BLOCK, Drafter
+from pyengine.engine.controller import AUTO_BLOCK
 from pyengine.engine.loop import Round
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.stats import Stats
+from pyengine.ops import dispatch
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import Sampling, seeded
 from pyengine.text.output import Reader, stop_strings
@@ -26,6 +28,8 @@ from pyengine.untrusted import shown
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
+
+BlockSize = int | str | None  # a number or "auto", which None is too
 
 DEFAULT_BLOCK = 4
 LOOKUP_BLOCK = 8  # its drafts cost nothing, and few rounds have any
@@ -95,9 +99,10 @@ class Task:
     ids: list[int]
     max_tokens: int | None
     sampling: Sampling  # with a seed
-    block_size: int
+    block_size: int  # the largest, where it is automatic
     drafter: Name
     stops: tuple[str, ...]
+    auto: bool = False  # whether each round has a block size of its own
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -106,6 +111,7 @@ class Task:
         return {
             "sampling": self.sampling,
             "block_size": self.block_size,
+            "auto": self.auto,
             "max_tokens": self.max_tokens,
             "stop_ids": frozenset((*own.generation.stop_ids, *own.tokenizer.answer_ends())),
         }
@@ -127,7 +133,7 @@ def new_task(
     pair: Pair | None = None,
     max_tokens: int | None = None,
     sampling: Sampling | Mapping[str, Any] | None = None,
-    block_size: int | None = None,
+    block_size: BlockSize = "auto",
     drafter: str | None = None,
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
@@ -151,14 +157,20 @@ def new_task(
             f"{outside[0]}."
         )
     first_use.ready(pair)
-    return Task(pair, ids, limit, settings, block, source, stops)
+    auto = block is None and follows_load(settings)
+    if auto and source == "assistant":
+        profile.kept(pair)  # which the first rounds go by
+    if block is None:
+        block = AUTO_BLOCK if auto else fixed_block(pair, source)
+    return Task(pair, ids, limit, settings, block, source, stops, auto)
 
 
 class Answer:
     """The text of a task, put together from its rounds."""
 
     def __init__(self, task: Task) -> None:
-        self.stats = Stats(task.block_size, task.sampling.seed, len(task.ids))
+        block = "auto" if task.auto else task.block_size
+        self.stats = Stats(block, task.sampling.seed, len(task.ids))
         self.finish_reason: str | None = None
         self._reader = Reader(task.pair.tokenizer, task.ids, task.stops)
         self._text: list[str] = []
@@ -235,9 +247,9 @@ def prompt_ids(
 
 
 def check_settings(
-    pair: Pair, max_tokens: int | None, block_size: int | None, drafter: str | None
-) -> tuple[int, Name]:
-    """The block size and the drafter to use.
+    pair: Pair, max_tokens: int | None, block_size: BlockSize, drafter: str | None
+) -> tuple[int | None, Name]:
+    """The block size, None for "auto", and the drafter to use.
 
     Raises:
         ValueError: One of them or ``max_tokens`` is impossible with this pair.
@@ -249,11 +261,13 @@ def check_settings(
         raise ValueError(
             "[generate] drafter must be lookup without an assistant but got assistant."
         )
-    block = default_block_size(pair, name) if block_size is None else block_size
-    check_numbers(max_tokens, block)
-    block = int(block)
-    if block > 1 and name == "assistant" and pair.assistant is None:
-        raise ValueError(f"[generate] block_size must be 1 without an assistant but got {block}.")
+    block = check_numbers(max_tokens, block_size)
+    if name == "assistant" and pair.assistant is None:
+        if block is not None and block > 1:
+            raise ValueError(
+                f"[generate] block_size must be 1 without an assistant but got {block}."
+            )
+        block = 1
     return block, name
 
 
@@ -270,19 +284,26 @@ def check_drafter(drafter: str | None) -> Name:
     return found or "assistant"
 
 
-def check_numbers(max_tokens: int | None, block_size: int) -> None:
-    """What can be said of the two before a pair is there.
+def check_numbers(max_tokens: int | None, block_size: BlockSize) -> int | None:
+    """What can be said of the two before a pair is there: the block size, None for "auto".
 
     Raises:
         ValueError: One is impossible with any pair.
     """
-    whole("generate", "block_size", block_size)
+    auto = block_size is None or (isinstance(block_size, str) and block_size == "auto")
+    block = None if auto else whole("generate", "block_size", block_size)
     if max_tokens is not None:
         whole("generate", "max_tokens", max_tokens)
-    if not 1 <= block_size <= MAX_BLOCK:
-        raise ValueError(f"[generate] block_size must be 1 to {MAX_BLOCK} but got {block_size}.")
+    if block is not None and not 1 <= block <= MAX_BLOCK:
+        raise ValueError(f"[generate] block_size must be 1 to {MAX_BLOCK} but got {block}.")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"[generate] max_tokens must be at least 1 but got {max_tokens}.")
+    return block
+
+
+def follows_load(sampling: Sampling) -> bool:
+    """Whether no text can tell the block sizes of its rounds, so that each may have its own."""
+    return dispatch.exact() and (sampling.greedy or sampling.verify == "coupled")
 
 
 def check_variables(variables: Any) -> None:
@@ -304,6 +325,13 @@ def embedded_pair() -> Pair:
     from pyengine.checkpoint.pair import load
 
     return load()
+
+
+def fixed_block(pair: Pair, drafter: Name = "assistant") -> int:
+    """What "auto" is for a whole text, whose rounds must be alike: the best by the profile of pair
+    and machine, or without one :func:`default_block_size`."""
+    known = profile.ready(pair) if drafter == "assistant" else None
+    return default_block_size(pair, drafter) if known is None else known.best_block
 
 
 def default_block_size(pair: Pair, drafter: Name = "assistant") -> int:

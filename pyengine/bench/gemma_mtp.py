@@ -30,7 +30,7 @@ Row = dict[str, Any]
 class Setting(NamedTuple):
     """What is compared: a block size, the rule that accepts its drafts, where these are from."""
 
-    block_size: int
+    block_size: int | str
     verify: Rule
     drafter: Name | None  # None for plain decoding
 
@@ -61,7 +61,7 @@ def gemma_mtp(
     cases: Sequence[Case],
     *,
     max_tokens: int,
-    block_sizes: Sequence[int],
+    block_sizes: Sequence[int | str],
     sampling: Sampling,
     repeats: int,
     rules: Sequence[str] = ("residual",),
@@ -80,7 +80,7 @@ def gemma_mtp(
         pair: Target and assistant.
         cases: The suite.
         max_tokens: Token budget of a case, if its own is not lower.
-        block_sizes: Block sizes to compare with plain decoding, 2 to 128.
+        block_sizes: Block sizes to compare with plain decoding, 2 to 128 or "auto".
         sampling: Settings for every run.
         repeats: Timed runs of each setting; figures are medians over them.
         rules: Rules that accept drafts; every block size runs with each.
@@ -144,7 +144,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
 
 
 def check_settings(
-    block_sizes: Sequence[int],
+    block_sizes: Sequence[int | str],
     repeats: int,
     max_tokens: int,
     rules: Sequence[str] = ("residual",),
@@ -158,7 +158,7 @@ def check_settings(
     if not block_sizes:
         raise ValueError("[bench] block sizes must name at least one but got none.")
     for block in block_sizes:
-        if not 2 <= block <= MAX_BLOCK:
+        if isinstance(block, int) and not 2 <= block <= MAX_BLOCK:
             raise ValueError(f"[bench] block sizes must be 2 to {MAX_BLOCK} but got {block}.")
     if len(set(block_sizes)) < len(block_sizes):
         raise ValueError(f"[bench] block sizes must differ but got {list(block_sizes)}.")

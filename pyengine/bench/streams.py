@@ -55,7 +55,7 @@ class Load:
 
 
 def check_settings(
-    streams: Sequence[int], block_sizes: Sequence[int], repeats: int, max_tokens: int
+    streams: Sequence[int], block_sizes: Sequence[int | str], repeats: int, max_tokens: int
 ) -> None:
     """Refuse what cannot be timed.
 
@@ -67,7 +67,7 @@ def check_settings(
         ("--block-sizes", block_sizes, MAX_BLOCK),
     ):
         for value in values:
-            if not 1 <= value <= most:
+            if isinstance(value, int) and not 1 <= value <= most:
                 raise ValueError(f"[bench] {name} must be 1 to {most} but got {value}.")
         if len({*values}) < len(values):
             raise ValueError(f"[bench] {name} must name each once but got {list(values)}.")
@@ -81,7 +81,7 @@ def bench_streams(
     cases: Sequence[Case],
     *,
     streams: Sequence[int],
-    block_sizes: Sequence[int],
+    block_sizes: Sequence[int | str],
     max_tokens: int,
     sampling: Sampling,
     repeats: int,
@@ -99,8 +99,8 @@ def bench_streams(
     """
     check_settings(streams, block_sizes, repeats, max_tokens)
     settings = [(count, block) for block in block_sizes for count in streams]
-    alone: dict[tuple[int, int], list[int]] = {}
-    loads: dict[tuple[int, int], list[Load]] = {setting: [] for setting in settings}
+    alone: dict[tuple[int, int | str], list[int]] = {}
+    loads: dict[tuple[int, int | str], list[Load]] = {setting: [] for setting in settings}
     total = len(settings) * (repeats + 1)
     for repeat in range(repeats + 1):
         for place in range(len(settings)):
@@ -131,10 +131,11 @@ def run(pair: Pair, tasks: Sequence[Task]) -> Load:
         newest: dict[int, float] = {}
         while True:
             before, going = now, dict(newest)
+            blocks, drafted = engine.totals.blocks, engine.totals.drafted
             if not engine.step():
                 break
             now = time.perf_counter()
-            rows = 0
+            rows = engine.totals.blocks - blocks + engine.totals.drafted - drafted
             for i, request in enumerate(requests):
                 for step in request.take():
                     if not step.tokens:
@@ -145,7 +146,6 @@ def run(pair: Pair, tasks: Sequence[Task]) -> Load:
                     else:
                         load.gaps_s.append(now - going[i])
                         load.round_tokens += len(step.tokens)
-                        rows += request.task.block_size
                     newest[i] = now
             if rows:
                 load.rounds += 1
@@ -162,7 +162,7 @@ def run(pair: Pair, tasks: Sequence[Task]) -> Load:
 
 
 def _task(
-    pair: Pair, cases: Sequence[Case], i: int, max_tokens: int, block: int, sampling: Sampling
+    pair: Pair, cases: Sequence[Case], i: int, max_tokens: int, block: int | str, sampling: Sampling
 ) -> Task:
     case = cases[i % len(cases)]
     return new_task(
@@ -180,13 +180,16 @@ def _alone(pair: Pair, task: Task) -> list[int]:
         task.ids,
         pair=pair,
         max_tokens=task.max_tokens,
-        block_size=task.block_size,
+        block_size="auto" if task.auto else task.block_size,
         sampling=task.sampling,
     ).tokens
 
 
 def _row(
-    count: int, block: int, loads: Sequence[Load], alone: dict[tuple[int, int], list[int]]
+    count: int,
+    block: int | str,
+    loads: Sequence[Load],
+    alone: dict[tuple[int, int | str], list[int]],
 ) -> Row:
     def median(of: Callable[[Load], float]) -> float:
         return statistics.median(of(load) for load in loads)

@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 
 from pyengine.cli import common, tables
 from pyengine.cli.options import (
+    AUTO,
     AssistantDir,
     BundleDir,
     OpsName,
@@ -84,7 +85,7 @@ def gemma_mtp(
         int, typer.Option(help="Maximum number of new tokens; a prompt may ask for fewer.")
     ] = 256,
     block_sizes: Annotated[
-        str, typer.Option(help="Block sizes to compare with plain decoding.")
+        str, typer.Option(help="Block sizes to compare with plain decoding; may name auto.")
     ] = "2,4,6",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="1.0 is off.")] = 0.95,
@@ -123,7 +124,7 @@ def gemma_mtp(
     Ctrl-C keeps the finished rows.
     """
     with common.sentences():
-        blocks = read_block_sizes(block_sizes)
+        blocks = read_blocks(block_sizes)
         from pyengine.bench import gemma_mtp, report, suite
         from pyengine.sampling.settings import MAX_SEED, Sampling
 
@@ -205,7 +206,9 @@ def streams(
     bundle: BundleDir = None,
     ops: OpsName = None,
     streams: Annotated[str, typer.Option(help="Numbers of texts at once.")] = "1,2,4,8",
-    block_sizes: Annotated[str, typer.Option(help="Block sizes; 1 is plain decoding.")] = "1,4",
+    block_sizes: Annotated[
+        str, typer.Option(help="Block sizes, 1 for plain decoding, or auto.")
+    ] = "1,4,auto",
     max_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per text.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the first text; each further adds 1.")] = 0,
@@ -238,7 +241,7 @@ def streams(
     """
     with common.sentences():
         counts = read_numbers("--streams", streams)
-        blocks = read_block_sizes(block_sizes)
+        blocks = read_blocks(block_sizes)
         from pyengine.bench import report, suite
         from pyengine.bench import streams as bench
         from pyengine.sampling.settings import Sampling
@@ -336,6 +339,17 @@ def _figure(value: float | None, form: str) -> str:
 def read_block_sizes(text: str) -> list[int]:
     """See :func:`read_numbers`."""
     return read_numbers("--block-sizes", text)
+
+
+def read_blocks(text: str) -> list[int | str]:
+    """Block sizes between commas: numbers, or auto.
+
+    Raises:
+        ValueError: A part is neither.
+    """
+    parts = text.split(",")
+    numbers = iter(read_block_sizes(",".join(part for part in parts if part != AUTO) or "0"))
+    return [part if part == AUTO else next(numbers) for part in parts]
 
 
 def read_numbers(name: str, text: str) -> list[int]:

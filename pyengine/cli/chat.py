@@ -15,6 +15,7 @@ import typer
 
 from pyengine.cli import common, generate, tables
 from pyengine.cli.options import (
+    AUTO,
     AssistantDir,
     BlockSize,
     BundleDir,
@@ -77,7 +78,7 @@ def run(
     ] = None,
     think: Think = False,
     max_tokens: MaxTokens = None,
-    block_size: BlockSize = None,
+    block_size: BlockSize = AUTO,
     drafter: DrafterName = None,
     stop: Stop = None,
     as_json: Annotated[

@@ -30,6 +30,7 @@ EXTRAS = {
     "eval": (("lm_eval",), "python -m pyengine.evaluate, for lm-eval"),
 }
 CHECK_TOKENS = 24
+MOST_PROFILES = 3  # that are told in the text; the JSON has all
 
 
 class DeviceName(str, Enum):
@@ -105,7 +106,7 @@ def examine(
     from pyengine import __version__, _ext, ops
     from pyengine.checkpoint import memory, on_metal
     from pyengine.doctor import device as devices
-    from pyengine.doctor import examination, first_use, quarantine
+    from pyengine.doctor import examination, first_use, profile, quarantine
 
     began = time.perf_counter()
 
@@ -132,6 +133,7 @@ def examine(
             "sources": _ext.built_from[:12],
         },
         **found,
+        "profiles": [one.to_dict() for one in profile.here()],
         "extras": {},
         "notes": [],
         "problems": [],
@@ -143,6 +145,7 @@ def examine(
     status = {row["op"]: row for row in ops.status()}
     for row in report["ops"]:
         row |= {f"now_{key}": value for key, value in status[row["op"]].items() if key != "op"}
+    report["notes"] += [one.line() for one in profile.here()[:MOST_PROFILES]]
     scaled = sum(len(row["scaled"]) for row in report["ops"])
     if scaled:
         report["notes"].append(

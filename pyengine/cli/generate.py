@@ -11,6 +11,7 @@ import typer
 
 from pyengine.cli import common, tables
 from pyengine.cli.options import (
+    AUTO,
     AssistantDir,
     BlockSize,
     BundleDir,
@@ -66,7 +67,7 @@ def run(
     ] = False,
     think: Think = False,
     max_tokens: MaxTokens = None,
-    block_size: BlockSize = None,
+    block_size: BlockSize = AUTO,
     drafter: DrafterName = None,
     stop: Stop = None,
     stats: Annotated[
@@ -189,7 +190,7 @@ def print_stats(result: Result, more: Mapping[str, str] | None = None) -> None:
         "prompt": f"{s.prompt_tokens} tokens in {s.prefill_s:.2f} s",
         "generated": f"{s.generated_tokens} tokens in {s.decode_s:.2f} s, {s.tok_s:.1f} tok/s",
         "seed": s.seed,
-        "block size": s.block_size,
+        "block size": _block_size(result),
         "rounds": f"{s.rounds}, {s.tokens_per_round:.2f} tokens each",
     }
     if s.drafted:
@@ -201,6 +202,13 @@ def print_stats(result: Result, more: Mapping[str, str] | None = None) -> None:
     if on_metal.wired_bytes():
         rows["wired memory"] = on_metal.wired_line()
     tables.two_columns(common.console(sys.stderr), "", {**rows, **(more or {})})
+
+
+def _block_size(result: Result) -> str:
+    """The block size; where each round had its own, their mean too."""
+    s = result.stats
+    rounds = s.drafted / s.rounds + 1 if s.rounds else 1
+    return f"auto, {rounds:.1f} on average" if s.block_size == AUTO else str(s.block_size)
 
 
 def plain_ops() -> str:

@@ -18,6 +18,8 @@ from pyengine import forked
 from pyengine.checkpoint import memory
 from pyengine.drafters.drafter import MAX_BLOCK, Drafter, TargetLike
 from pyengine.engine import round as on_device
+from pyengine.engine.controller import Acceptance, Controller, Text
+from pyengine.engine.known import known_of
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.report import NonFinite, Report
 from pyengine.engine.stats import Stats
@@ -53,6 +55,7 @@ def decode(
     *,
     sampling: Sampling,
     block_size: int,
+    auto: bool = False,
     max_tokens: int | None = None,
     stop_ids: frozenset[int] = frozenset(),
     stats: Stats | None = None,
@@ -67,6 +70,8 @@ def decode(
         prompt: Token ids, at least one.
         sampling: How tokens are chosen.
         block_size: Primary token and its drafts, 2 to 128; 1 is plain decoding.
+        auto: Each round takes as many drafts as pay, up to ``block_size``. For greedy decoding and
+            the rule ``coupled``, where no text can tell.
         max_tokens: At most this many new tokens; None: as many as the context holds.
         stop_ids: Ids that end the text.
         stats: Filled as rounds end.
@@ -88,6 +93,7 @@ def decode(
         prompt,
         sampling=sampling,
         block_size=block_size,
+        auto=auto,
         max_tokens=max_tokens,
         stop_ids=stop_ids,
         stats=stats,
@@ -97,6 +103,7 @@ def decode(
     yield from sequence.prefill()
     rounds = Rounds()
     while sequence.finish_reason is None:
+        rounds.choose([sequence])
         [done] = rounds.play([sequence])
         if isinstance(done, Exception):
             try:
@@ -172,6 +179,7 @@ class TokenSequence:
         *,
         sampling: Sampling,
         block_size: int,
+        auto: bool = False,
         max_tokens: int | None = None,
         stop_ids: frozenset[int] = frozenset(),
         stats: Stats | None = None,
@@ -182,7 +190,9 @@ class TokenSequence:
         _check(target, drafter, prompt, block_size, max_tokens)
         self.stats = Stats() if stats is None else stats
         self.prompt, self.block_size = prompt, block_size
+        self.drafts = block_size - 1  # of the next round, if its drafter has any
         self.k = 0  # drafts of the newest round
+        self.acceptance: Acceptance | None = None  # where each round's block size is chosen
         self.finish_reason: str | None = None
         self._target, self._drafter = target, drafter if block_size > 1 else None
         self._sampling = seeded(sampling)
@@ -196,7 +206,10 @@ class TokenSequence:
         self._room = room if max_tokens is None else min(max_tokens, room)
         self._text = list(prompt)
         self._new: list[int] = []  # tokens of the newest round
-        self.stats.block_size, self.stats.prompt_tokens = block_size, len(prompt)
+        if auto and self._drafter is not None:
+            self.acceptance = Acceptance(known_of(target, type(self._drafter)).acceptance)
+        self.stats.block_size = "auto" if self.acceptance else block_size
+        self.stats.prompt_tokens = len(prompt)
         self.stats.seed = self._sampling.seed
 
     @property
@@ -271,7 +284,7 @@ class TokenSequence:
         parts = self.parts
         self.sampler.add(self._new)
         self._new = []
-        self.k = self.block_size - 1
+        self.k = self.drafts
         if self._drafter is not None and not self._drafter.wants_to_draft(self._text, self.k):
             self.k = 0
         # A round past the end of the room keeps its shape; what it commits there is not used
@@ -287,6 +300,8 @@ class TokenSequence:
         """Note how many drafts a round kept, and what it took, whoever else was in it."""
         self.parts.cache.settle(len(self._text) + accepted)
         self.stats.count_round(self.k, accepted)
+        if self.acceptance is not None:
+            self.acceptance.note(self.k, accepted)
         self.stats.decode_s += seconds
 
     def commit(self, report: Report) -> Round:
@@ -322,6 +337,24 @@ class Rounds:
         self._groups: tuple[on_device.Group, ...] = ()
         self._choices: tuple[Choices, ...] = ()
         self._recorded: OrderedDict[Any, on_device.RecordedRound] = OrderedDict()
+        self._recorded_now = False  # whether the newest round's graph was new
+        self._controller: Controller | None = None
+
+    def choose(self, sequences: Sequence[TokenSequence]) -> None:
+        """Set the drafts of those whose block size is automatic, for a round of them all."""
+        chosen = [s for s in sequences if s.acceptance is not None]
+        if not chosen:
+            return
+        if self._controller is None:
+            parts = chosen[0].parts
+            self._controller = Controller(known_of(parts.target, type(parts.drafter)))
+        all_texts = self._controller.known.acceptance
+        texts = [
+            Text(all_texts, s.drafts) if s.acceptance is None else Text(s.acceptance)
+            for s in sequences
+        ]
+        for sequence, k in zip(sequences, self._controller.choose(texts), strict=True):
+            sequence.drafts = k
 
     def play(self, sequences: Sequence[TokenSequence]) -> list[Round | Exception]:
         """One round of sequences that go on, all of one arena; by sequence what it committed, or
@@ -345,7 +378,7 @@ class Rounds:
             arena, states = going[0].parts.cache.arena, tuple([s.state for s in going])
             placed = arena.place([s.parts.cache for s in going])
             start_of = on_device.Start(placed, states, choices)
-            played = self._round(going, self._groups).together(start_of)
+            played = self._round(going).together(start_of)
             for sequence, outcome in zip(going, played.outcomes, strict=True):
                 sequence.take_results(outcome)
             row = _read(played)
@@ -358,6 +391,9 @@ class Rounds:
                     done[sequence] = sequence.commit(report)
                 except NonFinite as error:
                     done[sequence] = error.with_traceback(None)
+            if self._controller is not None:
+                ks, accepted = [s.k for s in going], [report.accepted for report in reports]
+                self._controller.note(ks, accepted, seconds, self._recorded_now)
         return [done[sequence] for sequence in sequences]
 
     def _rank(self, sequence: TokenSequence) -> tuple[bool, int, int]:
@@ -380,12 +416,12 @@ class Rounds:
             ]
         )
 
-    def _round(
-        self, going: Sequence[TokenSequence], groups: Sequence[on_device.Group]
-    ) -> on_device.RecordedRound:
+    def _round(self, going: Sequence[TokenSequence]) -> on_device.RecordedRound:
+        groups = self._groups
         forms = [form for _, form in groups]
         key = dispatch.chosen(), *forms, *(self._rank(sequence) for sequence in going)
-        if key not in self._recorded:
+        self._recorded_now = key not in self._recorded
+        if self._recorded_now:
             each = [sequence.parts for sequence in going]
             self._recorded[key] = on_device.RecordedRound(each, [s.k for s in going], groups)
             if len(self._recorded) > MOST_RECORDED:

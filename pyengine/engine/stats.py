@@ -10,11 +10,13 @@ from typing import Any
 class Stats:
     """Counts and seconds of one generation, filled while it runs.
 
-    ``decode_s`` and ``tok_s`` are decode only: the first token belongs to the prefill. ``seed`` is
-    the one that was used, given or drawn. What a round committed behind a stop string counts too.
+    ``decode_s`` and ``tok_s`` are decode only: the first token belongs to the prefill. ``seed`` and
+    ``block_size`` are those that were used, given or not; "auto" says that each round had a block
+    size of its own, on which no text depends. What a round committed behind a stop string
+    counts too.
     """
 
-    block_size: int = 1
+    block_size: int | str = 1
     seed: int | None = None
     prompt_tokens: int = 0
     reused_tokens: int = 0

@@ -18,7 +18,7 @@ from pyengine.arguments import TooLong
 from pyengine.engine.score import prompt_logprobs
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import MAX_SEED, Sampling
-from pyengine.task import Result, Step, Task, new_task, prompt_ids, resolve_sampling
+from pyengine.task import BlockSize, Result, Step, Task, new_task, prompt_ids, resolve_sampling
 from pyengine.text.prompt import Prompt
 from pyengine.untrusted import kind, shown
 
@@ -130,7 +130,7 @@ class Ask:
     echo_from: int
     max_tokens: int
     sampling: Sampling
-    block_size: int | None
+    block_size: BlockSize
     stop: str | Sequence[str]
     streamed: bool
     with_usage: bool
@@ -244,7 +244,7 @@ def _ask(
         echo_from,
         max_tokens=body.get("max_completion_tokens", body.get("max_tokens", limits.max_tokens)),
         sampling=sampling,
-        block_size=body.get("block_size"),
+        block_size=body.get("block_size", "auto"),
         stop=_stop(body),
         streamed=bool(body.get("stream")),
         with_usage=bool(body.get("stream_options", {}).get("include_usage")),
@@ -284,6 +284,8 @@ def _check_fields(body: Mapping[str, Any], chat: bool) -> None:
         ("max_tokens", int),
         ("max_completion_tokens", int),
     ):
+        if (key, body.get(key)) == ("block_size", "auto"):
+            continue
         if key in body and type(body[key]) is not wanted:
             said = shown(body[key]) if kind(body[key]) == "a number" else kind(body[key])
             raise Refused(400, f"[serve] {key} must be {KINDS[wanted]} but got {said}.")
@@ -560,7 +562,8 @@ class Choice:
 def usage_of(ask: Ask, results: Sequence[Result]) -> dict[str, Any]:
     """Token counts of the protocol, and this engine's own: seed, acceptance and speed.
 
-    A prompt with several texts counts once. The seed is that of the first text; speeds add up.
+    A prompt with several texts counts once. The seed is that of the first text; speeds add up. With
+    the seed and the block size a text is made again; at a block size "auto" it is the same at any.
     """
     stats = [result.stats for result in results]
     first = [n for n, one in enumerate(ask.all) if n == 0 or one.ids is not ask.all[n - 1].ids]
@@ -574,6 +577,7 @@ def usage_of(ask: Ask, results: Sequence[Result]) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         **({"prompt_tokens_details": known} if ask.cached_tokens else {}),
         "seed": ask.sampling.seed,
+        "block_size": stats[0].block_size,
         "drafted_tokens": drafted,
         "accepted_tokens": accepted,
         "acceptance": accepted / drafted if drafted else 0.0,

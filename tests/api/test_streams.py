@@ -257,7 +257,7 @@ def test_n_texts_process_their_prompt_once(
 
 
 def test_a_list_of_prompts_is_a_list_of_results(pair: Any) -> None:
-    ask: dict[str, Any] = {"pair": pair, "max_tokens": 9}
+    ask: dict[str, Any] = {"pair": pair, "max_tokens": 9, "block_size": 4}
     each = [{"temperature": 0.0}, Sampling(seed=3)]
     results = generate(PROMPTS[:2], sampling=each, sequences=2, **ask)
     want = [generate(p, sampling=s, **ask) for p, s in zip(PROMPTS, each, strict=False)]

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import pyengine
 from pyengine import cli
 from pyengine.cli import options
+from pyengine.cli.bench import read_blocks
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
 STORY = "the quick brown fox jumps over a lazy dog; caf\u00e9 \U0001f642 done"
@@ -441,3 +442,12 @@ def test_a_reader_that_leaves_is_no_error_message(folder: Path) -> None:
     process.stdin.close()
     err = process.stderr.read()
     assert process.wait(timeout=60) == 1 and err == b""
+
+
+def test_a_block_size_is_a_number_or_auto() -> None:
+    done = run("generate", "fox", "--block-size", "x")
+    assert done.exit_code == 2 and "--block-size" in plain(done.stderr)
+    for text, blocks in (("auto", ["auto"]), ("auto,1,4", ["auto", 1, 4]), ("2,auto", [2, "auto"])):
+        assert read_blocks(text) == blocks
+    with pytest.raises(ValueError, match=r"--block-sizes must be whole numbers like 2,4,6 but got"):
+        read_blocks("auto,x")

@@ -180,7 +180,7 @@ def together(
         rng.shuffle(order)
         if vary:
             for sequence in active.values():
-                sequence.block_size = rng.randrange(1, LARGEST_BLOCK + 1)
+                sequence.drafts = rng.randrange(LARGEST_BLOCK)
         for number, done in zip(order, rounds.play([active[n] for n in order]), strict=True):
             assert isinstance(done, Round), done
             stories[number].rounds.append(done)

@@ -23,6 +23,7 @@ USAGE = {
     "total_tokens": 16,
     "prompt_tokens_details": {"cached_tokens": 20},
     "seed": 2**32 - 3,
+    "block_size": STATS.block_size,
     "drafted_tokens": 25,
     "accepted_tokens": 16,
     "acceptance": 0.64,

@@ -1,0 +1,24 @@
+"""What is known of the rounds of each pair, for as long as the process has it."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import mlx.core as mx
+
+from pyengine.drafters.drafter import Drafter, TargetLike
+from pyengine.engine.controller import Known
+from pyengine.ops import dispatch
+
+ROWS_PER_READING = 16  # of the weights, on a GPU
+
+_known: WeakKeyDictionary[TargetLike, dict[Any, Known]] = WeakKeyDictionary()
+
+
+def known_of(target: TargetLike, drafter: type[Drafter | None]) -> Known:
+    """Of rounds with drafters of that kind, on the device and the ops that run now."""
+    gpu = mx.default_device() == mx.gpu
+    kinds = _known.setdefault(target, {})
+    key = drafter, gpu, dispatch.chosen()
+    return kinds.setdefault(key, Known(ROWS_PER_READING if gpu else 1))
