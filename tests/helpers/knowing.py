@@ -29,7 +29,7 @@ class Numbers:
     def channel_ids(self) -> tuple[int, ...]:
         return ()
 
-    turn_ids = answer_ends = channel_ids
+    turn_ids = call_ids = answer_ends = channel_ids
 
 
 class Knowing:
