@@ -34,6 +34,9 @@ class Asked(TypedDict, total=False):
     stop: str | Sequence[str] | None
     raw: bool
     variables: Mapping[str, Any] | None
+    response_format: Mapping[str, Any] | None
+    grammar: str | None
+    regex: str | None
     prefix: Prefix | None
     sequences: int
 
@@ -61,6 +64,9 @@ def generate(
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
+    response_format: Mapping[str, Any] | None = None,
+    grammar: str | None = None,
+    regex: str | None = None,
     prefix: Prefix | None = None,
     n: int | None = None,
     sequences: int = 8,
@@ -90,6 +96,12 @@ def generate(
         raw: Continue a string prompt as plain text. Special tokens spelled in it take effect.
         variables: Further variables of the chat template, such as ``tools`` and
             ``enable_thinking``.
+        response_format: The form of the answer, as OpenAI writes it: ``{"type": "json_object"}``,
+            or ``{"type": "json_schema", "json_schema": {"schema": ...}}``. The text is the same
+            at every block size as without one, for the distribution that the form leaves. Needs
+            the extra ``grammar``; docs/grammar.md says what schemas may have.
+        grammar: The same as a grammar of llguidance's Lark syntax.
+        regex: The same as a regular expression of the whole answer.
         prefix: Keys and values of earlier generations on this pair. Tokens at the beginning of the
             prompt that it holds are not processed again; the text is the same as without. Several
             texts take none.
@@ -116,6 +128,9 @@ def generate(
         "stop": stop,
         "raw": raw,
         "variables": variables,
+        "response_format": response_format,
+        "grammar": grammar,
+        "regex": regex,
     }
     batch = _is_batch(prompt)
     if n is None and not batch:
@@ -173,6 +188,9 @@ def stream(
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
+    response_format: Mapping[str, Any] | None = None,
+    grammar: str | None = None,
+    regex: str | None = None,
     prefix: Prefix | None = None,
 ) -> Stream:
     """Like :func:`generate`, but yield the text as it comes.
@@ -193,6 +211,9 @@ def stream(
         stop=stop,
         raw=raw,
         variables=variables,
+        response_format=response_format,
+        grammar=grammar,
+        regex=regex,
     )
     return Stream(task, prefix)
 
@@ -210,6 +231,7 @@ class Stream(Iterator[str]):
             **task.arguments,
             stats=self._answer.stats,
             prefix=prefix,
+            matcher=task.new_matcher(),
         )
         self._steps = self._run()
 

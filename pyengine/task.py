@@ -15,9 +15,10 @@ from pyengine.checkpoint.defaults import OURS
 from pyengine.doctor import first_use
 from pyengine.drafters import NAMES, Name, new_drafter
 from pyengine.drafters.drafter import MAX_BLOCK, Drafter
-from pyengine.engine.loop import Round
+from pyengine.engine.loop import Round, most_rows
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.stats import Stats
+from pyengine.grammar import Grammar, GrammarMatcher, compile_grammar, source_of
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import Sampling, seeded
 from pyengine.text.output import Reader, stop_strings
@@ -98,6 +99,12 @@ class Task:
     block_size: int
     drafter: Name
     stops: tuple[str, ...]
+    grammar: Grammar | None = None
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a round's block at most."""
+        return most_rows(self.block_size, self.grammar is not None)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -113,12 +120,16 @@ class Task:
     def new_drafter(self) -> Drafter | None:
         return new_drafter(self.drafter, self.pair.target, self.pair.assistant)
 
+    def new_matcher(self) -> GrammarMatcher | None:
+        """What follows the grammar through one text; None where there is none."""
+        if self.grammar is None:
+            return None
+        return GrammarMatcher(self.grammar, self.pair.tokenizer, self.ids)
+
     def check_memory(self, prefix: Prefix | None, there: int | None = None) -> None:
         """Refuse a prompt that does not fit the memory, see :func:`memory.check_prompt`."""
         count = len(self.ids)
-        memory.check_prompt(
-            self.pair.target, count, self.max_tokens, self.block_size, prefix, there
-        )
+        memory.check_prompt(self.pair.target, count, self.max_tokens, self.most_rows, prefix, there)
 
 
 def new_task(
@@ -132,11 +143,14 @@ def new_task(
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
+    response_format: Mapping[str, Any] | None = None,
+    grammar: str | None = None,
+    regex: str | None = None,
 ) -> Task:
     """The arguments of :func:`pyengine.generate`, checked."""
     forked.check("generate")
     pair = embedded_pair() if pair is None else pair
-    stops = stop_strings(stop)
+    stops, form = stop_strings(stop), source_of(response_format, grammar, regex)
     block, source = check_settings(pair, max_tokens, block_size, drafter)
     flag("generate", "raw", raw)
     check_variables(variables)
@@ -150,8 +164,9 @@ def new_task(
             f"[generate] suppress_tokens and logit_bias must name ids up to {vocab - 1} but got "
             f"{outside[0]}."
         )
+    compiled = None if form is None else compile_grammar(pair, form)
     first_use.ready(pair)
-    return Task(pair, ids, limit, settings, block, source, stops)
+    return Task(pair, ids, limit, settings, block, source, stops, compiled)
 
 
 class Answer:
