@@ -233,6 +233,7 @@ def test_counts_and_clocks_of_a_generation(clock: Clock) -> None:
         "rounds": 5,
         "drafted": 15,
         "accepted": 9,
+        "forced": 0,
         "drafted_by_depth": [5, 5, 5],
         "accepted_by_depth": [4, 3, 2],
         "bonus_tokens": 2,
