@@ -24,6 +24,9 @@ from pyengine.ops.filter_logits import Filtered
 
 MOST_FORCED = 15  # in a row: with the primary token, what one launch of an op takes
 Mask = NDArray[np.uint32]
+# By byte of a mask, what its eight bits add to logits
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_OF_BYTES = np.where(_BITS == 1, 0, -np.inf).astype(np.float32)
 
 
 class Matcher(Protocol):
@@ -59,9 +62,9 @@ class Guide:
     def __init__(
         self, matcher: Matcher, suppressed: Sequence[int], stop_ids: frozenset[int], vocab: int
     ) -> None:
-        self._matcher, self._stop_ids = matcher, stop_ids
-        self.all: Mask = np.full(-(-vocab // 32), 0xFFFFFFFF, np.uint32)
-        self._kept = self.all.copy()
+        self._matcher, self._stop_ids, self._vocab = matcher, stop_ids, vocab
+        self._all: Mask = np.full(-(-vocab // 32), 0xFFFFFFFF, np.uint32)
+        self._kept = self._all.copy()
         for token in suppressed:
             self._kept[token // 32] &= ~np.uint32(1 << token % 32)
         self.begin()
@@ -120,9 +123,17 @@ class Guide:
         return 32 * word + (bits & -bits).bit_length() - 1
 
     def masks(self) -> mx.array:
-        """Masks of all rows, uint32 ``[k + 1, ceil(V / 32)]``."""
+        """What is added to the logits of all rows, float32 ``[k + 1, V]``: 0 or -inf."""
         self.row()
-        return mx.array(np.stack(self._rows))
+        return self._unpacked(np.stack(self._rows))
+
+    def mask(self) -> mx.array:
+        """The mask of the newest row, ``[1, V]``."""
+        return self._unpacked(self.row()[None])
+
+    def everything(self) -> mx.array:
+        """A mask of all tokens, ``[1, V]``."""
+        return self._unpacked(self._all[None])
 
     def block(self, primary: int) -> Block:
         """The block, with what each draft was drawn from."""
@@ -157,6 +168,10 @@ class Guide:
             raise RuntimeError(f"[grammar] a token must be one that may come next but is {token}.")
         self.begin()
 
+    def _unpacked(self, rows: Mask) -> mx.array:
+        each = _OF_BYTES[rows.view(np.uint8)].reshape(len(rows), -1)
+        return mx.array(each[:, : self._vocab])
+
     def _take(self, token: int, q: Filtered | None, *, drawn: bool, forced: bool) -> None:
         self.tokens.append(token)
         self.drawn.append(drawn)
@@ -169,8 +184,8 @@ class Guide:
 
     def _next_row(self) -> Mask:
         if not self._open:
-            return self.all
-        row = np.zeros_like(self.all)
+            return self._all
+        row = np.zeros_like(self._all)
         try:
             self._matcher.fill(row)
             row &= self._kept
@@ -181,7 +196,7 @@ class Guide:
                 )
         except RuntimeError as error:
             self._failure, self._failed_at, self._open = error, len(self._rows), False
-            return self.all
+            return self._all
         return row
 
 
@@ -235,10 +250,7 @@ def draft(each: Sequence[Drafting], step: Callable[[list[int], int], Step]) -> N
             continue
         draw, before = step(asking, i), tuple([_ids(each[n]) for n in asking])
         states = tuple(
-            [
-                each[n].state._replace(drafter=carried[n], masks=_mask(each[n].guide.row()))
-                for n in asking
-            ]
+            [each[n].state._replace(drafter=carried[n], masks=each[n].guide.mask()) for n in asking]
         )
         drawn = draw(states, before)
         mx.eval(drawn.report, list(drawn.drafters), list(drawn.qs))
@@ -248,7 +260,7 @@ def draft(each: Sequence[Drafting], step: Callable[[list[int], int], Step]) -> N
             # Of what the grammar allows the drafter has nothing; or its logits are not finite
             free = tuple(
                 [
-                    state._replace(masks=_mask(each[n].guide.all))
+                    state._replace(masks=each[n].guide.everything())
                     for n, state in zip(asking, states, strict=True)
                 ]
             )
@@ -264,7 +276,3 @@ def draft(each: Sequence[Drafting], step: Callable[[list[int], int], Step]) -> N
 
 def _ids(own: Drafting) -> mx.array:
     return mx.array([own.primary, *own.guide.tokens], dtype=mx.int32)
-
-
-def _mask(row: Mask) -> mx.array:
-    return mx.array(row[None])

@@ -48,8 +48,8 @@ class Sampler:
 
     The host keeps what the settings ask to know of the text (:meth:`add`); a round gets it and the
     seed as arrays (:attr:`listed`, :meth:`with_arrays`), and all other methods build on those.
-    Where a grammar says what may come next, :attr:`masks` has a row of bits for each row that is
-    filtered, uint32 ``[T, ceil(V / 32)]``.
+    Where a grammar says what may come next, :attr:`masks` has a row for each row that is filtered,
+    see :func:`pyengine.sampling.mask.filter_masked`.
 
     Args:
         sampling: The settings; with a seed, unless they are greedy.
@@ -101,6 +101,11 @@ class Sampler:
         """What a round's graph depends on: all but what it gets as arrays."""
         own, in_arrays = self.sampling, ("seed", "suppress_tokens", "logit_bias")
         return tuple(value for name, value in own.__dict__.items() if name not in in_arrays)
+
+    @property
+    def edits_rows(self) -> bool:
+        """Whether logits are changed before they are filtered."""
+        return self.listed is not None or self.masks is not None
 
     def _list(self) -> Listed | None:
         """The tokens to edit in the next round; None where there are none."""
@@ -242,7 +247,7 @@ def filter_together(
     if not others:
         return [one.filter(logits, drafts[0], first)]
     counts = [own.shape[0] + 1 - first for own in drafts]
-    if all(s._filter == one._filter and (s.listed, s.masks) == (None, None) for s in samplers):
+    if all(s._filter == one._filter and not s.edits_rows for s in samplers):
         logprobs = any(s.sampling.logprobs is not None for s in samplers)
         found = one.filter(whole(logits) if logprobs else logits, first=0)
         parts = [apart(part, counts) for part in found]
