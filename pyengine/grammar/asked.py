@@ -76,7 +76,7 @@ def schema_source(schema: Any) -> Source:
     Raises:
         ValueError: It is no JSON, too deep or too large.
     """
-    _check_depth(schema)
+    _check_depth([schema])
     try:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError):
@@ -88,16 +88,17 @@ def schema_source(schema: Any) -> Source:
 
 def _check_depth(value: Any) -> None:
     level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (Mapping, list, tuple))
-            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
-        ]
+    for _ in range(MAX_DEPTH + 1):
+        inside = (v.values() if isinstance(v, Mapping) else v for v in level)
+        level = [v for own in inside for v in own if isinstance(v, (Mapping, list, tuple))]
+        if len(level) > MAX_BYTES["json_schema"]:  # each takes two characters
+            break
         if not level:
             return
-    raise ValueError(f"[grammar] a schema must be nested at most {MAX_DEPTH} deep but is deeper.")
+    raise ValueError(
+        f"[grammar] a schema must be nested at most {MAX_DEPTH} deep and not be larger than "
+        f"{MAX_BYTES['json_schema']} bytes."
+    )
 
 
 def _text(kind: Kind, name: str, text: Any) -> Source:

@@ -79,6 +79,21 @@ class Vocabulary:
             return self._kept[source]
 
     def _matcher(self, source: Source) -> LLMatcher:
+        try:
+            first = self._compiled(source)
+            said = reason(first.get_error()) if first.is_error() else None
+        except BaseException as error:  # a panic of the library is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            said = reason(str(error))
+        if said is not None:
+            raise ValueError(
+                f"[grammar] {_NAMES[source.kind]} must be one that can be followed but cannot: "
+                f"{said}."
+            )
+        return first
+
+    def _compiled(self, source: Source) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
 
         kind, text = source
@@ -90,14 +105,9 @@ class Vocabulary:
             written = LLMatcher.grammar_from_lark(text)
         limits = LLParserLimits(verbose_errors=False)
         first = LLMatcher(self._library, written, log_level=0, limits=limits)
-        if not first.is_error():
+        if not first.is_error():  # what allows no text is known with the first mask
             mask: NDArray[np.uint32] = np.zeros(-(-self._vocab // 32), np.uint32)
             first.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if first.is_error():
-            raise ValueError(
-                f"[grammar] {_NAMES[kind]} must be one that can be followed but cannot: "
-                f"{reason(first)}."
-            )
         return first
 
 
@@ -165,12 +175,12 @@ def _library_tokenizer(tokenizer: Tokenizer, vocab: int, stop_ids: tuple[int, ..
     return LLTokenizer(wrapped, n_vocab=vocab, eos_token=list(stop_ids))
 
 
-def reason(matcher: LLMatcher) -> str:
+def reason(said: str) -> str:
     """What the library has against a grammar, in one line."""
-    said = matcher.get_error().split("\n<state>")[0]
+    said = said.split("\n<state>")[0]
     if said.startswith("NoExtension"):
         return "no text fits it"
-    return " ".join(said.split()).rstrip(".")[:200]
+    return " ".join(said.split()).rstrip(".")[:200] or "the library does not say why"
 
 
 def _on_deep_stack(make: Callable[[], T]) -> T:

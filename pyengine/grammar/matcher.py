@@ -55,8 +55,8 @@ class GrammarMatcher:
         self._library.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if self._library.is_error():
             raise RuntimeError(
-                f"[grammar] the text must be one that can be followed but is not: "
-                f"{reason(self._library)}."
+                "[grammar] the text must be one that can be followed but is not: "
+                f"{reason(self._library.get_error())}."
             )
         if not (row & ~self._stops).any():
             row[:] = bits(own.stop_ids[:1], own.words)  # the text is the same whichever ends it
