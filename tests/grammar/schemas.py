@@ -6,6 +6,8 @@ from typing import Any
 
 WORD = {"type": "string", "maxLength": 12}
 SMALL = {"type": "integer", "minimum": -5, "maximum": 999}
+# Without a step the digits of a number may go on
+CENTS = {"type": "number", "minimum": 0, "maximum": 50, "multipleOf": 0.25}
 
 
 def record(**properties: Any) -> dict[str, Any]:
@@ -22,7 +24,7 @@ def listed(items: Any, least: int, most: int) -> dict[str, Any]:
     return {"type": "array", "items": items, "minItems": least, "maxItems": most}
 
 
-POINT = record(x=SMALL, y={"type": "number", "minimum": 0, "maximum": 1})
+POINT = record(x=SMALL, y=CENTS)
 PERSON = record(name=WORD, age=SMALL, tags=listed({"enum": ["red", "green", "blue"]}, 1, 3))
 
 SCHEMAS: dict[str, Any] = {
@@ -53,7 +55,7 @@ SCHEMAS: dict[str, Any] = {
     "order": record(
         number={"type": "integer", "minimum": 1, "maximum": 99999},
         customer={"$ref": "#/$defs/person"},
-        lines=listed(record(item=WORD, count=SMALL, price={"type": "number"}), 2, 3),
+        lines=listed(record(item=WORD, count=SMALL, price=CENTS), 2, 3),
         address=record(street=WORD, city=WORD, zip={"type": "string", "pattern": "^[0-9]{5}$"}),
         paid={"type": "boolean"},
         state={"enum": ["open", "sent", "returned"]},
