@@ -172,7 +172,8 @@ class Engine:
             n: So many texts, with the seeds s, s + 1, ... from that of ``sampling`` on; the prompt
                 is processed once.
             settings: ``max_tokens``, ``sampling``, ``block_size``, ``drafter``, ``stop``, ``raw``,
-                ``variables``, ``response_format``, ``grammar`` and ``regex``, as
+                ``variables``, ``tools``, ``tool_choice``, ``parallel_tool_calls``,
+                ``response_format``, ``grammar`` and ``regex``, as
                 :func:`pyengine.generate` takes them.
 
         Returns:

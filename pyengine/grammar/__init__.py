@@ -1,13 +1,15 @@
 """Grammars of answers: JSON, JSON schemas, regular expressions, Lark grammars, calls of tools.
 
-What is asked for is read here (:mod:`.asked`), compiled with llguidance for one vocabulary
-(:mod:`.compiled`), and followed through one text (:mod:`.matcher`). The library is an extra:
-``pip install "pyengine-mlx[grammar]"``.
+What is asked for is read in :mod:`pyengine.grammar.asked`, calls are written as a grammar in
+:mod:`pyengine.grammar.tools`. With llguidance a grammar is compiled for one vocabulary
+(:mod:`pyengine.grammar.compiled`) and followed through one text (:mod:`pyengine.grammar.matcher`).
+The library is an extra: ``pip install "pyengine-mlx[grammar]"``.
 """
 
 from pyengine.grammar.asked import Source, read_response_format, source_of
 from pyengine.grammar.compiled import Grammar, compile_grammar
 from pyengine.grammar.matcher import GrammarMatcher
+from pyengine.grammar.tools import tools_source
 
 __all__ = [
     "Grammar",
@@ -16,4 +18,5 @@ __all__ = [
     "compile_grammar",
     "read_response_format",
     "source_of",
+    "tools_source",
 ]

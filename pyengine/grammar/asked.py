@@ -33,8 +33,8 @@ def source_of(
         ValueError: Two are asked for at once, or one is of no known form or too large.
     """
     found = [] if response_format is None else [read_response_format(response_format)]
-    found += [_text("lark", "grammar", grammar)] if grammar is not None else []
-    found += [_text("regex", "regex", regex)] if regex is not None else []
+    found += [checked("lark", "grammar", grammar)] if grammar is not None else []
+    found += [checked("regex", "regex", regex)] if regex is not None else []
     asked = [source for source in found if source is not None]
     if len(asked) > 1:
         raise ValueError(
@@ -83,7 +83,7 @@ def schema_source(schema: Any) -> Source:
         raise ValueError(
             "[grammar] a schema must be made of what JSON has but got another type."
         ) from None
-    return _text("json_schema", "a schema", text)
+    return checked("json_schema", "a schema", text)
 
 
 def _check_depth(value: Any) -> None:
@@ -101,7 +101,12 @@ def _check_depth(value: Any) -> None:
     )
 
 
-def _text(kind: Kind, name: str, text: Any) -> Source:
+def checked(kind: Kind, name: str, text: Any) -> Source:
+    """A grammar's text.
+
+    Raises:
+        ValueError: It is none, or too large.
+    """
     if not isinstance(text, str) or not text:
         raise ValueError(f"[grammar] {name} must be a string of text but got {shown(text)}.")
     if SURROGATE.search(text):

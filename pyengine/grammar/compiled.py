@@ -131,13 +131,7 @@ def vocabulary_of(pair: Pair) -> Vocabulary:
     Raises:
         ValueError: llguidance is not installed, or the pair has no stop id.
     """
-    try:
-        import llguidance  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "[grammar] llguidance must be installed for grammars but is not: "
-            'pip install "pyengine-mlx[grammar]".'
-        ) from None
+    check_installed()
     with _making:
         if pair.tokenizer not in _vocabularies:
             stop_ids = (*pair.tokenizer.answer_ends(), *pair.generation.stop_ids)
@@ -149,6 +143,21 @@ def vocabulary_of(pair: Pair) -> Vocabulary:
             ids = tuple(dict.fromkeys(stop_ids))
             _vocabularies[pair.tokenizer] = Vocabulary(pair.tokenizer, vocab, ids)
         return _vocabularies[pair.tokenizer]
+
+
+def check_installed() -> None:
+    """Refuse grammars where the library is missing.
+
+    Raises:
+        ValueError: It is.
+    """
+    try:
+        import llguidance  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "[grammar] llguidance must be installed for grammars but is not: "
+            'pip install "pyengine-mlx[grammar]".'
+        ) from None
 
 
 class _Tokens:

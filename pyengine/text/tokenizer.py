@@ -29,6 +29,7 @@ _SPACE = "\u2581"
 _PROBE = "  a  b "
 _NOWHERE = "\U0010fffd"
 CHANNEL = ("<|channel>", "<channel|>")
+CALL = ("<|tool_call>", "<tool_call|>", '<|"|>')
 TOOL_RESULT = "<|tool_response>"
 MAX_TOKENIZER = 64 << 20  # Gemma 4's tokenizer.json is about 33 MB
 
@@ -203,6 +204,19 @@ class Tokenizer:
             return ()
         return tuple(mark for mark in marks if mark is not None)
 
+    def call_ids(self) -> tuple[int, ...]:
+        """Ids of the marks that open and close a tool call, and of the one around its strings.
+
+        Empty where the vocabulary lacks one of them.
+        """
+        marks = [self._special.get(mark) for mark in CALL]
+        return () if None in marks else tuple(mark for mark in marks if mark is not None)
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the chat template can tell the model of tools."""
+        return self._source is not None and "tools" in self._source
+
     def turn_ids(self) -> tuple[int, ...]:
         """Ids of the marks that begin and end a turn, as far as the vocabulary has them."""
         names = (("sot_token", "<|turn>"), ("eot_token", "<turn|>"))
@@ -290,7 +304,7 @@ class Tokenizer:
         Raises:
             ValueError: There is no template, or it refuses the messages.
         """
-        _check_unicode(_strings([*messages, kwargs]))
+        _check_unicode(strings([*messages, kwargs]))
         stand_ins = self._stand_ins.copy()
         everything = [_map_strings(message, stand_ins.in_text) for message in messages]
         return stand_ins.restored(self._render(stand_ins, everything, kwargs))
@@ -305,7 +319,7 @@ class Tokenizer:
         users, tools, calls, results and declarations say, each spelling is ordinary text.
         Arguments and errors: :meth:`apply_chat_template`.
         """
-        _check_unicode(_strings([*messages, kwargs]))
+        _check_unicode(strings([*messages, kwargs]))
         stand_ins = self._stand_ins.copy()
         ready = [_with_stand_ins(message, stand_ins) for message in messages]
         rendered = self._render(stand_ins, ready, kwargs)
@@ -475,7 +489,7 @@ def _with_stand_ins(message: Message, stand_ins: StandIns) -> Message:
     return {**message, "content": _map_strings(content, lambda s: stand_ins.in_text(s, only))}
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> Iterator[str]:
     """Every string inside nested messages."""
     inside = [value]
     while inside:
