@@ -18,7 +18,8 @@ from pyengine.drafters.drafter import MAX_BLOCK, Drafter
 from pyengine.engine.loop import Round, most_rows
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.stats import Stats
-from pyengine.grammar import Grammar, GrammarMatcher, compile_grammar, source_of, tools_source
+from pyengine.grammar.asked import source_of
+from pyengine.grammar.tools import tools_source
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import Sampling, seeded
 from pyengine.text.output import Reader, stop_strings
@@ -29,6 +30,8 @@ from pyengine.untrusted import shown
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
+    from pyengine.grammar.compiled import Grammar
+    from pyengine.grammar.matcher import GrammarMatcher
 
 DEFAULT_BLOCK = 4
 LOOKUP_BLOCK = 8  # its drafts cost nothing, and few rounds have any
@@ -138,6 +141,8 @@ class Task:
         """What follows the grammar through one text; None where there is none."""
         if self.grammar is None:
             return None
+        from pyengine.grammar.matcher import GrammarMatcher  # with NumPy, which others do without
+
         return GrammarMatcher(self.grammar, self.pair.tokenizer, self.ids)
 
     def check_memory(self, prefix: Prefix | None, there: int | None = None) -> None:
@@ -185,7 +190,11 @@ def new_task(
             f"{outside[0]}."
         )
     form = tools_source(use, pair.tokenizer, form)
-    compiled = None if form is None else compile_grammar(pair, form)
+    compiled = None
+    if form is not None:
+        from pyengine.grammar.compiled import compile_grammar
+
+        compiled = compile_grammar(pair, form)
     first_use.ready(pair)
     one_call = not use.parallel
     return Task(pair, ids, limit, settings, block, source, stops, one_call, compiled)

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from pyengine.engine.round import Block, Drawn, State
 from pyengine.ops.filter_logits import Filtered
 
-MOST_FORCED = 15  # in a row: with the primary token, what one launch of an op takes
 Mask = NDArray[np.uint32]
 # By byte of a mask, what its eight bits add to logits
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 
@@ -18,7 +18,6 @@ from pyengine import forked
 from pyengine.checkpoint import memory
 from pyengine.drafters.drafter import MAX_BLOCK, Drafter, TargetLike
 from pyengine.engine import round as on_device
-from pyengine.engine.guided import MOST_FORCED, Drafting, Guide, Matcher, Step, draft
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.report import NonFinite, Report
 from pyengine.engine.stats import Stats
@@ -29,8 +28,12 @@ from pyengine.ops import dispatch
 from pyengine.sampling.sampler import Logprob, Sampler
 from pyengine.sampling.settings import Sampling, seeded
 
+if TYPE_CHECKING:  # what brings NumPy is imported where it is needed
+    from pyengine.engine.guided import Drafting, Guide, Matcher, Step
+
 T = TypeVar("T")
 
+MOST_FORCED = 15  # drafts in a row: with the primary token, what one launch of an op takes
 MOST_RECORDED = 16  # rounds of other makes than these are recorded anew
 
 
@@ -251,6 +254,8 @@ class TokenSequence:
         self.parts = on_device.Parts(self._target, self._drafter, begun.cache, sampler)
         self.kind = self.block_size, type(self._drafter), sampler.settings
         if self._matcher is not None:
+            from pyengine.engine.guided import Guide
+
             own, vocab = self._sampling.suppress_tokens, sampler.vocab
             self.guide = Guide(self._matcher, own, self._stop_ids, vocab)
             sampler.masks = self.guide.masks()
@@ -287,6 +292,8 @@ class TokenSequence:
 
     def drafting(self) -> Drafting:
         """What draws its drafts where the host stands behind each."""
+        from pyengine.engine.guided import Drafting
+
         assert self.guide is not None
         return Drafting(self.state, self.guide, self._text[-1], self.k)
 
@@ -392,6 +399,8 @@ class Rounds:
         guided = [s.drafting() for s in going if s.guide is not None]
         if not guided:
             return self._round(going).together(tuple([s.state for s in going]))
+        from pyengine.engine.guided import draft
+
         draft(guided, lambda places, i: self._step([going[n] for n in places], i))
         states = [own.state._replace(masks=own.guide.masks()) for own in guided]
         blocks = [own.guide.block(own.primary) for own in guided]

@@ -5,18 +5,3 @@ What is asked for is read in :mod:`pyengine.grammar.asked`, calls are written as
 (:mod:`pyengine.grammar.compiled`) and followed through one text (:mod:`pyengine.grammar.matcher`).
 The library is an extra: ``pip install "pyengine-mlx[grammar]"``.
 """
-
-from pyengine.grammar.asked import Source, read_response_format, source_of
-from pyengine.grammar.compiled import Grammar, compile_grammar
-from pyengine.grammar.matcher import GrammarMatcher
-from pyengine.grammar.tools import tools_source
-
-__all__ = [
-    "Grammar",
-    "GrammarMatcher",
-    "Source",
-    "compile_grammar",
-    "read_response_format",
-    "source_of",
-    "tools_source",
-]

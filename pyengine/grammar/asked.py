@@ -115,3 +115,18 @@ def checked(kind: Kind, name: str, text: Any) -> Source:
     if size > most:
         raise ValueError(f"[grammar] {name} must be at most {most} bytes but got {size}.")
     return Source(kind, text)
+
+
+def check_installed() -> None:
+    """Refuse grammars where the library is missing.
+
+    Raises:
+        ValueError: It is.
+    """
+    try:
+        import llguidance  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "[grammar] llguidance must be installed for grammars but is not: "
+            'pip install "pyengine-mlx[grammar]".'
+        ) from None

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from pyengine.grammar.asked import Source
+from pyengine.grammar.asked import Source, check_installed
 from pyengine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -143,21 +143,6 @@ def vocabulary_of(pair: Pair) -> Vocabulary:
             ids = tuple(dict.fromkeys(stop_ids))
             _vocabularies[pair.tokenizer] = Vocabulary(pair.tokenizer, vocab, ids)
         return _vocabularies[pair.tokenizer]
-
-
-def check_installed() -> None:
-    """Refuse grammars where the library is missing.
-
-    Raises:
-        ValueError: It is.
-    """
-    try:
-        import llguidance  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "[grammar] llguidance must be installed for grammars but is not: "
-            'pip install "pyengine-mlx[grammar]".'
-        ) from None
 
 
 class _Tokens:

@@ -14,8 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pyengine.grammar.asked import Kind, Source, checked
-from pyengine.grammar.compiled import check_installed
+from pyengine.grammar.asked import Kind, Source, check_installed, checked
 from pyengine.text.tools import ToolUse
 from pyengine.untrusted import shown
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import pyengine
-from pyengine.grammar import Source, compile_grammar
-from pyengine.grammar.compiled import MOST_KEPT
+from pyengine.grammar.asked import Source
+from pyengine.grammar.compiled import MOST_KEPT, compile_grammar
 from pyengine.grammar.matcher import GrammarMatcher
 from pyengine.task import embedded_pair
 

@@ -7,7 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from pyengine.grammar import Grammar, GrammarMatcher, Source, compile_grammar
+from pyengine.grammar.asked import Source
+from pyengine.grammar.compiled import Grammar, compile_grammar
+from pyengine.grammar.matcher import GrammarMatcher
 from pyengine.task import embedded_pair
 from pyengine.text.tokenizer import Tokenizer
 

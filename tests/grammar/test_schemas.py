@@ -168,7 +168,8 @@ def test_several_answers_of_one_prompt_are_valid_and_their_own() -> None:
 
 def test_free_text_is_built_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a grammar no half of a round is played and no draft is read."""
-    from pyengine.engine import loop
+    from pyengine.engine import guided
 
-    monkeypatch.setattr(loop, "draft", None)
+    monkeypatch.setattr(guided, "Guide", None)
+    monkeypatch.setattr(guided, "draft", None)
     pyengine.generate(PROMPT, max_tokens=8)

@@ -12,7 +12,10 @@ import pytest
 from schemas import CENTS, SMALL, WORD, listed, record
 
 import pyengine
-from pyengine.grammar import GrammarMatcher, Source, compile_grammar, tools_source
+from pyengine.grammar.asked import Source
+from pyengine.grammar.compiled import compile_grammar
+from pyengine.grammar.matcher import GrammarMatcher
+from pyengine.grammar.tools import tools_source
 from pyengine.task import embedded_pair
 from pyengine.text.tool_calls import CallReader
 from pyengine.text.tools import tool_use
