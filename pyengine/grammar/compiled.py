@@ -126,7 +126,7 @@ def compile_grammar(pair: Pair, source: Source) -> Grammar:
 
 
 def vocabulary_of(pair: Pair) -> Vocabulary:
-    """Made once per pair; of 262144 tokens it takes about a second.
+    """Made once per pair; of 262144 tokens it takes some seconds.
 
     Raises:
         ValueError: llguidance is not installed, or the pair has no stop id.
