@@ -17,13 +17,11 @@ N = 64  # candidates of a row
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("T", [1, 6])
 def test_draw_token(benchmark, T, shared):
-    nbytes = T * N * (4 + 4) + 2 * 4 + 4 * T
-    state = mx.array(7), mx.array(1, dtype=mx.uint32)
-    turns = timing.turns(*timing.candidates(0, T, N), *state, nbytes=nbytes)
-
-    def of(op):
-        return lambda *arrays: op(*arrays, shared=shared)
-
-    kernel, plain = of(draw_token), of(draw_token_reference)
-    timing.check(kernel(*turns[0]), plain(*turns[0]))
-    timing.compare(benchmark, kernel, plain, turns, nbytes=nbytes, T=T, shared=shared)
+    # Candidates; position, index, seed and which draw of each row; a token
+    nbytes = T * N * (4 + 4) + T * (3 * 4 + 1) + 4 * T
+    at = mx.full((T,), 7, mx.int32), mx.arange(T, dtype=mx.int32)
+    key = mx.full((T,), 1, mx.uint32), mx.full((T,), shared)
+    turns = timing.turns(*timing.candidates(0, T, N), *at, *key, nbytes=nbytes)
+    timing.check(draw_token(*turns[0]), draw_token_reference(*turns[0]))
+    labels = {"T": T, "shared": shared}
+    timing.compare(benchmark, draw_token, draw_token_reference, turns, nbytes=nbytes, **labels)

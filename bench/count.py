@@ -337,13 +337,13 @@ def rules(vocab: int = VOCAB, rows: Sequence[int] = ROWS) -> Iterator[Call]:
     ids_ = np.stack([draw.permutation(vocab)[:TOP_K] for _ in range(k + 1)])
     ids = mx.array(ids_.astype(np.int32))
     probs = mx.array(draw.dirichlet(np.full(TOP_K, 0.5), k + 1).astype(np.float32))
-    at = (mx.array(7, mx.int32), mx.array(3, mx.uint32))  # position, seed
-    result = ops.draw_token(ids[:1], probs[:1], *at, shared=False)
+    at, seed, number = mx.array([7], mx.int32), mx.array([3], mx.uint32), mx.array([1], mx.int32)
+    result = ops.draw_token(ids[:1], probs[:1], at, number, seed, mx.array([False]))
     yield Call("draw_token", result, {"M": 1, "N": TOP_K})
     drafts = mx.contiguous(ids[:k, 0])
-    result = ops.accept_block(
-        ids, probs, ids[:k], probs[:k], drafts, *at, rule="block", vocab=VOCAB
-    )
+    # `number` is the rule too: block
+    rows = (ids, probs, ids[:k], probs[:k], drafts)
+    result = ops.accept_block(*rows, at, seed, number, counts=(k + 1,), vocab=VOCAB)
     yield Call("accept_block", result, {"M": k + 1, "N": TOP_K})
 
 

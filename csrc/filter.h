@@ -1,39 +1,120 @@
 #pragma once
 // filter.h: what filter_logits and quantized_filter_logits take alike: settings
-// and edits, their checks, how the kernels get them; and the launch that merges
-// the candidates of slices of a row.
+// of several sequences and edits, their checks, how the kernels get them; and
+// the launch that merges the candidates of slices of a row.
 
 #include <algorithm>
 #include <numeric>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "check.h"
 #include "cpu/contiguous.h"
+#include "cpu/integer.h"
 #include "launch.h"
 #include "ops/filter_logits_cpu.h"
 
 namespace pyengine {
 
-inline void
-check_filter(const char* op, float temperature, float top_p, float min_p) {
-  check(temperature >= 0, op, "temperature", "be 0 or more", temperature);
-  check(
-      top_p > 0 && top_p <= 1, op, "top_p", "be above 0 and at most 1", top_p);
-  check(
-      min_p >= 0 && min_p < 1, op, "min_p", "be 0 or more and below 1", min_p);
+// Settings of Q sequences as arrays, and which of them each row belongs to.
+struct FilterSettings {
+  mx::array temperature; // float32 [Q]
+  mx::array top_k; // int32 [Q]
+  mx::array top_p; // float32 [Q]
+  mx::array min_p; // float32 [Q]
+  mx::array owner; // int32 [R]
+};
+
+// Checks the values that the host knows.
+template <typename T, typename Rule>
+void check_values(
+    const char* op,
+    const char* what,
+    const mx::array& a,
+    const Rule& rule,
+    const std::string& text) {
+  if (!a.is_available() || !a.flags().row_contiguous) {
+    return;
+  }
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (T value = a.data<T>()[i]; !rule(value)) [[unlikely]] {
+      fail(op, what, text, value);
+    }
+  }
 }
 
-// Checks the edits of `rows` rows and appends them, if any, to a node's inputs.
-inline void add_edits(
+// `width`: the largest top_k, 0: all.
+inline void check_filter(
     const char* op,
     int rows,
-    const std::optional<mx::array>& ids, // [L]
-    const std::optional<mx::array>& factors, // [rows, L]
-    const std::optional<mx::array>& deltas, // [rows, L]
-    Arrays& inputs) {
+    const FilterSettings& s,
+    int least_width,
+    Integer width) {
+  check(
+      width >= least_width && width <= max_candidates,
+      op,
+      "top_k",
+      least_width == 0 ? "be 0 (off) to 256" : "be 1 to 256",
+      width);
+  check(
+      s.temperature.ndim() == 1 && s.temperature.size() > 0,
+      op,
+      "temperature",
+      "have shape [Q]",
+      s.temperature.shape());
+  mx::Shape shape = s.temperature.shape();
+  check_array(op, "temperature", s.temperature, mx::float32, shape);
+  check_array(op, "top_k", s.top_k, mx::int32, shape);
+  check_array(op, "top_p", s.top_p, mx::float32, shape);
+  check_array(op, "min_p", s.min_p, mx::float32, shape);
+  check_array(op, "owner", s.owner, mx::int32, {rows});
+  int least = width == 0 ? 0 : 1;
+  int most = width == 0 ? max_candidates : int(width);
+  int Q = shape[0];
+  check_values<float>(
+      op,
+      "temperature",
+      s.temperature,
+      [](float t) { return t > 0; },
+      "be above 0");
+  check_values<int32_t>(
+      op,
+      "top_k",
+      s.top_k,
+      [=](int k) { return k >= least && k <= most; },
+      "be " + std::to_string(least) + " to " + std::to_string(most));
+  check_values<float>(
+      op,
+      "top_p",
+      s.top_p,
+      [](float p) { return p > 0 && p <= 1; },
+      "be above 0 and at most 1");
+  check_values<float>(
+      op,
+      "min_p",
+      s.min_p,
+      [](float p) { return p >= 0 && p < 1; },
+      "be 0 or more and below 1");
+  check_values<int32_t>(
+      op,
+      "owner",
+      s.owner,
+      [=](int q) { return q >= 0 && q < Q; },
+      "be 0 to " + std::to_string(Q - 1));
+}
+
+// Checks the edits of R rows of Q sequences; none where there is nothing to
+// edit.
+inline Arrays checked_edits(
+    const char* op,
+    int R,
+    int Q,
+    const std::optional<mx::array>& ids, // [Q, L]
+    const std::optional<mx::array>& factors, // [R, L]
+    const std::optional<mx::array>& deltas) { // [R, L]
   if (!ids && !factors && !deltas) {
-    return;
+    return {};
   }
   check(
       ids && factors && deltas,
@@ -42,75 +123,92 @@ inline void add_edits(
       "be ids, factors and deltas together",
       "a part");
   check_dtype(op, "edit ids", *ids, mx::int32, "be int32");
-  check(ids->ndim() == 1, op, "edit ids", "have shape [L]", ids->shape());
+  check(
+      ids->ndim() == 2 && ids->shape(0) == Q,
+      op,
+      "edit ids",
+      "have shape [Q, L]",
+      ids->shape());
   check_dtype(op, "edit factors", *factors, mx::float32, "be float32");
   check_dtype(op, "edit deltas", *deltas, mx::float32, "be float32");
-  mx::Shape shape = {rows, ids->shape(0)};
+  mx::Shape shape = {R, ids->shape(1)};
   check_shape(op, "edit factors", *factors, shape);
   check_shape(op, "edit deltas", *deltas, shape);
-  if (ids->size() > 0) {
-    auto edits = Arrays{*ids, *factors, *deltas};
-    inputs.insert(inputs.end(), edits.begin(), edits.end());
-  }
+  return ids->size() > 0 ? Arrays{*ids, *factors, *deltas} : Arrays{};
 }
 
-// ids, probabilities and flags, which have their memory.
-inline FilterArgs filter_args(
-    Arrays& outputs,
-    int vocab,
-    float temperature,
-    float top_p,
-    float min_p) {
-  FilterArgs args = {};
-  args.ids = outputs[0].data<int32_t>();
-  args.probs = outputs[1].data<float>();
-  args.flags = outputs[2].data<int32_t>();
-  args.V = vocab;
-  args.count = outputs[0].shape(1);
-  args.temperature = temperature;
-  args.top_p = top_p;
-  args.min_p = min_p;
-  return args;
+// Appends them to a node's inputs, in the order in which two launches name
+// them: the second knows nothing of edits.
+inline void
+add_filter(const FilterSettings& s, const Arrays& edits, Arrays& inputs) {
+  inputs.insert(inputs.end(), {s.owner, s.temperature});
+  inputs.insert(inputs.end(), edits.begin(), edits.end());
+  inputs.insert(inputs.end(), {s.top_k, s.top_p, s.min_p});
 }
 
-// The edits of a call, whose inputs end with them or have none. Copies live as
-// long as this object.
-class ContiguousEdits {
+// Whether a node has edits, whose settings begin with input `first`.
+inline bool is_edited(const Arrays& inputs, size_t first) {
+  return inputs.size() > first + 5;
+}
+
+// What a filter is told besides its logits: settings and edits, which end the
+// inputs of a node, and its results. Copies live as long as this object.
+class FilterState {
  public:
-  // `first`: index of the edits if there are any
-  ContiguousEdits(const Arrays& inputs, size_t first) {
+  // `first`: index of the settings
+  FilterState(const Arrays& inputs, size_t first, int vocab, Arrays& outputs) {
     for (size_t i = first; i < inputs.size(); ++i) {
       arrays_.emplace_back(inputs[i]);
     }
-    count_ = arrays_.empty() ? 0 : inputs[first].shape(0);
+    args_.ids = outputs[0].data<int32_t>();
+    args_.probs = outputs[1].data<float>();
+    args_.flags = outputs[2].data<int32_t>();
+    args_.V = vocab;
+    args_.n = outputs[0].shape(1);
+    args_.Q = inputs[first + 1].shape(0);
+    args_.edits = is_edited(inputs, first) ? inputs[first + 2].shape(1) : 0;
+  }
+
+  int n() const {
+    return args_.n;
   }
 
   // To be called inside the task.
-  void get(FilterArgs& args) {
-    args.edits = count_;
-    if (count_) {
-      args.edit_ids = arrays_[0].get<int32_t>();
-      args.edit_factors = arrays_[1].get<float>();
-      args.edit_deltas = arrays_[2].get<float>();
-      sort(args.edit_ids);
-      args.edit_order = order_.data();
+  FilterArgs get() {
+    args_.owner = arrays_[0].get<int32_t>();
+    args_.temperature = arrays_[1].get<float>();
+    size_t last = arrays_.size();
+    args_.top_k = arrays_[last - 3].get<int32_t>();
+    args_.top_p = arrays_[last - 2].get<float>();
+    args_.min_p = arrays_[last - 1].get<float>();
+    if (args_.edits) {
+      args_.edit_ids = arrays_[2].get<int32_t>();
+      args_.edit_factors = arrays_[3].get<float>();
+      args_.edit_deltas = arrays_[4].get<float>();
+      order_.resize(size_t(args_.Q) * args_.edits);
+      for (int q = 0; q < args_.Q; ++q) {
+        size_t at = size_t(q) * args_.edits;
+        sort(args_.edit_ids + at, order_.data() + at, args_.edits);
+      }
+      args_.edit_order = order_.data();
     }
+    return args_;
   }
 
  private:
-  void sort(const int32_t* ids) {
-    order_.resize(count_);
-    std::iota(order_.begin(), order_.end(), 0);
+  static void sort(const int32_t* ids, int32_t* begin, int count) {
+    int32_t* end = begin + count;
+    std::iota(begin, end, 0);
     auto lower = [&](int32_t a, int32_t b) { return ids[a] < ids[b]; };
     // Lists come sorted but for the block's own drafts at the end
-    auto sorted = std::is_sorted_until(order_.begin(), order_.end(), lower);
-    std::sort(sorted, order_.end(), lower);
-    std::inplace_merge(order_.begin(), sorted, order_.end(), lower);
+    auto sorted = std::is_sorted_until(begin, end, lower);
+    std::sort(sorted, end, lower);
+    std::inplace_merge(begin, sorted, end, lower);
   }
 
   std::vector<Contiguous> arrays_;
-  int count_;
-  std::vector<int32_t> order_; // positions in ids, lowest id first
+  std::vector<int32_t> order_; // [Q, L], positions in ids, lowest id first
+  FilterArgs args_ = {};
 };
 
 // The tiles of metal/filter_logits.metal and metal/merge_candidates.metal.
@@ -118,38 +216,44 @@ constexpr int filter_thread_items = 16;
 constexpr int max_merged = 16384; // of a row
 constexpr int merge_threads = 512;
 
-// The buffers of L edits of T rows.
-inline void add_edits(Launch& launch, int T, int L) {
+// The owners of R rows, and what the first launch is told of their sequences.
+inline void add_owners(Launch& launch, int R, int Q) {
   launch.buffers.insert(
       launch.buffers.end(),
-      {Buffer::array(Role::in, "edit_ids", {L}, mx::int32),
-       Buffer::array(Role::in, "factors", {T, L}, mx::float32),
-       Buffer::array(Role::in, "deltas", {T, L}, mx::float32),
+      {Buffer::array(Role::in, "owner", {R}, mx::int32),
+       Buffer::array(Role::in, "temperature", {Q}, mx::float32)});
+}
+
+// The buffers of L edits of R rows of Q sequences.
+inline void add_edits(Launch& launch, int R, int Q, int L) {
+  launch.buffers.insert(
+      launch.buffers.end(),
+      {Buffer::array(Role::in, "edit_ids", {Q, L}, mx::int32),
+       Buffer::array(Role::in, "factors", {R, L}, mx::float32),
+       Buffer::array(Role::in, "deltas", {R, L}, mx::float32),
        Buffer::scalar("L", uint32_t(L))});
 }
 
-// Candidates uint64 [T, slices, count] and flags uint32 [T, slices], as
-// metal/filter.h has them; slices * count at most max_merged.
-inline Launch merge_candidates_launch(
-    int T,
-    int slices,
-    int count,
-    float top_p,
-    float min_p) {
+// Candidates uint64 [R, slices, n] and flags uint32 [R, slices], as
+// metal/filter.h has them; slices * n at most max_merged.
+inline Launch merge_candidates_launch(int R, int Q, int slices, int n) {
   // No more threads than entries
-  int threads = std::min((slices * count + 31) / 32 * 32, merge_threads);
+  int threads = std::min((slices * n + 31) / 32 * 32, merge_threads);
   Launch launch(
-      "merge_candidates", "merge_candidates", {T, 1, 1}, {threads, 1, 1});
+      "merge_candidates", "merge_candidates", {R, 1, 1}, {threads, 1, 1});
   launch.buffers = {
-      Buffer::array(Role::in, "candidates", {T, slices, count}, mx::uint64),
-      Buffer::array(Role::in, "slice_flags", {T, slices}, mx::uint32),
-      Buffer::array(Role::out, "ids", {T, count}, mx::int32),
-      Buffer::array(Role::out, "probs", {T, count}, mx::float32),
-      Buffer::array(Role::out, "flags", {T}, mx::int32),
+      Buffer::array(Role::in, "candidates", {R, slices, n}, mx::uint64),
+      Buffer::array(Role::in, "slice_flags", {R, slices}, mx::uint32),
+      Buffer::array(Role::in, "owner", {R}, mx::int32),
+      Buffer::array(Role::in, "top_k", {Q}, mx::int32),
+      Buffer::array(Role::in, "top_p", {Q}, mx::float32),
+      Buffer::array(Role::in, "min_p", {Q}, mx::float32),
+      Buffer::array(Role::out, "ids", {R, n}, mx::int32),
+      Buffer::array(Role::out, "probs", {R, n}, mx::float32),
+      Buffer::array(Role::out, "flags", {R}, mx::int32),
       Buffer::scalar("slices", uint32_t(slices)),
-      Buffer::scalar("count", uint32_t(count)),
-      Buffer::scalar("top_p", top_p),
-      Buffer::scalar("min_p", min_p)};
+      Buffer::scalar("n", uint32_t(n)),
+      Buffer::scalar("Q", uint32_t(Q))};
   return launch;
 }
 

@@ -42,6 +42,12 @@ Buffer Buffer::scalar(std::string name, float value) {
   return {std::move(name), Role::bytes, {}, mx::float32, 4, std::move(data)};
 }
 
+Buffer Buffer::words(std::string name, const std::vector<uint32_t>& values) {
+  std::string data(values.size() * sizeof(uint32_t), '\0');
+  std::memcpy(data.data(), values.data(), data.size());
+  return {std::move(name), Role::bytes, {}, mx::uint32, 4, std::move(data)};
+}
+
 Launch::Launch(
     std::string library,
     std::string kernel,

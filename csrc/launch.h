@@ -46,6 +46,7 @@ struct Buffer {
       int alignment = 1);
   static Buffer scalar(std::string name, uint32_t value);
   static Buffer scalar(std::string name, float value);
+  static Buffer words(std::string name, const std::vector<uint32_t>& values);
 };
 
 using Role = Buffer::Role;

@@ -1,5 +1,8 @@
-// accept_block: how many drafts of a block are kept, and the token that follows
-// them, in one threadgroup.
+// accept_block: how many drafts of each of several blocks are kept, and the
+// tokens that follow them, in one threadgroup per block.
+//
+// Block s has rows starts[s] to starts[s + 1] - 1 of p and one fewer of q, for
+// its last row has no draft. Its rule is the same for all threads.
 //
 // A simdgroup takes a row: it looks up the draft in the candidates of p and q,
 // and adds the mass of (scale * p - q)+ over p's candidates in their order.
@@ -9,14 +12,14 @@
 // A candidate of p finds its partner in q by looking at all m: with 64 of each,
 // 128 loads per lane and row, all from the cache.
 //
-// Limits: k at most 128; n at most 256.
+// Limits: k at most 128 in each block; n at most 256.
 #include "rng.h"
 
 namespace pyengine {
 
 constant constexpr ushort max_drafts = 128;
 constant constexpr ushort max_count = 256;
-constant constexpr ushort residual = 0, block = 1, coupled = 2;
+constant constexpr int residual = 0, block = 1; // 2 is coupled
 
 // Candidates of one row.
 struct Row {
@@ -52,6 +55,10 @@ struct Rows {
   Row row(uint i) const {
     return {ids + i * count, probs + i * count, count};
   }
+
+  Rows from(uint i) const {
+    return {ids + ulong(i) * count, probs + ulong(i) * count, count};
+  }
 };
 
 // min(1, p / q); 0 where p is.
@@ -73,22 +80,25 @@ excess_of(Row p, Row q, uint i, float scale, uint vocab, float minus_zero) {
   return excess > 0.0f ? excess : 0.0f;
 }
 
-template <ushort rule>
-[[kernel, max_total_threads_per_threadgroup(512)]] void accept_block(
-    const device int* p_ids [[buffer(0)]], // [k + 1, n]
-    const device float* p_probs [[buffer(1)]], // [k + 1, n]
-    const device int* q_ids [[buffer(2)]], // [k, m]
-    const device float* q_probs [[buffer(3)]], // [k, m]
-    const device int* drafts [[buffer(4)]], // [k]
-    const device int* first_position [[buffer(5)]], // []
-    const device uint* first_seed [[buffer(6)]], // []
-    device int* accepted_out [[buffer(7)]], // []
-    device int* next [[buffer(8)]], // [1]
-    constant uint& k [[buffer(9)]],
-    constant uint& n [[buffer(10)]],
-    constant uint& m [[buffer(11)]],
-    constant uint& vocab [[buffer(12)]],
-    constant float& minus_zero [[buffer(13)]],
+[[host_name(
+    "accept_block")]] [[kernel, max_total_threads_per_threadgroup(512)]] void
+accept_block(
+    const device int* p_ids [[buffer(0)]], // [R, n]
+    const device float* p_probs [[buffer(1)]], // [R, n]
+    const device int* q_ids [[buffer(2)]], // [R - Q, m]
+    const device float* q_probs [[buffer(3)]], // [R - Q, m]
+    const device int* all_drafts [[buffer(4)]], // [R - Q]
+    const device int* positions [[buffer(5)]], // [Q]
+    const device uint* seeds [[buffer(6)]], // [Q]
+    const device int* rules [[buffer(7)]], // [Q]
+    device int* accepted_out [[buffer(8)]], // [Q]
+    device int* next [[buffer(9)]], // [Q]
+    constant uint* starts [[buffer(10)]], // [Q + 1]
+    constant uint& n [[buffer(11)]],
+    constant uint& m [[buffer(12)]],
+    constant uint& vocab [[buffer(13)]],
+    constant float& minus_zero [[buffer(14)]],
+    uint3 group [[threadgroup_position_in_grid]],
     ushort simd [[simdgroup_index_in_threadgroup]],
     ushort simds [[simdgroups_per_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
@@ -98,11 +108,18 @@ template <ushort rule>
   threadgroup float chances[max_drafts];
   threadgroup int tokens[max_drafts + 1];
   threadgroup float weights[max_count];
-  Rows p = {p_ids, p_probs, n}, q = {q_ids, q_probs, m};
-  uint position = uint(*first_position);
-  uint seed = *first_seed;
+  uint own = group.x;
+  uint first = starts[own];
+  uint k = starts[own + 1] - first - 1;
+  Rows p = Rows{p_ids, p_probs, n}.from(first);
+  Rows q = Rows{q_ids, q_probs, m}.from(first - own);
+  const device int* drafts = all_drafts + (first - own);
+  uint position = uint(positions[own]);
+  uint seed = seeds[own];
+  int rule = rules[own];
 
-  if (rule == coupled) {
+  // A block without drafts is a step of plain decoding, as the last row here
+  if (k == 0 || (rule != residual && rule != block)) {
     for (uint i = simd; i <= k; i += simds) {
       Row row = p.row(i);
       int token =
@@ -121,8 +138,8 @@ template <ushort rule>
     }
     accepted = simd_min(accepted);
     if (lane == 0) {
-      *accepted_out = int(accepted);
-      *next = tokens[accepted];
+      accepted_out[own] = int(accepted);
+      next[own] = tokens[accepted];
     }
     return;
   }
@@ -203,13 +220,9 @@ template <ushort rule>
       ? invert(row.ids, (const threadgroup float*)weights, n, u, lane)
       : invert(row.ids, row.probs, n, u, lane);
   if (lane == 0) {
-    *accepted_out = int(accepted);
-    *next = token;
+    accepted_out[own] = int(accepted);
+    next[own] = token;
   }
 }
-
-INSTANTIATE("accept_block_by_residual", accept_block, residual)
-INSTANTIATE("accept_block_by_block", accept_block, block)
-INSTANTIATE("accept_block_by_coupled", accept_block, coupled)
 
 } // namespace pyengine

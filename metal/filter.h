@@ -40,6 +40,11 @@ inline float edited(float logit, float factor, float delta) {
   return (logit > 0.0f ? logit / factor : logit * factor) + delta;
 }
 
+// The sequence of a row; no number leads out of the Q that there are.
+inline uint owner_of(const device int* owners, uint row, uint Q) {
+  return uint(clamp(owners[row], 0, int(Q) - 1));
+}
+
 // Threadgroup memory of select_best.
 template <ushort room>
 struct Selection {

@@ -30,16 +30,18 @@ inline uint item_at(ushort i, ushort thread_index) {
 [[host_name(
     "filter_logits")]] [[kernel, max_total_threads_per_threadgroup(256)]] void
 filter_logits(
-    const device float* logits [[buffer(0)]], // [T, V]
-    device ulong* candidates [[buffer(1)]], // [T, slices, count]
-    device uint* slice_flags [[buffer(2)]], // [T, slices]
+    const device float* logits [[buffer(0)]], // [R, V]
+    device ulong* candidates [[buffer(1)]], // [R, slices, count]
+    device uint* slice_flags [[buffer(2)]], // [R, slices]
     constant uint& V [[buffer(3)]],
     constant uint& count [[buffer(4)]],
-    constant float& temperature [[buffer(5)]],
-    const device int* edit_ids [[buffer(6), function_constant(has_edits)]],
-    const device float* factors [[buffer(7), function_constant(has_edits)]],
-    const device float* deltas [[buffer(8), function_constant(has_edits)]],
-    constant uint& L [[buffer(9), function_constant(has_edits)]],
+    constant uint& Q [[buffer(5)]],
+    const device int* owners [[buffer(6)]], // [R]
+    const device float* temperatures [[buffer(7)]], // [Q]
+    const device int* edit_ids [[buffer(8), function_constant(has_edits)]],
+    const device float* factors [[buffer(9), function_constant(has_edits)]],
+    const device float* deltas [[buffer(10), function_constant(has_edits)]],
+    constant uint& L [[buffer(11), function_constant(has_edits)]],
     threadgroup float4* staged [[threadgroup(0)]], // a slice; with edits only
     uint3 group [[threadgroup_position_in_grid]],
     uint3 groups [[threadgroups_per_grid]],
@@ -51,6 +53,8 @@ filter_logits(
   threadgroup uint flags[slice_threads / 32];
   uint begin = group.x * slice_size; // first id of the slice
   const device float* row = logits + ulong(group.y) * V;
+  uint owner = owner_of(owners, group.y, Q);
+  float temperature = temperatures[owner];
 
   // Load
   float4 quads[slice_items / 4];
@@ -88,7 +92,7 @@ filter_logits(
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint e = thread_index; e < L; e += slice_threads) {
-      uint id = edit_ids[e];
+      uint id = edit_ids[ulong(owner) * L + e];
       if (id >= begin && id < min(begin + slice_size, V)) {
         ulong at = ulong(group.y) * L + e;
         float value = edited(row[id], factors[at], deltas[at]);

@@ -12,6 +12,9 @@
 // candidates one after the other, as the definition has them, by shuffles: 256
 // additions take less time than a tree of barriers would.
 //
+// Rows of several sequences have settings of their own: past the top_k of its
+// sequence a row has the id -1 and probability 0.
+//
 // Limits: count at most 256.
 #include "filter.h"
 #include "ordered_sum.h"
@@ -139,15 +142,18 @@ inline float sum_of(
 [[host_name("merge_candidates")]]
 [[kernel, max_total_threads_per_threadgroup(512)]] void
 merge_candidates(
-    const device ulong* candidates [[buffer(0)]], // [T, slices, count]
-    const device uint* slice_flags [[buffer(1)]], // [T, slices]
-    device int* ids [[buffer(2)]], // [T, count]
-    device float* probs [[buffer(3)]], // [T, count]
-    device int* flags [[buffer(4)]], // [T]
-    constant uint& slices [[buffer(5)]],
-    constant uint& count [[buffer(6)]],
-    constant float& top_p [[buffer(7)]],
-    constant float& min_p [[buffer(8)]],
+    const device ulong* candidates [[buffer(0)]], // [R, slices, count]
+    const device uint* slice_flags [[buffer(1)]], // [R, slices]
+    const device int* owners [[buffer(2)]], // [R]
+    const device int* top_k [[buffer(3)]], // [Q]
+    const device float* top_ps [[buffer(4)]], // [Q]
+    const device float* min_ps [[buffer(5)]], // [Q]
+    device int* ids [[buffer(6)]], // [R, count]
+    device float* probs [[buffer(7)]], // [R, count]
+    device int* flags [[buffer(8)]], // [R]
+    constant uint& slices [[buffer(9)]],
+    constant uint& count [[buffer(10)]],
+    constant uint& Q [[buffer(11)]],
     uint3 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort simd [[simdgroup_index_in_threadgroup]],
@@ -189,37 +195,42 @@ merge_candidates(
     flags[row] = flag;
   }
 
+  // The row's own settings, and as many candidates as it wants
+  uint owner = owner_of(owners, row, Q);
+  float top_p = top_ps[owner], min_p = min_ps[owner];
+  uint kept = top_k[owner] > 0 ? min(uint(top_k[owner]), count) : count;
+
   // Softmax
   float weights[max_count / 32], before[max_count / 32];
 #pragma unroll
   for (ushort j = 0; j < max_count / 32; ++j) {
     uint i = 32 * j + lane;
     weights[j] = 0.0f;
-    if (i < count) {
+    if (i < kept) {
       weights[j] = pyengine::exp(logit_of(uint(best[i] >> 32)) - first);
     }
   }
-  float sum = sum_of(weights, before, count, lane);
+  float sum = sum_of(weights, before, kept, lane);
 #pragma unroll
   for (ushort j = 0; j < max_count / 32; ++j) {
     weights[j] /= sum;
   }
 
   // The smallest prefix whose preceding mass is below top_p; then min_p
-  sum_of(weights, before, count, lane);
+  sum_of(weights, before, kept, lane);
   float least = min_p * simd_shuffle(weights[0], 0);
 #pragma unroll
   for (ushort j = 0; j < max_count / 32; ++j) {
     bool keep = (top_p >= 1.0f || before[j] < top_p) && weights[j] >= least;
     weights[j] = keep ? weights[j] : 0.0f;
   }
-  sum = sum_of(weights, before, count, lane);
+  sum = sum_of(weights, before, kept, lane);
 #pragma unroll
   for (ushort j = 0; j < max_count / 32; ++j) {
     uint i = 32 * j + lane;
     if (i < count) {
-      ids[row * count + i] = int(uint(best[i]));
-      probs[row * count + i] = weights[j] / sum;
+      ids[row * count + i] = i < kept ? int(uint(best[i])) : -1;
+      probs[row * count + i] = i < kept ? weights[j] / sum : 0.0f;
     }
   }
 }

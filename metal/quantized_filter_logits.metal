@@ -15,6 +15,9 @@
 // Which entries stay follows from their order alone, never from that of the
 // threads: no two entries are equal.
 //
+// Each row has the temperature and the edits of its sequence. The ids that are
+// edited are looked for once per tile and sequence.
+//
 // Threadgroup memory: that of quantized_matmul and 6 * room bytes per row. Of
 // the 60 KiB or so of a core it takes 15 at 6 rows and a count of 64, so a core
 // holds 4 threadgroups, 16 simdgroups; and 30 at 16 rows: 2 and 8, whose
@@ -34,14 +37,14 @@ namespace pyengine {
 
 constant constexpr ushort group_threads = 128;
 constant constexpr ushort max_room = 512;
-constant constexpr ushort max_columns = 64;
 
 // What a threadgroup knows of its rows.
 struct Rows {
   atomic_uint found[max_rows]; // entries of a list
   ulong limit[max_rows]; // a new one must not exceed it
   atomic_uint flag[max_rows];
-  atomic_int edit[max_columns]; // of each column of the tile; -1 for none
+  float temperature[max_rows];
+  uint owner[max_rows];
 };
 
 // The list of a row, in no order. An entry is as in filter.h, but its id counts
@@ -116,12 +119,14 @@ template <typename T, ushort bits>
     constant uint& K [[buffer(8)]],
     constant uint& slice_columns [[buffer(9)]],
     constant uint& count [[buffer(10)]],
-    constant float& cap [[buffer(11)]],
-    constant float& temperature [[buffer(12)]],
-    const device int* edit_ids [[buffer(13), function_constant(has_edits)]],
-    const device float* factors [[buffer(14), function_constant(has_edits)]],
-    const device float* deltas [[buffer(15), function_constant(has_edits)]],
-    constant uint& L [[buffer(16), function_constant(has_edits)]],
+    constant uint& Q [[buffer(11)]],
+    constant float& cap [[buffer(12)]],
+    const device int* owners [[buffer(13)]], // [M]
+    const device float* temperatures [[buffer(14)]], // [Q]
+    const device int* edit_ids [[buffer(15), function_constant(has_edits)]],
+    const device float* factors [[buffer(16), function_constant(has_edits)]],
+    const device float* deltas [[buffer(17), function_constant(has_edits)]],
+    constant uint& L [[buffer(18), function_constant(has_edits)]],
     threadgroup float4* staged [[threadgroup(0)]],
     threadgroup uint4* held [[threadgroup(1)]],
     threadgroup uint* keys [[threadgroup(2)]], // [rows, room]
@@ -142,24 +147,17 @@ template <typename T, ushort bits>
     atomic_store_explicit(&known.found[thread_index], 0, memory_order_relaxed);
     atomic_store_explicit(&known.flag[thread_index], 0, memory_order_relaxed);
     known.limit[thread_index] = no_entry;
+    uint own = group.y * max_rows + thread_index;
+    uint owner = owner_of(owners, min(own, M - 1), Q);
+    known.owner[thread_index] = owner;
+    known.temperature[thread_index] = temperatures[owner];
   }
+  // Edits of a tile's columns have a place per sequence, or per row where there
+  // are more sequences than rows
+  bool by_owner = Q <= uint(launch_rows);
+  ushort places = by_owner ? Q : launch_rows;
+  auto edits = (threadgroup atomic_int*)staged; // [places, tile]
   for (uint first = begin; first < end; first += tile) {
-    // Where the edits of this tile are
-    if (has_edits) {
-      if (thread_index < tile) {
-        atomic_store_explicit(
-            &known.edit[thread_index], -1, memory_order_relaxed);
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      for (uint e = thread_index; e < L; e += group_threads) {
-        uint column = uint(edit_ids[e]) - first;
-        if (column < tile) { // the same edit may stand twice
-          atomic_store_explicit(
-              &known.edit[column], int(e), memory_order_relaxed);
-        }
-      }
-    }
-
     // Multiply
     Matrix<T> matrix = {w, scales, biases};
     Columns<T, bits> columns(matrix, matrix, first, own_column, 2, end, K, p);
@@ -167,12 +165,29 @@ template <typename T, ushort bits>
     multiply_columns<T, bits>(
         sums, columns, x, staged, held, rows_of, launch_rows, K, thread_index);
 
+    // Find the edits of this tile, where x was staged
+    if (has_edits) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      for (uint i = thread_index; i < places * tile; i += group_threads) {
+        atomic_store_explicit(&edits[i], -1, memory_order_relaxed);
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      for (ushort place = 0; place < places; ++place) {
+        uint owner = by_owner ? place : known.owner[place];
+        const device int* own = edit_ids + ulong(owner) * L;
+        for (uint e = thread_index; e < L; e += group_threads) {
+          uint column = uint(own[e]) - first;
+          if (column < tile) { // the same edit may stand twice
+            atomic_store_explicit(
+                &edits[place * tile + column], int(e), memory_order_relaxed);
+          }
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+
     // List
     ushort column = own_column + column_of(p);
-    int edit = -1;
-    if (has_edits) {
-      edit = atomic_load_explicit(&known.edit[column], memory_order_relaxed);
-    }
 #pragma unroll
     for (ushort m = 0; m < max_rows; ++m) {
       if (m < launch_rows && rows_of.live(m) && first + column < end &&
@@ -185,11 +200,17 @@ template <typename T, ushort bits>
         if (flag > 0) {
           atomic_fetch_max_explicit(&known.flag[m], flag, memory_order_relaxed);
         }
-        if (has_edits && edit >= 0) {
-          ulong at = ulong(rows_of.row(m)) * L + edit;
-          logit = edited(logit, factors[at], deltas[at]);
+        if (has_edits) {
+          ushort place = by_owner ? known.owner[m] : m;
+          int edit = atomic_load_explicit(
+              &edits[place * tile + column], memory_order_relaxed);
+          if (edit >= 0) {
+            ulong at = ulong(rows_of.row(m)) * L + edit;
+            logit = edited(logit, factors[at], deltas[at]);
+          }
         }
-        ulong entry = entry_of(logit / temperature, first - begin + column);
+        float scaled = logit / known.temperature[m];
+        ulong entry = entry_of(scaled, first - begin + column);
         if (entry <= known.limit[m]) {
           uint at = atomic_fetch_add_explicit(
               &known.found[m], 1, memory_order_relaxed);

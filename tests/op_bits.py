@@ -30,6 +30,7 @@ import mlx.core as mx
 import numpy as np
 
 from pyengine import _ext, ops
+from pyengine.ops.accept_block import RULES
 from pyengine.ops.filter_logits import Edits
 
 ROWS = (1, 4, 6, 16, 17)  # 17 is two slices
@@ -292,7 +293,7 @@ def edits(filter: str, rows: int, V: int) -> Edits | None:
     factors = 1 + integers("factors", rows, ids.size, below=4).astype(np.float32) / 8
     deltas = integers("deltas", rows, ids.size, below=9).astype(np.float32) - 4
     deltas[:, ::17] = -np.inf
-    return Edits(mx.array(ids), mx.array(factors), mx.array(deltas))
+    return Edits(mx.array(ids)[None], mx.array(factors), mx.array(deltas))
 
 
 def filter_logits(V: int, filter: str) -> Run:
@@ -322,7 +323,12 @@ def draw_token(n: int, shared: bool) -> Run:
     def run(T: int) -> Results:
         return [
             op("draw_token")(
-                ids[:T], probs[:T], mx.array(p), mx.array(s, mx.uint32), index=i, shared=shared
+                ids[:T],
+                probs[:T],
+                mx.full((T,), p, mx.int32),
+                mx.arange(i, i + T, dtype=mx.int32),
+                mx.full((T,), s, mx.uint32),
+                mx.full((T,), shared),
             )
             for p in (0, 1021, 100_003)
             for s in range(8)
@@ -346,12 +352,18 @@ def accept_block(n: int, m: int, rule: str) -> Run:
         results: list[mx.array] = []
         for position in (0, 1021, 100_003):
             for s in range(8):
-                counter = mx.array(position), mx.array(s, mx.uint32)
                 own = mx.array(drafts[:k])
                 if rule == "coupled":  # what is drawn, up to the fifth
-                    drawn = op("draw_token")(p[0][:k], p[1][:k], *counter, index=1, shared=True)
+                    at = mx.full((k,), position, mx.int32), mx.arange(1, k + 1, dtype=mx.int32)
+                    key = mx.full((k,), s, mx.uint32), mx.full((k,), True)
+                    drawn = op("draw_token")(p[0][:k], p[1][:k], *at, *key)
                     own = mx.where(mx.arange(k) < 5, drawn, own)
-                results += op("accept_block")(*p, *q, own, *counter, rule=rule, vocab=VOCAB)
+                counter = mx.array([position]), mx.array([s], mx.uint32)
+                number = mx.array([RULES.index(rule)], mx.int32)
+                accepted, token = op("accept_block")(
+                    *p, *q, own, *counter, number, counts=(k + 1,), vocab=VOCAB
+                )
+                results += [accepted.squeeze(), token]
         return results
 
     return run

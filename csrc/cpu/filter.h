@@ -9,6 +9,8 @@
 // What a row keeps is a set chosen by a total order, so it does not matter in
 // what pieces its logits came, nor how many heaps shared them.
 
+#include <algorithm>
+
 #include "cpu/mathfn.h"
 #include "ops/filter_logits_cpu.h"
 
@@ -32,12 +34,14 @@ class Reader {
       int next_edit)
       : args_(args),
         logits_(logits),
+        ids_(args.edit_ids + args.owner_of(row) * int64_t(args.edits)),
+        order_(args.edit_order + args.owner_of(row) * int64_t(args.edits)),
         factors_(args.edit_factors + row * args.edits),
         deltas_(args.edit_deltas + row * args.edits),
         first_(first),
         width_(width),
         next_edit_(next_edit),
-        temperature_(broadcast(args.temperature)),
+        temperature_(broadcast(args.temperature[args.owner_of(row)])),
         zeros_(zero()) {}
 
   // Logits at to at + 15; -inf past the end. Calls come in rising order.
@@ -55,7 +59,7 @@ class Reader {
       for (; next_edit_ < args_.edits && edit_at() < end; ++next_edit_) {
         int64_t lane = edit_at() - at;
         if (lane >= 0) {
-          padded[lane] = edited_value(from[lane], args_.edit_order[next_edit_]);
+          padded[lane] = edited_value(from[lane], order_[next_edit_]);
         }
       }
       from = padded;
@@ -93,7 +97,7 @@ class Reader {
  private:
   // May be any number: ids outside of the row edit nothing.
   int64_t edit_at() const {
-    return int64_t(args_.edit_ids[args_.edit_order[next_edit_]]) - first_;
+    return int64_t(ids_[order_[next_edit_]]) - first_;
   }
 
   float edited_value(float logit, int edit) const {
@@ -103,6 +107,8 @@ class Reader {
 
   const FilterArgs& args_;
   const float* logits_;
+  const int32_t* ids_;
+  const int32_t* order_;
   const float* factors_;
   const float* deltas_;
   int first_;
@@ -150,16 +156,17 @@ inline void keep(
     int width,
     Kept& kept) {
   Reader reader(args, row, logits, first, width, kept.next_edit);
+  int count = args.count_of(row);
   float group[lanes];
   for (int at = 0; at < width; at += lanes) {
     F32x16 scaled = reader.group(at);
-    if (kept.size == args.count && !(max(scaled) > kept.heap[0].value)) {
+    if (kept.size == count && !(max(scaled) > kept.heap[0].value)) {
       continue;
     }
     store(group, scaled);
     int some = width - at < lanes ? width - at : lanes;
     for (int i = 0; i < some; ++i) {
-      offer(kept, args.count, {group[i], first + at + i});
+      offer(kept, count, {group[i], first + at + i});
     }
   }
   kept.next_edit = reader.next_edit();
@@ -168,9 +175,9 @@ inline void keep(
 }
 
 // What another heap kept of the same row.
-inline void merge(const FilterArgs& args, const Kept& other, Kept& kept) {
+inline void merge(int count, const Kept& other, Kept& kept) {
   for (int i = 0; i < other.size; ++i) {
-    offer(kept, args.count, other.heap[i]);
+    offer(kept, count, other.heap[i]);
   }
   kept.flag = other.flag > kept.flag ? other.flag : kept.flag;
 }
@@ -187,10 +194,16 @@ inline void normalise(float* weights, int count) {
 }
 
 // From the row's logits, best first where its probabilities shall be, to these;
-// `flag` is that of its logits. Sums run in the order of the candidates.
+// `flag` is that of its logits. Sums run in the order of the candidates; past
+// them stands what is no candidate.
 inline void finish(const FilterArgs& args, int64_t row, int32_t flag) {
-  int count = args.count;
-  float* weights = args.probs + row * count;
+  int count = args.count_of(row);
+  int owner = args.owner_of(row);
+  float top_p = args.top_p[owner];
+  float* weights = args.probs + row * args.n;
+  std::fill(weights + count, weights + args.n, 0.0f);
+  int32_t* ids = args.ids + row * args.n;
+  std::fill(ids + count, ids + args.n, -1);
   float best = weights[0];
   args.flags[row] = best - best == 0 ? flag : 2; // 2: no candidate is left
 
@@ -204,27 +217,28 @@ inline void finish(const FilterArgs& args, int64_t row, int32_t flag) {
 
   // The smallest prefix whose preceding mass is below top_p; then min_p
   float preceding = 0;
-  float least = args.min_p * weights[0];
+  float least = args.min_p[owner] * weights[0];
   for (int i = 0; i < count; ++i) {
-    bool inside = args.top_p >= 1 || preceding < args.top_p;
+    bool inside = top_p >= 1 || preceding < top_p;
     preceding += weights[i];
     weights[i] = inside && weights[i] >= least ? weights[i] : 0;
   }
   normalise(weights, count);
 }
 
-// The same from what the row kept, `count` candidates.
+// The same from what the row kept, as many candidates as it has.
 inline void finish(const FilterArgs& args, int64_t row, Kept& kept) {
+  int count = args.count_of(row);
   // Heap sort: the worst goes to the end
   Candidate* heap = kept.heap;
-  for (int last = args.count - 1; last > 0; --last) {
+  for (int last = count - 1; last > 0; --last) {
     Candidate worst = heap[0];
     sift_down(heap, last, 0, heap[last]);
     heap[last] = worst;
   }
-  for (int i = 0; i < args.count; ++i) {
-    args.ids[row * args.count + i] = heap[i].id;
-    args.probs[row * args.count + i] = heap[i].value;
+  for (int i = 0; i < count; ++i) {
+    args.ids[row * args.n + i] = heap[i].id;
+    args.probs[row * args.n + i] = heap[i].value;
   }
   finish(args, row, kept.flag);
 }

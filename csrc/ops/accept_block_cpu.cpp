@@ -83,8 +83,6 @@ void finish(const AcceptBlockArgs& args, int accepted, float scale) {
   *args.next = invert(args.p_ids + at, weights, args.n, u);
 }
 
-} // namespace
-
 void accept_by_residual(const AcceptBlockArgs& args) {
   int i = 0;
   for (; i < args.k; ++i) {
@@ -135,6 +133,18 @@ void accept_by_coupled(const AcceptBlockArgs& args) {
   }
   *args.accepted = i;
   *args.next = token;
+}
+
+} // namespace
+
+void accept_one_block(const AcceptBlockArgs& args) {
+  if (args.k > 0 && args.rule == Rule::residual) {
+    accept_by_residual(args);
+  } else if (args.k > 0 && args.rule == Rule::block) {
+    accept_by_block(args);
+  } else {
+    accept_by_coupled(args);
+  }
 }
 
 } // namespace pyengine::PYENGINE_ISA

@@ -7,13 +7,13 @@
 namespace pyengine::PYENGINE_ISA {
 
 void draw_token_rows(const DrawTokenArgs& args, int64_t begin, int64_t end) {
-  uint32_t position = uint32_t(*args.position);
-  uint32_t seed = *args.seed;
   for (int64_t row = begin; row < end; ++row) {
     const int32_t* ids = args.ids + row * args.count;
     const float* probs = args.probs + row * args.count;
-    uint32_t index = uint32_t(args.index + row);
-    args.out[row] = args.shared
+    uint32_t position = uint32_t(args.position[row]);
+    uint32_t index = uint32_t(args.index[row]);
+    uint32_t seed = args.seed[row];
+    args.out[row] = args.shared[row]
         ? race(ids, probs, args.count, position + index, seed)
         : invert(
               ids,

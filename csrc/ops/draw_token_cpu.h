@@ -8,12 +8,12 @@ namespace pyengine {
 struct DrawTokenArgs {
   const int32_t* ids; // [rows, count]
   const float* probs; // [rows, count]
-  const int32_t* position; // []
-  const uint32_t* seed; // []
-  int32_t* out; // [rows]
+  const int32_t* position; // [rows], as all below
+  const int32_t* index;
+  const uint32_t* seed;
+  const bool* shared;
+  int32_t* out;
   int count;
-  int index;
-  bool shared;
 };
 
 PYENGINE_DECLARE_ROWS(draw_token_rows, DrawTokenArgs)

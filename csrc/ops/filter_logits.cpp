@@ -25,53 +25,47 @@ namespace {
 // The tiles of metal/filter_logits.metal.
 constexpr int slice_size = 4096;
 
-// Inputs: logits, then edit ids, factors and deltas where there are any.
+// Inputs: logits, then settings and edits (add_filter).
 struct FilterLogits {
   static constexpr const char* op = "filter_logits";
-  float temperature;
-  float top_p;
-  float min_p;
   bool operator==(const FilterLogits&) const = default;
 
   // Two: the candidates of slices of logits, which are merged.
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    int T = in[0].shape(0), V = in[0].shape(1), count = out[0].shape(1);
-    int slices = (V - 1) / slice_size + 1;
-    if (count > max_candidates || slices * count > max_merged) {
+    int R = in[0].shape(0), V = in[0].shape(1), n = out[0].shape(1);
+    int Q = in[2].shape(0), slices = (V - 1) / slice_size + 1;
+    if (n > max_candidates || slices * n > max_merged) {
       return {};
     }
-    bool edited = in.size() > 1;
+    bool edited = is_edited(in, 1);
     // Every row of logits starts on 16 bytes
     bool aligned = V % 4 == 0 && in[0].offset() % 16 == 0;
     Launch launch(
-        op, op, {slices, T, 1}, {slice_size / filter_thread_items, 1, 1});
+        op, op, {slices, R, 1}, {slice_size / filter_thread_items, 1, 1});
     launch.constants = {{0, edited}, {1, aligned}};
     launch.buffers = {
         Buffer::array(
-            Role::in, "logits", {T, V}, mx::float32, aligned ? 16 : 1),
-        Buffer::array(Role::out, "candidates", {T, slices, count}, mx::uint64),
-        Buffer::array(Role::out, "slice_flags", {T, slices}, mx::uint32),
+            Role::in, "logits", {R, V}, mx::float32, aligned ? 16 : 1),
+        Buffer::array(Role::out, "candidates", {R, slices, n}, mx::uint64),
+        Buffer::array(Role::out, "slice_flags", {R, slices}, mx::uint32),
         Buffer::scalar("V", uint32_t(V)),
-        Buffer::scalar("count", uint32_t(count)),
-        Buffer::scalar("temperature", temperature)};
+        Buffer::scalar("n", uint32_t(n)),
+        Buffer::scalar("Q", uint32_t(Q))};
+    add_owners(launch, R, Q);
     if (edited) {
-      add_edits(launch, T, in[1].shape(0));
+      add_edits(launch, R, Q, in[3].shape(1));
     }
     launch.threadgroup_memory = {{0, edited ? slice_size * 4 : 16}};
-    return {launch, merge_candidates_launch(T, slices, count, top_p, min_p)};
+    return {launch, merge_candidates_launch(R, Q, slices, n)};
   }
 
   auto task(const Arrays& in, Arrays& out) const {
-    FilterLogitsArgs args = {};
-    args.filter = filter_args(out, in[0].shape(1), temperature, top_p, min_p);
     return [logits = Contiguous(in[0]),
-            edits = ContiguousEdits(in, 1),
+            state = FilterState(in, 1, in[0].shape(1), out),
             rows = int64_t(in[0].shape(0)),
-            args]() mutable {
-      args.logits = logits.get<float>();
-      edits.get(args.filter);
-      int V = args.filter.V;
-      bool sorts = args.filter.count > max_candidates;
+            V = in[0].shape(1)]() mutable {
+      FilterLogitsArgs args = {state.get(), logits.get<float>(), nullptr};
+      bool sorts = args.filter.n > max_candidates;
       split_rows(rows, V, [&](int64_t begin, int64_t end) {
         auto with_scratch = args;
         std::vector<SortKey> scratch(sorts ? 2 * size_t(V) : 0);
@@ -82,43 +76,37 @@ struct FilterLogits {
   }
 };
 
-// ids int32 [T, n], probabilities float32 [T, n] and flags int32 [T]; n is
-// min(top_k, V), V for top_k 0, 1 for temperature 0.
+// ids int32 [R, n], probabilities float32 [R, n] and flags int32 [R]; n is
+// min(width, V), V for width 0.
 Arrays filter_logits(
-    const mx::array& logits, // [T, V]
-    float temperature,
-    Integer top_k,
-    float top_p,
-    float min_p,
-    const std::optional<mx::array>& edit_ids, // [L]
-    const std::optional<mx::array>& edit_factors, // [T, L]
-    const std::optional<mx::array>& edit_deltas) { // [T, L]
+    const mx::array& logits, // [R, V]
+    const mx::array& temperature, // [Q]
+    const mx::array& top_k, // [Q]
+    const mx::array& top_p, // [Q]
+    const mx::array& min_p, // [Q]
+    const mx::array& owner, // [R]
+    Integer width,
+    const std::optional<mx::array>& edit_ids, // [Q, L]
+    const std::optional<mx::array>& edit_factors, // [R, L]
+    const std::optional<mx::array>& edit_deltas) { // [R, L]
   constexpr auto op = FilterLogits::op;
   check_dtype(op, "logits", logits, mx::float32, "be float32");
   check(
       logits.ndim() == 2 && logits.shape(1) > 0,
       op,
       "logits",
-      "have shape [T, V]",
+      "have shape [R, V]",
       logits.shape());
-  int rows = logits.shape(0);
-  int vocab = logits.shape(1);
-  check(
-      top_k >= 0 && top_k <= max_candidates,
-      op,
-      "top_k",
-      "be 0 (off) to 256",
-      top_k);
-  check_filter(op, temperature, top_p, min_p);
+  int rows = logits.shape(0), vocab = logits.shape(1);
+  FilterSettings settings = {temperature, top_k, top_p, min_p, owner};
+  check_filter(op, rows, settings, 0, width);
+  int Q = temperature.shape(0);
+  auto edits = checked_edits(op, rows, Q, edit_ids, edit_factors, edit_deltas);
   Arrays inputs = {logits};
-  add_edits(op, rows, edit_ids, edit_factors, edit_deltas, inputs);
-  if (temperature == 0) { // greedy: the one best candidate, as it stands
-    temperature = 1;
-    top_k = 1;
-  }
-  mx::Shape shape = {rows, top_k == 0 ? vocab : std::min<int>(top_k, vocab)};
+  add_filter(settings, edits, inputs);
+  mx::Shape shape = {rows, width == 0 ? vocab : std::min<int>(width, vocab)};
   return lazy_results(
-      FilterLogits{temperature, top_p, min_p},
+      FilterLogits{},
       {shape, shape, {rows}},
       {mx::int32, mx::float32, mx::int32},
       inputs);
@@ -135,6 +123,8 @@ void bind_filter_logits(nb::module_& m) {
       "top_k"_a,
       "top_p"_a,
       "min_p"_a,
+      "owner"_a,
+      "width"_a,
       "edit_ids"_a.none() = nb::none(),
       "edit_factors"_a.none() = nb::none(),
       "edit_deltas"_a.none() = nb::none());

@@ -69,14 +69,14 @@ void filter_logits_rows(
   int V = filter.V;
   for (int64_t row = begin; row < end; ++row) {
     const float* logits = args.logits + row * V;
-    if (filter.count <= max_candidates) {
+    if (filter.n <= max_candidates) {
       Kept kept = {};
       keep(filter, row, logits, 0, V, kept);
       finish(filter, row, kept);
     } else {
       Reader reader(filter, row, logits, 0, V, 0);
       const SortKey* sorted = sort_all(V, reader, args.scratch);
-      for (int i = 0; i < V; ++i) {
+      for (int i = 0; i < filter.count_of(row); ++i) {
         filter.ids[row * V + i] = sorted[i].id;
         filter.probs[row * V + i] = value_of(sorted[i].key);
       }

@@ -13,27 +13,43 @@ struct SortKey {
   int32_t id;
 };
 
-// What every filter is told: settings, edits, and where the result goes.
+// What every filter is told: settings of Q sequences, which of them each row
+// belongs to, edits, and where the result goes.
 struct FilterArgs {
-  int32_t* ids; // [rows, count], best first
-  float* probs; // [rows, count]
-  int32_t* flags; // [rows]
+  int32_t* ids; // [R, n], best first; -1 past the row's own
+  float* probs; // [R, n]
+  int32_t* flags; // [R]
   int V;
-  int count; // candidates kept, at most max_candidates, or V
+  int n; // most candidates of a row: at most max_candidates, or V
+  int Q;
+  const int32_t* owner; // [R]
+  const float* temperature; // [Q]
+  const int32_t* top_k; // [Q], 0: all
+  const float* top_p; // [Q]
+  const float* min_p; // [Q]
   int edits; // L
-  const int32_t* edit_ids; // [L]
-  const float* edit_factors; // [rows, L]
-  const float* edit_deltas; // [rows, L]
-  const int32_t* edit_order; // [L], positions in edit_ids, lowest id first
-  float temperature;
-  float top_p;
-  float min_p;
+  const int32_t* edit_ids; // [Q, L]
+  const float* edit_factors; // [R, L]
+  const float* edit_deltas; // [R, L]
+  const int32_t* edit_order; // [Q, L], positions in edit_ids, lowest id first
+
+  // Sequence of a row; no number leads out of the settings.
+  int owner_of(int64_t row) const {
+    int q = owner[row];
+    return q < 0 ? 0 : q < Q ? q : Q - 1;
+  }
+
+  // Candidates of a row.
+  int count_of(int64_t row) const {
+    int k = top_k[owner_of(row)];
+    return k > 0 && k < n ? k : n;
+  }
 };
 
 struct FilterLogitsArgs {
   FilterArgs filter;
   const float* logits; // [rows, V]
-  SortKey* scratch; // [2 * V] where count is more than max_candidates
+  SortKey* scratch; // [2 * V] where n is more than max_candidates
 };
 
 struct Candidate {

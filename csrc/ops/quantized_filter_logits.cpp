@@ -64,9 +64,9 @@ int tile_columns(int bits) {
 }
 
 // Columns of a slice, a multiple of the tile's.
-int slice_columns(int V, int count, int bits) {
+int slice_columns(int V, int n, int bits) {
   int columns = tile_columns(bits);
-  int most = std::min(max_slices, max_merged / count);
+  int most = std::min(max_slices, max_merged / n);
   int slice = std::max((V + most - 1) / most, 4 * columns);
   return (slice + columns - 1) / columns * columns;
 }
@@ -88,65 +88,63 @@ Launch tile_launch(
   return launch;
 }
 
-// Entries of a row's list: `count`, and as many columns as come before it is
-// cut again. 0: not even one tile fits.
-int list_room(const Launch& launch, int T, int count, int bits) {
+// Entries of a row's list: n, and as many columns as come before it is cut
+// again. 0: not even one tile fits.
+int list_room(const Launch& launch, int R, int n, int bits) {
   int columns = tile_columns(bits);
   int left = threadgroup_bytes;
   for (auto [index, bytes] : launch.threadgroup_memory) {
     left -= bytes;
   }
-  int room = left / (entry_bytes * std::clamp(T, 1, max_rows));
-  room = std::min({room, max_room, count + 2 * columns + 7}) / 8 * 8;
-  return room < count + columns ? 0 : room;
+  int room = left / (entry_bytes * std::clamp(R, 1, max_rows));
+  room = std::min({room, max_room, n + 2 * columns + 7}) / 8 * 8;
+  return room < n + columns ? 0 : room;
 }
 
-// Inputs: x, w, scales, biases, then ids, factors and deltas of edits where
-// given. Outputs: ids, probabilities, flags.
+// Inputs: x, w, scales, biases, then settings and edits (add_filter). Outputs:
+// ids, probabilities, flags.
 struct QuantizedFilterLogits {
   static constexpr const char* op = "quantized_filter_logits";
   int group_size;
   int bits;
   float softcap; // 0: none
-  float temperature;
-  float top_p;
-  float min_p;
   bool operator==(const QuantizedFilterLogits&) const = default;
 
   // Two: the candidates of slices of the vocabulary, which merge_candidates
   // merges. None where a row's list does not fit in threadgroup memory.
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
-    int T = in[0].shape(0), V = in[1].shape(0), E = in[0].shape(1);
-    int count = out[0].shape(1);
+    int R = in[0].shape(0), V = in[1].shape(0), E = in[0].shape(1);
+    int Q = in[5].shape(0), n = out[0].shape(1);
     auto dtype = in[0].dtype();
-    auto launch = tile_launch(op, T, V, E, dtype, group_size, bits);
-    int slice = slice_columns(V, count, bits);
+    auto launch = tile_launch(op, R, V, E, dtype, group_size, bits);
+    int slice = slice_columns(V, n, bits);
     int slices = (V + slice - 1) / slice;
-    int room = list_room(launch, T, count, bits);
+    bool edited = is_edited(in, 4);
+    int rows = std::clamp(R, 1, max_rows);
+    int room = list_room(launch, R, n, bits);
     if (!has_short_rows(in[0]) || slice > max_slice || room == 0) {
       return {};
     }
-    bool edited = in.size() > 4;
-    int entries = room * std::clamp(T, 1, max_rows);
+    int entries = room * rows;
     launch.constants.insert({{4, softcap > 0}, {5, edited}, {6, room}});
     launch.grid[0] = slices;
     launch.threadgroup_memory.emplace_back(2, 4 * entries);
     launch.threadgroup_memory.emplace_back(3, 2 * entries);
-    launch.buffers = {Buffer::array(Role::in, "x", {T, E}, dtype, 16)};
+    launch.buffers = {Buffer::array(Role::in, "x", {R, E}, dtype, 16)};
     add_matrix(launch, "", {V}, E, dtype, group_size, bits);
     launch.buffers.push_back(
-        Buffer::array(Role::out, "candidates", {T, slices, count}, mx::uint64));
+        Buffer::array(Role::out, "candidates", {R, slices, n}, mx::uint64));
     launch.buffers.push_back(
-        Buffer::array(Role::out, "slice_flags", {T, slices}, mx::uint32));
+        Buffer::array(Role::out, "slice_flags", {R, slices}, mx::uint32));
     add_scalars(
         launch,
-        {{"M", T}, {"N", V}, {"K", E}, {"slice", slice}, {"count", count}});
+        {{"M", R}, {"N", V}, {"K", E}, {"slice", slice}, {"n", n}, {"Q", Q}});
     launch.buffers.push_back(Buffer::scalar("cap", softcap));
-    launch.buffers.push_back(Buffer::scalar("temperature", temperature));
+    add_owners(launch, R, Q);
     if (edited) {
-      add_edits(launch, T, in[4].shape(0));
+      add_edits(launch, R, Q, in[6].shape(1));
     }
-    return {launch, merge_candidates_launch(T, slices, count, top_p, min_p)};
+    return {launch, merge_candidates_launch(R, Q, slices, n)};
   }
 
   auto task(const Arrays& in, Arrays& out) const {
@@ -154,17 +152,16 @@ struct QuantizedFilterLogits {
     int V = in[1].shape(0);
     Args args = {};
     args.matmul = quantized_args(&in[1], x, group_size, bits);
-    args.filter = filter_args(out, V, temperature, top_p, min_p);
     args.softcap = softcap;
     Rows rows(x);
     auto plan =
         quantized_matmul_plan(x.shape(0), V, x.shape(1), group_size, bits);
     return [rows = std::move(rows),
-            edits = ContiguousEdits(in, 4),
+            state = FilterState(in, 4, V, out),
             order = quantized_order(bits),
             plan,
             args]() mutable {
-      edits.get(args.filter);
+      args.filter = state.get();
       static thread_local Scratch of_slice;
       float* x = of_slice.floats(plan.scratch);
       args.matmul.x = x;
@@ -182,51 +179,44 @@ struct QuantizedFilterLogits {
 
 // As filter_logits, n at most 256.
 Arrays quantized_filter_logits(
-    const mx::array& x, // [T, E]
+    const mx::array& x, // [R, E]
     const mx::array& w, // [V, E * bits / 32]
     const mx::array& scales, // [V, E / group_size]
     const mx::array& biases,
     Integer group_size,
     Integer bits,
     std::optional<float> softcap,
-    float temperature,
-    Integer top_k,
-    float top_p,
-    float min_p,
-    const std::optional<mx::array>& edit_ids, // [L]
-    const std::optional<mx::array>& edit_factors, // [T, L]
-    const std::optional<mx::array>& edit_deltas) { // [T, L]
+    const mx::array& temperature, // [Q]
+    const mx::array& top_k, // [Q]
+    const mx::array& top_p, // [Q]
+    const mx::array& min_p, // [Q]
+    const mx::array& owner, // [R]
+    Integer width,
+    const std::optional<mx::array>& edit_ids, // [Q, L]
+    const std::optional<mx::array>& edit_factors, // [R, L]
+    const std::optional<mx::array>& edit_deltas) { // [R, L]
   constexpr auto op = QuantizedFilterLogits::op;
   check_quantized(op, x, {{"", w, scales, biases}}, group_size, bits);
-  check(x.ndim() == 2, op, "x", "have shape [T, E]", x.shape());
+  check(x.ndim() == 2, op, "x", "have shape [R, E]", x.shape());
   check(w.shape(0) > 0, op, "w", "have at least 1 row", w.shape());
-  int T = x.shape(0), V = w.shape(0);
+  int rows = x.shape(0), V = w.shape(0);
   check(
       !softcap || *softcap > 0,
       op,
       "softcap",
       "be above 0",
       softcap.value_or(0));
-  check_filter(op, temperature, top_p, min_p);
-  bool greedy = temperature == 0; // the one best candidate, as it stands
-  check(
-      top_k >= (greedy ? 0 : 1) && top_k <= max_candidates,
-      op,
-      "top_k",
-      greedy ? "be 0 to 256" : "be 1 to 256",
-      top_k);
-  if (greedy) {
-    temperature = 1;
-    top_k = 1;
-  }
+  FilterSettings settings = {temperature, top_k, top_p, min_p, owner};
+  check_filter(op, rows, settings, 1, width);
+  int Q = temperature.shape(0);
+  auto edits = checked_edits(op, rows, Q, edit_ids, edit_factors, edit_deltas);
   Arrays inputs = {
       x, made_contiguous(w), made_contiguous(scales), made_contiguous(biases)};
-  add_edits(op, T, edit_ids, edit_factors, edit_deltas, inputs);
-  mx::Shape shape = {T, std::min<int>(top_k, V)};
+  add_filter(settings, edits, inputs);
+  mx::Shape shape = {rows, std::min<int>(width, V)};
   return lazy_results(
-      QuantizedFilterLogits{
-          group_size, bits, softcap.value_or(0), temperature, top_p, min_p},
-      {shape, shape, {T}},
+      QuantizedFilterLogits{group_size, bits, softcap.value_or(0)},
+      {shape, shape, {rows}},
       {mx::int32, mx::float32, mx::int32},
       inputs);
 }
@@ -248,6 +238,8 @@ void bind_quantized_filter_logits(nb::module_& m) {
       "top_k"_a,
       "top_p"_a,
       "min_p"_a,
+      "owner"_a,
+      "width"_a,
       "edit_ids"_a.none() = nb::none(),
       "edit_factors"_a.none() = nb::none(),
       "edit_deltas"_a.none() = nb::none());

@@ -32,8 +32,9 @@ void quantized_filter_logits_finish(
     int heaps) {
   int M = args.matmul.M;
   for (int m = 0; m < M; ++m) {
+    int count = args.filter.count_of(args.first + m);
     for (int heap = 1; heap < heaps; ++heap) {
-      merge(args.filter, kept[heap * M + m], kept[m]);
+      merge(count, kept[heap * M + m], kept[m]);
     }
     finish(args.filter, args.first + m, kept[m]);
   }

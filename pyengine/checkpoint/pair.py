@@ -29,10 +29,9 @@ from pyengine.checkpoint.weights import (
 from pyengine.drafters.assistant import AssistantDrafter
 from pyengine.drafters.drafter import Asked
 from pyengine.model.assistant import POSITIONS, Assistant, Position
+from pyengine.model.head import candidates
 from pyengine.model.memory import cache_bytes
 from pyengine.model.target import Target, check_ids
-from pyengine.sampling.sampler import Sampler
-from pyengine.sampling.settings import Sampling
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 from pyengine.untrusted import shown
 
@@ -117,11 +116,10 @@ class Pair:
         cache = self.target.new_cache(1)
         drafter = AssistantDrafter(self.target, self.assistant)
         self.target.prefill(tokens[:-1], cache, reader=drafter)
-        sampler = Sampler(Sampling(temperature=0.0), tokens, self.target.config.vocab_size)
         drafts = [mx.array(tokens[-1:], dtype=mx.int32)]
         for i in range(count):
-            asked = Asked(drafts[i], mx.concatenate(drafts)[1:], cache, sampler)
-            [row] = drafter.propose(i, [drafter], [asked])
+            asked = Asked(drafts[i], [cache], lambda logits: [candidates(logits, top_k=1)])
+            [row] = drafter.propose(i, [drafter], asked)
             drafts.append(row.ids[:, 0])
         return cast("list[int]", mx.concatenate(drafts[1:]).tolist())
 

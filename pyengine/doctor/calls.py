@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
 
 from pyengine import ops
+from pyengine.ops.accept_block import RULES, Rule
 from pyengine.ops.quantized_gated_matmul import Matrix
 from pyengine.ops.quantized_matmul import dequantized
 
@@ -25,6 +26,14 @@ FILTERS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "64": {"temperature": 1.0, "top_k": 64, "top_p": 0.95},
     "256": {"temperature": 1.3, "top_k": 256, "min_p": 0.05},
+    # Rows of three sequences in turn, the first of them greedy
+    "mixed": {
+        "temperature": mx.array([1.0, 0.7, 1.3]),
+        "top_k": mx.array([1, 5, 64]),
+        "top_p": mx.array([1.0, 0.95, 0.8]),
+        "min_p": mx.array([0.0, 0.05, 0.0]),
+        "width": 64,
+    },
 }
 
 Results = list[mx.array]
@@ -370,11 +379,19 @@ def _of_candidates(results: Results) -> Results:
     return [mx.zeros(a.shape) if a.dtype == mx.int32 else 1e-4 * abs(a) + 1e-6 for a in results]
 
 
+def _filter(name: str, b: int, e: int) -> dict[str, Any]:
+    """Settings of rows b to e - 1."""
+    owner = {"owner": mx.arange(b, e, dtype=mx.int32) % 3} if name == "mixed" else {}
+    return FILTERS[name] | owner
+
+
 def filter_logits(V: int, filter: str) -> Call:
     logits = normal(1, MOST, V, scale=4.0)
-    return Call(
-        lambda b, e: list(ops.filter_logits(logits[b:e], **FILTERS[filter])), first, _of_candidates
-    )
+
+    def run(b: int, e: int) -> Results:
+        return list(ops.filter_logits(logits[b:e], **_filter(filter, b, e)))
+
+    return Call(run, first, _of_candidates)
 
 
 def quantized_filter_logits(
@@ -388,13 +405,12 @@ def quantized_filter_logits(
     unit = 2.0 ** round(math.log2(8 / (2.58 * 0.289 * 2**bits * math.sqrt(K))))
     scales = mx.full(scales.shape, unit, scales.dtype)
     head = (w, scales, scales * -(2.0 ** (bits - 1)))
-    options = {"softcap": softcap, **FILTERS[filter]}
-    return Call(
-        lambda b, e: list(ops.quantized_filter_logits(x[b:e], *head, group, bits, **options)),
-        first,
-        _of_candidates,
-        weights=head,
-    )
+
+    def run(b: int, e: int) -> Results:
+        settings = {"softcap": softcap, **_filter(filter, b, e)}
+        return list(ops.quantized_filter_logits(x[b:e], *head, group, bits, **settings))
+
+    return Call(run, first, _of_candidates, weights=head)
 
 
 def candidates(seed: int, rows: int, n: int, vocab: int) -> tuple[mx.array, mx.array]:
@@ -409,29 +425,36 @@ def draw_token(n: int, shared: bool) -> Call:
     ids, probs = candidates(1, MOST, n, 262144)
 
     def run(b: int, e: int) -> Results:
-        state = mx.array(1021), mx.array(7, mx.uint32)
-        return [ops.draw_token(ids[b:e], probs[b:e], *state, index=b, shared=shared)]
+        index, count = mx.arange(b, e, dtype=mx.int32), (e - b,)
+        position, seed = mx.full(count, 1021, mx.int32), mx.full(count, 7, mx.uint32)
+        return [ops.draw_token(ids[b:e], probs[b:e], position, index, seed, mx.full(count, shared))]
 
     return Call(run, first, exact_definition=True)
 
 
 def accept_block(n: int, rule: str, vocab: int) -> Call:
-    """Blocks whose third draft the target cannot have: what follows does not matter."""
+    """Blocks whose third draft the target cannot have: what follows does not matter. Before each a
+    block of another sequence, without drafts."""
     ids, p = candidates(1, MOST, n, vocab)
     _, other = candidates(1, MOST, n, vocab)
     q = 0.5 * p + 0.5 * other
     refused = mx.arange(MOST)[:, None] == 2
     drafts = ids[:, 0]
     p = mx.where(refused & (mx.arange(n) == 0), 0.0, p) if n > 1 else p
-    state = mx.array(1021), mx.array(3, mx.uint32)
+    position, seed = mx.array([77, 1021], mx.int32), mx.array([5, 3], mx.uint32)
+    number = mx.array([0, RULES.index(cast(Rule, rule))], mx.int32)
 
     def run(b: int, e: int) -> Results:
-        own = drafts[: e - 1]
+        own, k = drafts[: e - 1], e - 1
         if rule == "coupled":  # what is drawn, up to the third
-            drawn = ops.draw_token_reference(ids[: e - 1], p[: e - 1], *state, index=1, shared=True)
-            own = mx.where(mx.arange(e - 1) < 2, drawn, own)
-        rows = ids[:e], p[:e], ids[: e - 1], q[: e - 1], own
-        return list(ops.accept_block(*rows, *state, rule=rule, vocab=vocab))
+            at = mx.full((k,), 1021, mx.int32), mx.arange(1, k + 1, dtype=mx.int32)
+            key = mx.full((k,), 3, mx.uint32), mx.full((k,), True)
+            drawn = ops.draw_token_reference(ids[:k], p[:k], *at, *key)
+            own = mx.where(mx.arange(k) < 2, drawn, own)
+        of_p = (mx.concatenate([a[-1:], a[:e]]) for a in (ids, p))
+        p_ids, p_probs = of_p
+        rows = (p_ids, p_probs, ids[:k], q[:k], own)
+        return list(ops.accept_block(*rows, position, seed, number, counts=(1, e), vocab=vocab))
 
     # The rule block may look further than the first draft that is refused
     row = None if rule == "block" else lambda results, i, t: list(results)

@@ -13,7 +13,6 @@ from pyengine.model.cache import Cache
 from pyengine.model.head import Logits
 from pyengine.model.rows import apart, packed
 from pyengine.ops.filter_logits import Filtered
-from pyengine.sampling.sampler import filter_together
 
 if TYPE_CHECKING:
     from typing import Self
@@ -61,15 +60,13 @@ class AssistantDrafter:
         return True
 
     @classmethod
-    def propose(cls, i: int, drafters: Sequence[Self], asked: Sequence[Asked]) -> list[Filtered]:
+    def propose(cls, i: int, drafters: Sequence[Self], asked: Asked) -> list[Filtered]:
         target, assistant = drafters[0]._target, drafters[0]._assistant
-        embeddings = target.embed(packed([a.token for a in asked]))
         hidden = packed([drafter.hidden for drafter in drafters])
-        logits, hidden = assistant.forward(embeddings, hidden, [a.cache for a in asked])
-        for drafter, row in zip(drafters, apart(hidden, [1] * len(asked)), strict=True):
+        logits, hidden = assistant.forward(target.embed(asked.tokens), hidden, asked.caches)
+        for drafter, row in zip(drafters, apart(hidden, [1] * len(drafters)), strict=True):
             drafter._hidden = row
-        samplers, drafts = [a.sampler for a in asked], [a.drafts for a in asked]
-        return filter_together(logits, samplers, drafts, first=i)
+        return asked.filter(logits)
 
     def read(self, hidden: mx.array, accepted: mx.array) -> None:
         self._hidden = mx.take(hidden, accepted[None], axis=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -11,7 +11,6 @@ from pyengine.model.cache import Cache
 from pyengine.model.head import Logits
 from pyengine.model.target import Reader
 from pyengine.ops.filter_logits import Filtered
-from pyengine.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from typing import Self
@@ -20,12 +19,13 @@ MAX_BLOCK = 128  # a primary token and its drafts
 
 
 class Asked(NamedTuple):
-    """What a text's next draft follows, and how its distribution is filtered."""
+    """What the next drafts of Q texts follow, and how their distributions are filtered."""
 
-    token: mx.array  # int32 [1]: the block's primary one, or the draft before
-    drafts: mx.array  # int32 [i]: those of the block so far
-    cache: Cache  # the target's; committed positions may be read, and such a read be noted there
-    sampler: Sampler
+    tokens: mx.array  # int32 [Q]: of each block the primary one, or the draft before
+    # The target's; committed positions may be read, and such a read be noted there
+    caches: Sequence[Cache]
+    # Logits [Q, V], made or not, under the settings of each text: parts of the Q rows
+    filter: Callable[[mx.array | Logits], list[Filtered]]
 
 
 class Drafter(Reader, Protocol):
@@ -64,18 +64,18 @@ class Drafter(Reader, Protocol):
         ...
 
     @classmethod
-    def propose(cls, i: int, drafters: Sequence[Self], asked: Sequence[Asked]) -> list[Filtered]:
+    def propose(cls, i: int, drafters: Sequence[Self], asked: Asked) -> Sequence[Filtered]:
         """The distributions that draft i, from 0, of each of several sequences is drawn from.
 
         Args:
             i: Called for 0 to k - 1 in turn; a sequence that drafts fewer is not there any more.
                 Drafts that a grammar forces are left out, wherever they stand.
             drafters: Of the sequences, all of this class, and made for the same models.
-            asked: By sequence. Logits that are made for them are filtered under the settings of
-                each (:func:`pyengine.sampling.sampler.filter_together`).
+            asked: What they follow.
 
         Returns:
-            One row per sequence.
+            One row per sequence, behind one another: what ``asked.filter`` gives, or a part for
+            each.
         """
         ...
 

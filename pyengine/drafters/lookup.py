@@ -88,7 +88,7 @@ class LookupDrafter:
         return drafts
 
     @classmethod
-    def propose(cls, i: int, drafters: Sequence[Self], asked: Sequence[Asked]) -> list[Filtered]:
+    def propose(cls, i: int, drafters: Sequence[Self], asked: Asked) -> list[Filtered]:
         one = mx.ones((1, 1))
         each = [drafts for drafter in drafters for drafts in drafter._drafts]
         return [Filtered(drafts[i : i + 1, None], one, mx.zeros(1, mx.int32)) for drafts in each]

@@ -19,7 +19,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from pyengine.engine.round import Block, Drawn, State
+from pyengine.engine.round import Drawn, State, widened
+from pyengine.model.rows import packed
 from pyengine.ops.filter_logits import Filtered
 
 Mask = NDArray[np.uint32]
@@ -134,18 +135,16 @@ class Guide:
         """A mask of all tokens, ``[1, V]``."""
         return self._unpacked(self._all[None])
 
-    def block(self, primary: int) -> Block:
-        """The block, with what each draft was drawn from."""
-        ids = mx.array([primary, *self.tokens], dtype=mx.int32)
+    def q(self) -> Filtered | None:
+        """What each draft was drawn from, a row each; None where there are no drafts."""
         if not self.tokens:
-            return Block(ids, mx.zeros(0, mx.int32), None)
+            return None
         width = max((q.ids.shape[1] for q in self._qs if q is not None), default=1)
         rows = [
-            _certain(token, width) if q is None else _padded(q, width)
+            _certain(token, width) if q is None else widened(q, width)
             for token, q in zip(self.tokens, self._qs, strict=True)
         ]
-        q = Filtered(*(mx.concatenate(list(part)) for part in zip(*rows, strict=True)))
-        return Block(ids, ids[1:], q)
+        return Filtered(*(packed(list(part)) for part in zip(*rows, strict=True)))
 
     def counts(self, accepted: int) -> tuple[int, int, int]:
         """Of a round that kept so many drafts: those that were drawn, those of them that were kept,
@@ -211,15 +210,7 @@ def _single(row: Mask) -> int | None:
 def _certain(token: int, width: int) -> Filtered:
     """A row of so many candidates, of which the first is certain and the others are none."""
     one = Filtered(mx.array([[token]]), mx.ones((1, 1)), mx.zeros(1, mx.int32))
-    return _padded(one, width)
-
-
-def _padded(q: Filtered, width: int) -> Filtered:
-    """A row with candidates of no mass, which are no ids of any vocabulary."""
-    more = [(0, 0), (0, width - q.ids.shape[1])]
-    if not more[1][1]:
-        return q
-    return q._replace(ids=mx.pad(q.ids, more, constant_values=-1), probs=mx.pad(q.probs, more))
+    return widened(one, width)
 
 
 class Drafting(NamedTuple):
@@ -230,8 +221,20 @@ class Drafting(NamedTuple):
     primary: int
     k: int
 
+    @property
+    def ids(self) -> list[int]:
+        """The block so far."""
+        return [self.primary, *self.guide.tokens]
 
-Step = Callable[[tuple[State, ...], tuple[mx.array, ...]], Drawn]
+
+class Step(Protocol):
+    """Draws a draft of each of some sequences."""
+
+    def __call__(
+        self, states: tuple[State, ...], masks: Sequence[mx.array], before: mx.array
+    ) -> Drawn:
+        """Behind the blocks so far, ``[Q, i + 1]``, under a mask ``[1, V]`` each."""
+        ...
 
 
 def draft(each: Sequence[Drafting], step: Callable[[list[int], int], Step]) -> None:
@@ -247,31 +250,25 @@ def draft(each: Sequence[Drafting], step: Callable[[list[int], int], Step]) -> N
         asking = [n for n in waiting if not each[n].guide.take_forced()]
         if not asking:
             continue
-        draw, before = step(asking, i), tuple([_ids(each[n]) for n in asking])
-        states = tuple(
-            [each[n].state._replace(drafter=carried[n], masks=each[n].guide.mask()) for n in asking]
-        )
-        drawn = draw(states, before)
+        guides = [each[n].guide for n in asking]
+        draw, before = step(asking, i), mx.array([each[n].ids for n in asking], dtype=mx.int32)
+        states = tuple([each[n].state._replace(drafter=carried[n]) for n in asking])
+        drawn = draw(states, [guide.mask() for guide in guides], before)
         mx.eval(drawn.report, list(drawn.drafters), list(drawn.qs))
         report = cast("list[int]", drawn.report.tolist())
         nothing = [flag > 1 for flag in report[len(asking) :]]
         if any(nothing):
             # Of what the grammar allows the drafter has nothing; or its logits are not finite
-            free = tuple(
-                [
-                    state._replace(masks=each[n].guide.everything())
-                    for n, state in zip(asking, states, strict=True)
-                ]
-            )
-            broken = cast("list[int]", draw(tuple(free), before).report.tolist())[len(asking) :]
+            free = draw(states, [guide.everything() for guide in guides], before)
+            broken = cast("list[int]", free.report.tolist())[len(asking) :]
+        rows = [_row(part, r) for part in drawn.qs for r in range(part.ids.shape[0])]
         for place, n in enumerate(asking):
             carried[n] = drawn.drafters[place]
-            guide = each[n].guide
             if nothing[place] and broken[place] < 2:
-                guide.take(guide.least(), None)
+                guides[place].take(guides[place].least(), None)
             else:
-                guide.take(report[place], drawn.qs[place])
+                guides[place].take(report[place], rows[place])
 
 
-def _ids(own: Drafting) -> mx.array:
-    return mx.array([own.primary, *own.guide.tokens], dtype=mx.int32)
+def _row(rows: Filtered, r: int) -> Filtered:
+    return Filtered(*(part[r : r + 1] for part in rows))

@@ -23,9 +23,11 @@ from pyengine.engine.report import NonFinite, Report
 from pyengine.engine.stats import Stats
 from pyengine.model.cache import Cache
 from pyengine.model.plan import chunk_end, last_chunk
+from pyengine.model.rows import packed
 from pyengine.model.target import Reader
 from pyengine.ops import dispatch
-from pyengine.sampling.sampler import Logprob, Sampler
+from pyengine.ops.filter_logits import Filtered
+from pyengine.sampling.sampler import Choices, Logprob, Sampler
 from pyengine.sampling.settings import Sampling, seeded
 
 if TYPE_CHECKING:  # what brings NumPy is imported where it is needed
@@ -215,6 +217,11 @@ class TokenSequence:
         return self._sampling.logprobs
 
     @property
+    def is_dense(self) -> bool:
+        """Whether all V are candidates."""
+        return self.sampler.top_k == 0
+
+    @property
     def nbytes(self) -> int:
         """Memory of its cache where no prefix holds it; 0 while its prompt is under way."""
         parts = getattr(self, "parts", None)
@@ -250,21 +257,23 @@ class TokenSequence:
 
     def _begin(self, begun: Begun, start: float) -> Round:
         """The first token, behind a prompt that was processed. Evaluates."""
-        sampler = Sampler(self._sampling, self.prompt, begun.logits.shape[-1])
-        self.parts = on_device.Parts(self._target, self._drafter, begun.cache, sampler)
-        self.kind = self.block_size, type(self._drafter), sampler.settings
+        vocab = begun.logits.shape[-1]
+        self.sampler = Sampler(self._sampling, self.prompt, vocab)
+        self.parts = on_device.Parts(self._target, self._drafter, begun.cache, vocab, self.logprobs)
+        self.kind = self.block_size, type(self._drafter), self.logprobs
+        masks = None
         if self._matcher is not None:
             from pyengine.engine.guided import Guide
 
-            own, vocab = self._sampling.suppress_tokens, sampler.vocab
+            own = self._sampling.suppress_tokens
             self.guide = Guide(self._matcher, own, self._stop_ids, vocab)
-            sampler.masks = self.guide.masks()
+            masks = self.guide.masks()
         self._dtype = begun.hidden.dtype
-        played = on_device.first(self.parts, begun.logits[None])
-        row = _read([self.parts], played)
+        played = on_device.first(self.parts, self.sampler, begun.logits[None], masks)
+        [report] = Report.unpack(_read([self.parts], played), [0], [self.logprobs])
         self._primary = played.outcomes[0].primary
         self.stats.prefill_s += time.perf_counter() - start
-        return self.commit(row)
+        return self.commit(report)
 
     def prepare(self) -> None:
         """Make ready for a round: the tokens so far, how many drafts, room in the cache.
@@ -273,7 +282,7 @@ class TokenSequence:
             RuntimeError: The memory has no room for it.
         """
         parts = self.parts
-        parts.sampler.add(self._new)
+        self.sampler.add(self._new)
         self._new = []
         self.k = self._drafts()
         # A round past the end of the room keeps its shape; what it commits there is not used
@@ -309,14 +318,13 @@ class TokenSequence:
         self.stats.count_round(*self._counts)
         self.stats.decode_s += seconds
 
-    def commit(self, row: list[int]) -> Round:
+    def commit(self, report: Report) -> Round:
         """What a round's report says, as text: up to a stop id or the end of the room.
 
         Raises:
             NonFinite: The target's logits were NaN or infinite.
             RuntimeError: The grammar cannot be followed.
         """
-        report = Report.unpack(row, self.k, self.logprobs)
         if not report.finite:
             raise NonFinite("decode", self._dtype)
         room = self._room - self.stats.generated_tokens
@@ -337,11 +345,15 @@ class TokenSequence:
 class Rounds:
     """Plays rounds of any sequences of one pair; keeps the graphs that were recorded.
 
-    A graph serves all sequences of its kind: seeds, edits, lengths and caches are arguments.
+    A graph serves all sequences that draft as many tokens and have candidates, lists of edits and
+    log-probabilities of the same number: settings, seeds, edits, lengths and caches are arguments.
     """
 
     def __init__(self) -> None:
         self._kinds: dict[Any, int] = {}
+        self._known: tuple[Any, ...] = ()  # who was in the newest round, and what they were told
+        self._groups: tuple[on_device.Group, ...] = ()
+        self._choices: tuple[Choices, ...] = ()
         self._recorded: OrderedDict[Any, on_device.RecordedRound] = OrderedDict()
         self._steps: OrderedDict[Any, on_device.RecordedDraft] = OrderedDict()
 
@@ -380,16 +392,12 @@ class Rounds:
         for sequence, outcome in zip(going, played.outcomes, strict=True):
             sequence.take_results(outcome)
         row = _read([s.parts for s in going], played)
-        rows = []
-        for sequence in going:
-            length = Report.length(sequence.k, sequence.logprobs)
-            rows.append(row[:length])
-            row = row[length:]
+        reports = Report.unpack(row, [s.k for s in going], [s.logprobs for s in going])
         seconds = time.perf_counter() - start
-        for sequence, own in zip(going, rows, strict=True):
-            sequence.count(own[0], seconds)
+        for sequence, report in zip(going, reports, strict=True):
+            sequence.count(report.accepted, seconds)
             try:
-                done[sequence] = sequence.commit(own)
+                done[sequence] = sequence.commit(report)
             except RuntimeError as error:
                 done[sequence] = error.with_traceback(None)
         return done
@@ -398,26 +406,84 @@ class Rounds:
         """The round, built; of guided sequences the drafts are drawn before."""
         guided = [s.drafting() for s in going if s.guide is not None]
         if not guided:
-            return self._round(going).together(tuple([s.state for s in going]))
+            choices = self._choices_of([s.sampler for s in going])
+            begin = on_device.Start(tuple([s.state for s in going]), choices)
+            return self._round(going, self._groups).together(begin)
         from pyengine.engine.guided import draft
 
         draft(guided, lambda places, i: self._step([going[n] for n in places], i))
-        states = [own.state._replace(masks=own.guide.masks()) for own in guided]
-        blocks = [own.guide.block(own.primary) for own in guided]
-        return self._round(going).verify(tuple(states), tuple(blocks))
+        groups = on_device.groups_of([s.sampler for s in going])
+        masks = [own.guide.masks() for own in guided]
+        begin = on_device.Start(tuple([own.state for own in guided]), _masked(going, groups, masks))
+        ids = mx.array([token for own in guided for token in own.ids], dtype=mx.int32)
+        qs = [own.guide.q() for own in guided]
+        of_groups = tuple([_of_group([qs[n] for n in group.places]) for group in groups])
+        return self._round(going, groups).verify(begin, on_device.Block(ids, of_groups))
 
-    def _rank(self, sequence: TokenSequence) -> tuple[int, int]:
-        return -sequence.k, self._kinds.setdefault(sequence.kind, len(self._kinds))
+    def _rank(self, sequence: TokenSequence) -> tuple[bool, int, int]:
+        kind = self._kinds.setdefault(sequence.kind, len(self._kinds))
+        return sequence.is_dense, -sequence.k, kind
 
-    def _round(self, going: Sequence[TokenSequence]) -> on_device.RecordedRound:
+    def _choices_of(self, samplers: list[Sampler]) -> tuple[Choices, ...]:
+        """What the round is told of its texts; the same as the newest one was where they are the
+        same and nothing of them is listed."""
+        known = (*samplers, *[sampler.most_listed for sampler in samplers])
+        if known != self._known:
+            self._known, self._groups = known, on_device.groups_of(samplers)
+            self._choices = tuple(
+                [Choices.of([samplers[n] for n in own], form) for own, form in self._groups]
+            )
+        return tuple(
+            [
+                choices.with_lists([samplers[n] for n in own], form) if form.room else choices
+                for choices, (own, form) in zip(self._choices, self._groups, strict=True)
+            ]
+        )
+
+    def _round(
+        self, going: Sequence[TokenSequence], groups: Sequence[on_device.Group]
+    ) -> on_device.RecordedRound:
         each, ks = [s.parts for s in going], [s.k for s in going]
-        key = tuple([self._rank(s) for s in going])
-        return _kept(self._recorded, key, lambda: on_device.RecordedRound(each, ks))
+        key = *(form for _, form in groups), *(self._rank(sequence) for sequence in going)
+        return _kept(self._recorded, key, lambda: on_device.RecordedRound(each, ks, groups))
 
     def _step(self, going: Sequence[TokenSequence], i: int) -> Step:
-        each = [s.parts for s in going]
-        key = i, tuple([self._rank(s)[1] for s in going])
-        return _kept(self._steps, key, lambda: on_device.RecordedDraft(each, i)).draw
+        each, groups = [s.parts for s in going], on_device.groups_of([s.sampler for s in going])
+        key = i, *(form for _, form in groups), *(self._rank(s)[::2] for s in going)
+        step = _kept(self._steps, key, lambda: on_device.RecordedDraft(each, i, groups))
+
+        def draw(
+            states: tuple[on_device.State, ...], masks: Sequence[mx.array], before: mx.array
+        ) -> on_device.Drawn:
+            return step.draw(on_device.Start(states, _masked(going, groups, masks)), before)
+
+        return draw
+
+
+def _masked(
+    going: Sequence[TokenSequence],
+    groups: Sequence[on_device.Group],
+    masks: Sequence[mx.array],
+) -> tuple[Choices, ...]:
+    """What a round of guided sequences is told of each group, with the masks of each one's rows."""
+    return tuple(
+        [
+            Choices.of([going[n].sampler for n in own], form)._replace(
+                masks=packed([masks[n] for n in own])
+            )
+            for own, form in groups
+        ]
+    )
+
+
+def _of_group(qs: Sequence[Filtered | None]) -> Filtered | None:
+    """What the drafts of a group were drawn from, of one width; None where there are none."""
+    rows = [q for q in qs if q is not None]
+    if not rows:
+        return None
+    width = max(q.ids.shape[1] for q in rows)
+    each = zip(*(on_device.widened(q, width) for q in rows), strict=True)
+    return Filtered(*(packed(list(part)) for part in each))
 
 
 def _kept(recorded: OrderedDict[Any, T], key: Any, record: Callable[[], T]) -> T:

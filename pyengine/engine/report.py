@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from pyengine.ops.filter_logits import Filtered
 from pyengine.sampling.sampler import Logprob
 
 
@@ -22,10 +22,11 @@ class NonFinite(RuntimeError):
 
 
 class Report(NamedTuple):
-    """What a round of k drafts came to.
+    """What a round of k drafts came to for a sequence.
 
-    Packed, int32, in this order: ``accepted``, the next token, flags of the target's k + 1 rows,
-    the k drafts, their k flags, and k + 1 rows of ``1 + 2 * n`` where logprobs are asked for.
+    Packed, int32, for all sequences in this order: ``accepted`` of each, the next token of each,
+    flags of the target's k + 1 rows, the k drafts, their k flags, and k + 1 rows of ``1 + 2 * n``
+    of those that ask for logprobs.
     """
 
     accepted: int
@@ -34,32 +35,47 @@ class Report(NamedTuple):
     logprobs: list[Logprob] | None  # of the tokens
 
     @staticmethod
-    def length(k: int, n: int | None) -> int:
-        """Numbers of what :meth:`pack` makes."""
-        return 3 * k + 3 + (0 if n is None else (k + 1) * (1 + 2 * n))
-
-    @staticmethod
     def pack(
         accepted: mx.array,
-        token: mx.array,
-        p: Filtered,
+        tokens: mx.array,
+        p_flags: mx.array,
         drafts: mx.array,
-        q: Filtered | None,
-        logprobs: mx.array | None,
+        q_flags: Sequence[mx.array],
+        logprobs: Sequence[mx.array],
     ) -> mx.array:
-        """The array; ``q`` is None where there are no drafts."""
-        parts = [accepted[None], token, p.flags]
-        if q is not None:
-            parts += [drafts, q.flags]
-        if logprobs is not None:
-            parts.append(logprobs.flatten())
-        return mx.concatenate(parts)
+        """The array; ``q_flags`` in parts, none where there are no drafts."""
+        parts = [accepted, tokens, p_flags]
+        if q_flags:
+            parts += [drafts, *q_flags]
+        return mx.concatenate([*parts, *(values.flatten() for values in logprobs)])
 
     @classmethod
-    def unpack(cls, row: list[int], k: int, n: int | None) -> Report:
-        """Of what :meth:`pack` made; ``n`` is the settings' number of logprobs."""
-        accepted, token, *row = row
-        ours, drafts, guesses, rest = _split(row, k + 1, k, k)
+    def unpack(cls, row: list[int], ks: Sequence[int], ns: Sequence[int | None]) -> list[Report]:
+        """Of what :meth:`pack` made; ``ns`` is each one's number of logprobs, None for none."""
+        Q, found = len(ks), []
+        flag = 2 * Q  # where the next sequence's flags begin, and so on
+        draft = flag + Q + sum(ks)
+        guess = draft + sum(ks)
+        value = guess + sum(ks)
+        for i, (k, n) in enumerate(zip(ks, ns, strict=True)):
+            flags, drafts = row[flag : flag + k + 1], row[draft : draft + k]
+            guesses, values = row[guess : guess + k], row[value:]
+            found.append(cls._of(row[i], row[Q + i], flags, drafts, guesses, values, n))
+            flag, draft, guess = flag + k + 1, draft + k, guess + k
+            value += 0 if n is None else (k + 1) * (1 + 2 * n)
+        return found
+
+    @classmethod
+    def _of(
+        cls,
+        accepted: int,
+        token: int,
+        ours: list[int],
+        drafts: list[int],
+        guesses: list[int],
+        values: list[int],
+        n: int | None,
+    ) -> Report:
         tokens = [*drafts[:accepted], token]
         # A drafter may leave tokens out (-inf, flag 1); a target may not
         finite = not any(ours) and not any(flags >> 1 for flags in guesses)
@@ -68,16 +84,7 @@ class Report(NamedTuple):
         width = 1 + 2 * n
         found = []
         for i, token in enumerate(tokens):
-            own, *best = rest[i * width : (i + 1) * width]
-            values = struct.unpack(f"{1 + n}f", struct.pack(f"{1 + n}i", own, *best[n:]))
-            found.append(Logprob(token, values[0], list(zip(best[:n], values[1:], strict=True))))
+            own, *best = values[i * width : (i + 1) * width]
+            floats = struct.unpack(f"{1 + n}f", struct.pack(f"{1 + n}i", own, *best[n:]))
+            found.append(Logprob(token, floats[0], list(zip(best[:n], floats[1:], strict=True))))
         return cls(accepted, tokens, finite, found)
-
-
-def _split(row: list[int], *lengths: int) -> list[list[int]]:
-    """Parts of these lengths, and the rest."""
-    parts = []
-    for length in lengths:
-        parts.append(row[:length])
-        row = row[length:]
-    return [*parts, row]

@@ -1,9 +1,9 @@
 """A round on the device: draft, verify, accept, commit.
 
-It takes a block of each of several sequences. What treats rows alone runs once for the rows of all;
-what has to do with one sequence's cache, settings or noise runs for each. So the bits of a sequence
-do not depend on the others, and a single one is a list of one: no node of its graph is there for
-the sake of more.
+It takes a block of each of several sequences. What treats rows alone runs once for the rows of all,
+each by the settings of its own; what has to do with one sequence's cache runs for each. So the bits
+of a sequence do not depend on the others, and a single one is a list of one: no node of its graph
+is there for the sake of more.
 
 A round is one lazy graph of fixed shapes, recorded once and played again, and the host reads one
 small array of it. Without drafts it is a step of plain decoding.
@@ -11,8 +11,8 @@ small array of it. Without drafts it is a step of plain decoding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -22,30 +22,33 @@ from pyengine.drafters.drafter import Asked, Drafter, TargetLike
 from pyengine.engine.recorded import recorded
 from pyengine.engine.report import Report
 from pyengine.model.cache import Cache
-from pyengine.model.head import Logits, whole
-from pyengine.model.rows import apart, packed
+from pyengine.model.head import Logits, rows_at, whole
+from pyengine.model.rows import apart, packed, picked
 from pyengine.ops import dispatch
 from pyengine.ops.filter_logits import Filtered
-from pyengine.sampling.sampler import Listed, Sampler, filter_together
+from pyengine.sampling.sampler import NO_TOKEN, Choices, Chooser, Form, Sampler, logprobs
 
 
 class State(NamedTuple):
     """What a round of a sequence starts from."""
 
     primary: mx.array  # int32 [1]: known, not processed
-    seed: mx.array
-    listed: Listed | None
     drafter: list[mx.array]
     cache: list[mx.array]
-    masks: mx.array | None = None  # of the rows that are filtered, where a grammar says
+
+
+class Start(NamedTuple):
+    """What a round starts from: a state per sequence, choices per group."""
+
+    states: tuple[State, ...]
+    choices: tuple[Choices, ...]
 
 
 class Block(NamedTuple):
-    """The primary token and its drafts, and what these were drawn from."""
+    """The primary token and the drafts of each sequence, and what these were drawn from."""
 
-    ids: mx.array  # int32 [k + 1]
-    drafts: mx.array  # int32 [k]
-    q: Filtered | None  # k rows; None where k is 0
+    ids: mx.array  # int32 [R], k + 1 of each
+    qs: tuple[Filtered | None, ...]  # of each group, its R - Q rows; None where it drafts nothing
 
 
 class Outcome(NamedTuple):
@@ -57,7 +60,7 @@ class Outcome(NamedTuple):
 
 
 class Played(NamedTuple):
-    """What a round gives: the host's array, report after report, and the outcomes."""
+    """What a round gives: the host's array, and the outcomes."""
 
     report: mx.array
     outcomes: tuple[Outcome, ...]
@@ -70,12 +73,12 @@ class Parts:
     target: TargetLike
     drafter: Drafter | None  # None for plain decoding
     cache: Cache
-    sampler: Sampler
+    vocab: int
+    logprobs: int | None  # how many to report per token, besides the token's own
 
     def state(self, primary: mx.array) -> State:
         arrays = [] if self.drafter is None else self.drafter.arrays
-        own = self.sampler
-        return State(primary, own.seed, own.listed, arrays, self.cache.arrays, own.masks)
+        return State(primary, arrays, self.cache.arrays)
 
     def with_state(self, state: State) -> Parts:
         """The same over the arrays of a state."""
@@ -83,22 +86,15 @@ class Parts:
             self.target,
             None if self.drafter is None else self.drafter.with_arrays(state.drafter),
             self.cache.with_arrays(state.cache),
-            self.sampler.with_arrays(state.seed, state.listed, state.masks),
+            self.vocab,
+            self.logprobs,
         )
 
     def without_arrays(self) -> Parts:
         """What a recorded round keeps of them, which serves other sequences too."""
         none = mx.array(0, dtype=mx.int32)
-        _, _, listed, drafter, cache, _ = self.state(none)
-        bare = self.with_state(
-            State(
-                none,
-                none,
-                None if listed is None else Listed(none, none, none, none),
-                [none] * len(drafter),
-                [none] * len(cache),
-            )
-        )
+        _, drafter, cache = self.state(none)
+        bare = self.with_state(State(none, [none] * len(drafter), [none] * len(cache)))
         bare.cache.length_limit = 0  # whoever plays the round has made room for it
         return bare
 
@@ -109,141 +105,295 @@ class Parts:
         self.cache.take_results(outcome.cache, self.cache.length_limit + rows)
 
 
+class Group(NamedTuple):
+    """Sequences of a round whose candidates are of like number: with top-k, or with all V."""
+
+    places: tuple[int, ...]
+    form: Form
+
+
+def groups_of(samplers: Sequence[Sampler]) -> tuple[Group, ...]:
+    """The groups of a round's sequences; those without top-k must stand last."""
+    dense = [sampler.top_k == 0 for sampler in samplers]
+    assert dense == sorted(dense)
+    all_places = range(len(samplers))
+    each = [tuple(n for n in all_places if dense[n] is kind) for kind in (False, True)]
+    return tuple([Group(own, Form.of([samplers[n] for n in own])) for own in each if own])
+
+
+class Texts(NamedTuple):
+    """The sequences of a round under way."""
+
+    each: Sequence[Parts]
+    ks: Sequence[int]  # drafts of each
+    groups: Sequence[Group]
+    choosers: Sequence[Chooser]  # by group
+    positions: Sequence[mx.array]  # by group: of each sequence's primary token, int32 [Q]
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each sequence."""
+        return [k + 1 for k in self.ks]
+
+    def rows(self, group: Group) -> list[int]:
+        """A group's rows among those of all."""
+        ends = [sum(self.counts[: n + 1]) for n in group.places]
+        return [
+            r
+            for n, end in zip(group.places, ends, strict=True)
+            for r in range(end - self.ks[n] - 1, end)
+        ]
+
+    def drafts(self, group: Group, ids: mx.array) -> mx.array:
+        """A group's drafts among the ids of all rows."""
+        first = [sum(self.counts[:n]) for n in range(len(self.ks))]
+        return picked(ids, [r for r in self.rows(group) if r not in first])
+
+
 class RecordedRound:
     """A round with ks[n] drafts of sequence n, recorded: in one, or its two halves with the host in
     between."""
 
-    def __init__(self, each: Sequence[Parts], ks: Sequence[int]) -> None:
-        bare = [parts.without_arrays() for parts in each]
-        self.together = recorded(partial(_together, bare, ks))
-        self.draft = recorded(partial(_draft_half, bare, ks))
-        self.verify = recorded(partial(_verify_half, bare))
+    def __init__(self, each: Sequence[Parts], ks: Sequence[int], groups: Sequence[Group]) -> None:
+        open_texts = partial(_texts, [parts.without_arrays() for parts in each], ks, groups)
+        self.together = recorded(partial(_together, open_texts))
+        self.draft = recorded(partial(_draft_half, open_texts))
+        self.verify = recorded(partial(_verify_half, open_texts))
 
 
 class RecordedDraft:
     """Draft i of each of several sequences, recorded: the host stands behind each draft."""
 
-    def __init__(self, each: Sequence[Parts], i: int) -> None:
-        self.draw = recorded(partial(_draw, [parts.without_arrays() for parts in each], i))
+    def __init__(self, each: Sequence[Parts], i: int, groups: Sequence[Group]) -> None:
+        bare, ks = [parts.without_arrays() for parts in each], [i + 1] * len(each)
+        self.draw = recorded(partial(_draw, partial(_texts, bare, ks, groups), i))
 
 
 class Drawn(NamedTuple):
-    """One draft of each of several sequences."""
+    """One draft of each of several sequences, group by group."""
 
     report: mx.array  # int32 [2 * Q]: the drafts, then the flags of what they were drawn from
-    qs: tuple[Filtered, ...]  # a row each
-    drafters: tuple[list[mx.array], ...]  # what these carry on
+    qs: tuple[Filtered, ...]  # of each group, a row per sequence
+    drafters: tuple[list[mx.array], ...]  # what each sequence's carries on
 
 
-def _with_states(each: Sequence[Parts], states: Sequence[State]) -> list[Parts]:
-    return [parts.with_state(state) for parts, state in zip(each, states, strict=True)]
+def _texts(
+    bare: Sequence[Parts], ks: Sequence[int], groups: Sequence[Group], start: Start
+) -> Texts:
+    each = [parts.with_state(state) for parts, state in zip(bare, start.states, strict=True)]
+    choosers = [
+        Chooser(group.form, each[0].vocab, choices)
+        for group, choices in zip(groups, start.choices, strict=True)
+    ]
+    positions = [mx.stack([each[n].cache.length for n in group.places]) for group in groups]
+    return Texts(each, ks, groups, choosers, positions)
 
 
-def _together(each: Sequence[Parts], ks: Sequence[int], states: tuple[State, ...]) -> Played:
-    each = _with_states(each, states)
-    return complete(each, draft(each, ks, [state.primary for state in states]))
+def _together(open_texts: Callable[[Start], Texts], start: Start) -> Played:
+    texts = open_texts(start)
+    return complete(texts, draft(texts, _primary(start)))
 
 
-def _draft_half(
-    each: Sequence[Parts], ks: Sequence[int], states: tuple[State, ...]
-) -> tuple[Block, ...]:
+def _draft_half(open_texts: Callable[[Start], Texts], start: Start) -> Block:
     # A drafter's own state is that of the round's beginning until it reads what was verified
-    primaries = [state.primary for state in states]
-    return tuple(draft(_with_states(each, states), ks, primaries))
+    return draft(open_texts(start), _primary(start))
 
 
-def _verify_half(
-    each: Sequence[Parts], states: tuple[State, ...], blocks: tuple[Block, ...]
-) -> Played:
-    return complete(_with_states(each, states), blocks)
+def _verify_half(open_texts: Callable[[Start], Texts], start: Start, block: Block) -> Played:
+    return complete(open_texts(start), block)
 
 
-def _draw(
-    each: Sequence[Parts], i: int, states: tuple[State, ...], before: tuple[mx.array, ...]
-) -> Drawn:
-    """Draft i behind the tokens ``[i + 1]`` of each block so far; a state's mask is its row's."""
-    each = _with_states(each, states)
-    asked = [
-        Asked(ids[i:], ids[1:], parts.cache, parts.sampler)
-        for parts, ids in zip(each, before, strict=True)
+def _draw(open_texts: Callable[[Start], Texts], i: int, start: Start, before: mx.array) -> Drawn:
+    """Draft i behind the tokens ``[Q, i + 1]`` of each block so far; masks have a row per text."""
+    texts = open_texts(start)
+    tokens = [before[:, j] for j in range(i + 1)]
+    rows = [q for q in _propose(i, texts, tokens) if q is not None]
+    drawn = [
+        chooser.draw_drafts(q, range(len(group.places)), chooser.draft_position(position), i)
+        for q, chooser, group, position in zip(
+            rows, texts.choosers, texts.groups, texts.positions, strict=True
+        )
     ]
-    qs = _propose(i, each, asked)
-    tokens = [
-        parts.sampler.draw_draft(q, parts.cache.length, i)
-        for parts, q in zip(each, qs, strict=True)
-    ]
-    drafters = [[] if parts.drafter is None else parts.drafter.arrays for parts in each]
-    report = mx.concatenate([*tokens, *(q.flags for q in qs)])
-    return Drawn(report, tuple(qs), tuple(drafters))
+    drafters = [[] if parts.drafter is None else parts.drafter.arrays for parts in texts.each]
+    report = mx.concatenate([*drawn, *(q.flags for q in rows)])
+    return Drawn(report, tuple(rows), tuple(drafters))
 
 
-def draft(each: Sequence[Parts], ks: Sequence[int], primaries: Sequence[mx.array]) -> list[Block]:
+def _primary(start: Start) -> mx.array:
+    return packed([state.primary for state in start.states])
+
+
+def draft(texts: Texts, primary: mx.array) -> Block:
     """Draw k drafts behind each primary token, each from what the sequence's drafter proposes."""
-    blocks = [[primary] for primary in primaries]
-    rows: list[list[Filtered]] = [[] for _ in each]
+    ks, groups = texts.ks, texts.groups
+    order = [(n, 0) for n in range(len(ks))]  # sequence of each token, and its place in the block
+    tokens = [primary]  # of each step
+    qs: list[list[Filtered]] = [[] for _ in groups]
+    positions = [
+        chooser.draft_position(position)
+        for chooser, position in zip(texts.choosers, texts.positions, strict=True)
+    ]
     for i in range(max(ks)):
-        drafting = [n for n, k in enumerate(ks) if i < k]
-        own = [each[n] for n in drafting]
-        asked = [
-            Asked(blocks[n][i], mx.concatenate(blocks[n])[1:], each[n].cache, each[n].sampler)
-            for n in drafting
-        ]
-        for n, row in zip(drafting, _propose(i, own, asked), strict=True):
-            rows[n].append(row)
-            blocks[n].append(each[n].sampler.draw_draft(row, each[n].cache.length, i))
-    return [_block(tokens, q) for tokens, q in zip(blocks, rows, strict=True)]
+        rows, drawn = _propose(i, texts, tokens), []
+        for g, group in enumerate(groups):
+            if (q := rows[g]) is not None:
+                own = [j for j, n in enumerate(group.places) if i < ks[n]]
+                qs[g].append(q)
+                drawn.append(texts.choosers[g].draw_drafts(q, own, positions[g], i))
+        tokens.append(packed(drawn))
+        order += [(n, i + 1) for n in _drafting(texts, i)]
+    ids = picked(packed(tokens), _sorted(order))
+    of_groups = []
+    for group, parts in zip(groups, qs, strict=True):
+        drafted = [(n, i) for n, i in order if i and n in group.places]
+        of_groups.append(_joined(parts, _sorted(drafted)) if drafted else None)
+    return Block(ids, tuple(of_groups))
 
 
-def _propose(i: int, each: Sequence[Parts], asked: Sequence[Asked]) -> list[Filtered]:
-    """Draft i's distribution of each sequence; drafters of one kind propose together."""
-    found: dict[int, Filtered] = {}
-    for kind in dict.fromkeys(type(parts.drafter) for parts in each):
-        own = [n for n, parts in enumerate(each) if type(parts.drafter) is kind]
-        drafters = [drafter for n in own if (drafter := each[n].drafter) is not None]
-        rows = drafters[0].propose(i, drafters, [asked[n] for n in own])
-        found.update(zip(own, rows, strict=True))
-    return [found[n] for n in range(len(each))]
+def _drafting(texts: Texts, i: int) -> list[int]:
+    """The sequences that have a draft i."""
+    return [n for n, k in enumerate(texts.ks) if i < k]
 
 
-def _block(tokens: list[mx.array], rows: list[Filtered]) -> Block:
-    if not rows:
-        return Block(tokens[0], mx.zeros(0, mx.int32), None)
-    ids = mx.concatenate(tokens)
-    q = Filtered(*(mx.concatenate(list(part)) for part in zip(*rows, strict=True)))
-    return Block(ids, ids[1:], q)
+def _sorted(keys: Sequence[tuple[int, int]]) -> list[int]:
+    """Places of keys in rising order."""
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
-def complete(each: Sequence[Parts], blocks: Sequence[Block]) -> Played:
+def _joined(parts: Sequence[Filtered], places: Sequence[int]) -> Filtered:
+    """Rows at these places of parts behind one another, which may be of unlike widths."""
+    width = max(part.ids.shape[1] for part in parts)
+    each = zip(*(widened(part, width) for part in parts), strict=True)
+    return Filtered(*(picked(packed(list(part)), places) for part in each))
+
+
+def widened(rows: Filtered, width: int) -> Filtered:
+    """The same with more candidates, which are none."""
+    if (more := width - rows.ids.shape[1]) == 0:
+        return rows
+    wider = [(0, 0), (0, more)]
+    ids = mx.pad(rows.ids, wider, constant_values=NO_TOKEN)
+    return Filtered(ids, mx.pad(rows.probs, wider), rows.flags)
+
+
+def _propose(i: int, texts: Texts, tokens: Sequence[mx.array]) -> list[Filtered | None]:
+    """Draft i's distributions of each group that has one; drafters of one kind propose together."""
+    drafting = _drafting(texts, i)
+    newest = picked(tokens[-1], [_drafting(texts, i - 1).index(n) for n in drafting])
+    parts: list[list[Filtered]] = [[] for _ in texts.groups]
+    order: list[list[tuple[int, int]]] = [[] for _ in texts.groups]
+    for kind in dict.fromkeys(type(texts.each[n].drafter) for n in drafting):
+        own = [n for n in drafting if type(texts.each[n].drafter) is kind]
+        drafters = [drafter for n in own if (drafter := texts.each[n].drafter) is not None]
+        asked = Asked(
+            picked(newest, [drafting.index(n) for n in own]),
+            [texts.each[n].cache for n in own],
+            partial(_filter_drafts, i, texts, own, tokens[1:]),
+        )
+        rest = own
+        for rows in drafters[0].propose(i, drafters, asked):
+            theirs, rest = rest[: rows.ids.shape[0]], rest[rows.ids.shape[0] :]
+            [g] = [g for g, group in enumerate(texts.groups) if theirs[0] in group.places]
+            parts[g].append(rows)
+            order[g] += [(n, i) for n in theirs]
+    return [_joined(p, _sorted(o)) if p else None for p, o in zip(parts, order, strict=True)]
+
+
+def _filter_drafts(
+    i: int, texts: Texts, own: Sequence[int], drafts: Sequence[mx.array], logits: mx.array | Logits
+) -> list[Filtered]:
+    """Distributions of draft i of these sequences, a part per group; ``drafts`` are those of all
+    before it, step by step."""
+    parts = []
+    for group, chooser in zip(texts.groups, texts.choosers, strict=True):
+        rows = [r for r, n in enumerate(own) if n in group.places]
+        owner = [group.places.index(own[r]) for r in rows]
+        before = None
+        if i and chooser.form.penalises:
+            order = [(n, j) for j in range(i) for n in _drafting(texts, j)]
+            known = [(n, j) for n in group.places for j in range(i)]
+            before = _table(
+                packed(drafts), [order.index(at) if at in order else -1 for at in known], i
+            )
+        if rows:
+            own_rows = chooser.for_texts(owner)
+            parts.append(own_rows.filter(rows_at(logits, rows), owner, before, [i] * len(rows)))
+    return parts
+
+
+def _table(tokens: mx.array, places: Sequence[int], width: int) -> mx.array:
+    """Tokens at these places in rows of that width, NO_TOKEN where a place is -1."""
+    if -1 in places:
+        tokens = mx.concatenate([tokens, mx.array([NO_TOKEN], dtype=mx.int32)])
+        places = [tokens.shape[0] - 1 if at < 0 else at for at in places]
+    return picked(tokens, places).reshape(-1, width)
+
+
+def complete(texts: Texts, block: Block) -> Played:
     """Verify a block of each sequence, accept, commit."""
-    logits, hidden, ps = verify(each, blocks)
-    reports, outcomes = [], []
-    for parts, block, rows, own, p in zip(each, blocks, logits, hidden, ps, strict=True):
-        accepted, token = accept(parts, block, p)
-        commit(parts, own, accepted, block.ids.shape[0])
-        reports.append(_report(parts, block, rows, p, accepted, token))
-        outcomes.append(_outcome(parts, token))
-    return Played(packed(reports), tuple(outcomes))
+    logits, hidden, ps = verify(texts, block)
+    drafts = [texts.drafts(group, block.ids) for group in texts.groups]
+    decided = [
+        chooser.accept(p, q, own, position, [texts.ks[n] for n in group.places])
+        for group, chooser, position, p, q, own in zip(
+            texts.groups, texts.choosers, texts.positions, ps, block.qs, drafts, strict=True
+        )
+    ]
+    accepted, token = (packed(list(each)) for each in zip(*decided, strict=True))
+    firsts = apart(token, [1] * len(texts.ks))
+    kept = [n.squeeze() for n in apart(accepted, [1] * len(texts.ks))]
+    for parts, k, own, n in zip(texts.each, texts.ks, hidden, kept, strict=True):
+        commit(parts, own, n, k + 1)
+    report = Report.pack(
+        accepted,
+        token,
+        packed([p.flags for p in ps]),
+        packed(drafts),
+        [q.flags for q in block.qs if q is not None],
+        _logprobs(texts, logits, block, kept, firsts),
+    )
+    each = zip(texts.each, firsts, strict=True)
+    return Played(report, tuple([_outcome(parts, first) for parts, first in each]))
 
 
-def verify(
-    each: Sequence[Parts], blocks: Sequence[Block]
-) -> tuple[list[mx.array | Logits], list[mx.array], list[Filtered]]:
-    """Of each block's k + 1 rows: the target's logits, hidden vectors and distributions.
+def verify(texts: Texts, block: Block) -> tuple[mx.array | Logits, list[mx.array], list[Filtered]]:
+    """The target's logits of all rows, the hidden vectors of each sequence's, and distributions of
+    each group's.
 
-    The logits of several sequences are made only where one reports log-probabilities.
+    Logits are made only where a sequence reports log-probabilities.
     """
-    counts = [block.ids.shape[0] for block in blocks]
+    each = texts.each
     wanted = [() if parts.drafter is None else parts.drafter.taps for parts in each]
     taps = tuple(dict.fromkeys(tap for own in wanted for tap in own))
     caches = [parts.cache for parts in each]
-    logits, hidden = each[0].target.forward([block.ids for block in blocks], caches, taps)
-    samplers, drafts = [parts.sampler for parts in each], [block.drafts for block in blocks]
-    ps = filter_together(logits, samplers, drafts)
-    rows: list[mx.array | Logits] = [logits] * len(each)
-    if len(each) > 1 and any(s.sampling.logprobs is not None for s in samplers):
-        rows = [*apart(whole(logits), counts)]
-    owns = zip(apart(hidden, counts), wanted, strict=True)
-    return rows, [_tapped(own, taps, theirs) for own, theirs in owns], ps
+    logits, hidden = each[0].target.forward(apart(block.ids, texts.counts), caches, taps)
+    if any(parts.logprobs is not None for parts in each):
+        logits = whole(logits)
+    ps = [
+        _filter_rows(texts, group, chooser, logits, block)
+        for group, chooser in zip(texts.groups, texts.choosers, strict=True)
+    ]
+    owns = zip(apart(hidden, texts.counts), wanted, strict=True)
+    return logits, [_tapped(own, taps, theirs) for own, theirs in owns], ps
+
+
+def _filter_rows(
+    texts: Texts, group: Group, chooser: Chooser, logits: mx.array | Logits, block: Block
+) -> Filtered:
+    """The target's distributions of a group's rows."""
+    ks = [texts.ks[n] for n in group.places]
+    owner = [j for j, k in enumerate(ks) for _ in range(k + 1)]
+    before = [t for k in ks for t in range(k + 1)]
+    drafts = None
+    if any(ks) and chooser.form.penalises:
+        firsts = [sum(ks[:j]) for j in range(len(ks))]
+        places = [
+            first + t if t < k else -1
+            for first, k in zip(firsts, ks, strict=True)
+            for t in range(max(ks))
+        ]
+        drafts = _table(texts.drafts(group, block.ids), places, max(ks))
+    return chooser.filter(rows_at(logits, texts.rows(group)), owner, drafts, before)
 
 
 def _tapped(hidden: mx.array, taps: tuple[int, ...], wanted: tuple[int, ...]) -> mx.array:
@@ -254,44 +404,49 @@ def _tapped(hidden: mx.array, taps: tuple[int, ...], wanted: tuple[int, ...]) ->
     return mx.concatenate([last, *(layers[taps.index(tap)] for tap in wanted)], axis=-1)
 
 
-def accept(parts: Parts, block: Block, p: Filtered) -> tuple[mx.array, mx.array]:
-    """How many drafts are kept, int32 ``[]``, and the token that follows them, ``[1]``."""
-    position = parts.cache.length  # of the block's first token
-    if block.q is None:
-        return mx.array(0, mx.int32), parts.sampler.draw(p, position, 1)
-    return parts.sampler.accept(p, block.q, block.drafts, position)
-
-
 def commit(parts: Parts, hidden: mx.array, accepted: mx.array, rows: int) -> None:
-    """Keep the primary token and the accepted drafts of a block of so many rows."""
+    """Keep the primary token and the accepted drafts, int32 [], of a block of so many rows."""
     parts.cache.commit(accepted + 1, parts.cache.length_limit + rows)
     if parts.drafter is not None:
         parts.drafter.read(hidden, accepted)
 
 
-def first(parts: Parts, logits: mx.array | Logits) -> Played:
+def first(
+    parts: Parts, sampler: Sampler, logits: mx.array | Logits, masks: mx.array | None = None
+) -> Played:
     """The token after the prefill, from its last row: logits ``[1, V]``."""
-    p, none = parts.sampler.filter(logits), mx.array(0, mx.int32)
-    token = parts.sampler.draw(p, parts.cache.length)
-    block = Block(token, mx.zeros(0, mx.int32), None)
-    return Played(_report(parts, block, logits, p, none, token), (_outcome(parts, token),))
+    chooser = Chooser.of([sampler])
+    chooser = replace(chooser, choices=chooser.choices._replace(masks=masks))
+    p = chooser.filter(logits, [0])
+    token = chooser.draw(p, parts.cache.length[None])
+    none = mx.zeros(1, dtype=mx.int32)
+    values = [] if parts.logprobs is None else [logprobs(logits, token, parts.logprobs)]
+    return Played(
+        Report.pack(none, token, p.flags, none[:0], [], values), (_outcome(parts, token),)
+    )
 
 
-def _report(
-    parts: Parts,
-    block: Block,
+def _logprobs(
+    texts: Texts,
     logits: mx.array | Logits,
-    p: Filtered,
-    accepted: mx.array,
-    token: mx.array,
-) -> mx.array:
-    chosen = token  # per row: the draft that follows it, or what took its place
-    if block.q is not None and parts.sampler.sampling.logprobs is not None:
-        k = block.drafts.shape[0]
-        drafts_and_token = mx.concatenate([block.drafts, token])
-        chosen = mx.where(mx.arange(k + 1) == accepted, token, drafts_and_token)
-    logprobs = parts.sampler.logprobs(logits, chosen)
-    return Report.pack(accepted, token, p, block.drafts, block.q, logprobs)
+    block: Block,
+    kept: Sequence[mx.array],
+    tokens: Sequence[mx.array],
+) -> list[mx.array]:
+    """Those of each sequence that reports some."""
+    found = []
+    ends = [sum(texts.counts[: n + 1]) for n in range(len(texts.ks))]
+    for parts, k, end, accepted, token in zip(
+        texts.each, texts.ks, ends, kept, tokens, strict=True
+    ):
+        if parts.logprobs is None:
+            continue
+        rows, chosen = range(end - k - 1, end), token
+        if k:  # per row: the draft that follows it, or what took its place
+            drafts_and_token = mx.concatenate([picked(block.ids, rows[1:]), token])
+            chosen = mx.where(mx.arange(k + 1) == accepted, token, drafts_and_token)
+        found.append(logprobs(rows_at(logits, rows), chosen, parts.logprobs))
+    return found
 
 
 def _outcome(parts: Parts, token: mx.array) -> Outcome:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
 
 from pyengine import ops
 from pyengine.model.linear import Linear
+from pyengine.model.rows import picked
 from pyengine.ops.filter_logits import Filtered
 
 
@@ -43,10 +44,10 @@ class Logits:
     def filter(self, **settings: Any) -> Filtered:
         """What :func:`pyengine.ops.filter_logits` makes of them with these settings.
 
-        In one op with the product, where the matrix is quantised and top-k or greedy.
+        In one op with the product, where the matrix is quantised and the width is not V.
         """
         packed = self.table.packed
-        if packed is None or (settings["top_k"] == 0 and settings["temperature"] != 0):
+        if packed is None or settings.get("width", settings["top_k"]) == 0:
             return ops.filter_logits(self.array, **settings)
         packing = (self.table.group_size, self.table.bits)
         return ops.quantized_filter_logits(
@@ -54,6 +55,20 @@ class Logits:
         )
 
 
+def candidates(logits: mx.array | Logits, **settings: Any) -> Filtered:
+    """:func:`pyengine.ops.filter_logits` of logits that are made or wait."""
+    filter = logits.filter if isinstance(logits, Logits) else partial(ops.filter_logits, logits)
+    return filter(**settings)
+
+
 def whole(logits: mx.array | Logits) -> mx.array:
     """All logits, from a model that makes them or from one that waits."""
     return logits.array if isinstance(logits, Logits) else logits
+
+
+def rows_at(logits: mx.array | Logits, places: Sequence[int]) -> mx.array | Logits:
+    """Rows at places that the host knows; none of them is made for it."""
+    if not isinstance(logits, Logits):
+        return picked(logits, places)
+    hidden = picked(logits.hidden, places)
+    return logits if hidden is logits.hidden else replace(logits, hidden=hidden)

@@ -22,3 +22,14 @@ def apart(rows: mx.array, counts: Sequence[int]) -> list[mx.array]:
         return [rows]
     ends = [sum(counts[: n + 1]) for n in range(len(counts) - 1)]
     return list(mx.split(rows, ends))
+
+
+def picked(rows: mx.array, places: Sequence[int]) -> mx.array:
+    """Rows at places that the host knows; all of them in their order are what is there."""
+    count, places = rows.shape[0], list(places)
+    if places == list(range(count)):
+        return rows
+    first = places[0] if places else 0
+    if places == list(range(first, first + len(places))):
+        return rows[first : first + len(places)]
+    return mx.take(rows, mx.array(places, dtype=mx.int32), axis=0)

@@ -1,4 +1,7 @@
-from typing import Literal, NamedTuple, cast
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
@@ -20,51 +23,58 @@ def accept_block(
     drafts: mx.array,
     position: mx.array,
     seed: mx.array,
+    rule: mx.array,
     *,
-    rule: str,
+    counts: Sequence[int],
     vocab: int,
 ) -> tuple[mx.array, mx.array]:
-    """Decide how many drafts of a block are kept, and draw the token that follows them.
+    """Decide how many drafts of each of Q blocks are kept, and draw the token that follows them.
 
-    * ``residual``: draft i is kept iff those before it were and ``u < p(d) / q(d)``; the next token
-      is drawn from ``(p - q)+``.
-    * ``block``: with ``a[0] = 1``, ``a[i] = min(1, a[i - 1] p(d) / q(d))``, ``s[i]`` the mass of
-      ``(a[i] p - q)+`` in row i and ``h[i] = s[i] / (s[i] + 1 - a[i])``, ``h[k] = a[k]``: the
+    Rows of all blocks stand behind one another. Of a block with k drafts:
+
+    * ``residual`` (0): draft i is kept iff those before it were and ``u < p(d) / q(d)``; the next
+      token is drawn from ``(p - q)+``.
+    * ``block`` (1): with ``a[0] = 1``, ``a[i] = min(1, a[i - 1] p(d) / q(d))``, ``s[i]`` the mass
+      of ``(a[i] p - q)+`` in row i and ``h[i] = s[i] / (s[i] + 1 - a[i])``, ``h[k] = a[k]``: the
       largest i with ``u[i] < h[i]`` drafts are kept; the next token is drawn from
       ``(a[i] p - q)+``. It keeps at least as many as ``residual`` on average.
-    * ``coupled``: row t draws the token that :func:`draw_token` gives with shared noise at
+    * ``coupled`` (2): row t draws the token that :func:`draw_token` gives with shared noise at
       ``position + 1 + t``; drafts are kept while they are that token, and the first that differs is
       replaced by it. The text is that of plain decoding.
 
-    After k kept drafts the next token is drawn from p's last row. Where a correction has no mass
-    (p = q), the row of p stands in. Uniforms come from the counter (position, index). On a GPU
-    plain MLX serves more than 128 drafts or 256 candidates, with an order of addition of its own.
+    After k kept drafts the next token is drawn from p's last row; a block without drafts draws its
+    own as ``coupled`` does, whatever its rule. Where a correction has no mass (p = q), the row of p
+    stands in. Uniforms come from the counter (position, index). On a GPU plain MLX serves more than
+    128 drafts in a block, 256 candidates or 1000 blocks, with an order of addition of its own, and
+    calls without drafts.
 
     Args:
-        p_ids: The target's candidates, int32 ``[k + 1, n]``; row i follows i drafts.
-        p_probs: float32 ``[k + 1, n]``.
-        q_ids: The assistant's candidates, int32 ``[k, m]``; draft i was drawn from row i. k is at
-            least 1.
-        q_probs: float32 ``[k, m]``.
-        drafts: int32 ``[k]``.
-        position: Absolute position of the block's first token, int32 ``[]``.
-        seed: uint32 ``[]``.
-        rule: One of the three above.
+        p_ids: The target's candidates, int32 ``[R, n]``: k + 1 rows per block; its row i follows i
+            drafts. Rows may be padded with ids below 0 of probability 0.
+        p_probs: float32 ``[R, n]``.
+        q_ids: The assistant's candidates, int32 ``[R - Q, m]``: k rows per block; draft i was drawn
+            from row i. Padded likewise.
+        q_probs: float32 ``[R - Q, m]``.
+        drafts: int32 ``[R - Q]``.
+        position: Absolute position of each block's first token, int32 ``[Q]``.
+        seed: uint32 ``[Q]``.
+        rule: Place in :data:`RULES`, int32 ``[Q]``.
+        counts: k + 1 of each of the Q blocks.
         vocab: V, at most 2097152. Ids lie below it; a correction is drawn as if q had none of those
             that do not.
 
     Returns:
-        The number of drafts kept, int32 ``[]``, which is also the row whose hidden vector the next
-        draft starts from; and the next token, int32 ``[1]``.
+        The number of drafts kept, int32 ``[Q]``, which is also the block's row whose hidden vector
+        the next draft starts from; and the next tokens, int32 ``[Q]``.
 
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
 
     Source: arXiv:2211.17192 and arXiv:2302.01318 (residual), arXiv:2403.10444 (block).
     """
-    args = (p_ids, p_probs, q_ids, q_probs, drafts, position, seed)
-    out = _ext.accept_block(*args, rule, vocab)
-    accepted, token = run(out, accept_block_reference, *args, rule=rule, vocab=vocab)
+    args = (p_ids, p_probs, q_ids, q_probs, drafts, position, seed, rule)
+    out = _ext.accept_block(*args, counts, vocab)
+    accepted, token = run(out, accept_block_reference, *args, counts=counts, vocab=vocab)
     return accepted, token
 
 
@@ -76,24 +86,64 @@ def accept_block_reference(
     drafts: mx.array,
     position: mx.array,
     seed: mx.array,
+    rule: mx.array,
     *,
-    rule: str,
+    counts: Sequence[int],
     vocab: int,
 ) -> tuple[mx.array, mx.array]:
-    """The same in plain MLX, equal bit for bit; all arrays may have leading dimensions."""
-    p, q = Rows(p_ids, p_probs), Rows(q_ids, q_probs)
-    index = mx.arange(p_ids.shape[-2], dtype=mx.uint32)
+    """The same in plain MLX, equal bit for bit."""
+    each, row = [], 0
+    for n, count in enumerate(counts):
+        of_p, of_q = slice(row, row + count), slice(row - n, row - n + count - 1)
+        p, q = Rows(p_ids[of_p], p_probs[of_p]), Rows(q_ids[of_q], q_probs[of_q])
+        each.append(_accept_any(rule[n], p, q, drafts[of_q], position[n], seed[n], vocab))
+        row += count
+    accepted, tokens = zip(*each, strict=True)
+    return mx.stack(list(accepted)), mx.stack(list(tokens))
+
+
+def _accept_any(
+    rule: mx.array,
+    p: Rows,
+    q: Rows,
+    drafts: mx.array,
+    position: mx.array,
+    seed: mx.array,
+    vocab: int,
+) -> tuple[mx.array, mx.array]:
+    """:func:`accept_one` by a rule that the device alone may know."""
+    if drafts.size == 0:
+        return accept_one("coupled", p, q, drafts, position, seed, vocab)
+    each = [accept_one(name, p, q, drafts, position, seed, vocab) for name in RULES]
+
+    def by_rule(residual: mx.array, block: mx.array, coupled: mx.array) -> mx.array:
+        return mx.where(rule == 0, residual, mx.where(rule == 1, block, coupled))
+
+    accepted, tokens = zip(*each, strict=True)
+    return by_rule(*accepted), by_rule(*tokens)
+
+
+def accept_one(
+    rule: Rule,
+    p: Rows,
+    q: Rows,
+    drafts: mx.array,
+    position: mx.array,
+    seed: mx.array,
+    vocab: int,
+) -> tuple[mx.array, mx.array]:
+    """The drafts kept of one block, ``[]``, and the token behind them, ``[]``; all arrays may have
+    leading dimensions."""
+    index = mx.arange(p.ids.shape[-2], dtype=mx.uint32)
     position, seed = position[..., None].astype(mx.uint32), seed[..., None]
     if rule == "coupled":
         at = (position + 1 + index)[..., None]
-        times = exponential(uniforms(at, p_ids, seed[..., None], Purpose.PLAIN))
-        accepted, token = accept_coupled(p, drafts, times)
-    else:
-        u_accept, u_next = (
-            uniforms(position, index, seed, use) for use in (Purpose.ACCEPT, Purpose.CORRECT)
-        )
-        accepted, token = accept(cast(Rule, rule), p, q, drafts, u_accept[..., :-1], u_next, vocab)
-    return accepted, token[..., None]
+        times = exponential(uniforms(at, p.ids, seed[..., None], Purpose.PLAIN))
+        return accept_coupled(p, drafts, times)
+    u_accept, u_next = (
+        uniforms(position, index, seed, use) for use in (Purpose.ACCEPT, Purpose.CORRECT)
+    )
+    return accept(rule, p, q, drafts, u_accept[..., :-1], u_next, vocab)
 
 
 class Rows(NamedTuple):

@@ -10,57 +10,53 @@ def draw_token(
     ids: mx.array,
     probs: mx.array,
     position: mx.array,
+    index: mx.array,
     seed: mx.array,
-    *,
-    index: int = 0,
-    shared: bool,
+    shared: mx.array,
 ) -> mx.array:
-    """Draw one token from each row of candidates.
+    """Draw one token from each row of candidates, rows of one or of several sequences.
 
-    Shared noise is a race: candidate x of row t gets ``-log(1 - u) / probs``, u from the counter
-    (position + index + t, x), and the smallest wins (of equals the first). The winner depends on
-    the seed, the absolute position and the distribution alone, and two rows of like probabilities
+    Shared noise is a race: candidate x of a row gets ``-log(1 - u) / probs``, u from the counter
+    (position + index, x), and the smallest wins (of equals the first). The winner depends on the
+    seed, the absolute position and the distribution alone, and two rows of like probabilities
     mostly draw alike. Otherwise the distribution function is inverted at u of the counter
-    (position, index + t), in the order of the candidates.
+    (position, index), in the order of the candidates.
 
     Args:
-        ids: Candidates, int32 ``[T, n]``.
-        probs: Their probabilities, float32 ``[T, n]``; rows need not be normalised, and what has
-            probability 0 is not drawn.
-        position: int32 ``[]``; its 32 bits are what counts, so any will do.
-        seed: uint32 ``[]``.
-        index: Added to the position (shared) or counted within it; 0 or more and below 2**30.
-        shared: Which of the two draws.
+        ids: Candidates, int32 ``[R, n]``.
+        probs: Their probabilities, float32 ``[R, n]``; rows need not be normalised, and what has
+            probability 0 is not drawn, so rows may be padded with it.
+        position: int32 ``[R]``; its 32 bits are what counts, so any will do.
+        index: Added to the position (shared) or counted within it, int32 ``[R]``.
+        seed: uint32 ``[R]``.
+        shared: Which of the two draws, bool ``[R]``.
 
     Returns:
-        int32 ``[T]``.
+        int32 ``[R]``.
 
     Raises:
-        ValueError: A shape, dtype or limit above does not hold.
+        ValueError: A shape or dtype above does not hold.
     """
-    out = _ext.draw_token(ids, probs, position, seed, index, shared)
-    args = (ids, probs, position, seed)
-    return run(out, draw_token_reference, *args, index=index, shared=shared)
+    args = (ids, probs, position, index, seed, shared)
+    return run(_ext.draw_token(*args), draw_token_reference, *args)
 
 
 def draw_token_reference(
     ids: mx.array,
     probs: mx.array,
     position: mx.array,
+    index: mx.array,
     seed: mx.array,
-    *,
-    index: int = 0,
-    shared: bool,
+    shared: mx.array,
 ) -> mx.array:
     """The same in plain MLX, equal bit for bit; all arguments may have leading dimensions."""
     if ids.size == 0:  # MLX reduces no empty array
         return mx.zeros(ids.shape[:-1], dtype=mx.int32)
-    rows = mx.arange(index, index + ids.shape[-2], dtype=mx.uint32)
-    position, seed = position[..., None].astype(mx.uint32), seed[..., None]
-    if shared:
-        u = uniforms((position + rows)[..., None], ids, seed[..., None], Purpose.PLAIN)
-        return race(ids, probs, exponential(u))
-    return invert(ids, probs, uniforms(position, rows, seed, Purpose.DRAFT))
+    position, index = position.astype(mx.uint32), index.astype(mx.uint32)
+    u = uniforms((position + index)[..., None], ids, seed[..., None], Purpose.PLAIN)
+    raced = race(ids, probs, exponential(u))
+    inverted = invert(ids, probs, uniforms(position, index, seed, Purpose.DRAFT))
+    return mx.where(shared, raced, inverted)
 
 
 def uniforms(position: mx.array, lane: mx.array, seed: mx.array, purpose: Purpose) -> mx.array:

@@ -5,7 +5,14 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .filter_logits import Edits, Filtered, filter_logits, filter_logits_reference
+from .filter_logits import (
+    Edits,
+    Filtered,
+    Setting,
+    filter_logits,
+    filter_logits_reference,
+    settings_of,
+)
 from .quantized_matmul import quantized_matmul, quantized_matmul_reference
 from .softcap import softcap as cap_logits
 from .softcap import softcap_reference
@@ -20,10 +27,12 @@ def quantized_filter_logits(
     bits: int = 8,
     *,
     softcap: float | None = None,
-    temperature: float = 1.0,
-    top_k: int = 64,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    temperature: Setting = 1.0,
+    top_k: Setting = 64,
+    top_p: Setting = 1.0,
+    min_p: Setting = 0.0,
+    owner: mx.array | None = None,
+    width: int | None = None,
     edits: Edits | None = None,
 ) -> Filtered:
     """Multiply rows by a vocabulary matrix and keep the candidates alone: no logits are stored.
@@ -36,7 +45,7 @@ def quantized_filter_logits(
     memory.
 
     Args:
-        x: ``[T, E]``, float32, float16 or bfloat16; any strides; E is a multiple of
+        x: ``[R, E]``, float32, float16 or bfloat16; any strides; E is a multiple of
             ``group_size``.
         w: uint32 ``[V, E * bits / 32]``, as ``mx.quantize`` packs it.
         scales: ``[V, E / group_size]``, dtype of ``x``.
@@ -44,10 +53,12 @@ def quantized_filter_logits(
         group_size: 32, 64 or 128 weights share a scale and a bias.
         bits: 8, 6 or 4 per weight.
         softcap: Bends the logits, above 0; None is off.
-        temperature: 0 keeps the best candidate alone.
-        top_k: 1 to 256 candidates a row; also 0 where the temperature is 0.
-        top_p: As :func:`filter_logits`.
-        min_p: As :func:`filter_logits`.
+        temperature: This and what follows as :func:`filter_logits`.
+        top_k: 1 or more; as a number also 0 where the temperature is 0.
+        top_p: For a sequence or for all.
+        min_p: For a sequence or for all.
+        owner: Sequence of each row, int32 ``[R]``; None: all are the first one's.
+        width: The largest ``top_k``, 1 to 256.
         edits: Sparse changes of the capped logits; an id outside of 0 to V - 1 changes nothing.
 
     Returns:
@@ -57,18 +68,12 @@ def quantized_filter_logits(
         ValueError: A shape, dtype or limit above does not hold.
     """
     args = (x, w, scales, biases, group_size, bits)
-    settings = (softcap, temperature, top_k, top_p, min_p)
-    outs = _ext.quantized_filter_logits(*args, *settings, *(edits or ()))
-    options = {
-        "softcap": softcap,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "edits": edits,
-    }
+    rows, given = x.shape[0] if x.ndim else 0, (temperature, top_k, top_p, min_p)
+    settings = settings_of("quantized_filter_logits", rows, *given, owner, width, edits)
+    out = _ext.quantized_filter_logits(*args, softcap, *settings, *(edits or ()))
+    options = {"softcap": softcap, **settings._asdict(), "edits": edits}
     reference = quantized_filter_logits_reference
-    return Filtered(*run(outs, reference, *args, otherwise=_one_by_one, **options))
+    return Filtered(*run(out, reference, *args, otherwise=_one_by_one, **options))
 
 
 def _one_by_one(
@@ -97,18 +102,12 @@ def quantized_filter_logits_reference(
     bits: int = 8,
     *,
     softcap: float | None = None,
-    temperature: float = 1.0,
-    top_k: int = 64,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    edits: Edits | None = None,
+    **settings: Any,
 ) -> Filtered:
-    """The same in plain MLX."""
+    """The same in plain MLX; ``settings`` as :func:`filter_logits_reference`."""
     logits = quantized_matmul_reference(
         x, w, scales, biases, group_size, bits, out_dtype=mx.float32
     )
     if softcap is not None:
         logits = softcap_reference(logits, softcap)
-    return filter_logits_reference(
-        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, edits=edits
-    )
+    return filter_logits_reference(logits, **settings)

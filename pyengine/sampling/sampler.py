@@ -1,29 +1,35 @@
-"""Sampling settings bound to one text: edit logits, filter them, draw, accept.
+"""How the tokens of several texts are chosen: edit logits, filter them, draw, accept.
 
 A distribution over the vocabulary is held as its candidates, best first: at most ``top_k`` ids per
 row when top-k is on, all V otherwise. Greedy decoding is the distribution with one candidate of
-probability 1, so no rule needs a second form for it. Nothing here evaluates an array.
+probability 1, so no rule needs a second form for it.
+
+What the settings of a text are is in arrays, an entry per text, so that one graph serves whoever
+is in a round. The host part of a text is its :class:`Sampler`; a :class:`Chooser` is the texts of a
+round, and nothing in it evaluates an array.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from pyengine import ops
-from pyengine.model.head import Logits, whole
-from pyengine.model.rows import apart
+from pyengine.model.head import Logits, candidates, whole
+from pyengine.model.rows import packed, picked
+from pyengine.ops.accept_block import RULES
 from pyengine.ops.filter_logits import Edits, Filtered
 from pyengine.sampling.mask import filter_masked
 from pyengine.sampling.settings import Sampling
 
 # Lists of edited logits grow in steps, so that few rounds differ in their shapes
 LIST_STEP = 64
+NO_TOKEN = -1  # pads lists; no id of a vocabulary
 
 
 class Logprob(NamedTuple):
@@ -35,7 +41,7 @@ class Logprob(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """The tokens whose logits are edited, ``[L]`` each, ids rising; the last may repeat."""
+    """The tokens whose logits are edited, ``[Q, L]`` each, ids rising; NO_TOKEN comes first."""
 
     ids: mx.array  # int32
     counts: mx.array  # in the text, float32
@@ -44,12 +50,7 @@ class Listed(NamedTuple):
 
 
 class Sampler:
-    """How the tokens of one text are chosen: its settings, its seed, and the tokens so far.
-
-    The host keeps what the settings ask to know of the text (:meth:`add`); a round gets it and the
-    seed as arrays (:attr:`listed`, :meth:`with_arrays`), and all other methods build on those.
-    Where a grammar says what may come next, :attr:`masks` has a row for each row that is filtered,
-    see :func:`pyengine.sampling.mask.filter_masked`.
+    """What the host knows of how the tokens of one text are chosen: settings, tokens so far.
 
     Args:
         sampling: The settings; with a seed, unless they are greedy.
@@ -72,186 +73,288 @@ class Sampler:
             raise ValueError("[sampling] suppress_tokens must leave a token but got all.")
         self.sampling = sampling
         self.vocab = vocab
-        self.seed = mx.array(sampling.seed or 0, dtype=mx.uint32)
-        self._penalises = sampling.penalises
+        self.penalises = sampling.penalises
         self._bias = dict(sampling.logit_bias) | dict.fromkeys(sampling.suppress_tokens, -math.inf)
         self._counts: Counter[int] = Counter()
-        self._ids = {*self._bias, *(prompt if self._penalises else ())}
+        self._ids = {*self._bias, *(prompt if self.penalises else ())}
         self._seen = set(prompt)
-        self.listed = self._list()
-        self.masks: mx.array | None = None
+        self._made: Listed | None = None
+
+    @property
+    def top_k(self) -> int:
+        """Candidates of a row, 0 for all."""
+        return 1 if self.sampling.greedy else self.sampling.top_k
+
+    @property
+    def most_listed(self) -> int:
+        """Room for the tokens to edit in the next round; 0 where there are none."""
+        return -(-len(self._ids) // LIST_STEP) * LIST_STEP
 
     def add(self, tokens: Iterable[int]) -> None:
         """Count tokens of the text."""
-        if self._penalises:
+        if self.penalises:
             self._counts.update(tokens)
             self._ids.update(self._counts)
-            self.listed = self._list()
+            self._made = None
 
-    def with_arrays(
-        self, seed: mx.array, listed: Listed | None, masks: mx.array | None = None
-    ) -> Sampler:
-        """The same over other arrays: those of a recorded round."""
-        other = copy.copy(self)
-        other.seed, other.listed, other.masks = seed, listed, masks
-        return other
+    def listed(self, room: int) -> Listed:
+        """The tokens to edit in the next round, ``[1, room]``."""
+        if self._made is None or self._made.ids.shape[1] != room:
+            ids = sorted(self._ids)
+            ids = [NO_TOKEN] * (room - len(ids)) + ids
+            self._made = Listed(
+                mx.array([ids], dtype=mx.int32),
+                mx.array([[float(self._counts[i]) for i in ids]]),
+                mx.array([[i in self._seen or self._counts[i] > 0 for i in ids]]),
+                mx.array([[self._bias.get(i, 0.0) for i in ids]]),
+            )
+        return self._made
 
-    @property
-    def settings(self) -> tuple[Any, ...]:
-        """What a round's graph depends on: all but what it gets as arrays."""
-        own, in_arrays = self.sampling, ("seed", "suppress_tokens", "logit_bias")
-        return tuple(value for name, value in own.__dict__.items() if name not in in_arrays)
 
-    @property
-    def edits_rows(self) -> bool:
-        """Whether logits are changed before they are filtered."""
-        return self.listed is not None or self.masks is not None
+class Settings(NamedTuple):
+    """Settings of Q texts, ``[Q]`` each."""
 
-    def _list(self) -> Listed | None:
-        """The tokens to edit in the next round; None where there are none."""
-        if not self._ids:
-            return None
-        ids = sorted(self._ids)
-        ids += ids[-1:] * (-len(ids) % LIST_STEP)
-        return Listed(
-            mx.array(ids, dtype=mx.int32),
-            mx.array([float(self._counts[i]) for i in ids]),
-            mx.array([i in self._seen or self._counts[i] > 0 for i in ids]),
-            mx.array([self._bias.get(i, 0.0) for i in ids]),
+    temperature: mx.array
+    top_k: mx.array
+    top_p: mx.array
+    min_p: mx.array
+    seed: mx.array  # uint32
+    rule: mx.array  # int32, place in RULES
+    coupled: mx.array  # bool: drafts are drawn with the noise of the token that they stand for
+    lead: mx.array  # int32, the same as a number: how far that is ahead of other drafts
+
+    @staticmethod
+    def of(samplers: Sequence[Sampler]) -> Settings:
+        each = [sampler.sampling for sampler in samplers]
+        rules = [RULES.index(s.verify) for s in each]
+        return Settings(
+            mx.array([1.0 if s.greedy else s.temperature for s in each]),
+            mx.array([sampler.top_k for sampler in samplers], dtype=mx.int32),
+            mx.array([s.top_p for s in each]),
+            mx.array([s.min_p for s in each]),
+            mx.array([s.seed or 0 for s in each], dtype=mx.uint32),
+            mx.array(rules, dtype=mx.int32),
+            mx.array([s.verify == "coupled" for s in each]),
+            mx.array([int(s.verify == "coupled") for s in each], dtype=mx.int32),
         )
 
-    def edits(self, drafts: mx.array, first: int) -> Edits | None:
-        """Penalties, bias and suppressed tokens of rows ``first`` to k.
 
-        Row t follows drafts 1 to t of its own block, so they count in it.
+class Penalties(NamedTuple):
+    """Of Q texts, float32 ``[Q, 1]`` each."""
 
-        Args:
-            drafts: The block's drafts, int32 ``[k]``; k may be 0.
-            first: First row wanted, at most k.
-        """
-        if self.listed is None:
-            return None
-        k, sampling = drafts.shape[0], self.sampling
-        rows = k + 1 - first
-        if not self._penalises:
-            shape = (rows, self.listed.ids.shape[0])
-            bias = mx.broadcast_to(self.listed.bias, shape)
-            return Edits(self.listed.ids, mx.ones(shape), bias)
-        ids, counts, seen, bias = self.listed
-        if k:
-            # A draft that is not listed yet has no count, no bias
-            match = drafts[:, None] == ids
-            known, at = match.any(axis=-1), mx.argmax(match, axis=-1)
-            ids = mx.concatenate([ids, drafts])
-            counts = mx.concatenate([counts, mx.where(known, counts[at], 0)])
-            seen = mx.concatenate([seen, known & seen[at]])
-            bias = mx.concatenate([bias, mx.where(known, bias[at], 0)])
-            own = (drafts[:, None] == ids).astype(mx.float32)  # [k, L + k]
-            before = mx.arange(k) < mx.arange(first, k + 1)[:, None]  # [rows, k]
-            own = mx.where(before[:, :, None], own, 0).sum(axis=1)
-            counts, seen = counts + own, seen | (own > 0)
-        else:
-            counts, seen = counts[None], seen[None]
-        deltas = mx.where(counts > 0, bias - sampling.presence_penalty, bias)
-        deltas = deltas - sampling.frequency_penalty * counts
-        return Edits(ids, mx.where(seen, sampling.repetition_penalty, 1.0), deltas)
+    repetition: mx.array
+    presence: mx.array
+    frequency: mx.array
+
+    @staticmethod
+    def of(samplers: Sequence[Sampler]) -> Penalties:
+        each = [sampler.sampling for sampler in samplers]
+        return Penalties(
+            mx.array([[s.repetition_penalty] for s in each]),
+            mx.array([[s.presence_penalty] for s in each]),
+            mx.array([[s.frequency_penalty] for s in each]),
+        )
+
+
+class Form(NamedTuple):
+    """What a round's graph depends on of the settings of texts; their values are in arrays."""
+
+    width: int  # the largest top_k; 0: all V
+    room: int  # L, 0 where no text edits
+    penalises: bool
+
+    @staticmethod
+    def of(samplers: Sequence[Sampler]) -> Form:
+        return Form(
+            0 if any(s.top_k == 0 for s in samplers) else max(s.top_k for s in samplers),
+            max(sampler.most_listed for sampler in samplers),
+            any(sampler.penalises for sampler in samplers),
+        )
+
+
+class Choices(NamedTuple):
+    """What a round is told of its texts: arrays that a recorded one gets anew."""
+
+    settings: Settings
+    penalties: Penalties | None  # None where no text penalises
+    listed: tuple[Listed, ...]  # [1, L] of each text; none where no text edits
+    masks: mx.array | None = None  # what grammars leave of each row, see filter_masked
+
+    @staticmethod
+    def of(samplers: Sequence[Sampler], form: Form) -> Choices:
+        penalties = Penalties.of(samplers) if form.penalises else None
+        return Choices(Settings.of(samplers), penalties, ()).with_lists(samplers, form)
+
+    def with_lists(self, samplers: Sequence[Sampler], form: Form) -> Choices:
+        """The same for the tokens so far: settings do not change."""
+        if not form.room:
+            return self
+        return self._replace(listed=tuple([s.listed(form.room) for s in samplers]))
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """How the tokens of Q texts are chosen, which all have top-k or all have none."""
+
+    form: Form
+    vocab: int
+    choices: Choices
+
+    @staticmethod
+    def of(samplers: Sequence[Sampler]) -> Chooser:
+        form = Form.of(samplers)
+        return Chooser(form, samplers[0].vocab, Choices.of(samplers, form))
 
     def filter(
-        self, logits: mx.array | Logits, drafts: mx.array | None = None, first: int = 0
+        self,
+        logits: mx.array | Logits,
+        owner: Sequence[int],
+        drafts: mx.array | None = None,
+        before: Sequence[int] = (),
     ) -> Filtered:
-        """The distribution that is sampled, of rows ``first`` to k of a block with these drafts.
-
-        Logits that are not made yet stay so, unless logprobs want them too.
+        """The distributions that are sampled. Logits that are not made yet stay so where there are
+        no masks, of which there must be one per row.
 
         Args:
-            logits: ``[k + 1 - first, V]`` float32, after the softcap.
-            drafts: int32 ``[k]``; None where there are none.
-            first: The row of the block that ``logits`` begins with.
+            logits: ``[R, V]`` float32, after the softcap.
+            owner: The text of each row.
+            drafts: Of each text's block, int32 ``[Q, K]``, NO_TOKEN past its own; None where there
+                are none. Penalties count those before a row.
+            before: How many of them stand before each row; none is the same as 0 of all.
         """
-        drafts = mx.zeros(0, mx.int32) if drafts is None else drafts
-        settings = {**self._filter, "edits": self.edits(drafts, first)}
-        if self.masks is not None:
-            return filter_masked(whole(logits), self.masks, **settings)
-        if isinstance(logits, Logits) and self.sampling.logprobs is None:
-            return logits.filter(**settings)
-        return ops.filter_logits(whole(logits), **settings)
+        settings, masks = self.choices.settings, self.choices.masks
+        how: dict[str, Any] = {
+            "temperature": settings.temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+            "min_p": settings.min_p,
+            "owner": mx.array(list(owner), dtype=mx.int32),
+            "width": self.form.width,
+            "edits": self._edits(owner, drafts, before),
+        }
+        if masks is not None:
+            return filter_masked(whole(logits), masks, **how)
+        return candidates(logits, **how)
 
-    @property
-    def _filter(self) -> dict[str, Any]:
-        names = ("temperature", "top_k", "top_p", "min_p")
-        return {name: getattr(self.sampling, name) for name in names}
+    def for_texts(self, places: Sequence[int]) -> Chooser:
+        """The same with the masks of these texts, where each text has one row."""
+        masks = self.choices.masks
+        if masks is None:
+            return self
+        return replace(self, choices=self.choices._replace(masks=picked(masks, places)))
 
-    def draw(self, row: Filtered, position: mx.array, index: int = 0) -> mx.array:
-        """Draw the token for the absolute position ``position + index``, as plain decoding does:
-        int32 ``[1]``."""
-        if self.sampling.greedy:
-            return row.ids[:, 0]
-        return ops.draw_token(row.ids, row.probs, position, self.seed, index=index, shared=True)
+    def _edits(
+        self, owner: Sequence[int], drafts: mx.array | None, before: Sequence[int]
+    ) -> Edits | None:
+        """Penalties, bias and suppressed tokens of rows."""
+        if not self.form.room:
+            return None
+        each = self.choices.listed
+        ids, counts, seen, bias = (packed(list(parts)) for parts in zip(*each, strict=True))
+        Q, R = len(each), len(owner)
 
-    def draw_draft(self, row: Filtered, position: mx.array, i: int) -> mx.array:
-        """Draw draft i, from 0, of the block that begins at ``position``: int32 ``[1]``."""
-        if self.sampling.verify == "coupled":
-            # The block's first token is drawn already: draft i is the token at position + 1 + i
-            return self.draw(row, position, i + 1)
-        if self.sampling.greedy:
-            return row.ids[:, 0]
-        return ops.draw_token(row.ids, row.probs, position, self.seed, index=i, shared=False)
+        def of_rows(a: mx.array) -> mx.array:  # of one text they broadcast
+            return a if Q == 1 else picked(a, owner)
+
+        penalties = self.choices.penalties
+        if penalties is None:
+            shape = (R, self.form.room)
+            return Edits(ids, mx.ones(shape), mx.broadcast_to(of_rows(bias), shape))
+        if drafts is not None and any(before):
+            # A draft that is not listed yet has no count, no bias
+            match = drafts[:, :, None] == ids[:, None]  # [Q, K, L]
+            known, at = match.any(axis=-1), mx.argmax(match, axis=-1)
+            ids = mx.concatenate([ids, drafts], axis=1)
+            counts = _with_drafts(counts, known, at)
+            seen = _with_drafts(seen, known, at)
+            bias = _with_drafts(bias, known, at)
+            own = (drafts[:, :, None] == ids[:, None]).astype(mx.float32)  # [Q, K, L + K]
+            counted = mx.arange(drafts.shape[1]) < mx.array(list(before))[:, None]  # [R, K]
+            own = mx.where(counted[:, :, None], of_rows(own), 0).sum(axis=1)
+            counts, seen = of_rows(counts) + own, of_rows(seen) | (own > 0)
+        else:
+            counts, seen = of_rows(counts), of_rows(seen)
+        bias = of_rows(bias)
+        deltas = mx.where(counts > 0, bias - of_rows(penalties.presence), bias)
+        deltas = deltas - of_rows(penalties.frequency) * counts
+        factors = mx.where(seen, of_rows(penalties.repetition), 1.0)
+        shape = (R, ids.shape[1])
+        return Edits(ids, mx.broadcast_to(factors, shape), mx.broadcast_to(deltas, shape))
+
+    def draw(self, rows: Filtered, position: mx.array, index: int = 0) -> mx.array:
+        """Draw each text's token for the absolute position ``position + index``, as plain decoding
+        does: int32 ``[Q]``."""
+        seed = self.choices.settings.seed
+        return _drawn(rows, position, index, seed, mx.full(seed.shape, True))
+
+    def draw_drafts(
+        self, rows: Filtered, own: Sequence[int], position: mx.array, i: int
+    ) -> mx.array:
+        """Draw draft i, from 0, of the blocks of some texts: int32 ``[len(own)]``.
+
+        Args:
+            rows: Of these texts.
+            own: Their places.
+            position: Where draft i is drawn at with index i, of all texts
+                (:meth:`draft_position`).
+            i: Which one.
+        """
+        settings = self.choices.settings
+        position, seed, shared = (
+            picked(a, own) for a in (position, settings.seed, settings.coupled)
+        )
+        return _drawn(rows, position, i, seed, shared)
+
+    def draft_position(self, position: mx.array) -> mx.array:
+        """Where drafts of blocks that begin at ``position`` are drawn: those that are coupled are
+        the tokens behind the first, which is drawn already."""
+        return position + self.choices.settings.lead
 
     def accept(
-        self, p: Filtered, q: Filtered, drafts: mx.array, position: mx.array
+        self,
+        p: Filtered,
+        q: Filtered | None,
+        drafts: mx.array,
+        position: mx.array,
+        ks: Sequence[int],
     ) -> tuple[mx.array, mx.array]:
-        """Drafts kept, int32 ``[]``, and the token that follows them, int32 ``[1]``."""
-        return ops.accept_block(
-            p.ids,
-            p.probs,
-            q.ids,
-            q.probs,
-            drafts,
-            position,
-            self.seed,
-            rule=self.sampling.verify,
-            vocab=self.vocab,
-        )
-
-    def logprobs(self, logits: mx.array | Logits, tokens: mx.array) -> mx.array | None:
-        """Log-probabilities of one token per row and of the best n: ``[T, 1 + 2 * n]``.
-
-        As int32, to be read with the tokens: the token's, then ids, then theirs; floats by their
-        bits. None where the settings do not ask for them.
-        """
-        count = self.sampling.logprobs
-        if count is None:
-            return None
-        logits = whole(logits)
-        total = mx.logsumexp(logits, axis=-1, keepdims=True)
-        parts = [tokens[:, None]]
-        if count:
-            parts.append(ops.filter_logits(logits, top_k=count).ids)
-        ids = mx.concatenate(parts, axis=-1)
-        values = (mx.take_along_axis(logits, ids, axis=-1) - total).view(mx.int32)
-        return mx.concatenate([values[:, :1], ids[:, 1:], values[:, 1:]], axis=-1)
+        """Drafts kept of each text's block, and the token that follows them, int32 ``[Q]`` each; q
+        is None where there are no drafts."""
+        settings = self.choices.settings
+        if q is None:
+            return mx.zeros(len(ks), dtype=mx.int32), self.draw(p, position, 1)
+        state = (drafts, position, settings.seed, settings.rule)
+        counts = [k + 1 for k in ks]
+        return ops.accept_block(*p[:2], *q[:2], *state, counts=counts, vocab=self.vocab)
 
 
-def filter_together(
-    logits: mx.array | Logits,
-    samplers: Sequence[Sampler],
-    drafts: Sequence[mx.array],
-    first: int = 0,
-) -> list[Filtered]:
-    """:meth:`Sampler.filter` of each of several texts, whose rows stand one behind the other.
+def _drawn(
+    rows: Filtered, position: mx.array, index: int, seed: mx.array, shared: mx.array
+) -> mx.array:
+    """A token of each row; of one candidate there is nothing to draw."""
+    if rows.ids.shape[1] == 1:
+        return rows.ids[:, 0]
+    index_ = mx.full(seed.shape, index, mx.int32)
+    return ops.draw_token(rows.ids, rows.probs, position, index_, seed, shared)
 
-    One call filters the rows of all where their settings are the same and edit nothing. Else the
-    logits are made once for all, and filtered text by text; the bits are the same.
+
+def _with_drafts(listed: mx.array, known: mx.array, at: mx.array) -> mx.array:
+    """What is listed ``[Q, L]``, and behind it the same of drafts, which are listed at those places
+    or are not known."""
+    own = mx.where(known, mx.take_along_axis(listed, at, axis=1), 0)
+    return mx.concatenate([listed, own.astype(listed.dtype)], axis=1)
+
+
+def logprobs(logits: mx.array | Logits, tokens: mx.array, count: int) -> mx.array:
+    """Log-probabilities of one token per row and of the best n: ``[T, 1 + 2 * n]``.
+
+    As int32, to be read with the tokens: the token's, then ids, then theirs; floats by their bits.
     """
-    one, *others = samplers
-    if not others:
-        return [one.filter(logits, drafts[0], first)]
-    counts = [own.shape[0] + 1 - first for own in drafts]
-    if all(s._filter == one._filter and not s.edits_rows for s in samplers):
-        logprobs = any(s.sampling.logprobs is not None for s in samplers)
-        found = one.filter(whole(logits) if logprobs else logits, first=0)
-        parts = [apart(part, counts) for part in found]
-        return [Filtered(*each) for each in zip(*parts, strict=True)]
-    rows = apart(whole(logits), counts)
-    each = zip(samplers, rows, drafts, strict=True)
-    return [sampler.filter(own, before, first) for sampler, own, before in each]
+    logits = whole(logits)
+    total = mx.logsumexp(logits, axis=-1, keepdims=True)
+    parts = [tokens[:, None]]
+    if count:
+        parts.append(ops.filter_logits(logits, top_k=count).ids)
+    ids = mx.concatenate(parts, axis=-1)
+    values = (mx.take_along_axis(logits, ids, axis=-1) - total).view(mx.int32)
+    return mx.concatenate([values[:, :1], ids[:, 1:], values[:, 1:]], axis=-1)

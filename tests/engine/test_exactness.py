@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from assistants import Near
 from models import decode
+from one_text import filter_alone
 from scipy import stats as scipy_stats
 
 from pyengine import ops
@@ -21,7 +22,7 @@ from pyengine.checkpoint.quantize import quantize_checkpoint
 from pyengine.engine.stats import Stats
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.ops.filter_logits import Filtered
-from pyengine.sampling.sampler import Sampler
+from pyengine.sampling.sampler import Chooser, Sampler
 from pyengine.sampling.settings import Sampling
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -148,7 +149,7 @@ def law(pair: Pair, prompt: list[int]) -> dict[tuple, float]:
         longer = {}
         for head, mass in out.items():
             logits = pair.logits([*prompt, *head])[-1:]
-            row = Sampler(NARROW, [], logits.shape[-1]).filter(logits)
+            row = filter_alone(Sampler(NARROW, [], logits.shape[-1]), logits)
             for token, p in zip(row.ids[0].tolist(), row.probs[0].tolist(), strict=True):
                 if mass * p > 1e-3:  # the rest is one cell
                     longer[(*head, token)] = mass * p
@@ -186,12 +187,12 @@ def test_sampled_text_has_the_targets_law(pairs: object) -> None:
 
 @pytest.mark.slow
 def test_accepting_every_draft_is_seen(pairs: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Sampler.accept
+    real = Chooser.accept
 
-    def accept(self: Sampler, p: Filtered, q: Filtered, *rest: mx.array) -> tuple:
+    def accept(self: Chooser, p: Filtered, q: Filtered, *rest: mx.array) -> tuple:
         return real(self, p, q._replace(probs=q.probs * 1e-6), *rest)
 
-    monkeypatch.setattr(Sampler, "accept", accept)
+    monkeypatch.setattr(Chooser, "accept", accept)
     pair, prompt = pairs("dense31", "8-bit", "float32"), prompt_of("dense31", 21)
     assert sampled_p_value(pair, prompt, 400) < 1e-4
 
@@ -292,7 +293,7 @@ def places(pair: Pair, s: Sampling, runs: int, count: int = 12) -> np.ndarray:
         logits = pair.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
         # All tokens of the text as drafts of one block: row t follows t of them
         drafts = mx.array(tokens[:-1], dtype=mx.int32)
-        rows = Sampler(s, prompt, logits.shape[-1]).filter(logits, drafts)
+        rows = filter_alone(Sampler(s, prompt, logits.shape[-1]), logits, drafts)
         ids, probs = np.array(rows.ids), np.array(rows.probs).astype(np.float64)
         for t, token in enumerate(tokens):
             at = np.flatnonzero(ids[t] == token)
@@ -338,8 +339,8 @@ def test_a_broken_rule_is_seen_on_the_embedded_pair(
 ) -> None:
     """Every draft is kept, and p's best candidate follows them."""
 
-    def accept(_: Sampler, p: Filtered, q: Filtered, drafts: mx.array, *rest: mx.array) -> tuple:
-        return mx.array(drafts.shape[0]), p.ids[-1, :1]
+    def accept(_: Chooser, p: Filtered, q: Filtered, drafts: mx.array, *rest: mx.array) -> tuple:
+        return mx.array([drafts.shape[0]]), p.ids[-1, :1]
 
-    monkeypatch.setattr(Sampler, "accept", accept)
+    monkeypatch.setattr(Chooser, "accept", accept)
     assert uniform_p_value(places(embedded, PUBLISHED, 30)) < 1e-4

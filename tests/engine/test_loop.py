@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from models import decode
+from one_text import filter_alone
 from scipy import stats as scipy_stats
 from text_fakes import LengthCache
 
@@ -20,7 +21,7 @@ from pyengine.engine.stats import Stats
 from pyengine.model.target import Reader
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.ops.filter_logits import Filtered
-from pyengine.sampling.sampler import Sampler
+from pyengine.sampling.sampler import Chooser, Sampler
 from pyengine.sampling.settings import Sampling
 
 pytestmark = pytest.mark.engine
@@ -421,7 +422,7 @@ NUCLEUS = Sampling(temperature=1.0, top_p=0.8, top_k=4)
 
 def cells(table: np.ndarray, first: int) -> dict[tuple, float]:
     """Exact probability of every text of LENGTH tokens under the filtered Markov target."""
-    rows = Sampler(NUCLEUS, [], SMALL).filter(mx.array(table.astype(np.float32)))
+    rows = filter_alone(Sampler(NUCLEUS, [], SMALL), mx.array(table.astype(np.float32)))
     probs = np.zeros((SMALL, SMALL))
     np.put_along_axis(probs, np.array(rows.ids), np.array(rows.probs), axis=-1)
     out = {}
@@ -465,10 +466,10 @@ def test_text_over_rounds_has_the_targets_law(rule: Rule) -> None:
 
 @pytest.mark.native("hundreds of texts, which take plain MLX minutes")
 def test_accepting_every_draft_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Sampler.accept
+    real = Chooser.accept
 
-    def accept(self: Sampler, p: Filtered, q: Filtered, *rest: mx.array) -> tuple:
+    def accept(self: Chooser, p: Filtered, q: Filtered, *rest: mx.array) -> tuple:
         return real(self, p, q._replace(probs=q.probs * 1e-6), *rest)
 
-    monkeypatch.setattr(Sampler, "accept", accept)
+    monkeypatch.setattr(Chooser, "accept", accept)
     assert p_value(*sample_texts(500, "residual")) < 1e-4

@@ -14,7 +14,6 @@ from pyengine.drafters import NAMES, Name, new_drafter
 from pyengine.engine import loop
 from pyengine.engine import round as on_device
 from pyengine.engine.report import Report
-from pyengine.ops.filter_logits import Filtered
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import Sampling
 
@@ -25,17 +24,21 @@ class Apart(on_device.RecordedRound):
     """Plays the halves one after the other; between them the host reads the block."""
 
     def __init__(
-        self, each: Sequence[on_device.Parts], ks: Sequence[int], blocks: list[list[int]]
+        self,
+        each: Sequence[on_device.Parts],
+        ks: Sequence[int],
+        groups: Sequence[on_device.Group],
+        blocks: list[list[int]],
     ) -> None:
-        super().__init__(each, ks)
+        super().__init__(each, ks, groups)
         self.blocks = blocks
         self.together = self.halves
 
-    def halves(self, states: tuple[on_device.State, ...]) -> on_device.Played:
-        blocks = self.draft(states)
-        mx.eval(blocks)
-        self.blocks += [block.ids.tolist() for block in blocks]
-        return self.verify(states, blocks)
+    def halves(self, start: on_device.Start) -> on_device.Played:
+        block = self.draft(start)
+        mx.eval(block)
+        self.blocks.append(block.ids.tolist())
+        return self.verify(start, block)
 
 
 def played(flavour: str, drafter: Name, sampling: Sampling) -> tuple[list[loop.Round], list[Any]]:
@@ -82,7 +85,7 @@ def test_halves_with_the_host_in_between_give_the_same_tokens_and_bits(
 ) -> None:
     want, stored = played(flavour, drafter, sampling)
     blocks: list[list[int]] = []
-    monkeypatch.setattr(on_device, "RecordedRound", lambda each, ks: Apart(each, ks, blocks))
+    monkeypatch.setattr(on_device, "RecordedRound", lambda *made: Apart(*made, blocks))
     got, stored_apart = played(flavour, drafter, sampling)
     assert got == want  # log-probabilities too: they are float32, compared as they are
     for a, b in zip(stored_apart, stored, strict=True):
@@ -95,20 +98,15 @@ def test_halves_with_the_host_in_between_give_the_same_tokens_and_bits(
         assert len(block) == 1 + committed.num_drafted
 
 
-def filtered(flags: list[int]) -> Filtered:
-    return Filtered(mx.zeros((len(flags), 1)), mx.ones((len(flags), 1)), mx.array(flags))
-
-
 def test_what_is_packed_is_unpacked() -> None:
-    """Drafts 7, 8, 9 of which two are kept; then 5, with two best tokens per row."""
+    """Drafts 7, 8, 9 of which two are kept, then 5, with two best tokens per row; and in the same
+    round a plain step that gives 6."""
     values = np.array([[-0.5, -0.25, -4.0], [-1.5, -0.5, -2.0], [-2.5, -1.0, -8.0], [9, 9, 9]])
     floats = values.astype(np.float32).view(np.int32)
     ids = np.array([[7, 1], [8, 2], [3, 4], [0, 0]], np.int32)
     logprobs = mx.array(np.concatenate([floats[:, :1], ids, floats[:, 1:]], axis=1))
-    drafts, q = mx.array([7, 8, 9]), filtered([0, 1, 0])
-    row = Report.pack(mx.array(2), mx.array([5]), filtered([0] * 4), drafts, q, logprobs)
-    report = Report.unpack(row.tolist(), 3, 2)
-    assert report == Report(
+    drafts, q_flags = mx.array([7, 8, 9]), mx.array([0, 1, 0])
+    want = Report(
         accepted=2,
         tokens=[7, 8, 5],
         finite=True,
@@ -118,11 +116,16 @@ def test_what_is_packed_is_unpacked() -> None:
             Logprob(5, -2.5, [(3, -1.0), (4, -8.0)]),
         ],
     )
-    plain = Report.pack(
-        mx.array(0), mx.array([6]), filtered([0]), mx.zeros(0, mx.int32), None, None
-    )
-    assert plain.tolist() == [0, 6, 0]
-    assert Report.unpack(plain.tolist(), 0, None) == Report(0, [6], True, None)
+    p_flags = mx.zeros(4, mx.int32)
+    alone = Report.pack(mx.array([2]), mx.array([5]), p_flags, drafts, [q_flags], [logprobs])
+    assert Report.unpack(alone.tolist(), [3], [2]) == [want]
+    p_flags, plain = mx.zeros(5, mx.int32), Report(0, [6], True, None)
+    both = Report.pack(mx.array([2, 0]), mx.array([5, 6]), p_flags, drafts, [q_flags], [logprobs])
+    assert Report.unpack(both.tolist(), [3, 0], [2, None]) == [want, plain]
+    none = mx.zeros(0, mx.int32)
+    row = Report.pack(mx.array([0]), mx.array([6]), mx.array([0]), none, [], [])
+    assert row.tolist() == [0, 6, 0]
+    assert Report.unpack(row.tolist(), [0], [None]) == [plain]
 
 
 @pytest.mark.parametrize(
@@ -136,8 +139,12 @@ def test_what_is_packed_is_unpacked() -> None:
         ([0, 0, 0], [3, 0], False),
     ],
 )
-def test_flags_of_every_row_count(target: list[int], drafter: list[int], finite: bool) -> None:
-    row = Report.pack(
-        mx.array(0), mx.array([6]), filtered(target), mx.array([4, 4]), filtered(drafter), None
-    )
-    assert Report.unpack(row.tolist(), 2, None).finite is finite
+def test_flags_of_every_row_count_for_their_own(
+    target: list[int], drafter: list[int], finite: bool
+) -> None:
+    """Of the middle one of three sequences."""
+    zeros, drafts = mx.zeros(3, mx.int32), mx.array([1, 4, 4, 1])
+    p_flags, q_flags = mx.array([0, 0, *target, 0, 0]), mx.array([0, *drafter, 0])
+    row = Report.pack(zeros, zeros, p_flags, drafts, [q_flags], [])
+    found = Report.unpack(row.tolist(), [1, 2, 1], [None] * 3)
+    assert [report.finite for report in found] == [True, finite, True]

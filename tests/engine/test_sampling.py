@@ -6,9 +6,10 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from one_text import filter_alone
 
 from pyengine.ops.filter_logits import Filtered
-from pyengine.sampling.sampler import Sampler
+from pyengine.sampling.sampler import Chooser, Sampler, logprobs
 from pyengine.sampling.settings import Sampling
 
 
@@ -43,7 +44,7 @@ def filtered(logits: np.ndarray | mx.array, s: Sampling) -> Filtered:
     """Rows without a text before them."""
     T, V = logits.shape
     # Nothing is penalised: drafts stand for a number of rows alone
-    return Sampler(s, [0], V).filter(mx.array(logits), mx.zeros(T - 1, mx.int32))
+    return filter_alone(Sampler(s, [0], V), mx.array(logits), mx.zeros(T - 1, mx.int32))
 
 
 def by_id(dist: Filtered, vocab: int) -> np.ndarray:
@@ -208,10 +209,10 @@ def test_penalties_count_the_drafts_before_a_row(s: Sampling, seed: int) -> None
     sampler.add(text[:5])
     sampler.add(text[5:])
     own = mx.array(drafts, dtype=mx.int32)
-    block = sampler.filter(mx.array(logits), own)
+    block = filter_alone(sampler, mx.array(logits), own)
     for i in range(6):
         want = filter_numpy(logits[i], s, prompt, text + drafts[:i])
-        step = sampler.filter(mx.array(logits[i : i + 1]), own[:i], i)
+        step = filter_alone(sampler, mx.array(logits[i : i + 1]), own[:i], i)
         assert np.allclose(by_id(block, VOCAB)[i], want, atol=2e-6)
         assert block.ids[i].tolist() == step.ids[0].tolist()
         assert block.probs[i].tolist() == step.probs[0].tolist()
@@ -224,8 +225,8 @@ def test_drafts_and_committed_tokens_are_penalised_alike() -> None:
     tokens = [5, 3, 5]
     empty, full = Sampler(s, [2, 9], VOCAB), Sampler(s, [2, 9], VOCAB)
     full.add(tokens)
-    block = empty.filter(logits, mx.array(tokens))
-    alone = full.filter(logits[3:])
+    block = filter_alone(empty, logits, mx.array(tokens))
+    alone = filter_alone(full, logits[3:])
     assert block.ids[3].tolist() == alone.ids[0].tolist()
     assert block.probs[3].tolist() == alone.probs[0].tolist()
 
@@ -236,23 +237,21 @@ def test_lists_grow_in_steps() -> None:
     shapes = set()
     for token in range(200):
         sampler.add([token])
-        assert sampler.listed is not None
-        shapes.add(sampler.listed.ids.shape)
+        shapes.add(Chooser.of([sampler]).choices.listed[0].ids.shape)
     assert len(shapes) == 4
 
 
 def test_nothing_is_listed_where_nothing_is_edited() -> None:
     sampler = Sampler(Sampling(), [1, 2], 10)
     sampler.add([3])
-    assert sampler.listed is None
+    assert sampler.most_listed == 0 and Chooser.of([sampler]).choices.listed == ()
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_logprobs_are_of_the_raw_logits(count: int) -> None:
     logits = np.random.default_rng(2).normal(0, 3, (3, 50)).astype(np.float32)
     tokens = [4, 49, 0]
-    sampler = Sampler(Sampling(logprobs=count), [], 50)
-    found = np.array(sampler.logprobs(mx.array(logits), mx.array(tokens)))
+    found = np.array(logprobs(mx.array(logits), mx.array(tokens), count))
     assert found.shape == (3, 1 + 2 * count) and found.dtype == np.int32
     exact = logits.astype(np.float64)
     exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from models import decode
+from one_text import filter_alone
 from test_loop import MarkovAssistant, MarkovTarget, random_table
 from text_fakes import script_pair, write_tokenizers
 from typer.testing import CliRunner
@@ -57,7 +58,7 @@ def law(
     settings = Sampling(**{"top_k": 0, "top_p": 1.0, **kw})
     sampler = Sampler(settings, [*(prompt or [])], len(logits))
     sampler.add(text or [])
-    got = sampler.filter(mx.array([logits]))
+    got = filter_alone(sampler, mx.array([logits]))
     out = [0.0] * len(logits)
     for token, prob in zip(got.ids[0].tolist(), got.probs[0].tolist(), strict=True):
         out[token] += prob

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -188,7 +189,7 @@ def test_one_that_finds_no_memory_takes_no_other_with_it(monkeypatch: pytest.Mon
 
 
 def test_graphs_serve_whoever_asks_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other prompts and seeds, and in another order, record nothing."""
+    """Other prompts, seeds and settings, and in another order, record nothing."""
     made: list[Recorded[..., Any]] = []
 
     def record(function: Any) -> Recorded[..., Any]:
@@ -197,13 +198,17 @@ def test_graphs_serve_whoever_asks_for_the_same(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(on_device, "recorded", record)
     pair, text = tiny_pair("uni12"), greedy_text("uni12")
-    plain, drafting = Sampling(top_k=5), Sampling(top_k=8, verify="block")
     rounds, counts = Rounds(), []
-    for turn in range(3):
-        cases = [
-            Case(text[turn:9], replace(plain, seed=turn), 1, 9),
-            Case(text[turn:14], replace(drafting, seed=turn), 4, 9),
-        ]
+    for turn, rule in enumerate(RULES):
+        plain = Sampling(
+            temperature=0.5 * turn,  # greedy at first
+            top_k=5 - turn,
+            top_p=1 - 0.2 * turn,
+            logit_bias={turn: 2.0},
+            seed=turn,
+        )
+        drafting = Sampling(top_k=8, min_p=0.05 * turn, verify=rule, seed=turn)
+        cases = [Case(text[turn:9], plain, 1, 9), Case(text[turn:14], drafting, 4, 9)]
         sequences = begun(pair, cases[:: 1 if turn % 2 else -1])
         rounds.play(sequences)
         counts.append(sum(graph.tapes for graph in made))
@@ -224,12 +229,49 @@ def test_row_wise_ops_run_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     for count in (1, 4):
         made.clear()
-        Rounds().play(begun(pair, [Case(text[: 5 + n], GREEDY, 3, 9) for n in range(count)]))
+        cases = [
+            Case(text[: 5 + n], Sampling(temperature=1.0 + n, verify=RULES[n % 3], seed=n), 3, 9)
+            for n in range(count)
+        ]
+        Rounds().play(begun(pair, cases))
         names = [node.split()[0] for node in made[0].nodes]
         counts.append({name: names.count(name) for name in names})
     packed = {"quantized_matmul", "quantized_matmuls", "quantized_gated_matmul", "residual_norm"}
-    packed |= {"rms_norm", "embed", "quantized_filter_logits"}
+    packed |= {"rms_norm", "embed", "quantized_filter_logits", "draw_token", "accept_block"}
     for name in packed:
         assert counts[0][name] == counts[1][name], name
-    for name in ("block_attention", "prepare_qkv", "accept_block"):
+    for name in ("block_attention", "prepare_qkv"):
         assert 4 * counts[0][name] == counts[1][name], name
+
+
+@pytest.mark.native("counts nodes of the native ops")
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(logit_bias={3: 1.0}), Sampling(presence_penalty=0.5), Sampling(top_k=0)],
+    ids=["plain", "bias", "penalties", "dense"],
+)
+def test_rules_take_as_many_nodes_for_more_sequences(
+    sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them draft. Only what has to do with a cache or a drafter's own rows multiplies."""
+    made: list[Recorded[..., Any]] = []
+
+    def record(function: Any) -> Recorded[..., Any]:
+        made.append(Recorded(function))
+        return made[-1]
+
+    monkeypatch.setattr(on_device, "recorded", record)
+    pair, text = tiny_pair("dense31", "bfloat16-q8"), greedy_text("dense31")
+    totals = []
+    for count in (4, 5, 6):
+        made.clear()
+        cases = [
+            Case(text[: 5 + n], replace(sampling, seed=n), 1 + 2 * (n < 2), 9) for n in range(count)
+        ]
+        Rounds().play(begun(pair, cases))
+        names = Counter(node.split()[0] for node in made[0].nodes)
+        totals.append(names)
+    per_cache = totals[1] - totals[0]
+    assert totals[2] - totals[1] == per_cache
+    # Of a cache: its layers' own, its length stacked, committed; no sort, no sum, no draw
+    assert not set(per_cache) & {"draw_token", "accept_block", "filter_logits", "Equal", "Gather"}

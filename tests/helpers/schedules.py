@@ -19,6 +19,7 @@ from pyengine.engine.loop import Round, Rounds, TokenSequence
 from pyengine.model.head import whole
 from pyengine.model.rows import apart
 from pyengine.ops.accept_block import RULES
+from pyengine.sampling.sampler import NO_TOKEN
 from pyengine.sampling.settings import Sampling
 
 LARGEST_BLOCK = 9
@@ -83,24 +84,30 @@ class Watched(Rounds):
                 self.told[sequence] = digest.hexdigest()
         return done
 
-    def _round(self, going: Sequence[TokenSequence]) -> on_device.RecordedRound:
+    def _round(
+        self, going: Sequence[TokenSequence], groups: Sequence[on_device.Group]
+    ) -> on_device.RecordedRound:
         self.going = list(going)
-        return super()._round(going)
+        return super()._round(going, groups)
 
     @contextmanager
     def watching(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         """Rounds are built anew, for the rows of a recorded one are nowhere to be seen."""
         verify = on_device.verify
 
-        def noted(each: Any, blocks: Any) -> Any:
-            logits, hidden, ps = verify(each, blocks)
-            counts = [block.ids.shape[0] for block in blocks]
-            made = [whole(rows) for rows in logits]
-            if made[0].shape[0] != counts[0]:
-                made = apart(made[0], counts)
+        def noted(texts: Any, block: Any) -> Any:
+            logits, hidden, ps = verify(texts, block)
+            made = apart(whole(logits), texts.counts)
+            candidates = []
+            for group, p in zip(texts.groups, ps, strict=True):
+                counts = [texts.counts[n] for n in group.places]
+                for ids, probs in zip(apart(p.ids, counts), apart(p.probs, counts), strict=True):
+                    own = int((ids[0] != NO_TOKEN).sum().item())  # the rest is a neighbour's width
+                    assert (ids[:, own:] == NO_TOKEN).all() and (probs[:, own:] == 0).all()
+                    candidates.append((ids[:, :own], probs[:, :own]))
             self.rows = [
-                [rows.view(mx.uint32), own.astype(mx.float32).view(mx.uint32), p.ids, p.probs]
-                for rows, own, p in zip(made, hidden, ps, strict=True)
+                [rows.view(mx.uint32), own.astype(mx.float32).view(mx.uint32), *theirs]
+                for rows, own, theirs in zip(made, hidden, candidates, strict=True)
             ]
             return logits, hidden, ps
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from launched import launched
+from one_text import accept_alone, draw_rows
 from test_accept_block import random_case
 
 from pyengine import ops
@@ -15,7 +16,7 @@ from pyengine.ops.accept_block import RULES
 
 
 def metal(args: list[mx.array], rule: str, **options: Any) -> tuple[int, int]:
-    (accepted, token), _ = launched(ops.accept_block(*args, rule=rule, vocab=1 << 21), **options)
+    (accepted, token), _ = launched(accept_alone(*args, rule=rule, vocab=1 << 21), **options)
     return int(accepted.item()), int(token.item())
 
 
@@ -44,7 +45,7 @@ def wide_case(seed: int, k: int, n: int, m: int, near: float) -> tuple[list[mx.a
 )
 def test_no_fault_and_the_processors_decision(rule, k, n, m):
     args, vocab = wide_case(k, k, n, m, 0.9)
-    expected = result(ops.accept_block(*args, rule=rule, vocab=vocab))
+    expected = result(accept_alone(*args, rule=rule, vocab=vocab))
     for options in (
         {"mode": "check"},
         {"mode": "check", "order": "reverse"},
@@ -61,11 +62,13 @@ def test_the_longest_block(rule):
     for seed, near in ((1, 1.0), (2, 0.99), (3, 0.5)):
         args, vocab = wide_case(seed, 127, 256, 256, near)
         if rule == "coupled":  # drafts that share the noise
-            shared = ops.draw_token(*args[2:4], *args[5:], index=1, shared=True)
+            shared = draw_rows(*args[2:4], *args[5:], index=1, shared=True)
             args[4] = shared
         out = metal(args, rule, mode="check" if seed == 2 else "fast")
-        assert out == result(ops.accept_block(*args, rule=rule, vocab=vocab))
-        assert out == result(ops.accept_block_reference(*args, rule=rule, vocab=vocab))
+        assert out == result(accept_alone(*args, rule=rule, vocab=vocab))
+        assert out == result(
+            accept_alone(*args, rule=rule, vocab=vocab, op=ops.accept_block_reference)
+        )
         kept.add(out[0])
     assert max(kept) == 127 and len(kept) > 1
 
@@ -83,7 +86,7 @@ def test_where_there_is_no_mass():
         kept, token = metal(args, rule)
         assert kept == 1 and token in (4, 2)
         args[3] = 2 * p[:2]  # no row of a distribution, but nothing may divide by 0
-        assert metal(args, rule) == result(ops.accept_block(*args, rule=rule, vocab=10))
+        assert metal(args, rule) == result(accept_alone(*args, rule=rule, vocab=10))
 
 
 def test_greedy_keeps_what_agrees():
@@ -106,8 +109,10 @@ def fuzz(cases: int, seed: int) -> None:
         rule = RULES[i % 3]
         args, vocab = random_case(rng)
         out = metal(args, rule)
-        assert out == result(ops.accept_block(*args, rule=rule, vocab=vocab)), (i, rule)
-        assert out == result(ops.accept_block_reference(*args, rule=rule, vocab=vocab)), (i, rule)
+        assert out == result(accept_alone(*args, rule=rule, vocab=vocab)), (i, rule)
+        assert out == result(
+            accept_alone(*args, rule=rule, vocab=vocab, op=ops.accept_block_reference)
+        ), (i, rule)
         kept[rule].add(out[0])
     assert all(seen == set(range(7)) for seen in kept.values())  # the cases reach every outcome
 
@@ -131,9 +136,9 @@ def test_switch_runs_it_within_its_limits(monkeypatch):
     wide, wide_vocab = wide_case(4, 3, 300, 20, 0.9)
     ops.use("workbench")
     try:
-        out = [result(ops.accept_block(*args, rule=rule, vocab=vocab)) for rule in RULES]
-        ops.accept_block(*wide, rule="block", vocab=wide_vocab)
+        out = [result(accept_alone(*args, rule=rule, vocab=vocab)) for rule in RULES]
+        accept_alone(*wide, rule="block", vocab=wide_vocab)
     finally:
         ops.use("native")
-    assert ran == [f"accept_block_by_{rule}" for rule in RULES]
-    assert out == [result(ops.accept_block(*args, rule=rule, vocab=vocab)) for rule in RULES]
+    assert ran == ["accept_block"] * 3
+    assert out == [result(accept_alone(*args, rule=rule, vocab=vocab)) for rule in RULES]

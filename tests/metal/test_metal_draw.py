@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from launched import launched
+from one_text import draw_rows
 from test_draw_token import rows
 from test_random_uniform import KNOWN, counters
 
@@ -33,7 +34,7 @@ def draw(
     shared: bool,
     **options: Any,
 ) -> np.ndarray:
-    result = ops.draw_token(ids, probs, mx.array(position), seed, index=index, shared=shared)
+    result = draw_rows(ids, probs, mx.array(position), seed, index=index, shared=shared)
     (out,), _ = launched(result, **options)
     return np.array(out)
 
@@ -64,7 +65,7 @@ def test_no_fault_and_the_processors_tokens(n, shared):
     """Under contraction too: a fused product in the logarithm would decide some race otherwise."""
     ids, probs = rows(n, 4, n)
     kw: dict[str, Any] = {"index": 3, "shared": shared}
-    expected = np.array(ops.draw_token(ids, probs, mx.array(70), SEED, **kw))
+    expected = np.array(draw_rows(ids, probs, mx.array(70), SEED, **kw))
     for options in (
         {"mode": "check"},
         {"mode": "check", "order": "reverse"},
@@ -124,7 +125,7 @@ def test_hard_rows():
     for position in range(30):
         for shared in (True, False):
             out = draw(ids, mx.array(table), position, SEED, shared=shared)
-            expected = ops.draw_token(ids, mx.array(table), mx.array(position), SEED, shared=shared)
+            expected = draw_rows(ids, mx.array(table), mx.array(position), SEED, shared=shared)
             assert out.tolist() == expected.tolist()
 
 
@@ -144,8 +145,8 @@ def fuzz(cases: int, T: int, seed: int) -> None:
         for shared in (True, False):
             kw: dict[str, Any] = {"index": index, "shared": shared}
             out = draw(ids, probs, position, word, **kw).tolist()
-            assert out == ops.draw_token(*args, **kw).tolist(), (i, kw)
-            assert out == ops.draw_token_reference(*args, **kw).tolist(), (i, kw)
+            assert out == draw_rows(*args, **kw).tolist(), (i, kw)
+            assert out == draw_rows(*args, **kw, op=ops.draw_token_reference).tolist(), (i, kw)
 
 
 def test_fuzzed():
@@ -166,11 +167,11 @@ def test_switch_runs_it(monkeypatch):
     ids, probs = rows(3, 2, 8)
     ops.use("workbench")
     try:
-        out = ops.draw_token(ids, probs, mx.array(4), SEED, index=2, shared=True)
-        ops.draw_token(ids[:, ::2], probs[:, ::2], mx.array(4), SEED, shared=False)
-        ops.draw_token(ids[:0], probs[:0], mx.array(4), SEED, shared=False)
+        out = draw_rows(ids, probs, mx.array(4), SEED, index=2, shared=True)
+        draw_rows(ids[:, ::2], probs[:, ::2], mx.array(4), SEED, shared=False)
+        draw_rows(ids[:0], probs[:0], mx.array(4), SEED, shared=False)
     finally:
         ops.use("native")
     assert ran == ["draw_token"] * 2
-    expected = ops.draw_token(ids, probs, mx.array(4), SEED, index=2, shared=True)
+    expected = draw_rows(ids, probs, mx.array(4), SEED, index=2, shared=True)
     assert out.tolist() == expected.tolist()

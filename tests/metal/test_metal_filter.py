@@ -97,7 +97,7 @@ def test_flags(top_k):
         out, _ = metal(mx.array(logits), top_k=top_k)
         assert out.flags.tolist() == [flag] * len(places) + [0], value
         assert mx.all((out.ids >= 0) & (out.ids < V))
-        away = Edits(mx.array(places), mx.ones((5, 4)), mx.full((5, 4), -np.inf))
+        away = Edits(mx.array(places)[None], mx.ones((5, 4)), mx.full((5, 4), -np.inf))
         out, _ = metal(mx.array(logits), top_k=top_k, edits=away)
         assert out.flags.tolist() == [flag] * len(places) + [0], value
     nothing, _ = metal(mx.full((1, 5), -np.inf), top_k=top_k)
@@ -141,11 +141,11 @@ def hard_edits(rng: np.random.Generator, T: int, V: int) -> Edits:
     if rng.random() < 0.3 and V < 2 * SLICE:
         deltas = np.where(rng.random((T, 1)) < 0.5, -np.inf, 0.0) * np.ones((T, V))
         deltas[np.arange(T), rng.integers(0, V, T)] = 0
-        return Edits(*map(mx.array, (np.arange(V, dtype=np.int32), np.ones((T, V), np.float32))),
-                     mx.array(deltas.astype(np.float32)))  # fmt: skip
+        ids = mx.arange(V, dtype=mx.int32)[None]
+        return Edits(ids, mx.ones((T, V)), mx.array(deltas.astype(np.float32)))
     edits = random_edits(rng, T, V, int(rng.choice([1, 30, 300])))
     borders = [0, V - 1, *(i for i in (SLICE - 1, SLICE) if i < V)]
-    ids = np.concatenate([np.array(edits.ids), borders]).astype(np.int32)
+    ids = np.concatenate([np.array(edits.ids)[0], borders]).astype(np.int32)
     order = rng.permutation(ids.size)
     _, first = np.unique(ids, return_index=True)
     wide = []
@@ -153,7 +153,7 @@ def hard_edits(rng: np.random.Generator, T: int, V: int) -> Edits:
         values = np.concatenate([np.array(x), rng.choice([0.5, 1.0], (T, len(borders)))], axis=1)
         said = dict(zip(ids[first].tolist(), first.tolist(), strict=True))
         wide.append(values[:, [said[i] for i in ids.tolist()]][:, order].astype(np.float32))
-    return Edits(mx.array(ids[order]), *map(mx.array, wide))
+    return Edits(mx.array(ids[order])[None], *map(mx.array, wide))
 
 
 def fuzz(cases: int, T: int, seed: int) -> int:
@@ -205,6 +205,13 @@ def test_rows_are_stable():
             assert np.array_equal(np.array(a[t : t + 1]), np.array(b))
 
 
+def of_one(rows: int, top_k: int, top_p: float, min_p: float) -> dict[str, np.ndarray]:
+    """What a launch is told of the settings of one sequence."""
+    settings = {"top_k": np.int32(top_k), "top_p": np.float32(top_p), "min_p": np.float32(min_p)}
+    arrays = {name: np.array([value]) for name, value in settings.items()}
+    return {"owner": np.zeros(rows, np.int32), **arrays}
+
+
 def test_merging_takes_candidates_of_any_slices():
     """Lists of any logits, with empty places behind: what an LM head that filters hands over."""
     rng = np.random.default_rng(3)
@@ -221,9 +228,8 @@ def test_merging_takes_candidates_of_any_slices():
     flags[0, 33] = 1
     wide = mx.zeros((1, slices * SLICE))
     merge = launches_of(ops.filter_logits(wide, top_k=count, top_p=0.9, min_p=0.01))[1]
-    outputs, _ = workbench.run(
-        merge, {"candidates": lists, "slice_flags": flags}, mode="check", order="random"
-    )
+    state = {"candidates": lists, "slice_flags": flags, **of_one(1, count, 0.9, 0.01)}
+    outputs, _ = workbench.run(merge, state, mode="check", order="random")
     expected = ops.filter_logits(logits, top_k=count, top_p=0.9, min_p=0.01)
     out = Filtered(*(mx.array(outputs[name]) for name in Filtered._fields))
     assert_same_bits(out, expected._replace(flags=mx.array([1])))
@@ -263,7 +269,7 @@ def test_switch_runs_it(monkeypatch):
     ops.use("workbench")
     try:
         out = ops.filter_logits(logits, top_p=0.9)
-        empty = Edits(mx.zeros(0, mx.int32), mx.ones((2, 0)), mx.zeros((2, 0)))
+        empty = Edits(mx.zeros((1, 0), mx.int32), mx.ones((2, 0)), mx.zeros((2, 0)))
         same = ops.filter_logits(logits, top_p=0.9, edits=empty)
         assert ops.filter_logits(logits[:0]).ids.shape == (0, 64)
         ops.filter_logits(logits, top_k=0)  # all candidates: the processor's kernel
@@ -277,19 +283,24 @@ def test_switch_runs_it(monkeypatch):
 
 def test_lists_lie_between_the_launches():
     """What eval_gpu and the workbench are given, and what the first launch leaves the second."""
-    edits = Edits(mx.zeros(3, mx.int32), mx.ones((2, 3)), mx.zeros((2, 3)))
+    edits = Edits(mx.zeros((1, 3), mx.int32), mx.ones((2, 3)), mx.zeros((2, 3)))
     launches = launches_of(ops.filter_logits(mx.zeros((2, 5000)), edits=edits))
     read, written = _ext.launch_arguments(launches)
-    assert [b.name for b in read] == ["logits", "edit_ids", "factors", "deltas"]
+    state = ["owner", "temperature"]
+    settings = ["top_k", "top_p", "min_p"]
+    edited = ["logits", *state, "edit_ids", "factors", "deltas", *settings]
+    assert [b.name for b in read] == edited
     assert [b.name for b in written] == ["ids", "probs", "flags"]
     read, written = _ext.launch_arguments(launches[:1])
     assert [b.name for b in written] == ["candidates", "slice_flags"]
     assert read[0].alignment == 16
     twice = _ext.launch_arguments(launches + launches)[0]
-    assert [b.name for b in twice] == ["logits", "edit_ids", "factors", "deltas"]
+    assert [b.name for b in twice] == edited
     for logits in (mx.zeros((2, 5001)), shifted(mx.zeros((2, 5000)))):
         ragged = launches_of(ops.filter_logits(logits))
-        assert [(b.name, b.alignment) for b in _ext.launch_arguments(ragged)[0]] == [("logits", 1)]
+        read = _ext.launch_arguments(ragged)[0]
+        assert [b.name for b in read] == ["logits", *state, *settings]
+        assert read[0].alignment == 1
 
 
 def test_limits():
@@ -330,7 +341,9 @@ def test_lists_are_in_order():
     logits = random_logits(8, 2, 2 * SLICE + 9)
     launches, inputs = _ext.launches_of(ops.filter_logits(logits, top_k=33))
     assert launches
-    outputs, _ = workbench.run(launches[0], {"logits": np.array(inputs[0])})
+    names = ("logits", "owner", "temperature")
+    given = zip(names, inputs, strict=False)
+    outputs, _ = workbench.run(launches[0], {name: np.array(a) for name, a in given})
     assert np.all(np.diff(outputs["candidates"].astype(object)) >= 0)
 
 
@@ -350,6 +363,7 @@ def test_lists_of_a_whole_heads_slices(top_k, slices, T):
     entries = (keys << np.uint64(32)) | np.arange(V, dtype=np.uint64)
     lists = np.sort(entries.reshape(T, slices, -1), axis=-1)[..., :top_k].copy()
     flags = np.zeros((T, slices), np.uint32)
-    outputs, _ = workbench.run(merge, {"candidates": lists, "slice_flags": flags})
+    state = {"candidates": lists, "slice_flags": flags, **of_one(T, top_k, 0.9, 0.0)}
+    outputs, _ = workbench.run(merge, state)
     out = Filtered(*(mx.array(outputs[name]) for name in Filtered._fields))
     assert_same_bits(out, ops.filter_logits(logits, top_k=top_k, top_p=0.9))

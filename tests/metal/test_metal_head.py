@@ -148,12 +148,12 @@ def test_flags(bias, flag):
     q = list(head(5, 300, 64))
     q[2] = mx.where(mx.arange(300)[:, None] == 170, bias, q[2])
     x = mx.abs(normal(6, 2, 64)) + 0.1
-    taken = Edits(mx.array([170], mx.int32), mx.ones((2, 1)), mx.full((2, 1), -mx.inf))
+    taken = Edits(mx.array([[170]], mx.int32), mx.ones((2, 1)), mx.full((2, 1), -mx.inf))
     for edits in (None, taken):
         out, _ = metal(x, q, mode="check", edits=edits)
         assert out.flags.tolist() == [flag] * 2
         assert_same_bits(out, composed(x, q, edits=edits))
-    away = Edits(mx.arange(300), mx.ones((2, 300)), mx.full((2, 300), -mx.inf))
+    away = Edits(mx.arange(300)[None], mx.ones((2, 300)), mx.full((2, 300), -mx.inf))
     assert metal(x, head(5, 300, 64), edits=away)[0].flags.tolist() == [2, 2]
 
 
@@ -223,7 +223,7 @@ def test_switch_runs_it(monkeypatch):
     x, q = normal(11, 2, 64), head(12, 500, 64)
     with in_workbench():
         out = ops.quantized_filter_logits(x, *q, softcap=3.0, top_p=0.9)
-        empty = Edits(mx.zeros(0, mx.int32), mx.ones((2, 0)), mx.zeros((2, 0)))
+        empty = Edits(mx.zeros((1, 0), mx.int32), mx.ones((2, 0)), mx.zeros((2, 0)))
         again = ops.quantized_filter_logits(x, *q, softcap=3.0, top_p=0.9, edits=empty)
     kernels = [[launch.library for launch in launches] for launches in ran]
     assert kernels == [["quantized_filter_logits", "merge_candidates"]] * 2

@@ -8,12 +8,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from models import decode
+from one_text import filter_alone
 from tiny_pairs import greedy_text, tiny_pair
 
 from pyengine import ops
 from pyengine.model.head import Logits, whole
 from pyengine.model.linear import Linear
-from pyengine.sampling.sampler import Sampler
+from pyengine.sampling.sampler import Sampler, logprobs
 from pyengine.sampling.settings import Sampling
 
 SETTINGS = {
@@ -43,30 +44,29 @@ def test_candidates_need_no_logits(tmp_path) -> None:
     assert logits.shape == (3, 300) == logits.array.shape and logits.array is logits.array
     for sampling in SETTINGS.values():
         sampler, drafts = Sampler(sampling, [5, 9], 300), mx.array([5, 7], dtype=mx.int32)
-        out = sampler.filter(logits, drafts)
+        out = filter_alone(sampler, logits, drafts)
         graph = operations(list(out), tmp_path)
         assert "quantized_filter_logits" in graph
         assert "quantized_matmul" not in graph and "softcap" not in graph
-        want = sampler.filter(logits.array, drafts)
+        want = filter_alone(sampler, logits.array, drafts)
         for a, b in zip(out, want, strict=True):
             assert np.array_equal(np.array(a.view(mx.uint32)), np.array(b.view(mx.uint32)))
 
 
 def test_logits_are_made_where_all_are_wanted(tmp_path) -> None:
-    """Without top-k, for logprobs, and where there is no such op for the matrix."""
+    """Without top-k, and where there is no such op for the matrix."""
     x = mx.random.normal((3, 64), key=mx.random.key(1))
     waiting, dense = Logits(x, table(), 30.0), Logits(x, Linear(table().values()))
     cases = [
         (waiting, Sampling(top_k=0), "quantized_matmul"),
-        (waiting, Sampling(logprobs=2), "quantized_matmul"),
         (dense, Sampling(), "dense_matmul"),
     ]
     for logits, sampling, product in cases:
-        graph = operations(list(Sampler(sampling, [], 300).filter(logits)), tmp_path)
+        graph = operations(list(filter_alone(Sampler(sampling, [], 300), logits)), tmp_path)
         assert product in graph and "quantized_filter_logits" not in graph
-    sampler, tokens = Sampler(Sampling(logprobs=2), [], 300), mx.array([1, 2, 3])
-    want = sampler.logprobs(waiting.array, tokens)
-    assert want is not None and mx.array_equal(sampler.logprobs(waiting, tokens), want)
+    tokens = mx.array([1, 2, 3])
+    want = logprobs(waiting.array, tokens, 2)
+    assert mx.array_equal(logprobs(waiting, tokens, 2), want)
     assert whole(x) is x and whole(waiting) is waiting.array
 
 

@@ -11,9 +11,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from draw import INT32, Call, Draw, exact
+from one_text import accept_alone, draw_rows
 from test_draw_token import candidates
 
-from pyengine.ops import accept_block, accept_block_reference, draw_token
+from pyengine.ops import accept_block, accept_block_reference
 from pyengine.ops.accept_block import (
     RULES,
     Rows,
@@ -54,9 +55,9 @@ def random_case(rng: np.random.Generator) -> tuple[list[mx.array], int]:
     seed = mx.array(int(rng.integers(0, 2**32)), dtype=mx.uint32)
     *rows, q_ids, q = (mx.array(x) for x in (p_ids, p, q_ids, q))
     if rng.random() < 0.5:
-        drafts = draw_token(q_ids, q, position, seed, index=1, shared=True)
+        drafts = draw_rows(q_ids, q, position, seed, index=1, shared=True)
     else:
-        drafts = draw_token(q_ids, q, position, seed, shared=False)
+        drafts = draw_rows(q_ids, q, position, seed, shared=False)
     return [*rows, q_ids, q, drafts, position, seed], vocab
 
 
@@ -67,7 +68,8 @@ def assert_kernel_decides_like_reference(cases: int, seed: int) -> None:
         args, vocab = random_case(rng)
         for rule in RULES:
             both = (
-                f(*args, rule=rule, vocab=vocab) for f in (accept_block, accept_block_reference)
+                accept_alone(*args, rule=rule, vocab=vocab, op=f)
+                for f in (accept_block, accept_block_reference)
             )
             rows.append(mx.concatenate([x.reshape(1) for result in both for x in result]))
         if len(rows) % 60 == 0:
@@ -99,8 +101,8 @@ def test_long_rows(rule: str) -> None:
         drafts = [int(rng.choice(ids[4 + i], p=q[i] / q[i].astype(float).sum())) for i in range(3)]
         args = [mx.array(x) for x in (ids[:4], p, ids[4:], q, np.array(drafts, np.int32))]
         args += [mx.array(seed), SEED]
-        got = accept_block(*args, rule=rule, vocab=3000)
-        want = accept_block_reference(*args, rule=rule, vocab=3000)
+        got = accept_alone(*args, rule=rule, vocab=3000)
+        want = accept_alone(*args, rule=rule, vocab=3000, op=accept_block_reference)
         assert [a.tolist() for a in got] == [a.tolist() for a in want]
 
 
@@ -328,7 +330,7 @@ def test_equal_rows_keep_every_draft(rule: str) -> None:
         at, key = mx.array(seed), mx.array(seed, dtype=mx.uint32)
         drafts = [int(rng.choice(5, p=row / row.astype(float).sum())) for row in p[:3]]
         args = (ids, mx.array(p), ids[:3], mx.array(p[:3]), mx.array(drafts), at, key)
-        accepted, token = accept_block(*args, rule=rule, vocab=5)
+        accepted, token = accept_alone(*args, rule=rule, vocab=5)
         assert accepted.item() == 3 and p[3][token.item()] > 0
 
 
@@ -338,7 +340,7 @@ def test_greedy_rows_accept_only_the_argmax(rule: str) -> None:
     for drafts, want in (([7, 4], (1, 3)), ([7, 3], (2, 5)), ([1, 3], (0, 7))):
         q = mx.array(drafts)[:, None] if rule != "coupled" else q_ids
         for seed in range(20):
-            accepted, token = accept_block(
+            accepted, token = accept_alone(
                 *(p_ids, mx.ones((3, 1)), q, mx.ones((2, 1)), mx.array(drafts)),
                 mx.array(seed),
                 SEED,
@@ -374,9 +376,10 @@ def good_args() -> dict[str, Any]:
         "q_ids": mx.zeros((2, 5), mx.int32),
         "q_probs": mx.zeros((2, 5)),
         "drafts": mx.zeros(2, mx.int32),
-        "position": mx.array(0),
-        "seed": SEED,
-        "rule": "residual",
+        "position": mx.zeros(1, mx.int32),
+        "seed": SEED[None],
+        "rule": mx.zeros(1, mx.int32),
+        "counts": (3,),
         "vocab": 9,
     }
 
@@ -385,18 +388,24 @@ def good_args() -> dict[str, Any]:
     ("change", "text"),
     [
         ({"p_ids": mx.zeros((3, 4))}, "p_ids must be int32 but got float32."),
-        ({"p_ids": mx.zeros(3, mx.int32)}, "p_ids must have shape [k + 1, n] but got [3]."),
+        ({"p_ids": mx.zeros(3, mx.int32)}, "p_ids must have shape [R, n] but got [3]."),
         ({"p_probs": mx.zeros((3, 5))}, "p_probs must have shape [3, 4] but got [3, 5]."),
-        ({"q_ids": mx.zeros((0, 5), mx.int32)}, "q_ids must have shape [k, m] but got [0, 5]."),
+        ({"q_ids": mx.zeros((2, 0), mx.int32)}, "q_ids must have shape [R - Q, m] but got [2, 0]."),
         ({"q_probs": mx.zeros((2, 5), mx.float16)}, "q_probs must be float32 but got float16."),
         (
             {"q_ids": mx.zeros((3, 5), mx.int32), "q_probs": mx.zeros((3, 5))},
-            "p_ids must have shape [4, 4] but got [3, 4].",
+            "q_ids must have the rows that counts name but got [3, 5].",
         ),
         ({"drafts": mx.zeros(3, mx.int32)}, "drafts must have shape [2] but got [3]."),
-        ({"position": mx.array(0.0)}, "position must be int32 but got float32."),
-        ({"seed": mx.array(0)}, "seed must be uint32 but got int32."),
-        ({"rule": "best"}, "rule must be residual, block or coupled but got best."),
+        ({"counts": (2, 2)}, "p_ids must have the rows that counts name but got [3, 4]."),
+        ({"counts": (4,)}, "q_ids must have the rows that counts name but got [2, 5]."),
+        ({"counts": (3, 0)}, "counts must be 1 or more and below 2**30 but got 0."),
+        ({"counts": ()}, "counts must name at least 1 block but got none."),
+        ({"position": mx.zeros(1)}, "position must be int32 but got float32."),
+        ({"position": mx.array(0)}, "position must have shape [1] but got []."),
+        ({"seed": mx.zeros(1, mx.int32)}, "seed must be uint32 but got int32."),
+        ({"rule": mx.zeros(2, mx.int32)}, "rule must have shape [1] but got [2]."),
+        ({"rule": mx.array([3])}, "rule must be 0, 1 or 2 but got 3."),
         ({"vocab": 0}, "vocab must be positive and at most 2097152 but got 0."),
     ],
 )
@@ -407,17 +416,20 @@ def test_errors(change: dict[str, Any], text: str) -> None:
 
 
 def random_call(d: Draw) -> Call:
-    k = d.size(1, 2, 7)
+    counts = [1 + d.size(1, 2, 7) for _ in range(int(d.pick((1, 1, 2, 5))))]
+    R, Q = sum(counts), len(counts)
+    k = R - Q
     n, m = (d.size(1, 3, 33, 256, 300) for _ in range(2))
     vocab = max(n, m) + int(d.pick((0, 1, 50)))
-    p, q = candidates(d, k + 1, n, vocab), candidates(d, k, m, vocab)
+    p, q = candidates(d, R, n, vocab), candidates(d, k, m, vocab)
     drafts = d.ids((k,), vocab)
     if m and k and d.chance(0.7):
         drafts = mx.contiguous(q[0][:, d.rng.integers(m)])
-    position = d.whole(d.pick((*INT32, 0, 5)))
-    seed = d.whole(d.pick((0, 7, 2**32 - 1)), mx.uint32)
-    options = {"rule": d.pick(RULES), "vocab": d.integer(vocab, vocab, vocab, 1)}
-    return Call((*p, *q, drafts, position, seed), options, exact)
+    position = d.laid_out(mx.array([int(d.pick((*INT32, 0, 5))) for _ in counts], dtype=mx.int32))
+    seed = d.laid_out(mx.array([int(d.pick((0, 7, 2**32 - 1))) for _ in counts], dtype=mx.uint32))
+    rule = d.laid_out(mx.array(d.rng.integers(0, 3, Q).astype(np.int32)))
+    options = {"counts": counts, "vocab": d.integer(vocab, vocab, vocab, 1)}
+    return Call((*p, *q, drafts, position, seed, rule), options, exact)
 
 
 def of_candidates(k: int, n: int) -> tuple[mx.array, mx.array]:
@@ -426,7 +438,7 @@ def of_candidates(k: int, n: int) -> tuple[mx.array, mx.array]:
     probs = mx.full((k + 1, n), 1 / n)
     position, seed = mx.array(5), mx.array(1, dtype=mx.uint32)
     drafted = (ids[1:], probs[1:], ids[1:, 0])
-    return accept_block(ids, probs, *drafted, position, seed, rule="block", vocab=300)
+    return accept_alone(ids, probs, *drafted, position, seed, rule="block", vocab=300)
 
 
 # The largest call of a kind that the Metal kernel takes
@@ -436,5 +448,5 @@ LIMITS = {
 }
 
 # What bench/bench_accept_block.py has to say that its SMALL call moves: 6 rows of 64 candidates and
-# 5, 8 bytes each; 5 drafts; position, seed; two results
-BENCH_BYTES = 11 * 64 * 8 + 5 * 4 + 2 * 4 + 2 * 4
+# 5, 8 bytes each; 5 drafts; position, seed, rule; two results
+BENCH_BYTES = 11 * 64 * 8 + 5 * 4 + 3 * 4 + 2 * 4

@@ -20,11 +20,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import rules_by_hand as hand
+from one_text import accept_alone, draw_rows
 from rules_by_hand import Close, Hand, Row
 from scipy import stats as scipy_stats
 
 from pyengine import _ext, ops
-from pyengine.ops.accept_block import RULES
+from pyengine.ops.accept_block import RULES, Rows, accept_one
 
 IMPLEMENTATIONS = ("processor", "plain MLX", "Metal")
 RANDOM = ("residual", "block")
@@ -70,7 +71,7 @@ class Block:
 
     def run(self, rule: str) -> tuple[mx.array, mx.array]:
         at = mx.array(self.position), mx.array(self.seed, dtype=mx.uint32)
-        return ops.accept_block(*self.arrays, *at, rule=rule, vocab=self.vocab)
+        return accept_alone(*self.arrays, *at, rule=rule, vocab=self.vocab)
 
 
 def near_block(
@@ -441,10 +442,11 @@ def test_counts_follow_the_enumerated_law(implementation: str, rule: str) -> Non
         if implementation == "plain MLX":
             many = [mx.broadcast_to(a, (runs, *a.shape)) for a in arrays]
             at = [mx.stack(list(x)) for x in zip(*keys, strict=True)]
-            n, token = ops.accept_block_reference(*many, *at, rule=rule, vocab=4)
-            seen = Counter(zip(n.tolist(), token[:, 0].tolist(), strict=True))
+            p, q, drafts = Rows(*many[:2]), Rows(*many[2:4]), many[4]
+            n, token = accept_one(rule, p, q, drafts, *at, 4)
+            seen = Counter(zip(n.tolist(), token.tolist(), strict=True))
         else:
-            out = [ops.accept_block(*arrays, *key, rule=rule, vocab=4) for key in keys]
+            out = [accept_alone(*arrays, *key, rule=rule, vocab=4) for key in keys]
             mx.eval(out)
             seen = Counter((n.item(), token.item()) for n, token in out)
     assert p_value(seen, expected_counts(rule), runs) > LEAST
@@ -473,7 +475,7 @@ def test_draws_are_those_by_hand(implementation: str, shared: bool) -> None:
         for n, T, index in itertools.product((1, 7, 33, 100), (1, 4), (0, 1, 5)):
             position, seed = int(rng.integers(2**20)), int(rng.integers(2**32))
             rows = [rounded(rng.permutation(150)[:n], rng.dirichlet(np.ones(n))) for _ in range(T)]
-            tokens = ops.draw_token(
+            tokens = draw_rows(
                 mx.array(np.stack([r.ids for r in rows]).astype(np.int32)),
                 mx.array(np.stack([r.probs for r in rows]).astype(np.float32)),
                 mx.array(position),
@@ -511,7 +513,7 @@ def drawn_texts(rule: str, runs: int) -> Counter:
     at = mx.array(40)
     for i in range(2):
         out = [
-            ops.draw_token(ids, table(q, [d]), at, seed, index=i + shared, shared=shared)
+            draw_rows(ids, table(q, [d]), at, seed, index=i + shared, shared=shared)
             for d, seed in zip(drafts, seeds, strict=True)
         ]
         mx.eval(out)
@@ -521,7 +523,7 @@ def drawn_texts(rule: str, runs: int) -> Counter:
     for d, seed in zip(drafts, seeds, strict=True):
         rows = table(p, [d[:i] for i in range(3)]), table(q, [d[:i] for i in range(2)])
         block = (three, rows[0], two, rows[1], mx.array(d, dtype=mx.int32), at, seed)
-        out.append(ops.accept_block(*block, rule=rule, vocab=3))
+        out.append(accept_alone(*block, rule=rule, vocab=3))
     mx.eval(out)
     seen: Counter = Counter()
     for d, (n, token) in zip(drafts, out, strict=True):

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from pyengine.ops import accept_block_reference, draw_token_reference, random_uniform
-from pyengine.ops.accept_block import RULES
+from pyengine.ops import draw_token_reference, random_uniform
+from pyengine.ops.accept_block import RULES, Rows, accept_one
 
 draw_module = sys.modules["pyengine.ops.draw_token"]
 accept_module = sys.modules["pyengine.ops.accept_block"]
@@ -86,9 +86,8 @@ def texts(s: Setting, rule: str, runs: int, size: Callable | None = None) -> np.
         return mx.broadcast_to(each, probs.shape), probs
 
     position = mx.zeros(runs, mx.int32)
-    token = draw_token_reference(
-        *rows(p, mx.zeros((runs, 1), mx.int32)), position, seed, shared=True
-    )[:, 0]
+    first = (a[:, 0] for a in rows(p, mx.zeros((runs, 1), mx.int32)))
+    token = draw_token_reference(*first, position, position, seed, mx.full((runs,), True))
     out = np.zeros((runs, LENGTH + s.block_size), np.int32)
     out[:, 0], length = np.array(token), np.ones(runs, int)
     sizes = np.full(runs, k)
@@ -96,17 +95,18 @@ def texts(s: Setting, rule: str, runs: int, size: Callable | None = None) -> np.
     while length.min() < LENGTH:
         drafts = token[:, None]
         for i in range(k):
-            draft = draw_token_reference(
-                *rows(q, drafts[:, -1:]), position, seed, index=i + shared, shared=shared
-            )
-            drafts = mx.concatenate([drafts, draft], axis=1)
+            own = (a[:, 0] for a in rows(q, drafts[:, -1:]))
+            index = mx.full((runs,), i + shared, mx.int32)
+            draft = draw_token_reference(*own, position, index, seed, mx.full((runs,), shared))
+            drafts = mx.concatenate([drafts, draft[:, None]], axis=1)
         accepted, following = np.zeros(runs, int), np.array(token)
         for n in np.unique(sizes):  # a round of each size on all; each run keeps its own
-            args = (*rows(p, drafts[:, : n + 1]), *rows(q, drafts[:, :n]), drafts[:, 1 : n + 1])
-            got = accept_block_reference(*args, position, seed, rule=rule, vocab=vocab)
+            of_p, of_q = rows(p, drafts[:, : n + 1]), rows(q, drafts[:, :n])
+            own = (Rows(*of_p), Rows(*of_q), drafts[:, 1 : n + 1])
+            got = accept_one(rule, *own, position, seed, vocab)
             mine = sizes == n
             accepted[mine] = np.array(got[0])[mine]
-            following[mine] = np.array(got[1])[:, 0][mine]
+            following[mine] = np.array(got[1])[mine]
         block = np.array(drafts)[:, 1:]
         open_ = length < LENGTH
         for i in range(k):

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from draw import INT32, Call, Draw, exact
+from one_text import draw_rows
 
 from pyengine.ops import draw_token, draw_token_reference
 from pyengine.ops.draw_token import exponential, invert
@@ -32,8 +33,8 @@ def test_equals_reference(n: int, shared: bool) -> None:
     for seed in range(20):
         ids, probs = rows(seed, 3, n)
         args = (ids, probs, mx.array(1000 * seed), mx.array(2**32 - 1 - seed, dtype=mx.uint32))
-        got = draw_token(*args, index=seed, shared=shared)
-        want = draw_token_reference(*args, index=seed, shared=shared)
+        got = draw_rows(*args, index=seed, shared=shared)
+        want = draw_rows(*args, index=seed, shared=shared, op=draw_token_reference)
         assert got.dtype == mx.int32 and got.tolist() == want.tolist()
 
 
@@ -57,7 +58,7 @@ def test_follows_the_distribution(shared: bool) -> None:
     runs = 100_000
     ids = mx.broadcast_to(mx.array([3, 0, 2, 1, 4], dtype=mx.int32), (runs, 5))
     table = mx.broadcast_to(mx.array(probs.astype(np.float32)), (runs, 5))
-    tokens = draw_token(ids, table, mx.array(7), SEED, shared=shared)
+    tokens = draw_rows(ids, table, mx.array(7), SEED, shared=shared)
     counts = np.bincount(np.array(tokens), minlength=5)[[3, 0, 2, 1, 4]]
     assert ((counts - runs * probs) ** 2 / (runs * probs)).sum() < 23.5
 
@@ -67,8 +68,8 @@ def test_shared_noise_depends_on_position_and_id_alone() -> None:
     order = mx.array(np.random.default_rng(2).permutation(40))
     shuffled = (ids[:, order], probs[:, order])
     for position in range(60):
-        token = draw_token(ids, probs, mx.array(position), SEED, shared=True)
-        again = draw_token(*shuffled, mx.array(position - 5), SEED, index=5, shared=True)
+        token = draw_rows(ids, probs, mx.array(position), SEED, shared=True)
+        again = draw_rows(*shuffled, mx.array(position - 5), SEED, index=5, shared=True)
         assert token.item() == again.item()
 
 
@@ -77,7 +78,7 @@ def test_shared_noise_makes_like_rows_draw_alike() -> None:
     p, q = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.3, 0.4, 0.2, 0.1])
     ids = mx.broadcast_to(mx.arange(4), (1000, 4))
     draws = [
-        draw_token(ids, mx.broadcast_to(mx.array(x, dtype=mx.float32), (1000, 4)), mx.array(0), s,
+        draw_rows(ids, mx.broadcast_to(mx.array(x, dtype=mx.float32), (1000, 4)), mx.array(0), s,
                    shared=True)
         for x, s in ((p, SEED), (q, SEED), (q, mx.array(6, dtype=mx.uint32)))
     ]  # fmt: skip
@@ -96,15 +97,15 @@ def test_smallest_mass_is_drawn() -> None:
     ids, probs = mx.array([[0, 1, 2]]), mx.array([[0.0, 2.0**-149, 0.0]])
     for position in range(40):
         at = mx.array(position)
-        assert draw_token(ids, probs, at, SEED, shared=False).item() == 1
-        assert draw_token_reference(ids, probs, at, SEED, shared=False).item() == 1
+        for op in (draw_token, draw_token_reference):
+            assert draw_rows(ids, probs, at, SEED, shared=False, op=op).item() == 1
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_no_rows(shared: bool) -> None:
     ids, probs = (a[:0] for a in rows(0, 1, 4))
-    for draw in (draw_token, draw_token_reference):
-        out = draw(ids, probs, mx.array(3), SEED, shared=shared)
+    for op in (draw_token, draw_token_reference):
+        out = draw_rows(ids, probs, mx.array(3), SEED, shared=shared, op=op)
         assert (out.shape, out.dtype) == ((0,), mx.int32)
 
 
@@ -112,30 +113,32 @@ def test_strided() -> None:
     ids, probs = rows(3, 8, 20)
     view = (ids[::2, 1::3], probs[::2, 1::3])
     for shared in (True, False):
-        whole = draw_token(*map(mx.contiguous, view), mx.array(9), SEED, shared=shared)
-        assert draw_token(*view, mx.array(9), SEED, shared=shared).tolist() == whole.tolist()
+        whole = draw_rows(*map(mx.contiguous, view), mx.array(9), SEED, shared=shared)
+        assert draw_rows(*view, mx.array(9), SEED, shared=shared).tolist() == whole.tolist()
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         ({"ids": mx.zeros((2, 3))}, "ids must be int32 but got float32."),
-        ({"ids": mx.zeros(3, mx.int32)}, "ids must have shape [T, n] but got [3]."),
+        ({"ids": mx.zeros(3, mx.int32)}, "ids must have shape [R, n] but got [3]."),
         ({"probs": mx.zeros((2, 4))}, "probs must have shape [2, 3] but got [2, 4]."),
         ({"probs": mx.zeros((2, 3), mx.float16)}, "probs must be float32 but got float16."),
-        ({"position": mx.array(1.0)}, "position must be int32 but got float32."),
-        ({"position": mx.zeros(2, mx.int32)}, "position must have shape [] but got [2]."),
-        ({"seed": mx.array(1)}, "seed must be uint32 but got int32."),
-        ({"index": -1}, "index must be 0 or more and below 2**30 but got -1."),
+        ({"position": mx.ones(2)}, "position must be int32 but got float32."),
+        ({"position": mx.array(0)}, "position must have shape [2] but got []."),
+        ({"index": mx.zeros(3, mx.int32)}, "index must have shape [2] but got [3]."),
+        ({"seed": mx.array([1, 1])}, "seed must be uint32 but got int32."),
+        ({"shared": mx.array([1, 0])}, "shared must be bool but got int32."),
     ],
 )
 def test_errors(change: dict[str, Any], text: str) -> None:
     args = {
         "ids": mx.zeros((2, 3), mx.int32),
         "probs": mx.zeros((2, 3)),
-        "position": mx.array(0),
-        "seed": SEED,
-        "shared": True,
+        "position": mx.zeros(2, mx.int32),
+        "index": mx.zeros(2, mx.int32),
+        "seed": mx.zeros(2, mx.uint32),
+        "shared": mx.array([True, False]),
         **change,
     }
     with pytest.raises(ValueError) as error:
@@ -169,14 +172,17 @@ def candidates(d: Draw, rows: int, count: int, vocab: int) -> tuple[mx.array, mx
 def random_call(d: Draw) -> Call:
     T, n = d.size(1, 2, 17), d.size(1, 15, 16, 17, 100)
     ids, probs = candidates(d, T, n, 2 * n + 1)
-    position = d.whole(d.pick((*INT32, 0, 5)))
-    seed = d.whole(d.pick((0, 7, 2**32 - 1)), mx.uint32)
-    options = {"index": d.integer(0, 1, 5), "shared": d.chance(0.5)}
-    return Call((ids, probs, position, seed), options, exact)
+    position, index = (
+        d.laid_out(mx.array([int(d.pick(some)) for _ in range(T)], dtype=mx.int32))
+        for some in ((*INT32, 0, 5), (*INT32, 0, 1, 5))
+    )
+    seed = d.laid_out(mx.array([d.pick((0, 7, 2**32 - 1)) for _ in range(T)], dtype=mx.uint32))
+    shared = d.laid_out(mx.array(d.rng.random(T) < 0.5))
+    return Call((ids, probs, position, index, seed, shared), {}, exact)
 
 
 LIMITS = {}  # the Metal kernel takes every call
 
 # What bench/bench_draw_token.py has to say that its SMALL call moves: 6 rows of 64 candidates of 8
-# bytes; position and seed; 6 tokens
-BENCH_BYTES = 6 * 64 * 8 + 8 + 24
+# bytes; position, index and seed of 4 bytes and a truth value; 6 tokens
+BENCH_BYTES = 6 * 64 * 8 + 6 * 13 + 24

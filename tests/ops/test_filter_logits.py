@@ -24,7 +24,7 @@ def random_edits(rng: np.random.Generator, rows: int, vocab: int, count: int) ->
     deltas = np.where(rng.random((rows, ids.size)) < 0.2, -np.inf, rng.normal(0, 2, factors.shape))
     wide = [np.concatenate([x, x[:, again]], axis=1) for x in (factors, deltas)]
     both = np.concatenate([ids, ids[again]]).astype(np.int32)
-    return Edits(mx.array(both), *(mx.array(x.astype(np.float32)) for x in wide))
+    return Edits(mx.array(both)[None], *(mx.array(x.astype(np.float32)) for x in wide))
 
 
 def random_logits(seed: int, rows: int, vocab: int) -> mx.array:
@@ -84,7 +84,7 @@ def test_edits(vocab: int, top_k: int) -> None:
     for seed in range(5):
         rng = np.random.default_rng(seed)
         edits = random_edits(rng, 4, vocab, int(rng.choice([1, 4, 40, 300])))
-        first = edits.ids == edits.ids[0]  # a token that stays
+        first = edits.ids == edits.ids[:, :1]  # a token that stays
         edits = edits._replace(deltas=mx.where(first, 0.5, edits.deltas))
         logits = random_logits(seed, 4, vocab)
         assert_same(logits, top_k=top_k, top_p=0.9, temperature=0.8, edits=edits)
@@ -94,7 +94,7 @@ def test_edits(vocab: int, top_k: int) -> None:
 
 def test_edits_by_hand() -> None:
     edits = Edits(
-        mx.array([1, 3, 4], dtype=mx.int32),
+        mx.array([[1, 3, 4]], dtype=mx.int32),
         mx.array([[2.0, 2.0, 1.0], [1.0, 1.0, 1.0]]),
         mx.array([[0.0, 0.0, 5.0], [0.0, -mx.inf, 0.0]]),
     )
@@ -107,7 +107,7 @@ def test_edits_by_hand() -> None:
 
 def test_greedy_is_the_best_candidate_alone() -> None:
     logits = mx.array([[0.0, 2.0, -0.0, 2.0], [-mx.inf, -5.0, -mx.inf, -5.0]])
-    edits = Edits(mx.array([1]), mx.ones((2, 1)), mx.array([[0.0], [-mx.inf]]))
+    edits = Edits(mx.array([[1]]), mx.ones((2, 1)), mx.array([[0.0], [-mx.inf]]))
     for given, want in ((None, [[1], [1]]), (edits, [[1], [3]])):
         for function in (filter_logits, filter_logits_reference):
             ids, probs, _ = function(logits, temperature=0.0, top_p=0.5, edits=given)
@@ -122,7 +122,7 @@ def test_greedy_is_the_best_candidate_alone() -> None:
 def test_flags(where: int, value: float, flag: int, top_k: int) -> None:
     logits = random_logits(1, 3, 100)
     logits[1, where] = value
-    for edits in (None, Edits(mx.array([where]), mx.ones((3, 1)), mx.zeros((3, 1)))):
+    for edits in (None, Edits(mx.array([[where]]), mx.ones((3, 1)), mx.zeros((3, 1)))):
         for function in (filter_logits, filter_logits_reference):
             out = function(logits, top_k=top_k, edits=edits)
             assert out.flags.tolist() == [0, flag, 0]
@@ -130,7 +130,7 @@ def test_flags(where: int, value: float, flag: int, top_k: int) -> None:
 
 
 def test_flag_when_no_candidate_is_left() -> None:
-    edits = Edits(mx.arange(3), mx.ones((1, 3)), mx.full((1, 3), -mx.inf))
+    edits = Edits(mx.arange(3)[None], mx.ones((1, 3)), mx.full((1, 3), -mx.inf))
     for function in (filter_logits, filter_logits_reference):
         assert function(mx.zeros((1, 3)), edits=edits).flags.tolist() == [2]
         assert function(mx.full((1, 3), -mx.inf)).flags.tolist() == [2]
@@ -158,10 +158,10 @@ def hard_case(rng: np.random.Generator) -> tuple[mx.array, dict[str, Any]]:
     if kind == 3:  # all but one taken away
         deltas = np.full((rows, vocab), -np.inf, np.float32)
         deltas[:, rng.integers(vocab)] = 0
-        kw["edits"] = Edits(mx.arange(vocab), mx.ones((rows, vocab)), mx.array(deltas))
+        kw["edits"] = Edits(mx.arange(vocab)[None], mx.ones((rows, vocab)), mx.array(deltas))
     elif rng.random() < 0.4 and kind != 2:
         edits = random_edits(rng, rows, vocab, 20)
-        first = edits.ids == edits.ids[0]  # a token that stays
+        first = edits.ids == edits.ids[:, :1]  # a token that stays
         kw["edits"] = edits._replace(deltas=mx.where(first, 1.0, edits.deltas))
     return mx.array(logits.astype(np.float32)), kw
 
@@ -212,29 +212,29 @@ def test_reference_can_be_chosen() -> None:
     ("logits", "kw", "text"),
     [
         (mx.zeros((2, 3), mx.bfloat16), {}, "logits must be float32 but got bfloat16."),
-        (mx.zeros(3), {}, "logits must have shape [T, V] but got [3]."),
-        (mx.zeros((1, 3)), {"temperature": -1.0}, "temperature must be 0 or more but got -1."),
+        (mx.zeros(3), {}, "logits must have shape [R, V] but got [3]."),
+        (mx.zeros((1, 3)), {"temperature": -1.0}, "temperature must be above 0 but got -1."),
         (mx.zeros((1, 3)), {"top_k": 257}, "top_k must be 0 (off) to 256 but got 257."),
         (mx.zeros((1, 3)), {"top_p": 0.0}, "top_p must be above 0 and at most 1 but got 0."),
         (mx.zeros((1, 3)), {"min_p": 1.0}, "min_p must be 0 or more and below 1 but got 1."),
         (
             mx.zeros((1, 3)),
-            {"edits": Edits(mx.zeros(2), mx.ones((1, 2)), mx.zeros((1, 2)))},
+            {"edits": Edits(mx.zeros((1, 2)), mx.ones((1, 2)), mx.zeros((1, 2)))},
             "edit ids must be int32 but got float32.",
         ),
         (
             mx.zeros((1, 3)),
-            {"edits": Edits(mx.zeros((1, 2), mx.int32), mx.ones((1, 2)), mx.zeros((1, 2)))},
-            "edit ids must have shape [L] but got [1, 2].",
+            {"edits": Edits(mx.zeros(2, mx.int32), mx.ones((1, 2)), mx.zeros((1, 2)))},
+            "edit ids must have shape [Q, L] but got [2].",
         ),
         (
             mx.zeros((1, 3)),
-            {"edits": Edits(mx.zeros(2, mx.int32), mx.ones((2, 2)), mx.zeros((1, 2)))},
+            {"edits": Edits(mx.zeros((1, 2), mx.int32), mx.ones((2, 2)), mx.zeros((1, 2)))},
             "edit factors must have shape [1, 2] but got [2, 2].",
         ),
         (
             mx.zeros((1, 3)),
-            {"edits": Edits(mx.zeros(2, mx.int32), mx.ones((1, 2)), mx.zeros((1, 3)))},
+            {"edits": Edits(mx.zeros((1, 2), mx.int32), mx.ones((1, 2)), mx.zeros((1, 3)))},
             "edit deltas must have shape [1, 2] but got [1, 3].",
         ),
     ],
@@ -267,7 +267,9 @@ def edits(d: Draw, T: int, V: int) -> Edits | None:
     deltas = d.array(T, L)
     if d.chance(0.2):
         deltas = deltas - mx.inf
-    return Edits(d.laid_out(mx.array(ids.astype(np.int32))), mx.abs(d.array(T, L)) + 0.5, deltas)
+    return Edits(
+        d.laid_out(mx.array(ids[None].astype(np.int32))), mx.abs(d.array(T, L)) + 0.5, deltas
+    )
 
 
 def filtered_alike(settings: dict[str, Any]) -> Callable[..., bool] | None:

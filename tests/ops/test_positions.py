@@ -4,6 +4,7 @@ does, one rule for all implementations, and no memory but the op's own."""
 import mlx.core as mx
 import numpy as np
 import pytest
+from one_text import accept_alone
 from test_norm_rope import bits, normal
 from test_prepare_qkv import arguments, composed
 from test_write_cache import fresh
@@ -155,7 +156,7 @@ def test_an_edit_outside_of_the_vocabulary_changes_nothing(implementation, vocab
 
 def last_wins(ids: mx.array, rows: int) -> Edits:
     deltas = mx.zeros((rows, ids.size)).at[:, -1].add(100.0)
-    return Edits(ids, mx.ones((rows, ids.size)), deltas)
+    return Edits(ids[None], mx.ones((rows, ids.size)), deltas)
 
 
 @pytest.mark.parametrize("rule", ["residual", "block", "coupled"])
@@ -175,7 +176,7 @@ def test_candidates_outside_of_the_vocabulary_decide_alike(rule, m):
         for implementation in ("native", "reference", "workbench"):
             ops.use(implementation)
             try:
-                out = ops.accept_block(*args, rule=rule, vocab=400)
+                out = accept_alone(*args, rule=rule, vocab=400)
             finally:
                 ops.use("native")
             outs.append([np.array(a).tolist() for a in out])
@@ -189,5 +190,5 @@ def test_a_vocabulary_has_a_limit():
         with pytest.raises(
             ValueError, match=r"^\[accept_block\] vocab must be positive and at most"
         ):
-            ops.accept_block(ids, probs, *rest, rule="block", vocab=vocab)
-    mx.eval(ops.accept_block(ids, probs, *rest, rule="block", vocab=2**21))
+            accept_alone(ids, probs, *rest, rule="block", vocab=vocab)
+    mx.eval(accept_alone(ids, probs, *rest, rule="block", vocab=2**21))

@@ -67,7 +67,7 @@ def random_edits(seed: int, rows: int, vocab: int, count: int) -> Edits:
     again = rng.integers(0, ids.size, 3)
     wide = [np.concatenate([x, x[:, again]], axis=1) for x in (factors, deltas)]
     both = np.concatenate([ids, ids[again]]).astype(np.int32)
-    return Edits(mx.array(both), *(mx.array(x.astype(np.float32)) for x in wide))
+    return Edits(mx.array(both)[None], *(mx.array(x.astype(np.float32)) for x in wide))
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_edits(V):
             out = assert_same(x, q, edits=edits, **settings)
     plain = composed(x, *q)
     assert not same(out, plain)
-    moved = Edits(mx.array([V - 1], mx.int32), mx.ones((4, 1)), mx.full((4, 1), 1e4))
+    moved = Edits(mx.array([[V - 1]], mx.int32), mx.ones((4, 1)), mx.full((4, 1), 1e4))
     assert assert_same(x, q, edits=moved).ids[:, 0].tolist() == [V - 1] * 4
 
 
@@ -178,7 +178,7 @@ def test_flags(where, bias, flag):
     x = mx.abs(normal(15, 3, 64)) + 0.1
     for top_k in (1, 8, 256):
         assert assert_same(x, q, top_k=top_k).flags.tolist() == [flag] * 3
-    taken = Edits(mx.array([where], mx.int32), mx.ones((3, 1)), mx.full((3, 1), -mx.inf))
+    taken = Edits(mx.array([[where]], mx.int32), mx.ones((3, 1)), mx.full((3, 1), -mx.inf))
     assert assert_same(x, q, edits=taken).flags.tolist() == [flag] * 3
 
 
@@ -201,7 +201,7 @@ def test_strided_sliced_and_empty():
     for part in (slice(5, 20), slice(None, None, 2)):
         assert_same(base[:, :128], tuple(a[part] for a in q))
     factors = mx.ones((4, 6)).T
-    edits = Edits(mx.arange(8)[::2], factors, mx.full((12, 4), 0.5)[::2])
+    edits = Edits(mx.arange(8)[None, ::2], factors, mx.full((12, 4), 0.5)[::2])
     assert_same(base[:, :128], q, edits=edits)
     out = quantized_filter_logits(base[:0, :128], *q, top_k=5)
     mx.eval(out)
@@ -271,14 +271,14 @@ def test_reference_can_be_chosen():
 
 
 X, Q = mx.zeros((2, 64)), head(0, 8, 64)
-EDIT = (mx.zeros(2, mx.int32), mx.ones((2, 2)), mx.zeros((2, 2)))
+EDIT = (mx.zeros((1, 2), mx.int32), mx.ones((2, 2)), mx.zeros((2, 2)))
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         ({"x": X.astype(mx.int32)}, "x must be float32, float16 or bfloat16 but got int32."),
-        ({"x": X[0]}, "x must have shape [T, E] but got [64]."),
+        ({"x": X[0]}, "x must have shape [R, E] but got [64]."),
         (
             {"x": mx.zeros((2, 96))},
             "the last dimension of x must be a multiple of group_size 64 but got 96.",
@@ -296,7 +296,7 @@ EDIT = (mx.zeros(2, mx.int32), mx.ones((2, 2)), mx.zeros((2, 2)))
         ({"group_size": 16}, "group_size must be 32, 64 or 128 but got 16."),
         ({"bits": 3}, "bits must be 4, 6 or 8 but got 3."),
         ({"softcap": 0.0}, "softcap must be above 0 but got 0."),
-        ({"temperature": -1.0}, "temperature must be 0 or more but got -1."),
+        ({"temperature": -1.0}, "temperature must be above 0 but got -1."),
         ({"top_k": 0}, "top_k must be 1 to 256 but got 0."),
         ({"top_k": 257}, "top_k must be 1 to 256 but got 257."),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1 but got 1.5."),
