@@ -191,7 +191,8 @@ class Engine:
             n: So many texts, with the seeds s, s + 1, ... from that of ``sampling`` on; the prompt
                 is processed once.
             settings: ``max_tokens``, ``sampling``, ``block_size``, ``drafter``, ``stop``, ``raw``,
-                ``variables``, ``tools``, ``tool_choice`` and ``parallel_tool_calls``, as
+                ``variables``, ``tools``, ``tool_choice``, ``parallel_tool_calls``,
+                ``response_format``, ``grammar`` and ``regex``, as
                 :func:`pyengine.generate` takes them.
 
         Returns:
@@ -341,7 +342,7 @@ class Engine:
         tokens = target.context
         if task.max_tokens is not None:
             tokens = min(len(task.ids) + task.max_tokens, target.context)
-        return min(target.prompt_bytes(tokens, task.block_size, none.marks), budget)
+        return min(target.prompt_bytes(tokens, task.most_rows, none.marks), budget)
 
     def _load(self) -> schedule.Load:
         budget = self._budget() if self._waiting else None
@@ -380,6 +381,7 @@ class Engine:
             prefix=prefix,
             shared=request.shared,
             arena=self._arena,
+            matcher=task.new_matcher(),
         )
         request.at_end.callback(request.sequence.release)
         request.chunks = request.sequence.prefill()
@@ -403,10 +405,8 @@ class Engine:
     def _round(self) -> None:
         """A round of every text that can have one; more than fit one call go in groups."""
         start, texts = time.perf_counter(), self._texts()
-        sequences = [r.sequence for r in texts if r.sequence is not None]
-        self._rounds.choose(sequences)
-        for places in schedule.groups([each.drafts + 1 for each in sequences]):
-            group = [texts[place] for place in places]
+        self._rounds.choose([r.sequence for r in texts if r.sequence is not None])
+        for group in _groups(texts):
             try:
                 each = self._rounds.play([r.sequence for r in group if r.sequence is not None])
             except BaseException as error:  # nobody knows what became of theirs
@@ -485,6 +485,18 @@ def stored_pages(
     place = Path(folder)
     model = fingerprint(pair, place, on_progress)
     return Stored(PageFiles(place, model, nbytes, lambda line: _log.warning("[cache] %s", line)))
+
+
+def _groups(texts: Sequence[Request]) -> list[list[Request]]:
+    """Texts that go into one round each. Those without grammars go first, by themselves: they do
+    not wait for masks."""
+    free = [r for r in texts if r.task.grammar is None]
+    guided = [r for r in texts if r.task.grammar is not None]
+    rows = [r.sequence.drafts + 1 for r in free if r.sequence is not None]
+    each = ((free, rows), (guided, [r.task.most_rows for r in guided]))
+    return [
+        [kind[place] for place in places] for kind, own in each for places in schedule.groups(own)
+    ]
 
 
 def several(task: Task, n: int) -> list[Task]:

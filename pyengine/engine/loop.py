@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 
@@ -25,11 +25,19 @@ from pyengine.engine.report import NonFinite, Report
 from pyengine.engine.stats import Stats
 from pyengine.model.cache import Arena, Cache
 from pyengine.model.plan import chunk_end, last_chunk
+from pyengine.model.rows import packed
 from pyengine.model.target import Reader
 from pyengine.ops import dispatch
+from pyengine.ops.filter_logits import Filtered
 from pyengine.sampling.sampler import Choices, Logprob, Sampler
 from pyengine.sampling.settings import Sampling, seeded
 
+if TYPE_CHECKING:  # what brings NumPy is imported where it is needed
+    from pyengine.engine.guided import Drafting, Guide, Matcher, Step
+
+T = TypeVar("T")
+
+MOST_FORCED = 15  # drafts in a row: with the primary token, what one launch of an op takes
 MOST_RECORDED = 16  # rounds of other makes than these are recorded anew
 
 
@@ -46,6 +54,7 @@ class Round(NamedTuple):
     num_accepted: int
     logprobs: list[Logprob] | None = None  # one per token, where the settings ask for them
     prompt_done: int | None = None
+    num_forced: int = 0  # tokens that a grammar forced and nobody drafted
 
 
 def decode(
@@ -60,8 +69,10 @@ def decode(
     stop_ids: frozenset[int] = frozenset(),
     stats: Stats | None = None,
     prefix: Prefix | None = None,
+    matcher: Matcher | None = None,
 ) -> Generator[Round, None, None]:
-    """Generate tokens after ``prompt``, a round at a time. Evaluates once per round.
+    """Generate tokens after ``prompt``, a round at a time. Evaluates once per round; with a matcher
+    once more per draft that is drawn.
 
     Args:
         target: The target.
@@ -76,6 +87,7 @@ def decode(
         stop_ids: Ids that end the text.
         stats: Filled as rounds end.
         prefix: What earlier generations left; what this one leaves. After an error forget it.
+        matcher: Says which tokens may come next; it has seen none.
 
     Yields:
         How far the prefill is, between its chunks; the first token after it; then what each round
@@ -83,8 +95,8 @@ def decode(
 
     Raises:
         ValueError: A setting is impossible or the prompt does not fit the context.
-        RuntimeError: The target's logits are not finite, the cache outgrows the memory, or the
-            process was forked from one that had used MLX.
+        RuntimeError: The target's logits are not finite, the cache outgrows the memory, the grammar
+            cannot be followed, or the process was forked from one that had used MLX.
     """
     forked.check("generate")
     sequence = TokenSequence(
@@ -98,6 +110,7 @@ def decode(
         stop_ids=stop_ids,
         stats=stats,
         prefix=prefix,
+        matcher=matcher,
     )
     mx.reset_peak_memory()
     yield from sequence.prefill()
@@ -186,6 +199,7 @@ class TokenSequence:
         prefix: Prefix | None = None,
         shared: Shared | None = None,
         arena: Arena | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         _check(target, drafter, prompt, block_size, max_tokens)
         self.stats = Stats() if stats is None else stats
@@ -202,10 +216,14 @@ class TokenSequence:
         self._prefix = None if tapped else prefix
         self._shared, self._arena = shared, arena
         self._own: Cache | None = None  # where no prefix has it
+        self._matcher = matcher
+        self.guide: Guide | None = None  # once the prompt is processed, where there is a matcher
+        self._most_rows = most_rows(block_size, matcher is not None)
         room = target.context - len(prompt)
         self._room = room if max_tokens is None else min(max_tokens, room)
         self._text = list(prompt)
         self._new: list[int] = []  # tokens of the newest round
+        self._counts = (0, 0, 0)  # of it: drafted, accepted, forced
         if auto and self._drafter is not None:
             self.acceptance = Acceptance(known_of(target, type(self._drafter)).acceptance)
         self.stats.block_size = "auto" if self.acceptance else block_size
@@ -268,8 +286,15 @@ class TokenSequence:
         self.sampler = Sampler(self._sampling, self.prompt, vocab)
         self.parts = on_device.Parts(self._target, self._drafter, begun.cache, vocab, self.logprobs)
         self.kind = self.block_size, type(self._drafter), self.logprobs
+        masks = None
+        if self._matcher is not None:
+            from pyengine.engine.guided import Guide
+
+            own = self._sampling.suppress_tokens
+            self.guide = Guide(self._matcher, own, self._stop_ids, vocab)
+            masks = self.guide.masks()
         self._dtype = begun.hidden.dtype
-        played = on_device.first(self.parts, self.sampler, begun.logits[None])
+        played = on_device.first(self.parts, self.sampler, begun.logits[None], masks)
         [report] = Report.unpack(_read(played), [0], [self.logprobs])
         self._primary = played.outcomes[0].primary
         self.stats.prefill_s += time.perf_counter() - start
@@ -284,12 +309,27 @@ class TokenSequence:
         parts = self.parts
         self.sampler.add(self._new)
         self._new = []
-        self.k = self.drafts
-        if self._drafter is not None and not self._drafter.wants_to_draft(self._text, self.k):
-            self.k = 0
+        self.k = self._drafts()
         # A round past the end of the room keeps its shape; what it commits there is not used
-        memory.check_growth(parts.cache.growth(self.block_size))
-        parts.cache.reserve(self.block_size)
+        memory.check_growth(parts.cache.growth(self._most_rows))
+        parts.cache.reserve(self._most_rows)
+
+    def _drafts(self) -> int:
+        """How many drafts the next round has: a function of committed tokens alone."""
+        k, drafter, guide = self.drafts, self._drafter, self.guide
+        if drafter is None or guide is None:
+            return k if drafter is not None and drafter.wants_to_draft(self._text, k) else 0
+        forced = guide.run(MOST_FORCED)
+        if not guide.is_open or not drafter.wants_to_draft(self._text, k, forced):
+            return len(forced)
+        return min(len(forced) + k, self._most_rows - 1)
+
+    def drafting(self) -> Drafting:
+        """What draws its drafts where the host stands behind each."""
+        from pyengine.engine.guided import Drafting
+
+        assert self.guide is not None
+        return Drafting(self.state, self.guide, self._text[-1], self.k)
 
     def take_results(self, outcome: on_device.Outcome) -> None:
         """Go on with what a round gave, before it is evaluated."""
@@ -299,8 +339,9 @@ class TokenSequence:
     def count(self, accepted: int, seconds: float) -> None:
         """Note how many drafts a round kept, and what it took, whoever else was in it."""
         self.parts.cache.settle(len(self._text) + accepted)
-        self.stats.count_round(self.k, accepted)
-        if self.acceptance is not None:
+        self._counts = (self.k, accepted, 0) if self.guide is None else self.guide.counts(accepted)
+        self.stats.count_round(*self._counts)
+        if self.acceptance is not None and self.guide is None:
             self.acceptance.note(self.k, accepted)
         self.stats.decode_s += seconds
 
@@ -309,6 +350,7 @@ class TokenSequence:
 
         Raises:
             NonFinite: The target's logits were NaN or infinite.
+            RuntimeError: The grammar cannot be followed.
         """
         if not report.finite:
             raise NonFinite("decode", self._dtype)
@@ -317,11 +359,14 @@ class TokenSequence:
         self.stats.generated_tokens += len(tokens)
         self.stats.peak_memory_bytes = mx.get_peak_memory()
         logprobs = None if report.logprobs is None else report.logprobs[: len(tokens)]
+        if self.guide is not None:
+            self.guide.commit(report.accepted, None if self.finish_reason else tokens[-1])
         self._text += tokens
         self._new = tokens
         if self._prefix is not None:
             self._prefix.keep(self._text[:-1])  # the newest token is not processed yet
-        return Round(tokens, self.finish_reason, self.k, report.accepted, logprobs)
+        drafted, accepted, forced = self._counts
+        return Round(tokens, self.finish_reason, drafted, accepted, logprobs, None, forced)
 
 
 class Rounds:
@@ -339,6 +384,7 @@ class Rounds:
         self._recorded: OrderedDict[Any, on_device.RecordedRound] = OrderedDict()
         self._recorded_now = False  # whether the newest round's graph was new
         self._controller: Controller | None = None
+        self._steps: OrderedDict[Any, on_device.RecordedDraft] = OrderedDict()
 
     def choose(self, sequences: Sequence[TokenSequence]) -> None:
         """Set the drafts of those whose block size is automatic, for a round of them all."""
@@ -373,28 +419,57 @@ class Rounds:
                 done[sequence] = error.with_traceback(None)  # which would hold the caches
         # In one order whoever came first, so that fewer graphs are recorded
         going = sorted((s for s in sequences if s not in done), key=self._rank)
-        if going:
-            choices = self._choices_of([s.sampler for s in going])
-            arena, states = going[0].parts.cache.arena, tuple([s.state for s in going])
-            placed = arena.place([s.parts.cache for s in going])
-            start_of = on_device.Start(placed, states, choices)
-            played = self._round(going).together(start_of)
-            for sequence, outcome in zip(going, played.outcomes, strict=True):
-                sequence.take_results(outcome)
-            row = _read(played)
-            arena.take_results(played.arena)
-            reports = Report.unpack(row, [s.k for s in going], [s.logprobs for s in going])
-            seconds = time.perf_counter() - start
-            for sequence, report in zip(going, reports, strict=True):
-                sequence.count(report.accepted, seconds)
-                try:
-                    done[sequence] = sequence.commit(report)
-                except NonFinite as error:
-                    done[sequence] = error.with_traceback(None)
-            if self._controller is not None:
-                ks, accepted = [s.k for s in going], [report.accepted for report in reports]
-                self._controller.note(ks, accepted, seconds, self._recorded_now)
+        for group in (
+            [s for s in going if s.guide is None],
+            [s for s in going if s.guide is not None],
+        ):
+            done |= self._play(group, start)
         return [done[sequence] for sequence in sequences]
+
+    def _play(
+        self, going: Sequence[TokenSequence], start: float
+    ) -> dict[TokenSequence, Round | Exception]:
+        """A round of sequences that are all free, or all guided by grammars."""
+        if not going:
+            return {}
+        done: dict[TokenSequence, Round | Exception] = {}
+        played = self._played(going)
+        for sequence, outcome in zip(going, played.outcomes, strict=True):
+            sequence.take_results(outcome)
+        row = _read(played)
+        going[0].parts.cache.arena.take_results(played.arena)
+        reports = Report.unpack(row, [s.k for s in going], [s.logprobs for s in going])
+        seconds = time.perf_counter() - start
+        for sequence, report in zip(going, reports, strict=True):
+            sequence.count(report.accepted, seconds)
+            try:
+                done[sequence] = sequence.commit(report)
+            except RuntimeError as error:
+                done[sequence] = error.with_traceback(None)
+        if self._controller is not None and going[0].guide is None:
+            ks, accepted = [s.k for s in going], [report.accepted for report in reports]
+            self._controller.note(ks, accepted, seconds, self._recorded_now)
+        return done
+
+    def _played(self, going: Sequence[TokenSequence]) -> on_device.Played:
+        """The round, built; of guided sequences the drafts are drawn before."""
+        guided = [s.drafting() for s in going if s.guide is not None]
+        placed = going[0].parts.cache.arena.place([s.parts.cache for s in going])
+        if not guided:
+            choices = self._choices_of([s.sampler for s in going])
+            begin = on_device.Start(placed, tuple([s.state for s in going]), choices)
+            return self._round(going, self._groups).together(begin)
+        from pyengine.engine.guided import draft
+
+        draft(guided, lambda places, i: self._step([going[n] for n in places], i))
+        groups = on_device.groups_of([s.sampler for s in going])
+        masks = [own.guide.masks() for own in guided]
+        states = tuple([own.state for own in guided])
+        begin = on_device.Start(placed, states, _masked(going, groups, masks))
+        ids = mx.array([token for own in guided for token in own.ids], dtype=mx.int32)
+        qs = [own.guide.q() for own in guided]
+        of_groups = tuple([_of_group([qs[n] for n in group.places]) for group in groups])
+        return self._round(going, groups).verify(begin, on_device.Block(ids, of_groups))
 
     def _rank(self, sequence: TokenSequence) -> tuple[bool, int, int]:
         kind = self._kinds.setdefault(sequence.kind, len(self._kinds))
@@ -416,18 +491,63 @@ class Rounds:
             ]
         )
 
-    def _round(self, going: Sequence[TokenSequence]) -> on_device.RecordedRound:
-        groups = self._groups
-        forms = [form for _, form in groups]
-        key = dispatch.chosen(), *forms, *(self._rank(sequence) for sequence in going)
-        self._recorded_now = key not in self._recorded
-        if self._recorded_now:
-            each = [sequence.parts for sequence in going]
-            self._recorded[key] = on_device.RecordedRound(each, [s.k for s in going], groups)
-            if len(self._recorded) > MOST_RECORDED:
-                self._recorded.popitem(last=False)
-        self._recorded.move_to_end(key)
-        return self._recorded[key]
+    def _round(
+        self, going: Sequence[TokenSequence], groups: Sequence[on_device.Group]
+    ) -> on_device.RecordedRound:
+        each, ks = [s.parts for s in going], [s.k for s in going]
+        key = *(form for _, form in groups), *(self._rank(sequence) for sequence in going)
+        self._recorded_now = (dispatch.chosen(), key) not in self._recorded
+        return _kept(self._recorded, key, lambda: on_device.RecordedRound(each, ks, groups))
+
+    def _step(self, going: Sequence[TokenSequence], i: int) -> Step:
+        each, groups = [s.parts for s in going], on_device.groups_of([s.sampler for s in going])
+        key = i, *(form for _, form in groups), *(self._rank(s)[::2] for s in going)
+        placed = each[0].cache.arena.place([parts.cache for parts in each])
+        step = _kept(self._steps, key, lambda: on_device.RecordedDraft(each, i, groups))
+
+        def draw(
+            states: tuple[on_device.State, ...], masks: Sequence[mx.array], before: mx.array
+        ) -> on_device.Drawn:
+            return step.draw(on_device.Start(placed, states, _masked(going, groups, masks)), before)
+
+        return draw
+
+
+def _masked(
+    going: Sequence[TokenSequence],
+    groups: Sequence[on_device.Group],
+    masks: Sequence[mx.array],
+) -> tuple[Choices, ...]:
+    """What a round of guided sequences is told of each group, with the masks of each one's rows."""
+    return tuple(
+        [
+            Choices.of([going[n].sampler for n in own], form)._replace(
+                masks=packed([masks[n] for n in own])
+            )
+            for own, form in groups
+        ]
+    )
+
+
+def _of_group(qs: Sequence[Filtered | None]) -> Filtered | None:
+    """What the drafts of a group were drawn from, of one width; None where there are none."""
+    rows = [q for q in qs if q is not None]
+    if not rows:
+        return None
+    width = max(q.ids.shape[1] for q in rows)
+    each = zip(*(on_device.widened(q, width) for q in rows), strict=True)
+    return Filtered(*(packed(list(part)) for part in each))
+
+
+def _kept(recorded: OrderedDict[Any, T], key: Any, record: Callable[[], T]) -> T:
+    """What was recorded under that key and the ops in use; recorded now where nothing was."""
+    key = dispatch.chosen(), key
+    if key not in recorded:
+        recorded[key] = record()
+        if len(recorded) > MOST_RECORDED:
+            recorded.popitem(last=False)
+    recorded.move_to_end(key)
+    return recorded[key]
 
 
 class Prefilled(NamedTuple):
@@ -478,6 +598,11 @@ def _cut(tokens: list[int], room: int, stop_ids: frozenset[int]) -> tuple[list[i
         if token in stop_ids:
             return tokens[: i + 1], "stop"
     return tokens[:room], "length" if len(tokens) >= room else None
+
+
+def most_rows(block_size: int, guided: bool) -> int:
+    """Rows of a round's block at most; a grammar may lengthen a block, but not plain decoding."""
+    return max(block_size, 1 + MOST_FORCED) if guided and block_size > 1 else block_size
 
 
 def _check(

@@ -12,7 +12,7 @@ small array of it. Without drafts it is a step of plain decoding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -156,13 +156,33 @@ class RecordedRound:
     between."""
 
     def __init__(self, each: Sequence[Parts], ks: Sequence[int], groups: Sequence[Group]) -> None:
-        none, arena = mx.array(0, dtype=mx.int32), each[0].cache.arena
-        arena = arena.with_placed(Placed([none] * len(arena.arrays), none, none, none))
-        bare = [parts.without_arrays(arena, place) for place, parts in enumerate(each)]
-        open_texts = partial(_texts, bare, ks, groups)
+        open_texts = partial(_texts, _bare(each), ks, groups)
         self.together = recorded(partial(_together, open_texts))
         self.draft = recorded(partial(_draft_half, open_texts))
         self.verify = recorded(partial(_verify_half, open_texts))
+
+
+def _bare(each: Sequence[Parts]) -> list[Parts]:
+    """What a recorded function keeps of them."""
+    none, arena = mx.array(0, dtype=mx.int32), each[0].cache.arena
+    arena = arena.with_placed(Placed([none] * len(arena.arrays), none, none, none))
+    return [parts.without_arrays(arena, place) for place, parts in enumerate(each)]
+
+
+class RecordedDraft:
+    """Draft i of each of several sequences, recorded: the host stands behind each draft."""
+
+    def __init__(self, each: Sequence[Parts], i: int, groups: Sequence[Group]) -> None:
+        bare, ks = _bare(each), [i + 1] * len(each)
+        self.draw = recorded(partial(_draw, partial(_texts, bare, ks, groups), i))
+
+
+class Drawn(NamedTuple):
+    """One draft of each of several sequences, group by group."""
+
+    report: mx.array  # int32 [2 * Q]: the drafts, then the flags of what they were drawn from
+    qs: tuple[Filtered, ...]  # of each group, a row per sequence
+    drafters: tuple[list[mx.array], ...]  # what each sequence's carries on
 
 
 def _texts(
@@ -191,6 +211,22 @@ def _draft_half(open_texts: Callable[[Start], Texts], start: Start) -> Block:
 
 def _verify_half(open_texts: Callable[[Start], Texts], start: Start, block: Block) -> Played:
     return complete(open_texts(start), block)
+
+
+def _draw(open_texts: Callable[[Start], Texts], i: int, start: Start, before: mx.array) -> Drawn:
+    """Draft i behind the tokens ``[Q, i + 1]`` of each block so far; masks have a row per text."""
+    texts = open_texts(start)
+    tokens = [before[:, j] for j in range(i + 1)]
+    rows = [q for q in _propose(i, texts, tokens) if q is not None]
+    drawn = [
+        chooser.draw_drafts(q, range(len(group.places)), chooser.draft_position(position), i)
+        for q, chooser, group, position in zip(
+            rows, texts.choosers, texts.groups, texts.positions, strict=True
+        )
+    ]
+    drafters = [[] if parts.drafter is None else parts.drafter.arrays for parts in texts.each]
+    report = mx.concatenate([*drawn, *(q.flags for q in rows)])
+    return Drawn(report, tuple(rows), tuple(drafters))
 
 
 def _primary(start: Start) -> mx.array:
@@ -237,11 +273,11 @@ def _sorted(keys: Sequence[tuple[int, int]]) -> list[int]:
 def _joined(parts: Sequence[Filtered], places: Sequence[int]) -> Filtered:
     """Rows at these places of parts behind one another, which may be of unlike widths."""
     width = max(part.ids.shape[1] for part in parts)
-    each = zip(*(_widened(part, width) for part in parts), strict=True)
+    each = zip(*(widened(part, width) for part in parts), strict=True)
     return Filtered(*(picked(packed(list(part)), places) for part in each))
 
 
-def _widened(rows: Filtered, width: int) -> Filtered:
+def widened(rows: Filtered, width: int) -> Filtered:
     """The same with more candidates, which are none."""
     if (more := width - rows.ids.shape[1]) == 0:
         return rows
@@ -290,7 +326,8 @@ def _filter_drafts(
                 packed(drafts), [order.index(at) if at in order else -1 for at in known], i
             )
         if rows:
-            parts.append(chooser.filter(rows_at(logits, rows), owner, before, [i] * len(rows)))
+            own_rows = chooser.for_texts(owner)
+            parts.append(own_rows.filter(rows_at(logits, rows), owner, before, [i] * len(rows)))
     return parts
 
 
@@ -386,9 +423,12 @@ def commit(parts: Parts, hidden: mx.array, accepted: mx.array, rows: int) -> Non
         parts.drafter.read(hidden, accepted)
 
 
-def first(parts: Parts, sampler: Sampler, logits: mx.array | Logits) -> Played:
+def first(
+    parts: Parts, sampler: Sampler, logits: mx.array | Logits, masks: mx.array | None = None
+) -> Played:
     """The token after the prefill, from its last row: logits ``[1, V]``."""
     chooser = Chooser.of([sampler])
+    chooser = replace(chooser, choices=chooser.choices._replace(masks=masks))
     p = chooser.filter(logits, [0])
     token = chooser.draw(p, parts.cache.length[None])
     none = mx.zeros(1, dtype=mx.int32)

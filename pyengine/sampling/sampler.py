@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -24,6 +24,7 @@ from pyengine.model.head import Logits, candidates, whole
 from pyengine.model.rows import packed, picked
 from pyengine.ops.accept_block import RULES
 from pyengine.ops.filter_logits import Edits, Filtered
+from pyengine.sampling.mask import filter_masked
 from pyengine.sampling.settings import Sampling
 
 # Lists of edited logits grow in steps, so that few rounds differ in their shapes
@@ -177,6 +178,7 @@ class Choices(NamedTuple):
     settings: Settings
     penalties: Penalties | None  # None where no text penalises
     listed: tuple[Listed, ...]  # [1, L] of each text; none where no text edits
+    masks: mx.array | None = None  # what grammars leave of each row, see filter_masked
 
     @staticmethod
     def of(samplers: Sequence[Sampler], form: Form) -> Choices:
@@ -210,7 +212,8 @@ class Chooser:
         drafts: mx.array | None = None,
         before: Sequence[int] = (),
     ) -> Filtered:
-        """The distributions that are sampled. Logits that are not made yet stay so.
+        """The distributions that are sampled. Logits that are not made yet stay so where there are
+        no masks, of which there must be one per row.
 
         Args:
             logits: ``[R, V]`` float32, after the softcap.
@@ -219,17 +222,26 @@ class Chooser:
                 are none. Penalties count those before a row.
             before: How many of them stand before each row; none is the same as 0 of all.
         """
-        settings = self.choices.settings
-        return candidates(
-            logits,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            min_p=settings.min_p,
-            owner=mx.array(list(owner), dtype=mx.int32),
-            width=self.form.width,
-            edits=self._edits(owner, drafts, before),
-        )
+        settings, masks = self.choices.settings, self.choices.masks
+        how: dict[str, Any] = {
+            "temperature": settings.temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+            "min_p": settings.min_p,
+            "owner": mx.array(list(owner), dtype=mx.int32),
+            "width": self.form.width,
+            "edits": self._edits(owner, drafts, before),
+        }
+        if masks is not None:
+            return filter_masked(whole(logits), masks, **how)
+        return candidates(logits, **how)
+
+    def for_texts(self, places: Sequence[int]) -> Chooser:
+        """The same with the masks of these texts, where each text has one row."""
+        masks = self.choices.masks
+        if masks is None:
+            return self
+        return replace(self, choices=self.choices._replace(masks=picked(masks, places)))
 
     def _edits(
         self, owner: Sequence[int], drafts: mx.array | None, before: Sequence[int]
