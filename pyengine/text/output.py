@@ -26,6 +26,11 @@ class Reader:
         self._naming = self._thinks and "\n" not in tokenizer.decode(turn[marks[-1] :])
         self.has_thought = self._thinks
 
+    @property
+    def thinks(self) -> bool:
+        """Whether what comes next is a thought."""
+        return self._thinks
+
     def add(self, token: int) -> tuple[str, str, bool]:
         """Text that is certain, thoughts, and whether a stop string came up with this token."""
         if token in self._marks:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from reading import read_request
 from serving import GAME, Server
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.serve.protocol import Limits, Refused, read_request
+from pyengine.serve.protocols.ask import Limits, Refused
 from pyengine.text.tokenizer import load_tokenizer
 from pyengine.untrusted import parse
 
@@ -27,11 +28,8 @@ ASKED: dict[str, Any] = {
     "parallel_tool_calls": False,
     "prediction": {"type": "content", "content": "x"},
     "prompt_cache_options": {},
-    "prompt_cache_retention": "24h",
-    "reasoning_effort": "high",
+    "reasoning_effort": "very",
     "response_format": {"type": "json_object"},
-    "service_tier": "priority",
-    "store": True,
     "tool_choice": "required",
     "verbosity": "low",
     "web_search_options": {},
@@ -43,10 +41,11 @@ NOTHING: dict[str, Any] = {
     "n": 1,
     "modalities": ["text"],
     "parallel_tool_calls": True,
-    "prompt_cache_retention": "in_memory",
+    "prompt_cache_retention": "24h",
+    "reasoning_effort": "high",
     "response_format": {"type": "text"},
-    "service_tier": "auto",
-    "store": False,
+    "service_tier": "priority",
+    "store": True,
     "tool_choice": "auto",
     "verbosity": "medium",
     "user": "someone",
