@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 SPACE = "\u2581"
 # Gemma 4's turns: <bos>, then <|turn>ROLE\n text <turn|>\n, the assistant's role being "model". As
 # in the template of July 2026, parts of a system message are words apart, those of others are not.
+# Tools, calls and results have Gemma 4's marks and values; the pair never learned to call.
 CHAT_TEMPLATE = """\
 {%- macro text(content, between) -%}
 {%- if content is string -%}{{ content | trim }}
@@ -32,19 +33,66 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
+{%- macro value(x) -%}
+{%- if x is string -%}{{ '<|"|>' + x + '<|"|>' }}
+{%- elif x is mapping -%}
+{{- '{' -}}
+{%- for key, item in x | dictsort -%}
+{{- key + ':' + value(item) -}}
+{{- '' if loop.last else ',' -}}
+{%- endfor -%}
+{{- '}' -}}
+{%- elif x is sequence -%}
+{{- '[' -}}
+{%- for item in x -%}
+{{- value(item) -}}
+{{- '' if loop.last else ',' -}}
+{%- endfor -%}
+{{- ']' -}}
+{%- elif x is none -%}{{ 'null' }}
+{%- elif x is boolean -%}{{ 'true' if x else 'false' }}
+{%- else -%}{{ x }}
+{%- endif -%}
+{%- endmacro -%}
 {{- '<bos>' -}}
-{%- set seen = namespace(role='') -%}
+{%- set seen = namespace(role='', calls=[], result=false) -%}
+{%- for tool in tools or [] -%}
+{%- set f = tool.function -%}
+{{- '<|turn>system\\n' if loop.first else '' -}}
+{{- '<|tool>declaration:' + f.name + '{description:' + value(f.description or '') -}}
+{{- ',parameters:' + value(f.parameters or {}) + '}<tool|>' -}}
+{%- set seen.role = 'system' -%}
+{%- endfor -%}
 {%- for message in messages -%}
 {%- set role = {'assistant': 'model', 'developer': 'system'}.get(message.role, message.role) -%}
+{%- set seen.result = role == 'tool' and seen.calls != [] -%}
+{%- if seen.result -%}
+{%- for call in seen.calls if call.id and call.id == message.tool_call_id -%}
+{{- '<|tool_response>response:' + call.function.name -}}
+{%- else -%}
+{{- '<|tool_response>response:' + (message.name or 'unknown') -}}
+{%- endfor -%}
+{%- set content = message.content -%}
+{%- set plain = content is mapping or content is string -%}
+{%- set content = content if plain else text(content, '') -%}
+{{- value(content if content is mapping else {'value': content}) + '<tool_response|>' -}}
+{%- else -%}
 {%- if role != 'model' or seen.role != 'model' -%}
 {{- '<turn|>\\n' if seen.role else '' -}}
 {{- '<|turn>' + role + '\\n' -}}
 {%- endif -%}
 {{- text(message.content, ' ' if role == 'system' else '') -}}
 {%- set seen.role = role -%}
+{%- set seen.calls = message.tool_calls or [] -%}
+{%- for call in seen.calls -%}
+{{- '<|tool_call>call:' + call.function.name + value(call.function.arguments) + '<tool_call|>' -}}
 {%- endfor -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if not (seen.result and add_generation_prompt) -%}
 {{- '<turn|>\\n' if seen.role else '' -}}
 {%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- endif -%}
+{%- endif -%}
 """
 
 

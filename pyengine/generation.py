@@ -13,6 +13,7 @@ from pyengine.streams import Engine, several
 from pyengine.task import Answer, Result, Step, Task, new_task
 from pyengine.text.prompt import Prompt
 from pyengine.text.template import Message
+from pyengine.text.tools import Tool, ToolChoice
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -34,6 +35,9 @@ class Asked(TypedDict, total=False):
     stop: str | Sequence[str] | None
     raw: bool
     variables: Mapping[str, Any] | None
+    tools: Sequence[Tool] | None
+    tool_choice: ToolChoice
+    parallel_tool_calls: bool
     prefix: Prefix | None
     sequences: int
 
@@ -61,6 +65,9 @@ def generate(
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
+    tools: Sequence[Tool] | None = None,
+    tool_choice: ToolChoice = "auto",
+    parallel_tool_calls: bool = True,
     prefix: Prefix | None = None,
     n: int | None = None,
     sequences: int = 8,
@@ -88,8 +95,14 @@ def generate(
         stop: One string or several. The text ends before the first one that appears; no part of it
             is ever emitted. The pair's stop ids end the text in any case.
         raw: Continue a string prompt as plain text. Special tokens spelled in it take effect.
-        variables: Further variables of the chat template, such as ``tools`` and
-            ``enable_thinking``.
+        variables: Further variables of the chat template, such as ``enable_thinking``.
+        tools: Functions that the model may call, in OpenAI's form: ``{"type": "function",
+            "function": {"name": ..., "description": ..., "parameters": <a JSON Schema>}}``. The
+            chat template shows them. Calls are read whether or not tools are given.
+        tool_choice: "auto" lets the model decide. "none" shows it no tools and keeps it from
+            calling. "required", or one function as ``{"type": "function", "function": {"name":
+            ...}}``, makes it call.
+        parallel_tool_calls: Whether it may make several calls; else the text ends with the first.
         prefix: Keys and values of earlier generations on this pair. Tokens at the beginning of the
             prompt that it holds are not processed again; the text is the same as without. Several
             texts take none.
@@ -116,6 +129,9 @@ def generate(
         "stop": stop,
         "raw": raw,
         "variables": variables,
+        "tools": tools,
+        "tool_choice": tool_choice,
+        "parallel_tool_calls": parallel_tool_calls,
     }
     batch = _is_batch(prompt)
     if n is None and not batch:
@@ -173,6 +189,9 @@ def stream(
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
+    tools: Sequence[Tool] | None = None,
+    tool_choice: ToolChoice = "auto",
+    parallel_tool_calls: bool = True,
     prefix: Prefix | None = None,
 ) -> Stream:
     """Like :func:`generate`, but yield the text as it comes.
@@ -193,6 +212,9 @@ def stream(
         stop=stop,
         raw=raw,
         variables=variables,
+        tools=tools,
+        tool_choice=tool_choice,
+        parallel_tool_calls=parallel_tool_calls,
     )
     return Stream(task, prefix)
 

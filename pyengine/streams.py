@@ -171,8 +171,9 @@ class Engine:
             prompt: A string, messages, or token ids.
             n: So many texts, with the seeds s, s + 1, ... from that of ``sampling`` on; the prompt
                 is processed once.
-            settings: ``max_tokens``, ``sampling``, ``block_size``, ``drafter``, ``stop``, ``raw``
-                and ``variables``, as :func:`pyengine.generate` takes them.
+            settings: ``max_tokens``, ``sampling``, ``block_size``, ``drafter``, ``stop``, ``raw``,
+                ``variables``, ``tools``, ``tool_choice`` and ``parallel_tool_calls``, as
+                :func:`pyengine.generate` takes them.
 
         Returns:
             The request; a list of n where ``n`` is given.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,8 @@ from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import Sampling, seeded
 from pyengine.text.output import Reader, stop_strings
 from pyengine.text.prompt import Prompt, encode_prompt
+from pyengine.text.tool_calls import ToolCall
+from pyengine.text.tools import Tool, ToolChoice, ToolUse, tool_use
 from pyengine.untrusted import shown
 
 if TYPE_CHECKING:
@@ -39,13 +41,18 @@ class Result:
         text: The new text, without special tokens and without the stop string that ended it.
         tokens: Ids of the new tokens. The stop id that ended the text is among them; tokens that a
             round committed after a stop string are not.
-        finish_reason: "stop" (a stop id or stop string), "length" (``max_tokens`` or the context
-            is used up), or None when the generation was abandoned.
+        finish_reason: "stop" (a stop id or stop string), "tool_calls" (a stop id behind at least
+            one tool call), "length" (``max_tokens`` or the context is used up), or None when the
+            generation was abandoned.
         stats: Counts and seconds, see :class:`pyengine.engine.stats.Stats`.
         logprobs: One entry per token where the settings ask for them, see
             :class:`pyengine.sampling.sampler.Logprob`.
         thinking: The model's thoughts before its answer, where its template has a channel for them;
             else None.
+        tool_calls: The calls that the model made, in order; see
+            :class:`pyengine.text.tool_calls.ToolCall`.
+        warning: A sentence for people where something is amiss: a tool call that is cut or cannot
+            be read, and is therefore text. Else None.
     """
 
     text: str
@@ -54,6 +61,8 @@ class Result:
     stats: Stats
     logprobs: list[Logprob] | None = None
     thinking: str | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    warning: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""
@@ -64,6 +73,8 @@ class Result:
             "stats": self.stats.to_dict(),
             **({} if self.logprobs is None else {"logprobs": [x._asdict() for x in self.logprobs]}),
             **({} if self.thinking is None else {"thinking": self.thinking}),
+            **({"tool_calls": [x._asdict() for x in self.tool_calls]} if self.tool_calls else {}),
+            **({} if self.warning is None else {"warning": self.warning}),
         }
 
 
@@ -78,6 +89,7 @@ class Step(NamedTuple):
         tokens: Ids of its tokens.
         logprobs: One entry per token where the settings ask for them, else none.
         prompt_done: Number of prompt tokens processed so far; None after the prompt.
+        tool_calls: Calls that are complete with this round.
     """
 
     text: str
@@ -85,6 +97,7 @@ class Step(NamedTuple):
     tokens: list[int]
     logprobs: list[Logprob]
     prompt_done: int | None = None
+    tool_calls: list[ToolCall] = []  # noqa: RUF012 - nobody changes it
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,7 @@ class Task:
     block_size: int
     drafter: Name
     stops: tuple[str, ...]
+    one_call: bool = False  # the text ends behind its first tool call
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -132,6 +146,9 @@ def new_task(
     stop: str | Sequence[str] | None = None,
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
+    tools: Sequence[Tool] | None = None,
+    tool_choice: ToolChoice = "auto",
+    parallel_tool_calls: bool = True,
 ) -> Task:
     """The arguments of :func:`pyengine.generate`, checked."""
     forked.check("generate")
@@ -140,9 +157,13 @@ def new_task(
     block, source = check_settings(pair, max_tokens, block_size, drafter)
     flag("generate", "raw", raw)
     check_variables(variables)
+    use = tool_use(tools, tool_choice, parallel_tool_calls)
+    check_grammar(use)
     limit = None if max_tokens is None else int(max_tokens)
-    ids = prompt_ids(pair, prompt, raw=raw, variables=variables)
+    ids = prompt_ids(pair, prompt, raw=raw, variables=variables, tools=use.shown)
     settings = seeded(resolve_sampling(pair, sampling))
+    if use.choice == "none":
+        settings = without_calls(pair, settings)
     vocab = pair.target.config.vocab_size
     outside = [i for i in (*settings.suppress_tokens, *settings.logit_bias) if i >= vocab]
     if outside:
@@ -151,7 +172,7 @@ def new_task(
             f"{outside[0]}."
         )
     first_use.ready(pair)
-    return Task(pair, ids, limit, settings, block, source, stops)
+    return Task(pair, ids, limit, settings, block, source, stops, not use.parallel)
 
 
 class Answer:
@@ -164,6 +185,8 @@ class Answer:
         self._text: list[str] = []
         self._thoughts: list[str] = []
         self._tokens: list[int] = []
+        self._calls: list[ToolCall] = []
+        self._one_call = task.one_call
         self._logprobs: list[Logprob] | None = None if task.sampling.logprobs is None else []
 
     @property
@@ -176,40 +199,49 @@ class Answer:
             deepcopy(self.stats),  # its lists go on
             None if self._logprobs is None else list(self._logprobs),
             "".join(self._thoughts) if self._reader.has_thought else None,
+            list(self._calls),
+            self._reader.warning,
         )
 
     def add(self, done: Round) -> Step:
         """What a round says, noted in the result; ``finish_reason`` is set where it ends."""
         if done.prompt_done is not None:
             return Step("", "", [], [], done.prompt_done)
-        step, found = self._read(done.tokens, done.logprobs or [], done.finish_reason)
-        self.finish_reason = "stop" if found else done.finish_reason
+        step, self.finish_reason = self._read(done.tokens, done.logprobs or [], done.finish_reason)
         return step
 
     def _read(
         self, tokens: list[int], logprobs: list[Logprob], reason: str | None
-    ) -> tuple[Step, bool]:
-        """What a round's tokens say, noted in the result, and whether a stop string came up."""
-        texts, thoughts, count, found = [], [], 0, False
+    ) -> tuple[Step, str | None]:
+        """What a round's tokens say, noted in the result, and why the text ends with them."""
+        reads, count, found = [], 0, False
         for count, token in enumerate(tokens, 1):
             if reason == "stop" and count == len(tokens):
                 break  # a stop id is not text, whatever its spelling
-            text, thought, found = self._reader.add(token)
-            texts.append(text)
-            thoughts.append(thought)
-            if found:
+            reads.append(read := self._reader.add(token))
+            found = read.found
+            if found or (read.call and self._one_call):
+                reason = "stop"
                 break
         if reason and not found:
-            text, thought, found = self._reader.finish()
-            texts.append(text)
-            thoughts.append(thought)
-        step = Step("".join(texts), "".join(thoughts), tokens[:count], logprobs[:count])
+            reads.append(read := self._reader.finish())
+            found = read.found
+        step = Step(
+            "".join(read.text for read in reads),
+            "".join(read.thought for read in reads),
+            tokens[:count],
+            logprobs[:count],
+            tool_calls=[read.call for read in reads if read.call],
+        )
         self._text.append(step.text)
         self._thoughts.append(step.thinking)
         self._tokens += step.tokens
+        self._calls += step.tool_calls
         if self._logprobs is not None:
             self._logprobs += step.logprobs
-        return step, found
+        if found:
+            return step, "stop"
+        return step, "tool_calls" if reason == "stop" and self._calls else reason
 
 
 def prompt_ids(
@@ -218,12 +250,9 @@ def prompt_ids(
     *,
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
-    """Token ids of a prompt, as :func:`generate` reads it.
-
-    Raises:
-        ValueError: The prompt is empty, longer than the context, or of no known form.
-    """
+    """Token ids of a prompt, as :func:`generate` reads it; errors as :func:`encode_prompt`."""
     return encode_prompt(
         prompt,
         pair.tokenizer,
@@ -231,7 +260,33 @@ def prompt_ids(
         vocab=pair.target.config.vocab_size,
         raw=raw,
         variables=variables,
+        tools=tools,
     )
+
+
+def check_grammar(use: ToolUse) -> None:
+    """Refuse what only a grammar can hold the model to.
+
+    Raises:
+        ValueError: A call is required, or a tool is strict.
+    """
+    if use.choice == "required":
+        said = "required" if use.name is None else f"the function {use.name}"
+        raise ValueError(
+            "[generate] tool_choice must be auto or none without the extra `grammar` but got "
+            f"{said}."
+        )
+    if use.strict:
+        raise ValueError(
+            "[generate] a tool must not be strict without the extra `grammar` but "
+            f"{use.strict[0]} is."
+        )
+
+
+def without_calls(pair: Pair, sampling: Sampling) -> Sampling:
+    """The same, and no token that opens a tool call is ever chosen."""
+    marks = pair.tokenizer.call_ids()[:1]
+    return replace(sampling, suppress_tokens=tuple(sorted({*sampling.suppress_tokens, *marks})))
 
 
 def check_settings(

@@ -1,18 +1,34 @@
-"""Tokens in, text out: whole characters, stop strings cut, thoughts apart."""
+"""Tokens in, text out: whole characters, stop strings cut, thoughts and tool calls apart."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import NoneType
+from typing import NamedTuple
 
 from pyengine.text.tokenizer import Tokenizer
+from pyengine.text.tool_calls import CallReader, ToolCall
+
+
+class Read(NamedTuple):
+    """What a token made certain: text, thoughts, a call that is complete.
+
+    ``found`` tells that a stop string came up; nothing counts that follows.
+    """
+
+    text: str = ""
+    thought: str = ""
+    found: bool = False
+    call: ToolCall | None = None
 
 
 class Reader:
     """Text of a generation as its tokens come.
 
     What the model writes between the marks of its template's channel is a thought, not text: stop
-    strings do not count in it, and the channel's name, its first line, is left out.
+    strings do not count in it, and the channel's name, its first line, is left out. A tool call is
+    none either: it comes whole, once it is closed and can be read, and else as text. It ends a
+    thought, for a model may call before it closes one.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: tuple[str, ...]) -> None:
@@ -25,30 +41,47 @@ class Reader:
         self._thinks = bool(marks) and turn[marks[-1]] == self._marks[0]
         self._naming = self._thinks and "\n" not in tokenizer.decode(turn[marks[-1] :])
         self.has_thought = self._thinks
+        self._calls = CallReader(tokenizer)
 
     @property
     def thinks(self) -> bool:
         """Whether what comes next is a thought."""
         return self._thinks
 
-    def add(self, token: int) -> tuple[str, str, bool]:
-        """Text that is certain, thoughts, and whether a stop string came up with this token."""
+    @property
+    def warning(self) -> str | None:
+        """What was wrong with the first tool call that is text."""
+        return self._calls.warning
+
+    def add(self, token: int) -> Read:
+        """What one more token makes certain."""
+        if token == self._calls.mark:
+            read = self._say(self._calls.break_off() + self._text.finish())
+            self._calls.begin()
+            return read._replace(thought=self._turn(opens=False))
         if token in self._marks:
-            return "", self._turn(opens=token == self._marks[0]), False
+            read = self._say(self._calls.break_off())
+            return read._replace(thought=self._turn(opens=token == self._marks[0]))
+        if self._calls.is_open:
+            call, text = self._calls.add(token)
+            return self._say(text)._replace(call=call)
         if self._thinks:
             thought = self._thought.add(token)
             if self._naming:
                 _, line_end, thought = thought.partition("\n")
                 self._naming = not line_end
-            return "", thought, False
-        text, found = self._scanner.add(self._text.add(token))
-        return text, "", found
+            return Read(thought=thought)
+        return self._say(self._text.add(token))
 
-    def finish(self) -> tuple[str, str, bool]:
-        """What was held back, once no more tokens come; the same three."""
-        thought = self._end_thought()
-        text, found = self._scanner.add(self._text.finish())
-        return text if found else text + self._scanner.finish(), thought, found
+    def finish(self) -> Read:
+        """What was held back, once no more tokens come."""
+        read = self._say(self._text.finish() + self._calls.break_off())
+        held = "" if read.found else self._scanner.finish()
+        return read._replace(text=read.text + held, thought=self._end_thought())
+
+    def _say(self, text: str) -> Read:
+        certain, found = self._scanner.add(text)
+        return Read(certain, found=found)
 
     def _turn(self, opens: bool) -> str:
         """Begin or end a thought; a line parts one from the next."""

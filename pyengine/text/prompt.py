@@ -26,6 +26,7 @@ def encode_prompt(
     vocab: int,
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
     """Token ids of a prompt, as :func:`pyengine.generate` reads it.
 
@@ -36,9 +37,11 @@ def encode_prompt(
         vocab: V.
         raw: Continue a string as it stands.
         variables: Further variables of the chat template.
+        tools: What the template shows the model, see :class:`pyengine.text.tools.ToolUse`.
 
     Raises:
-        ValueError: The prompt is empty, longer than the context, or of no known form.
+        ValueError: The prompt is empty, longer than the context, or of no known form; or there are
+            tools that no template shows.
     """
     if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray, memoryview)):
         raise ValueError(
@@ -49,6 +52,20 @@ def encode_prompt(
     if taken:
         raise ValueError(f"[generate] variables must not be named {min(taken)} but one is.")
     given = dict(variables or {})
+    if tools:
+        if raw or not (isinstance(prompt, str) or any(isinstance(x, dict) for x in prompt)):
+            raise ValueError(
+                "[generate] tools must go with a prompt for the chat template but it is "
+                f"{'raw' if raw else 'token ids'}."
+            )
+        if given.get("tools"):
+            raise ValueError("[generate] tools must be given once but are among variables too.")
+        if not tokenizer.shows_tools:
+            raise ValueError(
+                "[generate] tools must go with a chat template that shows them but this pair "
+                "has none."
+            )
+        given["tools"] = list(tools)
     _check_depth(given, "[generate] variables")
     ids = _encode(prompt, tokenizer, vocab, raw, given)
     check_length(ids, context)
@@ -154,6 +171,8 @@ def check_message(message: Message, where: str) -> None:
                 raise ValueError(
                     f"{where} must hold text only but got a part of type {shown(named)}."
                 )
+    elif isinstance(content, dict) and role == "tool":
+        pass  # a result that a template writes as it writes arguments
     elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise ValueError(f"{where} must have text as its content but got {shown(content)}.")
     _check_depth(message, where)

@@ -29,6 +29,7 @@ _SPACE = "\u2581"
 _PROBE = "  a  b "
 _NOWHERE = "\U0010fffd"
 CHANNEL = ("<|channel>", "<channel|>")
+CALL = ("<|tool_call>", "<tool_call|>", '<|"|>')
 TOOL_RESULT = "<|tool_response>"
 MAX_TOKENIZER = 64 << 20  # Gemma 4's tokenizer.json is about 33 MB
 
@@ -202,6 +203,19 @@ class Tokenizer:
         if self._source is None or "channel" not in self._source or None in marks:
             return ()
         return tuple(mark for mark in marks if mark is not None)
+
+    def call_ids(self) -> tuple[int, ...]:
+        """Ids of the marks that open and close a tool call, and of the one around its strings.
+
+        Empty where the vocabulary lacks one of them.
+        """
+        marks = [self._special.get(mark) for mark in CALL]
+        return () if None in marks else tuple(mark for mark in marks if mark is not None)
+
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the chat template can tell the model of tools."""
+        return self._source is not None and "tools" in self._source
 
     def turn_ids(self) -> tuple[int, ...]:
         """Ids of the marks that begin and end a turn, as far as the vocabulary has them."""

@@ -29,22 +29,31 @@ def thinking_tokenizer(folder: Path) -> Tokenizer:
 
 
 class Teller(ScriptTarget):
-    """Answers by the last word of ``answers`` that a prompt holds; one prompt at a time."""
+    """Answers by the last word of ``answers`` that a prompt holds.
+
+    All answers stand in one script, since a recorded round keeps its rows; an answer is a place.
+    """
 
     def __init__(self, tokenizer: Tokenizer, answers: dict[str, str]) -> None:
-        super().__init__([], tokenizer.vocab_size, CONTEXT, None)
-        self.tokenizer, self.answers = tokenizer, answers
+        script: list[int] = []
+        self.places: dict[str, int] = {}
+        for word, answer in answers.items():
+            self.places[word] = len(script)
+            script += tokenizer.encode(answer + "<turn|>")
+        super().__init__(script, tokenizer.vocab_size, CONTEXT, None)
+        self.tokenizer = tokenizer
         self.prompts: list[str] = []
 
     def prefill(self, ids: list[int], cache: LengthCache, **kwargs: Any) -> Any:
+        """A chunk of a prompt; the last one counts."""
         told = [*getattr(cache, "told", []), *ids]
+        super().prefill(ids, cache, **kwargs)
         text = self.tokenizer.decode(told)
-        _, word = max((text.rfind(word), word) for word in self.answers if word in text)
-        self.script = self.tokenizer.encode(self.answers[word] + "<turn|>")
-        made = super().prefill(ids, cache, **kwargs)
-        cache.told, cache.prompt = told, mx.array(len(told), mx.int32)  # type: ignore[attr-defined]
+        _, word = max((text.rfind(word), word) for word in self.places if word in text or not word)
+        place = self.places[word]
+        cache.told, cache.prompt = told, mx.array(len(told) - place, mx.int32)  # type: ignore[attr-defined]
         self.prompts.append(text)
-        return made
+        return self.rows[place], mx.array([[place]], mx.int32)
 
 
 def telling(tokenizer: Tokenizer, answers: dict[str, str] | str) -> Any:

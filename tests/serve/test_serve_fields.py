@@ -25,7 +25,6 @@ ASKED: dict[str, Any] = {
     "functions": [],
     "moderation": {},
     "modalities": ["text", "audio"],
-    "parallel_tool_calls": False,
     "prediction": {"type": "content", "content": "x"},
     "prompt_cache_options": {},
     "reasoning_effort": "very",
@@ -75,9 +74,10 @@ def ask(pair: Any, chat: bool = CHAT, limits: Limits | None = None, **body: Any)
 
 
 def refusal(pair: Any, chat: bool = CHAT, **body: Any) -> Refused:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises((Refused, ValueError)) as caught:
         ask(pair, chat, **body)
-    return caught.value
+    error = caught.value  # the engine's own are answered with 400 as well
+    return error if isinstance(error, Refused) else Refused(400, str(error))
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -154,19 +154,21 @@ def test_tool_choice_none_hides_the_tools(pair: Any) -> None:
         assert shown != without and "of a town" in pair.tokenizer.decode(shown)
     named = {"type": "function", "function": {"name": "weather"}}
     for choice in ("required", named, "any", True):
-        assert "tool_choice must be 'auto' or 'none' here" in str(
-            refusal(pair, tools=[WEATHER], tool_choice=choice)
-        )
+        said = str(refusal(pair, tools=[WEATHER], tool_choice=choice))
+        assert "tool_choice must be auto" in said, said
 
 
 @pytest.mark.parametrize(
     ("tool", "message"),
     [
-        ("weather", "tool 1 must be of type 'function' but got a string"),
-        ({"type": "custom", "custom": {"name": "x"}}, "of type 'function' but got 'custom'"),
-        ({"name": "weather"}, "of type 'function' but got None"),
-        ({"type": "function", "function": {}}, "must hold a function with a name"),
-        ({"type": "function", "function": {"name": "x", "strict": True}}, "strict False here"),
+        ("weather", "tools[0] must be an object of type function but got 'weather'"),
+        ({"type": "custom", "custom": {"name": "x"}}, "of type function but got 'custom'"),
+        ({"name": "weather"}, "of type function but got None"),
+        ({"type": "function", "function": {}}, "tools[0].function.name must be"),
+        (
+            {"type": "function", "function": {"name": "x", "strict": True}},
+            "a tool must not be strict without",
+        ),
     ],
 )
 def test_tools_of_other_kinds_are_refused(pair: Any, tool: Any, message: str) -> None:

@@ -4,7 +4,7 @@ the model would have made had it closed the thought itself."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -138,46 +138,33 @@ def pair() -> Pair:
     return load()
 
 
-@pytest.fixture
-def channel(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
-    """Two tokens that its text comes by, as marks."""
-    text = generate(FOX, pair=pair, max_tokens=40, sampling=Sampling(temperature=0.0)).tokens
-    first = text[0]
-    closes = next(t for t in range(pair.tokenizer.vocab_size - 1, 0, -1) if t not in text)
-    monkeypatch.setattr(type(pair.tokenizer), "channel_ids", lambda _: (first, closes))
-    yield first, closes
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_it_is_the_text_behind_a_mark_that_the_model_wrote(
-    pair: Pair, channel: tuple[int, int], temperature: float
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
     """The same draws at the same places: those of the whole conversation with the mark in it."""
-    opens, closes = channel
-    settings = {"temperature": temperature, "seed": 11, "block_size": 4}
-    bias = {str(opens): 100.0}
-    sampling = Sampling(
-        temperature=temperature, seed=11, verify="coupled", logit_bias={opens: 100.0}
-    )
-    with Server(pair, Limits(streams=2)) as server:
-        body = {"messages": FOX, "max_tokens": 30, "logit_bias": bias, **settings}
-        said = server.post(CHAT, json={**body, "thinking_budget": 5}).json()
-        again = server.post(CHAT, json={**body, "thinking_budget": 5, "n": 3}).json()
-    first = generate(FOX, pair=pair, max_tokens=6, sampling=sampling)
+    settings: dict[str, Any] = {"temperature": temperature, "seed": 11}
+    sampling = Sampling(**settings, verify="coupled")
+    plain = generate(FOX, pair=pair, max_tokens=30, sampling=sampling).tokens
+    opens = plain[0]
+    closes = next(t for t in range(pair.tokenizer.vocab_size - 1, 0, -1) if t not in plain)
+    thought = [place for place, token in enumerate(plain) if token != opens][4]
+    first = plain[: thought + 1]
     ids = pair.tokenizer.encode_chat(FOX)
     behind = generate(
-        [*ids, *first.tokens, closes],
+        [*ids, *first, closes],
         pair=pair,
-        max_tokens=23,
-        sampling=Sampling(
-            temperature=temperature,
-            seed=11,
-            verify="coupled",
-            logit_bias={opens: 100.0},
-            suppress_tokens=(opens,),
-        ),
+        max_tokens=30 - len(first) - 1,
+        sampling=replace(sampling, suppress_tokens=(opens,)),
     )
+    monkeypatch.setattr(type(pair.tokenizer), "channel_ids", lambda _: (opens, closes))
+    body = {"messages": FOX, "max_tokens": 30, "thinking_budget": 5, "block_size": 4, **settings}
+    with Server(pair, Limits(streams=2)) as server:
+        said = server.post(CHAT, json=body).json()
+        several = server.post(CHAT, json={**body, "n": 3}).json()
     message = said["choices"][0]["message"]
-    assert message["content"] == behind.text
-    assert said["usage"]["completion_tokens"] == 30 and behind.text
-    assert again["choices"][0]["message"] == message
+    assert message["content"] == behind.text != ""
+    assert said["usage"]["completion_tokens"] == len(first) + 1 + len(behind.tokens)
+    assert several["choices"][0]["message"] == message
+    if temperature:
+        assert len({choice["message"]["content"] for choice in several["choices"]}) == 3

@@ -298,6 +298,9 @@ def _ask(pair: Pair, wish: Wish, limits: Limits, prompt: Prompt, sampling: Sampl
             stop=_stop(wish.stop),
             raw=is_text,
             variables=_variables(wish),
+            tools=wish.tools or None,
+            tool_choice=wish.tool_choice,
+            parallel_tool_calls=wish.parallel_tool_calls,
         )
     except TooLong as error:
         raise _too_long(str(error), wish) from None
@@ -321,8 +324,6 @@ def _ask(pair: Pair, wish: Wish, limits: Limits, prompt: Prompt, sampling: Sampl
 def _variables(wish: Wish) -> dict[str, Any]:
     """Those of the chat template."""
     variables = dict(wish.variables)
-    if wish.tools:
-        variables["tools"] = list(wish.tools)
     if wish.thinking is not None:
         if THINKING in variables:
             raise Refused(400, f"[serve] {THINKING} must not go with another field for thoughts.")

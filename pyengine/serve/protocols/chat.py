@@ -18,7 +18,6 @@ from pyengine.serve.protocols.choices import (
 from pyengine.serve.protocols.fields import checked, only, wrong
 from pyengine.task import Result, Step
 from pyengine.text.tool_calls import ToolCall
-from pyengine.untrusted import kind, shown
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
@@ -36,8 +35,8 @@ class ChatBody(ChoicesBody):
     logprobs: bool = False
     top_logprobs: int | None = None
     tools: list[Any] = Field(default_factory=list)
-    tool_choice: Annotated[Any, only("auto", "none")] = "auto"
-    parallel_tool_calls: Annotated[Any, only(True)] = True
+    tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
     reasoning_effort: Effort | None = None
     thinking_budget: int | None = None
     response_format: Annotated[Any, only({"type": "text"})] = None
@@ -74,7 +73,6 @@ class Chat:
         body = checked(ChatBody, given)
         if None not in (body.max_tokens, body.max_completion_tokens):
             raise Refused(400, "[serve] max_tokens must not go with max_completion_tokens.")
-        check_tools(body.tools)
         sampling = body.sampling()
         if body.logprobs:
             sampling["logprobs"] = body.top_logprobs or 0
@@ -93,32 +91,14 @@ class Chat:
             variables=body.chat_template_kwargs,
             thinking=wants_thoughts(body.reasoning_effort),
             thinking_budget=body.thinking_budget,
-            # A model that sees no tools calls none
-            tools=body.tools if body.tool_choice != "none" else [],
+            tools=body.tools,
+            tool_choice=body.tool_choice,
+            parallel_tool_calls=body.parallel_tool_calls,
         )
         return admit(self._pair, wish, self._limits)
 
     def reply(self, ask: Ask) -> ChatReply:
         return ChatReply(ask)
-
-
-def check_tools(tools: Sequence[Any]) -> None:
-    """Refuse what is no function.
-
-    Raises:
-        Refused: The message says which.
-    """
-    for number, tool in enumerate(tools, 1):
-        where = f"[serve] tool {number} must"
-        if not isinstance(tool, dict) or tool.get("type") != "function":
-            said = shown(tool.get("type")) if isinstance(tool, dict) else kind(tool)
-            raise Refused(400, f"{where} be of type 'function' but got {said}.")
-        function = tool.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise Refused(400, f"{where} hold a function with a name but has none.")
-        # None of the arguments the model writes are held to a schema
-        if function.get("strict") not in (None, False):
-            raise Refused(400, f"{where} have strict False here but got {shown(True)}.")
 
 
 class ChatChoice(Choice):
