@@ -57,7 +57,6 @@ def test_the_key_opens(server: Server, headers: dict[str, str]) -> None:
         {"authorization": f"Basic {KEY}"},
         {"authorization": f"Bearer {KEY[:-1]}"},
         {"authorization": f"Bearer {KEY}x"},
-        {"authorization": "Bearer "},
         {"x-api-key": ""},
         {"x-api-key": KEY.upper()},
         {"x-api-key": "caf\u00e9".encode("latin-1")},

@@ -103,7 +103,8 @@ class Messages:
             prompts=[_conversation(body)],
             place="messages",
             sampling=body.sampling(),
-            max_tokens=body.max_tokens,
+            # It must be given, so clients name the most of the model that they have in mind
+            max_tokens=min(body.max_tokens or 0, self._limits.max_tokens),
             stop=body.stop_sequences,
             block_size=body.block_size,
             streamed=body.stream,
