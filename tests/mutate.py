@@ -72,7 +72,7 @@ NEAREST = {
     "serve/queue": "test_serve_queue test_server test_serve_end test_serve_prefill "
     "test_serve_admission",
     "serve/front": "test_serve_log test_serve_hosts test_server",
-    "serve/protocol": "test_serve_fields test_usage_numbers test_server test_serve_ends "
+    "serve/protocols/ask": "test_serve_fields test_usage_numbers test_server test_serve_ends "
     "test_settings_that_win",
 }
 

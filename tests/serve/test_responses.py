@@ -177,7 +177,7 @@ def test_the_oldest_answers_are_forgotten() -> None:
                 found.append(number)
             except Refused as error:
                 assert error.status == 404
-                with pytest.raises(Refused):
+                with pytest.raises(Refused, match="must name an item that is kept"):
                     store.item(f"i{number}", "x")
         return found
 
