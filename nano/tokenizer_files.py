@@ -27,7 +27,7 @@ CHAT_TEMPLATE = """\
 {%- macro text(content, between) -%}
 {%- if content is string -%}{{ content | trim }}
 {%- else -%}
-{%- for part in content if part.type == 'text' -%}
+{%- for part in content or [] if part.type == 'text' -%}
 {{- '' if loop.first else between -}}
 {{- part.text | trim -}}
 {%- endfor -%}

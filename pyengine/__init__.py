@@ -18,6 +18,7 @@ __all__ = [
     "Sampling",
     "Stats",
     "Stream",
+    "ToolCall",
     "generate",
     "load",
     "ops",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # for type checkers and editors; _HOMES says the same
     from pyengine.sampling.settings import Sampling
     from pyengine.streams import Engine, Request
     from pyengine.task import Result
+    from pyengine.text.tool_calls import ToolCall
 else:  # which would take any name for a public one
     _HOMES = {
         "Pair": "pyengine.checkpoint.pair",
@@ -46,6 +48,7 @@ else:  # which would take any name for a public one
         "Sampling": "pyengine.sampling.settings",
         "Engine": "pyengine.streams",
         "Request": "pyengine.streams",
+        "ToolCall": "pyengine.text.tool_calls",
     }
 
     def __getattr__(name):

@@ -7,6 +7,7 @@ from contextlib import closing
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from pyengine.arguments import TooLong
 from pyengine.engine.prefix import Prefix
 from pyengine.generation import Stream, stream
 from pyengine.sampling.settings import Sampling
@@ -19,11 +20,22 @@ from pyengine.task import (
     resolve_sampling,
 )
 from pyengine.text.output import stop_strings
+from pyengine.text.prompt import check_shows_tools
 from pyengine.text.template import Message
+from pyengine.text.tokenizer import strings
+from pyengine.text.tool_calls import ToolCall
+from pyengine.text.tools import Tool, tool_use
 from pyengine.untrusted import SURROGATE, shown
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
+
+
+NO_RESULT = "There is no result: the call was not made."
+# What a saved message holds; calls and the thought before them are beside an answer that calls
+KEYS = {"role", "content"}
+FOLLOW = {"user": ["assistant"], "assistant": ["user"], "tool": ["assistant", "user"]}
+ALSO = {"assistant": {"tool_calls", "reasoning_content"}, "tool": {"tool_call_id"}}
 
 
 class Chat:
@@ -31,6 +43,10 @@ class Chat:
 
     When the context is nearly full, the oldest turns are forgotten, but never the system message;
     ``forgotten`` counts them.
+
+    Where ``tools`` are given an answer may end with calls. :attr:`open_calls` are those that wait;
+    :meth:`give` takes what they returned, and the model goes on. Those that wait when the next turn
+    is sent count as not made.
 
     Raises:
         ValueError: The pair has no chat template, or a setting is impossible.
@@ -47,12 +63,16 @@ class Chat:
         drafter: str | None = None,
         stop: str | Sequence[str] | None = None,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] | None = None,
     ) -> None:
         check_settings(pair, max_tokens, block_size, drafter)
         if not pair.tokenizer.has_chat_template:
             raise ValueError("[chat] the checkpoint must have a chat template but has none.")
         resolve_sampling(pair, sampling)
         check_variables(variables)
+        self.tools = tool_use(tools, "auto", True).shown
+        if self.tools:
+            check_shows_tools(pair.tokenizer)
         if not isinstance(system, (str, NoneType)):
             raise ValueError(f"[chat] system must be text or None but got {shown(system)}.")
         self.pair = pair
@@ -83,7 +103,34 @@ class Chat:
         Raises:
             ValueError: The text alone does not fit the context, or a setting is impossible.
         """
-        turns = [*self.turns, {"role": "user", "content": text}]
+        results = [_result(call, NO_RESULT) for call in self.open_calls]
+        return self._go_on([*self.turns, *results, {"role": "user", "content": text}])
+
+    @property
+    def open_calls(self) -> list[ToolCall]:
+        """The calls of the newest answer, while nobody gave their results."""
+        calls = self.turns[-1].get("tool_calls", []) if self.turns else []
+        return [ToolCall(call["id"], **call["function"]) for call in calls]
+
+    def give(self, results: Sequence[str | dict[str, Any]]) -> Generator[Step, None, None]:
+        """Give what the open calls returned, in their order; otherwise like :meth:`steps`.
+
+        Args:
+            results: Text, or an object as JSON has them.
+
+        Raises:
+            ValueError: There are more or fewer results than calls.
+        """
+        calls = self.open_calls
+        if not calls or len(results) != len(calls):
+            raise ValueError(
+                f"[chat] results must be one for each open call, {len(calls)}, but got "
+                f"{len(results)}."
+            )
+        given = [_result(call, result) for call, result in zip(calls, results, strict=True)]
+        return self._go_on([*self.turns, *given])
+
+    def _go_on(self, turns: list[Message]) -> Generator[Step, None, None]:
         turns = self._fitting(turns)
         self._running = stream(
             [*self.system, *turns],
@@ -94,6 +141,7 @@ class Chat:
             drafter=self.drafter,
             stop=self.stop,
             variables=self.variables,
+            tools=self.tools,
             prefix=self.prefix,
         )
         with self._running as running:
@@ -101,8 +149,7 @@ class Chat:
                 yield from running.steps()
             finally:
                 if running.result.tokens:
-                    answer: Message = {"role": "assistant", "content": running.result.text}
-                    self.turns = [*turns, answer]
+                    self.turns = [*turns, _message(running.result)]
 
     @property
     def result(self) -> Result:
@@ -132,19 +179,14 @@ class Chat:
         if not isinstance(messages, list):
             raise ValueError(f"[chat] messages must be a list but got {shown(messages)}.")
         for number, message in enumerate(messages, 1):
-            where = f"[chat] message {number} must"
-            if not isinstance(message, dict) or set(message) != {"role", "content"}:
-                raise ValueError(f"{where} have a role and content alone but got {shown(message)}.")
-            content = message["content"]
-            if not isinstance(content, str) or SURROGATE.search(content):
-                raise ValueError(f"{where} have text as its content but got {shown(content)}.")
+            _check_saved(message, f"[chat] message {number} must")
         system = messages[:1] if messages and messages[0]["role"] == "system" else []
         turns = messages[len(system) :]
-        roles = [message["role"] for message in turns]
-        if roles != ["user", "assistant"] * (len(turns) // 2):
+        if not _in_turn(turns):
             raise ValueError(
-                "[chat] messages must be of user and assistant in turn, after a system message at "
-                f"most, but the roles are {shown(roles)}."
+                "[chat] messages must be of user and assistant in turn, each call with its result "
+                "between, after a system message at most, but the roles are "
+                f"{shown([message['role'] for message in turns])}."
             )
         self.system, self.turns = list(system), list(turns)
 
@@ -157,15 +199,88 @@ class Chat:
         context = self.pair.target.context
         wanted = context if self.max_tokens is None else self.max_tokens
         room = context - min(wanted, context // 4)
-        while len(turns) > 1:
+        while begin := _second_question(turns):
             try:
-                ids = prompt_ids(self.pair, [*self.system, *turns], variables=self.variables)
-            except ValueError:
-                if len(turns) <= 2:
-                    raise
-            else:
+                ids = prompt_ids(
+                    self.pair,
+                    [*self.system, *turns],
+                    variables=self.variables,
+                    tools=self.tools,
+                )
                 if len(ids) <= room:
                     break
-            turns = turns[2:]  # a question and its answer
-            self.forgotten += 2
+            except TooLong:
+                pass
+            turns = turns[begin:]
+            self.forgotten += begin
         return turns
+
+
+def _second_question(turns: list[Message]) -> int:
+    """Where the first question and all that belongs to it ends; 0 if there is no other."""
+    return next((i for i, turn in enumerate(turns) if i and turn["role"] == "user"), 0)
+
+
+def _message(result: Result) -> Message:
+    """An answer as a message. The thought before a call is what templates give back of thoughts."""
+    answer: Message = {"role": "assistant", "content": result.text}
+    if result.tool_calls:
+        answer["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in result.tool_calls
+        ]
+        if result.thinking:
+            answer["reasoning_content"] = result.thinking
+    return answer
+
+
+def _result(call: ToolCall, content: str | dict[str, Any]) -> Message:
+    return {"role": "tool", "tool_call_id": call.id, "content": content}
+
+
+def _check_saved(message: Any, where: str) -> None:
+    """Refuse what is none of :attr:`Chat.messages`.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    role = message.get("role") if isinstance(message, dict) else None
+    also = ALSO.get(role, set()) if isinstance(role, str) else set()
+    if not isinstance(message, dict) or not KEYS <= set(message) <= KEYS | also:
+        raise ValueError(f"{where} have a role and content alone but got {shown(message)}.")
+    content = message["content"]
+    if not isinstance(content, str) and not (isinstance(content, dict) and role == "tool"):
+        raise ValueError(f"{where} have text as its content but got {shown(content)}.")
+    if any(map(SURROGATE.search, strings(message))):
+        raise ValueError(f"{where} have text as its content but got {shown(message)}.")
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(map(_is_call, calls)):
+        raise ValueError(
+            f"{where} have calls with an id, name and arguments but got {shown(calls)}."
+        )
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    texts = [call.get("id"), *function.values()] if isinstance(function, dict) else []
+    named = isinstance(function, dict) and set(function) == {"name", "arguments"}
+    return named and all(isinstance(text, str) for text in texts)
+
+
+def _in_turn(turns: list[Message]) -> bool:
+    """Whether each question is answered, and each call but the newest ones has its result."""
+    due: list[str] = []
+    before = "assistant"
+    for turn in turns:
+        role = turn["role"]
+        if role not in (["tool"] if due else FOLLOW[before]):
+            return False
+        if due and turn.get("tool_call_id") != due.pop(0):
+            return False
+        due += [call["id"] for call in turn.get("tool_calls", [])]
+        before = role
+    return before == "assistant"

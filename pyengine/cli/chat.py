@@ -6,10 +6,10 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,6 +34,7 @@ from pyengine.cli.options import (
     TargetDir,
     Temperature,
     Think,
+    Tools,
     TopK,
     TopP,
     Verify,
@@ -42,11 +43,13 @@ from pyengine.cli.options import (
     sampling_given,
     sampling_of,
     template_variables,
+    tools_given,
 )
 from pyengine.cli.output import check_output
 
 if TYPE_CHECKING:
     from pyengine.chat import Chat
+    from pyengine.task import Step
 
 EXAMPLES = (
     "pyengine chat",
@@ -76,6 +79,7 @@ def run(
         str | None, typer.Option(help="System message of the conversation.", show_default=False)
     ] = None,
     think: Think = False,
+    tools: Tools = None,
     max_tokens: MaxTokens = None,
     block_size: BlockSize = None,
     drafter: DrafterName = None,
@@ -105,6 +109,9 @@ def run(
     In a terminal, /help lists the commands and keys. Otherwise every line of standard input is a
     turn or one of the same commands. The cache is kept between turns, so only new tokens are
     processed. When the context is full, the oldest turns are forgotten.
+
+    With --tools an answer may call functions. What each call returned is asked for, then the model
+    goes on: a JSON object, or text. On a pipe it is the next line.
     """
     with common.sentences():
         from pyengine.chat import Chat
@@ -124,6 +131,7 @@ def run(
             as_json=as_json,
         )
         check_limits(max_tokens, block_size, stop, drafter)
+        asked = tools_given(tools, None)
         pair = common.load_pair(target, assistant, bundle, dtype, Position.last, ops)
         common.introduce(pair)
         chat = Chat(
@@ -135,29 +143,33 @@ def run(
             drafter=drafter,
             stop=stop,
             variables=template_variables(pair, think),
+            tools=asked.get("tools"),
         )
         terminal = sys.stdin.isatty()
         if terminal:
             typer.echo(f"{pair.name}. /help lists commands and keys, /bye ends.", err=True)
-        talk = Talk(chat, as_json, think, terminal)
         read = _reader(terminal)
-        while (text := read()) is not None:
+        talk = Talk(chat, as_json, think, terminal, read)
+        while (text := read("> ")) is not None:
             if text.strip() and not talk.take(text):
                 break
 
 
-def _reader(terminal: bool) -> Callable[[], str | None]:
-    """What gives the next turn, and None at the end of the input."""
+Read = Callable[[str], str | None]
+
+
+def _reader(terminal: bool) -> Read:
+    """What gives the next turn behind a prompt, and None at the end of the input."""
     if terminal and common.moves():
         from pyengine.cli.terminal import Editor
 
         return Editor().read
     begun = False
 
-    def read() -> str | None:
+    def read(prompt: str) -> str | None:
         nonlocal begun
         if terminal:
-            typer.echo("> ", nl=False, err=True)
+            typer.echo(prompt, nl=False, err=True)
         line = common.read_input("chat", one_line=True)
         if not begun:
             line, begun = line.removeprefix("\ufeff"), True
@@ -171,8 +183,9 @@ def _reader(terminal: bool) -> Callable[[], str | None]:
 class Talk:
     """A conversation and its commands."""
 
-    def __init__(self, chat: Chat, as_json: bool, think: bool, terminal: bool) -> None:
+    def __init__(self, chat: Chat, as_json: bool, think: bool, terminal: bool, read: Read) -> None:
         self.chat = chat
+        self.read = read
         self.as_json = as_json
         self.think = think
         self.terminal = terminal
@@ -264,10 +277,33 @@ class Talk:
         typer.echo(f"Loaded: {len(self.chat.turns)} turns from {path}", err=True)
 
     def _answer(self, text: str) -> None:
-        chat, printer = self.chat, common.Printer(self.think)
-        forgotten, begun = chat.forgotten, False
+        """Answer a turn, and go on as long as the model calls and is given results."""
+        whole = self._show(self.chat.steps(text))
+        while whole and self.chat.open_calls and (results := self._results()) is not None:
+            whole = self._show(self.chat.give(results))
+
+    def _results(self) -> list[str | dict[str, Any]] | None:
+        """What the open calls returned; None where they are left open."""
+        results = []
         try:
-            with closing(chat.steps(text)) as steps:
+            for call in self.chat.open_calls:
+                said = self.read(f"{call.name} = ")
+                if said is None:
+                    return None
+                results.append(_result(said))
+        except KeyboardInterrupt:
+            if not self.terminal:
+                raise
+            typer.echo("The calls have no results.", err=True)
+            return None
+        return results
+
+    def _show(self, answer: Generator[Step, None, None]) -> bool:
+        """Print an answer as it comes; whether it came to its end."""
+        chat, printer = self.chat, common.Printer(self.think)
+        forgotten, begun, whole = chat.forgotten, False, True
+        try:
+            with closing(answer) as steps:
                 for step in common.after_prompt(steps, lambda: chat.result.stats.prompt_tokens):
                     begun = True
                     if not self.as_json:
@@ -275,21 +311,22 @@ class Talk:
         except KeyboardInterrupt:
             if not self.terminal:
                 raise
+            whole = False
             typer.echo(" ...", err=True)
         printer.end_thought()
         if not begun:
-            return
+            return whole
         if self.as_json:
             said = common.result_dict(chat.pair, chat.result)
             typer.echo(json.dumps({**said, "forgotten_turns": chat.forgotten}))
         else:
-            if not chat.result.text.endswith("\n"):
-                typer.echo()
+            printer.end(chat.result.tool_calls)
             common.tell_cut(chat.result, chat.pair, chat.max_tokens)
             if self.terminal and common.moves():
                 self._tell_speed()
         if chat.forgotten > forgotten:
             typer.echo("The context is full: the oldest turns were forgotten.", err=True)
+        return whole
 
     def _tell_speed(self) -> None:
         s = self.chat.result.stats
@@ -300,3 +337,14 @@ class Talk:
             said.append(f"acceptance {s.acceptance:.2f}")
         dim, plain = common.dimmed()
         typer.echo(f"{dim}{', '.join(said)}{plain}", err=True, color=True)
+
+
+def _result(said: str) -> str | dict[str, Any]:
+    """What a call returned: an object where it is one in JSON, else text."""
+    from pyengine.untrusted import parse
+
+    try:
+        value = parse(said, "[chat] a result") if said.lstrip().startswith("{") else None
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from pyengine.checkpoint.pair import Pair
     from pyengine.task import Result, Step
+    from pyengine.text.tool_calls import ToolCall
 
 USER_ERROR, BROKEN, INTERRUPTED = 2, 1, 130
 LONGEST_MESSAGE = 600
@@ -203,7 +204,9 @@ def after_prompt(steps: Iterator[Step], total: Callable[[], int]) -> Iterator[St
 
 
 def tell_cut(result: Result, pair: Pair, max_tokens: int | None) -> None:
-    """Say when a limit ended an answer, and what lifts it."""
+    """Say what is amiss with an answer; and when a limit ended it, what lifts that."""
+    if result.warning is not None:
+        typer.echo(printable(result.warning), err=True)
     if result.finish_reason != "length":
         return
     if max_tokens is not None and len(result.tokens) >= max_tokens:
@@ -236,6 +239,7 @@ class Printer:
         self.thoughts = thoughts
         self.dim, self.plain = dimmed()
         self.open_line = False
+        self._newest = ""  # character of standard output
 
     def show(self, step: Step) -> None:
         """What a step added."""
@@ -244,14 +248,29 @@ class Printer:
             self.open_line = not step.thinking.endswith("\n")
         if step.text:
             self.end_thought()
-            sys.stdout.write(step.text)
-            sys.stdout.flush()
+            self._write(step.text)
+
+    def end(self, calls: Sequence[ToolCall] = ()) -> None:
+        """End the line of text that is open, and print a line per call.
+
+        An empty text has a line too, unless there are calls.
+        """
+        self.end_thought()
+        if self._newest != "\n" and (self._newest or not calls):
+            self._write("\n")
+        for call in calls:
+            self._write(f"{call.name}({call.arguments})\n")
 
     def end_thought(self) -> None:
         """Begin a new line on standard error if a thought left one open."""
         if self.open_line:
             typer.echo(err=True)
             self.open_line = False
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        self._newest = text[-1]
 
 
 def dimmed() -> tuple[str, str]:

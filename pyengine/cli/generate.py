@@ -30,6 +30,7 @@ from pyengine.cli.options import (
     TargetDir,
     Temperature,
     Think,
+    Tools,
     TopK,
     TopP,
     Verify,
@@ -38,6 +39,7 @@ from pyengine.cli.options import (
     sampling_given,
     sampling_of,
     template_variables,
+    tools_given,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ EXAMPLES = (
     "cat prompt.txt | pyengine generate --bundle ./pair --temperature 0",
     "pyengine generate --raw --block-size 1 --max-tokens 64 'import json'",
     'pyengine generate "Write a Snake game." --max-tokens 8 --json --logprobs 3',
+    'pyengine generate --bundle ./pair --tools weather.json "Shall I take an umbrella?"',
 )
 
 
@@ -65,6 +68,15 @@ def run(
         bool, typer.Option("--raw", help="Continue the prompt as plain text, without a template.")
     ] = False,
     think: Think = False,
+    tools: Tools = None,
+    tool_choice: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHOICE",
+            help="With --tools: auto, none, required, or the name of the function to call.",
+            show_default="auto",
+        ),
+    ] = None,
     max_tokens: MaxTokens = None,
     block_size: BlockSize = None,
     drafter: DrafterName = None,
@@ -107,7 +119,11 @@ def run(
         text = read_prompt(prompt)
         if not text:
             raise ValueError("[generate] prompt must not be empty.")
-        for option, there in (("--system", system is not None), ("--think", think)):
+        for option, there in (
+            ("--system", system is not None),
+            ("--think", think),
+            ("--tools", tools is not None),
+        ):
             if raw and there:
                 raise ValueError(
                     f"[generate] {option} must go with the template but got --raw too."
@@ -129,6 +145,7 @@ def run(
             as_json=as_json,
         )
         check_limits(max_tokens, block_size, stop, drafter)
+        asked = tools_given(tools, tool_choice)
         pair = common.load_pair(target, assistant, bundle, dtype, position, ops)
         common.introduce(pair)
         running = stream(
@@ -141,6 +158,7 @@ def run(
             stop=stop,
             raw=raw,
             variables=template_variables(pair, think),
+            **asked,
         )
         printer = common.Printer(think)
         try:
@@ -152,6 +170,8 @@ def run(
             printer.end_thought()
             # After Ctrl-C or a failure too: what was generated so far is kept.
             if running.result.tokens:
+                if not as_json:
+                    printer.end(running.result.tool_calls)
                 finish(pair, running.result, as_json, stats, max_tokens)
 
 
@@ -167,12 +187,10 @@ def read_prompt(prompt: str | None) -> str:
 
 
 def finish(pair: Pair, result: Result, as_json: bool, stats: bool, max_tokens: int | None) -> None:
-    """End the streamed text, or print the result in its place."""
+    """Say what is amiss with the text that was streamed, or print the result in its place."""
     if as_json:
         typer.echo(json.dumps(common.result_dict(pair, result)))
     else:
-        if not result.text.endswith("\n"):
-            typer.echo()
         common.tell_cut(result, pair, max_tokens)
     if stats:
         print_stats(result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -126,6 +127,14 @@ Stop = Annotated[
 Think = Annotated[
     bool,
     typer.Option("--think", help="Let the model think first; thoughts go to standard error."),
+]
+Tools = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Functions that the model may call: a JSON list in OpenAI's form.",
+        show_default=False,
+    ),
 ]
 Temperature = Annotated[
     float | None,
@@ -256,6 +265,27 @@ def _bias(text: str) -> tuple[int, float]:
     except ValueError:
         pass
     raise ValueError(f"[generate] --logit-bias must be ID=BIAS like 42=-5 but got {text!r}.")
+
+
+def tools_given(file: Path | None, choice: str | None) -> dict[str, Any]:
+    """The arguments ``tools`` and ``tool_choice`` of a generation.
+
+    Raises:
+        ValueError: The file holds something else, or there is none to choose from.
+    """
+    from pyengine.text.tools import CHOICES, tool_use
+    from pyengine.untrusted import parse, read_text
+
+    if file is None:
+        if choice is not None:
+            raise ValueError("[generate] --tool-choice must go with --tools but is alone.")
+        return {}
+    tools = parse(read_text(file, "generate"), f"[generate] {file}")
+    chosen: Any = "auto" if choice is None else choice
+    if chosen not in CHOICES:
+        chosen = {"type": "function", "function": {"name": chosen}}
+    tool_use(tools, chosen, True)
+    return {"tools": tools, "tool_choice": chosen}
 
 
 def template_variables(pair: Pair, think: bool) -> dict[str, Any] | None:

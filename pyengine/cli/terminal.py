@@ -21,15 +21,15 @@ class Editor:
             output=output, multiline=True, key_bindings=_keys(), prompt_continuation="  "
         )
 
-    def read(self) -> str | None:
-        """The next turn, None at the end of the input.
+    def read(self, prompt: str) -> str | None:
+        """The next turn behind a prompt, None at the end of the input.
 
         Raises:
             KeyboardInterrupt: Ctrl-C at an empty line.
         """
         while True:
             try:
-                return self._session.prompt("> ")
+                return self._session.prompt(prompt)
             except EOFError:
                 return None
             except KeyboardInterrupt:

@@ -60,11 +60,7 @@ def encode_prompt(
             )
         if given.get("tools"):
             raise ValueError("[generate] tools must be given once but are among variables too.")
-        if not tokenizer.shows_tools:
-            raise ValueError(
-                "[generate] tools must go with a chat template that shows them but this pair "
-                "has none."
-            )
+        check_shows_tools(tokenizer)
         given["tools"] = list(tools)
     _check_depth(given, "[generate] variables")
     ids = _encode(prompt, tokenizer, vocab, raw, given)
@@ -153,6 +149,18 @@ def _arguments(value: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"[generate] {where} must be a JSON object but got {shown(value)}.")
     _check_depth(found, f"[generate] {where}")
     return found
+
+
+def check_shows_tools(tokenizer: Tokenizer) -> None:
+    """Refuse tools that the model would never see.
+
+    Raises:
+        ValueError: No chat template shows them.
+    """
+    if not tokenizer.shows_tools:
+        raise ValueError(
+            "[generate] tools must go with a chat template that shows them but this pair has none."
+        )
 
 
 def check_message(message: Message, where: str) -> None:

@@ -304,7 +304,7 @@ class Tokenizer:
         Raises:
             ValueError: There is no template, or it refuses the messages.
         """
-        _check_unicode(_strings([*messages, kwargs]))
+        _check_unicode(strings([*messages, kwargs]))
         stand_ins = self._stand_ins.copy()
         everything = [_map_strings(message, stand_ins.in_text) for message in messages]
         return stand_ins.restored(self._render(stand_ins, everything, kwargs))
@@ -319,7 +319,7 @@ class Tokenizer:
         users, tools, calls, results and declarations say, each spelling is ordinary text.
         Arguments and errors: :meth:`apply_chat_template`.
         """
-        _check_unicode(_strings([*messages, kwargs]))
+        _check_unicode(strings([*messages, kwargs]))
         stand_ins = self._stand_ins.copy()
         ready = [_with_stand_ins(message, stand_ins) for message in messages]
         rendered = self._render(stand_ins, ready, kwargs)
@@ -489,7 +489,7 @@ def _with_stand_ins(message: Message, stand_ins: StandIns) -> Message:
     return {**message, "content": _map_strings(content, lambda s: stand_ins.in_text(s, only))}
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> Iterator[str]:
     """Every string inside nested messages."""
     inside = [value]
     while inside:

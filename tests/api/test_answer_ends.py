@@ -76,7 +76,7 @@ def test_inspect_says_what_ends_an_answer(tmp_path: Path, eos: int | None) -> No
     for section in (config, config.get("text_config", {})):
         section.pop("eos_token_id", None)
     file.write_text(json.dumps(config if eos is None else {**config, "eos_token_id": eos}))
-    ends = [*([] if eos is None else ["<eos> (1)"]), "<turn|> (16)"]
+    ends = [*([] if eos is None else ["<eos> (1)"]), "<turn|> (16)", "<|tool_response> (9)"]
     report = inspect(bundle)
     assert report["text"]["answer_ends"] == ends and report["refused"] == []
     pair = load(bundle=bundle)

@@ -6,11 +6,12 @@ import functools
 import json
 import os
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
-from text_fakes import script_pair, write_tokenizers
+from text_fakes import saying, script_pair, write_tokenizers
 
 import pyengine
 from pyengine.generation import generate, stream
@@ -332,6 +333,21 @@ def test_tools_need_a_template_that_shows_them(tok: Tokenizer, tmp_path: Path) -
 
 
 # Conversations given back
+
+
+def test_the_page_s_example_runs(
+    tok: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tools.md").read_text(encoding="utf-8")
+    example = next(part for part in page.split("\n\n    ") if part.startswith("import json"))
+    source = textwrap.dedent("    " + page[page.index(example) :].partition("\n\nThe ")[0])
+    call = f"<|tool_call>call:weather{{town:{Q}Brno{Q}}}<tool_call|>"
+    pair = saying(tok, f"One moment.{call}", "Yes.")
+    monkeypatch.setattr(pyengine, "load", lambda bundle: pair)
+    exec(source, {})
+    assert capsys.readouterr().out == "Yes.\n" and len(pair.heard) == 2
+    result = f"{{asked:{{town:{Q}Brno{Q}}},sky:{Q}rain{Q}}}<tool_response|>"
+    assert pair.heard[1].endswith(f"One moment.{call}<|tool_response>response:weather{result}")
 
 
 def history(arguments: Any) -> list[dict[str, Any]]:

@@ -98,7 +98,9 @@ def test_stats_of_plain_decoding_tell_no_acceptance(capsys: pytest.CaptureFixtur
 
 def test_every_line_of_the_chats_stats(capsys: pytest.CaptureFixture[str]) -> None:
     """Those of the answer, then how full the context is: 120 of the prompt and 31 new."""
-    Talk(chat_of(STATS), as_json=False, think=False, terminal=False).take("/stats")
+    Talk(chat_of(STATS), as_json=False, think=False, terminal=False, read=lambda _: None).take(
+        "/stats"
+    )
     assert capsys.readouterr().err.splitlines() == [
         *WHOLE,
         " context      151 of 4321 tokens",
@@ -136,7 +138,7 @@ def test_the_line_after_an_answer(
 ) -> None:
     chat = chat_of(stats)
     monkeypatch.setattr(common, "dimmed", lambda: ("\x1b[2m", "\x1b[0m"))
-    Talk(chat, as_json=False, think=False, terminal=True)._tell_speed()
+    Talk(chat, as_json=False, think=False, terminal=True, read=lambda _: None)._tell_speed()
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", f"\x1b[2m{line}\x1b[0m\n")
 

@@ -267,3 +267,18 @@ def script_pair(
         "embedded": False,
     }
     return SimpleNamespace(**{**fields, **changes})
+
+
+def saying(tokenizer: Tokenizer, *scripts: str) -> Any:
+    """A pair that answers its prompts with one script after another; ``heard`` are the prompts."""
+    pair = script_pair(tokenizer, scripts[0], heard=[])
+    ends = [script_pair(tokenizer, script).target.script for script in scripts]
+    whole = pair.target.prefill
+
+    def prefill(ids: list[int], cache: LengthCache, *, reader: Reader | None = None) -> Any:
+        pair.heard.append("".join(map(tokenizer.spelling, ids)))
+        pair.target.script = ends[min(len(pair.heard), len(ends)) - 1]
+        return whole(ids, cache, reader=reader)
+
+    pair.target.prefill = prefill
+    return pair

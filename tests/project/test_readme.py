@@ -131,8 +131,15 @@ def test_geometries_are_the_published_ones() -> None:
         assert sum(map(bounds.prod, shapes)) / 1e9 == pytest.approx(billions, abs=0.006), name
 
 
-PAGES = ("README.md", "CONTRIBUTING.md")
-PAGES += ("docs/design.md", "docs/ops.md", "docs/isa.md", "docs/serve.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/design.md",
+    "docs/ops.md",
+    "docs/isa.md",
+    "docs/serve.md",
+    "docs/tools.md",
+)
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from text_fakes import write_tokenizers
 
@@ -270,7 +270,7 @@ def calls_in(tok: Tokenizer, ids: list[int]) -> list[ToolCall]:
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
     [f"a {Q} b", "<tool_call|>", "<|tool_call>call:f{}", "}", "{'a': \"b\"}", "  \n", "\\", "true"]
 )
-KEYS = st.from_regex(r"[A-Za-zž_][\w -]{0,6}[\w]", fullmatch=True) | st.sampled_from(["a", "$x"])
+KEYS = st.text("aBž_9-$.", min_size=1, max_size=4) | st.sampled_from(["two words", "'q'", "true"])
 NUMBERS = st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False)
 LEAVES = TEXTS | NUMBERS | st.booleans() | st.none()
 VALUES = st.recursive(
@@ -278,18 +278,18 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=12,
 )
-NAMES = st.from_regex(r"[A-Za-z_][\w.:/-]{0,15}", fullmatch=True)
-CALLS_MADE = st.lists(st.tuples(NAMES, st.dictionaries(KEYS, VALUES, max_size=4)), max_size=3)
+NAMES = st.text("aBž_9-.:/", min_size=1, max_size=9)
+CALLS_MADE = st.lists(
+    st.tuples(NAMES, st.dictionaries(KEYS, VALUES, max_size=4)), min_size=1, max_size=3
+)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(calls=CALLS_MADE, as_text=st.booleans())
 def test_what_is_rendered_is_read_again(
     rendering: Tokenizer, calls: list[tuple[str, dict[str, Any]]], as_text: bool
 ) -> None:
     given_back = [(name, json.dumps(own) if as_text else own) for name, own in calls]
-    if not calls:
-        return
     found = calls_in(rendering, rendered(rendering, given_back))
     assert [(call.name, json.loads(call.arguments)) for call in found] == calls
 
