@@ -9,7 +9,8 @@
 //     bool operator==(const Softcap&) const = default;
 //     // What a GPU runs; none where no kernel takes these arguments.
 //     std::vector<Launch> launches(const Arrays& in, const Arrays& out) const;
-//     // What the processor runs: a closure, given to the stream's queue.
+//     // What the processor runs: a closure, given to the stream's queue, and
+//     // run again where a recorded round is played again.
 //     auto task(const Arrays& in, Arrays& out) const;
 //   };
 //
@@ -24,6 +25,7 @@
 //     bool empty(const Arrays& in, const Arrays& out) const;
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -47,6 +49,11 @@ class AnyOp : public mx::Primitive {
 
   virtual bool empty(const Arrays& in, const Arrays& out) const = 0;
   virtual std::vector<Launch> launches(const Arrays& in, const Arrays& out)
+      const = 0;
+  // Gives results the memory of the inputs that are written to in place.
+  virtual void share(const Arrays& in, Arrays& out) const = 0;
+  // What the processor runs, for results that have memory; it may run again.
+  virtual std::function<void()> repeatable(const Arrays& in, Arrays& out)
       const = 0;
 };
 
@@ -75,6 +82,17 @@ class OpOf final : public AnyOp {
   std::vector<Launch> launches(const Arrays& in, const Arrays& out)
       const override {
     return op_.launches(in, out);
+  }
+
+  void share(const Arrays& in, Arrays& out) const override {
+    if constexpr (in_place) {
+      op_.share(in, out);
+    }
+  }
+
+  std::function<void()> repeatable(const Arrays& in, Arrays& out)
+      const override {
+    return op_.task(in, out);
   }
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
@@ -137,9 +155,7 @@ class OpOf final : public AnyOp {
   }
 
   void allocate(const Arrays& in, Arrays& out) const {
-    if constexpr (in_place) {
-      op_.share(in, out);
-    }
+    share(in, out);
     for (auto& a : out) {
       if (!a.data_shared_ptr()) {
         pyengine::allocate(a);

@@ -59,13 +59,61 @@ class Order {
 // those before it.
 class Played : public mx::Primitive {
  public:
-  Played(mx::Stream stream, std::shared_ptr<const Graph> graph)
+  Played(
+      mx::Stream stream,
+      std::shared_ptr<const Graph> graph,
+      std::shared_ptr<Kept> kept)
       : mx::Primitive(stream),
-        graph_(std::move(graph)) {}
+        graph_(std::move(graph)),
+        kept_(std::move(kept)) {}
 
   void eval_cpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override {
+    try {
+      if (!play_program(inputs, outputs)) {
+        play_nodes(inputs, outputs);
+      }
+    } catch (...) {
+      // Tasks under way still read these
+      mx::cpu::get_command_encoder(stream()).dispatch([inputs] {});
+      throw;
+    }
+  }
+
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&)
+      override {
+    throw std::logic_error("[recorded] a GPU plays nodes one by one.");
+  }
+
+  const char* name() const override {
+    return "Played";
+  }
+
+ private:
+  static constexpr size_t release = 32; // arrays freed together
+  static constexpr int most_active_tasks = 10; // of ten dispatches each
+
+  bool play_program(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) {
+    std::lock_guard<std::mutex> lock(kept_->mutex);
+    auto& program = kept_->program;
+    if (program && program->fits(inputs)) {
+      program->play(inputs, outputs, stream());
+      return true;
+    }
+    kept_->tries &= Program::pays(*graph_);
+    if (kept_->tries) {
+      program = Program::make(*graph_, inputs, outputs, stream());
+      kept_->tries = program != nullptr;
+    }
+    return kept_->tries;
+  }
+
+  void play_nodes(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) {
     auto& encoder = mx::cpu::get_command_encoder(stream());
     std::vector<mx::array> values = inputs, unused;
     values.reserve(graph_->count);
@@ -97,19 +145,6 @@ class Played : public mx::Primitive {
     }
   }
 
-  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&)
-      override {
-    throw std::logic_error("[recorded] a GPU plays nodes one by one.");
-  }
-
-  const char* name() const override {
-    return "Played";
-  }
-
- private:
-  static constexpr size_t release = 32; // arrays freed together
-  static constexpr int most_active_tasks = 10; // of ten dispatches each
-
   static void run(
       const Graph::Node& node,
       std::vector<mx::array>& values,
@@ -136,6 +171,7 @@ class Played : public mx::Primitive {
   }
 
   std::shared_ptr<const Graph> graph_;
+  std::shared_ptr<Kept> kept_;
 };
 
 } // namespace
@@ -284,7 +320,7 @@ std::vector<mx::array> Tape::play_nodes(std::vector<mx::array> values) const {
 std::vector<mx::array> Tape::play_as_one(std::vector<mx::array> values) const {
   std::vector<mx::array> made;
   if (!shapes_.empty()) {
-    auto played = std::make_shared<Played>(stream_, graph_);
+    auto played = std::make_shared<Played>(stream_, graph_, kept_);
     made = mx::array::make_arrays(shapes_, dtypes_, played, values);
   }
   std::vector<mx::array> results;
@@ -325,6 +361,7 @@ void bind_recorded(nb::module_& m) {
   nb::class_<Recorded>(m, "Recorded")
       .def(nb::init<ArrayFunction>(), "function"_a)
       .def("__call__", &Recorded::operator(), "inputs"_a)
+      .def_prop_ro("is_program", &Recorded::is_program)
       .def_prop_ro("tapes", &Recorded::tapes)
       .def_prop_ro("nodes", &Recorded::nodes);
 }

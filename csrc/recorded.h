@@ -9,17 +9,18 @@
 // Linux with a C++ compiler at run time).
 //
 // On a processor the graph is one node to MLX (Played), which would hand a
-// second task per node to the stream's thread and walk the graph several times.
-// The thread then always has the next kernel in its queue, and does not fall
-// asleep between two.
+// second task per node to the stream's thread and walk the graph several times;
+// and where it is mostly ours, its tasks are kept and run again (program.h).
 
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
+#include "program.h"
 
 namespace pyengine {
 
@@ -46,6 +47,13 @@ struct Graph {
   int count = 0; // of values
 };
 
+// The program of a graph, once it was played; none where it has none.
+struct Kept {
+  std::mutex mutex;
+  bool tries = true;
+  std::shared_ptr<Program> program;
+};
+
 // The graph of one call, for inputs of its shapes and dtypes, on its stream:
 // nodes belong to the thread that records them.
 class Tape {
@@ -56,6 +64,9 @@ class Tape {
   bool fits(const std::vector<mx::array>& inputs) const;
   std::vector<mx::array> play(const std::vector<mx::array>& inputs) const;
   std::vector<std::string> nodes() const; // names of their primitives
+  bool is_program() const {
+    return kept_->program != nullptr;
+  }
 
  private:
   std::vector<mx::array> play_nodes(std::vector<mx::array> values) const;
@@ -67,6 +78,7 @@ class Tape {
   std::vector<mx::Shape> shapes_;
   std::vector<mx::Dtype> dtypes_;
   bool as_one_; // one node to MLX
+  std::shared_ptr<Kept> kept_ = std::make_shared<Kept>();
 };
 
 // A function with tapes for the streams and shapes it was called with lately.
@@ -81,6 +93,10 @@ class Recorded {
   // Of the graph played last; none before the first.
   std::vector<std::string> nodes() const {
     return tapes_.empty() ? std::vector<std::string>() : tapes_.back().nodes();
+  }
+  // Whether that graph is kept as a program.
+  bool is_program() const {
+    return !tapes_.empty() && tapes_.back().is_program();
   }
 
  private:

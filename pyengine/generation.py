@@ -38,6 +38,9 @@ class Asked(TypedDict, total=False):
     tools: Sequence[Tool] | None
     tool_choice: ToolChoice
     parallel_tool_calls: bool
+    response_format: Mapping[str, Any] | None
+    grammar: str | None
+    regex: str | None
     prefix: Prefix | None
     sequences: int
 
@@ -68,6 +71,9 @@ def generate(
     tools: Sequence[Tool] | None = None,
     tool_choice: ToolChoice = "auto",
     parallel_tool_calls: bool = True,
+    response_format: Mapping[str, Any] | None = None,
+    grammar: str | None = None,
+    regex: str | None = None,
     prefix: Prefix | None = None,
     n: int | None = None,
     sequences: int = 8,
@@ -103,6 +109,12 @@ def generate(
             calling. "required", or one function as ``{"type": "function", "function": {"name":
             ...}}``, makes it call.
         parallel_tool_calls: Whether it may make several calls; else the text ends with the first.
+        response_format: The form of the answer, as OpenAI writes it: ``{"type": "json_object"}``,
+            or ``{"type": "json_schema", "json_schema": {"schema": ...}}``. The text is the same
+            at every block size as without one, for the distribution that the form leaves. Needs
+            the extra ``grammar``; docs/grammar.md says what schemas may have.
+        grammar: The same as a grammar of llguidance's Lark syntax.
+        regex: The same as a regular expression of the whole answer.
         prefix: Keys and values of earlier generations on this pair. Tokens at the beginning of the
             prompt that it holds are not processed again; the text is the same as without. Several
             texts take none.
@@ -132,6 +144,9 @@ def generate(
         "tools": tools,
         "tool_choice": tool_choice,
         "parallel_tool_calls": parallel_tool_calls,
+        "response_format": response_format,
+        "grammar": grammar,
+        "regex": regex,
     }
     batch = _is_batch(prompt)
     if n is None and not batch:
@@ -192,6 +207,9 @@ def stream(
     tools: Sequence[Tool] | None = None,
     tool_choice: ToolChoice = "auto",
     parallel_tool_calls: bool = True,
+    response_format: Mapping[str, Any] | None = None,
+    grammar: str | None = None,
+    regex: str | None = None,
     prefix: Prefix | None = None,
 ) -> Stream:
     """Like :func:`generate`, but yield the text as it comes.
@@ -215,6 +233,9 @@ def stream(
         tools=tools,
         tool_choice=tool_choice,
         parallel_tool_calls=parallel_tool_calls,
+        response_format=response_format,
+        grammar=grammar,
+        regex=regex,
     )
     return Stream(task, prefix)
 
@@ -232,6 +253,7 @@ class Stream(Iterator[str]):
             **task.arguments,
             stats=self._answer.stats,
             prefix=prefix,
+            matcher=task.new_matcher(),
         )
         self._steps = self._run()
 

@@ -172,7 +172,8 @@ class Engine:
             n: So many texts, with the seeds s, s + 1, ... from that of ``sampling`` on; the prompt
                 is processed once.
             settings: ``max_tokens``, ``sampling``, ``block_size``, ``drafter``, ``stop``, ``raw``,
-                ``variables``, ``tools``, ``tool_choice`` and ``parallel_tool_calls``, as
+                ``variables``, ``tools``, ``tool_choice``, ``parallel_tool_calls``,
+                ``response_format``, ``grammar`` and ``regex``, as
                 :func:`pyengine.generate` takes them.
 
         Returns:
@@ -315,7 +316,7 @@ class Engine:
         tokens = target.context
         if task.max_tokens is not None:
             tokens = min(len(task.ids) + task.max_tokens, target.context)
-        block = none.max_block(task.block_size)
+        block = none.max_block(task.most_rows)
         return min(target.prompt_bytes(tokens, block, none.marks), budget)
 
     def _load(self) -> schedule.Load:
@@ -355,6 +356,7 @@ class Engine:
             stats=request.answer.stats,
             prefix=prefix,
             shared=request.shared,
+            matcher=task.new_matcher(),
         )
         request.chunks = request.sequence.prefill()
 
@@ -377,8 +379,7 @@ class Engine:
     def _round(self) -> None:
         """A round of every text that can have one; more than fit one call go in groups."""
         start, texts = time.perf_counter(), self._texts()
-        for places in schedule.groups([r.task.block_size for r in texts]):
-            group = [texts[place] for place in places]
+        for group in _groups(texts):
             try:
                 each = self._rounds.play([r.sequence for r in group if r.sequence is not None])
             except BaseException as error:  # nobody knows what became of theirs
@@ -429,6 +430,18 @@ class Engine:
             request.ended = True
         for request in [r for r in self._active if r.cancelled]:
             self._end(request)
+
+
+def _groups(texts: Sequence[Request]) -> list[list[Request]]:
+    """Texts that go into one round each. Those without grammars go first, by themselves: they do
+    not wait for masks."""
+    free = [r for r in texts if r.task.grammar is None]
+    guided = [r for r in texts if r.task.grammar is not None]
+    return [
+        [kind[place] for place in places]
+        for kind in (free, guided)
+        for places in schedule.groups([r.task.most_rows for r in kind])
+    ]
 
 
 def several(task: Task, n: int) -> list[Task]:

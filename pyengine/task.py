@@ -15,19 +15,23 @@ from pyengine.checkpoint.defaults import OURS
 from pyengine.doctor import first_use
 from pyengine.drafters import NAMES, Name, new_drafter
 from pyengine.drafters.drafter import MAX_BLOCK, Drafter
-from pyengine.engine.loop import Round
+from pyengine.engine.loop import Round, most_rows
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.stats import Stats
+from pyengine.grammar.asked import source_of
+from pyengine.grammar.tools import tools_source
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import Sampling, seeded
 from pyengine.text.output import Reader, stop_strings
 from pyengine.text.prompt import Prompt, encode_prompt
 from pyengine.text.tool_calls import ToolCall
-from pyengine.text.tools import Tool, ToolChoice, ToolUse, tool_use
+from pyengine.text.tools import Tool, ToolChoice, tool_use
 from pyengine.untrusted import shown
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
+    from pyengine.grammar.compiled import Grammar
+    from pyengine.grammar.matcher import GrammarMatcher
 
 DEFAULT_BLOCK = 4
 LOOKUP_BLOCK = 8  # its drafts cost nothing, and few rounds have any
@@ -112,6 +116,12 @@ class Task:
     drafter: Name
     stops: tuple[str, ...]
     one_call: bool = False  # the text ends behind its first tool call
+    grammar: Grammar | None = None
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a round's block at most."""
+        return most_rows(self.block_size, self.grammar is not None)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -127,12 +137,18 @@ class Task:
     def new_drafter(self) -> Drafter | None:
         return new_drafter(self.drafter, self.pair.target, self.pair.assistant)
 
+    def new_matcher(self) -> GrammarMatcher | None:
+        """What follows the grammar through one text; None where there is none."""
+        if self.grammar is None:
+            return None
+        from pyengine.grammar.matcher import GrammarMatcher  # with NumPy, which others do without
+
+        return GrammarMatcher(self.grammar, self.pair.tokenizer, self.ids)
+
     def check_memory(self, prefix: Prefix | None, there: int | None = None) -> None:
         """Refuse a prompt that does not fit the memory, see :func:`memory.check_prompt`."""
         count = len(self.ids)
-        memory.check_prompt(
-            self.pair.target, count, self.max_tokens, self.block_size, prefix, there
-        )
+        memory.check_prompt(self.pair.target, count, self.max_tokens, self.most_rows, prefix, there)
 
 
 def new_task(
@@ -149,16 +165,18 @@ def new_task(
     tools: Sequence[Tool] | None = None,
     tool_choice: ToolChoice = "auto",
     parallel_tool_calls: bool = True,
+    response_format: Mapping[str, Any] | None = None,
+    grammar: str | None = None,
+    regex: str | None = None,
 ) -> Task:
     """The arguments of :func:`pyengine.generate`, checked."""
     forked.check("generate")
     pair = embedded_pair() if pair is None else pair
-    stops = stop_strings(stop)
+    stops, form = stop_strings(stop), source_of(response_format, grammar, regex)
     block, source = check_settings(pair, max_tokens, block_size, drafter)
     flag("generate", "raw", raw)
     check_variables(variables)
     use = tool_use(tools, tool_choice, parallel_tool_calls)
-    check_grammar(use)
     limit = None if max_tokens is None else int(max_tokens)
     ids = prompt_ids(pair, prompt, raw=raw, variables=variables, tools=use.shown)
     settings = seeded(resolve_sampling(pair, sampling))
@@ -171,8 +189,15 @@ def new_task(
             f"[generate] suppress_tokens and logit_bias must name ids up to {vocab - 1} but got "
             f"{outside[0]}."
         )
+    form = tools_source(use, pair.tokenizer, form)
+    compiled = None
+    if form is not None:
+        from pyengine.grammar.compiled import compile_grammar
+
+        compiled = compile_grammar(pair, form)
     first_use.ready(pair)
-    return Task(pair, ids, limit, settings, block, source, stops, not use.parallel)
+    one_call = not use.parallel
+    return Task(pair, ids, limit, settings, block, source, stops, one_call, compiled)
 
 
 class Answer:
@@ -262,25 +287,6 @@ def prompt_ids(
         variables=variables,
         tools=tools,
     )
-
-
-def check_grammar(use: ToolUse) -> None:
-    """Refuse what only a grammar can hold the model to.
-
-    Raises:
-        ValueError: A call is required, or a tool is strict.
-    """
-    if use.choice == "required":
-        said = "required" if use.name is None else f"the function {use.name}"
-        raise ValueError(
-            "[generate] tool_choice must be auto or none without the extra `grammar` but got "
-            f"{said}."
-        )
-    if use.strict:
-        raise ValueError(
-            "[generate] a tool must not be strict without the extra `grammar` but "
-            f"{use.strict[0]} is."
-        )
 
 
 def without_calls(pair: Pair, sampling: Sampling) -> Sampling:

@@ -16,6 +16,8 @@ from pyengine.cli.options import (
     BundleDir,
     DrafterName,
     FrequencyPenalty,
+    JsonSchema,
+    LarkGrammar,
     LogitBias,
     Logprobs,
     MaxTokens,
@@ -23,6 +25,7 @@ from pyengine.cli.options import (
     OpsName,
     Position,
     PresencePenalty,
+    Regex,
     RepetitionPenalty,
     Seed,
     Stop,
@@ -36,6 +39,7 @@ from pyengine.cli.options import (
     Verify,
     VerifyRule,
     check_limits,
+    form_given,
     sampling_given,
     sampling_of,
     template_variables,
@@ -52,6 +56,7 @@ EXAMPLES = (
     "cat prompt.txt | pyengine generate --bundle ./pair --temperature 0",
     "pyengine generate --raw --block-size 1 --max-tokens 64 'import json'",
     'pyengine generate "Write a Snake game." --max-tokens 8 --json --logprobs 3',
+    'pyengine generate "Rate Snake." --regex "[1-5] of 5"',
     'pyengine generate --bundle ./pair --tools weather.json "Shall I take an umbrella?"',
 )
 
@@ -88,6 +93,9 @@ def run(
         bool, typer.Option("--json", help="Print the result as one line of JSON.")
     ] = False,
     logprobs: Logprobs = None,
+    json_schema: JsonSchema = None,
+    regex: Regex = None,
+    grammar: LarkGrammar = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -145,7 +153,7 @@ def run(
             as_json=as_json,
         )
         check_limits(max_tokens, block_size, stop, drafter)
-        asked = tools_given(tools, tool_choice)
+        asked = tools_given(tools, tool_choice) | form_given(json_schema, regex, grammar)
         pair = common.load_pair(target, assistant, bundle, dtype, position, ops)
         common.introduce(pair)
         running = stream(
@@ -213,6 +221,8 @@ def print_stats(result: Result, more: Mapping[str, str] | None = None) -> None:
     if s.drafted:
         rows["acceptance"] = f"{s.acceptance:.3f} of {s.drafted} drafts"
         rows["by depth"] = " ".join(f"{a:.2f}" for a in s.acceptance_by_depth)
+    if s.forced:
+        rows["forced"] = f"{s.forced} tokens by the grammar, without a draft"
     if not dispatch.exact():
         rows["ops"] = f"{plain_ops()}: not row-stable, so exactness is not promised"
     rows["peak memory"] = f"{s.peak_memory_bytes / 1e6:.0f} MB"

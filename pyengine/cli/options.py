@@ -46,7 +46,7 @@ class Position(str, Enum):
     before_last = "n-2"
 
 
-PAIR, SAMPLING = "Pair", "Sampling"
+PAIR, SAMPLING, FORM = "Pair", "Sampling", "Form"
 
 # Strings and not paths: owner/name of the hub is none
 TargetDir = Annotated[
@@ -286,6 +286,58 @@ def tools_given(file: Path | None, choice: str | None) -> dict[str, Any]:
         chosen = {"type": "function", "function": {"name": chosen}}
     tool_use(tools, chosen, True)
     return {"tools": tools, "tool_choice": chosen}
+
+
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option(
+        "--json-schema",
+        metavar="FILE",
+        help="The answer is JSON of this schema. Needs the extra grammar, as do the next two.",
+        show_default=False,
+        rich_help_panel=FORM,
+    ),
+]
+Regex = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REGEX",
+        help="The whole answer matches this regular expression.",
+        show_default=False,
+        rich_help_panel=FORM,
+    ),
+]
+LarkGrammar = Annotated[
+    Path | None,
+    typer.Option(
+        "--grammar",
+        metavar="FILE",
+        help="The answer follows this grammar, in llguidance's Lark.",
+        show_default=False,
+        rich_help_panel=FORM,
+    ),
+]
+
+
+def form_given(schema: Path | None, regex: str | None, grammar: Path | None) -> dict[str, Any]:
+    """The arguments of a generation that say what form the answer has.
+
+    Raises:
+        ValueError: A file cannot be read, or two forms are given.
+    """
+    from pyengine.grammar.asked import MAX_BYTES, check_installed, source_of
+    from pyengine.untrusted import parse, read_text
+
+    form = None
+    if schema is not None:
+        text = read_text(schema, "generate", MAX_BYTES["json_schema"])
+        inner = {"name": schema.stem, "schema": parse(text, f"[generate] {schema}")}
+        form = {"type": "json_schema", "json_schema": inner}
+    lark = None if grammar is None else read_text(grammar, "generate", MAX_BYTES["lark"])
+    given = {"response_format": form, "regex": regex, "grammar": lark}
+    if source_of(**given) is not None:
+        check_installed()
+    return given
 
 
 def template_variables(pair: Pair, think: bool) -> dict[str, Any] | None:

@@ -57,7 +57,7 @@ class AssistantDrafter:
     def take_results(self, arrays: list[mx.array]) -> None:
         [self._hidden] = arrays
 
-    def wants_to_draft(self, text: Sequence[int], k: int) -> bool:
+    def wants_to_draft(self, text: Sequence[int], k: int, forced: Sequence[int] = ()) -> bool:
         return True
 
     @classmethod

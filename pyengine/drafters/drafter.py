@@ -52,8 +52,11 @@ class Drafter(Reader, Protocol):
         """Go on with what a recorded round gave for ``arrays``."""
         ...
 
-    def wants_to_draft(self, text: Sequence[int], k: int) -> bool:
+    def wants_to_draft(self, text: Sequence[int], k: int, forced: Sequence[int] = ()) -> bool:
         """Called on the host before a round with all committed tokens, the primary one last.
+
+        ``forced`` are those that come next whatever anybody drafts, so the drafter's own begin
+        behind them: :meth:`propose` is asked for draft ``len(forced)`` first.
 
         Returns:
             Whether to draft ``k`` tokens; without drafts the round is one plain step.
@@ -66,6 +69,7 @@ class Drafter(Reader, Protocol):
 
         Args:
             i: Called for 0 to k - 1 in turn; a sequence that drafts fewer is not there any more.
+                Drafts that a grammar forces are left out, wherever they stand.
             drafters: Of the sequences, all of this class, and made for the same models.
             asked: By sequence. Logits that are made for them are filtered under the settings of
                 each (:func:`pyengine.sampling.sampler.filter_together`).

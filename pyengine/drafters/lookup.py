@@ -56,9 +56,9 @@ class LookupDrafter:
     def take_results(self, arrays: list[mx.array]) -> None:
         self._drafts = arrays
 
-    def wants_to_draft(self, text: Sequence[int], k: int) -> bool:
-        drafts = self.find(text, k)
-        self._drafts = [mx.array(drafts, dtype=mx.int32)] if drafts else []
+    def wants_to_draft(self, text: Sequence[int], k: int, forced: Sequence[int] = ()) -> bool:
+        drafts = self.find([*text, *forced] if forced else text, k)
+        self._drafts = [mx.array([*forced, *drafts], dtype=mx.int32)] if drafts else []
         return bool(drafts)
 
     def find(self, text: Sequence[int], k: int) -> list[int]:

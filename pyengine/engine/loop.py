@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 
@@ -28,6 +28,12 @@ from pyengine.ops import dispatch
 from pyengine.sampling.sampler import Logprob, Sampler
 from pyengine.sampling.settings import Sampling, seeded
 
+if TYPE_CHECKING:  # what brings NumPy is imported where it is needed
+    from pyengine.engine.guided import Drafting, Guide, Matcher, Step
+
+T = TypeVar("T")
+
+MOST_FORCED = 15  # drafts in a row: with the primary token, what one launch of an op takes
 MOST_RECORDED = 16  # rounds of other makes than these are recorded anew
 
 
@@ -44,6 +50,7 @@ class Round(NamedTuple):
     num_accepted: int
     logprobs: list[Logprob] | None = None  # one per token, where the settings ask for them
     prompt_done: int | None = None
+    num_forced: int = 0  # tokens that a grammar forced and nobody drafted
 
 
 def decode(
@@ -57,8 +64,10 @@ def decode(
     stop_ids: frozenset[int] = frozenset(),
     stats: Stats | None = None,
     prefix: Prefix | None = None,
+    matcher: Matcher | None = None,
 ) -> Generator[Round, None, None]:
-    """Generate tokens after ``prompt``, a round at a time. Evaluates once per round.
+    """Generate tokens after ``prompt``, a round at a time. Evaluates once per round; with a matcher
+    once more per draft that is drawn.
 
     Args:
         target: The target.
@@ -71,6 +80,7 @@ def decode(
         stop_ids: Ids that end the text.
         stats: Filled as rounds end.
         prefix: What earlier generations left; what this one leaves. After an error forget it.
+        matcher: Says which tokens may come next; it has seen none.
 
     Yields:
         How far the prefill is, between its chunks; the first token after it; then what each round
@@ -78,8 +88,8 @@ def decode(
 
     Raises:
         ValueError: A setting is impossible or the prompt does not fit the context.
-        RuntimeError: The target's logits are not finite, the cache outgrows the memory, or the
-            process was forked from one that had used MLX.
+        RuntimeError: The target's logits are not finite, the cache outgrows the memory, the grammar
+            cannot be followed, or the process was forked from one that had used MLX.
     """
     forked.check("generate")
     sequence = TokenSequence(
@@ -92,6 +102,7 @@ def decode(
         stop_ids=stop_ids,
         stats=stats,
         prefix=prefix,
+        matcher=matcher,
     )
     mx.reset_peak_memory()
     yield from sequence.prefill()
@@ -169,6 +180,7 @@ class TokenSequence:
         stats: Stats | None = None,
         prefix: Prefix | None = None,
         shared: Shared | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         _check(target, drafter, prompt, block_size, max_tokens)
         self.stats = Stats() if stats is None else stats
@@ -182,10 +194,14 @@ class TokenSequence:
         tapped = self._drafter is not None and self._drafter.taps
         self._prefix = None if tapped else prefix
         self._shared = shared
+        self._matcher = matcher
+        self.guide: Guide | None = None  # once the prompt is processed, where there is a matcher
+        self._most_rows = most_rows(block_size, matcher is not None)
         room = target.context - len(prompt)
         self._room = room if max_tokens is None else min(max_tokens, room)
         self._text = list(prompt)
         self._new: list[int] = []  # tokens of the newest round
+        self._counts = (0, 0, 0)  # of it: drafted, accepted, forced
         self.stats.block_size, self.stats.prompt_tokens = block_size, len(prompt)
         self.stats.seed = self._sampling.seed
 
@@ -217,9 +233,9 @@ class TokenSequence:
             yield self._begin(begun, start)
             return
         if self._prefix is None:
-            cache, known = self._target.new_cache(self.block_size), 0
+            cache, known = self._target.new_cache(self._most_rows), 0
         else:
-            cache, known = self._prefix.open(self._target, prompt, self.block_size)
+            cache, known = self._prefix.open(self._target, prompt, self._most_rows)
             stats.reused_tokens = known
         for chunk in prefill(self._target, prompt, cache, known, self._prefix, self._drafter):
             if chunk.done < len(prompt):
@@ -237,6 +253,12 @@ class TokenSequence:
         sampler = Sampler(self._sampling, self.prompt, begun.logits.shape[-1])
         self.parts = on_device.Parts(self._target, self._drafter, begun.cache, sampler)
         self.kind = self.block_size, type(self._drafter), sampler.settings
+        if self._matcher is not None:
+            from pyengine.engine.guided import Guide
+
+            own, vocab = self._sampling.suppress_tokens, sampler.vocab
+            self.guide = Guide(self._matcher, own, self._stop_ids, vocab)
+            sampler.masks = self.guide.masks()
         self._dtype = begun.hidden.dtype
         played = on_device.first(self.parts, begun.logits[None])
         row = _read([self.parts], played)
@@ -253,12 +275,27 @@ class TokenSequence:
         parts = self.parts
         parts.sampler.add(self._new)
         self._new = []
-        self.k = self.block_size - 1
-        if self._drafter is not None and not self._drafter.wants_to_draft(self._text, self.k):
-            self.k = 0
+        self.k = self._drafts()
         # A round past the end of the room keeps its shape; what it commits there is not used
-        memory.check_growth(parts.cache.growth(self.block_size))
-        parts.cache.reserve(self.block_size)
+        memory.check_growth(parts.cache.growth(self._most_rows))
+        parts.cache.reserve(self._most_rows)
+
+    def _drafts(self) -> int:
+        """How many drafts the next round has: a function of committed tokens alone."""
+        k, drafter, guide = self.block_size - 1, self._drafter, self.guide
+        if drafter is None or guide is None:
+            return k if drafter is not None and drafter.wants_to_draft(self._text, k) else 0
+        forced = guide.run(MOST_FORCED)
+        if not guide.is_open or not drafter.wants_to_draft(self._text, k, forced):
+            return len(forced)
+        return min(len(forced) + k, self._most_rows - 1)
+
+    def drafting(self) -> Drafting:
+        """What draws its drafts where the host stands behind each."""
+        from pyengine.engine.guided import Drafting
+
+        assert self.guide is not None
+        return Drafting(self.state, self.guide, self._text[-1], self.k)
 
     def take_results(self, outcome: on_device.Outcome) -> None:
         """Go on with what a round gave, before it is evaluated."""
@@ -268,7 +305,8 @@ class TokenSequence:
     def count(self, accepted: int, seconds: float) -> None:
         """Note how many drafts a round kept, and what it took, whoever else was in it."""
         self.parts.cache.length_limit = len(self._text) + accepted
-        self.stats.count_round(self.k, accepted)
+        self._counts = (self.k, accepted, 0) if self.guide is None else self.guide.counts(accepted)
+        self.stats.count_round(*self._counts)
         self.stats.decode_s += seconds
 
     def commit(self, row: list[int]) -> Round:
@@ -276,6 +314,7 @@ class TokenSequence:
 
         Raises:
             NonFinite: The target's logits were NaN or infinite.
+            RuntimeError: The grammar cannot be followed.
         """
         report = Report.unpack(row, self.k, self.logprobs)
         if not report.finite:
@@ -285,11 +324,14 @@ class TokenSequence:
         self.stats.generated_tokens += len(tokens)
         self.stats.peak_memory_bytes = mx.get_peak_memory()
         logprobs = None if report.logprobs is None else report.logprobs[: len(tokens)]
+        if self.guide is not None:
+            self.guide.commit(report.accepted, None if self.finish_reason else tokens[-1])
         self._text += tokens
         self._new = tokens
         if self._prefix is not None:
             self._prefix.keep(self._text[:-1])  # the newest token is not processed yet
-        return Round(tokens, self.finish_reason, self.k, report.accepted, logprobs)
+        drafted, accepted, forced = self._counts
+        return Round(tokens, self.finish_reason, drafted, accepted, logprobs, None, forced)
 
 
 class Rounds:
@@ -301,6 +343,7 @@ class Rounds:
     def __init__(self) -> None:
         self._kinds: dict[Any, int] = {}
         self._recorded: OrderedDict[Any, on_device.RecordedRound] = OrderedDict()
+        self._steps: OrderedDict[Any, on_device.RecordedDraft] = OrderedDict()
 
     def play(self, sequences: Sequence[TokenSequence]) -> list[Round | Exception]:
         """One round of sequences that go on; by sequence what it committed, or why it failed: a
@@ -319,37 +362,73 @@ class Rounds:
                 done[sequence] = error.with_traceback(None)  # which would hold the caches
         # In one order whoever came first, so that fewer graphs are recorded
         going = sorted((s for s in sequences if s not in done), key=self._rank)
-        if going:
-            played = self._round(going).together(tuple([s.state for s in going]))
-            for sequence, outcome in zip(going, played.outcomes, strict=True):
-                sequence.take_results(outcome)
-            row = _read([s.parts for s in going], played)
-            rows = []
-            for sequence in going:
-                length = Report.length(sequence.k, sequence.logprobs)
-                rows.append(row[:length])
-                row = row[length:]
-            seconds = time.perf_counter() - start
-            for sequence, own in zip(going, rows, strict=True):
-                sequence.count(own[0], seconds)
-                try:
-                    done[sequence] = sequence.commit(own)
-                except NonFinite as error:
-                    done[sequence] = error.with_traceback(None)
+        for group in (
+            [s for s in going if s.guide is None],
+            [s for s in going if s.guide is not None],
+        ):
+            done |= self._play(group, start)
         return [done[sequence] for sequence in sequences]
+
+    def _play(
+        self, going: Sequence[TokenSequence], start: float
+    ) -> dict[TokenSequence, Round | Exception]:
+        """A round of sequences that are all free, or all guided by grammars."""
+        if not going:
+            return {}
+        done: dict[TokenSequence, Round | Exception] = {}
+        played = self._played(going)
+        for sequence, outcome in zip(going, played.outcomes, strict=True):
+            sequence.take_results(outcome)
+        row = _read([s.parts for s in going], played)
+        rows = []
+        for sequence in going:
+            length = Report.length(sequence.k, sequence.logprobs)
+            rows.append(row[:length])
+            row = row[length:]
+        seconds = time.perf_counter() - start
+        for sequence, own in zip(going, rows, strict=True):
+            sequence.count(own[0], seconds)
+            try:
+                done[sequence] = sequence.commit(own)
+            except RuntimeError as error:
+                done[sequence] = error.with_traceback(None)
+        return done
+
+    def _played(self, going: Sequence[TokenSequence]) -> on_device.Played:
+        """The round, built; of guided sequences the drafts are drawn before."""
+        guided = [s.drafting() for s in going if s.guide is not None]
+        if not guided:
+            return self._round(going).together(tuple([s.state for s in going]))
+        from pyengine.engine.guided import draft
+
+        draft(guided, lambda places, i: self._step([going[n] for n in places], i))
+        states = [own.state._replace(masks=own.guide.masks()) for own in guided]
+        blocks = [own.guide.block(own.primary) for own in guided]
+        return self._round(going).verify(tuple(states), tuple(blocks))
 
     def _rank(self, sequence: TokenSequence) -> tuple[int, int]:
         return -sequence.k, self._kinds.setdefault(sequence.kind, len(self._kinds))
 
     def _round(self, going: Sequence[TokenSequence]) -> on_device.RecordedRound:
-        key = dispatch.chosen(), *(self._rank(sequence) for sequence in going)
-        if key not in self._recorded:
-            each = [sequence.parts for sequence in going]
-            self._recorded[key] = on_device.RecordedRound(each, [s.k for s in going])
-            if len(self._recorded) > MOST_RECORDED:
-                self._recorded.popitem(last=False)
-        self._recorded.move_to_end(key)
-        return self._recorded[key]
+        each, ks = [s.parts for s in going], [s.k for s in going]
+        key = tuple([self._rank(s) for s in going])
+        return _kept(self._recorded, key, lambda: on_device.RecordedRound(each, ks))
+
+    def _step(self, going: Sequence[TokenSequence], i: int) -> Step:
+        each = [s.parts for s in going]
+        key = i, tuple([self._rank(s)[1] for s in going])
+        return _kept(self._steps, key, lambda: on_device.RecordedDraft(each, i)).draw
+
+
+def _kept(recorded: OrderedDict[Any, T], key: Any, record: Callable[[], T]) -> T:
+    """What was recorded under that key and the ops in use; recorded now where nothing was."""
+    key = dispatch.chosen(), key
+    if key not in recorded:
+        recorded[key] = record()
+        if len(recorded) > MOST_RECORDED:
+            recorded.popitem(last=False)
+    recorded.move_to_end(key)
+    return recorded[key]
 
 
 class Prefilled(NamedTuple):
@@ -401,6 +480,11 @@ def _cut(tokens: list[int], room: int, stop_ids: frozenset[int]) -> tuple[list[i
         if token in stop_ids:
             return tokens[: i + 1], "stop"
     return tokens[:room], "length" if len(tokens) >= room else None
+
+
+def most_rows(block_size: int, guided: bool) -> int:
+    """Rows of a round's block at most; a grammar may lengthen a block, but not plain decoding."""
+    return max(block_size, 1 + MOST_FORCED) if guided and block_size > 1 else block_size
 
 
 def _check(

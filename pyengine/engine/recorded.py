@@ -24,7 +24,8 @@ def recorded(function: Callable[P, R]) -> Callable[P, R]:
 
     The graph is the very one that the function builds, node for node, so no bit differs;
     ``mx.compile`` would fuse nodes. On a processor it is one node to MLX, which has more to do for
-    a node than most of ours take. The function must read nothing that changes but its arguments:
+    a node than most of ours take; and what is mostly ours keeps its memory and its tasks
+    (``csrc/program.h``). The function must read nothing that changes but its arguments:
     what depends on no argument is computed once. On another thread it is run again, for nodes
     belong to the stream they were made on. The four graphs used last are kept, of each form of
     the arguments. Under ``ops.use("workbench")``, where ops evaluate, the function itself is

@@ -37,6 +37,7 @@ class State(NamedTuple):
     listed: Listed | None
     drafter: list[mx.array]
     cache: list[mx.array]
+    masks: mx.array | None = None  # of the rows that are filtered, where a grammar says
 
 
 class Block(NamedTuple):
@@ -73,7 +74,8 @@ class Parts:
 
     def state(self, primary: mx.array) -> State:
         arrays = [] if self.drafter is None else self.drafter.arrays
-        return State(primary, self.sampler.seed, self.sampler.listed, arrays, self.cache.arrays)
+        own = self.sampler
+        return State(primary, own.seed, own.listed, arrays, self.cache.arrays, own.masks)
 
     def with_state(self, state: State) -> Parts:
         """The same over the arrays of a state."""
@@ -81,13 +83,13 @@ class Parts:
             self.target,
             None if self.drafter is None else self.drafter.with_arrays(state.drafter),
             self.cache.with_arrays(state.cache),
-            self.sampler.with_arrays(state.seed, state.listed),
+            self.sampler.with_arrays(state.seed, state.listed, state.masks),
         )
 
     def without_arrays(self) -> Parts:
         """What a recorded round keeps of them, which serves other sequences too."""
         none = mx.array(0, dtype=mx.int32)
-        _, _, listed, drafter, cache = self.state(none)
+        _, _, listed, drafter, cache, _ = self.state(none)
         bare = self.with_state(
             State(
                 none,
@@ -118,6 +120,21 @@ class RecordedRound:
         self.verify = recorded(partial(_verify_half, bare))
 
 
+class RecordedDraft:
+    """Draft i of each of several sequences, recorded: the host stands behind each draft."""
+
+    def __init__(self, each: Sequence[Parts], i: int) -> None:
+        self.draw = recorded(partial(_draw, [parts.without_arrays() for parts in each], i))
+
+
+class Drawn(NamedTuple):
+    """One draft of each of several sequences."""
+
+    report: mx.array  # int32 [2 * Q]: the drafts, then the flags of what they were drawn from
+    qs: tuple[Filtered, ...]  # a row each
+    drafters: tuple[list[mx.array], ...]  # what these carry on
+
+
 def _with_states(each: Sequence[Parts], states: Sequence[State]) -> list[Parts]:
     return [parts.with_state(state) for parts, state in zip(each, states, strict=True)]
 
@@ -141,32 +158,51 @@ def _verify_half(
     return complete(_with_states(each, states), blocks)
 
 
+def _draw(
+    each: Sequence[Parts], i: int, states: tuple[State, ...], before: tuple[mx.array, ...]
+) -> Drawn:
+    """Draft i behind the tokens ``[i + 1]`` of each block so far; a state's mask is its row's."""
+    each = _with_states(each, states)
+    asked = [
+        Asked(ids[i:], ids[1:], parts.cache, parts.sampler)
+        for parts, ids in zip(each, before, strict=True)
+    ]
+    qs = _propose(i, each, asked)
+    tokens = [
+        parts.sampler.draw_draft(q, parts.cache.length, i)
+        for parts, q in zip(each, qs, strict=True)
+    ]
+    drafters = [[] if parts.drafter is None else parts.drafter.arrays for parts in each]
+    report = mx.concatenate([*tokens, *(q.flags for q in qs)])
+    return Drawn(report, tuple(qs), tuple(drafters))
+
+
 def draft(each: Sequence[Parts], ks: Sequence[int], primaries: Sequence[mx.array]) -> list[Block]:
     """Draw k drafts behind each primary token, each from what the sequence's drafter proposes."""
     blocks = [[primary] for primary in primaries]
     rows: list[list[Filtered]] = [[] for _ in each]
     for i in range(max(ks)):
         drafting = [n for n, k in enumerate(ks) if i < k]
-        for n, row in zip(drafting, _propose(i, each, blocks, drafting), strict=True):
+        own = [each[n] for n in drafting]
+        asked = [
+            Asked(blocks[n][i], mx.concatenate(blocks[n])[1:], each[n].cache, each[n].sampler)
+            for n in drafting
+        ]
+        for n, row in zip(drafting, _propose(i, own, asked), strict=True):
             rows[n].append(row)
             blocks[n].append(each[n].sampler.draw_draft(row, each[n].cache.length, i))
     return [_block(tokens, q) for tokens, q in zip(blocks, rows, strict=True)]
 
 
-def _propose(
-    i: int, each: Sequence[Parts], blocks: list[list[mx.array]], drafting: list[int]
-) -> list[Filtered]:
-    """Draft i's distribution of each drafting sequence; drafters of one kind propose together."""
+def _propose(i: int, each: Sequence[Parts], asked: Sequence[Asked]) -> list[Filtered]:
+    """Draft i's distribution of each sequence; drafters of one kind propose together."""
     found: dict[int, Filtered] = {}
-    for kind in dict.fromkeys(type(each[n].drafter) for n in drafting):
-        own = [n for n in drafting if type(each[n].drafter) is kind]
+    for kind in dict.fromkeys(type(parts.drafter) for parts in each):
+        own = [n for n, parts in enumerate(each) if type(parts.drafter) is kind]
         drafters = [drafter for n in own if (drafter := each[n].drafter) is not None]
-        asked = [
-            Asked(blocks[n][i], mx.concatenate(blocks[n])[1:], each[n].cache, each[n].sampler)
-            for n in own
-        ]
-        found.update(zip(own, drafters[0].propose(i, drafters, asked), strict=True))
-    return [found[n] for n in drafting]
+        rows = drafters[0].propose(i, drafters, [asked[n] for n in own])
+        found.update(zip(own, rows, strict=True))
+    return [found[n] for n in range(len(each))]
 
 
 def _block(tokens: list[mx.array], rows: list[Filtered]) -> Block:

@@ -12,6 +12,8 @@ class Stats:
 
     ``decode_s`` and ``tok_s`` are decode only: the first token belongs to the prefill. ``seed`` is
     the one that was used, given or drawn. What a round committed behind a stop string counts too.
+    ``forced`` tokens are those that a grammar left no choice about and that cost no draft: they are
+    neither drafted nor accepted here, and ``tokens_per_round`` has them.
     """
 
     block_size: int = 1
@@ -24,6 +26,7 @@ class Stats:
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    forced: int = 0
     drafted_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
     bonus_tokens: int = 0
@@ -54,10 +57,12 @@ class Stats:
     def tokens_per_round(self) -> float:
         return (self.generated_tokens - 1) / self.rounds if self.rounds else 0.0
 
-    def count_round(self, drafted: int, accepted: int) -> None:
+    def count_round(self, drafted: int, accepted: int, forced: int = 0) -> None:
+        """A round of so many drafts of a drafter, of which so many were kept, and forced tokens."""
         self.rounds += 1
         self.drafted += drafted
         self.accepted += accepted
+        self.forced += forced
         grow = drafted - len(self.drafted_by_depth)
         self.drafted_by_depth += [0] * grow
         self.accepted_by_depth += [0] * grow

@@ -19,6 +19,7 @@ from pyengine import ops
 from pyengine.model.head import Logits, whole
 from pyengine.model.rows import apart
 from pyengine.ops.filter_logits import Edits, Filtered
+from pyengine.sampling.mask import filter_masked
 from pyengine.sampling.settings import Sampling
 
 # Lists of edited logits grow in steps, so that few rounds differ in their shapes
@@ -47,6 +48,8 @@ class Sampler:
 
     The host keeps what the settings ask to know of the text (:meth:`add`); a round gets it and the
     seed as arrays (:attr:`listed`, :meth:`with_arrays`), and all other methods build on those.
+    Where a grammar says what may come next, :attr:`masks` has a row for each row that is filtered,
+    see :func:`pyengine.sampling.mask.filter_masked`.
 
     Args:
         sampling: The settings; with a seed, unless they are greedy.
@@ -76,6 +79,7 @@ class Sampler:
         self._ids = {*self._bias, *(prompt if self._penalises else ())}
         self._seen = set(prompt)
         self.listed = self._list()
+        self.masks: mx.array | None = None
 
     def add(self, tokens: Iterable[int]) -> None:
         """Count tokens of the text."""
@@ -84,10 +88,12 @@ class Sampler:
             self._ids.update(self._counts)
             self.listed = self._list()
 
-    def with_arrays(self, seed: mx.array, listed: Listed | None) -> Sampler:
+    def with_arrays(
+        self, seed: mx.array, listed: Listed | None, masks: mx.array | None = None
+    ) -> Sampler:
         """The same over other arrays: those of a recorded round."""
         other = copy.copy(self)
-        other.seed, other.listed = seed, listed
+        other.seed, other.listed, other.masks = seed, listed, masks
         return other
 
     @property
@@ -95,6 +101,11 @@ class Sampler:
         """What a round's graph depends on: all but what it gets as arrays."""
         own, in_arrays = self.sampling, ("seed", "suppress_tokens", "logit_bias")
         return tuple(value for name, value in own.__dict__.items() if name not in in_arrays)
+
+    @property
+    def edits_rows(self) -> bool:
+        """Whether logits are changed before they are filtered."""
+        return self.listed is not None or self.masks is not None
 
     def _list(self) -> Listed | None:
         """The tokens to edit in the next round; None where there are none."""
@@ -159,6 +170,8 @@ class Sampler:
         """
         drafts = mx.zeros(0, mx.int32) if drafts is None else drafts
         settings = {**self._filter, "edits": self.edits(drafts, first)}
+        if self.masks is not None:
+            return filter_masked(whole(logits), self.masks, **settings)
         if isinstance(logits, Logits) and self.sampling.logprobs is None:
             return logits.filter(**settings)
         return ops.filter_logits(whole(logits), **settings)
@@ -234,7 +247,7 @@ def filter_together(
     if not others:
         return [one.filter(logits, drafts[0], first)]
     counts = [own.shape[0] + 1 - first for own in drafts]
-    if all(s._filter == one._filter and s.listed is None for s in samplers):
+    if all(s._filter == one._filter and not s.edits_rows for s in samplers):
         logprobs = any(s.sampling.logprobs is not None for s in samplers)
         found = one.filter(whole(logits) if logprobs else logits, first=0)
         parts = [apart(part, counts) for part in found]

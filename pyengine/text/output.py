@@ -36,7 +36,7 @@ class Reader:
         self._thought = tokenizer.detokenizer()
         self._scanner = StopScanner(stops)
         self._marks = tokenizer.channel_ids()
-        turn = _open_turn(prompt, tokenizer.turn_ids())
+        turn = open_turn(prompt, tokenizer.turn_ids())
         marks = [i for i, token in enumerate(turn) if token in self._marks]
         self._thinks = bool(marks) and turn[marks[-1]] == self._marks[0]
         self._naming = self._thinks and "\n" not in tokenizer.decode(turn[marks[-1] :])
@@ -97,7 +97,7 @@ class Reader:
         return "" if self._naming else held
 
 
-def _open_turn(prompt: Sequence[int], turn_ids: tuple[int, ...]) -> Sequence[int]:
+def open_turn(prompt: Sequence[int], turn_ids: tuple[int, ...]) -> Sequence[int]:
     """The turn that the prompt leaves to the model: what stands before it may speak of marks."""
     begin = next((i for i in range(len(prompt), 0, -1) if prompt[i - 1] in turn_ids), 0)
     return prompt[begin:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,21 +95,21 @@ def test_a_broken_call_is_told(answers: Any, file: str) -> None:
     assert "warning" in json.loads(run("generate", "So?", "--tools", file, "--json").stdout)
 
 
-def test_what_may_be_called_is_chosen(answers: Any, file: str) -> None:
+def test_what_may_be_called_is_chosen(
+    answers: Any, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
     pair = answers(F)
     done = run("generate", "So?", "--tools", file, "--tool-choice", "none", "--max-tokens", "1")
     assert done.exit_code == 0 and "declaration" not in pair.heard[0]
     for choice, said in (
-        ("required", "tool_choice must be auto or none without the extra `grammar` but got requ"),
-        (
-            "g",
-            "tool_choice must be auto or none without the extra `grammar` but got the function g",
-        ),
-        ("h", "tool_choice must name one of the tools but got 'h'."),
+        ("required", "[grammar] llguidance must be installed for grammars but is not"),
+        ("g", "[grammar] llguidance must be installed for grammars but is not"),
+        ("h", "[generate] tool_choice must name one of the tools but got 'h'."),
     ):
         done = run("generate", "So?", "--tools", file, "--tool-choice", choice)
         assert done.exit_code == 2 and done.stdout == "" and len(pair.heard) == 1
-        assert done.stderr.startswith(f"pyengine: [generate] {said}")
+        assert done.stderr.startswith(f"pyengine: {said}")
 
 
 @pytest.mark.parametrize(
