@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 anthropic = pytest.importorskip("anthropic", reason="needs the anthropic client")
 
 from serving import Server  # noqa: E402
-from telling import BROKEN, RAIN, SAYS, WEATHER, telling_server  # noqa: E402
+from telling import BROKEN, RAIN, SAYS, WEATHER, needs, telling_server  # noqa: E402
 
 TOOLS: Any = [
     {
@@ -105,6 +106,16 @@ def test_a_broken_call_is_text_with_a_warning(client: Any, streamed: bool) -> No
     said = ask(client, streamed, messages=user("broken"), tools=TOOLS)
     assert BROKEN in said.content[0].text and said.stop_reason == "end_turn"
     assert streamed or "call" in said.model_extra["warning"]
+
+
+@needs("llguidance", "grammar")
+def test_structured_outputs(client: Any) -> None:
+    form = {"type": "json_schema", "schema": WEATHER["parameters"]}
+    said = client.messages.create(messages=user("plainly"), output_config={"format": form}, **ASK)
+    assert json.loads(said.content[0].text) == {"town": "Bonn"}
+    for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
+        said = client.messages.create(messages=user("once"), tools=TOOLS, tool_choice=choice, **ASK)
+        assert [block.input for block in said.content] == [{"town": "Bonn"}]
 
 
 def test_tokens_are_counted(client: Any) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from serving import Server
-from telling import RAIN, SAYS, WEATHER, telling_server
+from telling import RAIN, SAYS, WEATHER, needs, telling_server
 
 pytestmark = pytest.mark.clients
 TOOL: dict[str, Any] = {"type": "function", "function": WEATHER}
@@ -23,16 +22,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield made
 
 
-def needs(module: str) -> pytest.MarkDecorator:
-    missing = importlib.util.find_spec(module) is None
-    return pytest.mark.skipif(missing, reason=f"needs {module}: the extra clients")
-
-
 def user(word: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": word}]
 
 
-@needs("litellm")
+@needs("litellm", "clients")
 @pytest.mark.parametrize("provider", ["openai", "anthropic"])
 def test_litellm(server: Server, provider: str) -> None:
     import litellm
@@ -56,7 +50,7 @@ def test_litellm(server: Server, provider: str) -> None:
         litellm.completion(messages=user("fox"), max_tokens=0, **ask)
 
 
-@needs("langchain_openai")
+@needs("langchain_openai", "clients")
 @pytest.mark.parametrize("responses", [False, True], ids=["chat", "responses"])
 def test_langchain(server: Server, responses: bool) -> None:
     import openai
@@ -77,9 +71,10 @@ def test_langchain(server: Server, responses: bool) -> None:
         ChatOpenAI(**settings, max_tokens=0).invoke("fox")
 
 
-@needs("instructor")
+@needs("instructor", "clients")
+@needs("llguidance", "grammar")
 def test_instructor(server: Server) -> None:
-    """Its mode of tools that the model may call; it asks for one by name where it can."""
+    """By words, by a schema, and by a tool that is asked for by name."""
     import instructor
     import openai
     import pydantic
@@ -98,14 +93,19 @@ def test_instructor(server: Server) -> None:
         model="teller", messages=user("object"), response_model=Weather, max_retries=1
     )
     assert list(parts)[-1].town == "Bonn"
-    by_tools = instructor.from_openai(client, mode=instructor.Mode.TOOLS)
-    with pytest.raises(InstructorRetryException, match="tool_choice must be auto or none"):
-        by_tools.chat.completions.create(
-            model="teller", messages=user("once"), response_model=Weather, max_retries=1
+    for mode, word in ((instructor.Mode.TOOLS, "once"), (instructor.Mode.JSON_SCHEMA, "plainly")):
+        made = instructor.from_openai(client, mode=mode).chat.completions.create(
+            model="teller", messages=user(word), response_model=Weather, max_retries=1
+        )
+        assert made.town == "Bonn"
+    with pytest.raises(InstructorRetryException, match="seed must be 0"):
+        with_json.chat.completions.create(
+            model="teller", messages=user("object"), response_model=Weather, max_retries=1, seed=-1
         )
 
 
-@needs("pydantic_ai")
+@needs("pydantic_ai", "clients")
+@needs("llguidance", "grammar")
 @pytest.mark.parametrize("api", ["chat", "responses"])
 def test_pydantic_ai(server: Server, api: str) -> None:
     from pydantic_ai import Agent
@@ -120,8 +120,7 @@ def test_pydantic_ai(server: Server, api: str) -> None:
     agent = Agent(model, retries=0)
     towns = []
 
-    # Strict unless told otherwise, which only a grammar can keep
-    @agent.tool_plain(strict=False)
+    @agent.tool_plain
     def weather(town: str) -> str:
         """Weather of a town."""
         towns.append(town)
@@ -141,7 +140,8 @@ def test_pydantic_ai(server: Server, api: str) -> None:
         agent.run_sync("fox", model_settings={"max_tokens": 10**6})
 
 
-@needs("agents")
+@needs("agents", "clients")
+@needs("llguidance", "grammar")
 @pytest.mark.parametrize("api", ["chat", "responses"])
 def test_openai_agents(server: Server, api: str) -> None:
     import agents
@@ -152,8 +152,7 @@ def test_openai_agents(server: Server, api: str) -> None:
     kind = agents.OpenAIChatCompletionsModel if api == "chat" else agents.OpenAIResponsesModel
     towns = []
 
-    # Its tools are strict unless told otherwise, which only a grammar can keep
-    @agents.function_tool(strict_mode=False)
+    @agents.function_tool
     def weather(town: str) -> str:
         """Weather of a town."""
         towns.append(town)
@@ -176,9 +175,10 @@ def test_openai_agents(server: Server, api: str) -> None:
     assert towns == ["Bonn", "Bonn"]
 
 
-@needs("smolagents")
+@needs("smolagents", "clients")
+@needs("llguidance", "grammar")
 def test_smolagents(server: Server) -> None:
-    """The model behind its agents; their tools are always required, which needs a grammar."""
+    """The model behind its agents; a tool is required unless told otherwise."""
     import openai
     import smolagents
 
@@ -198,11 +198,12 @@ def test_smolagents(server: Server) -> None:
     assert model.generate(messages).content == SAYS["fox"]
     pieces = model.generate_stream(messages)
     assert "".join(piece.content or "" for piece in pieces) == SAYS["fox"]
-    messages = [smolagents.ChatMessage(role="user", content=user_text("rain"))]
-    said = model.generate(messages, tools_to_call_from=[weather], tool_choice="auto")
-    assert [call.function.name for call in said.tool_calls] == ["weather"] * 2
-    with pytest.raises(openai.BadRequestError, match="tool_choice must be auto or none"):
-        model.generate(messages, tools_to_call_from=[weather])
+    for word, choice, count in (("rain", "auto", 2), ("once", "required", 1)):
+        messages = [smolagents.ChatMessage(role="user", content=user_text(word))]
+        said = model.generate(messages, tools_to_call_from=[weather], tool_choice=choice)
+        assert [call.function.name for call in said.tool_calls] == ["weather"] * count
+    with pytest.raises(openai.BadRequestError, match="seed must be 0"):
+        model.generate(messages, seed=-1)
 
 
 def user_text(word: str) -> list[dict[str, str]]:

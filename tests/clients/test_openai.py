@@ -11,7 +11,7 @@ import pytest
 openai = pytest.importorskip("openai", reason="needs the openai client")
 
 from serving import Server  # noqa: E402
-from telling import BROKEN, CONTEXT, RAIN, SAYS, WEATHER, telling_server  # noqa: E402
+from telling import BROKEN, CONTEXT, RAIN, SAYS, WEATHER, needs, telling_server  # noqa: E402
 
 FOX = [{"role": "user", "content": "fox"}]
 TOOLS: Any = [{"type": "function", "function": WEATHER}]
@@ -99,8 +99,33 @@ def test_one_call_and_none(client: Any) -> None:
     ask = {"messages": user("rain"), "tools": TOOLS, **ASK}
     one = client.chat.completions.create(parallel_tool_calls=False, **ask).choices[0]
     assert len(one.message.tool_calls) == 1 and one.finish_reason == "tool_calls"
-    with pytest.raises(openai.BadRequestError, match="tool_choice must be auto or none"):
-        client.chat.completions.create(tool_choice="required", **ask)
+    with pytest.raises(openai.BadRequestError, match="must name one of the tools but got 'time'"):
+        named: Any = {"type": "function", "function": {"name": "time"}}
+        client.chat.completions.create(tool_choice=named, **ask)
+
+
+@needs("llguidance", "grammar")
+def test_structured_outputs(client: Any) -> None:
+    """By the client's own models; a strict tool and one that is required."""
+    import pydantic
+
+    class Weather(pydantic.BaseModel):
+        town: str
+
+    said = client.chat.completions.parse(messages=user("plainly"), response_format=Weather, **ASK)
+    assert said.choices[0].message.parsed == Weather(town="Bonn")
+    response = client.responses.parse(input="plainly", text_format=Weather, **ASK)
+    assert response.output_parsed == Weather(town="Bonn")
+    form: Any = {"type": "json_object"}
+    said = client.chat.completions.create(messages=user("plainly"), response_format=form, **ASK)
+    assert json.loads(said.choices[0].message.content) == {"town": "Bonn"}
+    tool: Any = {"type": "function", "function": {**WEATHER, "strict": True}}
+    for choice in ("auto", "required", {"type": "function", "function": {"name": "weather"}}):
+        said = client.chat.completions.create(
+            messages=user("once"), tools=[tool], tool_choice=choice, **ASK
+        )
+        [call] = said.choices[0].message.tool_calls
+        assert json.loads(call.function.arguments) == {"town": "Bonn"}
 
 
 def test_a_broken_call_is_text_with_a_warning(client: Any) -> None:

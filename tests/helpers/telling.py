@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from serving import Server
 from teller import CONTEXT, telling, thinking_tokenizer
 
 from pyengine.serve.protocols.ask import Limits
 
-__all__ = ["BROKEN", "CONTEXT", "RAIN", "SAYS", "WEATHER", "telling_server"]
+__all__ = ["BROKEN", "CONTEXT", "RAIN", "SAYS", "WEATHER", "needs", "telling_server"]
 
 CALL = '<|tool_call>call:weather{town:<|"|>Bonn<|"|>}<tool_call|>'
 RAIN = "It rains in Bonn."
@@ -23,6 +25,7 @@ SAYS = {
     "ponder": "a dog<channel|> It sleeps.",
     "rain": f"I look.{CALL}{CALL}<|tool_response>",
     "once": f"{CALL}<|tool_response>",
+    "plainly": '{"town": "Bonn"}',
     "object": '```json\n{"town": "Bonn"}\n```',
     "broken": f"<|tool_call>{BROKEN}",
     "wet": RAIN,
@@ -36,6 +39,11 @@ WEATHER: dict[str, Any] = {
         "required": ["town"],
     },
 }
+
+
+def needs(module: str, extra: str) -> pytest.MarkDecorator:
+    missing = importlib.util.find_spec(module) is None
+    return pytest.mark.skipif(missing, reason=f"needs {module}, of the extra {extra}")
 
 
 @contextmanager

@@ -98,6 +98,7 @@ class Wish:
         thinking: Whether the model is to think; None for what its template does of itself.
         thinking_budget: Most tokens of thoughts; None for no bound.
         tools: Functions in OpenAI's form, which templates read.
+        form: What the answer is held to: ``response_format``, ``regex`` or ``grammar``.
         own: What the protocol's reply has to know of the request.
     """
 
@@ -119,6 +120,7 @@ class Wish:
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str | Mapping[str, Any] = "auto"
     parallel_tool_calls: bool = True
+    form: Mapping[str, Any] = field(default_factory=dict)
     own: Any = None
 
 
@@ -301,6 +303,7 @@ def _ask(pair: Pair, wish: Wish, limits: Limits, prompt: Prompt, sampling: Sampl
             tools=wish.tools or None,
             tool_choice=wish.tool_choice,
             parallel_tool_calls=wish.parallel_tool_calls,
+            **wish.form,
         )
     except TooLong as error:
         raise _too_long(str(error), wish) from None

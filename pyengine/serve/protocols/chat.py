@@ -39,7 +39,7 @@ class ChatBody(ChoicesBody):
     parallel_tool_calls: bool = True
     reasoning_effort: Effort | None = None
     thinking_budget: int | None = None
-    response_format: Annotated[Any, only({"type": "text"})] = None
+    response_format: dict[str, Any] | None = None
     modalities: Annotated[Any, only(["text"])] = None
     verbosity: Annotated[Any, only("medium")] = None
     # They change nothing here
@@ -94,6 +94,7 @@ class Chat:
             tools=body.tools,
             tool_choice=body.tool_choice,
             parallel_tool_calls=body.parallel_tool_calls,
+            form=body.form(body.response_format),
         )
         return admit(self._pair, wish, self._limits)
 

@@ -55,6 +55,7 @@ class Completions:
             echo=body.echo,
             stop=body.stop,
             block_size=body.block_size,
+            form=body.form(),
             streamed=body.stream,
             with_usage=body.with_usage,
         )

@@ -58,11 +58,18 @@ class Body(Object):
     verify: str | None = None
     block_size: int | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    regex: str | None = None
+    grammar: str | None = None
 
     def sampling(self) -> dict[str, Any]:
         """The fields of Sampling that the request names."""
         given = {name: getattr(self, name) for name in SAMPLING}
         return {name: value for name, value in given.items() if value is not None}
+
+    def form(self, response_format: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What the answer is held to, as the engine's arguments."""
+        given = {"response_format": response_format, "regex": self.regex, "grammar": self.grammar}
+        return without_nulls(given)
 
 
 NUMBERS = ("temperature", "top_p", "top_k", "min_p", "seed")

@@ -42,9 +42,14 @@ class ToolChoice(Part):
     disable_parallel_tool_use: bool | None = None
 
 
+class Format(Object):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
 class OutputConfig(Object):
     effort: str | None = None
-    format: dict[str, Any] | None = None
+    format: Format | None = None
 
 
 class Tool(Part):
@@ -95,9 +100,6 @@ class Messages:
 
     def _wish(self, body: MessagesBody) -> Wish:
         thinking, choice = body.thinking, body.tool_choice
-        output = body.output_config
-        if output is not None and output.format is not None:
-            raise Refused(400, "[serve] output_config.format is not known here.")
         return Wish(
             model=body.model,
             prompts=[_conversation(body)],
@@ -114,8 +116,16 @@ class Messages:
             tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)],
             tool_choice=_choice(choice),
             parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
+            form=body.form(_form(body.output_config)),
             own=thinking is None or thinking.display != "omitted",
         )
+
+
+def _form(output: OutputConfig | None) -> dict[str, Any] | None:
+    """In OpenAI's words."""
+    if output is None or output.format is None:
+        return None
+    return {"type": "json_schema", "json_schema": {"schema": output.format.schema_}}
 
 
 def _choice(choice: ToolChoice | None) -> str | dict[str, Any]:

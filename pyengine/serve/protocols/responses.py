@@ -44,7 +44,7 @@ class Reasoning(Part):
 
 
 class Text(Object):
-    format: Annotated[Any, only({"type": "text"})] = None
+    format: dict[str, Any] | None = None
     verbosity: Annotated[Any, only("medium", None)] = None
 
 
@@ -139,6 +139,7 @@ class Responses:
             tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)],
             tool_choice=_choice(body.tool_choice),
             parallel_tool_calls=body.parallel_tool_calls,
+            form=body.form(_form(body.text)),
             own=Own(body, talk.messages),
         )
         return admit(self._pair, wish, self._limits)
@@ -156,6 +157,14 @@ def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
     made = checked(Tool, tool, where)
     function = made.model_dump(exclude={"type"}, exclude_none=True)
     return {"type": "function", "function": function}
+
+
+def _form(text: Text | None) -> dict[str, Any] | None:
+    """In the form of chat completions, where a schema lies one level deeper."""
+    if text is None or text.format is None or text.format.get("type") != "json_schema":
+        return None if text is None else text.format
+    schema = {key: value for key, value in text.format.items() if key != "type"}
+    return {"type": "json_schema", "json_schema": schema}
 
 
 def _choice(choice: Any) -> str | dict[str, Any]:
