@@ -23,9 +23,10 @@ from starlette.types import Receive, Scope, Send
 
 from pyengine.serve.access import KeyGuard, check_key, check_origins
 from pyengine.serve.front import LEFT, Front, allowed_names, error_response, note
-from pyengine.serve.protocols.ask import Ask, Limits, Protocol, Refused, no_such_model
+from pyengine.serve.protocols.ask import Ask, Limits, Refused, no_such_model
 from pyengine.serve.protocols.chat import Chat
 from pyengine.serve.protocols.completions import Completions
+from pyengine.serve.protocols.faces import Protocol
 from pyengine.serve.protocols.fields import without_nulls
 from pyengine.serve.protocols.messages import Messages
 from pyengine.serve.protocols.responses import Responses

@@ -137,6 +137,7 @@ class Budgeted:
             total.prefill_s += last.prefill_s
             total.decode_s += last.decode_s
             total.rounds += last.rounds
+            total.forced += last.forced
             total.drafted += last.drafted
             total.accepted += last.accepted
             total.bonus_tokens += last.bonus_tokens

@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import field_validator
 
 from pyengine.sampling.sampler import Logprob
-from pyengine.serve.protocols.ask import Ask, Refused, data_event
+from pyengine.serve.protocols.ask import Ask, Refused
+from pyengine.serve.protocols.faces import data_event
 from pyengine.serve.protocols.fields import Bias, Body, Object, only, wrong
 from pyengine.task import Result, Step
 

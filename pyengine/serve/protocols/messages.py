@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from pyengine.serve.protocols.ask import Ask, Limits, Refused, Wish, admit, named_event
+from pyengine.serve.protocols.ask import Ask, Limits, Refused, Wish, admit
 from pyengine.serve.protocols.choices import cached_tokens, own_usage
+from pyengine.serve.protocols.faces import named_event
 from pyengine.serve.protocols.fields import Body, Object, Part, checked, only
 from pyengine.task import Result, Step
 from pyengine.text.tool_calls import ToolCall

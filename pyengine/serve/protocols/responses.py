@@ -16,10 +16,10 @@ from pyengine.serve.protocols.ask import (
     Refused,
     Wish,
     admit,
-    named_event,
     wants_thoughts,
 )
 from pyengine.serve.protocols.choices import cached_tokens, own_usage
+from pyengine.serve.protocols.faces import named_event
 from pyengine.serve.protocols.fields import Body, Object, Part, checked, only
 from pyengine.serve.protocols.kept import Store
 from pyengine.serve.protocols.response_items import (
