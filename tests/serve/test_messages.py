@@ -244,9 +244,22 @@ def test_what_asks_for_nothing_is_taken(tok: Tokenizer) -> None:
         {"cache_control": {"type": "ephemeral"}},
         {"output_config": {"effort": "high"}},
         {"speed": "standard"},
+        {"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}},
+        {"system": "x-anthropic-billing-header: cc_version=2.1; cch=eb6c6;"},
         {"tools": []},
     ):
         assert ask(tok, **body).ids == plain
+
+
+def test_a_line_for_the_accounts_is_no_word_to_the_model(tok: Tokenizer) -> None:
+    """Else no two prompts of Claude Code would begin alike."""
+    line = "x-anthropic-billing-header: cc_version=2.1; cch=eb6c6;"
+    want = ask(tok, system="Be brief.").ids
+    assert ask(tok, system=f"{line}\nBe brief.").ids == want
+    blocks = [{"type": "text", "text": text} for text in (line, "Be brief.")]
+    assert ask(tok, system=blocks).ids == want
+    inside = ask(tok, messages=[{"role": "user", "content": line}])
+    assert "cch=eb6c6" in tok.decode(inside.ids)
 
 
 def test_thinking_is_the_templates(tok: Tokenizer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -28,6 +29,8 @@ KINDS = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+# Claude Code's line for the accounts: another one in each request, in front of all that is the same
+_BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n?")
 REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -41,6 +44,16 @@ class ToolChoice(Part):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
+
+
+class Edit(Part):
+    """Thoughts of earlier turns: the published templates leave them out."""
+
+    type: Literal["clear_thinking_20251015"]
+
+
+class ContextManagement(Object):
+    edits: list[Edit] = Field(default_factory=list)
 
 
 class Format(Object):
@@ -70,6 +83,7 @@ class MessagesBody(Body):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    context_management: ContextManagement | None = None
     speed: Annotated[Any, only("standard")] = None
     # They change nothing here
     cache_control: dict[str, Any] | None = None
@@ -152,8 +166,10 @@ def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _conversation(body: MessagesBody) -> list[dict[str, Any]]:
     """In the form that templates read: results of tools are messages of their own."""
     messages: list[dict[str, Any]] = []
-    if body.system is not None:
-        messages.append({"role": "system", "content": _texts(body.system, "system")})
+    texts = [] if body.system is None else _texts(body.system, "system")
+    words = [{**text, "text": _BILLING.sub("", text["text"], count=1)} for text in texts]
+    if any(text["text"] for text in words):
+        messages.append({"role": "system", "content": [text for text in words if text["text"]]})
     for number, message in enumerate(body.messages):
         where, role = f"messages[{number}]", message.get("role")
         if role not in ("user", "assistant", "system"):
