@@ -334,7 +334,7 @@ def form_given(schema: Path | None, regex: str | None, grammar: Path | None) -> 
         inner = {"name": schema.stem, "schema": parse(text, f"[generate] {schema}")}
         form = {"type": "json_schema", "json_schema": inner}
     lark = None if grammar is None else read_text(grammar, "generate", MAX_BYTES["lark"])
-    given = {"response_format": form, "regex": regex, "grammar": lark}
+    given: dict[str, Any] = {"response_format": form, "regex": regex, "grammar": lark}
     if source_of(**given) is not None:
         check_installed()
     return given

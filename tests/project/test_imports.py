@@ -25,6 +25,7 @@ LEVELS = (
     {"streams"},
     {"task"},
     {"doctor"},
+    {"grammar"},
     {"engine"},
     {"checkpoint"},
     {"text"},
@@ -43,6 +44,7 @@ ROOM = {
 # What lies below and is no business of theirs
 APART = {
     "engine": {"text"},  # token ids only
+    "grammar": {"engine", "drafters", "sampling", "model", "ops"},  # the same
     "text": {"drafters", "sampling", "model", "ops"},  # no arrays
 }
 
