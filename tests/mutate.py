@@ -72,7 +72,17 @@ NEAREST = {
     "serve/queue": "test_serve_queue test_server test_serve_end test_serve_prefill "
     "test_serve_admission",
     "serve/front": "test_serve_log test_serve_hosts test_server",
-    "serve/protocol": "test_serve_fields test_usage_numbers test_server test_serve_ends "
+    "serve/access": "test_access",
+    "serve/thinking": "test_serve_thinking test_responses",
+    "serve/protocols/messages": "test_messages",
+    "serve/protocols/responses": "test_responses",
+    "serve/protocols/response_items": "test_responses",
+    "serve/protocols/kept": "test_responses",
+    "serve/protocols/chat": "test_serve_fields test_server test_openai",
+    "serve/protocols/choices": "test_serve_fields test_usage_numbers test_server",
+    "serve/protocols/completions": "test_serve_ends test_server",
+    "serve/protocols/fields": "test_serve_fields test_messages test_responses",
+    "serve/protocols/ask": "test_serve_fields test_usage_numbers test_server test_serve_ends "
     "test_settings_that_win",
 }
 

@@ -1,4 +1,4 @@
-"""``pyengine serve``: an OpenAI-compatible server."""
+"""``pyengine serve``: a server for clients of OpenAI's and Anthropic's protocols."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,7 +34,16 @@ EXAMPLES = (
     "curl -H 'content-type: application/json' http://127.0.0.1:8080/v1/chat/completions "
     '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'',
 )
+KEY = "PYENGINE_API_KEY"
 CHUNK_S = 5  # for the work under way when the server has ended
+
+
+class LogLevel(str, Enum):
+    """How much is logged."""
+
+    error = "error"
+    info = "info"
+    debug = "debug"
 
 
 def run(
@@ -74,27 +84,50 @@ def run(
             help="Host name to accept besides loopback, as behind a proxy; may be repeated."
         ),
     ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar=KEY,
+            help="Key that requests must carry, as a bearer token or in x-api-key.",
+            show_default=False,
+        ),
+    ] = None,
+    no_api_key: Annotated[
+        bool,
+        typer.Option("--no-api-key", help="Serve without a key on an address that others reach."),
+    ] = False,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Origin of web pages that may ask, or * for all; may be repeated.",
+        ),
+    ] = None,
     no_cached_tokens: Annotated[
         bool,
         typer.Option(
             "--no-cached-tokens", help="Do not report how many prompt tokens were cached."
         ),
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="Log errors only, not one line per request.")
-    ] = False,
+    log_level: Annotated[
+        LogLevel,
+        typer.Option(help="What to log: errors, a line per request too, or its settings as well."),
+    ] = LogLevel.info,
+    quiet: Annotated[bool, typer.Option("--quiet", help="The same as --log-level error.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print model and URL as one line of JSON when ready.")
     ] = False,
     dtype: Storage = None,
     ops: OpsName = None,
 ) -> None:
-    """Serve a pair to OpenAI clients: chat and text completions, streamed or whole.
+    """Serve a pair to clients of OpenAI's and Anthropic's APIs, streamed or whole.
+
+    `/v1/chat/completions`, `/v1/completions`, `/v1/responses`, `/v1/messages`, `/v1/models`.
 
     Several texts are generated at once, each the one it is alone: `pyengine generate` with the
     request's settings, the seed in its usage and `--verify coupled` repeats it. When a client
-    disconnects, its generation ends. There is no password: stay on loopback, or put a proxy in
-    front.
+    disconnects, its generation ends. On an address that others reach a key is needed, better in
+    PYENGINE_API_KEY than in the process list; nothing is encrypted, which a proxy can do.
 
     A stream sends its headers at once, and a comment after every five seconds of silence. An answer
     that is not streamed sends nothing before its end, so use streams where a proxy times out. A
@@ -115,9 +148,10 @@ def run(
                 )
         if max_tokens < 1:
             raise ValueError(f"[serve] max_tokens must be at least 1 but got {max_tokens}.")
+        from pyengine.serve.access import check_key, check_origins
         from pyengine.serve.front import allowed_names, is_loopback
         from pyengine.serve.http import Server, open_files
-        from pyengine.serve.protocol import Limits
+        from pyengine.serve.protocols.ask import Limits
         from pyengine.serve.server import make_app
         from pyengine.task import check_drafter
 
@@ -125,7 +159,18 @@ def run(
         open_files()
         check_drafter(drafter)
         allowed_names(allow_host or [])
+        check_key(api_key)
+        check_origins(cors or [])
+        if api_key is not None and no_api_key:
+            raise ValueError(f"[serve] --no-api-key must not go with --api-key or {KEY}.")
         sock = listen(host, port)
+        address, number = sock.getsockname()[:2]
+        alone = is_loopback(address)
+        if not (alone or api_key or no_api_key):
+            raise ValueError(
+                f"[serve] {host} must be served with --api-key or {KEY}, since others reach it, or "
+                "with --no-api-key, but got neither."
+            )
         pair = common.load_pair(target, assistant, bundle, dtype, Position.last, ops)
         limits = Limits(
             waiting=waiting,
@@ -135,20 +180,29 @@ def run(
             cached_tokens=not no_cached_tokens,
             drafter=drafter,
         )
-        address, number = sock.getsockname()[:2]
-        alone = is_loopback(address)
-        any_host = not alone and not allow_host
-        app = make_app(pair, limits=limits, any_host=any_host, hosts=allow_host or [])
-        log_to_stderr(quiet)
+        app = make_app(
+            pair,
+            limits=limits,
+            any_host=not alone and not allow_host,
+            hosts=allow_host or [],
+            key=api_key,
+            origins=cors or [],
+        )
+        log_to_stderr(LogLevel.error if quiet else log_level)
         with sock:
             at = f"http://{f'[{host}]' if ':' in host else host}:{number}/v1"
             if as_json:
                 typer.echo(json.dumps({"model": pair.name, "url": at}))
             typer.echo(f"{pair.name} at {at}; Ctrl-C ends it.", err=True)
-            if not alone:
+            if not alone and api_key is None:
                 typer.echo(
                     f"Warning: anybody who can reach {host} can use the server: there is no key "
                     "and no encryption.",
+                    err=True,
+                )
+            elif not alone:
+                typer.echo(
+                    f"Warning: what goes to and from {host} is not encrypted, the key included.",
                     err=True,
                 )
             server = Server(app, sock, on_end=app.state.worker.end)
@@ -156,13 +210,13 @@ def run(
             leave(server.ended_by, app.state.worker)
 
 
-def log_to_stderr(quiet: bool) -> None:
+def log_to_stderr(level: LogLevel) -> None:
     """One line per request, and traces of what fails."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log = logging.getLogger("pyengine.serve.server")
     log.addHandler(handler)
-    log.setLevel(logging.ERROR if quiet else logging.INFO)
+    log.setLevel(level.value.upper())
     log.propagate = False
 
 

@@ -18,7 +18,9 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pyengine.serve.protocol import Refused
+from pyengine.serve.protocols import messages
+from pyengine.serve.protocols.ask import Refused
+from pyengine.serve.protocols.choices import error_body
 from pyengine.serve.queue import ending
 from pyengine.untrusted import shown
 
@@ -41,7 +43,7 @@ class Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        headers, path = Headers(scope=scope), scope["path"]
         given = headers.get("x-request-id", "")
         own = given if _ID.fullmatch(given) else secrets.token_hex(8)
         seen = note(scope, id=own)
@@ -60,23 +62,24 @@ class Front:
             if refused is None:
                 await self._app(scope, receive, told)
             else:
-                await error_response(refused, {"connection": "close"})(scope, receive, told)
+                close = {"connection": "close"}
+                await error_response(refused, close, path=path)(scope, receive, told)
         except asyncio.CancelledError:  # the server ends and has waited long enough
             if not status:
-                await error_response(ending())(scope, receive, told)
+                await error_response(ending(), path=path)(scope, receive, told)
         except Exception as error:
             log.error("%s the request failed", own, exc_info=error)
             if not status:
                 failed = "[serve] the request failed; the server's log has the reason."
-                await error_response(Refused(500, failed))(scope, receive, told)
+                await error_response(Refused(500, failed), path=path)(scope, receive, told)
         finally:
             if seen.get("left"):
                 status = LEFT
             prompt, new = seen.get("tokens", (0, 0))
-            path = shown(scope["path"])[1:-1]
             log.info(
                 "%s %s %s %d %d+%d tokens %.3f s",
-                *(own, scope["method"], path, status, prompt, new, time.monotonic() - begun),
+                *(own, scope["method"], shown(path)[1:-1], status, prompt, new),
+                time.monotonic() - begun,
             )
 
     def _refusal(self, headers: Headers) -> Refused | None:
@@ -136,12 +139,10 @@ def note(scope: Scope, **what: Any) -> dict[str, Any]:
     return known
 
 
-def error_response(error: Refused, headers: Mapping[str, str] | None = None) -> Response:
+def error_response(
+    error: Refused, headers: Mapping[str, str] | None = None, *, path: str = ""
+) -> Response:
+    """An error in the envelope of the protocol that a path belongs to."""
     retry = {"retry-after": str(RETRY_S)} if error.retry else {}
-    return JSONResponse(error_body(error), error.status, {**(headers or {}), **retry})
-
-
-def error_body(error: Refused) -> dict[str, Any]:
-    kind = "server_error" if error.status >= 500 else "invalid_request_error"
-    told = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
-    return {"error": told}
+    body = messages.error_body(error) if path.startswith(messages.PATH) else error_body(error)
+    return JSONResponse(body, error.status, {**(headers or {}), **retry})

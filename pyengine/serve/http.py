@@ -25,7 +25,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pyengine.serve.front import error_response
-from pyengine.serve.protocol import Refused
+from pyengine.serve.protocols.ask import Refused
 
 SPARE_FILES = 64  # descriptors for everything but connections
 MAX_CONNECTIONS = 512

@@ -16,7 +16,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyengine.engine.stats import Stats
-from pyengine.serve.protocol import Ask, Refused
+from pyengine.serve.protocols.ask import Ask, Refused
+from pyengine.serve.thinking import Budgeted
 from pyengine.streams import Engine, Request
 from pyengine.task import Result, Step, Task
 
@@ -48,7 +49,7 @@ class Job:
     def __init__(self, ask: Ask, wake: Callable[[], None] = lambda: None) -> None:
         self.asks = ask.all
         self.is_cut = False
-        self.texts: dict[int, Request] = {}  # those under way, by index
+        self.texts: dict[int, Request | Budgeted] = {}  # those under way, by index
         self._wake = wake
         self._loop = asyncio.get_running_loop()
         self._said: deque[Said | Exception] = deque()
@@ -260,7 +261,10 @@ class Worker:
                 indices, own = zip(*group, strict=True)
                 tasks = [ask.task() for ask in own]
                 texts = self._engine.add_several(tasks, most_unheard=1)
-                job.texts.update(zip(indices, texts, strict=True))
+                job.texts.update(
+                    (index, _within_budget(self._engine, text, ask))
+                    for index, text, ask in zip(indices, texts, own, strict=True)
+                )
         except Cut:
             pass
         except Exception as error:  # the thread serves the others, whatever this one did
@@ -305,6 +309,11 @@ class Worker:
         with self._changed:
             self._running.remove(job)
             self._calls += 1  # its texts leave the engine in the next step
+
+
+def _within_budget(engine: Engine, text: Request, ask: Ask) -> Request | Budgeted:
+    budget = ask.thinking_budget
+    return text if budget is None else Budgeted(engine, text, budget)
 
 
 def ending() -> Refused:

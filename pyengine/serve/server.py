@@ -1,14 +1,13 @@
-"""An OpenAI-compatible server: requests in, generation.py's work out. Needs the extra ``serve``.
+"""A server of several protocols: requests in, generation.py's work out. Needs the extra ``serve``.
 
-The routes and what they answer. What a request may ask is protocol.py's, who is served when
-is queue.py's, connections and their limits are http.py's.
+The routes and what they answer. What a request may ask and how an answer is told is a protocol's
+(protocols/), who is served when is queue.py's, connections and their limits are http.py's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -17,12 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from pyengine.serve.front import LEFT, Front, allowed_names, error_body, error_response, note
-from pyengine.serve.protocol import Ask, Limits, Refused, Reply, no_such_model, read_request
+from pyengine.serve.access import KeyGuard, check_key, check_origins
+from pyengine.serve.front import LEFT, Front, allowed_names, error_response, note
+from pyengine.serve.protocols.ask import Ask, Limits, Refused, no_such_model
+from pyengine.serve.protocols.chat import Chat
+from pyengine.serve.protocols.completions import Completions
+from pyengine.serve.protocols.faces import Protocol
+from pyengine.serve.protocols.fields import without_nulls
+from pyengine.serve.protocols.messages import Messages
+from pyengine.serve.protocols.responses import Responses
 from pyengine.serve.queue import Hear, Job, Worker
 from pyengine.task import Result, Step
 from pyengine.untrusted import kind, parse
@@ -31,14 +38,13 @@ if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
     from pyengine.serve.metrics import Metrics
 
+PROTOCOLS = (Chat, Completions, Responses, Messages)
 # Reading a long prompt is work too; more threads would only hold more of them in memory
 READERS = 2
 STREAM_HEADERS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",  # nginx would collect the stream
 }
-
-DONE = "data: [DONE]\n\n"
 
 log = logging.getLogger("pyengine.serve.server")
 
@@ -49,6 +55,8 @@ def make_app(
     limits: Limits | None = None,
     any_host: bool = False,
     hosts: Sequence[str] = (),
+    key: str | None = None,
+    origins: Sequence[str] = (),
 ) -> FastAPI:
     """The server for a loaded pair, to be run by http.py: connections are watched there.
 
@@ -58,14 +66,18 @@ def make_app(
         any_host: Answer requests that name another host than this machine's loopback. Off, a web
             page cannot reach the server by a name of its own that leads here.
         hosts: Names of other hosts that may be named nevertheless.
+        key: What requests must carry, all but those for ``/health``; None asks for none.
+        origins: Web pages that browsers let ask, by origin; ``*`` for all.
 
     Returns:
         The app; ``app.state.worker.end()`` refuses what waits and all that comes, and ends its
         thread.
 
     Raises:
-        ValueError: One of ``hosts`` is none.
+        ValueError: One of ``hosts`` or ``origins`` is none, or ``key`` cannot be one.
     """
+    check_key(key)
+    check_origins(origins)
     limits, names = limits or Limits(), allowed_names(hosts)
     worker = Worker(pair, limits.streams, limits.waiting)
     metrics = _metrics(worker)
@@ -104,24 +116,25 @@ def make_app(
             headers["Allow"] = ", ".join(sorted({*headers["Allow"].split(", "), "OPTIONS"}))
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers=headers)
-        refused = Refused(error.status_code, f"[serve] {request.url.path}: {error.detail}.")
-        return error_response(refused, headers)
+        path = request.url.path
+        refused = Refused(error.status_code, f"[serve] {path}: {error.detail}.")
+        return error_response(refused, headers, path=path)
 
     readers = ThreadPoolExecutor(READERS, thread_name_prefix="pyengine-read")
+    shared = (limits, worker, readers, metrics)
+    protocols: list[Protocol] = [kind(pair, limits) for kind in PROTOCOLS]
     routes = [
-        Route(
-            f"/v1/{path}",
-            Completions(pair, limits, worker, readers, metrics, chat),
-            methods=["POST"],
-        )
-        for path, chat in (("chat/completions", True), ("completions", False))
+        Route(protocol.path, Generations(protocol, *shared), methods=["POST"])
+        for protocol in protocols
     ]
+    counts = TokenCounts(Messages(pair, limits), *shared)
     app = FastAPI(
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
         routes=[
             *routes,
+            Route(f"{Messages.path}/count_tokens", counts, methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/health", health),
@@ -129,6 +142,16 @@ def make_app(
         ],
         exception_handlers={404: nowhere, 405: nowhere},
     )
+    if key is not None:
+        app.add_middleware(KeyGuard, key=key)
+    if origins:  # outside of the guard: a browser asks without a key whether it may ask
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     app.add_middleware(Front, any_host=any_host, hosts=names)
     app.state.worker = worker
     return app
@@ -143,19 +166,18 @@ def _metrics(worker: Worker) -> Metrics | None:
     return Metrics(worker)
 
 
-class Completions:
-    """One of the two routes that generate."""
+class Generations:
+    """The route of a protocol that generates."""
 
     def __init__(
         self,
-        pair: Pair,
+        protocol: Protocol,
         limits: Limits,
         worker: Worker,
         readers: ThreadPoolExecutor,
         metrics: Metrics | None,
-        chat: bool,
     ) -> None:
-        self._pair, self._limits, self._worker, self._chat = pair, limits, worker, chat
+        self._protocol, self._limits, self._worker = protocol, limits, worker
         self._readers, self._metrics = readers, metrics
         self._held = 0  # bytes of the bodies that are coming in
 
@@ -173,13 +195,16 @@ class Completions:
             note(scope, left=True)
         except Refused as error:
             status = error.status
-            await error_response(error)(scope, receive, send)
+            await self._error(error)(scope, receive, send)
         except ValueError as error:
             status = 400
-            await error_response(Refused(400, str(error)))(scope, receive, send)
+            await self._error(Refused(400, str(error)))(scope, receive, send)
         finally:
             if self._metrics is not None:
                 self._metrics.count(status)
+
+    def _error(self, error: Refused) -> Response:
+        return error_response(error, path=self._protocol.path)
 
     async def _body(self, request: Request) -> bytes:
         # A web page can send plain text to any address without asking; JSON it cannot
@@ -201,23 +226,19 @@ class Completions:
             self._held -= len(data)
         return bytes(data)
 
-    def _read(self, data: bytes) -> Ask:
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError:
-            raise Refused(400, "[serve] the request must be UTF-8 text but is not.") from None
-        body = parse(text, "[serve] the request")
-        if not isinstance(body, dict):
-            raise Refused(400, f"[serve] the request must be a JSON object but got {kind(body)}.")
-        given = {key: value for key, value in body.items() if value is not None}
-        ask = read_request(self._pair, given, self._limits, self._chat)
+    def _read(self, data: bytes) -> Any:
+        ask = self._protocol.read(_given(data))
         self._worker.check([one.task() for one in ask.all if one.max_tokens])
         return ask
 
     async def _answer(
-        self, ask: Ask, came: float, scope: Scope, receive: Receive, send: Send
+        self, ask: Any, came: float, scope: Scope, receive: Receive, send: Send
     ) -> int:
         """Its status; that of a stream that fails is the error's, though its head said 200."""
+        log.debug(
+            "%s asks for %d texts of up to %d tokens: %s",
+            *(note(scope)["id"], len(ask.all), ask.max_tokens, ask.sampling),
+        )
         self._worker.add(job := Job(ask, self._worker.wake))
         hear = job.hear if self._metrics is None else self._metrics.timed(job, came)
         watch = asyncio.create_task(self._watch(job, receive))
@@ -243,15 +264,15 @@ class Completions:
         while len(results) < len(ask.all):
             said = await hear(None)
             if isinstance(said, Exception):
-                return error_response(_failure(said, scope))
+                return self._error(_failure(said, scope))
             assert said is not None
             if isinstance(said.what, Result):
                 results[said.choice] = said.what
             elif ask.echo is not None:
                 echoed.setdefault(said.choice, said.what)  # before all others
         each = [results[index] for index in range(len(results))]
-        note(scope, tokens=(_prompt_tokens(ask), sum(len(result.tokens) for result in each)))
-        return JSONResponse(Reply(ask).whole(echoed, each))
+        note(scope, tokens=(ask.prompt_tokens, sum(len(result.tokens) for result in each)))
+        return JSONResponse(self._protocol.reply(ask).whole(echoed, each))
 
     async def _streamed(self, ask: Ask, hear: Hear, scope: Scope, send: Send) -> int:
         """Server-sent events. The headers go out at once, so an error from here on is an event."""
@@ -264,8 +285,11 @@ class Completions:
         head = Response(headers=STREAM_HEADERS, media_type="text/event-stream")
         headers = [(name, value) for name, value in head.raw_headers if name != b"content-length"]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        reply, counts = Reply(ask), [0] * len(ask.all)
+        reply, counts = self._protocol.reply(ask), [0] * len(ask.all)
         results: dict[int, Result] = {}
+        events = [*reply.start()]
+        if events:
+            await write("".join(map(reply.spell, events)))
         while len(results) < len(ask.all):
             said = await hear(self._limits.keep_alive_s)
             if said is None:
@@ -273,30 +297,47 @@ class Completions:
                 continue
             if isinstance(said, Exception):
                 failure = _failure(said, scope)
-                await write(_event(error_body(failure)) + DONE, more=False)
+                last = "".join(map(reply.spell, reply.failed(failure)))
+                await write(last + reply.done, more=False)
                 return failure.status
             index, what = said
             if isinstance(what, Result):
                 results[index], counts[index] = what, len(what.tokens)
-                events = [reply.end(index, what)]
+                events = [*reply.end(index, what)]
             else:
                 counts[index] += len(what.tokens)
-                events = list(reply.chunks(index, what))
-            note(scope, tokens=(_prompt_tokens(ask), sum(counts)))
-            last = len(results) == len(ask.all)
-            if last:
-                events += reply.usage([results[n] for n in range(len(results))])
-            await write("".join(map(_event, events)) + DONE * last, more=not last)
+                events = [*reply.chunks(index, what)]
+            note(scope, tokens=(ask.prompt_tokens, sum(counts)))
+            ends = len(results) == len(ask.all)
+            if ends:
+                events += reply.close([results[n] for n in range(len(results))])
+            await write("".join(map(reply.spell, events)) + reply.done * ends, more=not ends)
         return 200
 
 
-def _prompt_tokens(ask: Ask) -> int:
-    """Of all prompts; one with several texts counts once."""
-    return sum({id(one.ids): len(one.ids) for one in ask.all}.values())
+class TokenCounts(Generations):
+    """The route that counts the tokens of a prompt."""
+
+    def _read(self, data: bytes) -> Any:
+        return len(self._protocol.read({**_given(data), "max_tokens": 1}).ids)
+
+    async def _answer(
+        self, count: Any, came: float, scope: Scope, receive: Receive, send: Send
+    ) -> int:
+        await JSONResponse({"input_tokens": count})(scope, receive, send)
+        return 200
 
 
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value)}\n\n"
+def _given(data: bytes) -> dict[str, Any]:
+    """The fields of a body."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Refused(400, "[serve] the request must be UTF-8 text but is not.") from None
+    body = parse(text, "[serve] the request")
+    if not isinstance(body, dict):
+        raise Refused(400, f"[serve] the request must be a JSON object but got {kind(body)}.")
+    return without_nulls(body)
 
 
 def _failure(error: Exception, scope: Scope) -> Refused:

@@ -44,6 +44,11 @@ class Reader:
         self._calls = CallReader(tokenizer)
 
     @property
+    def thinks(self) -> bool:
+        """Whether what comes next is a thought."""
+        return self._thinks
+
+    @property
     def warning(self) -> str | None:
         """What was wrong with the first tool call that is text."""
         return self._calls.warning

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reading import read_request
 from text_fakes import script_pair, write_tokenizers
 from typer.testing import CliRunner
 
@@ -17,7 +18,7 @@ from pyengine.chat import Chat
 from pyengine.checkpoint.pair import load
 from pyengine.generation import Stream, generate, stream
 from pyengine.sampling import Sampling
-from pyengine.serve.protocol import Limits, read_request
+from pyengine.serve.protocols.ask import Limits
 from pyengine.task import LOOKUP_BLOCK
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 

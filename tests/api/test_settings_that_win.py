@@ -15,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from reading import read_request
 from text_fakes import script_pair, write_tokenizers
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -26,7 +27,7 @@ from pyengine.engine.loop import Round
 from pyengine.generation import Stream, generate, stream
 from pyengine.model.config import TargetConfig
 from pyengine.sampling.settings import Sampling
-from pyengine.serve.protocol import Limits, read_request
+from pyengine.serve.protocols.ask import Limits
 from pyengine.task import resolve_sampling
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 

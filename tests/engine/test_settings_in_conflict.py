@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from models import decode
 from one_text import filter_alone
+from reading import read_request
 from test_loop import MarkovAssistant, MarkovTarget, random_table
 from text_fakes import script_pair, write_tokenizers
 from typer.testing import CliRunner
@@ -24,7 +25,7 @@ from pyengine.generation import Stream, generate
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.sampling.sampler import Sampler
 from pyengine.sampling.settings import MAX_EDIT, Sampling
-from pyengine.serve.protocol import Limits, read_request
+from pyengine.serve.protocols.ask import Limits
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
 LN2 = math.log(2)

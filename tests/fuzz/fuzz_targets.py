@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from reading import read_request
 from text_fakes import script_pair, write_tokenizers
 
 import pyengine.checkpoint.pair as pairs
@@ -27,7 +28,7 @@ from pyengine.checkpoint.config_json import read_assistant_config, read_target_c
 from pyengine.checkpoint.defaults import read_generation
 from pyengine.checkpoint.manifest import MANIFEST, bundle_parts, read_manifest
 from pyengine.checkpoint.safetensors import INDEX, SINGLE, read_headers
-from pyengine.serve.protocol import Limits, Refused, read_request
+from pyengine.serve.protocols.ask import Limits, Refused
 from pyengine.text.template import ChatTemplate
 from pyengine.text.tokenizer import load_tokenizer
 from pyengine.untrusted import parse

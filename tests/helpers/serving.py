@@ -22,7 +22,7 @@ import httpx  # noqa: E402
 
 from pyengine.serve.http import Patience  # noqa: E402
 from pyengine.serve.http import Server as Http  # noqa: E402
-from pyengine.serve.protocol import Limits  # noqa: E402
+from pyengine.serve.protocols.ask import Limits  # noqa: E402
 from pyengine.serve.queue import Job  # noqa: E402
 from pyengine.serve.server import make_app  # noqa: E402
 

@@ -137,6 +137,7 @@ PAGES = (
     "docs/design.md",
     "docs/ops.md",
     "docs/isa.md",
+    "docs/serve.md",
     "docs/tools.md",
 )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MARKS = ("parity", "long", "soak", "slow")
+MARKS = ("parity", "long", "soak", "clients", "npm", "slow")
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,14 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reading import read_request
 from serving import GAME, Server, asking, everything, request
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.serve import protocol
 from pyengine.serve import server as module
-from pyengine.serve.protocol import Limits, Refused, read_request
+from pyengine.serve.protocols import ask
+from pyengine.serve.protocols.ask import Limits, Refused
+from pyengine.serve.protocols.chat import Chat
 from pyengine.task import embedded_pair
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -46,9 +48,10 @@ class Readers:
             assert self.open.wait(30)
             with self._lock:
                 self.now -= 1
-            return read_request(*args)
+            return whole(*args)
 
-        patch.setattr(module, "read_request", held)
+        whole = Chat.read
+        patch.setattr(Chat, "read", held)
 
 
 def test_a_place_is_taken_before_the_request_is_read(
@@ -132,7 +135,7 @@ def test_what_cannot_fit_is_refused_unread(
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("the prompt was read")
 
-    monkeypatch.setattr(protocol, "prompt_ids", fail)
+    monkeypatch.setattr(ask, "new_task", fail)
     with pytest.raises(Refused) as caught:
         read_request(pair, body, Limits(), "messages" in body)
     many = body in MANY

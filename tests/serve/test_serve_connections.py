@@ -17,7 +17,7 @@ from serving import GAME, Server, asking, everything, request, until
 from text_fakes import script_pair, write_tokenizers
 
 from pyengine.serve.http import Patience
-from pyengine.serve.protocol import Limits
+from pyengine.serve.protocols.ask import Limits
 from pyengine.serve.queue import MAX_UNHEARD, Job
 from pyengine.text.tokenizer import load_tokenizer
 

@@ -16,8 +16,8 @@ import pytest
 from serving import CHAT, GAME, Server, command, everything, request, until
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.serve.protocol import read_request
-from pyengine.serve.server import Completions
+from pyengine.serve.protocols.chat import Chat
+from pyengine.serve.server import Generations
 from pyengine.text.tokenizer import load_tokenizer
 
 LONG = list(range(300, 900)) * 10  # token ids: twelve chunks
@@ -125,9 +125,9 @@ def test_a_request_that_is_being_read_at_the_end_is_told_so(
     pair: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Also one that waits to be read. Nobody waits for the reading, and there is no trace."""
-    come, go_on, body_of = threading.Semaphore(0), threading.Event(), Completions._body
+    come, go_on, body_of = threading.Semaphore(0), threading.Event(), Generations._body
 
-    async def noted(self: Completions, request: Any) -> bytes:
+    async def noted(self: Generations, request: Any) -> bytes:
         data = await body_of(self, request)
         come.release()
         return data
@@ -135,8 +135,8 @@ def test_a_request_that_is_being_read_at_the_end_is_told_so(
     def held(*_: Any) -> None:
         assert go_on.wait(60)
 
-    monkeypatch.setattr(Completions, "_body", noted)
-    monkeypatch.setattr("pyengine.serve.server.read_request", held)
+    monkeypatch.setattr(Generations, "_body", noted)
+    monkeypatch.setattr(Chat, "read", held)
     answers: list[httpx.Response] = []
     with Server(pair) as server:
         threads = [
@@ -165,7 +165,8 @@ def test_a_request_that_has_been_read_at_the_end_is_told_so(
 
         def read(*given: Any) -> Any:
             server.app.state.worker.end()
-            return read_request(*given)
+            return whole(*given)
 
-        monkeypatch.setattr("pyengine.serve.server.read_request", read)
+        whole = Chat.read
+        monkeypatch.setattr(Chat, "read", read)
         check_ending(httpx.post(server.url + CHAT, json={"messages": GAME}, timeout=20))

@@ -14,7 +14,7 @@ from speaker import LETTERS, by_rule, letter, logprob, speaking
 from text_fakes import write_tokenizers
 
 from pyengine.sampling.sampler import Logprob
-from pyengine.serve.protocol import Limits
+from pyengine.serve.protocols.ask import Limits
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 
 PROMPT = [5, 6, 7]
@@ -185,7 +185,9 @@ def test_an_echo_with_logprobs_and_an_end(
     """The prompt's rows, one fewer than its tokens, come before the answer's, cut where it ends."""
     prompt = letter(tok, "xyz")
     theirs = [Logprob(token, -7.0 - at, []) for at, token in enumerate(prompt[1:])]
-    monkeypatch.setattr("pyengine.serve.protocol.prompt_logprobs", lambda *args, **kw: list(theirs))
+    monkeypatch.setattr(
+        "pyengine.serve.protocols.ask.prompt_logprobs", lambda *args, **kw: list(theirs)
+    )
     with Server(speaking(tok, letter(tok, LETTERS))) as server:
         ask = {"echo": True, "logprobs": 0, "temperature": 0, "stop": "c", "block_size": 9}
         chunks = post(server, False, streamed, prompt=prompt, max_tokens=count, **ask)

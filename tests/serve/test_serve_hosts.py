@@ -107,7 +107,7 @@ def test_bound_addresses(address: str, is_one: bool) -> None:
 def test_the_command_guards_by_the_address_it_is_bound_to(host: str) -> None:
     import httpx
 
-    with command("--host", host, "--port", "0", "--quiet") as process:
+    with command("--host", host, "--port", "0", "--quiet", "--no-api-key") as process:
         assert process.stderr is not None
         port = re.search(r":(\d+)/v1", process.stderr.readline())
         assert port

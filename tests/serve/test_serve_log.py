@@ -13,7 +13,7 @@ import pytest
 from serving import CHAT, GAME, LEFT_S, Server, asking, cuts, hold_rounds
 from text_fakes import script_pair, write_tokenizers
 
-from pyengine.serve.protocol import Limits
+from pyengine.serve.protocols.ask import Limits
 from pyengine.text.tokenizer import load_tokenizer
 
 LINE = re.compile(r"(\S+) ([A-Z]+) (\S+) (\d{3}) (\d+)\+(\d+) tokens \d+\.\d{3} s")
@@ -146,7 +146,7 @@ def test_a_failure_of_our_own_code_is_an_answer_too(
     def fail(*_: Any) -> None:
         raise KeyError("a secret of the machine")
 
-    monkeypatch.setattr("pyengine.serve.server.read_request", fail)
+    monkeypatch.setattr("pyengine.serve.protocols.chat.Chat.read", fail)
     answer = server.post(json={"messages": GAME})
     assert answer.status_code == 500 and "secret" not in answer.text
     assert answer.json()["error"]["type"] == "server_error" and answer.headers["x-request-id"]

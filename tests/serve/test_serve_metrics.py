@@ -22,7 +22,7 @@ from pyengine.checkpoint.pair import load
 from pyengine.serve import metrics as metrics_module
 from pyengine.serve import queue as queue_module
 from pyengine.serve import server as server_module
-from pyengine.serve.protocol import Limits
+from pyengine.serve.protocols.ask import Limits
 from pyengine.serve.queue import Speed
 from pyengine.streams import Engine
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer

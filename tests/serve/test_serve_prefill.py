@@ -14,7 +14,7 @@ from pyengine.checkpoint.pair import Pair, load
 from pyengine.generation import generate
 from pyengine.model.target import Target
 from pyengine.sampling.settings import Sampling
-from pyengine.serve.protocol import Limits
+from pyengine.serve.protocols.ask import Limits
 from pyengine.serve.queue import Job
 
 LONG = list(range(300, 900)) * 3  # token ids: four chunks

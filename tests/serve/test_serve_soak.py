@@ -22,7 +22,7 @@ from serving import CHAT, Server, request
 
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.generation import generate
-from pyengine.serve.protocol import Limits
+from pyengine.serve.protocols.ask import Limits
 
 CLIENTS, ASKS = 64, 2  # of each client in a lap
 QUESTIONS = ["Create a single-file HTML5 canvas Snake game.", "Write a Python function.", "Pong!"]

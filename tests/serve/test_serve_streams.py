@@ -17,7 +17,7 @@ from pyengine.checkpoint import memory
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.generation import generate
 from pyengine.model.target import Target
-from pyengine.serve.protocol import Limits
+from pyengine.serve.protocols.ask import Limits
 
 QUESTIONS = ["Create a single-file HTML5 canvas Snake game.", "Write a Python function.", "Pong!"]
 TEXTS = ["import os\n", "def fib(n):", "x = ["]

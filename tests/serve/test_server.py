@@ -22,6 +22,7 @@ openai = pytest.importorskip("openai", reason="needs the openai client")
 import httpx
 import numpy as np
 import serving
+from reading import read_request
 from serving import asking, command
 from text_fakes import script_pair, write_tokenizers
 from typer.testing import CliRunner
@@ -31,7 +32,8 @@ from pyengine.checkpoint.pair import Pair, load
 from pyengine.generation import generate
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import Sampling
-from pyengine.serve.protocol import Limits, Reply, read_request
+from pyengine.serve.protocols.ask import Limits
+from pyengine.serve.protocols.completions import CompletionReply
 from pyengine.serve.server import make_app
 from pyengine.task import Step
 from pyengine.text.tokenizer import load_tokenizer
@@ -274,7 +276,7 @@ def test_how_tokens_are_told(tmp_path: Path) -> None:
     a, byte = tok.id_of("a"), tok.id_of("<0x61>")
     assert a is not None and byte is not None and tok.spelling(a) == tok.spelling(byte) == "a"
     ask = {"prompt": "fox", "logprobs": 2}
-    reply = Reply(read_request(script_pair(tok, "a"), ask, LIMITS, chat=False))
+    reply = CompletionReply(read_request(script_pair(tok, "a"), ask, LIMITS, chat=False))
     step = Step("a", "", [a], [Logprob(a, -1.0, [(a, -1.0), (byte, -2.0)])])
     (chunk,) = reply.chunks(0, step)
     assert chunk["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -1.0}]

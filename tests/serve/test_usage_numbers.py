@@ -6,11 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from reading import read_request
 from test_stats_numbers import STATS
 from text_fakes import script_pair, write_tokenizers
 
 from pyengine.generation import Stream, generate
-from pyengine.serve.protocol import Ask, Limits, Reply, read_request, usage_of
+from pyengine.serve.protocols.ask import Ask, Limits
+from pyengine.serve.protocols.chat import ChatReply
+from pyengine.serve.protocols.choices import usage_of
+from pyengine.serve.protocols.completions import CompletionReply
 from pyengine.task import Result
 from pyengine.text.tokenizer import load_tokenizer
 
@@ -53,15 +57,17 @@ def test_a_server_that_does_not_tell_what_was_known(pair: Any) -> None:
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_whole_and_streamed_answers_tell_the_same(pair: Any, chat: bool) -> None:
-    made = replace(ask(pair), chat=chat)
-    whole = Reply(made).whole({}, [RESULT])
+    made, reply_of = ask(pair), ChatReply if chat else CompletionReply
+    whole = reply_of(made).whole({}, [RESULT])
     assert whole["usage"] == USAGE
     assert [choice["index"] for choice in whole["choices"]] == [0]
-    reply = Reply(replace(made, with_usage=True))
-    assert reply.end(0, RESULT)["usage"] is None
-    [last] = reply.usage([RESULT])
+    reply = reply_of(replace(made, with_usage=True))
+    [end] = reply.end(0, RESULT)
+    assert end["usage"] is None
+    [last] = reply.close([RESULT])
     assert last["usage"] == USAGE and last["choices"] == []
-    assert "usage" not in Reply(made).end(0, RESULT) and not list(Reply(made).usage([RESULT]))
+    [end] = reply_of(made).end(0, RESULT)
+    assert "usage" not in end and not list(reply_of(made).close([RESULT]))
 
 
 def test_usage_of_a_real_generation(pair: Any) -> None:
