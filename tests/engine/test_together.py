@@ -275,7 +275,7 @@ def test_row_wise_ops_run_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rules_take_as_many_nodes_for_more_sequences(
     sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Past three, two of which draft: only what commits a sequence, and its drafter's own rows,
+    """Past four, two of which draft: only what commits a sequence, and its drafter's own rows,
     multiplies."""
     made: list[Recorded[..., Any]] = []
 
@@ -286,7 +286,7 @@ def test_rules_take_as_many_nodes_for_more_sequences(
     monkeypatch.setattr(on_device, "recorded", record)
     pair, text = tiny_pair("dense31", "bfloat16-q8"), greedy_text("dense31")
     totals = []
-    for count in (3, 4, 5):
+    for count in (4, 5, 6):
         made.clear()
         cases = [
             Case(text[: 5 + n], replace(sampling, seed=n), 1 + 2 * (n < 2), 9) for n in range(count)
