@@ -318,7 +318,9 @@ class Rounds:
 
     def __init__(self) -> None:
         self._kinds: dict[Any, int] = {}
-        self._choices: dict[tuple[Sampler, ...], Choices] = {}  # of the newest round's groups
+        self._known: tuple[Any, ...] = ()  # who was in the newest round, and what they were told
+        self._groups: tuple[on_device.Group, ...] = ()
+        self._choices: tuple[Choices, ...] = ()
         self._recorded: OrderedDict[Any, on_device.RecordedRound] = OrderedDict()
 
     def play(self, sequences: Sequence[TokenSequence]) -> list[Round | Exception]:
@@ -339,11 +341,10 @@ class Rounds:
         # In one order whoever came first, so that fewer graphs are recorded
         going = sorted((s for s in sequences if s not in done), key=self._rank)
         if going:
-            groups = on_device.groups_of([s.sampler for s in going])
-            arena, states = going[0].parts.cache.arena, tuple([s.state for s in going])
+            choices, arena = self._choices_of([s.sampler for s in going]), going[0].parts.cache.arena
             placed = arena.place([s.parts.cache for s in going])
-            start_of = on_device.Start(placed, states, self._choices_of(going, groups))
-            played = self._round(going, groups).together(start_of)
+            states = on_device.Start(placed, tuple([s.state for s in going]), choices)
+            played = self._round(going, self._groups).together(states)
             for sequence, outcome in zip(going, played.outcomes, strict=True):
                 sequence.take_results(outcome)
             row = _read(played)
@@ -362,18 +363,21 @@ class Rounds:
         kind = self._kinds.setdefault(sequence.kind, len(self._kinds))
         return sequence.is_dense, -sequence.k, kind
 
-    def _choices_of(
-        self, going: Sequence[TokenSequence], groups: Sequence[on_device.Group]
-    ) -> tuple[Choices, ...]:
-        """What the round is told of its texts; settings are in arrays from their first round on."""
-        known, self._choices = self._choices, {}
-        found = []
-        for places, form in groups:
-            samplers = tuple([going[n].sampler for n in places])
-            choices = known[samplers] if samplers in known else Choices.of(samplers, form)
-            self._choices[samplers] = choices
-            found.append(choices.with_lists(samplers, form))
-        return tuple(found)
+    def _choices_of(self, samplers: list[Sampler]) -> tuple[Choices, ...]:
+        """What the round is told of its texts; the same as the newest one was where they are the
+        same and nothing of them is listed."""
+        known = (*samplers, *[sampler.most_listed for sampler in samplers])
+        if known != self._known:
+            self._known, self._groups = known, on_device.groups_of(samplers)
+            self._choices = tuple(
+                [Choices.of([samplers[n] for n in own], form) for own, form in self._groups]
+            )
+        return tuple(
+            [
+                choices.with_lists([samplers[n] for n in own], form) if form.room else choices
+                for choices, (own, form) in zip(self._choices, self._groups, strict=True)
+            ]
+        )
 
     def _round(
         self, going: Sequence[TokenSequence], groups: Sequence[on_device.Group]

@@ -84,10 +84,20 @@ def _flatten(tree: Any, arrays: list[mx.array]) -> Any:
     if isinstance(tree, list):  # taken as it is: a cache has a hundred arrays, in every round
         arrays += tree
         return len(tree)
-    if isinstance(tree, tuple):
-        return type(tree), tuple([_flatten(part, arrays) for part in tree])
-    arrays.append(tree)
-    return mx.array
+    if not isinstance(tree, tuple):
+        arrays.append(tree)
+        return mx.array
+    forms = []
+    for part in tree:  # most are arrays and lists, which need no call
+        if part.__class__ is mx.array:
+            arrays.append(part)
+            forms.append(mx.array)
+        elif part.__class__ is list:
+            arrays += part
+            forms.append(len(part))
+        else:
+            forms.append(_flatten(part, arrays))
+    return type(tree), tuple(forms)
 
 
 def _tree(form: Any, arrays: Iterator[mx.array]) -> Any:
@@ -99,5 +109,5 @@ def _tree(form: Any, arrays: Iterator[mx.array]) -> Any:
     if isinstance(form, int):
         return list(islice(arrays, form))
     kind, forms = form
-    parts = [_tree(part, arrays) for part in forms]
+    parts = [next(arrays) if part is mx.array else _tree(part, arrays) for part in forms]
     return kind(*parts) if hasattr(kind, "_fields") else kind(parts)

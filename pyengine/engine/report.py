@@ -52,16 +52,18 @@ class Report(NamedTuple):
     @classmethod
     def unpack(cls, row: list[int], ks: Sequence[int], ns: Sequence[int | None]) -> list[Report]:
         """Of what :meth:`pack` made; ``ns`` is each one's number of logprobs, None for none."""
-        Q = len(ks)
-        accepted, tokens, row = row[:Q], row[Q : 2 * Q], row[2 * Q :]
-        flags, row = _split(row, [k + 1 for k in ks])
-        drafts, row = _split(row, ks)
-        guesses, row = _split(row, ks)
-        values, _ = _split(
-            row, [0 if n is None else (k + 1) * (1 + 2 * n) for k, n in zip(ks, ns, strict=True)]
-        )
-        each = zip(accepted, tokens, flags, drafts, guesses, values, ns, strict=True)
-        return [cls._of(*one) for one in each]
+        Q, found = len(ks), []
+        flag = 2 * Q  # where the next sequence's flags begin, and so on
+        draft = flag + Q + sum(ks)
+        guess = draft + sum(ks)
+        value = guess + sum(ks)
+        for i, (k, n) in enumerate(zip(ks, ns, strict=True)):
+            flags, drafts = row[flag : flag + k + 1], row[draft : draft + k]
+            guesses, values = row[guess : guess + k], row[value:]
+            found.append(cls._of(row[i], row[Q + i], flags, drafts, guesses, values, n))
+            flag, draft, guess = flag + k + 1, draft + k, guess + k
+            value += 0 if n is None else (k + 1) * (1 + 2 * n)
+        return found
 
     @classmethod
     def _of(
@@ -86,12 +88,3 @@ class Report(NamedTuple):
             floats = struct.unpack(f"{1 + n}f", struct.pack(f"{1 + n}i", own, *best[n:]))
             found.append(Logprob(token, floats[0], list(zip(best[:n], floats[1:], strict=True))))
         return cls(accepted, tokens, finite, found)
-
-
-def _split(row: list[int], lengths: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-    """Parts of these lengths, and the rest."""
-    parts, at = [], 0
-    for length in lengths:
-        parts.append(row[at : at + length])
-        at += length
-    return parts, row[at:]

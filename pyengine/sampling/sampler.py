@@ -120,6 +120,7 @@ class Settings(NamedTuple):
     seed: mx.array  # uint32
     rule: mx.array  # int32, place in RULES
     coupled: mx.array  # bool: drafts are drawn with the noise of the token that they stand for
+    lead: mx.array  # int32, the same as a number: how far that is ahead of other drafts
 
     @staticmethod
     def of(samplers: Sequence[Sampler]) -> Settings:
@@ -133,6 +134,7 @@ class Settings(NamedTuple):
             mx.array([s.seed or 0 for s in each], dtype=mx.uint32),
             mx.array(rules, dtype=mx.int32),
             mx.array([s.verify == "coupled" for s in each]),
+            mx.array([int(s.verify == "coupled") for s in each], dtype=mx.int32),
         )
 
 
@@ -294,7 +296,7 @@ class Chooser:
     def draft_position(self, position: mx.array) -> mx.array:
         """Where drafts of blocks that begin at ``position`` are drawn: those that are coupled are
         the tokens behind the first, which is drawn already."""
-        return position + self.choices.settings.coupled
+        return position + self.choices.settings.lead
 
     def accept(
         self,

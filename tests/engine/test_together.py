@@ -275,8 +275,7 @@ def test_row_wise_ops_run_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rules_take_as_many_nodes_for_more_sequences(
     sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Past four, two of which draft: only what commits a sequence, and its drafter's own rows,
-    multiplies."""
+    """Two of them draft. Only what commits a sequence, or a drafter's own rows, multiplies."""
     made: list[Recorded[..., Any]] = []
 
     def record(function: Any) -> Recorded[..., Any]:
