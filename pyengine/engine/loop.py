@@ -341,7 +341,8 @@ class Rounds:
         # In one order whoever came first, so that fewer graphs are recorded
         going = sorted((s for s in sequences if s not in done), key=self._rank)
         if going:
-            choices, arena = self._choices_of([s.sampler for s in going]), going[0].parts.cache.arena
+            choices = self._choices_of([s.sampler for s in going])
+            arena = going[0].parts.cache.arena
             placed = arena.place([s.parts.cache for s in going])
             states = on_device.Start(placed, tuple([s.state for s in going]), choices)
             played = self._round(going, self._groups).together(states)
