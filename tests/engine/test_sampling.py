@@ -260,3 +260,24 @@ def test_logprobs_are_of_the_raw_logits(count: int) -> None:
         best = np.argsort(-want, kind="stable")[:count]
         assert row[1 : 1 + count].tolist() == best.tolist()
         assert np.allclose(row[1 + count :].view(np.float32), want[best], atol=1e-5)
+
+
+def test_texts_draw_alike_alone_and_among_others() -> None:
+    """Flat distributions, where other noise is another token; neighbours share seeds or rules."""
+    rules = ("residual", "coupled", "block", "coupled")
+    settings = [Sampling(top_p=1.0, verify=rule, seed=n // 2) for n, rule in enumerate(rules)]
+    samplers = [Sampler(s, [1], VOCAB) for s in settings]
+    together = Chooser.of(samplers)
+    logits = mx.zeros((4, VOCAB))
+    rows = together.filter(logits, [0, 1, 2, 3])
+    position = mx.array([7, 7, 9, 9], dtype=mx.int32)
+    for own in ([0, 1, 2, 3], [1, 2], [0, 3]):
+        some = Filtered(*(part[mx.array(own)] for part in rows))
+        for i in range(6):
+            drawn = together.draw_drafts(some, own, together.draft_position(position), i)
+            for token, n in zip(drawn.tolist(), own, strict=True):
+                one, row = Chooser.of(samplers[n : n + 1]), Filtered(*(p[n : n + 1] for p in rows))
+                at = one.draft_position(position[n : n + 1])
+                assert one.draw_drafts(row, [0], at, i).item() == token
+                if rules[n] == "coupled":  # the token that plain decoding has there
+                    assert one.draw(row, position[n : n + 1], i + 1).item() == token
