@@ -87,7 +87,7 @@ def _flatten(tree: Any, arrays: list[mx.array]) -> Any:
     if not isinstance(tree, tuple):
         arrays.append(tree)
         return mx.array
-    forms = []
+    forms: list[Any] = []
     for part in tree:  # most are arrays and lists, which need no call
         if part.__class__ is mx.array:
             arrays.append(part)
