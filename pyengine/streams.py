@@ -250,6 +250,20 @@ class Engine:
         """Memory of keys and values: those of texts under way, and prefixes kept for others."""
         return self._arena.held_bytes
 
+    @property
+    def pages(self) -> dict[str, dict[str, int]]:
+        """Pages of keys and values by kind of layer, "full" and "sliding": ``held`` by texts and
+        beginnings, ``free``, and ``bytes`` of one."""
+        arena = self._arena
+        return {
+            name: {
+                "held": arena.pages(kind).count - arena.pages(kind).free,
+                "free": arena.pages(kind).free,
+                "bytes": arena.page_bytes(kind),
+            }
+            for name, kind in (("full", False), ("sliding", True))
+        }
+
     def step(self) -> bool:
         """Do what comes next: a chunk of a prompt or a round of all texts. Evaluates.
 
@@ -266,6 +280,15 @@ class Engine:
             elif plan.work == "round":
                 self._round()
             return plan.work is not None
+
+    def store(self) -> bool:
+        """Write a page to ``cache_dir`` that is not there, if nothing else is to be done.
+
+        Returns:
+            Whether there may be more.
+        """
+        with self._stepping:
+            return self._known.store()
 
     def advance(self, request: Request) -> None:
         """Step, or wait for the engine's thread, once or until the request has news."""
@@ -312,15 +335,11 @@ class Engine:
     def _run(self) -> None:
         while not self._closed:
             before = self._calls
-            worked = self.step() or self._store()
+            worked = self.step() or self.store()
             with self._news:
                 self._news.notify_all()
                 while not worked and self._calls == before:
                     self._news.wait()
-
-    def _store(self) -> bool:
-        with self._stepping:
-            return self._known.store()
 
     def _budget(self) -> int | None:
         """Bytes that all requests together may have; None where nobody counts."""

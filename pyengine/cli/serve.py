@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -69,6 +70,24 @@ def run(
             max=128,
         ),
     ] = 8,
+    cache_gb: Annotated[
+        float | None,
+        typer.Option(
+            help="Memory for keys and values, in GB; by default what is free.",
+            show_default=False,
+        ),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps prompts' keys and values for the next start.",
+            show_default=False,
+            file_okay=False,
+        ),
+    ] = None,
+    cache_dir_gb: Annotated[
+        float, typer.Option(help="Most GB of that folder; what was used longest ago goes first.")
+    ] = 20.0,
     waiting: Annotated[
         int, typer.Option(help="Maximum number of waiting requests; further ones get 429.", min=1)
     ] = 16,
@@ -136,8 +155,9 @@ def run(
 
     `/health` and `/metrics` (for Prometheus) tell what runs, waits and was made.
 
-    Clients share prefix caches, one per stream: `cached_tokens` and the time to the first token
-    tell a client whether somebody else's prompt began like its own.
+    Whatever prompts begin alike share what was processed of them, within the memory that running
+    texts leave; `--cache-dir` keeps it for the next start. `cached_tokens` and the time to the
+    first token tell a client whether somebody else's prompt began like its own.
     """
     with common.sentences():
         for module in ("fastapi", "uvicorn"):
@@ -154,6 +174,10 @@ def run(
         from pyengine.serve.protocols.ask import Limits
         from pyengine.serve.server import make_app
         from pyengine.task import check_drafter
+
+        for name, size in (("--cache-gb", cache_gb), ("--cache-dir-gb", cache_dir_gb)):
+            if size is not None and not 0.001 <= size <= 1e6:
+                raise ValueError(f"[serve] {name} must be 0.001 to 1000000 but got {size}.")
 
         # Before the weights are read, so that a wrong argument is told early
         open_files()
@@ -172,9 +196,17 @@ def run(
                 "with --no-api-key, but got neither."
             )
         pair = common.load_pair(target, assistant, bundle, dtype, Position.last, ops)
+        if cache_dir is not None:
+            from pyengine.checkpoint.fingerprint import fingerprint
+
+            with common.waiting("Hashing the weights") as tell:
+                fingerprint(pair, cache_dir, tell)
         limits = Limits(
             waiting=waiting,
             streams=streams,
+            cache_bytes=None if cache_gb is None else int(cache_gb * 1e9),
+            cache_dir=cache_dir,
+            cache_dir_bytes=int(cache_dir_gb * 1e9),
             max_tokens=max_tokens,
             any_model=any_model,
             cached_tokens=not no_cached_tokens,

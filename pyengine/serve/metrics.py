@@ -109,6 +109,11 @@ class Counts(Collector):
             ),
         ):
             yield GaugeMetricFamily(f"pyengine_{name}", help_text, value)
+        for name, what in (("held", "Pages of texts and beginnings."), ("free", "Free pages.")):
+            pages = GaugeMetricFamily(f"pyengine_pages_{name}", what, labels=["layers"])
+            for kind, counts in worker.pages.items():
+                pages.add_metric([kind], counts[name])
+            yield pages
         for name, help_text, value in (
             ("prompt_tokens", "Prompt tokens, once per text.", totals.prompt_tokens),
             (

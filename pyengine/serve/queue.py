@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyengine.engine.stats import Stats
 from pyengine.serve.protocols.ask import Ask, Refused
@@ -130,8 +130,8 @@ class Speed:
 class Worker:
     """The thread that runs the engine, and the jobs that wait for it."""
 
-    def __init__(self, pair: Pair, streams: int, waiting: int) -> None:
-        self._engine = Engine(pair, sequences=streams)
+    def __init__(self, pair: Pair, streams: int, waiting: int, **memory: Any) -> None:
+        self._engine = Engine(pair, sequences=streams, **memory)
         self.streams, self.totals, self.speed = streams, self._engine.totals, Speed()
         self._places = waiting + streams
         self._jobs: deque[Job] = deque()
@@ -158,6 +158,10 @@ class Worker:
     @property
     def cache_bytes(self) -> int:
         return self._engine.cache_bytes
+
+    @property
+    def pages(self) -> dict[str, dict[str, int]]:
+        return self._engine.pages
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -274,7 +278,7 @@ class Worker:
 
     def _step(self) -> bool:
         before = self.totals.tokens
-        worked = self._engine.step()
+        worked = self._engine.step() or self._engine.store()
         if made := self.totals.tokens - before:
             self.speed.note(made)
         for job in [job for job in self._running if job.texts]:

@@ -79,7 +79,14 @@ def make_app(
     check_key(key)
     check_origins(origins)
     limits, names = limits or Limits(), allowed_names(hosts)
-    worker = Worker(pair, limits.streams, limits.waiting)
+    worker = Worker(
+        pair,
+        limits.streams,
+        limits.waiting,
+        cache_bytes=limits.cache_bytes,
+        cache_dir=limits.cache_dir,
+        cache_dir_bytes=limits.cache_dir_bytes,
+    )
     metrics = _metrics(worker)
     row = {"id": pair.name, "object": "model", "created": 0, "owned_by": "pyengine"}
 
@@ -95,6 +102,7 @@ def make_app(
     async def health(_: Request) -> Response:
         counts = {"waiting": worker.waiting, "running": worker.running, "texts": worker.texts}
         counts["streams"] = worker.streams
+        counts |= {"cache_bytes": worker.cache_bytes, "pages": worker.pages}
         speeds = {"tok_s": worker.speed.tok_s, "acceptance": worker.totals.acceptance}
         return JSONResponse({"status": "ok", **counts, **speeds})
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pyengine.arguments import TooLong
 from pyengine.engine.score import prompt_logprobs
 from pyengine.sampling.settings import MAX_SEED, Sampling
+from pyengine.streams import CACHE_DIR_BYTES
 from pyengine.task import Result, Step, Task, new_task, resolve_sampling
 from pyengine.text.output import Reader
 from pyengine.text.prompt import Prompt
@@ -61,6 +63,9 @@ class Limits:
         keep_alive_s: A stream that has nothing to say for so long sends a comment.
         drafter: Where drafts come from, for all requests; None for the assistant.
         streams: Texts that are made at once; the memory may allow fewer.
+        cache_bytes: Memory of keys and values; None for what is free.
+        cache_dir: Where pages of prompts are kept for the next process; None for nowhere.
+        cache_dir_bytes: Most bytes there.
         texts: Texts of one request: its prompts times ``n``.
         kept: Answers of the Responses API that are kept for those that follow on them.
         kept_bytes: Bytes of their conversations; the oldest are forgotten.
@@ -76,6 +81,9 @@ class Limits:
     keep_alive_s: float = 5.0
     drafter: str | None = None
     streams: int = 8
+    cache_bytes: int | None = None
+    cache_dir: Path | None = None
+    cache_dir_bytes: int = CACHE_DIR_BYTES
     texts: int = 32
     kept: int = 1_000
     kept_bytes: int = 64 << 20
