@@ -35,6 +35,7 @@ from pyengine.engine.controller import AUTO_BLOCK, MOST_DRAFTS, Acceptance, Cost
 from pyengine.engine.known import known_of
 from pyengine.engine.loop import Rounds, TokenSequence
 from pyengine.ops import dispatch
+from pyengine.sampling.sampler import Choices
 from pyengine.sampling.settings import Sampling
 from pyengine.text.prompt import encode_prompt
 from pyengine.untrusted import parse, read_text, shown, write_whole
@@ -312,10 +313,13 @@ def _text(pair: Pair, number: int) -> TokenSequence:
 
 def _draft_seconds(sequence: TokenSequence, clock: Callable[[], float]) -> float:
     """Of one step of the drafter, behind a text as it stands."""
-    draft = on_device.RecordedRound([sequence.parts], [MOST_DRAFTS]).draft
-    took = []
+    groups = on_device.groups_of([sequence.sampler])
+    choices = tuple([Choices.of([sequence.sampler], form) for _, form in groups])
+    draft = on_device.RecordedRound([sequence.parts], [MOST_DRAFTS], groups).draft
+    cache, took = sequence.parts.cache, []
     for _ in range(TURNS):
         start = clock()
-        mx.eval(list(draft((sequence.state,))[0][:2]))
+        placed = cache.arena.place([cache])
+        mx.eval(draft(on_device.Start(placed, (sequence.state,), choices)))
         took.append((clock() - start) / MOST_DRAFTS)
     return statistics.median(took[1:])  # the first one records

@@ -12,8 +12,6 @@ from itertools import accumulate, groupby
 from operator import mul
 from typing import NamedTuple
 
-import numpy as np
-
 AUTO_BLOCK = 8  # the largest block of "auto"
 MOST_DRAFTS = AUTO_BLOCK - 1
 
@@ -159,6 +157,8 @@ class Costs:
     def _fitted(self) -> tuple[float, ...]:
         """Least squares of relative errors, drawn a little to what is usual: while all shapes are
         alike, only that tells the parts apart."""
+        import numpy as np  # not needed before
+
         usual = np.array(USUAL[self._width])
         shapes = self.shapes
         if not shapes:

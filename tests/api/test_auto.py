@@ -116,9 +116,9 @@ def test_few_graphs_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     recorded = loop.on_device.RecordedRound
 
-    def record(each: Any, ks: Any) -> Any:
+    def record(each: Any, ks: Any, groups: Any) -> Any:
         made.append(tuple(ks))
-        return recorded(each, ks)
+        return recorded(each, ks, groups)
 
     ask: dict[str, Any] = {"max_tokens": 120, "sampling": GREEDY}
     for _ in range(3):

@@ -14,7 +14,7 @@ from pyengine.chat import Chat
 from pyengine.checkpoint import memory
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.checkpoint.weights import target_layout
-from pyengine.engine.prefix import MAX_MARKS, Prefix
+from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import score
 from pyengine.generation import generate, stream
 from pyengine.model import cache as cache_module
@@ -168,7 +168,7 @@ def test_what_a_prefix_holds_is_free_for_its_next_prompt(
     ask: dict[str, Any] = {"pair": pair, "max_tokens": 4, "sampling": GREEDY, "block_size": 4}
     cold = generate(long, **ask)
     generate(long, prefix=prefix, **ask)
-    needed = pair.target.prompt_bytes(len(long) + 4, 4, MAX_MARKS)
+    needed = pair.target.prompt_bytes(len(long) + 4, 4, Prefix().marks)
     with_free(monkeypatch, needed - prefix.nbytes)
     warm = generate(long, prefix=prefix, **ask)
     assert warm.tokens == cold.tokens and warm.stats.reused_tokens == len(long) - 1
