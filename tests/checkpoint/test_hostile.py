@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from text_fakes import write_tokenizers
@@ -548,15 +549,15 @@ def test_not_enough_memory_is_known_before_loading(
     refused(done, "must fit the free memory of 0.0 GB but needs")
 
 
-def test_a_window_of_gigabytes_is_refused_by_the_memory(
+def test_a_window_of_gigabytes_takes_what_is_written(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No tensor bounds the window, so a small file could ask for a huge cache."""
+    """No tensor bounds the window; but a page is there only for positions that are."""
     config(sliding_window=1 << 20)(bundle)
     config("assistant", text_config__sliding_window=1 << 20)(bundle)
     monkeypatch.setattr(memory, "available_bytes", lambda: 16_000_000_000)
     done = run("generate", "--bundle", str(bundle), "a", "--max-tokens", "1")
-    refused(done, "must fit the free memory of 16.0 GB but needs 21.5 GB")
+    assert done.exit_code == 0 and mx.get_peak_memory() < 1 << 30
 
 
 def test_logits_that_are_not_finite_are_the_inputs_fault(bundle: Path) -> None:

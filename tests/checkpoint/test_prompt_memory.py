@@ -18,6 +18,7 @@ from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import score
 from pyengine.generation import generate, stream
 from pyengine.model import cache as cache_module
+from pyengine.model.cache import window_pages
 from pyengine.model.config import LayerConfig, Rope, TargetConfig
 from pyengine.model.linear import Linear, Weights
 from pyengine.model.memory import cache_bytes, prompt_bytes
@@ -107,7 +108,9 @@ def test_a_gpus_attention_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_gpu_rules", True)
     gpu = [prompt_bytes(narrow, n, 8, 0, 2) for n in (511, 512, 4096)]
     rows = 24 * 2048 * 2  # bytes for each row of a call
-    assert gpu[0] == ours[0] - (511 - 128) * rows  # calls of 128 rows
+    window = [window_pages(narrow.window, n) for n in (511, 128)]
+    pages = (min(9, window[0]) - min(9, window[1])) * 2 * 4 * 64 * 256 * 2
+    assert gpu[0] == ours[0] - (511 - 128) * rows - pages  # calls of 128 rows
     tile = 6 * (4 + 8 + 2) * 2**20
     assert [a - b for a, b in zip(gpu[1:], ours[1:], strict=True)] == [tile - 512 * rows] * 2
 

@@ -329,9 +329,10 @@ def test_every_bit_of_a_seed_matters_to_what_is_accepted(rule: Rule) -> None:
     for bit, position in itertools.product(range(32), range(12)):
         pair = [
             ops.accept_block(
-                *(ids, p, ids[:k], q, mx.array([1, 2, 3]), mx.array(position)),
-                mx.array(seed, dtype=mx.uint32),
-                rule=rule,
+                *(ids, p, ids[:k], q, mx.array([1, 2, 3]), mx.array([position])),
+                mx.array([seed], dtype=mx.uint32),
+                mx.array([RULES.index(rule)]),
+                counts=(k + 1,),
                 vocab=vocab,
             )
             for seed in (0, 1 << bit)
