@@ -292,7 +292,7 @@ def test_the_first_use_of_a_device_is_examined_and_kept(
     began: list[str] = []
     pair = task.embedded_pair()
     first_use.ready(pair, said.append, lambda done, total, op: began.append(op))
-    assert began[0] == "accept_block" and "geglu" in began and "weigh_experts" in began
+    assert began[0] == "accept_block" and "geglu" in began and len(began) > 15
     assert len(said) == 1 and said[0].startswith("geglu failed") and "geglu" in own.read_text()
     result = generation.generate(PROMPT, sampling=GREEDY, max_tokens=24, block_size=4)
     assert result.tokens == native_text
