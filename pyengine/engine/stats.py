@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# Where a token comes from: the prefill, a kept draft, a grammar that allows nothing else, the target
-# behind a block that was kept whole, the target in place of a draft, the target where no draft was.
+# Where a token comes from: the prefill, a kept draft, a grammar that allows nothing else, the
+# target behind a block that was kept whole, in place of a draft, and where there was no draft.
 Source = Literal["first", "draft", "forced", "bonus", "correction", "plain"]
 
 

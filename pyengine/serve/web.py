@@ -1,4 +1,4 @@
-"""The page at ``/``: a chat that shows the rounds. Files of the package, and nothing from elsewhere."""
+"""The page at ``/``: a chat that shows the rounds. Files of the package alone."""
 
 from __future__ import annotations
 
