@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from serving import CHAT, Server
 from speaker import letter, speaking
+from teller import telling, thinking_tokenizer
+from telling import needs
 from text_fakes import write_tokenizers
 
 from pyengine.checkpoint.pair import Pair, load
@@ -168,3 +170,24 @@ def test_it_is_the_text_behind_a_mark_that_the_model_wrote(
     assert several["choices"][0]["message"] == message
     if temperature:
         assert len({choice["message"]["content"] for choice in several["choices"]}) == 3
+
+
+@needs("llguidance", "grammar")
+def test_an_answer_behind_the_cut_keeps_its_form(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Where the prompt goes on with what was thought so far, which chooses the answer here."""
+    tok = thinking_tokenizer(tmp_path_factory.mktemp("thinks"))
+    answers = {"muse": "plainly, " + "and so on " * 20, "plainly": '{"town": "Bonn"}'}
+    with Server(telling(tok, answers)) as server:
+        said = ask(
+            server,
+            messages=[{"role": "user", "content": "muse"}],
+            reasoning_effort="high",
+            thinking_budget=20,
+            response_format={"type": "json_object"},
+        )
+    choice = said["choices"][0]
+    assert choice["message"]["reasoning_content"].startswith("plainly, and")
+    assert json.loads(choice["message"]["content"]) == {"town": "Bonn"}
+    assert choice["finish_reason"] == "stop"
