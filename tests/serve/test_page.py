@@ -170,6 +170,17 @@ def test_pieces_of_characters_stops_and_thoughts(tmp_path: Path, block: int) -> 
         )
         assert text_of(cut) == says["cat"].partition("STOP")[0]
         assert "".join(p for one in rounds(cut) for p in one["content"]) == text_of(cut)
+        # All of it may begin a stop string until the tokens are used up
+        held = {"max_tokens": 5, "stop": says["cat"] + "!"}
+        told = chunks(server, **{**ask, **held, "messages": [{"role": "user", "content": "cat"}]})
+        assert says["cat"].startswith(text_of(told)) and text_of(told)
+        assert [p for one in rounds(told) for p in one["content"]] == [
+            "",
+            "",
+            "",
+            "",
+            text_of(told),
+        ]
         thinks = {"messages": [{"role": "user", "content": "ponder"}], "reasoning_effort": "high"}
         told = chunks(server, **{**ask, **thinks})
         check_rounds(told)
