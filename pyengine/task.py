@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pyengine import forked
 from pyengine.arguments import flag, whole
@@ -18,13 +18,13 @@ from pyengine.drafters.drafter import MAX_BLOCK, Drafter
 from pyengine.engine.controller import AUTO_BLOCK
 from pyengine.engine.loop import Round, most_rows
 from pyengine.engine.prefix import Prefix
-from pyengine.engine.stats import Stats
+from pyengine.engine.stats import Source, Stats
 from pyengine.grammar.asked import source_of
 from pyengine.grammar.tools import tools_source
 from pyengine.ops import dispatch
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import Sampling, seeded
-from pyengine.text.output import Reader, stop_strings
+from pyengine.text.output import Read, Reader, stop_strings
 from pyengine.text.prompt import Prompt, encode_prompt
 from pyengine.text.tool_calls import ToolCall
 from pyengine.text.tools import Tool, ToolChoice, tool_use
@@ -86,6 +86,14 @@ class Result:
         }
 
 
+class Piece(NamedTuple):
+    """Text and thoughts that one token made certain; of a character in several tokens the last
+    one has it."""
+
+    text: str
+    thinking: str
+
+
 class Step(NamedTuple):
     """What one round added to a result; both texts may be empty.
 
@@ -98,6 +106,11 @@ class Step(NamedTuple):
         logprobs: One entry per token where the settings ask for them, else none.
         prompt_done: Number of prompt tokens processed so far; None after the prompt.
         tool_calls: Calls that are complete with this round.
+        pieces: What each token made certain, text and thoughts; together they are those above.
+        drafted: Drafts of a drafter that the round judged.
+        accepted: Of them those that it kept; behind a stop string they are not among the tokens.
+        sources: Where each token comes from, see :data:`pyengine.engine.stats.Source`; "budget" is
+            the mark that ends thoughts whose budget is used up.
     """
 
     text: str
@@ -106,6 +119,10 @@ class Step(NamedTuple):
     logprobs: list[Logprob]
     prompt_done: int | None = None
     tool_calls: list[ToolCall] = []  # noqa: RUF012 - nobody changes it
+    pieces: Sequence[Piece] = ()
+    drafted: int = 0
+    accepted: int = 0
+    sources: Sequence[Source | Literal["budget"]] = ()
 
 
 @dataclass(frozen=True)
@@ -245,7 +262,11 @@ class Answer:
         if done.prompt_done is not None:
             return Step("", "", [], [], done.prompt_done)
         step, self.finish_reason = self._read(done.tokens, done.logprobs or [], done.finish_reason)
-        return step
+        return step._replace(
+            drafted=done.num_drafted,
+            accepted=done.num_accepted,
+            sources=done.sources[: len(step.tokens)],
+        )
 
     def _read(
         self, tokens: list[int], logprobs: list[Logprob], reason: str | None
@@ -269,6 +290,7 @@ class Answer:
             tokens[:count],
             logprobs[:count],
             tool_calls=[read.call for read in reads if read.call],
+            pieces=_pieces(reads, count),
         )
         self._text.append(step.text)
         self._thoughts.append(step.thinking)
@@ -279,6 +301,15 @@ class Answer:
         if found:
             return step, "stop"
         return step, "tool_calls" if reason == "stop" and self._calls else reason
+
+
+def _pieces(reads: Sequence[Read], count: int) -> list[Piece]:
+    """What each of a round's tokens said; its end belongs to the last one."""
+    said = [Piece(read.text, read.thought) for read in reads]
+    if len(said) > count > 0:
+        *said, last, end = said
+        said.append(Piece(last.text + end.text, last.thinking + end.thinking))
+    return said
 
 
 def prompt_ids(

@@ -72,7 +72,8 @@ NEAREST = {
     "serve/queue": "test_serve_queue test_server test_serve_end test_serve_prefill "
     "test_serve_admission",
     "serve/front": "test_serve_log test_serve_hosts test_server",
-    "serve/access": "test_access",
+    "serve/access": "test_access test_page",
+    "serve/web": "test_page",
     "serve/thinking": "test_serve_thinking test_responses",
     "serve/protocols/messages": "test_messages",
     "serve/protocols/responses": "test_responses",

@@ -128,6 +128,9 @@ def run(
             "--no-cached-tokens", help="Do not report how many prompt tokens were cached."
         ),
     ] = False,
+    no_page: Annotated[
+        bool, typer.Option("--no-page", help="Do not serve the chat page at `/`.")
+    ] = False,
     log_level: Annotated[
         LogLevel,
         typer.Option(help="What to log: errors, a line per request too, or its settings as well."),
@@ -153,6 +156,7 @@ def run(
     request's head must arrive within 10 s and its body within 60 s; an answer that is not read for
     20 s is dropped.
 
+    `/` is a page to chat with the pair that shows each round; it asks nobody but this server.
     `/health` and `/metrics` (for Prometheus) tell what runs, waits and was made.
 
     Whatever prompts begin alike share what was processed of them, within the memory that running
@@ -219,13 +223,15 @@ def run(
             hosts=allow_host or [],
             key=api_key,
             origins=cors or [],
+            page=not no_page,
         )
         log_to_stderr(LogLevel.error if quiet else log_level)
         with sock:
             at = f"http://{f'[{host}]' if ':' in host else host}:{number}/v1"
             if as_json:
                 typer.echo(json.dumps({"model": pair.name, "url": at}))
-            typer.echo(f"{pair.name} at {at}; Ctrl-C ends it.", err=True)
+            chat = "" if no_page else f", chat page at {at.removesuffix('v1')}"
+            typer.echo(f"{pair.name} at {at}{chat}; Ctrl-C ends it.", err=True)
             if not alone and api_key is None:
                 typer.echo(
                     f"Warning: anybody who can reach {host} can use the server: there is no key "

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyengine.engine.round import Drawn, State, widened
+from pyengine.engine.stats import Source
 from pyengine.model.rows import packed
 from pyengine.ops.filter_logits import Filtered
 
@@ -150,6 +151,12 @@ class Guide:
         """Of a round that kept so many drafts: those that were drawn, those of them that were kept,
         and the forced ones that were kept."""
         return sum(self.drawn), sum(self.drawn[:accepted]), sum(self.forced[:accepted])
+
+    def sources(self, accepted: int) -> list[Source]:
+        """Where the drafts of a round that kept so many come from. One that is neither drawn nor
+        forced was put in place of nothing: that it was kept is the target's doing alone."""
+        each = zip(self.drawn[:accepted], self.forced[:accepted], strict=True)
+        return ["draft" if drawn else "forced" if forced else "plain" for drawn, forced in each]
 
     def commit(self, accepted: int, token: int | None) -> None:
         """Keep so many drafts and the token that follows them; None where the text ends.

@@ -22,7 +22,7 @@ from pyengine.engine.controller import Acceptance, Controller, Text
 from pyengine.engine.known import known_of
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.report import NonFinite, Report
-from pyengine.engine.stats import Stats
+from pyengine.engine.stats import Source, Stats, last_source
 from pyengine.model.cache import Arena, Cache
 from pyengine.model.plan import chunk_end, last_chunk
 from pyengine.model.rows import packed
@@ -55,6 +55,7 @@ class Round(NamedTuple):
     logprobs: list[Logprob] | None = None  # one per token, where the settings ask for them
     prompt_done: int | None = None
     num_forced: int = 0  # tokens that a grammar forced and nobody drafted
+    sources: tuple[Source, ...] = ()  # one per token
 
 
 def decode(
@@ -224,6 +225,7 @@ class TokenSequence:
         self._text = list(prompt)
         self._new: list[int] = []  # tokens of the newest round
         self._counts = (0, 0, 0)  # of it: drafted, accepted, forced
+        self._sources: list[Source] = ["first"]
         if auto and self._drafter is not None:
             self.acceptance = Acceptance(known_of(target, type(self._drafter)).acceptance)
         self.stats.block_size = "auto" if self.acceptance else block_size
@@ -339,7 +341,10 @@ class TokenSequence:
     def count(self, accepted: int, seconds: float) -> None:
         """Note how many drafts a round kept, and what it took, whoever else was in it."""
         self.parts.cache.settle(len(self._text) + accepted)
-        self._counts = (self.k, accepted, 0) if self.guide is None else self.guide.counts(accepted)
+        guide = self.guide
+        self._counts = (self.k, accepted, 0) if guide is None else guide.counts(accepted)
+        self._sources = ["draft"] * accepted if guide is None else guide.sources(accepted)
+        self._sources.append(last_source(*self._counts[:2]))
         self.stats.count_round(*self._counts)
         if self.acceptance is not None and self.guide is None:
             self.acceptance.note(self.k, accepted)
@@ -366,7 +371,8 @@ class TokenSequence:
         if self._prefix is not None:
             self._prefix.keep(self._text[:-1])  # the newest token is not processed yet
         drafted, accepted, forced = self._counts
-        return Round(tokens, self.finish_reason, drafted, accepted, logprobs, None, forced)
+        sources = tuple(self._sources[: len(tokens)])
+        return Round(tokens, self.finish_reason, drafted, accepted, logprobs, None, forced, sources)
 
 
 class Rounds:

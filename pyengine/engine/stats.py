@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+# Where a token comes from: the prefill, a kept draft, a grammar that allows nothing else, the
+# target behind a block that was kept whole, in place of a draft, and where there was no draft.
+Source = Literal["first", "draft", "forced", "bonus", "correction", "plain"]
+
+
+def last_source(drafted: int, accepted: int) -> Source:
+    """What a round's last token is, of whose drafts so many were judged and kept."""
+    if not drafted:
+        return "plain"
+    return "bonus" if accepted == drafted else "correction"
 
 
 @dataclass
@@ -70,10 +81,9 @@ class Stats:
         for depth in range(drafted):
             self.drafted_by_depth[depth] += 1
             self.accepted_by_depth[depth] += depth < accepted
-        if drafted and accepted == drafted:
-            self.bonus_tokens += 1
-        elif drafted:
-            self.correction_tokens += 1
+        last = last_source(drafted, accepted)
+        self.bonus_tokens += last == "bonus"
+        self.correction_tokens += last == "correction"
 
     def to_dict(self) -> dict[str, Any]:
         """Counts, seconds and the ratios made of them, ready for JSON."""

@@ -12,9 +12,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pyengine.serve.front import error_response
 from pyengine.serve.protocols.ask import Refused
+from pyengine.serve.web import FILES
 from pyengine.untrusted import shown
 
-OPEN = ("/health",)  # what watches a server has no key
+# What watches a server has no key, nor has a page before somebody types it there
+OPEN = ("/health", *FILES)
 _KEY = re.compile(r"[!-~]{1,512}")
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 

@@ -31,6 +31,7 @@ from pyengine.serve.protocols.fields import without_nulls
 from pyengine.serve.protocols.messages import Messages
 from pyengine.serve.protocols.responses import Responses
 from pyengine.serve.queue import Hear, Job, Worker
+from pyengine.serve.web import page_routes
 from pyengine.task import Result, Step
 from pyengine.untrusted import kind, parse
 
@@ -57,6 +58,7 @@ def make_app(
     hosts: Sequence[str] = (),
     key: str | None = None,
     origins: Sequence[str] = (),
+    page: bool = True,
 ) -> FastAPI:
     """The server for a loaded pair, to be run by http.py: connections are watched there.
 
@@ -66,8 +68,10 @@ def make_app(
         any_host: Answer requests that name another host than this machine's loopback. Off, a web
             page cannot reach the server by a name of its own that leads here.
         hosts: Names of other hosts that may be named nevertheless.
-        key: What requests must carry, all but those for ``/health``; None asks for none.
+        key: What requests must carry, all but those for ``/health`` and the page's files; None asks
+            for none.
         origins: Web pages that browsers let ask, by origin; ``*`` for all.
+        page: Serve the page at ``/``.
 
     Returns:
         The app; ``app.state.worker.end()`` refuses what waits and all that comes, and ends its
@@ -147,6 +151,7 @@ def make_app(
             Route("/v1/models/{name:path}", model),
             Route("/health", health),
             Route("/metrics", figures),
+            *(page_routes() if page else ()),
         ],
         exception_handlers={404: nowhere, 405: nowhere},
     )

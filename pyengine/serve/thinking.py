@@ -94,7 +94,9 @@ class Budgeted:
             if self._is_over():
                 tokens, reason = tokens[:count], None
                 break
-        return self._answer.add(Round(tokens, reason, 0, 0, step.logprobs[: len(tokens)]))
+        own = self._answer.add(Round(tokens, reason, 0, 0, step.logprobs[: len(tokens)]))
+        sources = step.sources[: len(own.tokens)]
+        return own._replace(drafted=step.drafted, accepted=step.accepted, sources=sources)
 
     def _is_over(self) -> bool:
         """Whether the budget is used up and the thought goes on."""
@@ -113,9 +115,9 @@ class Budgeted:
         left = most - len(ids)
         if left < 1:
             self.ended = True
-            return self._answer.add(Round([closes] if left == 0 else [], "length", 0, 0))
+            return self._close_mark(Round([closes] if left == 0 else [], "length", 0, 0))
         self._thoughts.add(closes)
-        step = self._answer.add(Round([closes], None, 0, 0))
+        step = self._close_mark(Round([closes], None, 0, 0))
         suppressed = tuple(sorted({*task.sampling.suppress_tokens, opens}))
         sampling = replace(task.sampling, suppress_tokens=suppressed)
         try:
@@ -125,6 +127,10 @@ class Budgeted:
         except (ValueError, RuntimeError) as error:  # no memory for it; the engine was closed
             self.error = error
         return step
+
+    def _close_mark(self, done: Round) -> Step:
+        step = self._answer.add(done)
+        return step._replace(sources=["budget"] * len(step.tokens))
 
     def _stats(self) -> Stats:
         """Of both parts; the prompt is the first one's."""

@@ -147,7 +147,7 @@ def test_stats_count_what_happened() -> None:
         target, assistant, [1, 2, 3], sampling=Sampling(seed=5), block_size=5, max_tokens=101
     )
     real = rounds[1:]
-    assert rounds[0] == Round(tokens[:1], None, 0, 0)
+    assert rounds[0] == Round(tokens[:1], None, 0, 0, sources=("first",))
     assert stats.prompt_tokens == 3 and stats.generated_tokens == len(tokens) == 101
     assert stats.rounds == len(real)
     assert stats.drafted == sum(r.num_drafted for r in real) == sum(stats.drafted_by_depth)

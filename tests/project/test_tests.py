@@ -45,6 +45,7 @@ WHOLE_FILES = {
     "clients/test_openai.py": "the official client asks",
     "helpers/reading.py": "requests are pydantic's models",
     "helpers/serving.py": "every test that imports it needs a server",
+    "serve/test_browser.py": "drives a browser by a library of the extra browser",
     "serve/test_serve_metrics.py": "prometheus-client writes what it reads",
     "serve/test_evaluate.py": "lm-eval is what is tested; scores are test_score.py's",
     "api/test_forked.py": "forks",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, field_validator
@@ -13,6 +13,7 @@ from pyengine.serve.protocols.choices import (
     Choice,
     ChoicesBody,
     ChoicesReply,
+    StreamOptions,
     spelled,
 )
 from pyengine.serve.protocols.fields import checked, only, wrong
@@ -29,7 +30,12 @@ def _objects(value: Any) -> Any:
     return value
 
 
+class ChatStreamOptions(StreamOptions):
+    include_rounds: bool = False
+
+
 class ChatBody(ChoicesBody):
+    stream_options: ChatStreamOptions | None = None
     messages: Annotated[list[dict[str, Any]], BeforeValidator(_objects)]
     max_completion_tokens: int | None = None
     logprobs: bool = False
@@ -95,6 +101,7 @@ class Chat:
             tool_choice=body.tool_choice,
             parallel_tool_calls=body.parallel_tool_calls,
             form=body.form(body.response_format),
+            own=body.stream_options is not None and body.stream_options.include_rounds,
         )
         return admit(self._pair, wish, self._limits)
 
@@ -158,8 +165,33 @@ def _warning(result: Result) -> dict[str, str]:
     return {} if result.warning is None else {"warning": result.warning}
 
 
+def _round(step: Step) -> dict[str, Any]:
+    """The round that made a step, for those who want to see it."""
+    return {
+        "drafted": step.drafted,
+        "accepted": step.accepted,
+        "tokens": step.tokens,
+        "content": [piece.text for piece in step.pieces],
+        "reasoning_content": [piece.thinking for piece in step.pieces],
+        "sources": list(step.sources),
+    }
+
+
 class ChatReply(ChoicesReply):
+    """With rounds, the first chunk that a round gives tells of it, ahead of the text it made."""
+
     prefix = "chatcmpl"
     whole_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
     choice = ChatChoice
+
+    def chunks(self, index: int, step: Step) -> Iterable[dict[str, Any]]:
+        chunks = super().chunks(index, step)
+        return self._with_round(index, step, chunks) if self.ask.own and step.tokens else chunks
+
+    def _with_round(
+        self, index: int, step: Step, chunks: Iterable[dict[str, Any]]
+    ) -> Iterator[dict[str, Any]]:
+        first, *others = [*chunks] or [self._chunk(self.choices[index].part({"delta": {}}, None))]
+        yield {**first, "pyengine": {"round": _round(step)}}
+        yield from others

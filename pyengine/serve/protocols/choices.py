@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import field_validator
@@ -112,7 +112,7 @@ class ChoicesReply:
     def start(self) -> Iterator[dict[str, Any]]:
         return iter(())
 
-    def chunks(self, index: int, step: Step) -> Iterator[dict[str, Any]]:
+    def chunks(self, index: int, step: Step) -> Iterable[dict[str, Any]]:
         return map(self._chunk, self.choices[index].parts(step))
 
     def end(self, index: int, result: Result) -> Iterator[dict[str, Any]]:
