@@ -63,16 +63,19 @@ class PageFiles:
         path = self._path(key, kind)
         try:
             if path.stat().st_size != DIGEST_BYTES + nbytes:
-                return self._ignore(path, "has another size")
+                self._ignore(path, "has another size")
+                return None
             data = path.read_bytes()
             os.utime(path)
         except FileNotFoundError:
             return None
         except OSError as error:
-            return self._ignore(path, f"cannot be read ({error.strerror})")
+            self._ignore(path, f"cannot be read ({error.strerror})")
+            return None
         content = data[DIGEST_BYTES:]
         if len(content) != nbytes or data[:DIGEST_BYTES] != _digest(key, kind, content):
-            return self._ignore(path, "is damaged")
+            self._ignore(path, "is damaged")
+            return None
         return content
 
     def write(self, key: str, kind: Kind, content: bytes) -> None:

@@ -256,7 +256,7 @@ class Arena:
         """A page of every layer of the kind, one behind the other. Evaluates."""
         parts = [a[page].view(mx.uint8) for a in self._of_kind(sliding)]
         mx.eval(parts)
-        return b"".join(bytes(memoryview(part)) for part in parts)
+        return b"".join(bytes(memoryview(part)) for part in parts)  # type: ignore[arg-type]
 
     def fill(self, sliding: bool, page: int, content: bytes) -> None:
         """Write what :meth:`content` gave, into a page that nobody reads. Evaluates."""
@@ -264,7 +264,7 @@ class Arena:
         begin, view = 0, memoryview(content)
         for a in self._of_kind(sliding):
             nbytes = a.nbytes // a.shape[0]
-            part = mx.array(view[begin : begin + nbytes]).view(a.dtype)
+            part = mx.array(view[begin : begin + nbytes]).view(a.dtype)  # type: ignore[arg-type]
             a[page] = part.reshape(a.shape[1:])
             begin += nbytes
         mx.eval(self.arrays)

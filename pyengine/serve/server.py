@@ -106,9 +106,9 @@ def make_app(
     async def health(_: Request) -> Response:
         counts = {"waiting": worker.waiting, "running": worker.running, "texts": worker.texts}
         counts["streams"] = worker.streams
-        counts |= {"cache_bytes": worker.cache_bytes, "pages": worker.pages}
+        memory = {"cache_bytes": worker.cache_bytes, "pages": worker.pages}
         speeds = {"tok_s": worker.speed.tok_s, "acceptance": worker.totals.acceptance}
-        return JSONResponse({"status": "ok", **counts, **speeds})
+        return JSONResponse({"status": "ok", **counts, **memory, **speeds})
 
     async def figures(request: Request) -> Response:
         if metrics is None:

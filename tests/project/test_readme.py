@@ -104,9 +104,12 @@ def test_bytes_of_the_31b_by_hand() -> None:
     assert round(counts[1] / 1e6, 1) == 469.5
     assert bounds.pair_bytes("31B", 8) == pytest.approx(sum(counts) * 8.5 / 8, rel=1e-4)
     assert bounds.pair_bytes("31B", 16) == pytest.approx(sum(counts) * 2, rel=1e-4)
-    # 50 sliding layers keep 1023 + 6 places of 2 x 16 x 256 numbers, 10 full ones all 8192
+    # By pages of 64 places: 50 sliding layers keep 18, of 2 x 16 x 256 numbers a place, 10 full
+    # ones all 8192 places and the block's five others
+    page, full_page = 64 * 2 * 16 * 256 * 2, 64 * 2 * 4 * 512 * 2
+    assert bounds.cache_bytes(target, 8192, 6, 2) == 50 * 18 * page + 10 * 129 * full_page
+    # A round reads 1023 + 6 places of the ones, all 8192 of the others
     sliding, full = 1029 * 2 * 16 * 256 * 2, 8192 * 2 * 4 * 512 * 2
-    assert bounds.cache_bytes(target, 8192, 6, 2) == 50 * sliding + 10 * full
     weights = [bounds.weight_bytes(layout, 8) for layout in both]
     # The assistant has three sliding layers and a full one, which read the target's cache
     draft = weights[1] + 3 * sliding + full

@@ -20,11 +20,14 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 # Events are waited for, not times
 SLEEPS = {
+    "api/test_kept_prompts.py": "an engine that is idle gives no sign of having written",
     "mutate.py": "a child with a time limit is looked for",
     "ops/test_extension.py": "idle threads give no sign of having fallen asleep",
 }
 # Times are compared with each other, or bounded loosely where cost is the subject
 CLOCKS = {
+    "api/test_kept_prompts.py": "the deadline of an engine that writes when it is idle",
+    "grammar/test_compiled.py": "the cost of hostile grammars is the subject; generous",
     "fuzz/fuzz_ops.py": "a command that runs for so long",
     "mutate.py": "a command that stops tests which a mutant made endless",
     "text/test_template_operations.py": "the cost of hostile templates is the subject; generous",
@@ -35,6 +38,11 @@ CLOCKS = {
 }
 # Files of which all tests are left out where something is missing
 WHOLE_FILES = {
+    "cli/test_cli_grammar.py": "grammars are the extra grammar's",
+    "grammar/test_compiled.py": "grammars are the extra grammar's",
+    "grammar/test_matcher.py": "grammars are the extra grammar's",
+    "grammar/test_schemas.py": "grammars are the extra grammar's",
+    "grammar/test_tools.py": "grammars are the extra grammar's",
     "parity/test_mlx_lm.py": "compares with mlx-lm",
     "parity/test_rounding_references.py": "computes with torch and transformers",
     "parity/test_templates.py": "compares with transformers",
