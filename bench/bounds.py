@@ -104,11 +104,16 @@ def round_bytes(name: str, bits: int, context: int, block_size: int) -> float:
     read = replace(
         target, layers=tuple(replace(n, kv_source=i) for i, n in enumerate(assistant.layers))
     )
-    draft = weight_bytes(assistant_layout(assistant), bits) + cache_bytes(
-        read, context, block_size, 2
-    )
-    once = weight_bytes(target_layout(target), bits) + cache_bytes(target, context, block_size, 2)
+    draft = weight_bytes(assistant_layout(assistant), bits) + kept_bytes(read, context, block_size)
+    once = weight_bytes(target_layout(target), bits) + kept_bytes(target, context, block_size)
     return once + (block_size - 1) * draft
+
+
+def kept_bytes(config: TargetConfig, context: int, block_size: int) -> int:
+    """Keys and values that a round sees, in bfloat16."""
+    places = {True: config.window - 1 + block_size, False: context}
+    own = [n for i, n in enumerate(config.layers) if n.kv_source == i]
+    return sum(2 * 2 * n.num_kv_heads * n.head_dim * places[n.sliding] for n in own)
 
 
 def bound(bandwidth: float, moved: float, block_size: int, acceptance: float) -> float:
@@ -142,10 +147,8 @@ def round_seconds(name: str, chip: Chip, context: int, block_size: int) -> float
     read = replace(
         target, layers=tuple(replace(n, kv_source=i) for i, n in enumerate(assistant.layers))
     )
-    draft = step(
-        assistant, assistant_layout(assistant), cache_bytes(read, context, block_size, 2), 1
-    )
-    kept = cache_bytes(target, context, block_size, 2)
+    draft = step(assistant, assistant_layout(assistant), kept_bytes(read, context, block_size), 1)
+    kept = kept_bytes(target, context, block_size)
     return step(target, target_layout(target), kept, block_size) + (block_size - 1) * draft
 
 

@@ -172,4 +172,4 @@ def test_free_text_is_built_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(guided, "Guide", None)
     monkeypatch.setattr(guided, "draft", None)
-    pyengine.generate(PROMPT, max_tokens=8)
+    assert pyengine.generate(PROMPT, max_tokens=8).stats.forced == 0
