@@ -124,6 +124,9 @@ class NoArena:
     def page_bytes(self, sliding: bool) -> int:
         return 1
 
+    def pages(self, sliding: bool) -> Pages:
+        return self.sliding if sliding else self.full
+
     def resume(self, length: int, full: list[int], sliding: dict[int, int]) -> LengthCache:
         assert not (length or full or sliding)
         return self.new_cache()

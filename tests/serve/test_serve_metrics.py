@@ -114,6 +114,8 @@ def test_counts_of_known_texts(pair: Any) -> None:
             "streams": 8,
             "acceptance": 20 / 30,
             "tok_s": 0,
+            "cache_bytes": 0,
+            "pages": dict.fromkeys(("full", "sliding"), {"held": 0, "free": 0, "bytes": 1}),
         }
         assert counts(figures(other)) == [0] * 6
 
@@ -128,7 +130,7 @@ def test_what_runs_and_waits(pair: Any) -> None:
         assert said["streams"] == health["streams"] == 1
         assert said["requests_running"] == said["texts_active"] == health["texts"] == 1
         assert said["requests_waiting"] == 2
-        assert said["cache_bytes"] == 4  # the one length of a scripted cache
+        assert said["cache_bytes"] == 0  # of a scripted cache
         gate.open.set()
         for sock in socks:
             assert sock.recv(12) == b"HTTP/1.1 200"
@@ -241,14 +243,14 @@ def test_without_the_library_all_else_is_served(pair: Any) -> None:
         assert 'pip install "pyengine-mlx[serve]"' in said.json()["error"]["message"]
 
 
-def test_a_text_with_another_ones_prompt_has_a_cache_of_its_own() -> None:
+def test_texts_of_one_prompt_have_pages_of_their_own_behind_it() -> None:
     with Engine(load(), sequences=2) as engine:
         texts = engine.submit("def fib(n):", n=2, max_tokens=40, raw=True)
         while not all(text.result.tokens for text in texts):
             engine.step()
         assert engine.active == 2
-        kept = sum(text.prefix.nbytes for text in texts if text.prefix)
-        caches = {text.sequence.parts.cache.nbytes for text in texts if text.sequence}
-        assert len(caches) == 1 and engine.cache_bytes - kept == caches.pop() > 0
+        pages = {name: kind["held"] for name, kind in engine.pages.items()}
+        assert pages == {"full": 2, "sliding": 2}  # less than a page each
+        assert engine.cache_bytes == 2 * sum(kind["bytes"] for kind in engine.pages.values()) > 0
         prompt = len(texts[0].task.ids)
         assert engine.totals.prompt_tokens == 2 * prompt and engine.totals.reused_tokens == prompt

@@ -556,7 +556,7 @@ def test_the_command_serves_until_ctrl_c() -> None:
         assert process.stderr is not None
         said = process.stderr.readline()
         assert re.match(r"pyengine-nano\S* at http://127\.0\.0\.1:[1-9]\d+/v1", said), said
-        url = said.split()[2].rstrip(";")
+        url = said.split()[2].rstrip(",;")
         with command("--port", url.split(":")[2].partition("/")[0]) as taken:
             _, err = taken.communicate(timeout=60)
         assert taken.returncode == 2 and err.count("\n") == 1
