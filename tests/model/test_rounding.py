@@ -22,6 +22,7 @@ import models
 import numpy as np
 import pytest
 import roundings
+from in_pages import in_a_row, put_in_a_row
 from models import verify
 from odd_pairs import (
     ASSISTANTS,
@@ -157,10 +158,12 @@ def cache_of(flavour: str, model: Target) -> Cache:
     model.prefill(ids_of(flavour), cache)
     for kind in (SLIDING, FULL):
         source = model.config.last_source(kind == SLIDING)
-        for name, kept in (("k", cache.keys), ("v", cache.values)):
-            stored, whole = wanted[f"{name}.{kind}"], values(kept[source])
+        changed = []
+        for name, kept in zip("kv", in_a_row(cache, source), strict=True):
+            stored, whole = wanted[f"{name}.{kind}"], values(kept)
             whole[0, :, T - stored.shape[1] : T] = stored
-            kept[source] = given(whole)
+            changed.append(given(whole))
+        put_in_a_row(cache, source, *changed)
     return cache
 
 
@@ -201,7 +204,6 @@ def through(
     given for), and the cache."""
     if way == "chunk":
         cache = model.new_cache()
-        assert cache.is_prefill_chunk(0, T)
         found, (logits, hidden) = forced.run(streams, lambda: model.prefill(ids, cache, chunk=T))
         return found, values(hidden), values(logits)[None], cache
     cache, parts = model.new_cache(), []
@@ -210,7 +212,7 @@ def through(
         block, rows = mx.array(ids[at : at + size], dtype=mx.int32), slice(at, at + size)
         cut = [stream[rows] for stream in streams]
         layers, out = forced.run(cut, lambda block=block: verify(model, block, cache))
-        cache.commit(mx.array(size, dtype=mx.int32), at + size)
+        cache.settle(at + size)
         parts.append([*layers, *map(values, reversed(out))])
     *found, hidden, logits = map(np.concatenate, zip(*parts, strict=True))
     return found, hidden, logits, cache
@@ -281,10 +283,9 @@ def test_each_layer_is_within_units_of_transformers_in_bfloat16(
     assert units(logits, wanted["logits"][-len(logits) :]) <= 3
     for kind in (SLIDING, FULL):
         source = model.config.last_source(kind == SLIDING)
-        for name, kept in (("k", cache.keys), ("v", cache.values)):
-            theirs, ring = wanted[f"{name}.{kind}"], values(kept[source])[0]
-            newest = np.arange(T - theirs.shape[1], T) % ring.shape[1]  # their slots
-            assert units(ring[:, newest], theirs) <= UNITS
+        for name, kept in zip("kv", in_a_row(cache, source), strict=True):
+            theirs = wanted[f"{name}.{kind}"]
+            assert units(values(kept)[0][:, T - theirs.shape[1] : T], theirs) <= UNITS
 
 
 # Ours
@@ -312,9 +313,8 @@ def test_the_target_rounds_at_its_points_and_nowhere_else(
     for kind, kv in want.keys.items():
         source = pair.target.config.last_source(kind == SLIDING)
         newest = np.arange(T - (WINDOW - 1 if kind == SLIDING else T), T)
-        for kept, wanted in zip((cache.keys, cache.values), kv, strict=True):
-            ring = values(kept[source])[0]  # position p in slot p % C
-            assert share(ring[:, newest % ring.shape[1]], wanted[:, newest]) <= 0.005
+        for kept, wanted in zip(in_a_row(cache, source), kv, strict=True):
+            assert share(values(kept)[0][:, newest], wanted[:, newest]) <= 0.005
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from in_pages import in_a_row
 from models import step, verify
 
 pytest.importorskip("mlx_lm", reason="needs mlx-lm 0.32.2")
@@ -134,7 +135,7 @@ def test_embedded_target_writes_the_same_greedy_text():
                 close.append((number, position, token, their_token, margin))
             ids = mx.array([token], dtype=mx.int32)
             rows, _ = verify(pair.target, ids, cache)
-            cache.commit(mx.array(1, dtype=mx.int32), cache.length_limit + 1)
+            cache.settle(cache.length_limit + 1)
             logits, their_logits = rows[0], theirs(ids[None], cache=their_cache)[0, -1]
             mx.eval(logits, their_logits)
     print(f"largest logit gap {worst:.2e}; positions where the choice differs: {close}")
@@ -170,14 +171,13 @@ def compare_assistants(target: Path, assistant: Path, ids: list[int]) -> None:
     for position in ("n-1", "n-2"):
         pair = load(target, assistant, dtype=mx.float32, position=position)
         model, cache = pair.target, pair.target.new_cache()
-        # One chunk, and a ring that has not wrapped: slot p is position p
         n = len(ids)
         logits, hidden = model.prefill(ids, cache := model.new_cache())
         shared = {}
         for kind, sliding in (("sliding_attention", True), ("full_attention", False)):
             source = model.config.last_source(sliding)
             first = max(n - (model.config.window - 1), 0) if sliding else 0
-            shared[kind] = tuple(a[source][:, :, first:n] for a in (cache.keys, cache.values))
+            shared[kind] = tuple(a[:, :, first:n] for a in in_a_row(cache, source))
         theirs.bind(FakeTarget())
         theirs._kv_valid_len = n
         at = mx.array([[n if position == "n-1" else n - 1]])

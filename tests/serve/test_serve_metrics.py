@@ -115,7 +115,7 @@ def test_counts_of_known_texts(pair: Any) -> None:
             "acceptance": 20 / 30,
             "tok_s": 0,
             "cache_bytes": 0,
-            "pages": dict.fromkeys(("full", "sliding"), {"held": 0, "free": 0, "bytes": 1}),
+            "pages": {key: {"held": 0, "free": 0, "bytes": 1} for key in ("full", "sliding")},
         }
         assert counts(figures(other)) == [0] * 6
 
