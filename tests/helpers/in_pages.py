@@ -10,7 +10,7 @@ PAGE = 64
 
 
 def in_a_row(cache: Cache, layer: int) -> tuple[mx.array, mx.array]:
-    """Keys and values ``[1, K, C, D]`` of a layer, position p in place p; 0 where a page is gone."""
+    """Keys and values ``[1, K, C, D]`` of a layer, position p in place p; 0 where none is."""
     keys, values = (_joined(a, _pages(cache, layer)) for a in cache.arena.slots(layer))
     return keys, values
 
