@@ -87,7 +87,8 @@ def test_reads_are_waited_for_once_and_not_by_others() -> None:
     assert ordered is not x and ordered.tolist() == [5]
     assert arena.after_reads(x) is x
     verify(target, block(5), cache)
-    # A round begins when all before it was evaluated
+    # A round begins when all before it was evaluated, and the host knows the lengths
+    cache.settle(25)
     recorded = arena.with_placed(arena.place([cache]))
     assert recorded.after_reads(x) is x and arena.after_reads(x) is not x
 
