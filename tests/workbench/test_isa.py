@@ -33,7 +33,7 @@ OTHER_BOUNDS = {
     "block_attention_values": (124, 0, 2, 20.4),
     "block_attention_fold": (64, 0, 1, 11.5),
     "rms_norm": (64, 0, 16, 5.5),
-    "filter_logits": (64, 0, 4, 17.6),
+    "filter_logits": (64, 0, 4, 17.7),
 }
 
 
