@@ -69,11 +69,6 @@ class Beginnings:
         """Forget what was used longest ago until no more is kept than so many bytes."""
         self.tree.shrink(lambda: self.tree.nbytes <= nbytes)
 
-    def make_room(self, full: int, sliding: int) -> None:
-        """Forget what was used longest ago until so many pages are free, or all is forgotten."""
-        pages = self.arena
-        self.tree.shrink(lambda: pages.full.free >= full and pages.sliding.free >= sliding)
-
     def store(self) -> bool:
         """Write a page that is in no file yet; whether there may be more. Evaluates."""
         return self._stored is not None and self._stored.save(self.tree, self.arena)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -54,7 +55,7 @@ class ChoicesBody(Body):
         return given
 
 
-class Choice:
+class Choice(ABC):
     """One text of a reply.
 
     Log-probabilities are told of every new token, those of thoughts and the one that ended the
@@ -65,16 +66,17 @@ class Choice:
         self.ask, self.index = ask, index
         self.tokenizer = ask.pair.tokenizer
 
+    @abstractmethod
     def whole(self, echoed: Step | None, result: Result) -> dict[str, Any]:
         """The text as one object."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self, step: Step) -> Iterator[dict[str, Any]]:
         """What a round adds, for a stream."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, result: Result) -> dict[str, Any]:
-        raise NotImplementedError
+        """What comes last in a stream."""
 
     def part(
         self, part: dict[str, Any], reason: str | None, logprobs: dict[str, Any] | None = None
