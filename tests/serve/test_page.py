@@ -20,7 +20,7 @@ from pyengine.engine.guided import Guide
 from pyengine.engine.stats import last_source
 from pyengine.serve.web import FILES, FOLDER, POLICY
 
-ROOT = Path(pyengine.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STREAMED = {"stream": True, "stream_options": {"include_rounds": True, "include_usage": True}}
 
 
