@@ -1,7 +1,7 @@
 #pragma once
 // filter.h: what filter_logits and quantized_filter_logits take alike: settings
-// of several sequences and edits, their checks, how the kernels get them; and
-// the launch that merges the candidates of slices of a row.
+// of several sequences, a mask and edits, their checks, how the kernels get
+// them; and the launch that merges the candidates of slices of a row.
 
 #include <algorithm>
 #include <numeric>
@@ -137,26 +137,63 @@ inline Arrays checked_edits(
   return ids->size() > 0 ? Arrays{*ids, *factors, *deltas} : Arrays{};
 }
 
+// Checks the mask of R rows; none where every token stays.
+inline Arrays checked_mask(
+    const char* op,
+    int R,
+    int V,
+    const std::optional<mx::array>& mask) { // [R, ceil(V / 32)]
+  if (!mask) {
+    return {};
+  }
+  check_array(op, "mask", *mask, mx::uint32, {R, mask_words(V)});
+  return {*mask};
+}
+
 // Appends them to a node's inputs, in the order in which two launches name
-// them: the second knows nothing of edits.
-inline void
-add_filter(const FilterSettings& s, const Arrays& edits, Arrays& inputs) {
+// them: the second knows nothing of a mask and edits.
+inline void add_filter(
+    const FilterSettings& s,
+    const Arrays& mask,
+    const Arrays& edits,
+    Arrays& inputs) {
   inputs.insert(inputs.end(), {s.owner, s.temperature});
+  inputs.insert(inputs.end(), mask.begin(), mask.end());
   inputs.insert(inputs.end(), edits.begin(), edits.end());
   inputs.insert(inputs.end(), {s.top_k, s.top_p, s.min_p});
 }
 
-// Whether a node has edits, whose settings begin with input `first`.
-inline bool is_edited(const Arrays& inputs, size_t first) {
-  return inputs.size() > first + 5;
-}
+// Where the inputs of a filter stand in a node's; its settings begin with
+// input `first`.
+struct FilterInputs {
+  FilterInputs(const Arrays& inputs, size_t first)
+      : owner(first),
+        temperature(first + 1),
+        top_k(inputs.size() - 3) {
+    size_t more = top_k - (first + 2); // the mask is one, edits are three
+    masked = more % 3 == 1;
+    edited = more >= 3;
+    mask = first + 2;
+    edits = mask + masked;
+  }
 
-// What a filter is told besides its logits: settings and edits, which end the
-// inputs of a node, and its results. Copies live as long as this object.
+  size_t owner;
+  size_t temperature;
+  size_t top_k; // then top_p and min_p
+  bool masked;
+  bool edited;
+  size_t mask;
+  size_t edits;
+};
+
+// What a filter is told besides its logits: settings, mask and edits, which end
+// the inputs of a node, and its results. Copies live as long as this object.
 class FilterState {
  public:
   // `first`: index of the settings
-  FilterState(const Arrays& inputs, size_t first, int vocab, Arrays& outputs) {
+  FilterState(const Arrays& inputs, size_t first, int vocab, Arrays& outputs)
+      : at_(inputs, first),
+        first_(first) {
     for (size_t i = first; i < inputs.size(); ++i) {
       arrays_.emplace_back(inputs[i]);
     }
@@ -165,8 +202,9 @@ class FilterState {
     args_.flags = outputs[2].data<int32_t>();
     args_.V = vocab;
     args_.n = outputs[0].shape(1);
-    args_.Q = inputs[first + 1].shape(0);
-    args_.edits = is_edited(inputs, first) ? inputs[first + 2].shape(1) : 0;
+    args_.Q = inputs[at_.temperature].shape(0);
+    args_.words = mask_words(vocab);
+    args_.edits = at_.edited ? inputs[at_.edits].shape(1) : 0;
   }
 
   int n() const {
@@ -175,16 +213,16 @@ class FilterState {
 
   // To be called inside the task.
   FilterArgs get() {
-    args_.owner = arrays_[0].get<int32_t>();
-    args_.temperature = arrays_[1].get<float>();
-    size_t last = arrays_.size();
-    args_.top_k = arrays_[last - 3].get<int32_t>();
-    args_.top_p = arrays_[last - 2].get<float>();
-    args_.min_p = arrays_[last - 1].get<float>();
+    args_.owner = get<int32_t>(at_.owner);
+    args_.temperature = get<float>(at_.temperature);
+    args_.top_k = get<int32_t>(at_.top_k);
+    args_.top_p = get<float>(at_.top_k + 1);
+    args_.min_p = get<float>(at_.top_k + 2);
+    args_.mask = at_.masked ? get<uint32_t>(at_.mask) : nullptr;
     if (args_.edits) {
-      args_.edit_ids = arrays_[2].get<int32_t>();
-      args_.edit_factors = arrays_[3].get<float>();
-      args_.edit_deltas = arrays_[4].get<float>();
+      args_.edit_ids = get<int32_t>(at_.edits);
+      args_.edit_factors = get<float>(at_.edits + 1);
+      args_.edit_deltas = get<float>(at_.edits + 2);
       order_.resize(size_t(args_.Q) * args_.edits);
       for (int q = 0; q < args_.Q; ++q) {
         size_t at = size_t(q) * args_.edits;
@@ -206,7 +244,14 @@ class FilterState {
     std::inplace_merge(begin, sorted, end, lower);
   }
 
-  std::vector<Contiguous> arrays_;
+  template <typename T>
+  const T* get(size_t input) {
+    return arrays_[input - first_].get<T>();
+  }
+
+  FilterInputs at_;
+  size_t first_;
+  std::vector<Contiguous> arrays_; // the node's inputs from `first` on
   std::vector<int32_t> order_; // [Q, L], positions in ids, lowest id first
   FilterArgs args_ = {};
 };
@@ -216,16 +261,25 @@ constexpr int filter_thread_items = 16;
 constexpr int max_merged = 16384; // of a row
 constexpr int merge_threads = 512;
 
-// The owners of R rows, and what the first launch is told of their sequences.
-inline void add_owners(Launch& launch, int R, int Q) {
-  launch.buffers.insert(
-      launch.buffers.end(),
-      {Buffer::array(Role::in, "owner", {R}, mx::int32),
-       Buffer::array(Role::in, "temperature", {Q}, mx::float32)});
-}
-
-// The buffers of L edits of R rows of Q sequences.
-inline void add_edits(Launch& launch, int R, int Q, int L) {
+// What the first launch is told of R rows: their owners, the temperatures of
+// these, the mask, edits.
+inline void
+add_rows(Launch& launch, const Arrays& in, const FilterInputs& at, int V) {
+  int R = in[at.owner].shape(0), Q = in[at.temperature].shape(0);
+  launch.buffers.push_back(Buffer::array(Role::in, "owner", {R}, mx::int32));
+  launch.buffers.push_back(
+      Buffer::array(Role::in, "temperature", {Q}, mx::float32));
+  if (at.masked) {
+    launch.buffers.push_back(
+        Buffer::array(Role::in, "mask", {R, mask_words(V)}, mx::uint32));
+  } else if (at.edited) {
+    // Keeps the place of what the kernel then does not take
+    launch.buffers.push_back(Buffer::scalar("no_mask", uint32_t(0)));
+  }
+  if (!at.edited) {
+    return;
+  }
+  int L = in[at.edits].shape(1);
   launch.buffers.insert(
       launch.buffers.end(),
       {Buffer::array(Role::in, "edit_ids", {Q, L}, mx::int32),

@@ -40,6 +40,17 @@ inline float edited(float logit, float factor, float delta) {
   return (logit > 0.0f ? logit / factor : logit * factor) + delta;
 }
 
+// The mask of a row: token t stays where bit t % 32 of word t / 32 is set.
+inline const device uint* mask_of(const device uint* masks, uint row, uint V) {
+  return masks + ulong(row) * ((V - 1) / 32 + 1);
+}
+
+// Bits of the mask from token `id` on, the first one lowest; as many as are
+// left of its word.
+inline uint allowed_from(const device uint* mask, uint id) {
+  return mask[id / 32] >> id % 32;
+}
+
 // The sequence of a row; no number leads out of the Q that there are.
 inline uint owner_of(const device int* owners, uint row, uint Q) {
   return uint(clamp(owners[row], 0, int(Q) - 1));

@@ -8,13 +8,15 @@
 // is cut.
 //
 // Edits are applied in threadgroup memory. Each threadgroup looks through all
-// their ids, which are few, and nothing needs them sorted.
+// their ids, which are few, and nothing needs them sorted. A mask is read
+// beside the logits, a bit for each: a 32nd of their bytes.
 //
 // Limits: count at most 256.
 #include "filter.h"
 
 constant bool has_edits [[function_constant(0)]];
 constant bool aligned [[function_constant(1)]]; // rows start on 16 bytes
+constant bool has_mask [[function_constant(2)]];
 
 namespace pyengine {
 
@@ -38,10 +40,11 @@ filter_logits(
     constant uint& Q [[buffer(5)]],
     const device int* owners [[buffer(6)]], // [R]
     const device float* temperatures [[buffer(7)]], // [Q]
-    const device int* edit_ids [[buffer(8), function_constant(has_edits)]],
-    const device float* factors [[buffer(9), function_constant(has_edits)]],
-    const device float* deltas [[buffer(10), function_constant(has_edits)]],
-    constant uint& L [[buffer(11), function_constant(has_edits)]],
+    const device uint* mask [[buffer(8), function_constant(has_mask)]],
+    const device int* edit_ids [[buffer(9), function_constant(has_edits)]],
+    const device float* factors [[buffer(10), function_constant(has_edits)]],
+    const device float* deltas [[buffer(11), function_constant(has_edits)]],
+    constant uint& L [[buffer(12), function_constant(has_edits)]],
     threadgroup float4* staged [[threadgroup(0)]], // a slice; with edits only
     uint3 group [[threadgroup_position_in_grid]],
     uint3 groups [[threadgroups_per_grid]],
@@ -109,13 +112,20 @@ filter_logits(
     }
   }
 
-  // Select
+  // Select. A quad of logits has its bits in one word.
+  const device uint* words = has_mask ? mask_of(mask, group.y, V) : nullptr;
   Held<slice_items> entries;
 #pragma unroll
-  for (ushort i = 0; i < slice_items; ++i) {
-    uint id = begin + item_at(i, thread_index);
-    ulong entry = entry_of(quads[i / 4][i % 4] / temperature, id);
-    entries.of[i] = id < V ? entry : no_entry;
+  for (ushort j = 0; j < slice_items / 4; ++j) {
+    uint quad = begin + item_at(4 * j, thread_index);
+    uint allowed = has_mask && quad < V ? allowed_from(words, quad) : 15;
+#pragma unroll
+    for (ushort c = 0; c < 4; ++c) {
+      uint id = quad + c;
+      float scaled = quads[j][c] / temperature;
+      ulong entry = entry_of(allowed >> c & 1 ? scaled : -INFINITY, id);
+      entries.of[4 * j + c] = id < V ? entry : no_entry;
+    }
   }
   uint slice = group.y * groups.x + group.x;
   select_best(

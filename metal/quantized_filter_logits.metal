@@ -15,8 +15,8 @@
 // Which entries stay follows from their order alone, never from that of the
 // threads: no two entries are equal.
 //
-// Each row has the temperature and the edits of its sequence. The ids that are
-// edited are looked for once per tile and sequence.
+// Each row has the temperature and the edits of its sequence, and a mask of its
+// own. The ids that are edited are looked for once per tile and sequence.
 //
 // Threadgroup memory: that of quantized_matmul and 6 * room bytes per row. Of
 // the 60 KiB or so of a core it takes 15 at 6 rows and a count of 64, so a core
@@ -32,6 +32,7 @@
 constant bool has_softcap [[function_constant(4)]];
 constant bool has_edits [[function_constant(5)]];
 constant int room [[function_constant(6)]]; // entries of a list
+constant bool has_mask [[function_constant(10)]];
 
 namespace pyengine {
 
@@ -123,10 +124,11 @@ template <typename T, ushort bits>
     constant float& cap [[buffer(12)]],
     const device int* owners [[buffer(13)]], // [M]
     const device float* temperatures [[buffer(14)]], // [Q]
-    const device int* edit_ids [[buffer(15), function_constant(has_edits)]],
-    const device float* factors [[buffer(16), function_constant(has_edits)]],
-    const device float* deltas [[buffer(17), function_constant(has_edits)]],
-    constant uint& L [[buffer(18), function_constant(has_edits)]],
+    const device uint* mask [[buffer(15), function_constant(has_mask)]],
+    const device int* edit_ids [[buffer(16), function_constant(has_edits)]],
+    const device float* factors [[buffer(17), function_constant(has_edits)]],
+    const device float* deltas [[buffer(18), function_constant(has_edits)]],
+    constant uint& L [[buffer(19), function_constant(has_edits)]],
     threadgroup float4* staged [[threadgroup(0)]],
     threadgroup uint4* held [[threadgroup(1)]],
     threadgroup uint* keys [[threadgroup(2)]], // [rows, room]
@@ -210,6 +212,10 @@ template <typename T, ushort bits>
           }
         }
         float scaled = logit / known.temperature[m];
+        if (has_mask) {
+          auto row = mask_of(mask, rows_of.row(m), N);
+          scaled = allowed_from(row, first + column) & 1 ? scaled : -INFINITY;
+        }
         ulong entry = entry_of(scaled, first - begin + column);
         if (entry <= known.limit[m]) {
           uint at = atomic_fetch_add_explicit(

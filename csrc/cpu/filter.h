@@ -22,7 +22,8 @@ PYENGINE_INLINE bool better(Candidate a, Candidate b) {
 }
 
 // Hands out logits [first, first + width) of a row in groups of sixteen, edited
-// and divided by the temperature, and notes whether all as given were finite.
+// and divided by the temperature, -inf where the mask has no bit, and notes
+// whether all as given were finite.
 class Reader {
  public:
   Reader(
@@ -38,6 +39,7 @@ class Reader {
         order_(args.edit_order + args.owner_of(row) * int64_t(args.edits)),
         factors_(args.edit_factors + row * args.edits),
         deltas_(args.edit_deltas + row * args.edits),
+        mask_(args.mask ? args.mask + row * args.words : nullptr),
         first_(first),
         width_(width),
         next_edit_(next_edit),
@@ -68,7 +70,19 @@ class Reader {
     }
     // -0 + 0 is 0: the two are the same logit. NaN would have no place.
     F32x16 scaled = load(from) / temperature_ + zero();
-    return select_less(nothing, scaled, scaled, nothing);
+    scaled = select_less(nothing, scaled, scaled, nothing);
+    uint32_t allowed = mask_ ? allowed_from(at) : all_lanes;
+    if (allowed == all_lanes) {
+      return scaled;
+    }
+    if (allowed == 0) {
+      return nothing;
+    }
+    store(padded, scaled);
+    for (int i = 0; i < lanes; ++i) {
+      padded[i] = allowed >> i & 1 ? padded[i] : -__builtin_inff();
+    }
+    return load(padded);
   }
 
   // After all groups: 0: all finite; 1: some -inf; 2: NaN or +inf.
@@ -95,6 +109,18 @@ class Reader {
   }
 
  private:
+  static constexpr uint32_t all_lanes = (1u << lanes) - 1;
+
+  // Bits of the mask for logits at to at + 15; those past its end are 0.
+  PYENGINE_INLINE uint32_t allowed_from(int at) const {
+    int id = first_ + at, word = id / 32;
+    uint64_t bits = mask_[word];
+    if (word + 1 < args_.words) {
+      bits |= uint64_t(mask_[word + 1]) << 32;
+    }
+    return bits >> id % 32 & all_lanes;
+  }
+
   // May be any number: ids outside of the row edit nothing.
   int64_t edit_at() const {
     return int64_t(ids_[order_[next_edit_]]) - first_;
@@ -111,6 +137,7 @@ class Reader {
   const int32_t* order_;
   const float* factors_;
   const float* deltas_;
+  const uint32_t* mask_; // null: every token stays
   int first_;
   int width_;
   int next_edit_;

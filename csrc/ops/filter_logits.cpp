@@ -25,7 +25,7 @@ namespace {
 // The tiles of metal/filter_logits.metal.
 constexpr int slice_size = 4096;
 
-// Inputs: logits, then settings and edits (add_filter).
+// Inputs: logits, then settings, mask and edits (add_filter).
 struct FilterLogits {
   static constexpr const char* op = "filter_logits";
   bool operator==(const FilterLogits&) const = default;
@@ -33,16 +33,16 @@ struct FilterLogits {
   // Two: the candidates of slices of logits, which are merged.
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
     int R = in[0].shape(0), V = in[0].shape(1), n = out[0].shape(1);
-    int Q = in[2].shape(0), slices = (V - 1) / slice_size + 1;
+    FilterInputs at(in, 1);
+    int Q = in[at.temperature].shape(0), slices = (V - 1) / slice_size + 1;
     if (n > max_candidates || slices * n > max_merged) {
       return {};
     }
-    bool edited = is_edited(in, 1);
     // Every row of logits starts on 16 bytes
     bool aligned = V % 4 == 0 && in[0].offset() % 16 == 0;
     Launch launch(
         op, op, {slices, R, 1}, {slice_size / filter_thread_items, 1, 1});
-    launch.constants = {{0, edited}, {1, aligned}};
+    launch.constants = {{0, at.edited}, {1, aligned}, {2, at.masked}};
     launch.buffers = {
         Buffer::array(
             Role::in, "logits", {R, V}, mx::float32, aligned ? 16 : 1),
@@ -51,11 +51,8 @@ struct FilterLogits {
         Buffer::scalar("V", uint32_t(V)),
         Buffer::scalar("n", uint32_t(n)),
         Buffer::scalar("Q", uint32_t(Q))};
-    add_owners(launch, R, Q);
-    if (edited) {
-      add_edits(launch, R, Q, in[3].shape(1));
-    }
-    launch.threadgroup_memory = {{0, edited ? slice_size * 4 : 16}};
+    add_rows(launch, in, at, V);
+    launch.threadgroup_memory = {{0, at.edited ? slice_size * 4 : 16}};
     return {launch, merge_candidates_launch(R, Q, slices, n)};
   }
 
@@ -86,6 +83,7 @@ Arrays filter_logits(
     const mx::array& min_p, // [Q]
     const mx::array& owner, // [R]
     Integer width,
+    const std::optional<mx::array>& mask, // [R, ceil(V / 32)]
     const std::optional<mx::array>& edit_ids, // [Q, L]
     const std::optional<mx::array>& edit_factors, // [R, L]
     const std::optional<mx::array>& edit_deltas) { // [R, L]
@@ -103,7 +101,7 @@ Arrays filter_logits(
   int Q = temperature.shape(0);
   auto edits = checked_edits(op, rows, Q, edit_ids, edit_factors, edit_deltas);
   Arrays inputs = {logits};
-  add_filter(settings, edits, inputs);
+  add_filter(settings, checked_mask(op, rows, vocab, mask), edits, inputs);
   mx::Shape shape = {rows, width == 0 ? vocab : std::min<int>(width, vocab)};
   return lazy_results(
       FilterLogits{},
@@ -125,6 +123,7 @@ void bind_filter_logits(nb::module_& m) {
       "min_p"_a,
       "owner"_a,
       "width"_a,
+      "mask"_a.none() = nb::none(),
       "edit_ids"_a.none() = nb::none(),
       "edit_factors"_a.none() = nb::none(),
       "edit_deltas"_a.none() = nb::none());

@@ -7,6 +7,11 @@ namespace pyengine {
 
 constexpr int max_candidates = 256;
 
+// Words of a row's mask: token t is bit t % 32 of word t / 32.
+constexpr int mask_words(int V) {
+  return (V - 1) / 32 + 1;
+}
+
 // One logit, to be sorted: higher logits have lower keys.
 struct SortKey {
   uint32_t key;
@@ -14,7 +19,7 @@ struct SortKey {
 };
 
 // What every filter is told: settings of Q sequences, which of them each row
-// belongs to, edits, and where the result goes.
+// belongs to, mask, edits, and where the result goes.
 struct FilterArgs {
   int32_t* ids; // [R, n], best first; -1 past the row's own
   float* probs; // [R, n]
@@ -27,6 +32,8 @@ struct FilterArgs {
   const int32_t* top_k; // [Q], 0: all
   const float* top_p; // [Q]
   const float* min_p; // [Q]
+  const uint32_t* mask; // [R, words], tokens that stay; null: all do
+  int words;
   int edits; // L
   const int32_t* edit_ids; // [Q, L]
   const float* edit_factors; // [R, L]

@@ -101,8 +101,8 @@ int list_room(const Launch& launch, int R, int n, int bits) {
   return room < n + columns ? 0 : room;
 }
 
-// Inputs: x, w, scales, biases, then settings and edits (add_filter). Outputs:
-// ids, probabilities, flags.
+// Inputs: x, w, scales, biases, then settings, mask and edits (add_filter).
+// Outputs: ids, probabilities, flags.
 struct QuantizedFilterLogits {
   static constexpr const char* op = "quantized_filter_logits";
   int group_size;
@@ -114,19 +114,20 @@ struct QuantizedFilterLogits {
   // merges. None where a row's list does not fit in threadgroup memory.
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
     int R = in[0].shape(0), V = in[1].shape(0), E = in[0].shape(1);
-    int Q = in[5].shape(0), n = out[0].shape(1);
+    FilterInputs at(in, 4);
+    int Q = in[at.temperature].shape(0), n = out[0].shape(1);
     auto dtype = in[0].dtype();
     auto launch = tile_launch(op, R, V, E, dtype, group_size, bits);
     int slice = slice_columns(V, n, bits);
     int slices = (V + slice - 1) / slice;
-    bool edited = is_edited(in, 4);
     int rows = std::clamp(R, 1, max_rows);
     int room = list_room(launch, R, n, bits);
     if (!has_short_rows(in[0]) || slice > max_slice || room == 0) {
       return {};
     }
     int entries = room * rows;
-    launch.constants.insert({{4, softcap > 0}, {5, edited}, {6, room}});
+    launch.constants.insert(
+        {{4, softcap > 0}, {5, at.edited}, {6, room}, {10, at.masked}});
     launch.grid[0] = slices;
     launch.threadgroup_memory.emplace_back(2, 4 * entries);
     launch.threadgroup_memory.emplace_back(3, 2 * entries);
@@ -140,10 +141,7 @@ struct QuantizedFilterLogits {
         launch,
         {{"M", R}, {"N", V}, {"K", E}, {"slice", slice}, {"n", n}, {"Q", Q}});
     launch.buffers.push_back(Buffer::scalar("cap", softcap));
-    add_owners(launch, R, Q);
-    if (edited) {
-      add_edits(launch, R, Q, in[6].shape(1));
-    }
+    add_rows(launch, in, at, V);
     return {launch, merge_candidates_launch(R, Q, slices, n)};
   }
 
@@ -192,6 +190,7 @@ Arrays quantized_filter_logits(
     const mx::array& min_p, // [Q]
     const mx::array& owner, // [R]
     Integer width,
+    const std::optional<mx::array>& mask, // [R, ceil(V / 32)]
     const std::optional<mx::array>& edit_ids, // [Q, L]
     const std::optional<mx::array>& edit_factors, // [R, L]
     const std::optional<mx::array>& edit_deltas) { // [R, L]
@@ -212,7 +211,7 @@ Arrays quantized_filter_logits(
   auto edits = checked_edits(op, rows, Q, edit_ids, edit_factors, edit_deltas);
   Arrays inputs = {
       x, made_contiguous(w), made_contiguous(scales), made_contiguous(biases)};
-  add_filter(settings, edits, inputs);
+  add_filter(settings, checked_mask(op, rows, V, mask), edits, inputs);
   mx::Shape shape = {rows, std::min<int>(width, V)};
   return lazy_results(
       QuantizedFilterLogits{group_size, bits, softcap.value_or(0)},
@@ -240,6 +239,7 @@ void bind_quantized_filter_logits(nb::module_& m) {
       "min_p"_a,
       "owner"_a,
       "width"_a,
+      "mask"_a.none() = nb::none(),
       "edit_ids"_a.none() = nb::none(),
       "edit_factors"_a.none() = nb::none(),
       "edit_deltas"_a.none() = nb::none());

@@ -243,16 +243,22 @@ class Controller:
         return best.ks
 
     def note(
-        self, ks: Sequence[int], accepted: Sequence[int], seconds: float, recorded: bool = False
+        self,
+        ks: Sequence[int],
+        accepted: Sequence[int],
+        seconds: float,
+        recorded: bool = False,
+        drawn: Sequence[int] | None = None,
     ) -> None:
-        """What became of a round: the drafts of each sequence, and those that were kept."""
+        """What became of a round: the drafts of each sequence as they were chosen, those that were
+        kept, and those that were drawn where they are not as many."""
         shape = Shape.of(ks)
         self._rounds += 1
         self._played[shape] = self._rounds
         self._played.move_to_end(shape)
         if len(self._played) > PLAYED:
             self._played.popitem(last=False)
-        for k, kept in zip(ks, accepted, strict=True):
+        for k, kept in zip(ks if drawn is None else drawn, accepted, strict=True):
             self.known.acceptance.note(k, kept)
         self.known.costs.note(shape, seconds, recorded)
         most = CREDIT * seconds + self.known.costs.recording_s

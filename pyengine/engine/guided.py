@@ -25,9 +25,6 @@ from pyengine.model.rows import packed
 from pyengine.ops.filter_logits import Filtered
 
 Mask = NDArray[np.uint32]
-# By byte of a mask, what its eight bits add to logits
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-_OF_BYTES = np.where(_BITS == 1, 0, -np.inf).astype(np.float32)
 
 
 class Matcher(Protocol):
@@ -63,7 +60,7 @@ class Guide:
     def __init__(
         self, matcher: Matcher, suppressed: Sequence[int], stop_ids: frozenset[int], vocab: int
     ) -> None:
-        self._matcher, self._stop_ids, self._vocab = matcher, stop_ids, vocab
+        self._matcher, self._stop_ids = matcher, stop_ids
         self._all: Mask = np.full(-(-vocab // 32), 0xFFFFFFFF, np.uint32)
         self._kept = self._all.copy()
         for token in suppressed:
@@ -124,17 +121,17 @@ class Guide:
         return 32 * word + (bits & -bits).bit_length() - 1
 
     def masks(self) -> mx.array:
-        """What is added to the logits of all rows, float32 ``[k + 1, V]``: 0 or -inf."""
+        """Those of all rows, uint32 ``[k + 1, ceil(V / 32)]``."""
         self.row()
-        return self._unpacked(np.stack(self._rows))
+        return mx.array(np.stack(self._rows))
 
     def mask(self) -> mx.array:
-        """The mask of the newest row, ``[1, V]``."""
-        return self._unpacked(self.row()[None])
+        """The mask of the newest row, a row of :meth:`masks`."""
+        return mx.array(self.row()[None])
 
     def everything(self) -> mx.array:
-        """A mask of all tokens, ``[1, V]``."""
-        return self._unpacked(self._all[None])
+        """A mask of all tokens."""
+        return mx.array(self._all[None])
 
     def q(self) -> Filtered | None:
         """What each draft was drawn from, a row each; None where there are no drafts."""
@@ -172,10 +169,6 @@ class Guide:
         if not self._matcher.add(token):
             raise RuntimeError(f"[grammar] a token must be one that may come next but is {token}.")
         self.begin()
-
-    def _unpacked(self, rows: Mask) -> mx.array:
-        each = _OF_BYTES[rows.view(np.uint8)].reshape(len(rows), -1)
-        return mx.array(each[:, : self._vocab])
 
     def _take(self, token: int, q: Filtered | None, *, drawn: bool, forced: bool) -> None:
         self.tokens.append(token)
@@ -240,7 +233,7 @@ class Step(Protocol):
     def __call__(
         self, states: tuple[State, ...], masks: Sequence[mx.array], before: mx.array
     ) -> Drawn:
-        """Behind the blocks so far, ``[Q, i + 1]``, under a mask ``[1, V]`` each."""
+        """Behind the blocks so far, ``[Q, i + 1]``, under a mask of one row each."""
         ...
 
 

@@ -16,9 +16,10 @@ ROWS_PER_READING = 16  # of the weights, on a GPU
 _known: WeakKeyDictionary[TargetLike, dict[Any, Known]] = WeakKeyDictionary()
 
 
-def known_of(target: TargetLike, drafter: type[Drafter | None]) -> Known:
-    """Of rounds with drafters of that kind, on the device and the ops that run now."""
+def known_of(target: TargetLike, drafter: type[Drafter | None], guided: bool = False) -> Known:
+    """Of rounds with drafters of that kind, on the device and the ops that run now; of those that
+    grammars guide, whose drafts cost more and are kept less often, apart."""
     gpu = mx.default_device() == mx.gpu
     kinds = _known.setdefault(target, {})
-    key = drafter, gpu, dispatch.chosen()
+    key = drafter, guided, gpu, dispatch.chosen()
     return kinds.setdefault(key, Known(ROWS_PER_READING if gpu else 1))

@@ -227,7 +227,8 @@ class TokenSequence:
         self._counts = (0, 0, 0)  # of it: drafted, accepted, forced
         self._sources: list[Source] = ["first"]
         if auto and self._drafter is not None:
-            self.acceptance = Acceptance(known_of(target, type(self._drafter)).acceptance)
+            known = known_of(target, type(self._drafter), self.is_guided)
+            self.acceptance = Acceptance(known.acceptance)
         self.stats.block_size = "auto" if self.acceptance else block_size
         self.stats.prompt_tokens = len(prompt)
         self.stats.seed = self._sampling.seed
@@ -236,6 +237,16 @@ class TokenSequence:
     def state(self) -> on_device.State:
         """What its next round starts from."""
         return self.parts.state(self._primary)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a grammar says which tokens may come next."""
+        return self._matcher is not None
+
+    @property
+    def drawn(self) -> tuple[int, int]:
+        """Of the newest round, the drafts that the drafter drew, and how many of them were kept."""
+        return self._counts[:2]
 
     @property
     def logprobs(self) -> int | None:
@@ -346,8 +357,8 @@ class TokenSequence:
         self._sources = ["draft"] * accepted if guide is None else guide.sources(accepted)
         self._sources.append(last_source(*self._counts[:2]))
         self.stats.count_round(*self._counts)
-        if self.acceptance is not None and self.guide is None:
-            self.acceptance.note(self.k, accepted)
+        if self.acceptance is not None:
+            self.acceptance.note(*self.drawn)
         self.stats.decode_s += seconds
 
     def commit(self, report: Report) -> Round:
@@ -389,23 +400,29 @@ class Rounds:
         self._choices: tuple[Choices, ...] = ()
         self._recorded: OrderedDict[Any, on_device.RecordedRound] = OrderedDict()
         self._recorded_now = False  # whether the newest round's graph was new
-        self._controller: Controller | None = None
+        self._controllers: dict[bool, Controller] = {}  # of free texts; and of guided ones
         self._steps: OrderedDict[Any, on_device.RecordedDraft] = OrderedDict()
 
     def choose(self, sequences: Sequence[TokenSequence]) -> None:
         """Set the drafts of those whose block size is automatic, for a round of them all."""
+        for guided in (False, True):
+            self._choose([s for s in sequences if s.is_guided == guided], guided)
+
+    def _choose(self, sequences: Sequence[TokenSequence], guided: bool) -> None:
         chosen = [s for s in sequences if s.acceptance is not None]
         if not chosen:
             return
-        if self._controller is None:
+        if guided not in self._controllers:
             parts = chosen[0].parts
-            self._controller = Controller(known_of(parts.target, type(parts.drafter)))
-        all_texts = self._controller.known.acceptance
+            known = known_of(parts.target, type(parts.drafter), guided)
+            self._controllers[guided] = Controller(known)
+        controller = self._controllers[guided]
+        all_texts = controller.known.acceptance
         texts = [
             Text(all_texts, s.drafts) if s.acceptance is None else Text(s.acceptance)
             for s in sequences
         ]
-        for sequence, k in zip(sequences, self._controller.choose(texts), strict=True):
+        for sequence, k in zip(sequences, controller.choose(texts), strict=True):
             sequence.drafts = k
 
     def play(self, sequences: Sequence[TokenSequence]) -> list[Round | Exception]:
@@ -452,9 +469,11 @@ class Rounds:
                 done[sequence] = sequence.commit(report)
             except RuntimeError as error:
                 done[sequence] = error.with_traceback(None)
-        if self._controller is not None and going[0].guide is None:
-            ks, accepted = [s.k for s in going], [report.accepted for report in reports]
-            self._controller.note(ks, accepted, seconds, self._recorded_now)
+        guided = going[0].is_guided
+        if guided in self._controllers:
+            drawn, kept = zip(*(s.drawn for s in going), strict=True)
+            ks = [s.drafts for s in going] if guided else drawn
+            self._controllers[guided].note(ks, kept, seconds, self._recorded_now, drawn)
         return done
 
     def _played(self, going: Sequence[TokenSequence]) -> on_device.Played:

@@ -40,16 +40,18 @@ def filter_logits(
     min_p: Setting = 0.0,
     owner: mx.array | None = None,
     width: int | None = None,
+    mask: mx.array | None = None,
     edits: Edits | None = None,
 ) -> Filtered:
     """Turn rows of logits into the candidates that are sampled from, best first.
 
-    Edit; divide by the temperature; keep the ``top_k`` best; softmax; keep the smallest prefix
-    whose preceding mass is below ``top_p``; drop what is below ``min_p`` times the best;
-    renormalise. Higher logits come first, equal ones by lower id; mass is summed in that order in
-    float32. Rows of several sequences are filtered in one call, each by the settings of its own.
-    On a GPU plain MLX serves all V candidates (``width`` 0), and more than 262144 logits with 256
-    candidates (or a like product): the same candidates, mass in an order of MLX's own.
+    Edit; take away what the mask does not have; divide by the temperature; keep the ``top_k`` best;
+    softmax; keep the smallest prefix whose preceding mass is below ``top_p``; drop what is below
+    ``min_p`` times the best; renormalise. Higher logits come first, equal ones by lower id; mass is
+    summed in that order in float32. Rows of several sequences are filtered in one call, each by the
+    settings of its own. On a GPU plain MLX serves all V candidates (``width`` 0), and more than
+    262144 logits with 256 candidates (or a like product): the same candidates, mass in an order of
+    MLX's own.
 
     Args:
         logits: ``[R, V]`` float32; any strides.
@@ -62,13 +64,15 @@ def filter_logits(
         owner: Sequence of each row, int32 ``[R]``; None: all are the first one's.
         width: The largest ``top_k``, 1 to 256; 0 keeps all V, which sorts the rows. It follows from
             a ``top_k`` that is a number.
+        mask: The tokens that stay in each row, uint32 ``[R, ceil(V / 32)]``: token t where bit
+            ``t % 32`` of number ``t // 32`` is set; the others' logits are -inf. None: all.
         edits: Sparse changes of the logits; an id outside of 0 to V - 1 changes nothing.
 
     Returns:
         ids int32 ``[R, n]`` and probabilities float32 ``[R, n]``, n the smaller of ``width`` and V;
         what was cut has probability 0, and past the row's own ``top_k`` stand id -1 and
-        probability 0. flags int32 ``[R]``: 0 when every logit is finite, 1 when some are -inf, 2
-        when one is NaN or +inf or no candidate is left.
+        probability 0. flags int32 ``[R]``: 0 when every logit as given is finite, 1 when some are
+        -inf, 2 when one is NaN or +inf or no candidate is left.
 
     Raises:
         ValueError: A shape, dtype or limit above does not hold, as far as the host knows the
@@ -76,8 +80,8 @@ def filter_logits(
     """
     rows, given = logits.shape[0] if logits.ndim else 0, (temperature, top_k, top_p, min_p)
     settings = settings_of("filter_logits", rows, *given, owner, width, edits)
-    out = _ext.filter_logits(logits, *settings, *(edits or ()))
-    options = {**settings._asdict(), "edits": edits}
+    out = _ext.filter_logits(logits, *settings, mask, *(edits or ()))
+    options = {**settings._asdict(), "mask": mask, "edits": edits}
     return Filtered(*run(out, filter_logits_reference, logits, **options))
 
 
@@ -143,6 +147,7 @@ def filter_logits_reference(
     min_p: Setting = 0.0,
     owner: mx.array | None = None,
     width: int | None = None,
+    mask: mx.array | None = None,
     edits: Edits | None = None,
 ) -> Filtered:
     """The same in plain MLX."""
@@ -160,6 +165,9 @@ def filter_logits_reference(
         z = mx.take_along_axis(padded, ids, axis=-1)
         z = mx.where(z > 0, z / edits.factors, z * edits.factors) + edits.deltas
         logits = mx.put_along_axis(padded, ids, z, axis=-1)[:, :vocab]
+    if mask is not None:
+        bits = (mask[:, :, None] >> mx.arange(32, dtype=mx.uint32)) & 1
+        logits = mx.where(bits.reshape(rows, -1)[:, :vocab] == 1, logits, -mx.inf)
     logits = logits / temperature
     ids = _best_first(logits, min(width or vocab, vocab))
     own = (mx.arange(ids.shape[1]) < top_k) | (top_k == 0)  # the row's own candidates

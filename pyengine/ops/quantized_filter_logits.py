@@ -33,6 +33,7 @@ def quantized_filter_logits(
     min_p: Setting = 0.0,
     owner: mx.array | None = None,
     width: int | None = None,
+    mask: mx.array | None = None,
     edits: Edits | None = None,
 ) -> Filtered:
     """Multiply rows by a vocabulary matrix and keep the candidates alone: no logits are stored.
@@ -59,6 +60,7 @@ def quantized_filter_logits(
         min_p: For a sequence or for all.
         owner: Sequence of each row, int32 ``[R]``; None: all are the first one's.
         width: The largest ``top_k``, 1 to 256.
+        mask: The tokens that stay in each row.
         edits: Sparse changes of the capped logits; an id outside of 0 to V - 1 changes nothing.
 
     Returns:
@@ -70,8 +72,8 @@ def quantized_filter_logits(
     args = (x, w, scales, biases, group_size, bits)
     rows, given = x.shape[0] if x.ndim else 0, (temperature, top_k, top_p, min_p)
     settings = settings_of("quantized_filter_logits", rows, *given, owner, width, edits)
-    out = _ext.quantized_filter_logits(*args, softcap, *settings, *(edits or ()))
-    options = {"softcap": softcap, **settings._asdict(), "edits": edits}
+    out = _ext.quantized_filter_logits(*args, softcap, *settings, mask, *(edits or ()))
+    options = {"softcap": softcap, **settings._asdict(), "mask": mask, "edits": edits}
     reference = quantized_filter_logits_reference
     return Filtered(*run(out, reference, *args, otherwise=_one_by_one, **options))
 

@@ -24,7 +24,6 @@ from pyengine.model.head import Logits, candidates, whole
 from pyengine.model.rows import packed, picked
 from pyengine.ops.accept_block import RULES
 from pyengine.ops.filter_logits import Edits, Filtered
-from pyengine.sampling.mask import filter_masked
 from pyengine.sampling.settings import Sampling
 
 # Lists of edited logits grow in steps, so that few rounds differ in their shapes
@@ -178,7 +177,7 @@ class Choices(NamedTuple):
     settings: Settings
     penalties: Penalties | None  # None where no text penalises
     listed: tuple[Listed, ...]  # [1, L] of each text; none where no text edits
-    masks: mx.array | None = None  # what grammars leave of each row, see filter_masked
+    masks: mx.array | None = None  # what grammars leave of each row, as filter_logits takes it
 
     @staticmethod
     def of(samplers: Sequence[Sampler], form: Form) -> Choices:
@@ -212,8 +211,8 @@ class Chooser:
         drafts: mx.array | None = None,
         before: Sequence[int] = (),
     ) -> Filtered:
-        """The distributions that are sampled. Logits that are not made yet stay so where there are
-        no masks, of which there must be one per row.
+        """The distributions that are sampled. Logits that are not made yet stay so. Where there are
+        masks there must be one per row.
 
         Args:
             logits: ``[R, V]`` float32, after the softcap.
@@ -222,7 +221,7 @@ class Chooser:
                 are none. Penalties count those before a row.
             before: How many of them stand before each row; none is the same as 0 of all.
         """
-        settings, masks = self.choices.settings, self.choices.masks
+        settings = self.choices.settings
         how: dict[str, Any] = {
             "temperature": settings.temperature,
             "top_k": settings.top_k,
@@ -230,10 +229,9 @@ class Chooser:
             "min_p": settings.min_p,
             "owner": mx.array(list(owner), dtype=mx.int32),
             "width": self.form.width,
+            "mask": self.choices.masks,
             "edits": self._edits(owner, drafts, before),
         }
-        if masks is not None:
-            return filter_masked(whole(logits), masks, **how)
         return candidates(logits, **how)
 
     def for_texts(self, places: Sequence[int]) -> Chooser:

@@ -143,14 +143,14 @@ def test_a_sequence_takes_what_was_chosen() -> None:
     list(sequence.prefill())
     rounds = Rounds()
     rounds.choose([sequence])
-    assert sequence.acceptance is not None and rounds._controller is not None
-    before = sum(rounds._controller.known.acceptance.made)
+    known = rounds._controllers[False].known
+    before = sum(known.acceptance.made)
     for k in (2, 0, 5):
         sequence.drafts = k
         [done] = rounds.play([sequence])
         assert isinstance(done, loop.Round) and done.num_drafted == k
-    assert sum(sequence.acceptance.made) > 0
-    assert sum(rounds._controller.known.acceptance.made) != before
+    assert sequence.acceptance is not None and sum(sequence.acceptance.made) > 0
+    assert sum(known.acceptance.made) != before
 
 
 @pytest.mark.parametrize("wrong", ["Auto", "4", "", 1.5, True, ["auto"]])

@@ -16,6 +16,7 @@ from test_loop import MarkovAssistant, MarkovTarget, random_table
 
 from pyengine.drafters import new_drafter
 from pyengine.drafters.lookup import LookupDrafter
+from pyengine.engine.known import known_of
 from pyengine.engine.loop import Rounds, TokenSequence
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.sampling.settings import Sampling
@@ -248,6 +249,42 @@ def test_texts_among_others_are_those_alone(rule: Rule) -> None:
 
     alone = list(itertools.chain(*(finish([begin(n)]) for n in range(6))))
     assert finish([begin(n) for n in range(6)]) == alone
+
+
+def test_block_sizes_by_load_know_guided_rounds_apart() -> None:
+    """Costs go by the drafts that were chosen, acceptance by those that were drawn."""
+    target, assistant = (
+        MarkovTarget(random_table(1, VOCAB)),
+        MarkovAssistant(random_table(1, VOCAB)),
+    )
+    drafter = new_drafter("assistant", target, assistant)
+    plain = play(target, assistant, phrases, GREEDY, 1)
+    sequence = TokenSequence(
+        target,
+        drafter,
+        [5, 9],
+        sampling=GREEDY,
+        block_size=8,
+        auto=True,
+        max_tokens=60,
+        stop_ids=frozenset({STOP}),
+        matcher=Toy(phrases),
+    )
+    list(sequence.prefill())
+    rounds, chosen, drawn = Rounds(), [], 0
+    while sequence.finish_reason is None:
+        rounds.choose([sequence])
+        [done] = rounds.play([sequence])
+        assert not isinstance(done, Exception), done
+        chosen.append(sequence.drafts)
+        drawn += sequence.drawn[0]
+    assert text(sequence) == text(plain)
+    free, guided = (known_of(target, type(drafter), own) for own in (False, True))
+    assert not free.costs.shapes and not sum(free.acceptance.made)
+    assert {shape.drafts for shape in guided.costs.shapes} <= {*chosen}
+    assert guided.costs.shapes
+    assert 0 < sum(guided.acceptance.made) <= drawn
+    assert sequence.acceptance is not None and sum(sequence.acceptance.made) > 0
 
 
 def test_a_grammar_that_ends_in_nothing_fails_its_own_text() -> None:

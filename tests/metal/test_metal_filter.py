@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from launched import launched, launches_of
-from test_filter_logits import TOLERANCE, random_edits, random_logits
+from test_filter_logits import TOLERANCE, random_edits, random_logits, random_mask
 
 import workbench
 from pyengine import _ext, ops
@@ -26,12 +26,13 @@ def metal(
     top_k: int = 64,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    mask: mx.array | None = None,
     edits: Edits | None = None,
     **options: Any,
 ) -> tuple[Filtered, Any]:
     """What the two launches make of it, and their report."""
     settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    result = ops.filter_logits(logits, min_p=min_p, edits=edits, **settings)
+    result = ops.filter_logits(logits, min_p=min_p, mask=mask, edits=edits, **settings)
     outputs, report = launched(result, **options)
     return Filtered(*outputs), report
 
@@ -69,12 +70,15 @@ CASES = [
 
 @pytest.mark.parametrize("T, V, top_k, edited", CASES)
 @pytest.mark.parametrize("distinct", [False, True])
-def test_no_fault_and_the_processors_bits(T, V, top_k, edited, distinct):
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_fault_and_the_processors_bits(T, V, top_k, edited, distinct, masked):
     """Equal logits are what sends a slice the long way round."""
     logits = random_logits(V, T, V) if distinct else mx.round(random_logits(V, T, V) / 4)
     kw: dict[str, Any] = {"temperature": 0.8, "top_k": min(top_k, 256), "top_p": 0.95}
     if edited:
         kw["edits"] = random_edits(np.random.default_rng(V), T, V, edited)
+    if masked:
+        kw["mask"] = random_mask(np.random.default_rng(V), T, V)
     out, _ = metal(logits, mode="check", **kw)
     assert_same_bits(out, ops.filter_logits(logits, **kw))
     for options in (
@@ -174,6 +178,8 @@ def fuzz(cases: int, T: int, seed: int) -> int:
         }
         if rng.random() < 0.4:
             kw["edits"] = hard_edits(rng, rows, V)
+        if rng.random() < 0.3:
+            kw["mask"] = random_mask(rng, rows, V)
         out, _ = metal(logits, **kw)
         assert_same_bits(out, ops.filter_logits(logits, **kw))
         assert mx.all((out.ids >= 0) & (out.ids < V))
@@ -247,6 +253,15 @@ def test_logits_are_read_once(T, distinct):
     assert report.traffic["candidates"].written_bytes * 32 == logits.nbytes
     assert report.traffic["candidates"].device_read_bytes * 16 <= logits.nbytes
     assert report.threadgroup_bytes <= 13 * 1024
+
+
+def test_a_mask_is_read_once():
+    """A bit beside each logit: a 32nd of their bytes."""
+    logits = random_logits(5, 3, 16 * SLICE)
+    mask = random_mask(np.random.default_rng(5), 3, 16 * SLICE)
+    _, report = metal(logits, mask=mask, mode="count")
+    assert report.traffic["mask"].group_read_sectors * 32 == mask.nbytes == logits.nbytes // 32
+    assert report.traffic["logits"].device_read_bytes <= 1.02 * logits.nbytes
 
 
 def test_edits_cost_what_they_change():

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from launched import launched, launches_of
+from test_filter_logits import random_mask
 from test_metal_filter import assert_same_bits
 from test_quantized_filter_logits import head, normal, random_edits, same
 
@@ -46,6 +47,7 @@ def metal(
     top_k: int = 64,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    mask: mx.array | None = None,
     edits: Edits | None = None,
     **options: Any,
 ) -> tuple[Filtered, Any]:
@@ -60,6 +62,7 @@ def metal(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        mask=mask,
         edits=edits,
     )
     outputs, report = launched(list(out), **options)
@@ -96,8 +99,11 @@ def inputs(case: tuple) -> tuple[mx.array, tuple[mx.array, ...], tuple[int, int]
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_no_fault_and_the_bits_of_three_kernels(case):
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_fault_and_the_bits_of_three_kernels(case, masked):
     x, q, packing, settings = inputs(case)
+    if masked:
+        settings["mask"] = random_mask(np.random.default_rng(1), *case[:2])
     settings["softcap"] = 30.0 if case[1] % 2 == 0 else None
     out, _ = metal(x, q, *packing, mode="check", **settings)
     assert same(out, composed(x, q, *packing, **settings))
@@ -173,6 +179,15 @@ def test_contraction_changes_nothing():
     out, _ = metal(x, q, *packing, softcap=30.0, **settings)
     again, _ = metal(x, q, *packing, softcap=30.0, contract="fast", **settings)
     assert same(again, out)
+
+
+def test_a_mask_is_read_once():
+    x, q = normal(7, 6, 256, dtype=mx.bfloat16), head(8, 4096, 256, dtype=mx.bfloat16)
+    mask = random_mask(np.random.default_rng(7), 6, 4096)
+    _, report = metal(x, q, mask=mask, mode="count")
+    # A slice of 128 columns has 16 bytes, half of what memory gives at once
+    assert report.traffic["mask"].group_read_sectors * 32 == 2 * mask.nbytes
+    assert report.traffic["w"].device_read_bytes == report.traffic["w"].size
 
 
 @pytest.mark.parametrize("T", [1, 6, 16])

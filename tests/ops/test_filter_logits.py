@@ -27,6 +27,22 @@ def random_edits(rng: np.random.Generator, rows: int, vocab: int, count: int) ->
     return Edits(mx.array(both)[None], *(mx.array(x.astype(np.float32)) for x in wide))
 
 
+def random_mask(rng: np.random.Generator, rows: int, vocab: int) -> mx.array:
+    """Words with no bit, all and some; a token stays in each row. Past V all bits are random."""
+    words = rng.integers(0, 1 << 32, (rows, -(-vocab // 32)))
+    words[rng.random(words.shape) < 0.3] = 0
+    words[rng.random(words.shape) < 0.3] = 0xFFFFFFFF
+    left = rng.integers(0, vocab, rows)
+    words[np.arange(rows), left // 32] |= 1 << left % 32
+    return mx.array(words.astype(np.uint32))
+
+
+def without(logits: mx.array, mask: mx.array) -> mx.array:
+    """The logits with -inf where the mask has no bit."""
+    bits = np.unpackbits(np.array(mask).view(np.uint8), axis=1, bitorder="little")
+    return mx.array(np.where(bits[:, : logits.shape[1]] == 1, np.array(logits), -np.inf))
+
+
 def random_logits(seed: int, rows: int, vocab: int) -> mx.array:
     return mx.array(np.random.default_rng(seed).normal(0, 4, (rows, vocab)).astype(np.float32))
 
@@ -105,6 +121,42 @@ def test_edits_by_hand() -> None:
     assert flags.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("vocab", [1, 5, 16, 17, 31, 32, 33, 300, 5000, 262144])
+@pytest.mark.parametrize("top_k", [0, 1, 64])
+def test_mask(vocab: int, top_k: int) -> None:
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        logits, mask = random_logits(seed, 3, vocab), random_mask(rng, 3, vocab)
+        kw: dict[str, Any] = {"top_k": top_k, "top_p": 0.9, "temperature": 0.8}
+        if seed % 2:
+            edits = random_edits(rng, 3, vocab, 40)
+            kw["edits"] = edits._replace(deltas=mx.maximum(edits.deltas, -9))
+        assert_same(logits, mask=mask, **kw)
+        masked, cut = (
+            filter_logits(logits, mask=mask, **kw),
+            filter_logits(without(logits, mask), **kw),
+        )
+        assert masked.ids.tolist() == cut.ids.tolist()
+        assert masked.probs.tolist() == cut.probs.tolist()
+        assert masked.flags.tolist() == [0] * 3  # of the logits as given, which are finite
+
+
+def test_mask_by_hand() -> None:
+    """Token 32 is bit 0 of the second number; an edit does not bring back what is away."""
+    logits = mx.arange(40)[None].astype(mx.float32)
+    mask = mx.array([[0b1010, 0b1]], dtype=mx.uint32)
+    back = Edits(mx.array([[39]]), mx.ones((1, 1)), mx.full((1, 1), 1e6))
+    for function in (filter_logits, filter_logits_reference):
+        for edits in (None, back):
+            out = function(logits, top_k=4, mask=mask, edits=edits)
+            assert out.ids[0, :3].tolist() == [32, 3, 1] and out.probs[0, 3].item() == 0
+        broken = mx.where(logits == 7, mx.nan, logits)
+        assert function(broken, mask=mask).flags.tolist() == [2]
+        assert function(logits, mask=mx.zeros_like(mask)).flags.tolist() == [2]
+        strided = mx.stack([mask, mask], axis=-1)[..., 0]
+        assert function(logits, top_k=1, mask=strided).ids.tolist() == [[32]]
+
+
 def test_greedy_is_the_best_candidate_alone() -> None:
     logits = mx.array([[0.0, 2.0, -0.0, 2.0], [-mx.inf, -5.0, -mx.inf, -5.0]])
     edits = Edits(mx.array([[1]]), mx.ones((2, 1)), mx.array([[0.0], [-mx.inf]]))
@@ -159,6 +211,8 @@ def hard_case(rng: np.random.Generator) -> tuple[mx.array, dict[str, Any]]:
         deltas = np.full((rows, vocab), -np.inf, np.float32)
         deltas[:, rng.integers(vocab)] = 0
         kw["edits"] = Edits(mx.arange(vocab)[None], mx.ones((rows, vocab)), mx.array(deltas))
+    elif kind != 2 and rng.random() < 0.3:
+        kw["mask"] = random_mask(rng, rows, vocab)
     elif rng.random() < 0.4 and kind != 2:
         edits = random_edits(rng, rows, vocab, 20)
         first = edits.ids == edits.ids[:, :1]  # a token that stays
@@ -237,6 +291,16 @@ def test_reference_can_be_chosen() -> None:
             {"edits": Edits(mx.zeros((1, 2), mx.int32), mx.ones((1, 2)), mx.zeros((1, 3)))},
             "edit deltas must have shape [1, 2] but got [1, 3].",
         ),
+        (
+            mx.zeros((2, 33)),
+            {"mask": mx.zeros((2, 2), mx.int32)},
+            "mask must be uint32 but got int32.",
+        ),
+        (
+            mx.zeros((2, 33)),
+            {"mask": mx.zeros((2, 1), mx.uint32)},
+            "mask must have shape [2, 2] but got [2, 1].",
+        ),
     ],
 )
 def test_errors(logits: mx.array, kw: dict[str, Any], text: str) -> None:
@@ -252,6 +316,15 @@ def filter_settings(d: Draw, V: int) -> dict[str, Any]:
         "top_p": d.number(1.0, 0.9, 1e-9),
         "min_p": d.number(0.0, 0.05),
     }
+
+
+def mask(d: Draw, T: int, V: int) -> mx.array | None:
+    """Often none stays in a row."""
+    if d.chance(0.6):
+        return None
+    words = d.rng.integers(0, 1 << 32, (T, -(-V // 32))).astype(np.uint32)
+    words[d.rng.random(words.shape) < 0.5] = d.pick((0, 0xFFFFFFFF, 1))
+    return d.laid_out(mx.array(words))
 
 
 def edits(d: Draw, T: int, V: int) -> Edits | None:
@@ -298,7 +371,7 @@ def random_call(d: Draw) -> Call:
     if d.chance(0.2) and logits.size:
         logits = mx.where(logits > 1.5, d.pick((mx.nan, mx.inf, -mx.inf)), logits)
     settings = filter_settings(d, V)
-    options = {**settings, "edits": edits(d, T, V)}
+    options = {**settings, "mask": mask(d, T, V), "edits": edits(d, T, V)}
     return Call((logits,), options, filtered_alike(settings))
 
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from draw import Call, Draw, exact
-from test_filter_logits import edits, filter_settings
+from test_filter_logits import edits, filter_settings, mask, random_mask
 
 from pyengine import _ext, ops
 from pyengine.ops import quantized_filter_logits, quantized_filter_logits_reference
@@ -95,7 +95,11 @@ def test_every_number_of_rows(rows):
     """Past 16 rows slices follow each other, each with its own rows of the edits."""
     x, q = normal(rows, rows, 128, dtype=mx.bfloat16), head(1, 1500, 128, dtype=mx.bfloat16)
     for settings in SETTINGS:
-        assert_same(x, q, edits=random_edits(rows, rows, 1500, 90), **settings)
+        edits = random_edits(rows, rows, 1500, 90)
+        assert_same(x, q, edits=edits, **settings)
+        for own in (None, edits):
+            stays = random_mask(np.random.default_rng(rows), rows, 1500)
+            assert_same(x, q, mask=stays, edits=own, **settings)
 
 
 @pytest.mark.parametrize("V", [5, 16, 17, 300, 5000])
@@ -115,8 +119,13 @@ def test_matches_reference():
     x, q = normal(1, 5, 192), head(2, 700, 192, 32)
     edits = random_edits(3, 5, 700, 50)
     for settings in SETTINGS[:5]:
-        out = quantized_filter_logits(x, *q, 32, edits=edits, **settings)
-        want = quantized_filter_logits_reference(x, *q, 32, edits=edits, **settings)
+        settings = {
+            **settings,
+            "edits": edits,
+            "mask": random_mask(np.random.default_rng(4), 5, 700),
+        }
+        out = quantized_filter_logits(x, *q, 32, **settings)
+        want = quantized_filter_logits_reference(x, *q, 32, **settings)
         assert np.array_equal(np.array(out.ids), np.array(want.ids))
         # Logits of some 50, off by a few units in their last place
         assert np.allclose(np.array(out.probs), np.array(want.probs), rtol=1e-4, atol=1e-6)
@@ -166,7 +175,10 @@ def test_every_instruction_set(restore):
     x, q = normal(11, 3, 160), head(12, 900, 160, 32)
     for name in _ext.instruction_sets():
         _ext.use_instruction_set(name)
-        mx.eval(assert_same(x, q, 32, softcap=30.0, edits=random_edits(13, 3, 900, 30)))
+        stays = random_mask(np.random.default_rng(14), 3, 900)
+        for own in (None, stays):
+            edits = random_edits(13, 3, 900, 30)
+            mx.eval(assert_same(x, q, 32, softcap=30.0, mask=own, edits=edits))
 
 
 @pytest.mark.parametrize("where", [0, 15, 16, 299])
@@ -340,6 +352,7 @@ def random_call(d: Draw) -> Call:
     matrix = d.quantized(V, E, dtype=dtype, group_size=group_size, bits=bits)
     options = {
         **filter_settings(d, V),
+        "mask": mask(d, T, V),
         "edits": edits(d, T, V),
         "softcap": None if d.chance(0.5) else d.number(30.0),
     }

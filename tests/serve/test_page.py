@@ -14,7 +14,6 @@ import pytest
 from serving import GAME, Server
 from teller import telling, thinking_tokenizer
 
-import pyengine
 from pyengine.checkpoint.pair import load
 from pyengine.engine.guided import Guide
 from pyengine.engine.stats import last_source
