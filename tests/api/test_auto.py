@@ -32,7 +32,7 @@ def test_it_changes_no_text(sampling: Sampling) -> None:
         plain = generate(prompt, block_size=1, **ask)
         first, second = generate(prompt, **ask), generate(prompt, **ask)
         assert first.stats.accepted > 10
-        for auto in (first, second):  # which knows what the first one learned
+        for auto in (first, second):  # the second knows what the first one learned
             assert auto.tokens == plain.tokens
             assert auto.stats.block_size == "auto"
             assert len(auto.stats.drafted_by_depth) <= MOST_DRAFTS
