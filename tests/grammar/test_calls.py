@@ -86,8 +86,10 @@ def test_a_named_function_is_called_with_valid_arguments(name: str) -> None:
 def test_a_hundred_calls_of_each_function_are_valid(name: str) -> None:
     for seed in range(100):
         result = call(name, seed)
-        assert result.warning is None
-        assert result.tool_calls or result.finish_reason == "length"
+        if result.finish_reason == "length":  # which may be in the middle of one more call
+            assert result.warning is None or "is cut" in result.warning
+        else:
+            assert result.warning is None and result.tool_calls
         check(result.tool_calls)
 
 
