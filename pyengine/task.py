@@ -13,7 +13,7 @@ from pyengine.arguments import flag, whole
 from pyengine.checkpoint import memory
 from pyengine.checkpoint.defaults import OURS
 from pyengine.doctor import first_use, profile
-from pyengine.drafters import NAMES, Name, new_drafter
+from pyengine.drafters import NAMES, exit_depth, is_name, new_drafter
 from pyengine.drafters.drafter import MAX_BLOCK, Drafter
 from pyengine.engine.controller import AUTO_BLOCK
 from pyengine.engine.loop import Round, most_rows
@@ -134,7 +134,7 @@ class Task:
     max_tokens: int | None
     sampling: Sampling  # with a seed
     block_size: int  # the largest, where it is automatic
-    drafter: Name
+    drafter: str
     stops: tuple[str, ...]
     auto: bool = False  # whether each round has a block size of its own
     one_call: bool = False  # the text ends behind its first tool call
@@ -340,7 +340,7 @@ def without_calls(pair: Pair, sampling: Sampling) -> Sampling:
 
 def check_settings(
     pair: Pair, max_tokens: int | None, block_size: BlockSize, drafter: str | None
-) -> tuple[int | None, Name]:
+) -> tuple[int | None, str]:
     """The block size, None for "auto", and the drafter to use.
 
     Raises:
@@ -351,7 +351,11 @@ def check_settings(
     name = check_drafter(drafter)
     if drafter == "assistant" and pair.assistant is None:
         raise ValueError(
-            "[generate] drafter must be lookup without an assistant but got assistant."
+            "[generate] drafter must be lookup or early:N without an assistant but got assistant."
+        )
+    if (depth := exit_depth(name)) is not None and depth >= (layers := len(pair.target.layers)):
+        raise ValueError(
+            f"[generate] drafter must leave a layer of the target's {layers} out but got {name}."
         )
     block = check_numbers(max_tokens, block_size)
     if name == "assistant" and pair.assistant is None:
@@ -363,17 +367,18 @@ def check_settings(
     return block, name
 
 
-def check_drafter(drafter: str | None) -> Name:
+def check_drafter(drafter: str | None) -> str:
     """The drafter of that name; the assistant where none is given.
 
     Raises:
         ValueError: There is none of that name.
     """
-    found = next((name for name in NAMES if drafter == name), None)
-    if drafter is not None and found is None:
-        names = " or ".join(NAMES)
+    if drafter is None:
+        return "assistant"
+    if not is_name(drafter):
+        names = ", ".join(NAMES[:-1]) + f" or {NAMES[-1]}"
         raise ValueError(f"[generate] drafter must be {names} but got {shown(drafter)}.")
-    return found or "assistant"
+    return drafter
 
 
 def check_numbers(max_tokens: int | None, block_size: BlockSize) -> int | None:
@@ -419,18 +424,20 @@ def embedded_pair() -> Pair:
     return load()
 
 
-def fixed_block(pair: Pair, drafter: Name = "assistant") -> int:
+def fixed_block(pair: Pair, drafter: str = "assistant") -> int:
     """What "auto" is for a whole text, whose rounds must be alike: the best by the profile of pair
     and machine, or without one :func:`default_block_size`."""
     known = profile.ready(pair) if drafter == "assistant" else None
     return default_block_size(pair, drafter) if known is None else known.best_block
 
 
-def default_block_size(pair: Pair, drafter: Name = "assistant") -> int:
+def default_block_size(pair: Pair, drafter: str = "assistant") -> int:
     """Of the assistant the pair's measured best, else its own wish and the primary, else 4; of
-    lookup 8."""
+    lookup 8; of the target's own layers 4."""
     if drafter == "lookup":
         return LOOKUP_BLOCK
+    if exit_depth(drafter) is not None:
+        return DEFAULT_BLOCK
     if pair.assistant is None:
         return 1
     best = pair.manifest.get("benchmark", {}).get("best_block_size")

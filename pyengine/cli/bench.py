@@ -97,7 +97,7 @@ def gemma_mtp(
         str, typer.Option(help="Acceptance rules to compare: residual,block,coupled.")
     ] = "residual",
     drafter: Annotated[
-        str, typer.Option(help="Where drafts come from, to compare: assistant,lookup.")
+        str, typer.Option(help="Where drafts come from, to compare: assistant,lookup,early:6.")
     ] = "assistant",
     repeats: Annotated[
         int, typer.Option(help="Timed runs per prompt and setting; figures are their medians.")

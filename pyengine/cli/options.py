@@ -126,8 +126,8 @@ DrafterName = Annotated[
     typer.Option(
         "--drafter",
         metavar="NAME",
-        help="Where drafts come from: assistant, or lookup in the text so far, which needs no "
-        "assistant.",
+        help="Where drafts come from: assistant; lookup, in the text so far; or early:N, the "
+        "target's own first N layers. The last two need no assistant.",
         show_default="assistant",
     ),
 ]

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Any
 
 from pyengine.drafters.assistant import AssistantDrafter, AssistantLike
-from pyengine.drafters.drafter import Drafter, TargetLike
+from pyengine.drafters.drafter import Drafter
+from pyengine.drafters.early import EarlyDrafter
 from pyengine.drafters.lookup import LookupDrafter
 
-Name = Literal["assistant", "lookup"]
-NAMES: tuple[Name, ...] = ("assistant", "lookup")
+NAMES = ("assistant", "lookup", "early:N")
 
 
-def new_drafter(name: Name, target: TargetLike, assistant: AssistantLike | None) -> Drafter | None:
+def is_name(name: Any) -> bool:
+    """Whether it is one of NAMES, with a number of layers for N."""
+    return isinstance(name, str) and (name in NAMES[:2] or exit_depth(name) is not None)
+
+
+def exit_depth(name: str) -> int | None:
+    """N of "early:N"; None for other names."""
+    found = re.fullmatch(r"early:([1-9][0-9]{0,3})", name, re.ASCII)
+    return None if found is None else int(found[1])
+
+
+def new_drafter(name: str, target: Any, assistant: AssistantLike | None) -> Drafter | None:
     """The drafter of that name, for one generation; None where it needs an assistant."""
     if name == "lookup":
         return LookupDrafter()
+    if (depth := exit_depth(name)) is not None:
+        return EarlyDrafter(target, depth)
     return None if assistant is None else AssistantDrafter(target, assistant)

@@ -22,10 +22,14 @@ class Asked(NamedTuple):
     """What the next drafts of Q texts follow, and how their distributions are filtered."""
 
     tokens: mx.array  # int32 [Q]: of each block the primary one, or the draft before
-    # The target's; committed positions may be read, and such a read be noted in their arena
+    # The target's; committed positions may be read, and such a read be noted in their arena. Those
+    # behind them may be written as the target writes them for the same tokens.
     caches: Sequence[Cache]
     # Logits [Q, V], made or not, under the settings of each text: parts of the Q rows
     filter: Callable[[mx.array | Logits], list[Filtered]]
+    # Primary token and drafts so far, int32 [Q, i + 1], where some of these were not proposed but
+    # left out; else None
+    block: mx.array | None = None
 
 
 class Drafter(Reader, Protocol):

@@ -217,7 +217,7 @@ def _draw(open_texts: Callable[[Start], Texts], i: int, start: Start, before: mx
     """Draft i behind the tokens ``[Q, i + 1]`` of each block so far; masks have a row per text."""
     texts = open_texts(start)
     tokens = [before[:, j] for j in range(i + 1)]
-    rows = [q for q in _propose(i, texts, tokens) if q is not None]
+    rows = [q for q in _propose(i, texts, tokens, before) if q is not None]
     drawn = [
         chooser.draw_drafts(q, range(len(group.places)), chooser.draft_position(position), i)
         for q, chooser, group, position in zip(
@@ -286,8 +286,11 @@ def widened(rows: Filtered, width: int) -> Filtered:
     return Filtered(ids, mx.pad(rows.probs, wider), rows.flags)
 
 
-def _propose(i: int, texts: Texts, tokens: Sequence[mx.array]) -> list[Filtered | None]:
-    """Draft i's distributions of each group that has one; drafters of one kind propose together."""
+def _propose(
+    i: int, texts: Texts, tokens: Sequence[mx.array], block: mx.array | None = None
+) -> list[Filtered | None]:
+    """Draft i's distributions of each group that has one; drafters of one kind propose together.
+    ``block`` as :class:`pyengine.drafters.drafter.Asked` has it, of all sequences."""
     drafting = _drafting(texts, i)
     newest = picked(tokens[-1], [_drafting(texts, i - 1).index(n) for n in drafting])
     parts: list[list[Filtered]] = [[] for _ in texts.groups]
@@ -299,6 +302,7 @@ def _propose(i: int, texts: Texts, tokens: Sequence[mx.array]) -> list[Filtered 
             picked(newest, [drafting.index(n) for n in own]),
             [texts.each[n].cache for n in own],
             partial(_filter_drafts, i, texts, own, tokens[1:]),
+            None if block is None else picked(block, [drafting.index(n) for n in own]),
         )
         rest = own
         for rows in drafters[0].propose(i, drafters, asked):

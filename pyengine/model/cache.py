@@ -76,6 +76,10 @@ class Batch:
         first = self.lengths if len(counts) == 1 else mx.take(self.lengths, owners)
         return first + steps, owners
 
+    def ahead(self, count: int) -> Batch:
+        """The same with so many positions more in each, which were written and not committed."""
+        return Batch(self.arena, self.lengths + count, self.tables) if count else self
+
     def part(self, places: Sequence[int]) -> Batch:
         """Those at these places, rising."""
         key, Q = tuple(places), self.lengths.shape[0]

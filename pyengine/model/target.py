@@ -210,6 +210,24 @@ class Target:
         hidden, tapped = self._hidden(ids, caches, taps)
         return self._head(hidden), tapped
 
+    def exit(
+        self, depth: int, ids: Sequence[mx.array], caches: Sequence[Cache], ahead: int = 0
+    ) -> Logits:
+        """What the first ``depth`` layers alone make of each sequence's ids [T], the last norm and
+        the head behind them.
+
+        The ids stand ``ahead`` positions behind the committed ones. Keys and values of these layers
+        are written: for the same ids they are the bits that :meth:`forward` writes. All sequences
+        have as many ids.
+
+        Returns:
+            Of the last row of each sequence: logits [Q, V], float32, after the softcap, none of
+            them made until they are asked for.
+        """
+        hidden, _ = self._hidden(ids, caches, depth=depth, ahead=ahead)
+        count = ids[0].size
+        return self._head(hidden if count == 1 else hidden[count - 1 :: count])
+
     def logits(self, ids: list[int]) -> mx.array:
         """Logits [T, V], float32, of every position of ids. Evaluates, see :meth:`rows`."""
         check_ids("logits", ids, self.config.vocab_size)
@@ -220,22 +238,29 @@ class Target:
         return Logits(x, self.table, self.config.softcap)
 
     def _hidden(
-        self, each: Sequence[mx.array], caches: Sequence[Cache], taps: tuple[int, ...] = ()
+        self,
+        each: Sequence[mx.array],
+        caches: Sequence[Cache],
+        taps: tuple[int, ...] = (),
+        depth: int | None = None,
+        ahead: int = 0,
     ) -> tuple[mx.array, mx.array]:
         """Post-final-norm hidden vectors [R, E] of each sequence's ids; the same with what left the
-        tapped layers behind them, [R, (1 + taps) * E]. Keys and values go to the arena."""
+        tapped layers behind them, [R, (1 + taps) * E]. Keys and values go to the arena. ``depth``
+        and ``ahead`` as :meth:`exit`."""
+        layers = self.layers[:depth]
         for own, cache in zip(each, caches, strict=True):
-            cache.reserve(own.size)
+            cache.reserve(ahead + own.size)
         arena, counts = caches[0].arena, [own.size for own in each]
-        ids, batch = arena.after_reads(packed(each)), arena.batch(caches)
+        ids, batch = arena.after_reads(packed(each)), arena.batch(caches).ahead(ahead)
         rows = Rows(batch, counts, *batch.rows(counts))
         eps = self.config.eps
         h = self.embed(ids)
         per_layer = self._per_layer_inputs(ids, h) if self.config.per_layer_width else None
         x = ops.rms_norm(h, self.layers[0].input_norm, eps)
         left: list[mx.array] = []  # by layer, the residual stream behind it
-        for i, layer in enumerate(self.layers):
-            is_last = i + 1 == len(self.layers)
+        for i, layer in enumerate(layers):
+            is_last = i + 1 == len(layers)
             next_norm = self.norm if is_last else self.layers[i + 1].input_norm
             y = self._attention(i, x, rows)
             h, x = residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)

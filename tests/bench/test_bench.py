@@ -196,7 +196,7 @@ def test_table_has_the_columns(run: Any, capsys: pytest.CaptureFixture[str]) -> 
         ({"block_sizes": [4, 4]}, "block sizes must differ but got [4, 4]."),
         ({"rules": ["best"]}, "verify must be of residual, block, coupled but got 'best'."),
         ({"rules": ["block", "block"]}, "verify must name a rule once but got block,block."),
-        ({"drafters": ["best"]}, "drafter must be of assistant, lookup but got 'best'."),
+        ({"drafters": ["best"]}, "drafter must be of assistant, lookup, early:N but got 'best'."),
         (
             {"drafters": ["lookup", "lookup"]},
             "drafter must name one once but got lookup,lookup.",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_pairs import FLAVOURS, bits, greedy_text, tiny_pair
 
-from pyengine.drafters import NAMES, Name, new_drafter
+from pyengine.drafters import new_drafter
 from pyengine.engine import loop
 from pyengine.engine import round as on_device
 from pyengine.engine.report import Report
@@ -41,7 +41,7 @@ class Apart(on_device.RecordedRound):
         return self.verify(start, block)
 
 
-def played(flavour: str, drafter: Name, sampling: Sampling) -> tuple[list[loop.Round], list[Any]]:
+def played(flavour: str, drafter: str, sampling: Sampling) -> tuple[list[loop.Round], list[Any]]:
     """The rounds of a text, and the bits of what its cache holds in the end."""
     pair, caches = tiny_pair(flavour, "bfloat16-q8"), []
     target = pair.target
@@ -69,7 +69,7 @@ def played(flavour: str, drafter: Name, sampling: Sampling) -> tuple[list[loop.R
     return list(rounds), [bits(a) for a in caches[0].arena.arrays]
 
 
-@pytest.mark.parametrize("drafter", NAMES)
+@pytest.mark.parametrize("drafter", ["assistant", "lookup", "early:1"])
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize(
     "sampling",
@@ -81,7 +81,7 @@ def played(flavour: str, drafter: Name, sampling: Sampling) -> tuple[list[loop.R
     ids=["greedy", "penalties", "dense"],
 )
 def test_halves_with_the_host_in_between_give_the_same_tokens_and_bits(
-    flavour: str, drafter: Name, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+    flavour: str, drafter: str, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want, stored = played(flavour, drafter, sampling)
     blocks: list[list[int]] = []
@@ -94,6 +94,7 @@ def test_halves_with_the_host_in_between_give_the_same_tokens_and_bits(
     assert len(blocks) == len(want) - 1
     for block, before, committed in zip(blocks, want, want[1:], strict=False):
         kept = block[1 : 1 + committed.num_accepted]
+        kept = kept[: len(committed.tokens)]  # the room may end within them
         assert block[0] == before.tokens[-1] and kept == committed.tokens[: len(kept)]
         assert len(block) == 1 + committed.num_drafted
 

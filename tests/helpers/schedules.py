@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from pyengine.drafters import Name, new_drafter
+from pyengine.drafters import new_drafter
 from pyengine.engine import round as on_device
 from pyengine.engine.loop import Round, Rounds, TokenSequence
 from pyengine.model.cache import Arena
@@ -34,7 +34,7 @@ class Case:
     sampling: Sampling
     block_size: int
     max_tokens: int
-    drafter: Name = "assistant"
+    drafter: str = "assistant"
 
     def begin(self, pair: Any, arena: Arena | None = None) -> TokenSequence:
         return TokenSequence(
@@ -145,7 +145,7 @@ def random_cases(rng: random.Random, text: list[int], count: int) -> list[Case]:
             logprobs=rng.choice([None, None, None, 0, 2]),
         )
         block = rng.choice([1, 2, 3, 4, 6, LARGEST_BLOCK])
-        drafter: Name = rng.choice(["assistant", "assistant", "lookup"])
+        drafter = rng.choice(["assistant", "assistant", "lookup", "early:2"])
         cases.append(Case(prompt, sampling, block, rng.randrange(8, 32), drafter))
     return cases
 
