@@ -140,6 +140,18 @@ def make_app(
         for protocol in protocols
     ]
     counts = TokenCounts(Messages(pair, limits), *shared)
+    [responses] = [protocol for protocol in protocols if isinstance(protocol, Responses)]
+
+    async def response(request: Request) -> Response:
+        name = request.path_params["name"]
+        try:
+            if request.method != "DELETE":
+                return JSONResponse(responses.store.response(name))
+            responses.store.forget(name)
+        except Refused as error:
+            return error_response(error)
+        return JSONResponse({"id": name, "object": "response", "deleted": True})
+
     app = FastAPI(
         docs_url=None,
         redoc_url=None,
@@ -147,6 +159,7 @@ def make_app(
         routes=[
             *routes,
             Route(f"{Messages.path}/count_tokens", counts, methods=["POST"]),
+            Route(f"{Responses.path}/{{name}}", response, methods=["GET", "DELETE"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/health", health),
@@ -161,7 +174,7 @@ def make_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
+import openai
 import pytest
 from serving import Server
 from teller import Teller, telling, thinking_tokenizer
@@ -164,9 +166,28 @@ def test_an_answer_that_is_not_kept_is_not_found(server: Server) -> None:
     assert answer.status_code == 404 and "input[0].id" in answer.json()["error"]["message"]
 
 
+def test_an_answer_is_fetched_and_deleted(server: Server) -> None:
+    """By the official client too, and whether it was streamed or not."""
+    whole = post(server, input="rain", tools=[WEATHER])
+    streamed = events(server, input="rain", tools=[WEATHER])[-1]["response"]
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    for given in (whole, streamed):
+        path = f"{PATH}/{given['id']}"
+        assert httpx.get(server.url + path).json() == given
+        assert client.responses.retrieve(given["id"]).output_text == ""
+        client.responses.delete(given["id"])
+        for lost in (httpx.get(server.url + path), httpx.delete(server.url + path)):
+            error = lost.json()["error"]
+            assert (lost.status_code, error["code"], error["param"]) == (404, "not_found", None)
+            assert "the path must name an answer that is kept but" in error["message"]
+        call = given["output"][-1]
+        later = {"input": [{"type": "item_reference", "id": call["id"]}]}
+        assert server.post(PATH, json=later).status_code == 404
+
+
 def test_the_oldest_answers_are_forgotten() -> None:
     def keep(store: Store, number: int, text: str = "x") -> None:
-        store.keep(f"r{number}", [{"text": text}], [{"id": f"i{number}"}])
+        store.keep([{"text": text}], {"id": f"r{number}", "output": [{"id": f"i{number}"}]})
 
     def there(store: Store) -> list[int]:
         found = []
@@ -185,7 +206,7 @@ def test_the_oldest_answers_are_forgotten() -> None:
     for number in range(5):
         keep(store, number)
     assert there(store) == [2, 3, 4]
-    size = len(json.dumps([[{"text": "x" * 100}], [{"id": "i0"}]]))
+    size = len(json.dumps([[{"text": "x" * 100}], {"id": "r0", "output": [{"id": "i0"}]}]))
     store = Store(Limits(kept_bytes=2 * size))
     for number in range(5):
         keep(store, number, "x" * 100)

@@ -108,7 +108,7 @@ class Responses:
 
     def __init__(self, pair: Pair, limits: Limits) -> None:
         self._pair, self._limits = pair, limits
-        self._store = Store(limits)
+        self.store = Store(limits)
 
     def read(self, given: Mapping[str, Any]) -> Ask:
         """What is asked.
@@ -118,8 +118,8 @@ class Responses:
         """
         body = checked(ResponsesBody, given)
         before = body.previous_response_id
-        known = [] if before is None else self._store.conversation(before)
-        talk = Conversation(known, self._store)
+        known = [] if before is None else self.store.conversation(before)
+        talk = Conversation(known, self.store)
         items = [{"role": "user", "content": body.input}] if _is_text(body.input) else body.input
         if not isinstance(items, list):
             raise Refused(400, "[serve] input must be a string or a list of items.")
@@ -145,7 +145,7 @@ class Responses:
         return admit(self._pair, wish, self._limits)
 
     def reply(self, ask: Ask) -> ResponseReply:
-        return ResponseReply(ask, self._store)
+        return ResponseReply(ask, self.store)
 
 
 def _is_text(value: object) -> bool:
@@ -301,16 +301,17 @@ class ResponseReply:
     def _finished(self, result: Result) -> dict[str, Any]:
         """The response, and what follows on it may find it from now on."""
         body, messages = self._own
-        if body.store:
-            self._store.keep(self._id, [*messages, answer(result)], self._output)
         is_cut = result.finish_reason == "length"
-        return self._response(
+        response = self._response(
             "incomplete" if is_cut else "completed",
             incomplete_details={"reason": "max_output_tokens"} if is_cut else None,
             completed_at=int(time.time()),
             usage=usage_of(self.ask, result),
             **({} if result.warning is None else {"warning": result.warning}),
         )
+        if body.store:
+            self._store.keep([*messages, answer(result)], response)
+        return response
 
     def _response(self, status: str, **fields: Any) -> dict[str, Any]:
         body, sampling = self._own.body, self.ask.sampling
