@@ -174,7 +174,7 @@ def test_an_answer_is_fetched_and_deleted(server: Server) -> None:
     for given in (whole, streamed):
         path = f"{PATH}/{given['id']}"
         assert httpx.get(server.url + path).json() == given
-        assert client.responses.retrieve(given["id"]).output_text == ""
+        assert client.responses.retrieve(given["id"]).output_text == "Let me see."
         client.responses.delete(given["id"])
         for lost in (httpx.get(server.url + path), httpx.delete(server.url + path)):
             error = lost.json()["error"]
