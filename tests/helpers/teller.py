@@ -29,7 +29,7 @@ def thinking_tokenizer(folder: Path) -> Tokenizer:
 
 
 class Teller(ScriptTarget):
-    """Answers by the last word of ``answers`` that a prompt holds.
+    """Answers by the last word of ``answers`` that a prompt holds; "" is for those without.
 
     All answers stand in one script, since a recorded round keeps its rows; an answer is a place.
     """
@@ -49,7 +49,8 @@ class Teller(ScriptTarget):
         told = [*getattr(cache, "told", []), *ids]
         super().prefill(ids, cache, **kwargs)
         text = self.tokenizer.decode(told)
-        _, word = max((text.rfind(word), word) for word in self.places if word in text or not word)
+        held = [word for word in self.places if word in text]
+        word = max(held, key=lambda word: text.rfind(word) if word else -1)
         place = self.places[word]
         cache.told, cache.prompt = told, mx.array(len(told) - place, mx.int32)  # type: ignore[attr-defined]
         self.prompts.append(text)

@@ -49,6 +49,7 @@ WHOLE_FILES = {
     "parity/test_transformers.py": "compares with transformers",
     "project/test_mac_wheel.py": "reads Mach-O files and wheels by libraries of the extra lint",
     "clients/test_anthropic.py": "the official client asks",
+    "clients/test_agents.py": "agents of others ask, and need node and what npm installs",
     "clients/test_npm.py": "clients in JavaScript ask, and need node and what npm installs",
     "clients/test_openai.py": "the official client asks",
     "helpers/reading.py": "requests are pydantic's models",

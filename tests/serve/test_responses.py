@@ -133,6 +133,38 @@ def test_calls_are_told_by_themselves(server: Server) -> None:
     assert {event["name"] for event in deltas[1::2]} == {"weather"}
 
 
+def test_a_namespace_qualifies_its_functions(tok: Tokenizer) -> None:
+    """The model knows them by both names; a call has them apart, and may be given back so. What the
+    server would have to run is left out."""
+    call = CALL.replace("call:weather", "call:sky.weather")
+    space = {"type": "namespace", "name": "sky", "description": "above", "tools": [
+        {"type": "custom", "name": "look"}, WEATHER]}  # fmt: skip
+    tools = [WEATHER, space, {"type": "web_search"}, {"type": "custom", "name": "patch"}]
+    answers = {"fox": f"See.{call}{CALL}<|tool_response>", "wet": "It rains."}
+    with Server(telling(tok, answers)) as server:
+        for told in (post, lambda *a, **k: events(*a, **k)[-1]["response"]):
+            answer = told(server, input="fox", tools=tools)
+            calls = [item for item in answer["output"] if item["type"] == "function_call"]
+            assert [(c["name"], c.get("namespace")) for c in calls] == [
+                ("weather", "sky"),
+                ("weather", None),
+            ]
+            results = [
+                {"type": "function_call_output", "call_id": c["call_id"], "output": "wet"}
+                for c in calls
+            ]
+            items = [{"role": "user", "content": "fox"}, *answer["output"], *results]
+            assert post(server, input=items, tools=tools)["output"][0]["content"][0]["text"] == (
+                "It rains."
+            )
+        prompt = server.app.state.worker._engine.pair.target.prompts[-1]
+    assert "sky.weather" in prompt and "web_search" not in prompt and "patch" not in prompt
+    with pytest.raises(Refused, match=r"tools\[0\].tools\[0\].type must be 'function'"):
+        read(tok, tools=[{**space, "tools": [{"type": "spell", "name": "x"}]}])
+    with pytest.raises(Refused, match=r"tools\[0\].type must be 'function'"):
+        read(tok, tools=[{"type": "spell", "name": "x"}])
+
+
 def test_an_answer_is_followed_by_another(server: Server) -> None:
     """By its id, and by its items: the conversation is the same, instructions are not kept."""
     first = post(server, input="rain", tools=[WEATHER], instructions="Be brief.")
@@ -262,7 +294,7 @@ def test_a_turn_of_the_assistant_is_one_message(tok: Tokenizer) -> None:
             "input[0].content[0] must be text but got a part of type 'input_image'",
         ),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "[0].call_id must be given"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type must be 'function' here"),
+        ({"tools": [{"type": "spell"}]}, "tools[0].type must be 'function' here"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type must be 'function' here"),
         ({"background": True}, "background must be False here but got True"),
         ({"truncation": "auto"}, "truncation must be 'disabled' here but got 'auto'"),

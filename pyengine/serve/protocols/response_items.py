@@ -29,6 +29,7 @@ class CallItem(Part):
     call_id: str
     name: str
     arguments: str
+    namespace: str | None = None
 
 
 class OutputItem(Part):
@@ -72,7 +73,8 @@ class Conversation:
             self._own("content", "tool_calls")["reasoning_content"] = "\n".join(thoughts)
         elif name == "function_call":
             call = checked(CallItem, item, where)
-            function = {"name": call.name, "arguments": call.arguments}
+            name = call.name if call.namespace is None else f"{call.namespace}.{call.name}"
+            function = {"name": name, "arguments": call.arguments}
             calls = self._own().setdefault("tool_calls", [])
             calls.append({"id": call.call_id, "type": "function", "function": function})
         elif name == "function_call_output":
@@ -151,8 +153,13 @@ def new_message() -> dict[str, Any]:
     return {**_new("message", "msg"), "role": "assistant", "content": []}
 
 
-def new_call(call: ToolCall) -> dict[str, Any]:
-    return {**_new("function_call", "fc"), "call_id": call.id, "name": call.name, "arguments": ""}
+def new_call(call: ToolCall, spaces: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """``spaces``: of functions in namespaces, by the names that the model knows them by, namespace
+    and name."""
+    item = {**_new("function_call", "fc"), "call_id": call.id, "name": call.name, "arguments": ""}
+    if call.name in spaces:
+        item["namespace"], item["name"] = spaces[call.name]
+    return item
 
 
 def part_of(item: Mapping[str, Any], text: str) -> dict[str, Any]:

@@ -60,6 +60,20 @@ class Tool(Part):
     strict: bool | None = None
 
 
+class Namespace(Part):
+    name: str
+    tools: list[dict[str, Any]]
+
+
+# What the server itself would have to run, or what has no form in a template: agents offer them
+# always, and go on without. The model is not told of them.
+LEFT_OUT = {
+    *("web_search", "web_search_preview", "file_search", "code_interpreter", "image_generation"),
+    *("mcp", "computer", "computer_use_preview", "local_shell", "shell", "apply_patch"),
+    *("tool_search", "custom"),
+}
+
+
 class ToolChoice(Part):
     type: Literal["function"]
     name: str
@@ -99,6 +113,7 @@ class Own(NamedTuple):
 
     body: ResponsesBody
     messages: list[dict[str, Any]]  # without instructions, which concern one answer alone
+    spaces: dict[str, tuple[str, str]]  # as new_call takes them
 
 
 class Responses:
@@ -125,6 +140,7 @@ class Responses:
             raise Refused(400, "[serve] input must be a string or a list of items.")
         for number, item in enumerate(items):
             talk.add(item, f"input[{number}]")
+        tools, spaces = _offered(body.tools)
         wish = Wish(
             model=body.model,
             prompts=[talk.with_instructions(body.instructions)],
@@ -136,11 +152,11 @@ class Responses:
             variables=body.chat_template_kwargs,
             thinking=wants_thoughts(body.reasoning.effort) if body.reasoning else None,
             thinking_budget=body.thinking_budget,
-            tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)],
+            tools=tools,
             tool_choice=_choice(body.tool_choice),
             parallel_tool_calls=body.parallel_tool_calls,
             form=body.form(_form(body.text)),
-            own=Own(body, talk.messages),
+            own=Own(body, talk.messages, spaces),
         )
         return admit(self._pair, wish, self._limits)
 
@@ -150,6 +166,28 @@ class Responses:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
+
+
+def _offered(
+    tools: Sequence[Mapping[str, Any]],
+) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
+    """The functions that the model is told of, and those of them that are in namespaces."""
+    offered: list[dict[str, Any]] = []
+    spaces: dict[str, tuple[str, str]] = {}
+    for i, tool in enumerate(tools):
+        if tool.get("type") == "namespace":
+            space = checked(Namespace, tool, f"tools[{i}]")
+            for j, inner in enumerate(space.tools):
+                if inner.get("type") in LEFT_OUT:
+                    continue
+                made = _tool(inner, f"tools[{i}].tools[{j}]")
+                name = made["function"]["name"]
+                made["function"]["name"] = f"{space.name}.{name}"
+                spaces[f"{space.name}.{name}"] = space.name, name
+                offered.append(made)
+        elif tool.get("type") not in LEFT_OUT:
+            offered.append(_tool(tool, f"tools[{i}]"))
+    return offered, spaces
 
 
 def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -249,14 +287,15 @@ class ResponseReply:
         """The end of what is open, and the calls."""
         yield from self._close_item(result.finish_reason == "length")
         for call in result.tool_calls:
-            yield self._begin(new_call(call))
+            yield self._begin(new_call(call, self._own.spaces))
             assert self._open is not None
             item = self._open
             place = {"item_id": item["id"], "output_index": len(self._output)}
             name = "response.function_call_arguments"
             yield self._event(f"{name}.delta", **place, delta=call.arguments)
             item["arguments"] = call.arguments
-            yield self._event(f"{name}.done", **place, name=call.name, arguments=call.arguments)
+            own = {"name": item["name"], "arguments": call.arguments}
+            yield self._event(f"{name}.done", **place, **own)
             yield self._done(item)
 
     def _begin(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -300,7 +339,7 @@ class ResponseReply:
 
     def _finished(self, result: Result) -> dict[str, Any]:
         """The response, and what follows on it may find it from now on."""
-        body, messages = self._own
+        body, messages = self._own.body, self._own.messages
         is_cut = result.finish_reason == "length"
         response = self._response(
             "incomplete" if is_cut else "completed",
