@@ -279,6 +279,8 @@ class Engine:
                 self._chunk()
             elif plan.work == "round":
                 self._round()
+            elif not self._active:
+                self._known.trim()
             return plan.work is not None
 
     def store(self) -> bool:
@@ -325,6 +327,7 @@ class Engine:
             while self._known.store():
                 pass
             self._known.shrink(0)
+            self._known.trim()
 
     def __enter__(self) -> Engine:
         return self

@@ -20,9 +20,8 @@ class Beginnings:
     """
 
     def __init__(self, arena: Arena, stored: Stored | None = None) -> None:
-        sizes = arena.page_bytes(False), arena.page_bytes(True)
         self.arena = arena
-        self.tree = Tree(arena.full, arena.sliding, arena.window, sizes)
+        self.tree = self._new_tree()
         self._stored = stored
 
     @property
@@ -68,6 +67,26 @@ class Beginnings:
     def shrink(self, nbytes: int) -> None:
         """Forget what was used longest ago until no more is kept than so many bytes."""
         self.tree.shrink(lambda: self.tree.nbytes <= nbytes)
+
+    def trim(self) -> None:
+        """Give memory of the arena back while no text is under way, if most of it is free. What is
+        kept is moved, not changed. Evaluates."""
+        arena, holds = self.arena, self.tree.holds
+        if any(arena.pages(kind).holds != holds[kind] for kind in holds):
+            return  # somebody else has pages, whose numbers must stay
+        try:
+            for kind in holds:
+                if arena.spare(kind):
+                    self.tree.renumber(kind, arena.trim(kind))
+        except BaseException:  # Ctrl-C among them: who knows what it came between
+            self.tree = self._new_tree()
+            arena.clear()
+            raise
+
+    def _new_tree(self) -> Tree:
+        arena = self.arena
+        sizes = arena.page_bytes(False), arena.page_bytes(True)
+        return Tree(arena.full, arena.sliding, arena.window, sizes)
 
     def store(self) -> bool:
         """Write a page that is in no file yet; whether there may be more. Evaluates."""

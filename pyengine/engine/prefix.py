@@ -134,6 +134,8 @@ class Prefix:
         self._cache, self._ids = None, []
         if self._known is not None:
             self._known.shrink(0)
+            if self._is_own:
+                self._known.trim()
 
     def _drop(self) -> None:
         """Have nothing, not even an arena of its own."""
@@ -156,6 +158,7 @@ class Prefix:
             arena, windows = known.arena, WINDOWS * window_pages(known.arena.window, 1)
             pages = 2 * -(-length // PAGE)
             known.shrink(pages * arena.page_bytes(False) + windows * arena.page_bytes(True))
+            known.trim()
 
 
 def check_prefix(op: str, prefix: Any) -> None:

@@ -73,7 +73,7 @@ class Tree:
     def nbytes(self) -> int:
         """Memory of the pages that are held, whoever else holds them."""
         full, sliding = self._page_bytes
-        return self._num_nodes * full + (len(self._used) - self._num_nodes) * sliding
+        return self.holds[False] * full + self.holds[True] * sliding
 
     def __len__(self) -> int:
         """Number of nodes."""
@@ -162,6 +162,19 @@ class Tree:
 
     def clear(self) -> None:
         self.shrink(lambda: False)
+
+    @property
+    def holds(self) -> dict[bool, int]:
+        """Pages that it holds by kind, whether sliding."""
+        return {False: self._num_nodes, True: len(self._used) - self._num_nodes}
+
+    def renumber(self, is_sliding: bool, numbers: Mapping[int, int]) -> None:
+        """Note that the pages of a kind have other numbers now."""
+        for node in self.nodes():
+            if not is_sliding:
+                node.full = numbers[node.full]
+            elif node.sliding is not None:
+                node.sliding = numbers[node.sliding]
 
     def nodes(self) -> Iterator[Node]:
         """Every node, parents first."""

@@ -34,6 +34,7 @@ BACK = 16  # positions kept before a window, so that a text may be taken back by
 MOST_PAGES = 64
 LEAST_PAGES = CHUNK // PAGE
 STEP = 1 << 28  # bytes
+TRIMMED = 2  # times what it would be had it just grown: an arena that is larger may be cut to that
 
 
 class Placed(NamedTuple):
@@ -219,9 +220,7 @@ class Arena:
         lacking = wanted - pages.free
         if lacking <= 0:
             return 0
-        step = min(max(LEAST_PAGES, pages.count // 2), MOST_PAGES, max(1, STEP // size))
-        if sliding:  # no more beyond what one sequence may need
-            step = min(step, window_pages(self.window, CHUNK) - pages.count)
+        step = self._stride(sliding, pages.count)
         if self.most_bytes is not None:
             spare = (self.most_bytes - self.nbytes) // size
             if lacking > spare:
@@ -231,6 +230,14 @@ class Arena:
                 )
             step = 0  # what one kind has to spare the other would lack
         return max(lacking, step)
+
+    def _stride(self, sliding: bool, count: int) -> int:
+        """Pages that it grows by from so many, if no more are asked for."""
+        size = max(1, self.page_bytes(sliding))
+        step = min(max(LEAST_PAGES, count // 2), MOST_PAGES, max(1, STEP // size))
+        if sliding:  # no more beyond what one sequence may need
+            step = min(step, window_pages(self.window, CHUNK) - count)
+        return max(0, step)
 
     def _grow(self, sliding: bool, count: int) -> None:
         """Have so many pages in all, one array after the other."""
@@ -245,6 +252,45 @@ class Arena:
         pages = self.pages(sliding)
         pages.add(count - pages.count)
         self._growing.discard(sliding)
+
+    def spare(self, sliding: bool) -> int:
+        """Pages that :meth:`trim` would give back: none unless they are more than the others."""
+        pages = self.pages(sliding)
+        held = pages.count - pages.free
+        enough = held + self._stride(sliding, held) if held else 0
+        return pages.count - enough if pages.count > TRIMMED * enough else 0
+
+    def trim(self, sliding: bool) -> dict[int, int]:
+        """Give the memory of spare pages back, one array after the other. Evaluates.
+
+        Returns:
+            By their old numbers, the new ones of the pages that are held. Whoever holds them must
+            take these over; if it is broken off, nobody knows what is where (:meth:`clear`).
+        """
+        pages = self.pages(sliding)
+        count = pages.count - self.spare(sliding)
+        moved = pages.pack(count)
+        mx.eval(self._reads)  # of what is about to lie elsewhere
+        places = mx.array(list(moved), dtype=mx.int32)
+        for arrays in (self.keys, self.values):
+            for i, a in enumerate(arrays):
+                if a is not None and self.config.layers[i].sliding == sliding:
+                    more = mx.zeros((count - len(moved), *a.shape[1:]), a.dtype)
+                    arrays[i] = a = mx.concatenate([mx.take(a, places, axis=0), more])
+                    mx.eval(a)
+        mx.clear_cache()  # where MLX keeps what was freed
+        return moved
+
+    def clear(self) -> None:
+        """Have no pages, whoever holds some. Evaluates."""
+        self._growing.clear()
+        for kind in (False, True):
+            self.pages(kind).clear()
+        for arrays in (self.keys, self.values):
+            for i, a in enumerate(arrays):
+                if a is not None:
+                    arrays[i] = mx.zeros((0, *a.shape[1:]), a.dtype)
+        mx.eval(self.arrays)
 
     def copy(self, sliding: bool, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages in every layer of the kind. Evaluates."""

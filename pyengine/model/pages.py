@@ -19,10 +19,30 @@ class Pages:
     def free(self) -> int:
         return len(self._free)
 
+    @property
+    def holds(self) -> int:
+        """How many times pages are held, all together."""
+        return sum(self._holders)
+
     def add(self, count: int) -> None:
         """More pages, behind the others. The lowest are taken first."""
         self._free[:0] = range(self.count + count - 1, self.count - 1, -1)
         self._holders += [0] * count
+
+    def pack(self, count: int) -> dict[int, int]:
+        """Have ``count`` pages, no fewer than are held; those that are held come first, in the same
+        order. By its old number, each one's new one."""
+        held = [page for page, holders in enumerate(self._holders) if holders]
+        holders = [self._holders[page] for page in held]
+        self.clear()
+        self.add(count)
+        self._holders[: len(held)] = holders
+        self._free = self._free[: count - len(held)]
+        return {page: place for place, page in enumerate(held)}
+
+    def clear(self) -> None:
+        """Have no pages, whoever holds some."""
+        self._holders, self._free = [], []
 
     def take(self) -> int:
         """A free page, held once.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from knowing import tiny
 from models import spoil
@@ -15,6 +16,7 @@ from tiny_pairs import greedy_text
 from pyengine import Engine, Sampling, generate
 from pyengine.engine import loop
 from pyengine.model import plan
+from pyengine.task import new_task
 
 TEXT = greedy_text("dense31")
 # Past a page, past a window's page, and short; the last two have one prompt
@@ -158,3 +160,86 @@ def test_texts_of_one_prompt_share_its_whole_pages(pair: Any) -> None:
         for n, text in enumerate(texts):
             alone = generate(TEXT[:70] * 2, pair=pair, sampling=Sampling(seed=5 + n), **ask)
             assert text.result.tokens == alone.tokens
+
+
+def long(pair: Any, engine: Engine) -> None:
+    """Texts that take many pages, cancelled so that none of these is kept."""
+    requests = [
+        engine.submit([n, *TEXT * 9], max_tokens=300, block_size=2, sampling=Sampling(seed=n))
+        for n in range(4)
+    ]
+    for _ in range(160):
+        engine.step()
+    for request in requests:
+        request.cancel()
+    engine.step()
+    engine._known.shrink(0)
+
+
+def test_an_idle_engine_gives_most_of_its_memory_back(pair: Any, alone: Any) -> None:
+    """It keeps what texts may begin with, whose bits are the same: the next begin there."""
+    with checked(pair, sequences=4) as engine:
+        arena = engine._arena
+        long(pair, engine)
+        requests = submitted(engine)
+        while engine._active or engine._waiting or engine._incoming:
+            assert engine.step()
+        before, active, pages = arena.nbytes, mx.get_active_memory(), arena.full.count
+        assert not engine.step()
+        after, kept = arena.nbytes, arena.full.count
+        # A sequence may need eleven pages of the window: these are no more
+        assert kept < pages / 2 and arena.sliding.count == 11
+        assert after == sum(a.nbytes for a in arena.arrays)
+        assert active - mx.get_active_memory() > 0.9 * (before - after)
+        assert arena.held_bytes == engine._known.nbytes > 0
+        again = submitted(engine)
+        run(engine)
+        for number, request in enumerate(again[:5]):
+            assert request.result.tokens == requests[number].result.tokens == alone[number]
+            assert request.result.stats.reused_tokens == len(PROMPTS[number]) - 1
+        assert arena.full.count == kept  # and it is not given back and asked for by turns
+    assert arena.nbytes == 0
+
+
+def test_memory_is_not_moved_under_a_text(pair: Any) -> None:
+    """Also of one that waits for its reader."""
+    with checked(pair, sequences=4) as engine:
+        long(pair, engine)
+        before = engine._arena.nbytes
+        request = engine.add(new_task(TEXT[:64], pair=pair, max_tokens=9, block_size=1), 1)
+        while engine.step():
+            pass
+        assert request.is_held and engine._arena.nbytes == before
+        while not request.ended:
+            request.take()
+            engine.step()
+        engine.step()
+        assert engine._arena.nbytes < before
+
+
+def test_what_is_broken_off_leaves_nothing_and_no_wrong_text(
+    pair: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any array."""
+    for count in (1, 2, 5):
+        with checked(pair, sequences=4) as engine:
+            long(pair, engine)
+            submitted(engine)
+            while engine._active or engine._waiting or engine._incoming:
+                assert engine.step()
+            evaluate, calls = mx.eval, []
+
+            def interrupt(*args: Any, evaluate: Any = evaluate, calls: Any = calls) -> None:
+                calls.append(0)
+                if len(calls) == count:  # noqa: B023
+                    raise KeyboardInterrupt
+                evaluate(*args)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(mx, "eval", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    engine.step()
+            assert engine._arena.nbytes == 0 == len(engine._known.tree)
+            again = submitted(engine)
+            run(engine)
+            assert [request.result.tokens for request in again[:5]] == alone

@@ -381,6 +381,46 @@ def test_an_arena_has_no_more_than_it_may() -> None:
     assert_pages(arena, [cache])
 
 
+@pytest.mark.parametrize("flavour", ["uni12", "e2b"])
+def test_an_arena_gives_spare_pages_back(flavour: str) -> None:
+    """Half of it is not spare yet; what is held moves, and keeps its bits."""
+    model, text = tiny_pair(flavour).target, long_text(700)
+    arena = model.new_arena()
+    first, other, cache = (arena.new_cache() for _ in range(3))
+    model.prefill(text, first)
+    model.prefill(text[50:], other)
+    model.prefill(text[100:250], cache)
+    fork = cache.fork(150)
+    want, counts = follow_up(model, fork), (arena.full.count, arena.sliding.count)
+    fork.release()
+    first.release()
+    assert (arena.spare(False), arena.spare(True)) == (0, 0)
+    other.release()
+    assert counts == (36, 11)
+    # Of full layers the 3 that are held and one growth by 8; of the sliding, up to a sequence's 11
+    assert (arena.spare(False), arena.spare(True)) == (36 - 3 - 8, 0)
+    assert cache.full == [22, 23, 24]
+    active = mx.get_active_memory()
+    moved = arena.trim(False)
+    assert moved == {22: 0, 23: 1, 24: 2} and arena.full.count == 11 and arena.full.free == 8
+    assert sum(a.nbytes for a in arena.arrays) == arena.nbytes
+    assert active - mx.get_active_memory() > 24 * arena.page_bytes(False)
+    cache.full = [moved[page] for page in cache.full]
+    cache.settle(150)
+    assert_same(follow_up(model, cache), want)
+    assert_pages(arena, [cache])
+    cache.release()
+    for kind in (False, True):
+        assert arena.spare(kind) == arena.pages(kind).count
+        assert arena.trim(kind) == {}
+    assert arena.nbytes == sum(a.nbytes for a in arena.arrays) == 0
+    cache = arena.new_cache()
+    model.prefill(text[100:250], cache)
+    assert_same(follow_up(model, cache), want)
+    arena.clear()
+    assert arena.nbytes == sum(a.nbytes for a in arena.arrays) == 0
+
+
 def test_of_31b_a_short_chat_takes_a_few_pages() -> None:
     """Of its layers, whose windows are 0.84 GB; none of it is ever written."""
     layers = [

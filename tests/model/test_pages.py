@@ -14,7 +14,7 @@ def test_any_order_of_calls(seed: int) -> None:
     rng, count = random.Random(seed), random.Random(seed).randint(0, 5)
     pages, held = Pages(count), dict[int, int]()
     for _ in range(400):
-        call = rng.choice(["take", "take", "hold", "drop", "drop", "add"])
+        call = rng.choice(["take", "take", "hold", "drop", "drop", "add", "pack"])
         if call == "take" and len(held) == count:
             with pytest.raises(RuntimeError, match=rf"\[pages\] .* more than {count} but all are"):
                 pages.take()
@@ -26,6 +26,11 @@ def test_any_order_of_calls(seed: int) -> None:
             more = rng.randint(0, 4)
             pages.add(more)
             count += more
+        elif call == "pack":
+            count = len(held) + rng.randint(0, 2)
+            moved = pages.pack(count)
+            assert moved == {page: place for place, page in enumerate(sorted(held))}
+            held = {moved[page]: times for page, times in held.items()}
         elif held and call == "hold":
             page = rng.choice(list(held))
             pages.hold(page)
@@ -37,6 +42,7 @@ def test_any_order_of_calls(seed: int) -> None:
             if not held[page]:
                 del held[page]
         assert (pages.count, pages.free) == (count, count - len(held))
+        assert pages.holds == sum(held.values())
         for page in range(count):
             assert pages.is_shared(page) == (held.get(page, 0) > 1)
     for page, times in held.items():
@@ -44,6 +50,8 @@ def test_any_order_of_calls(seed: int) -> None:
             pages.drop(page)
     assert pages.free == pages.count == count
     assert sorted(pages.take() for _ in range(count)) == list(range(count))
+    pages.clear()
+    assert pages.count == pages.free == pages.holds == 0
 
 
 def test_a_free_page_is_neither_dropped_nor_held() -> None:
