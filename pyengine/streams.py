@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MOST_SEQUENCES = 128
 CACHE_DIR_BYTES = 20_000_000_000
+LITTLE = 1_000_000_000  # bytes of keys and values
 
 _log = logging.getLogger("pyengine")
 
@@ -160,7 +161,9 @@ class Engine:
         if cache_bytes is not None and whole("engine", "cache_bytes", cache_bytes) < 1:
             raise ValueError(f"[engine] cache_bytes must be at least 1 but got {cache_bytes}.")
         self._places, self._cache_bytes = count, cache_bytes
-        self._arena = self.pair.target.new_arena()
+        # Where little is allowed, nothing is taken ahead
+        is_little = cache_bytes is not None and cache_bytes < LITTLE
+        self._arena = self.pair.target.new_arena(sequences=1 if is_little else count)
         stored = None
         if cache_dir is not None:
             stored = stored_pages(self.pair, cache_dir, cache_dir_bytes)

@@ -34,6 +34,9 @@ BACK = 16  # positions kept before a window, so that a text may be taken back by
 MOST_PAGES = 64
 LEAST_PAGES = CHUNK // PAGE
 STEP = 1 << 28  # bytes
+# For every further size graphs are recorded anew, so one of many sequences begins with a chunk of
+# each, as long as these take no more than
+SMALL = 1 << 25  # bytes
 TRIMMED = 2  # times what it would be had it just grown: an arena that is larger may be cut to that
 
 
@@ -104,12 +107,18 @@ class Arena:
         dtype: Of keys and values.
         most_bytes: It grows to no more than this, page by page; None: to whatever is asked for, and
             by more than a few pages at once.
+        sequences: It is likely to hold so many.
     """
 
     def __init__(
-        self, config: TargetConfig, dtype: mx.Dtype, most_bytes: int | None = None
+        self,
+        config: TargetConfig,
+        dtype: mx.Dtype,
+        most_bytes: int | None = None,
+        sequences: int = 1,
     ) -> None:
         self.config, self.window, self.most_bytes = config, config.window, most_bytes
+        self._sequences = sequences
         self.full, self.sliding = Pages(0), Pages(0)
         self.keys: list[mx.array | None] = []
         self.values: list[mx.array | None] = []
@@ -233,10 +242,12 @@ class Arena:
 
     def _stride(self, sliding: bool, count: int) -> int:
         """Pages that it grows by from so many, if no more are asked for."""
-        size = max(1, self.page_bytes(sliding))
-        step = min(max(LEAST_PAGES, count // 2), MOST_PAGES, max(1, STEP // size))
-        if sliding:  # no more beyond what one sequence may need
-            step = min(step, window_pages(self.window, CHUNK) - count)
+        size, many = max(1, self.page_bytes(sliding)), self._sequences
+        least = max(LEAST_PAGES, min(LEAST_PAGES * many, SMALL // size))
+        step = min(max(least, count // 2), MOST_PAGES, max(1, STEP // size))
+        if sliding:  # no more than the sequences may need
+            most = window_pages(self.window, CHUNK) + (many - 1) * window_pages(self.window, 1)
+            step = min(step, most - count)
         return max(0, step)
 
     def _grow(self, sliding: bool, count: int) -> None:

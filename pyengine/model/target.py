@@ -123,9 +123,9 @@ class Target:
         """Scaled embeddings of ids [T]: [T, E]."""
         return self.table.rows(ids, self.embedding_scale)
 
-    def new_arena(self, most_bytes: int | None = None) -> Arena:
+    def new_arena(self, most_bytes: int | None = None, sequences: int = 1) -> Arena:
         """An arena without pages for any number of sequences."""
-        return Arena(self.config, self.dtype, most_bytes)
+        return Arena(self.config, self.dtype, most_bytes, sequences)
 
     def new_cache(self) -> Cache:
         """A sequence without positions, in an arena of its own."""

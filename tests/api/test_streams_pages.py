@@ -16,6 +16,7 @@ from tiny_pairs import greedy_text
 from pyengine import Engine, Sampling, generate
 from pyengine.engine import loop
 from pyengine.model import plan
+from pyengine.streams import LITTLE
 from pyengine.task import new_task
 
 TEXT = greedy_text("dense31")
@@ -178,7 +179,7 @@ def long(pair: Any, engine: Engine) -> None:
 
 def test_an_idle_engine_gives_most_of_its_memory_back(pair: Any, alone: Any) -> None:
     """It keeps what texts may begin with, whose bits are the same: the next begin there."""
-    with checked(pair, sequences=4) as engine:
+    with checked(pair, sequences=4, cache_bytes=LITTLE - 1) as engine:
         arena = engine._arena
         long(pair, engine)
         requests = submitted(engine)
@@ -203,7 +204,7 @@ def test_an_idle_engine_gives_most_of_its_memory_back(pair: Any, alone: Any) -> 
 
 def test_memory_is_not_moved_under_a_text(pair: Any) -> None:
     """Also of one that waits for its reader."""
-    with checked(pair, sequences=4) as engine:
+    with checked(pair, sequences=4, cache_bytes=LITTLE - 1) as engine:
         long(pair, engine)
         before = engine._arena.nbytes
         request = engine.add(new_task(TEXT[:64], pair=pair, max_tokens=9, block_size=1), 1)
@@ -222,7 +223,7 @@ def test_what_is_broken_off_leaves_nothing_and_no_wrong_text(
 ) -> None:
     """At any array."""
     for count in (1, 2, 5):
-        with checked(pair, sequences=4) as engine:
+        with checked(pair, sequences=4, cache_bytes=LITTLE - 1) as engine:
             long(pair, engine)
             submitted(engine)
             while engine._active or engine._waiting or engine._incoming:
@@ -243,3 +244,14 @@ def test_what_is_broken_off_leaves_nothing_and_no_wrong_text(
             again = submitted(engine)
             run(engine)
             assert [request.result.tokens for request in again[:5]] == alone
+
+
+def test_sizes_are_few_while_texts_grow(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each further one, the graphs of rounds are recorded anew."""
+    sizes = set()
+    with checked(pair, sequences=4) as engine:
+        requests = [engine.submit(TEXT[:9], max_tokens=400, block_size=1) for _ in range(4)]
+        while engine.step():
+            sizes.add((engine._arena.full.count, engine._arena.sliding.count))
+        assert [len(request.result.tokens) for request in requests] == [400] * 4
+    assert len(sizes) <= 3

@@ -238,7 +238,7 @@ class ScriptTarget:
 
         return LengthCache(on_round)
 
-    def new_arena(self) -> NoArena:
+    def new_arena(self, *, sequences: int = 1) -> NoArena:
         return NoArena(self.new_cache)
 
     def prompt_bytes(self, tokens: int, block_size: int, marks: int) -> int:

@@ -345,6 +345,17 @@ def test_it_grows_by_half_in_some_pages_or_many_bytes(monkeypatch: pytest.Monkey
     assert steps_of_growth(arena, False)[:3] == [3, 6, 9]
 
 
+def test_one_for_many_begins_with_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of each, in a few large steps, if that is little; of sliding layers their windows."""
+    arena = tiny_pair("dense31").target.new_arena(sequences=4)
+    assert steps_of_growth(arena, False)[:5] == [32, 64, 96, 144, 208]
+    assert window_pages(WINDOW, 1) == 3
+    assert steps_of_growth(arena, True)[:3] == [11 + 3 * 3, 21, 22]
+    monkeypatch.setattr(cache_module, "SMALL", 12 * arena.page_bytes(False))
+    arena = tiny_pair("dense31").target.new_arena(sequences=4)
+    assert steps_of_growth(arena, False)[:4] == [12, 24, 36, 54]
+
+
 def test_growth_is_what_making_room_adds() -> None:
     model = tiny_pair("dense31").target
     arena = model.new_arena()
