@@ -18,6 +18,8 @@ MOST_DRAFTS = AUTO_BLOCK - 1
 FORGET = 0.98  # of a text's counts, per draft at that depth; of those of all texts:
 FORGET_ALL = 0.995
 WEIGHT = 6.0  # drafts that a prior counts for
+HARD = 0.5  # refusals that a text is taken to be like all others for
+OF_LATE = 0.9  # of what tells how hard a text is, per round
 LIKELY = 0.75  # of a draft to be kept, before any was seen
 
 NEWEST = 25  # rounds of a shape whose median counts
@@ -55,19 +57,26 @@ class Shape(NamedTuple):
 class Acceptance:
     """How likely a draft is kept, by depth, where all before it in its block are.
 
-    Beta counts with forgetting. Where little was seen the ``prior`` counts; without one, a depth of
-    which nothing is known is like the one before it.
+    Beta counts with forgetting. Where little was seen the ``prior`` counts, made as hard as this
+    text is: its drafts are refused so many times as often as the prior's, at all depths alike, so
+    that few rounds tell a hard text among easy ones. Without a prior, a depth of which nothing is
+    known is like the one before it.
     """
 
     def __init__(self, prior: Acceptance | None = None, forget: float = FORGET) -> None:
         self.kept = [0.0] * MOST_DRAFTS
         self.made = [0.0] * MOST_DRAFTS
         self._prior, self._forget = prior, forget
+        self._refused = self._expected = HARD  # drafts of late, and by the prior
 
     def note(self, drafted: int, accepted: int) -> None:
         """A round of the text. What lies behind a refused draft tells nothing, and what was known
         of it is forgotten bit by bit; a round without drafts changes nothing."""
         seen = min(drafted, accepted + 1, MOST_DRAFTS)
+        if self._prior is not None and seen:
+            likely = self._prior.rates()[:seen]
+            self._refused = OF_LATE * (self._refused - HARD) + HARD + (accepted < seen)
+            self._expected = OF_LATE * (self._expected - HARD) + HARD + seen - sum(likely)
         for depth in range(MOST_DRAFTS if seen else 0):
             forget = self._forget if depth < seen else FORGET
             self.kept[depth] = self.kept[depth] * forget + (depth < min(accepted, seen))
@@ -75,13 +84,20 @@ class Acceptance:
 
     def rates(self) -> list[float]:
         """By depth, 0 to 1."""
-        priors = None if self._prior is None else self._prior.rates()
+        priors = self._priors()
         rates, last = [], LIKELY
         for depth, (kept, made) in enumerate(zip(self.kept, self.made, strict=True)):
             prior = last if priors is None else priors[depth]
             last = (kept + WEIGHT * prior) / (made + WEIGHT)
             rates.append(last)
         return rates
+
+    def _priors(self) -> list[float] | None:
+        """The prior's rates, were it as hard as this text."""
+        if self._prior is None:
+            return None
+        hardness = self._refused / self._expected
+        return [prior**hardness for prior in self._prior.rates()]
 
     def reach(self) -> list[float]:
         """How likely each draft is committed: all up to it are kept."""

@@ -237,6 +237,29 @@ def test_acceptance_by_depth() -> None:
     assert min(Acceptance(sure).rates()) > 0.9 > max(Acceptance().rates())
 
 
+def test_few_rounds_tell_a_hard_text_among_easy_ones() -> None:
+    """What is known of all is made as hard, at the depths too that were not seen; and easier."""
+    usual = Acceptance()
+    for _ in range(300):
+        usual.note(7, 7)
+        usual.note(7, 4)
+    rates = usual.rates()
+    assert Acceptance(usual).rates() == pytest.approx(rates)
+    hard, easy = Acceptance(usual), Acceptance(usual)
+    for _ in range(8):
+        hard.note(7, 0)
+        easy.note(7, 7)
+    assert hard.made[1:] == [0] * 6
+    assert hard.rates()[5] < 0.9 * rates[5]
+    assert all(own > one for own, one in zip(easy.rates(), rates, strict=True))
+    assert hard.reach()[6] < 0.1 < 0.45 < usual.reach()[6] < easy.reach()[6]
+    # As often as usual is no news
+    for _ in range(40):
+        hard.note(7, 7)
+        hard.note(7, 4)
+    assert hard.reach()[6] == pytest.approx(usual.reach()[6], abs=0.15)
+
+
 def test_costs_are_told_from_few_shapes() -> None:
     """a + b R and the drafter's steps, of shapes that were never seen; medians of those that
     were; what recording takes, apart."""
