@@ -30,16 +30,20 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def check_available() -> None:
+def check_available(command: str, otherwise: str) -> None:
     """Refuse to begin what could not be drawn at the end.
+
+    Args:
+        command: Who asks.
+        otherwise: What to do without.
 
     Raises:
         RuntimeError: matplotlib is missing.
     """
     if not available():
         raise RuntimeError(
-            '[card] the picture needs matplotlib: pip install "pyengine-mlx[plot]", or give '
-            "--no-plot for the JSON alone."
+            f'[{command}] the picture needs matplotlib: pip install "pyengine-mlx[plot]", or '
+            f"{otherwise}."
         )
 
 
@@ -105,7 +109,7 @@ def _ending(figure: Figure, card: dict[str, Any]) -> None:
     _text(figure, 0.05, 0.03, command, fontsize=8.5, family="monospace")
 
 
-def _axes(axes: Axes, title: str, explained: str, along: str) -> None:
+def style_axes(axes: Axes, title: str, explained: str, along: str) -> None:
     """What the three plots have in common; values lie along one axis."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=26)
     axes.annotate(
@@ -128,7 +132,7 @@ def _axes(axes: Axes, title: str, explained: str, along: str) -> None:
 
 def _speed(axes: Axes, decoding: list[dict[str, Any]]) -> None:
     """Tokens per second by block size, plain decoding first."""
-    _axes(axes, "Tokens per second", "and as a multiple of plain decoding", "y")
+    style_axes(axes, "Tokens per second", "and as a multiple of plain decoding", "y")
     names, most = [], 0.0
     for i, line in enumerate(decoding):
         plain, rate = line["block_size"] == PLAIN, line["tok_s"] or 0.0
@@ -156,7 +160,7 @@ def _speed(axes: Axes, decoding: list[dict[str, Any]]) -> None:
 
 def _depths(axes: Axes, decoding: list[dict[str, Any]]) -> None:
     """Part of the drafts at each depth that were kept, a line per block size."""
-    _axes(axes, "Acceptance by depth", "drafts kept of those made, first draft to last", "y")
+    style_axes(axes, "Acceptance by depth", "drafts kept of those made, first draft to last", "y")
     deepest = 1
     blocks = [line for line in decoding if line["block_size"] != PLAIN]
     for (color, marker), line in zip(LINES * len(blocks), blocks, strict=False):
@@ -188,7 +192,7 @@ def _kernels(axes: Axes, card: dict[str, Any]) -> None:
     from matplotlib.patches import Patch
 
     limit = card["bandwidth"]["gb_s"]
-    _axes(axes, f"GB/s per op, shapes of {card['kernel_shapes']}", "", "x")
+    style_axes(axes, f"GB/s per op, shapes of {card['kernel_shapes']}", "", "x")
     places = list(dict.fromkeys(row["place"] for row in card["kernels"]))
     counts = sorted({row["rows"] for row in card["kernels"]})
     height = 0.76 / len(counts)

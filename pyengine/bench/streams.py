@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,12 +16,24 @@ from pyengine.bench.suite import Case
 from pyengine.drafters.drafter import MAX_BLOCK
 from pyengine.generation import generate
 from pyengine.sampling.settings import Sampling
-from pyengine.streams import MOST_SEQUENCES, Engine
+from pyengine.streams import MOST_SEQUENCES, Engine, Request
 from pyengine.task import Task, new_task
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
 
+
+LOADS = {
+    "suite": "the suite's prompts, from the first on again, at once",
+    "equal": "its first prompt, at once",
+    "mixed": "prompts of 5 to 2000 tokens, at once",
+    "arrivals": "its prompts, four per stream, at random times (--rate)",
+    "long-prompt": "its prompts, and one of 8000 tokens when all write",
+    "several": "texts of its first prompt, as n of one request",
+}
+PER_STREAM = 4  # requests that arrive one by one
+LENGTHS = (5, 2000, 40, 600, 150, 1000, 15, 300)  # of mixed prompts, tokens
+LONG = 8000  # tokens of the one that comes late
 
 # Of a terminal of 80 columns; times in milliseconds
 HEADS = (
@@ -36,6 +50,25 @@ HEADS = (
     "acc.",
     "same",
 )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The requests of a run.
+
+    Attributes:
+        tasks: Of the texts that are timed.
+        sequences: Most at once.
+        arrivals: When each is submitted, in seconds; at once where there are none.
+        late: Comes when all others have begun to write, and is not timed itself.
+        is_several: Whether all are texts of one request.
+    """
+
+    tasks: Sequence[Task]
+    sequences: int
+    arrivals: Sequence[float] = ()
+    late: Task | None = None
+    is_several: bool = False
 
 
 @dataclass
@@ -55,7 +88,12 @@ class Load:
 
 
 def check_settings(
-    streams: Sequence[int], block_sizes: Sequence[int | str], repeats: int, max_tokens: int
+    streams: Sequence[int],
+    block_sizes: Sequence[int | str],
+    repeats: int,
+    max_tokens: int,
+    load: str = "suite",
+    rate: float = 1.0,
 ) -> None:
     """Refuse what cannot be timed.
 
@@ -74,6 +112,10 @@ def check_settings(
     for name, value, least in (("--repeats", repeats, 1), ("--max-tokens", max_tokens, 2)):
         if whole("bench", name, value) < least:
             raise ValueError(f"[bench] {name} must be at least {least} but got {value}.")
+    if load not in LOADS:
+        raise ValueError(f"[bench] --load must be one of {', '.join(LOADS)} but got {load!r}.")
+    if not 0 < rate < math.inf:
+        raise ValueError(f"[bench] --rate must be more than 0 but got {rate}.")
 
 
 def bench_streams(
@@ -85,19 +127,21 @@ def bench_streams(
     max_tokens: int,
     sampling: Sampling,
     repeats: int,
+    load: str = "suite",
+    rate: float = 1.0,
     on_run: Callable[[int, int, str], None] = lambda done, total, label: None,
 ) -> list[Row]:
     """Time every number of streams at every block size, alternating in this process.
 
-    Stream i has the prompt of case i, from the first on again where there are fewer, and the seed
-    of ``sampling`` plus i. All come at once. A repeat runs each setting once; the next begins one
-    further in their list. A run that is not timed comes first, and every text is compared with the
-    one that :func:`pyengine.generate` gives.
+    Text i has the seed of ``sampling`` plus i, and a prompt by :data:`LOADS`; ``rate`` is how many
+    arrive per second where they come one by one. A repeat runs each setting once; the next begins
+    one further in their list. A run that is not timed comes first, and every text is compared with
+    the one that :func:`pyengine.generate` gives.
 
     Returns:
         A row per setting, of medians over the repeats.
     """
-    check_settings(streams, block_sizes, repeats, max_tokens)
+    check_settings(streams, block_sizes, repeats, max_tokens, load, rate)
     settings = [(count, block) for block in block_sizes for count in streams]
     alone: dict[tuple[int, int | str], list[int]] = {}
     loads: dict[tuple[int, int | str], list[Load]] = {setting: [] for setting in settings}
@@ -106,14 +150,14 @@ def bench_streams(
         for place in range(len(settings)):
             count, block = settings[(place + repeat) % len(settings)]
             on_run(repeat * len(settings) + place, total, f"{count} streams, block {block}")
-            tasks = [_task(pair, cases, i, max_tokens, block, sampling) for i in range(count)]
+            asked = _asked(pair, cases, load, count, block, max_tokens, sampling, rate)
             if not repeat:
-                for i, task in enumerate(tasks):
+                for i, task in enumerate(asked.tasks):
                     if (i, block) not in alone:
                         alone[i, block] = _alone(pair, task)
-            load = run(pair, tasks)
+            timed = run(pair, asked)
             if repeat:
-                loads[count, block].append(load)
+                loads[count, block].append(timed)
     rows = [_row(*setting, loads[setting], alone) for setting in settings]
     single = {row["block_size"]: row["tok_s"] for row in rows if row["streams"] == 1}
     for row in rows:
@@ -122,27 +166,44 @@ def bench_streams(
     return rows
 
 
-def run(pair: Pair, tasks: Sequence[Task]) -> Load:
-    """All at once on an engine of their own."""
-    with Engine(pair, sequences=len(tasks)) as engine:
+def run(pair: Pair, asked: Asked) -> Load:
+    """Requests on an engine of their own."""
+    tasks, load = asked.tasks, Load([[] for _ in asked.tasks])
+    requests: list[Request] = []
+    came: list[float] = []
+    newest: dict[int, float] = {}
+    late = asked.late
+    with Engine(pair, sequences=asked.sequences) as engine:
         begin = now = time.perf_counter()
-        requests = [engine.add(task) for task in tasks]
-        load = Load([[] for _ in tasks])
-        newest: dict[int, float] = {}
         while True:
+            if not asked.arrivals and not requests:
+                requests = engine.add_several(tasks) if asked.is_several else []
+                requests = requests or [engine.add(task) for task in tasks]
+                came = [now] * len(tasks)
+            while len(requests) < len(tasks) and now - begin >= asked.arrivals[len(requests)]:
+                requests.append(engine.add(tasks[len(requests)]))
+                came.append(now)
+            if late is not None and len(newest) == len(tasks):
+                requests.append(engine.add(late))
+                late = None
             before, going = now, dict(newest)
             blocks, drafted = engine.totals.blocks, engine.totals.drafted
-            if not engine.step():
-                break
+            worked = engine.step()
             now = time.perf_counter()
+            if not worked:
+                if len(requests) >= len(tasks):
+                    break
+                time.sleep(max(0.0, begin + asked.arrivals[len(requests)] - now))
+                now = time.perf_counter()
+                continue
             rows = engine.totals.blocks - blocks + engine.totals.drafted - drafted
-            for i, request in enumerate(requests):
+            for i, request in enumerate(requests[: len(tasks)]):
                 for step in request.take():
                     if not step.tokens:
                         continue
                     load.tokens[i] += step.tokens
                     if i not in newest:
-                        load.first_s.append(now - begin)
+                        load.first_s.append(now - came[i])
                     else:
                         load.gaps_s.append(now - going[i])
                         load.round_tokens += len(step.tokens)
@@ -154,6 +215,7 @@ def run(pair: Pair, tasks: Sequence[Task]) -> Load:
         for request in requests:
             if request.error is not None:
                 raise request.error
+        for request in requests[: len(tasks)]:
             stats = request.result.stats
             load.stream_tok_s.append(stats.tok_s)
             load.drafted += stats.drafted
@@ -161,18 +223,45 @@ def run(pair: Pair, tasks: Sequence[Task]) -> Load:
         return load
 
 
-def _task(
-    pair: Pair, cases: Sequence[Case], i: int, max_tokens: int, block: int | str, sampling: Sampling
-) -> Task:
-    case = cases[i % len(cases)]
-    return new_task(
-        case.content,
-        pair=pair,
-        raw=case.raw,
-        max_tokens=max_tokens,
-        block_size=block,
-        sampling=replace(sampling, seed=(sampling.seed or 0) + i),
-    )
+def _asked(
+    pair: Pair,
+    cases: Sequence[Case],
+    load: str,
+    count: int,
+    block: int | str,
+    max_tokens: int,
+    sampling: Sampling,
+    rate: float,
+) -> Asked:
+    """The requests of a load, the same in each repeat."""
+
+    def task(i: int, length: int | None = None) -> Task:
+        case = cases[0 if load in ("equal", "several") else i % len(cases)]
+        asked: dict[str, Any] = {
+            "pair": pair,
+            "max_tokens": max_tokens,
+            "block_size": block,
+            "sampling": replace(sampling, seed=(sampling.seed or 0) + i),
+        }
+        made = new_task(case.content, raw=case.raw, **asked)
+        if length is None:
+            return made
+        most = min(length, pair.target.context - max_tokens - MAX_BLOCK)
+        ids = [token for one in cases for token in new_task(one.content, raw=one.raw, **asked).ids]
+        return new_task((ids[i % len(ids) :] + ids * (most // len(ids) + 1))[:most], **asked)
+
+    if load == "mixed":
+        return Asked([task(i, LENGTHS[i % len(LENGTHS)]) for i in range(count)], count)
+    if load == "arrivals":
+        rng, at, times = random.Random(sampling.seed), 0.0, list[float]()
+        for _ in range(PER_STREAM * count):
+            at += rng.expovariate(rate)
+            times.append(at)
+        return Asked([task(i) for i in range(len(times))], count, times)
+    tasks = [task(i) for i in range(count)]
+    if load == "long-prompt":
+        return Asked(tasks, count + 1, late=task(count, LONG))
+    return Asked(tasks, count, is_several=load == "several")
 
 
 def _alone(pair: Pair, task: Task) -> list[int]:
@@ -197,7 +286,7 @@ def _row(
     def gap(part: float) -> Callable[[Load], float]:
         return lambda load: quantile(load.gaps_s, part) * 1e3
 
-    want = [alone[i, block] for i in range(count)]
+    want = [alone[i, block] for i in range(len(loads[0].tokens))]
     return {
         "streams": count,
         "block_size": block,

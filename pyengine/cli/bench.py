@@ -38,6 +38,7 @@ EXAMPLES = (
 STREAMS_EXAMPLES = (
     "pyengine bench streams",
     "pyengine bench streams --bundle ./pair --streams 1,2,4,8,16 --block-sizes 1,2,4",
+    "pyengine bench streams --load long-prompt --streams 4 --plot streams.png",
 )
 # As the published card's command line spells them
 PUBLISHED = {
@@ -224,6 +225,22 @@ def streams(
             show_default="the embedded suite",
         ),
     ] = None,
+    load: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="suite, equal, mixed, arrivals, long-prompt or several: what is asked, and when.",
+        ),
+    ] = "suite",
+    rate: Annotated[
+        float, typer.Option(help="Requests per second of --load arrivals, on average.")
+    ] = 1.0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw a PNG, which needs matplotlib.", show_default=False
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the report as JSON.", show_default=False),
@@ -237,20 +254,25 @@ def streams(
     tok/s counts the tokens of all texts over the time of the rounds, and gain compares it with one
     text at that block size. Then: tok/s of each text; milliseconds to the first token, and between
     a text's rounds (p50, p95, max); rows per round; acceptance; whether every text is the same as
-    alone.
+    alone. Loads: equal prompts; mixed ones of 5 to 2000 tokens; arrivals at random times, four per
+    stream; long-prompt, where one of 8000 tokens comes when all write; several texts of one prompt.
     """
     with common.sentences():
         counts = read_numbers("--streams", streams)
         blocks = read_blocks(block_sizes)
-        from pyengine.bench import report, suite
+        from pyengine.bench import picture, report, streams_picture, suite
         from pyengine.bench import streams as bench
         from pyengine.sampling.settings import Sampling
+        from pyengine.untrusted import write_whole
 
-        bench.check_settings(counts, blocks, repeats, max_tokens)
+        bench.check_settings(counts, blocks, repeats, max_tokens, load, rate)
         sampling = Sampling(temperature=temperature, seed=seed, verify=verify.value)
         cases = suite.load_suite(prompt_suite or suite.EMBEDDED)
-        if output:
-            check_output("bench", output)
+        for file in (output, plot):
+            if file:
+                check_output("bench", file)
+        if plot:
+            picture.check_available("bench", "leave --plot out")
         pair = common.load_pair(target, assistant, bundle, None, Position.last, ops)
         run_on = report.environment()
         for line in report.heading(run_on, pair):
@@ -264,9 +286,11 @@ def streams(
                 max_tokens=max_tokens,
                 sampling=sampling,
                 repeats=repeats,
+                load=load,
+                rate=rate,
                 on_run=on_run,
             )
-        title = f"{max_tokens} tokens per text, medians of {repeats} runs"
+        title = f"{load}: {max_tokens} tokens per text, medians of {repeats} runs"
         tables.show(common.console(sys.stdout), title, bench.HEADS, bench.cells(rows), right=True)
         whole = {
             "bench": "streams",
@@ -274,12 +298,23 @@ def streams(
             **run_on,
             "pair": report.describe_pair(pair),
             "sampler": sampling.to_dict(),
-            "settings": {"command": sys.argv[1:], "max_tokens": max_tokens, "repeats": repeats},
+            "settings": {
+                "command": sys.argv[1:],
+                "max_tokens": max_tokens,
+                "repeats": repeats,
+                "load": load,
+                "rate": rate if load == "arrivals" else None,
+            },
             "rows": rows,
         }
+        if plot:
+            heading = f"{whole['pair']['name']}: {bench.LOADS[load]}"
+            note = (
+                f"{title}; {run_on['machine']['chip']}, pyengine {run_on['versions']['pyengine']}"
+            )
+            write_whole(plot, streams_picture.draw(rows, heading, note))
+            typer.echo(f"Picture: {plot}", err=True)
         if output:
-            from pyengine.untrusted import write_whole
-
             write_whole(output, json.dumps(whole, indent=2) + "\n")
             typer.echo(f"Report: {output}", err=True)
         if as_json:

@@ -79,7 +79,7 @@ def run(
             )
         check_folder("card", output)
         if plot:
-            picture.check_available()
+            picture.check_available("card", "give --no-plot for the JSON alone")
         pair = common.load_pair(target, assistant, bundle, None, Position.last, ops)
         check_published(pair, allow_unverified_gemma)
         cases = suite.load_suite(suite.EMBEDDED)

@@ -26,7 +26,7 @@ EXAMPLES = (
 EXTRAS = {
     "hub": (("huggingface_hub",), "names of the Hugging Face hub in place of folders"),
     "serve": (("fastapi", "uvicorn"), "pyengine serve"),
-    "plot": (("matplotlib",), "the picture of pyengine bench card"),
+    "plot": (("matplotlib",), "the pictures of pyengine bench card and streams"),
     "eval": (("lm_eval",), "python -m pyengine.evaluate, for lm-eval"),
 }
 CHECK_TOKENS = 24

@@ -11,8 +11,9 @@ from tiny_pairs import greedy_text
 from typer.testing import CliRunner
 
 from pyengine import cli
+from pyengine.bench import picture, streams_picture
 from pyengine.bench import streams as bench
-from pyengine.bench.streams import Load, quantile
+from pyengine.bench.streams import Asked, Load, quantile
 from pyengine.bench.suite import Case
 from pyengine.engine import loop, schedule
 from pyengine.sampling.settings import Sampling
@@ -70,7 +71,7 @@ def test_a_run_counts_tokens_rounds_and_rows() -> None:
         new_task(case.content, pair=pair, max_tokens=7, block_size=3, sampling=SAMPLING)
         for case in CASES
     ]
-    load = bench.run(pair, tasks)
+    load = bench.run(pair, Asked(tasks, 2))
     assert [len(tokens) for tokens in load.tokens] == [7, 7]
     assert len(load.first_s) == 2 and load.round_tokens == 12
     assert load.rows == 3 * len(load.gaps_s) and load.drafted == 2 * len(load.gaps_s)
@@ -111,6 +112,9 @@ def test_every_setting_is_run_and_compared_with_generate(monkeypatch: pytest.Mon
         (["--block-sizes", "129"], "--block-sizes must be 1 to 128 but got 129."),
         (["--repeats", "0"], "--repeats must be at least 1 but got 0."),
         (["--max-tokens", "1"], "--max-tokens must be at least 2 but got 1."),
+        (["--load", "heavy"], "several but got 'heavy'."),
+        (["--rate", "0"], "--rate must be more than 0 but got 0.0."),
+        (["--plot", "/nowhere/x.png"], "output must lie in a folder that exists but got /nowhere"),
     ],
 )
 def test_what_cannot_be_timed_is_refused(options: list[str], message: str) -> None:
@@ -121,8 +125,109 @@ def test_what_cannot_be_timed_is_refused(options: list[str], message: str) -> No
 def test_the_command_reports(tmp_path: Any) -> None:
     out = tmp_path / "report.json"
     words = "--streams 1,2 --block-sizes 3 --max-tokens 4 --repeats 1 --temperature 0 --json"
-    done = CliRunner().invoke(cli.app, ["bench", "streams", *words.split(), "--output", str(out)])
+    words += f" --load several --plot {tmp_path / 'streams.png'} --output {out}"
+    done = CliRunner().invoke(cli.app, ["bench", "streams", *words.split()])
     assert done.exit_code == 0, done.output
+    assert (tmp_path / "streams.png").read_bytes()[:4] == b"\x89PNG"
     report = json.loads(out.read_text())
     assert [row["streams"] for row in report["rows"]] == [1, 2]
+    assert report["settings"]["load"] == "several" and report["settings"]["rate"] is None
     assert json.loads(done.stdout.splitlines()[-1]) == report
+
+
+def asked(load: str, count: int, rate: float = 50.0) -> Asked:
+    return bench._asked(tiny("uni12"), CASES, load, count, 2, 6, SAMPLING, rate)
+
+
+def test_loads_ask_what_they_say() -> None:
+    """By the lengths of prompts, the seeds, the times."""
+    texts = {name: [len(task.ids) for task in asked(name, 3).tasks] for name in bench.LOADS}
+    assert texts["suite"] == [5, 9, 5]
+    assert texts["equal"] == texts["several"] == [5, 5, 5] and asked("several", 3).is_several
+    assert texts["long-prompt"] == [5, 9, 5] and texts["arrivals"] == [5, 9] * 6
+    context = tiny("uni12").target.context
+    assert texts["mixed"] == [min(n, context - 6 - 128) for n in (5, 2000, 40)]
+    late = asked("long-prompt", 3)
+    assert late.late is not None and late.sequences == 4
+    assert len(late.late.ids) == min(8000, context - 6 - 128)
+    for name in bench.LOADS:
+        one = asked(name, 3)
+        seeds = [task.sampling.seed for task in one.tasks]
+        assert seeds == [3 + i for i in range(len(seeds))]
+        assert bool(one.arrivals) == (name == "arrivals")
+    times = asked("arrivals", 40).arrivals
+    assert times == asked("arrivals", 40).arrivals == sorted(times)
+    assert 160 / 50 * 0.7 < times[-1] < 160 / 50 * 1.4  # so many per second
+    assert len({task.ids[0] for task in asked("mixed", 8).tasks}) > 1  # nothing is shared
+
+
+@pytest.mark.parametrize("load", bench.LOADS)
+def test_a_load_is_run_and_its_texts_are_those_alone(load: str) -> None:
+    rows = bench.bench_streams(
+        tiny("uni12"),
+        CASES,
+        streams=[2],
+        block_sizes=[2],
+        max_tokens=6,
+        sampling=SAMPLING,
+        repeats=1,
+        load=load,
+        rate=500.0,
+    )
+    assert rows[0]["texts_equal_to_alone"] and rows[0]["streams"] == 2
+    assert rows[0]["gap_max_ms"] > 0 < rows[0]["first_token_ms"]
+
+
+def test_the_late_prompt_comes_when_all_write_and_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, told = asked("long-prompt", 2), []
+    add = bench.Engine.add
+
+    def noted(self: Any, task: Any, *args: Any) -> Any:
+        told.append((task, [len(r.result.tokens) for r in self._active]))
+        return add(self, task, *args)
+
+    monkeypatch.setattr(bench.Engine, "add", noted)
+    load = bench.run(tiny("uni12"), one)
+    assert [task for task, _ in told] == [*one.tasks, one.late]
+    assert min(told[-1][1]) >= 1
+    assert [len(tokens) for tokens in load.tokens] == [6, 6] and len(load.first_s) == 2
+
+
+ROWS = [
+    {"streams": s, "block_size": b, "tok_s": 10.0 * s, "gain": gain, "gap_p95_ms": 2.0 * s}
+    for s, b, gain in ((1, 1, 1.0), (4, 1, 3.5), (1, "auto", None), (4, "auto", None))
+]
+
+
+def test_what_is_drawn() -> None:
+    assert streams_picture.points(ROWS, lambda row: row["tok_s"]) == {
+        "plain": {1: 10.0, 4: 40.0},
+        "auto": {1: 10.0, 4: 40.0},
+    }
+    assert streams_picture.points(ROWS, lambda row: row["gain"]) == {
+        "plain": {1: 1.0, 4: 3.5},
+        "auto": {},
+    }
+
+
+def test_the_picture_is_a_png_of_its_rows() -> None:
+    png = streams_picture.draw(ROWS, "a pair: $x", "a note")
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    size = (streams_picture.WIDTH, streams_picture.HEIGHT)
+    assert (int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")) == size
+    assert png == streams_picture.draw(ROWS, "a pair: $x", "a note")
+    other = [{**row, "tok_s": 1.0} for row in ROWS]
+    assert png != streams_picture.draw(other, "a pair: $x", "a note")
+
+
+def test_no_run_begins_without_what_draws_its_picture(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(picture, "available", lambda: False)
+    words = ["bench", "streams", "--plot", str(tmp_path / "x.png")]
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 1
+    assert "[bench] the picture needs matplotlib" in done.output
+    assert "or leave --plot out." in done.output.replace("\n", " ")
