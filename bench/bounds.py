@@ -21,10 +21,10 @@ Run: python bench/bounds.py
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import ceil, prod
 from typing import NamedTuple
 
+from pyengine.bench import traffic
 from pyengine.bench.bandwidth import of_chip
 from pyengine.checkpoint.memory import GB
 from pyengine.checkpoint.published import published
@@ -35,7 +35,6 @@ from pyengine.model.plan import Call, plan, reusable, whole
 
 PAIRS = ("31B", "26B-A4B", "12B", "E4B", "E2B")
 CONTEXTS = {"8k": 8192, "32k": 32768, "128k": 131072}
-GROUP = 64
 BLOCK, ACCEPTANCES = 6, (0.4, 0.8)
 
 # GB/s of the chips whose Macs may have 48 GB
@@ -80,20 +79,11 @@ SLICE = 16  # rows for which our kernels read the weights once
 CLOCKS_PER_BYTE = {1: 5.43, 6: 11.94, 16: 25.20}
 
 
-def weight_bytes(layout: Layout, bits: int) -> float:
-    """Memory of a model's tensors: bfloat16, or affine with a scale and a bias per group."""
-    per_number = 2 if bits == 16 else bits / 8 + 2 * 2 / GROUP
-    integers = sum(prod(layout.vectors[name]) for name in layout.integers)
-    vectors = sum(map(prod, layout.vectors.values()))
-    return sum(map(prod, layout.matrices.values())) * per_number + 2 * vectors + 2 * integers
-
-
 def pair_bytes(name: str, bits: int) -> float:
     """Memory of target and assistant."""
     target, assistant = published(name)
-    return weight_bytes(target_layout(target), bits) + weight_bytes(
-        assistant_layout(assistant), bits
-    )
+    layouts = target_layout(target), assistant_layout(assistant)
+    return sum(traffic.layout_bytes(layout, bits) for layout in layouts)
 
 
 def round_bytes(name: str, bits: int, context: int, block_size: int) -> float:
@@ -101,19 +91,7 @@ def round_bytes(name: str, bits: int, context: int, block_size: int) -> float:
     target, assistant = published(name)
     if target.num_experts:
         raise ValueError(f"[bounds] name must be a dense pair but got {name}.")
-    read = replace(
-        target, layers=tuple(replace(n, kv_source=i) for i, n in enumerate(assistant.layers))
-    )
-    draft = weight_bytes(assistant_layout(assistant), bits) + kept_bytes(read, context, block_size)
-    once = weight_bytes(target_layout(target), bits) + kept_bytes(target, context, block_size)
-    return once + (block_size - 1) * draft
-
-
-def kept_bytes(config: TargetConfig, context: int, block_size: int) -> int:
-    """Keys and values that a round sees, in bfloat16."""
-    places = {True: config.window - 1 + block_size, False: context}
-    own = [n for i, n in enumerate(config.layers) if n.kv_source == i]
-    return sum(2 * 2 * n.num_kv_heads * n.head_dim * places[n.sliding] for n in own)
+    return traffic.round_bytes(target, assistant, bits, context, block_size)
 
 
 def bound(bandwidth: float, moved: float, block_size: int, acceptance: float) -> float:
@@ -133,7 +111,7 @@ def round_seconds(name: str, chip: Chip, context: int, block_size: int) -> float
     ) -> float:
         numbers = sum(map(prod, layout.matrices.values()))
         arithmetic = numbers * CLOCKS_PER_BYTE[rows] / (chip.flops / 2)
-        time = max(weight_bytes(layout, 8) / (chip.bandwidth * GB), arithmetic)
+        time = max(traffic.layout_bytes(layout, 8) / (chip.bandwidth * GB), arithmetic)
         products = sum(
             4
             * config.num_heads
@@ -144,11 +122,9 @@ def round_seconds(name: str, chip: Chip, context: int, block_size: int) -> float
         )
         return time + max(kept / (chip.bandwidth * GB), products / chip.flops)
 
-    read = replace(
-        target, layers=tuple(replace(n, kv_source=i) for i, n in enumerate(assistant.layers))
-    )
-    draft = step(assistant, assistant_layout(assistant), kept_bytes(read, context, block_size), 1)
-    kept = kept_bytes(target, context, block_size)
+    read = traffic.kept_bytes(traffic.seen_by(target, assistant), context, block_size)
+    draft = step(assistant, assistant_layout(assistant), read, 1)
+    kept = traffic.kept_bytes(target, context, block_size)
     return step(target, target_layout(target), kept, block_size) + (block_size - 1) * draft
 
 
@@ -160,7 +136,7 @@ def call_seconds(name: str, chip: Chip, call: Call) -> float:
     layout = target_layout(target)
     shapes = [shape for key, shape in layout.matrices.items() if not key.startswith("embed_tokens")]
     numbers = sum(map(prod, shapes))  # the head sees one row of a prompt
-    moved = numbers * (1 + 4 / GROUP)
+    moved = numbers * (1 + 4 / traffic.GROUP)
     attention = 0
     for layer in target.layers:
         seen = call.start + call.rows

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from pyengine.cli import bench, card, chat, common, convert, doctor, generate, inspect, serve
+from pyengine.cli import bench, card, chat, common, convert, doctor, generate, inspect, model, serve
 
 app = typer.Typer(
     name="pyengine",
@@ -31,9 +31,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 bench_app = typer.Typer(
-    help="Time a pair: against plain decoding, and with many texts at once.",
+    help="Time a pair: against plain decoding, with many texts at once, at a published shape.",
     epilog=common.ending(
-        "pyengine bench gemma-mtp", "pyengine bench streams", "pyengine bench card"
+        "pyengine bench gemma-mtp",
+        "pyengine bench streams",
+        "pyengine bench model --shape e2b",
+        "pyengine bench card",
     ),
     no_args_is_help=True,
 )
@@ -41,6 +44,7 @@ app.add_typer(bench_app, name="bench")
 COMMANDS: list[tuple[typer.Typer, str, Callable[..., None], tuple[str, ...]]] = [
     (bench_app, "gemma-mtp", bench.gemma_mtp, bench.EXAMPLES),
     (bench_app, "streams", bench.streams, bench.STREAMS_EXAMPLES),
+    (bench_app, "model", model.run, model.EXAMPLES),
     (bench_app, "card", card.run, card.EXAMPLES),
     (app, "generate", generate.run, generate.EXAMPLES),
     (app, "chat", chat.run, chat.EXAMPLES),

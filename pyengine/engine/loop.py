@@ -483,7 +483,7 @@ class Rounds:
         if not guided:
             choices = self._choices_of([s.sampler for s in going])
             begin = on_device.Start(placed, tuple([s.state for s in going]), choices)
-            return self._round(going, self._groups).together(begin)
+            return self._free(going, begin)
         from pyengine.engine.guided import draft
 
         draft(guided, lambda places, i: self._step([going[n] for n in places], i))
@@ -495,6 +495,10 @@ class Rounds:
         qs = [own.guide.q() for own in guided]
         of_groups = tuple([_of_group([qs[n] for n in group.places]) for group in groups])
         return self._round(going, groups).verify(begin, on_device.Block(ids, of_groups))
+
+    def _free(self, going: Sequence[TokenSequence], begin: on_device.Start) -> on_device.Played:
+        """A round of sequences that no grammar guides, built."""
+        return self._round(going, self._groups).together(begin)
 
     def _rank(self, sequence: TokenSequence) -> tuple[bool, int, int]:
         kind = self._kinds.setdefault(sequence.kind, len(self._kinds))

@@ -153,13 +153,13 @@ class Texts(NamedTuple):
 
 class RecordedRound:
     """A round with ks[n] drafts of sequence n, recorded: in one, or its two halves with the host in
-    between."""
+    between. ``open_texts`` makes of a start what other parts of it begin with."""
 
     def __init__(self, each: Sequence[Parts], ks: Sequence[int], groups: Sequence[Group]) -> None:
-        open_texts = partial(_texts, _bare(each), ks, groups)
-        self.together = recorded(partial(_together, open_texts))
-        self.draft = recorded(partial(_draft_half, open_texts))
-        self.verify = recorded(partial(_verify_half, open_texts))
+        self.open_texts = partial(_texts, _bare(each), ks, groups)
+        self.together = recorded(partial(_together, self.open_texts))
+        self.draft = recorded(partial(_draft_half, self.open_texts))
+        self.verify = recorded(partial(_verify_half, self.open_texts))
 
 
 def _bare(each: Sequence[Parts]) -> list[Parts]:
@@ -345,7 +345,18 @@ def _table(tokens: mx.array, places: Sequence[int], width: int) -> mx.array:
 
 def complete(texts: Texts, block: Block) -> Played:
     """Verify a block of each sequence, accept, commit."""
-    logits, hidden, ps = verify(texts, block)
+    return accept(texts, block, *verify(texts, block))
+
+
+def accept(
+    texts: Texts,
+    block: Block,
+    logits: mx.array | Logits,
+    hidden: Sequence[mx.array],
+    ps: Sequence[Filtered],
+) -> Played:
+    """Accept and commit, by what the target made of a block: its logits, hidden vectors of each
+    sequence, distributions of each group."""
     drafts = [texts.drafts(group, block.ids) for group in texts.groups]
     decided = [
         chooser.accept(p, q, own, position, [texts.ks[n] for n in group.places])
@@ -374,7 +385,13 @@ def complete(texts: Texts, block: Block) -> Played:
 
 def verify(texts: Texts, block: Block) -> tuple[mx.array | Logits, list[mx.array], list[Filtered]]:
     """The target's logits of all rows, the hidden vectors of each sequence's, and distributions of
-    each group's.
+    each group's."""
+    logits, hidden = run_target(texts, block)
+    return logits, hidden, target_rows(texts, block, logits)
+
+
+def run_target(texts: Texts, block: Block) -> tuple[mx.array | Logits, list[mx.array]]:
+    """The target's logits of all rows, and the hidden vectors of each sequence's.
 
     Logits are made only where a sequence reports log-probabilities.
     """
@@ -385,12 +402,16 @@ def verify(texts: Texts, block: Block) -> tuple[mx.array | Logits, list[mx.array
     logits, hidden = each[0].target.forward(apart(block.ids, texts.counts), caches, taps)
     if any(parts.logprobs is not None for parts in each):
         logits = whole(logits)
-    ps = [
+    owns = zip(apart(hidden, texts.counts), wanted, strict=True)
+    return logits, [_tapped(own, taps, theirs) for own, theirs in owns]
+
+
+def target_rows(texts: Texts, block: Block, logits: mx.array | Logits) -> list[Filtered]:
+    """The target's distributions of each group's rows."""
+    return [
         _filter_rows(texts, group, chooser, logits, block)
         for group, chooser in zip(texts.groups, texts.choosers, strict=True)
     ]
-    owns = zip(apart(hidden, texts.counts), wanted, strict=True)
-    return logits, [_tapped(own, taps, theirs) for own, theirs in owns], ps
 
 
 def _filter_rows(

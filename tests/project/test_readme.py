@@ -110,7 +110,7 @@ def test_bytes_of_the_31b_by_hand() -> None:
     assert bounds.cache_bytes(target, 8192, 6, 2) == 50 * 18 * page + 10 * 129 * full_page
     # A round reads 1023 + 6 places of the ones, all 8192 of the others
     sliding, full = 1029 * 2 * 16 * 256 * 2, 8192 * 2 * 4 * 512 * 2
-    weights = [bounds.weight_bytes(layout, 8) for layout in both]
+    weights = [bounds.traffic.layout_bytes(layout, 8) for layout in both]
     # The assistant has three sliding layers and a full one, which read the target's cache
     draft = weights[1] + 3 * sliding + full
     assert bounds.round_bytes("31B", 8, 8192, 6) == pytest.approx(

@@ -1,0 +1,119 @@
+"""Bytes that a step or a round of a pair must read, from the shapes of its tensors.
+
+A target's weights and its cache are counted once per round, whatever the number of drafts; of
+embedding tables that are no head a step reads a few rows, which are left out, as is what it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+
+from pyengine.checkpoint.weights import Layout, Shape, assistant_layout, target_layout
+from pyengine.model.config import AssistantConfig, TargetConfig
+
+GROUP = 64
+HEAD, ROWS_ONLY = "embed_tokens", "embed_tokens_per_layer"
+
+
+def bytes_per_number(bits: int) -> float:
+    """Of a matrix: bfloat16, or affine with a scale and a bias per group."""
+    return 2 if bits == 16 else bits / 8 + 2 * 2 / GROUP
+
+
+def layout_bytes(layout: Layout, bits: int) -> float:
+    """Memory of a model's tensors; vectors are bfloat16, integers have 32 bits."""
+    integers = sum(prod(layout.vectors[name]) for name in layout.integers)
+    vectors = sum(map(prod, layout.vectors.values()))
+    numbers = sum(map(prod, layout.matrices.values()))
+    return numbers * bytes_per_number(bits) + 2 * vectors + 2 * integers
+
+
+def target_numbers(config: TargetConfig, experts: float | None = None) -> float:
+    """Weights of matrices that a call reads: layers and head.
+
+    Of a mixture ``experts`` are read in each layer; None: as few as there may be, those of one row.
+    """
+    used = config.num_experts_used if experts is None else experts
+
+    def read(path: str, shape: Shape) -> float:
+        if path == ROWS_ONLY:
+            return 0
+        return prod(shape) * (used / config.num_experts if ".experts." in path else 1)
+
+    return _sum(target_layout(config), read)
+
+
+def assistant_numbers(config: AssistantConfig) -> float:
+    """Weights of matrices that a draft reads; of a head with centroids those of the nearest."""
+    share = config.num_centroids_used / config.num_centroids if config.num_centroids else 1
+
+    def read(path: str, shape: Shape) -> float:
+        return prod(shape) * (share if path == HEAD else 1)
+
+    return _sum(assistant_layout(config), read)
+
+
+def head_numbers(config: TargetConfig) -> int:
+    """Those of them that are the target's head."""
+    return config.vocab_size * config.hidden_size
+
+
+def distinct_experts(config: TargetConfig, rows: int) -> float:
+    """How many experts of a layer so many rows use, if each row picked its own by chance."""
+    X, used = config.num_experts, config.num_experts_used
+    return X * (1 - (1 - used / X) ** rows) if X else 0.0
+
+
+def kept_bytes(config: TargetConfig, context: int, block_size: int) -> int:
+    """Keys and values that a round sees, in bfloat16."""
+    places = {True: min(config.window - 1, context) + block_size, False: context}
+    own = [n for i, n in enumerate(config.layers) if n.kv_source == i]
+    return sum(2 * 2 * n.num_kv_heads * n.head_dim * places[n.sliding] for n in own)
+
+
+def seen_by(target: TargetConfig, assistant: AssistantConfig) -> TargetConfig:
+    """The target as far as the assistant reads its cache: a layer for each of the assistant's."""
+    return replace(
+        target, layers=tuple(replace(n, kv_source=i) for i, n in enumerate(assistant.layers))
+    )
+
+
+def step_bytes(
+    config: TargetConfig, bits: int, context: int, rows: int, experts: float | None = None
+) -> float:
+    """What one call of the target reads: weights, keys and values."""
+    numbers = target_numbers(config, experts) * bytes_per_number(bits)
+    return numbers + _vector_bytes(target_layout(config)) + kept_bytes(config, context, rows)
+
+
+def draft_bytes(
+    target: TargetConfig, assistant: AssistantConfig, bits: int, context: int, block_size: int
+) -> float:
+    """What one draft reads: the assistant's weights, and its part of the target's cache."""
+    numbers = assistant_numbers(assistant) * bytes_per_number(bits)
+    kept = kept_bytes(seen_by(target, assistant), context, block_size)
+    return numbers + _vector_bytes(assistant_layout(assistant)) + kept
+
+
+def round_bytes(
+    target: TargetConfig,
+    assistant: AssistantConfig,
+    bits: int,
+    context: int,
+    block_size: int,
+    experts: float | None = None,
+) -> float:
+    """What a round reads; a plain step at block size 1."""
+    drafts = (block_size - 1) * draft_bytes(target, assistant, bits, context, block_size)
+    return step_bytes(target, bits, context, block_size, experts) + drafts
+
+
+def _vector_bytes(layout: Layout) -> int:
+    floats = layout.vectors.keys() - layout.integers
+    return 2 * sum(prod(layout.vectors[name]) for name in floats)
+
+
+def _sum(layout: Layout, read: Callable[[str, Shape], float]) -> float:
+    return sum(read(path, shape) for path, shape in layout.matrices.items())
