@@ -36,7 +36,7 @@ def draw(rows: Sequence[Row], heading: str, note: str) -> bytes:
             0.05, 0.92, heading, fontsize=14, fontweight="bold", color=ink, parse_math=False
         )
         figure.text(0.05, 0.86, note, fontsize=8.5, color=faint, parse_math=False)
-        places = [figure.add_subplot(part) for part in grid]
+        places = [figure.add_subplot(grid[0, column]) for column in range(3)]
         plots: tuple[tuple[str, str, Callable[[Row], Any]], ...] = (
             ("Tokens per second", "of all streams", lambda row: row["tok_s"]),
             ("Gain", "times one stream at that block size", lambda row: row["gain"]),
