@@ -7,7 +7,7 @@ from typing import Any
 
 from pyengine.drafters.assistant import AssistantDrafter, AssistantLike
 from pyengine.drafters.drafter import Drafter
-from pyengine.drafters.early import EarlyDrafter
+from pyengine.drafters.early import early_drafter
 from pyengine.drafters.lookup import LookupDrafter
 
 NAMES = ("assistant", "lookup", "early:N")
@@ -29,5 +29,5 @@ def new_drafter(name: str, target: Any, assistant: AssistantLike | None) -> Draf
     if name == "lookup":
         return LookupDrafter()
     if (depth := exit_depth(name)) is not None:
-        return EarlyDrafter(target, depth)
+        return early_drafter(depth)(target)
     return None if assistant is None else AssistantDrafter(target, assistant)

@@ -12,6 +12,7 @@ section 4.3; without its training.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
@@ -36,10 +37,15 @@ class ExitLike(Protocol):
 
 class EarlyDrafter:
     """Drafts of the target's first ``depth`` layers. Carries nothing: keys and values of the drafts
-    go where the verifying call writes them again, with the same bits."""
+    go where the verifying call writes them again, with the same bits.
 
-    def __init__(self, target: ExitLike, depth: int) -> None:
-        self._target, self._depth = target, depth
+    Of each depth there is a class, see :func:`early_drafter`: those of one class propose together.
+    """
+
+    depth: int
+
+    def __init__(self, target: ExitLike) -> None:
+        self._target = target
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -60,13 +66,18 @@ class EarlyDrafter:
 
     @classmethod
     def propose(cls, i: int, drafters: Sequence[Self], asked: Asked) -> list[Filtered]:
-        target, depth = drafters[0]._target, drafters[0]._depth
-        ones = [1] * len(drafters)
+        target, ones = drafters[0]._target, [1] * len(drafters)
         if asked.block is None:
             ids, ahead = apart(asked.tokens, ones), i
         else:  # some of its tokens these layers may not have seen
             ids, ahead = [row.reshape(-1) for row in apart(asked.block, ones)], 0
-        return asked.filter(target.exit(depth, ids, asked.caches, ahead))
+        return asked.filter(target.exit(cls.depth, ids, asked.caches, ahead))
 
     def read(self, hidden: mx.array, accepted: mx.array) -> None:
         pass
+
+
+@cache
+def early_drafter(depth: int) -> type[EarlyDrafter]:
+    """The drafters of so many layers."""
+    return type(f"EarlyDrafter{depth}", (EarlyDrafter,), {"depth": depth})

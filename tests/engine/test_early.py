@@ -161,6 +161,19 @@ def test_streams_are_those_alone() -> None:
     alone = [pyengine.generate(prompt, sampling=sampling, **ask).tokens for prompt in prompts]
     together = pyengine.generate(prompts, sampling=sampling, **ask)
     assert [result.tokens for result in together] == alone
+    # Of other depths too, where a text tells which drafts it had
+    rule = {"seed": 7, "temperature": 2.0, "verify": "residual"}
+    each = {"early:1": 0, "early:5": 0, "early:12": 0}
+    ask = {"max_tokens": 30, "sampling": rule, "block_size": 4}
+    with pyengine.Engine(sequences=4) as engine:
+        requests = [engine.submit(prompts[1], drafter=name, **ask) for name in each]
+        for name, request in zip(each, requests, strict=True):
+            for _ in request.steps():
+                pass
+            own = pyengine.generate(prompts[1], drafter=name, **ask)
+            assert request.result.tokens == own.tokens
+            each[name] = own.stats.accepted
+    assert len({*each.values()}) == 3
     assert sum(result.stats.accepted for result in together) > 30
 
 
