@@ -19,10 +19,11 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from pyengine.engine.round import Drawn, State, widened
+from pyengine.engine.round import Drawn, Group, State, widened
 from pyengine.engine.stats import Source
 from pyengine.model.rows import packed
 from pyengine.ops.filter_logits import Filtered
+from pyengine.sampling.sampler import Choices, Sampler
 
 Mask = NDArray[np.uint32]
 
@@ -272,3 +273,27 @@ def draft(each: Sequence[Drafting], step: Callable[[list[int], int], Step]) -> N
 
 def _row(rows: Filtered, r: int) -> Filtered:
     return Filtered(*(part[r : r + 1] for part in rows))
+
+
+def masked(
+    samplers: Sequence[Sampler], groups: Sequence[Group], masks: Sequence[mx.array]
+) -> tuple[Choices, ...]:
+    """What a round of guided texts is told of each group, with the masks of each text's rows."""
+    return tuple(
+        [
+            Choices.of([samplers[n] for n in own], form)._replace(
+                masks=packed([masks[n] for n in own])
+            )
+            for own, form in groups
+        ]
+    )
+
+
+def of_group(qs: Sequence[Filtered | None]) -> Filtered | None:
+    """What the drafts of a group were drawn from, of one width; None where there are none."""
+    rows = [q for q in qs if q is not None]
+    if not rows:
+        return None
+    width = max(q.ids.shape[1] for q in rows)
+    each = zip(*(widened(q, width) for q in rows), strict=True)
+    return Filtered(*(packed(list(part)) for part in each))

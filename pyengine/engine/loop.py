@@ -25,10 +25,8 @@ from pyengine.engine.report import NonFinite, Report
 from pyengine.engine.stats import Source, Stats, last_source
 from pyengine.model.cache import Arena, Cache
 from pyengine.model.plan import chunk_end, last_chunk
-from pyengine.model.rows import packed
 from pyengine.model.target import Reader
 from pyengine.ops import dispatch
-from pyengine.ops.filter_logits import Filtered
 from pyengine.sampling.sampler import Choices, Logprob, Sampler
 from pyengine.sampling.settings import Sampling, seeded
 
@@ -484,16 +482,17 @@ class Rounds:
             choices = self._choices_of([s.sampler for s in going])
             begin = on_device.Start(placed, tuple([s.state for s in going]), choices)
             return self._free(going, begin)
-        from pyengine.engine.guided import draft
+        from pyengine.engine.guided import draft, masked, of_group
 
         draft(guided, lambda places, i: self._step([going[n] for n in places], i))
-        groups = on_device.groups_of([s.sampler for s in going])
+        samplers = [s.sampler for s in going]
+        groups = on_device.groups_of(samplers)
         masks = [own.guide.masks() for own in guided]
         states = tuple([own.state for own in guided])
-        begin = on_device.Start(placed, states, _masked(going, groups, masks))
+        begin = on_device.Start(placed, states, masked(samplers, groups, masks))
         ids = mx.array([token for own in guided for token in own.ids], dtype=mx.int32)
         qs = [own.guide.q() for own in guided]
-        of_groups = tuple([_of_group([qs[n] for n in group.places]) for group in groups])
+        of_groups = tuple([of_group([qs[n] for n in group.places]) for group in groups])
         return self._round(going, groups).verify(begin, on_device.Block(ids, of_groups))
 
     def _free(self, going: Sequence[TokenSequence], begin: on_device.Start) -> on_device.Played:
@@ -529,7 +528,10 @@ class Rounds:
         return _kept(self._recorded, key, lambda: on_device.RecordedRound(each, ks, groups))
 
     def _step(self, going: Sequence[TokenSequence], i: int) -> Step:
-        each, groups = [s.parts for s in going], on_device.groups_of([s.sampler for s in going])
+        from pyengine.engine.guided import masked
+
+        each, samplers = [s.parts for s in going], [s.sampler for s in going]
+        groups = on_device.groups_of(samplers)
         key = i, *(form for _, form in groups), *(self._rank(s)[::2] for s in going)
         placed = each[0].cache.arena.place([parts.cache for parts in each])
         step = _kept(self._steps, key, lambda: on_device.RecordedDraft(each, i, groups))
@@ -537,35 +539,10 @@ class Rounds:
         def draw(
             states: tuple[on_device.State, ...], masks: Sequence[mx.array], before: mx.array
         ) -> on_device.Drawn:
-            return step.draw(on_device.Start(placed, states, _masked(going, groups, masks)), before)
+            choices = masked(samplers, groups, masks)
+            return step.draw(on_device.Start(placed, states, choices), before)
 
         return draw
-
-
-def _masked(
-    going: Sequence[TokenSequence],
-    groups: Sequence[on_device.Group],
-    masks: Sequence[mx.array],
-) -> tuple[Choices, ...]:
-    """What a round of guided sequences is told of each group, with the masks of each one's rows."""
-    return tuple(
-        [
-            Choices.of([going[n].sampler for n in own], form)._replace(
-                masks=packed([masks[n] for n in own])
-            )
-            for own, form in groups
-        ]
-    )
-
-
-def _of_group(qs: Sequence[Filtered | None]) -> Filtered | None:
-    """What the drafts of a group were drawn from, of one width; None where there are none."""
-    rows = [q for q in qs if q is not None]
-    if not rows:
-        return None
-    width = max(q.ids.shape[1] for q in rows)
-    each = zip(*(on_device.widened(q, width) for q in rows), strict=True)
-    return Filtered(*(packed(list(part)) for part in each))
 
 
 def _kept(recorded: OrderedDict[Any, T], key: Any, record: Callable[[], T]) -> T:
