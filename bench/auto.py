@@ -18,7 +18,8 @@ from typing import Any
 from pyengine.bench import suite
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.engine.controller import AUTO_BLOCK
-from pyengine.engine.loop import Rounds, TokenSequence
+from pyengine.engine.rounds import Rounds
+from pyengine.engine.sequence import TokenSequence
 from pyengine.sampling import Sampling
 from pyengine.task import new_task
 

@@ -19,9 +19,11 @@ from pyengine.checkpoint import memory
 from pyengine.checkpoint.fingerprint import fingerprint
 from pyengine.engine import schedule
 from pyengine.engine.beginnings import Beginnings
-from pyengine.engine.loop import Round, Rounds, Shared, TokenSequence
 from pyengine.engine.page_files import PageFiles
+from pyengine.engine.prefill import Shared
 from pyengine.engine.prefix import Prefix
+from pyengine.engine.rounds import Rounds
+from pyengine.engine.sequence import Round, TokenSequence
 from pyengine.engine.stats import Totals
 from pyengine.engine.stored import Stored
 from pyengine.sampling.settings import MAX_SEED

@@ -16,8 +16,8 @@ from pyengine.doctor import first_use, profile
 from pyengine.drafters import NAMES, exit_depth, is_name, new_drafter
 from pyengine.drafters.drafter import MAX_BLOCK, Drafter
 from pyengine.engine.controller import AUTO_BLOCK
-from pyengine.engine.loop import Round, most_rows
 from pyengine.engine.prefix import Prefix
+from pyengine.engine.sequence import Round, most_rows
 from pyengine.engine.stats import Source, Stats
 from pyengine.grammar.asked import source_of
 from pyengine.grammar.tools import tools_source

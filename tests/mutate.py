@@ -2,7 +2,7 @@
 
     python -m tests.mutate --count 300 --seed 0 --json mutants.json
     python -m tests.mutate --again mutants.json        # only those that survived there
-    python -m tests.mutate --modules model/cache,engine/loop --count 40
+    python -m tests.mutate --modules model/cache,engine/rounds --count 40
 
 Each mutant changes one expression or statement of one module, in a copy of the tree; the tests of
 that module run on it until one fails. A mutant that no test notices survives: either a test is
@@ -44,8 +44,11 @@ VERDICTS = Path(__file__).with_suffix(".json").with_name("mutants.json")
 
 # Module -> its tests, nearest first. Quick ones come first: a mutant dies at the first failure.
 NEAREST = {
-    "engine/loop": "test_rounds_by_hand test_loop test_stats_numbers test_ends test_recorded "
-    "test_prefill_left test_prefix test_state_between_calls test_exactness_cells",
+    "engine/loop": "test_rounds_by_hand test_loop test_ends test_exactness_cells",
+    "engine/sequence": "test_rounds_by_hand test_loop test_stats_numbers test_ends test_guided "
+    "test_prefix test_state_between_calls test_exactness_cells",
+    "engine/rounds": "test_rounds_by_hand test_loop test_together test_recorded test_guided",
+    "engine/prefill": "test_prefill_left test_prefill_calls test_prefix test_streams",
     "engine/round": "test_rounds_by_hand test_loop test_round test_together test_recorded "
     "test_exactness_cells",
     "model/rows": "test_together",

@@ -33,7 +33,8 @@ from pyengine.drafters.assistant import AssistantDrafter
 from pyengine.engine import round as on_device
 from pyengine.engine.controller import AUTO_BLOCK, MOST_DRAFTS, Acceptance, Costs, Known, Shape
 from pyengine.engine.known import known_of
-from pyengine.engine.loop import Rounds, TokenSequence
+from pyengine.engine.rounds import Rounds
+from pyengine.engine.sequence import TokenSequence
 from pyengine.ops import dispatch
 from pyengine.sampling.sampler import Choices
 from pyengine.sampling.settings import Sampling

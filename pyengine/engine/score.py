@@ -11,7 +11,7 @@ from pyengine import forked, ops
 from pyengine.arguments import check_length, check_vocabulary, token_ids
 from pyengine.arguments import whole as whole_number
 from pyengine.checkpoint import memory
-from pyengine.engine.loop import prefill
+from pyengine.engine.prefill import prefill
 from pyengine.engine.prefix import Prefix, check_prefix
 from pyengine.engine.report import NonFinite
 from pyengine.model.cache import Cache

@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from pyengine.engine.loop import Round
+from pyengine.engine.sequence import Round
 from pyengine.engine.stats import Stats
 from pyengine.streams import Engine, Request
 from pyengine.task import Answer, Result, Step

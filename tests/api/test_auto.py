@@ -10,9 +10,10 @@ import pytest
 
 from pyengine.checkpoint.pair import load
 from pyengine.doctor import profile
-from pyengine.engine import loop
+from pyengine.engine import round as on_device
 from pyengine.engine.controller import AUTO_BLOCK, MOST_DRAFTS, Controller
-from pyengine.engine.loop import Rounds, TokenSequence
+from pyengine.engine.rounds import Rounds
+from pyengine.engine.sequence import Round, TokenSequence
 from pyengine.generation import generate
 from pyengine.ops import dispatch
 from pyengine.sampling import Sampling
@@ -117,7 +118,7 @@ def test_it_has_room_for_the_largest_block() -> None:
 def test_few_graphs_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once it knows the machine, a text takes few sizes, and an engine records few rounds."""
     made: list[Any] = []
-    recorded = loop.on_device.RecordedRound
+    recorded = on_device.RecordedRound
 
     def record(each: Any, ks: Any, groups: Any) -> Any:
         made.append(tuple(ks))
@@ -126,7 +127,7 @@ def test_few_graphs_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     ask: dict[str, Any] = {"max_tokens": 120, "sampling": GREEDY}
     for _ in range(3):
         generate(PROMPTS[0], **ask)
-    monkeypatch.setattr(loop.on_device, "RecordedRound", record)
+    monkeypatch.setattr(on_device, "RecordedRound", record)
     generate(PROMPTS[0], **ask)
     assert len(made) <= 4
     made.clear()
@@ -151,7 +152,7 @@ def test_a_sequence_takes_what_was_chosen() -> None:
     for k in (2, 0, 5):
         sequence.drafts = k
         [done] = rounds.play([sequence])
-        assert isinstance(done, loop.Round) and done.num_drafted == k
+        assert isinstance(done, Round) and done.num_drafted == k
     assert sequence.acceptance is not None and sum(sequence.acceptance.made) > 0
     assert sum(known.acceptance.made) != before
 

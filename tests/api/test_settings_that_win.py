@@ -24,7 +24,7 @@ from pyengine import cli, generation
 from pyengine.chat import Chat
 from pyengine.checkpoint.defaults import GenerationDefaults, read_generation
 from pyengine.engine.controller import AUTO_BLOCK
-from pyengine.engine.loop import Round
+from pyengine.engine.sequence import Round
 from pyengine.generation import Stream, generate, stream
 from pyengine.model.config import TargetConfig
 from pyengine.sampling.settings import Sampling

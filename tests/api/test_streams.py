@@ -16,7 +16,8 @@ from tiny_pairs import greedy_text
 
 from pyengine import Engine, Request, Sampling, generate
 from pyengine.checkpoint import memory
-from pyengine.engine import loop, schedule
+from pyengine.engine import round as on_device
+from pyengine.engine import schedule
 from pyengine.engine.report import NonFinite
 from pyengine.model import plan
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
@@ -155,15 +156,15 @@ def test_a_round_that_raises_fails_its_requests_and_the_engine_lives(
     pair: Any, alone: Any, prompts_first: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Engine(pair, sequences=2) as engine:
-        requests, read = submitted(engine), loop._read
+        requests, read = submitted(engine), on_device.read
         while requests[1].chunks is not None or requests[1].sequence is None:
             engine.step()
 
         def fail(*_: Any) -> Any:
-            monkeypatch.setattr(loop, "_read", read)
+            monkeypatch.setattr(on_device, "read", read)
             raise RuntimeError("[metal] no memory")
 
-        monkeypatch.setattr(loop, "_read", fail)
+        monkeypatch.setattr(on_device, "read", fail)
         run(engine)
         for number in (0, 1):
             with pytest.raises(RuntimeError, match=r"\[metal\] no memory"):
@@ -175,14 +176,14 @@ def test_a_ctrl_c_ends_what_was_in_the_round(
     pair: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Engine(pair, sequences=1) as engine:
-        requests, read = submitted(engine)[:2], loop._read
+        requests, read = submitted(engine)[:2], on_device.read
         assert next(requests[0])
 
         def interrupt(*_: Any) -> Any:
-            monkeypatch.setattr(loop, "_read", read)
+            monkeypatch.setattr(on_device, "read", read)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(loop, "_read", interrupt)
+        monkeypatch.setattr(on_device, "read", interrupt)
         with pytest.raises(KeyboardInterrupt):
             "".join(requests[0])
         with pytest.raises(RuntimeError, match=r"\[engine\] the generation was broken off\."):

@@ -14,7 +14,7 @@ from models import spoil
 from tiny_pairs import greedy_text
 
 from pyengine import Engine, Sampling, generate
-from pyengine.engine import loop
+from pyengine.engine import round as on_device
 from pyengine.model import plan
 from pyengine.streams import LITTLE
 from pyengine.task import new_task
@@ -114,7 +114,7 @@ def test_a_round_that_raises_gives_all_pages_back(
     count: int, place: str, pair: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with checked(pair, sequences=4) as engine:
-        requests, read, calls = submitted(engine), loop._read, []
+        requests, read, calls = submitted(engine), on_device.read, []
 
         def broken(*args: Any) -> list[int]:
             calls.append(0)
@@ -124,7 +124,7 @@ def test_a_round_that_raises_gives_all_pages_back(
             return row or read(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "_read", broken)
+            patch.setattr(on_device, "read", broken)
             run(engine)
         failed = [request for request in requests if request.error is not None]
         assert failed and {str(request.error) for request in failed} == {"the machine"}

@@ -15,7 +15,8 @@ from pyengine import cli
 from pyengine.bench import bandwidth, generated, model, traffic
 from pyengine.checkpoint import memory, published
 from pyengine.checkpoint.weights import assistant_layout, target_layout
-from pyengine.engine.loop import Rounds, TokenSequence
+from pyengine.engine.rounds import Rounds
+from pyengine.engine.sequence import TokenSequence
 
 # The published pairs' layers and heads in narrow matrices, so that a test makes one in no time
 NARROW = {

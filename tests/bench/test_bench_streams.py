@@ -15,7 +15,8 @@ from pyengine.bench import picture, streams_picture
 from pyengine.bench import streams as bench
 from pyengine.bench.streams import Asked, Load, quantile
 from pyengine.bench.suite import Case
-from pyengine.engine import loop, schedule
+from pyengine.engine import schedule
+from pyengine.engine.rounds import Rounds
 from pyengine.sampling.settings import Sampling
 from pyengine.task import new_task
 
@@ -91,13 +92,13 @@ def test_every_setting_is_run_and_compared_with_generate(monkeypatch: pytest.Mon
     assert len(told) == 12 and told[-1][:2] == (11, 12)
     assert [cells[-1] for cells in bench.cells(rows)] == ["yes"] * 4
     # A fault that shows in company alone is seen
-    play = loop.Rounds.play
+    play = Rounds.play
 
     def swapped(self: Any, sequences: Any) -> Any:
         done = play(self, sequences)
         return done[::-1] if len(done) == 2 else done
 
-    monkeypatch.setattr(loop.Rounds, "play", swapped)
+    monkeypatch.setattr(Rounds, "play", swapped)
     rows = bench.bench_streams(pair, CASES, streams=[1, 2], block_sizes=[1], **kw)
     assert [cells[-1] for cells in bench.cells(rows)] == ["yes", "NO"]
 

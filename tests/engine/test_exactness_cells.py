@@ -21,7 +21,7 @@ from test_rounds_by_hand import by_hand
 from tiny_pairs import FLAVOURS, FORMS, greedy_text, reference, tiny_pair
 
 from pyengine.checkpoint.pair import Pair
-from pyengine.engine.loop import Round
+from pyengine.engine.sequence import Round
 from pyengine.ops import dispatch
 from pyengine.ops.accept_block import RULES
 from pyengine.sampling.sampler import Logprob

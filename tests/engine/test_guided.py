@@ -17,7 +17,8 @@ from test_loop import MarkovAssistant, MarkovTarget, random_table
 from pyengine.drafters import new_drafter
 from pyengine.drafters.lookup import LookupDrafter
 from pyengine.engine.known import known_of
-from pyengine.engine.loop import Rounds, TokenSequence
+from pyengine.engine.rounds import Rounds
+from pyengine.engine.sequence import TokenSequence
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.sampling.settings import Sampling
 

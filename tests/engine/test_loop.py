@@ -15,8 +15,8 @@ from one_text import filter_alone
 from scipy import stats as scipy_stats
 from text_fakes import LengthCache
 
-from pyengine.engine import loop
-from pyengine.engine.loop import Round
+from pyengine.engine import rounds, sequence
+from pyengine.engine.sequence import Round
 from pyengine.engine.stats import Stats
 from pyengine.model.target import Reader
 from pyengine.ops.accept_block import RULES, Rule
@@ -165,17 +165,19 @@ def test_stats_count_what_happened() -> None:
 
 def test_decode_clock_stops_while_the_caller_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that is a second later each time it is read; the caller takes a thousand."""
-    now, stats, rounds = iter(range(10**9)), Stats(), 0
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    now, stats, count = iter(range(10**9)), Stats(), 0
+    clock = SimpleNamespace(perf_counter=lambda: next(now))
+    for module in (rounds, sequence):
+        monkeypatch.setattr(module, "time", clock)
     target, assistant = MarkovTarget(random_table(1)), MarkovAssistant(random_table(1))
     for _ in decode(
         target, assistant, [1], sampling=GREEDY, block_size=2, max_tokens=7, stats=stats
     ):
-        rounds += 1
+        count += 1
         for _ in range(1000):
             next(now)
     # The first token is the prefill's
-    assert stats.prefill_s == 1 and stats.decode_s == stats.rounds == rounds - 1 > 1
+    assert stats.prefill_s == 1 and stats.decode_s == stats.rounds == count - 1 > 1
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 9])

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_pairs import bits, tiny_pair
 
-from pyengine.engine.loop import prefill
+from pyengine.engine.prefill import prefill
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import score
 from pyengine.model import plan, target

@@ -13,13 +13,14 @@ from tiny_pairs import FLAVOURS, bits, greedy_text, tiny_pair
 
 from pyengine.chat import Chat
 from pyengine.checkpoint.pair import Pair, load
-from pyengine.engine import loop
-from pyengine.engine.loop import prefill
+from pyengine.engine import rounds, sequence
+from pyengine.engine.prefill import prefill
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import prompt_logprobs, score
 from pyengine.engine.stats import Stats
 from pyengine.generation import generate, stream
 from pyengine.model import plan
+from pyengine.sampling.settings import Sampling
 from pyengine.task import Step
 
 GREEDY = {"temperature": 0}
@@ -115,12 +116,14 @@ def test_the_prefill_clock_stops_between_chunks(
 ) -> None:
     """A clock that is a second later each time it is read; the caller takes a thousand."""
     now, stats, chunks = iter(range(10**9)), Stats(), 0
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    clock = SimpleNamespace(perf_counter=lambda: next(now))
+    for module in (rounds, sequence):
+        monkeypatch.setattr(module, "time", clock)
     for _ in decode(
         pair.target,
         None,
         long,
-        sampling=loop.Sampling(temperature=0.0),
+        sampling=Sampling(temperature=0.0),
         block_size=1,
         max_tokens=1,
         stats=stats,

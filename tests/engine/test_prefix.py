@@ -10,7 +10,7 @@ from models import decode
 from tiny_pairs import FLAVOURS, bits, greedy_text, tiny_pair
 
 from pyengine.checkpoint.pair import Pair, load
-from pyengine.engine import loop
+from pyengine.engine import round as on_device
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.stats import Stats
 from pyengine.generation import generate, stream
@@ -130,7 +130,7 @@ def test_stops_cancellation_and_failure_leave_a_right_prefix(
     again = generate(first, max_tokens=60, prefix=prefix, **ask)
     assert again.text == cold.text and again.stats.reused_tokens > 15
     # A failing machine: nothing half-written is believed
-    whole, calls = loop._read, []
+    whole, calls = on_device.read, []
 
     def fail(*arguments: Any) -> Any:
         calls.append(1)
@@ -139,7 +139,7 @@ def test_stops_cancellation_and_failure_leave_a_right_prefix(
         return whole(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_read", fail)
+        patch.setattr(on_device, "read", fail)
         with pytest.raises(RuntimeError, match="the machine failed"):
             generate(first, max_tokens=60, prefix=prefix, **ask)
     assert prefix.tokens == []

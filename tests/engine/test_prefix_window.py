@@ -17,8 +17,8 @@ from tiny_pairs import FLAVOURS, greedy_text, tiny_pair
 
 from pyengine import ops
 from pyengine.checkpoint.pair import Pair, load
-from pyengine.engine.loop import Round
 from pyengine.engine.prefix import WINDOWS, Prefix
+from pyengine.engine.sequence import Round
 from pyengine.engine.stats import Stats
 from pyengine.generation import generate
 from pyengine.model import plan

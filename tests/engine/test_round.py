@@ -14,6 +14,7 @@ from pyengine.drafters import new_drafter
 from pyengine.engine import loop
 from pyengine.engine import round as on_device
 from pyengine.engine.report import Report
+from pyengine.engine.sequence import Round
 from pyengine.sampling.sampler import Logprob
 from pyengine.sampling.settings import Sampling
 
@@ -41,7 +42,7 @@ class Apart(on_device.RecordedRound):
         return self.verify(start, block)
 
 
-def played(flavour: str, drafter: str, sampling: Sampling) -> tuple[list[loop.Round], list[Any]]:
+def played(flavour: str, drafter: str, sampling: Sampling) -> tuple[list[Round], list[Any]]:
     """The rounds of a text, and the bits of what its cache holds in the end."""
     pair, caches = tiny_pair(flavour, "bfloat16-q8"), []
     target = pair.target

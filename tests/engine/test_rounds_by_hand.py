@@ -18,7 +18,7 @@ from models import decode
 from rules_by_hand import Close, Settings
 from text_fakes import LengthCache
 
-from pyengine.engine.loop import Round
+from pyengine.engine.sequence import Round
 from pyengine.model.target import Reader
 from pyengine.ops.accept_block import RULES
 from pyengine.sampling.settings import Sampling

@@ -142,7 +142,10 @@ class AtLine:
     """Ctrl-C as the n-th line of the engine begins; ``lines`` counts them. Not where a prefix takes
     note that it is in use: between two lines of cleaning up there is always a place for one."""
 
-    FILES = ("prefix.py", "cache.py", "loop.py", "round.py", "report.py", "score.py")
+    FILES = (
+        *("prefix.py", "cache.py", "loop.py", "prefill.py", "sequence.py", "rounds.py"),
+        *("round.py", "report.py", "score.py"),
+    )
 
     def __init__(self, n: int) -> None:
         self.n, self.lines = n, 0

@@ -14,8 +14,8 @@ from scripted_runs import Clock
 from text_fakes import LengthCache
 from tiny_pairs import tiny_pair
 
-from pyengine.engine.loop import Round
 from pyengine.engine.prefix import Prefix
+from pyengine.engine.sequence import Round
 from pyengine.engine.stats import Stats
 from pyengine.generation import generate
 from pyengine.model.target import Reader

@@ -14,11 +14,11 @@ from tiny_pairs import FLAVOURS, FORMS, greedy_text, tiny_pair
 
 from pyengine import ops
 from pyengine.checkpoint import memory
-from pyengine.engine import loop
 from pyengine.engine import round as on_device
-from pyengine.engine.loop import Round, Rounds
 from pyengine.engine.recorded import Recorded
 from pyengine.engine.report import NonFinite
+from pyengine.engine.rounds import Rounds
+from pyengine.engine.sequence import Round, TokenSequence
 from pyengine.ops import dispatch
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.sampling.settings import Sampling
@@ -164,7 +164,7 @@ def test_a_block_size_must_not_vary_where_rounds_key_the_draws(rule: Rule) -> No
     assert sum(one != other for one, other in zip(got, want, strict=True)) >= 3
 
 
-def begun(pair: Any, cases: list[Case]) -> list[loop.TokenSequence]:
+def begun(pair: Any, cases: list[Case]) -> list[TokenSequence]:
     arena = pair.target.new_arena()
     sequences = [case.begin(pair, arena) for case in cases]
     for sequence in sequences:

@@ -11,11 +11,12 @@ import numpy as np
 
 from pyengine.drafters import new_drafter
 from pyengine.engine import loop
+from pyengine.engine.sequence import Round
 from pyengine.model.cache import Cache
 from pyengine.model.head import whole
 
 
-def decode(target: Any, assistant: Any, prompt: list[int], **settings: Any) -> Iterator[loop.Round]:
+def decode(target: Any, assistant: Any, prompt: list[int], **settings: Any) -> Iterator[Round]:
     """A generation with the drafts of an assistant, real or not; without one where it is None."""
     drafter = new_drafter("assistant", target, assistant)
     return loop.decode(target, drafter, prompt, **settings)

@@ -15,7 +15,8 @@ import pytest
 
 from pyengine.drafters import new_drafter
 from pyengine.engine import round as on_device
-from pyengine.engine.loop import Round, Rounds, TokenSequence
+from pyengine.engine.rounds import Rounds
+from pyengine.engine.sequence import Round, TokenSequence
 from pyengine.model.cache import Arena
 from pyengine.model.head import whole
 from pyengine.model.rows import apart

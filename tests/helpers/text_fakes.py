@@ -127,6 +127,9 @@ class NoArena:
     def pages(self, sliding: bool) -> Pages:
         return self.sliding if sliding else self.full
 
+    def spare(self, sliding: bool) -> bool:
+        return False
+
     def resume(self, length: int, full: list[int], sliding: dict[int, int]) -> LengthCache:
         assert not (length or full or sliding)
         return self.new_cache()

@@ -1,0 +1,290 @@
+"""A text on its way: what its rounds work with, and what the host knows of it. Token ids only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
+
+from pyengine.checkpoint import memory
+from pyengine.drafters.drafter import MAX_BLOCK, Drafter, TargetLike
+from pyengine.engine import round as on_device
+from pyengine.engine.controller import Acceptance
+from pyengine.engine.known import known_of
+from pyengine.engine.prefill import Begun, Shared, prefill
+from pyengine.engine.prefix import Prefix
+from pyengine.engine.report import NonFinite, Report
+from pyengine.engine.stats import Source, Stats, last_source
+from pyengine.model.cache import Arena, Cache
+from pyengine.sampling.sampler import Logprob, Sampler
+from pyengine.sampling.settings import Sampling, seeded
+
+if TYPE_CHECKING:  # what brings NumPy is imported where it is needed
+    from pyengine.engine.guided import Drafting, Guide, Matcher
+
+MOST_FORCED = 15  # drafts in a row: with the primary token, what one launch of an op takes
+
+
+class Round(NamedTuple):
+    """Tokens committed by one round; a stop id comes last and ends the generation.
+
+    Between two chunks of the prefill there is one with no tokens, whose ``prompt_done`` counts the
+    prompt's tokens processed so far.
+    """
+
+    tokens: list[int]
+    finish_reason: str | None  # "stop", "length", or None while it goes on
+    num_drafted: int
+    num_accepted: int
+    logprobs: list[Logprob] | None = None  # one per token, where the settings ask for them
+    prompt_done: int | None = None
+    num_forced: int = 0  # tokens that a grammar forced and nobody drafted
+    sources: tuple[Source, ...] = ()  # one per token
+
+
+class TokenSequence:
+    """A text on its way: what its rounds work with, and what the host knows of it.
+
+    First its :meth:`prefill`, then rounds (:meth:`Rounds.play`) until ``finish_reason`` says
+    "stop" or "length"; then :meth:`release`. Arguments and errors are those of :func:`decode`;
+    ``arena`` is where its keys and values go if no prefix has them, None for one of its own.
+    """
+
+    def __init__(
+        self,
+        target: TargetLike,
+        drafter: Drafter | None,
+        prompt: list[int],
+        *,
+        sampling: Sampling,
+        block_size: int,
+        auto: bool = False,
+        max_tokens: int | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+        stats: Stats | None = None,
+        prefix: Prefix | None = None,
+        shared: Shared | None = None,
+        arena: Arena | None = None,
+        matcher: Matcher | None = None,
+    ) -> None:
+        _check(target, drafter, prompt, block_size, max_tokens)
+        self.stats = Stats() if stats is None else stats
+        self.prompt, self.block_size = prompt, block_size
+        self.drafts = block_size - 1  # of the next round, if its drafter has any
+        self.k = 0  # drafts of the newest round
+        self.acceptance: Acceptance | None = None  # where each round's block size is chosen
+        self.finish_reason: str | None = None
+        self._target, self._drafter = target, drafter if block_size > 1 else None
+        self._sampling = seeded(sampling)
+        self._stop_ids = stop_ids
+        # A drafter with taps has no rows of what a prefix holds
+        tapped = self._drafter is not None and self._drafter.taps
+        self._prefix = None if tapped else prefix
+        self._shared, self._arena = shared, arena
+        self._own: Cache | None = None  # where no prefix has it
+        self._matcher = matcher
+        self.guide: Guide | None = None  # once the prompt is processed, where there is a matcher
+        self._most_rows = most_rows(block_size, matcher is not None)
+        room = target.context - len(prompt)
+        self._room = room if max_tokens is None else min(max_tokens, room)
+        self._text = list(prompt)
+        self._new: list[int] = []  # tokens of the newest round
+        self._counts = (0, 0, 0)  # of it: drafted, accepted, forced
+        self._sources: list[Source] = ["first"]
+        if auto and self._drafter is not None:
+            known = known_of(target, type(self._drafter), self.is_guided)
+            self.acceptance = Acceptance(known.acceptance)
+        self.stats.block_size = "auto" if self.acceptance else block_size
+        self.stats.prompt_tokens = len(prompt)
+        self.stats.seed = self._sampling.seed
+
+    @property
+    def state(self) -> on_device.State:
+        """What its next round starts from."""
+        return self.parts.state(self._primary)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a grammar says which tokens may come next."""
+        return self._matcher is not None
+
+    @property
+    def drawn(self) -> tuple[int, int]:
+        """Of the newest round, the drafts that the drafter drew, and how many of them were kept."""
+        return self._counts[:2]
+
+    @property
+    def logprobs(self) -> int | None:
+        return self._sampling.logprobs
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all V are candidates."""
+        return self.sampler.top_k == 0
+
+    def release(self) -> None:
+        """Give back its pages where no prefix holds them."""
+        if self._own is not None:
+            self._own.release()
+
+    def prefill(self) -> Iterator[Round]:
+        """Process the prompt; the last round that is yielded has the first token. Evaluates."""
+        stats, prompt = self.stats, self.prompt
+        start = time.perf_counter()
+        begun = None if self._shared is None else self._shared.take()
+        if begun is not None:
+            self._prefix = None  # which holds another cache
+            self._own = begun.cache
+            stats.reused_tokens = len(prompt)
+            if self._drafter is not None:
+                self._drafter.take_results(begun.drafter)
+            yield self._begin(begun, start)
+            return
+        if self._prefix is None:
+            arena = self._arena
+            cache = self._target.new_cache() if arena is None else arena.new_cache()
+            self._own, known = cache, 0
+        else:
+            cache, known = self._prefix.open(self._target, prompt)
+            stats.reused_tokens = known
+        for chunk in prefill(self._target, prompt, cache, known, self._prefix, self._drafter):
+            if chunk.done < len(prompt):
+                stats.prefill_s += time.perf_counter() - start
+                yield Round([], None, 0, 0, None, chunk.done)
+                start = time.perf_counter()
+        carried = [] if self._drafter is None else self._drafter.arrays
+        begun = Begun(cache, chunk.logits, chunk.hidden, carried)
+        if self._shared is not None:
+            self._shared.leave(begun)
+        yield self._begin(begun, start)
+
+    def _begin(self, begun: Begun, start: float) -> Round:
+        """The first token, behind a prompt that was processed. Evaluates."""
+        vocab = begun.logits.shape[-1]
+        self.sampler = Sampler(self._sampling, self.prompt, vocab)
+        self.parts = on_device.Parts(self._target, self._drafter, begun.cache, vocab, self.logprobs)
+        self.kind = self.block_size, type(self._drafter), self.logprobs
+        masks = None
+        if self._matcher is not None:
+            from pyengine.engine.guided import Guide
+
+            own = self._sampling.suppress_tokens
+            self.guide = Guide(self._matcher, own, self._stop_ids, vocab)
+            masks = self.guide.masks()
+        self._dtype = begun.hidden.dtype
+        played = on_device.first(self.parts, self.sampler, begun.logits[None], masks)
+        [report] = Report.unpack(on_device.read(played), [0], [self.logprobs])
+        self._primary = played.outcomes[0].primary
+        self.stats.prefill_s += time.perf_counter() - start
+        return self.commit(report)
+
+    def prepare(self) -> None:
+        """Make ready for a round: the tokens so far, how many drafts, room in the cache.
+
+        Raises:
+            RuntimeError: The memory has no room for it.
+        """
+        parts = self.parts
+        self.sampler.add(self._new)
+        self._new = []
+        self.k = self._drafts()
+        # A round past the end of the room keeps its shape; what it commits there is not used
+        memory.check_growth(parts.cache.growth(self._most_rows))
+        parts.cache.reserve(self._most_rows)
+
+    def _drafts(self) -> int:
+        """How many drafts the next round has: a function of committed tokens alone."""
+        k, drafter, guide = self.drafts, self._drafter, self.guide
+        if drafter is None or guide is None:
+            return k if drafter is not None and drafter.wants_to_draft(self._text, k) else 0
+        forced = guide.run(MOST_FORCED)
+        if not guide.is_open or not drafter.wants_to_draft(self._text, k, forced):
+            return len(forced)
+        return min(len(forced) + k, self._most_rows - 1)
+
+    def drafting(self) -> Drafting:
+        """What draws its drafts where the host stands behind each."""
+        from pyengine.engine.guided import Drafting
+
+        assert self.guide is not None
+        return Drafting(self.state, self.guide, self._text[-1], self.k)
+
+    def take_results(self, outcome: on_device.Outcome) -> None:
+        """Go on with what a round gave, before it is evaluated."""
+        self._primary = outcome.primary
+        self.parts.take_results(outcome, self.k + 1)
+
+    def count(self, accepted: int, seconds: float) -> None:
+        """Note how many drafts a round kept, and what it took, whoever else was in it."""
+        self.parts.cache.settle(len(self._text) + accepted)
+        guide = self.guide
+        self._counts = (self.k, accepted, 0) if guide is None else guide.counts(accepted)
+        self._sources = ["draft"] * accepted if guide is None else guide.sources(accepted)
+        self._sources.append(last_source(*self._counts[:2]))
+        self.stats.count_round(*self._counts)
+        if self.acceptance is not None:
+            self.acceptance.note(*self.drawn)
+        self.stats.decode_s += seconds
+
+    def commit(self, report: Report) -> Round:
+        """What a round's report says, as text: up to a stop id or the end of the room.
+
+        Raises:
+            NonFinite: The target's logits were NaN or infinite.
+            RuntimeError: The grammar cannot be followed.
+        """
+        if not report.finite:
+            raise NonFinite("decode", self._dtype)
+        room = self._room - self.stats.generated_tokens
+        tokens, self.finish_reason = _cut(report.tokens, room, self._stop_ids)
+        self.stats.generated_tokens += len(tokens)
+        self.stats.peak_memory_bytes = mx.get_peak_memory()
+        logprobs = None if report.logprobs is None else report.logprobs[: len(tokens)]
+        if self.guide is not None:
+            self.guide.commit(report.accepted, None if self.finish_reason else tokens[-1])
+        self._text += tokens
+        self._new = tokens
+        if self._prefix is not None:
+            self._prefix.keep(self._text[:-1])  # the newest token is not processed yet
+        drafted, accepted, forced = self._counts
+        sources = tuple(self._sources[: len(tokens)])
+        return Round(tokens, self.finish_reason, drafted, accepted, logprobs, None, forced, sources)
+
+
+def _cut(tokens: list[int], room: int, stop_ids: frozenset[int]) -> tuple[list[int], str | None]:
+    """Cut a round's tokens after the first stop id or where the room ends."""
+    for i, token in enumerate(tokens[:room]):
+        if token in stop_ids:
+            return tokens[: i + 1], "stop"
+    return tokens[:room], "length" if len(tokens) >= room else None
+
+
+def most_rows(block_size: int, guided: bool) -> int:
+    """Rows of a round's block at most; a grammar may lengthen a block, but not plain decoding."""
+    return max(block_size, 1 + MOST_FORCED) if guided and block_size > 1 else block_size
+
+
+def _check(
+    target: TargetLike,
+    drafter: Drafter | None,
+    prompt: list[int],
+    block_size: int,
+    max_tokens: int | None,
+) -> None:
+    if not 1 <= block_size <= MAX_BLOCK:
+        raise ValueError(f"[decode] block_size must be 1 to {MAX_BLOCK} but got {block_size}.")
+    if block_size > 1 and drafter is None:
+        raise ValueError(
+            f"[decode] block_size must be 1 without an assistant but got {block_size}."
+        )
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"[decode] max_tokens must be at least 1 but got {max_tokens}.")
+    if not prompt:
+        raise ValueError("[decode] prompt must hold at least one token but got none.")
+    if len(prompt) >= target.context:
+        raise ValueError(
+            f"[decode] prompt must be shorter than the context of {target.context} tokens "
+            f"but got {len(prompt)}."
+        )
