@@ -41,6 +41,7 @@ NB_MODULE(_ext, m) {
 
   pyengine::bind_launch(m);
   pyengine::bind_encode(m);
+  pyengine::bind_mapped(m);
   pyengine::bind_mathfn(m);
   pyengine::bind_recorded(m);
   pyengine::bind_ops(m);

@@ -11,6 +11,7 @@ namespace pyengine {
 
 void bind_encode(nb::module_& m);
 void bind_launch(nb::module_& m);
+void bind_mapped(nb::module_& m);
 void bind_mathfn(nb::module_& m);
 void bind_recorded(nb::module_& m);
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from pyengine import mapped
 from pyengine.checkpoint.safetensors import BYTES, read_headers
 from pyengine.checkpoint.weights import Layout, is_text
 
@@ -153,7 +154,8 @@ def check(needed: int, what: str) -> None:
 def _available_to_machine() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
+        there = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
+        return there - mapped.nbytes()  # of files, which the system would give away
     except (OSError, StopIteration, ValueError, IndexError):
         return None
 

@@ -5,13 +5,16 @@ tensor is read, and whatever is unknown, missing or misshapen is refused by name
 read one at a time, so that memory stays near the size of the result.
 """
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
+from pyengine import mapped
 from pyengine.checkpoint.safetensors import read_headers, stale_index
 from pyengine.model.config import AssistantConfig, LayerConfig, Quantization, TargetConfig
 from pyengine.model.linear import Linear, Weights
@@ -200,10 +203,10 @@ def check_tensors(
 
 
 def _open_all(
-    folder: Path, layout: Layout, quantization: Quantization | None
+    folder: Path, layout: Layout, quantization: Quantization | None, maps: bool = False
 ) -> tuple[dict[str, Linear], dict[str, mx.array]]:
-    """All matrices and vectors, lazy, their shapes and types checked."""
-    tensors = Tensors(Path(folder), layout)
+    """All matrices and vectors, lazy or mapped, their shapes and types checked."""
+    tensors = Tensors(Path(folder), layout, maps)
     modes = _QuantizationModes(quantization)
     matrices = {
         path: _matrix(tensors, path, shape, modes) for path, shape in layout.matrices.items()
@@ -223,12 +226,13 @@ def _load(
     dtype: mx.Dtype | None,
     on_read: OnRead,
 ) -> Weights:
-    matrices, vectors = _open_all(folder, layout, quantization)
+    matrices, vectors = _open_all(folder, layout, quantization, maps=True)
     # One storage dtype for the whole model: the checkpoint's, or the one asked for
     storage = dtype or matrices["embed_tokens"].dtype
     for path, matrix in matrices.items():
         if dtype is None:
             _check_dtype(path, matrix, storage)
+        told = 0 if dtype is not None else _read_mapped(path, matrix, on_read)
         matrices[path] = matrix = matrix.astype(storage)
         mx.eval(matrix.arrays)
         # The weights between them are not looked at: a second pass over gigabytes, and a round
@@ -236,7 +240,7 @@ def _load(
         if matrix.scales is not None and matrix.biases is not None:
             check_finite(f"{path}.scales", matrix.scales)
             check_finite(f"{path}.biases", matrix.biases)
-        on_read(sum(array.nbytes for array in matrix.arrays))
+        on_read(sum(array.nbytes for array in matrix.arrays) - told)
     for name, vector in vectors.items():
         integer = name in layout.integers
         if dtype is None and not integer and vector.dtype != storage:
@@ -246,7 +250,16 @@ def _load(
         if not integer:
             check_finite(name, vector)
         on_read(vector.nbytes)
+    mapped.check("load")
     return Weights(matrices, vectors, storage)
+
+
+def _read_mapped(path: str, matrix: Linear, on_read: OnRead) -> int:
+    """Read what of a matrix is mapped; how many bytes that was."""
+    try:
+        return sum(mapped.read(array, on_read) for array in matrix.arrays)
+    except RuntimeError as error:
+        raise ValueError(f"[load] `{path}` cannot be read from its file: {error}.") from error
 
 
 def _check_dtype(path: str, matrix: Linear, storage: mx.Dtype) -> None:
@@ -328,6 +341,23 @@ def _open(shard: Path) -> dict[str, mx.array]:
     return loaded
 
 
+@contextmanager
+def _descriptor(shard: Path) -> Iterator[int]:
+    """A file whose header was checked, open for maps.
+
+    Raises:
+        ValueError: It has become shorter since.
+    """
+    file = os.open(shard, os.O_RDONLY)
+    try:
+        yield file
+    except ValueError as error:
+        short = str(error) == "the file is cut off"
+        raise ValueError(f"[load] {shard} is cut off.") if short else error from None
+    finally:
+        os.close(file)
+
+
 def check_finite(name: str, array: mx.array) -> None:
     """Refuse NaN and infinity. Evaluates.
 
@@ -351,25 +381,31 @@ def check_ordering(name: str, order: mx.array) -> None:
 
 
 class Tensors:
-    """The lazily loaded tensors of a folder, by canonical name, each taken once."""
+    """The lazily loaded tensors of a folder, by canonical name, each taken once.
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    With ``maps`` large ones are pages of their file, where that is possible.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, maps: bool = False) -> None:
         self.arrays: dict[str, mx.array] = {}
         self.raw_names: dict[str, str] = {}
         self.used: set[str] = set()
         self.folder = folder
         for shard, headers in read_headers(folder):
             loaded = _open(shard)
-            for raw in headers:
-                if not is_text(raw, layout):
-                    continue
-                name = canonical(raw)
-                if name in self.arrays:
-                    raise ValueError(
-                        f"[load] `{raw}` and `{self.raw_names[name]}` must not both be there: they "
-                        "are the same tensor."
-                    )
-                self.arrays[name], self.raw_names[name] = loaded[raw], raw
+            with _descriptor(shard) as file:
+                for raw, entry in headers.items():
+                    if not is_text(raw, layout):
+                        continue
+                    name = canonical(raw)
+                    if name in self.arrays:
+                        raise ValueError(
+                            f"[load] `{raw}` and `{self.raw_names[name]}` must not both be there: "
+                            "they are the same tensor."
+                        )
+                    own = mapped.tensor(file, *entry) if maps else None
+                    self.arrays[name] = loaded[raw] if own is None else own
+                    self.raw_names[name] = raw
 
     def has(self, name: str) -> bool:
         return any(source in self.arrays for source in _sources(name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 USER_ERROR, BROKEN, INTERRUPTED = 2, 1, 130
 LONGEST_MESSAGE = 600
 NARROWEST, WIDTH = 20, 80
+WORTH_TELLING_S = 5.0  # of reading weights
 _OURS = re.compile(r"\[[\w. -]+\] ")
 
 
@@ -142,6 +144,7 @@ def load_pair(
 
     if implementation is not None:
         ops.use(implementation.value)
+    start = time.perf_counter()
     with waiting("Reading the weights") as tell:
         pair = load(
             target,
@@ -152,6 +155,9 @@ def load_pair(
             text=True,
             on_progress=tell,
         )
+
+    if (took := time.perf_counter() - start) >= WORTH_TELLING_S:
+        typer.echo(f"The weights were read in {took:.1f} s.", err=True)
 
     def on_op(done: int, total: int, op: str) -> None:
         typer.echo(f"First use on this device: checking {op} ({done + 1} of {total})", err=True)

@@ -18,6 +18,7 @@ from typing import NamedTuple, cast
 
 import mlx.core as mx
 
+from pyengine import mapped
 from pyengine.drafters.drafter import Asked, Drafter, TargetLike
 from pyengine.engine.recorded import recorded
 from pyengine.engine.report import Report
@@ -493,4 +494,5 @@ def _outcome(parts: Parts, token: mx.array) -> Outcome:
 def read(played: Played) -> list[int]:
     """Evaluate a round and read its one small array; nothing else of it is read."""
     mx.eval(played)
+    mapped.check("generate")
     return cast("list[int]", played.report.tolist())

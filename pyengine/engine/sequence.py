@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
+from pyengine import mapped
 from pyengine.checkpoint import memory
 from pyengine.drafters.drafter import MAX_BLOCK, Drafter, TargetLike
 from pyengine.engine import round as on_device
@@ -240,7 +241,7 @@ class TokenSequence:
         room = self._room - self.stats.generated_tokens
         tokens, self.finish_reason = _cut(report.tokens, room, self._stop_ids)
         self.stats.generated_tokens += len(tokens)
-        self.stats.peak_memory_bytes = mx.get_peak_memory()
+        self.stats.peak_memory_bytes = mx.get_peak_memory() + mapped.nbytes()
         logprobs = None if report.logprobs is None else report.logprobs[: len(tokens)]
         if self.guide is not None:
             self.guide.commit(report.accepted, None if self.finish_reason else tokens[-1])

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, cast
 
 import mlx.core as mx
 
-from pyengine import ops
+from pyengine import mapped, ops
 from pyengine.model import memory
 from pyengine.model.cache import Arena, Batch, Cache
 from pyengine.model.config import LayerConfig, TargetConfig
@@ -188,6 +188,7 @@ class Target:
                 hidden, tapped = self._hidden([part], [cache], taps)
                 cache.settle(start + rows)
                 mx.eval(hidden, tapped, cache.arrays)
+                mapped.check("prefill")
             except Exception:  # what failed would fail again, and others have pages there
                 cache.arena.take_results(arrays)
                 raise

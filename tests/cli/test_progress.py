@@ -53,6 +53,14 @@ def test_commands_show_the_weights(moves: None) -> None:
     assert seen == sorted(seen) and seen[-1] == 100
 
 
+@pytest.mark.parametrize(("least", "told"), [(0.0, True), (3600.0, False)])
+def test_a_long_load_is_told(monkeypatch: pytest.MonkeyPatch, least: float, told: bool) -> None:
+    monkeypatch.setattr(cli.common, "WORTH_TELLING_S", least)
+    done = CliRunner().invoke(cli.app, ["generate", "Snake", "--max-tokens", "2"])
+    said = re.findall(r"^The weights were read in \d+\.\d s\.$", done.stderr, re.MULTILINE)
+    assert done.exit_code == 0 and bool(said) is told
+
+
 LONG = "snake " * 2 * CHUNK
 
 
