@@ -1,7 +1,7 @@
 """Memory of the published pairs, and bounds from bytes for Apple's chips: no timing, no device.
 
-README's tables of memory and of bounds are this script's output; tests/project/test_readme.py
-compares them.
+README's tables of memory and of bounds are this script's output, and so are the others named
+below; tests/project/test_readme.py compares them.
 
     tokens per second  <=  bandwidth / bytes per round * tokens per round
     bytes per round     =  target + cache + k * (assistant + the part of the cache that it reads)
@@ -11,10 +11,11 @@ A round has k drafts, so k + 1 rows. The target's weights and the cache are coun
 whatever k is; what a round writes, and all arithmetic, is left out. So a bound says what no program
 that reads these bytes can pass; it does not say what one reaches.
 
-The tables of rounds and prefill, which docs/design.md has, add arithmetic, as if loads and it
-overlapped perfectly: of each matmul and each attention, or of each call that `pyengine.model.plan`
-gives for a prompt, the longer counts. Our matmuls are given the instructions of docs/isa.md, MLX's
-and attention the chip's peak, which they do not reach.
+The tables of rounds and prefill, which docs/design.md has, and of all pairs, which docs/speed.md
+has, add arithmetic, as if loads and it overlapped perfectly: of a model's matmuls and of its
+attention, or of each call that `pyengine.model.plan` gives for a prompt, the longer counts. Our
+matmuls are given the instructions of docs/isa.md, MLX's and attention the chip's peak, which they
+do not reach.
 
 Run: python bench/bounds.py
 """
@@ -28,7 +29,7 @@ from pyengine.bench import traffic
 from pyengine.bench.bandwidth import of_chip
 from pyengine.checkpoint.memory import GB
 from pyengine.checkpoint.published import published
-from pyengine.checkpoint.weights import Layout, assistant_layout, target_layout
+from pyengine.checkpoint.weights import assistant_layout, target_layout
 from pyengine.model.config import AssistantConfig, TargetConfig
 from pyengine.model.memory import cache_bytes
 from pyengine.model.plan import Call, plan, reusable, whole
@@ -72,11 +73,15 @@ PREFILL_CHIPS = {
     "M4 Max": Chip(546, 40, 1.578),
     "M5 Max": Chip(614, 40, 1.62, tensor=4),
 }
+# Of the table of all pairs; the clock is taken from the larger sibling
+PAIR_CHIPS = {"M4 Pro": Chip(273, 20, 1.578), **PREFILL_CHIPS}
 PROMPTS = {"1k": 1024, "8k": 8192, "32k": 32768}
 TURN = (8000, 500, 100)  # tokens of a prompt, of its answer, and of what is said next
 SLICE = 16  # rows for which our kernels read the weights once
-# Clocks of a core's lane for a weight byte, by rows: `quantized_matmul` at 8 bits in docs/isa.md
-CLOCKS_PER_BYTE = {1: 5.43, 6: 11.94, 16: 25.20}
+# Clocks of a core's lane for a weight byte, by bits and rows: `quantized_matmul` in docs/isa.md,
+# which its relatives are near, and `quantized_expert_matmul`
+CLOCKS_PER_BYTE = {8: {1: 5.43, 6: 11.94, 16: 25.20}, 4: {1: 10.86, 6: 23.85, 16: 50.03}}
+EXPERT_CLOCKS_PER_BYTE = {8: {1: 5.56, 6: 13.83}, 4: {1: 10.99, 6: 26.67}}
 
 
 def pair_bytes(name: str, bits: int) -> float:
@@ -86,12 +91,11 @@ def pair_bytes(name: str, bits: int) -> float:
     return sum(traffic.layout_bytes(layout, bits) for layout in layouts)
 
 
-def round_bytes(name: str, bits: int, context: int, block_size: int) -> float:
-    """What a round must read; a dense pair only, since experts depend on the text."""
-    target, assistant = published(name)
-    if target.num_experts:
-        raise ValueError(f"[bounds] name must be a dense pair but got {name}.")
-    return traffic.round_bytes(target, assistant, bits, context, block_size)
+def round_bytes(
+    name: str, bits: int, context: int, block_size: int, experts: float | None = None
+) -> float:
+    """What a round must read; see :func:`pyengine.bench.traffic.round_bytes`."""
+    return traffic.round_bytes(*published(name), bits, context, block_size, experts)
 
 
 def bound(bandwidth: float, moved: float, block_size: int, acceptance: float) -> float:
@@ -99,19 +103,23 @@ def bound(bandwidth: float, moved: float, block_size: int, acceptance: float) ->
     return bandwidth * GB / moved * (1 + acceptance * (block_size - 1))
 
 
-def round_seconds(name: str, chip: Chip, context: int, block_size: int) -> float:
-    """A bound for a round at 8 bit, with arithmetic: of each matmul and each attention the longer
-    of its bytes and its instructions."""
+def round_seconds(
+    name: str,
+    chip: Chip,
+    context: int,
+    block_size: int,
+    bits: int = 8,
+    experts: float | None = None,
+) -> float:
+    """A bound for a round with arithmetic: of the matmuls and of the attention of each model, the
+    longer of bytes and instructions. Of a mixture ``experts`` as for :func:`round_bytes`."""
     target, assistant = published(name)
-    if target.num_experts:
-        raise ValueError(f"[bounds] name must be a dense pair but got {name}.")
+    packed = bits / (bits + 8 * 2 * 2 / traffic.GROUP)  # of a matrix's bytes: no scale, no bias
 
     def step(
-        config: TargetConfig | AssistantConfig, layout: Layout, kept: float, rows: int
+        config: TargetConfig | AssistantConfig, moved: float, clocks: float, kept: float, rows: int
     ) -> float:
-        numbers = sum(map(prod, layout.matrices.values()))
-        arithmetic = numbers * CLOCKS_PER_BYTE[rows] / (chip.flops / 2)
-        time = max(traffic.layout_bytes(layout, 8) / (chip.bandwidth * GB), arithmetic)
+        time = max(moved / (chip.bandwidth * GB), clocks * packed / (chip.flops / 2))
         products = sum(
             4
             * config.num_heads
@@ -122,10 +130,19 @@ def round_seconds(name: str, chip: Chip, context: int, block_size: int) -> float
         )
         return time + max(kept / (chip.bandwidth * GB), products / chip.flops)
 
-    read = traffic.kept_bytes(traffic.seen_by(target, assistant), context, block_size)
-    draft = step(assistant, assistant_layout(assistant), read, 1)
+    own = CLOCKS_PER_BYTE[bits]
+    kept = traffic.kept_bytes(traffic.seen_by(target, assistant), context, block_size)
+    moved = traffic.draft_bytes(target, assistant, bits, context, block_size) - kept
+    clocks = traffic.assistant_bytes(assistant, bits) * own[1]
+    draft = step(assistant, moved, clocks, kept, 1)
     kept = traffic.kept_bytes(target, context, block_size)
-    return step(target, target_layout(target), kept, block_size) + (block_size - 1) * draft
+    moved = traffic.step_bytes(target, bits, context, block_size, experts) - kept
+    of_experts = traffic.expert_bytes(target, bits, experts)
+    # By chance an expert has little more than a row; the same ones for all have all rows
+    rows = block_size if experts is None else 1
+    clocks = (traffic.target_bytes(target, bits, experts) - of_experts) * own[block_size]
+    clocks += of_experts * EXPERT_CLOCKS_PER_BYTE[bits][rows]
+    return step(target, moved, clocks, kept, block_size) + (block_size - 1) * draft
 
 
 def call_seconds(name: str, chip: Chip, call: Call) -> float:
@@ -144,7 +161,7 @@ def call_seconds(name: str, chip: Chip, call: Call) -> float:
         attention += 4 * target.num_heads * layer.head_dim * call.rows * seen
     reads, peak = ceil(call.rows / SLICE), chip.flops
     arithmetic = (
-        reads * numbers * CLOCKS_PER_BYTE[SLICE] / (peak / 2)
+        reads * numbers * CLOCKS_PER_BYTE[8][SLICE] / (peak / 2)
     )  # a clock of a lane is two of these
     if call.kernel == "mlx":
         reads, peak = 1, peak * chip.tensor
@@ -195,6 +212,35 @@ def round_table() -> list[str]:
     return rows
 
 
+def pairs_table(bits: int = 8) -> list[str]:
+    """A row per pair and chip at 8k: a plain step and a round from bytes alone and with arithmetic,
+    and the tokens per second of the latter. A mixture has two rows: all rows of a block choose the
+    same experts, or each its own by chance."""
+    columns = ["plain, bytes", "plain", f"block {BLOCK}, bytes", f"block {BLOCK}", "in plain steps"]
+    columns += ["tok/s plain", *(f"at {a}" for a in ACCEPTANCES)]
+    rows = [_row("pair", "chip", *columns), _row("---", "---", *["--:"] * len(columns))]
+    context = CONTEXTS["8k"]
+    for name in PAIRS:
+        target, _ = published(name)
+        cases: dict[str, float | None] = {name: None}
+        if target.num_experts:
+            chance = traffic.distinct_experts(target, BLOCK)
+            cases = {f"{name}, same experts": None, f"{name}, {chance:.0f} experts": chance}
+        for case, experts in cases.items():
+            for chip_name, chip in PAIR_CHIPS.items():
+                bandwidth = chip.bandwidth * GB
+                figures = []
+                for block, used in ((1, None), (BLOCK, experts)):
+                    figures.append(round_bytes(name, bits, context, block, used) / bandwidth)
+                    figures.append(round_seconds(name, chip, context, block, bits, used))
+                _, plain, _, block_s = figures
+                rates = [(1 + a * (BLOCK - 1)) / block_s for a in ACCEPTANCES]
+                cells = [f"{1e3 * x:.1f}" for x in figures] + [f"{block_s / plain:.2f}"]
+                cells += [f"{x:.0f}" for x in (1 / plain, *rates)]
+                rows.append(_row(case, chip_name, *cells))
+    return rows
+
+
 def memory_table() -> list[str]:
     """A row per pair: weights by bits, then the cache by context."""
     contexts = [f"cache at {name}" for name in CONTEXTS]
@@ -239,6 +285,9 @@ if __name__ == "__main__":
     print("\n".join(bounds_table()))
     print("\nRound, bound in milliseconds with arithmetic, never measured: 31B at 8 bit, 8k:\n")
     print("\n".join(round_table()))
+    for bits in CLOCKS_PER_BYTE:
+        print(f"\nAll pairs, bound in milliseconds, never measured: {bits} bit, 8k:\n")
+        print("\n".join(pairs_table(bits)))
     print(
         "\nPrefill, bound in seconds, never measured: 31B at 8 bit; by the calls of a GPU, and with"
     )

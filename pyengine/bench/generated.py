@@ -73,7 +73,7 @@ class Plan:
     def layers_share(self) -> float:
         """What the layers of the published target read, over what these read."""
         whole, own = (
-            traffic.target_numbers(config) - traffic.head_numbers(config)
+            traffic.target_bytes(config, self.bits) - traffic.head_bytes(config, self.bits)
             for config in (self.whole, self.target)
         )
         return whole / own
@@ -173,7 +173,7 @@ def make(
         matrices = {}
         for path, shape in layout.matrices.items():
             on_matrix(made, total, path)
-            matrices[path] = matrix(words, shape, plan.bits, made)
+            matrices[path] = matrix(words, shape, traffic.bits_of(path, plan.bits), made)
             made += 1
         vectors = {name: vector(name, layout) for name in layout.vectors}
         mx.eval(list(vectors.values()))

@@ -17,47 +17,62 @@ GROUP = 64
 HEAD, ROWS_ONLY = "embed_tokens", "embed_tokens_per_layer"
 
 
-def bytes_per_number(bits: int) -> float:
-    """Of a matrix: bfloat16, or affine with a scale and a bias per group."""
-    return 2 if bits == 16 else bits / 8 + 2 * 2 / GROUP
+def matrix_bytes(path: str, shape: Shape, bits: int) -> float:
+    """Of a matrix: bfloat16, or affine with a scale and a bias per group; routers have 8 bits."""
+    if bits == 16:
+        return 2.0 * prod(shape)
+    return prod(shape) * (bits_of(path, bits) / 8 + 2 * 2 / GROUP)
+
+
+def bits_of(path: str, bits: int) -> int:
+    """Those of one matrix in a bundle of so many bits."""
+    return 8 if path.endswith("router.proj") else bits
 
 
 def layout_bytes(layout: Layout, bits: int) -> float:
     """Memory of a model's tensors; vectors are bfloat16, integers have 32 bits."""
     integers = sum(prod(layout.vectors[name]) for name in layout.integers)
     vectors = sum(map(prod, layout.vectors.values()))
-    numbers = sum(map(prod, layout.matrices.values()))
-    return numbers * bytes_per_number(bits) + 2 * vectors + 2 * integers
+    matrices = sum(matrix_bytes(path, shape, bits) for path, shape in layout.matrices.items())
+    return matrices + 2 * vectors + 2 * integers
 
 
-def target_numbers(config: TargetConfig, experts: float | None = None) -> float:
-    """Weights of matrices that a call reads: layers and head.
+def target_bytes(config: TargetConfig, bits: int, experts: float | None = None) -> float:
+    """Matrices that a call of the target reads: layers and head.
 
     Of a mixture ``experts`` are read in each layer; None: as few as there may be, those of one row.
     """
-    used = config.num_experts_used if experts is None else experts
 
     def read(path: str, shape: Shape) -> float:
-        if path == ROWS_ONLY:
-            return 0
-        return prod(shape) * (used / config.num_experts if ".experts." in path else 1)
+        once = path != ROWS_ONLY and ".experts." not in path
+        return matrix_bytes(path, shape, bits) if once else 0
 
-    return _sum(target_layout(config), read)
+    return _sum(target_layout(config), read) + expert_bytes(config, bits, experts)
 
 
-def assistant_numbers(config: AssistantConfig) -> float:
-    """Weights of matrices that a draft reads; of a head with centroids those of the nearest."""
+def expert_bytes(config: TargetConfig, bits: int, experts: float | None = None) -> float:
+    """What of :func:`target_bytes` are experts."""
+    if not config.num_experts:
+        return 0.0
+    used = config.num_experts_used if experts is None else experts
+    shapes = target_layout(config).matrices.items()
+    stacks = [matrix_bytes(path, shape, bits) for path, shape in shapes if ".experts." in path]
+    return sum(stacks) * used / config.num_experts
+
+
+def assistant_bytes(config: AssistantConfig, bits: int) -> float:
+    """Matrices that a draft reads; of a head with centroids the rows of the nearest."""
     share = config.num_centroids_used / config.num_centroids if config.num_centroids else 1
 
     def read(path: str, shape: Shape) -> float:
-        return prod(shape) * (share if path == HEAD else 1)
+        return matrix_bytes(path, shape, bits) * (share if path == HEAD else 1)
 
     return _sum(assistant_layout(config), read)
 
 
-def head_numbers(config: TargetConfig) -> int:
-    """Those of them that are the target's head."""
-    return config.vocab_size * config.hidden_size
+def head_bytes(config: TargetConfig, bits: int) -> float:
+    """What of :func:`target_bytes` is the head."""
+    return matrix_bytes(HEAD, (config.vocab_size, config.hidden_size), bits)
 
 
 def distinct_experts(config: TargetConfig, rows: int) -> float:
@@ -84,17 +99,17 @@ def step_bytes(
     config: TargetConfig, bits: int, context: int, rows: int, experts: float | None = None
 ) -> float:
     """What one call of the target reads: weights, keys and values."""
-    numbers = target_numbers(config, experts) * bytes_per_number(bits)
-    return numbers + _vector_bytes(target_layout(config)) + kept_bytes(config, context, rows)
+    matrices = target_bytes(config, bits, experts)
+    return matrices + _vector_bytes(target_layout(config)) + kept_bytes(config, context, rows)
 
 
 def draft_bytes(
     target: TargetConfig, assistant: AssistantConfig, bits: int, context: int, block_size: int
 ) -> float:
     """What one draft reads: the assistant's weights, and its part of the target's cache."""
-    numbers = assistant_numbers(assistant) * bytes_per_number(bits)
     kept = kept_bytes(seen_by(target, assistant), context, block_size)
-    return numbers + _vector_bytes(assistant_layout(assistant)) + kept
+    vectors = _vector_bytes(assistant_layout(assistant))
+    return assistant_bytes(assistant, bits) + vectors + kept
 
 
 def round_bytes(

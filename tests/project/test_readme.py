@@ -44,12 +44,79 @@ def test_the_table_of_rounds_is_computed() -> None:
     assert "\n".join(bounds.round_table()) in design
     ratios = {row.split("|")[-2].strip() for row in bounds.round_table()[2:]}
     assert f"must cost {ratios.pop()} plain steps" in " ".join(README.split()) and not ratios
+
+
+@pytest.mark.parametrize(
+    ("kernel", "used"),
+    [
+        ("quantized_matmul", bounds.CLOCKS_PER_BYTE),
+        ("quantized_expert_matmul", bounds.EXPERT_CLOCKS_PER_BYTE),
+    ],
+)
+def test_clocks_are_those_that_were_counted(kernel: str, used: dict[int, dict[int, float]]) -> None:
     counted = {}
     for line in (ROOT / "docs" / "isa.md").read_text(encoding="utf-8").splitlines():
-        if line.startswith("| `quantized_matmul` | 8 |"):
+        if line.startswith(f"| `{kernel}` |"):
             cells = [cell.strip() for cell in line.split("|")]
-            counted[int(cells[3])] = float(cells[8])
-    assert {rows: counted[rows] for rows in (1, 6, 16)} == bounds.CLOCKS_PER_BYTE
+            counted[int(cells[2]), int(cells[3])] = float(cells[8])
+    for bits, clocks in used.items():
+        assert clocks == {rows: counted[bits, rows] for rows in clocks}
+
+
+def test_the_table_of_all_pairs_is_computed() -> None:
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    for bits in (8, 4):
+        rows = bounds.pairs_table(bits)
+        assert "\n".join(rows) in page
+        assert len(rows) == 2 + 6 * len(bounds.PAIR_CHIPS)
+    # At 8k, what README says of the 31B
+    chip = "| 31B | M1 Max | "
+    [row] = [row for row in bounds.pairs_table() if row.startswith(chip)]
+    assert [cell.strip() for cell in row.split("|")][-4:-1] == ["12", "32", "54"]
+
+
+def test_what_rounds_of_the_others_read_by_hand() -> None:
+    """Of E2B neither the second table, of which rows are read, nor tokens of far centroids; of the
+    mixture the experts that are chosen."""
+    target, assistant = bounds.published("E2B")
+    shapes = bounds.target_layout(target).matrices
+    table = bounds.prod(shapes["embed_tokens_per_layer"])
+    read = (sum(map(bounds.prod, shapes.values())) - table) * 8.5 / 8
+    assert bounds.traffic.target_bytes(target, 8) == pytest.approx(read)
+    shapes = bounds.assistant_layout(assistant).matrices
+    far = (2048 - 32) * 128 * 256  # of 2048 centroids 32 are looked at, of 128 tokens each
+    read = (sum(map(bounds.prod, shapes.values())) - far) * 8.5 / 8
+    assert bounds.traffic.assistant_bytes(assistant, 8) == pytest.approx(read)
+    mixture, _ = bounds.published("26B-A4B")
+    expert = 3 * 2816 * 704 * 30 * 8.5 / 8  # gate, up and down of 30 layers
+    more = bounds.traffic.target_bytes(mixture, 8, 20.0) - bounds.traffic.target_bytes(mixture, 8)
+    assert more == pytest.approx(12 * expert)
+    assert bounds.traffic.expert_bytes(mixture, 8) == pytest.approx(8 * expert)
+    assert bounds.traffic.distinct_experts(mixture, 1) == pytest.approx(8)
+    two = 16 - 8 * 8 / 128  # of the second row's eight, 8 / 128 were the first one's each
+    assert bounds.traffic.distinct_experts(mixture, 2) == pytest.approx(two)
+    assert bounds.traffic.distinct_experts(target, 6) == 0
+    # Routers have 8 bits in a bundle of 4
+    [router] = {s for p, s in bounds.target_layout(mixture).matrices.items() if "router" in p}
+    assert bounds.traffic.matrix_bytes("layers.0.router.proj", router, 4) == 128 * 2816 * 8.5 / 8
+    # A text shorter than the window has its own keys alone
+    one = bounds.traffic.kept_bytes(target, 100, 6)
+    assert one == 2 * 2 * 256 * 12 * 106 + 2 * 2 * 512 * 3 * 100
+
+
+def test_a_mixtures_round_by_hand() -> None:
+    """With a memory that costs nothing: experts have clocks of their own, by their rows."""
+    chip = bounds.Chip(10**9, 1, 1.0)
+    expert = 3 * 2816 * 704 * 30
+
+    def seconds(experts: float | None) -> float:
+        return bounds.round_seconds("26B-A4B", chip, 8192, 6, 8, experts)
+
+    same, apart = seconds(None), seconds(48.0)
+    assert apart - same == pytest.approx(expert * (48 * 5.56 - 8 * 13.83) / 128e9)
+    slow = bounds.Chip(1, 1, 10**6)
+    moved = bounds.round_bytes("26B-A4B", 4, 8192, 6, 20.0)
+    assert bounds.round_seconds("26B-A4B", slow, 8192, 6, 4, 20.0) == pytest.approx(moved / 1e9)
 
 
 def test_a_round_by_hand() -> None:
@@ -120,9 +187,10 @@ def test_bytes_of_the_31b_by_hand() -> None:
     assert bounds.bound(100, 50e9, 6, 0.8) == pytest.approx(10)
 
 
-def test_a_mixture_has_no_bound() -> None:
+def test_a_mixtures_prefill_has_no_bound() -> None:
+    call, chip = bounds.Call(0, 512, "mlx"), bounds.PREFILL_CHIPS["M1 Max"]
     with pytest.raises(ValueError, match=r"\[bounds\] name must be a dense pair but got 26B-A4B"):
-        bounds.round_bytes("26B-A4B", 8, 8192, 6)
+        bounds.call_seconds("26B-A4B", chip, call)
 
 
 def test_geometries_are_the_published_ones() -> None:
@@ -141,6 +209,7 @@ PAGES = (
     "docs/ops.md",
     "docs/isa.md",
     "docs/serve.md",
+    "docs/speed.md",
     "docs/tools.md",
 )
 
