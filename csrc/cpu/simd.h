@@ -100,11 +100,25 @@ PYENGINE_INLINE F32x16 zero() {
   return broadcast(0.0f);
 }
 
+namespace detail {
+
+PYENGINE_INLINE NativeFloat load_part(const float* from) {
+  NativeFloat r;
+  memcpy(&r, from, sizeof(r));
+  return r;
+}
+
+PYENGINE_INLINE void store_part(float* to, NativeFloat a) {
+  memcpy(to, &a, sizeof(a));
+}
+
+} // namespace detail
+
 PYENGINE_INLINE F32x16 load(const float* from) {
   F32x16 r;
   PYENGINE_UNROLL
   for (int i = 0; i < parts; ++i) {
-    memcpy(&r.part[i], from + native * i, sizeof(r.part[i]));
+    r.part[i] = detail::load_part(from + native * i);
   }
   return r;
 }
@@ -112,7 +126,7 @@ PYENGINE_INLINE F32x16 load(const float* from) {
 PYENGINE_INLINE void store(float* to, F32x16 a) {
   PYENGINE_UNROLL
   for (int i = 0; i < parts; ++i) {
-    memcpy(to + native * i, &a.part[i], sizeof(a.part[i]));
+    detail::store_part(to + native * i, a.part[i]);
   }
 }
 
@@ -373,6 +387,21 @@ PYENGINE_INLINE I32x16 widen_triples(const uint8_t* from) {
   __m512i bytes = _mm512_maskz_loadu_epi32(0xfff, from);
   bytes = _mm512_permutexvar_epi32(quarters, bytes);
   r.part[0] = NativeInt(_mm512_shuffle_epi8(bytes, spread));
+#elif defined(__AVX2__)
+  // Twelve bytes fill four lanes. Every second load starts four bytes early, so
+  // that the last does not reach past the 48.
+  // clang-format off
+  const __m256i spread = _mm256_setr_epi8(
+      0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1,
+      4, 5, 6, -1, 7, 8, 9, -1, 10, 11, 12, -1, 13, 14, 15, -1);
+  // clang-format on
+  PYENGINE_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const uint8_t* at = from + 24 * i;
+    __m256i bytes = _mm256_set_m128i(
+        _mm_loadu_si128((__m128i*)(at + 8)), _mm_loadu_si128((__m128i*)at));
+    r.part[i] = NativeInt(_mm256_shuffle_epi8(bytes, spread));
+  }
 #else
   // Twelve bytes fill four lanes. The last load starts four bytes early, so as
   // not to reach past the 48.
@@ -381,13 +410,7 @@ PYENGINE_INLINE I32x16 widen_triples(const uint8_t* from) {
     int early = i == 3 ? 4 : 0;
     int32_t lane[4];
     const uint8_t* at = from + 12 * i - early;
-#if defined(__AVX2__)
-    __m128i spread = _mm_add_epi8(
-        _mm_setr_epi8(0, 1, 2, -9, 3, 4, 5, -9, 6, 7, 8, -9, 9, 10, 11, -9),
-        _mm_set1_epi8(early));
-    __m128i bytes = _mm_loadu_si128((__m128i*)at);
-    _mm_storeu_si128((__m128i*)lane, _mm_shuffle_epi8(bytes, spread));
-#elif defined(__aarch64__)
+#if defined(__aarch64__)
     const uint8x16_t spread = {
         0, 1, 2, 99, 3, 4, 5, 99, 6, 7, 8, 99, 9, 10, 11, 99};
     uint8x16_t bytes =
@@ -405,18 +428,26 @@ PYENGINE_INLINE I32x16 widen_triples(const uint8_t* from) {
   return r;
 }
 
+namespace detail {
+
+PYENGINE_INLINE void pin_part(NativeFloat& a) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(a));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(a));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(a));
+#endif
+}
+
+} // namespace detail
+
 // Keeps a value that several products share in its register. Left alone, gcc
 // folds the load into each of them and the load ports become the limit.
 PYENGINE_INLINE void pin(F32x16& a) {
   PYENGINE_UNROLL
   for (int i = 0; i < parts; ++i) {
-#if defined(__AVX512F__)
-    __asm__("" : "+v"(a.part[i]));
-#elif defined(__x86_64__)
-    __asm__("" : "+x"(a.part[i]));
-#elif defined(__aarch64__)
-    __asm__("" : "+w"(a.part[i]));
-#endif
+    detail::pin_part(a.part[i]);
   }
 }
 
@@ -441,20 +472,29 @@ PYENGINE_LANEWISE(*)
 PYENGINE_LANEWISE(/)
 #undef PYENGINE_LANEWISE
 
+namespace detail {
+
+PYENGINE_INLINE NativeFloat
+fma_part(NativeFloat a, NativeFloat b, NativeFloat c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+} // namespace detail
+
 // a * b + c with one rounding, or with two in `portable`, whose machines would
 // have to emulate it.
 PYENGINE_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
   PYENGINE_UNROLL
   for (int i = 0; i < parts; ++i) {
-#if defined(__AVX512F__)
-    c.part[i] = _mm512_fmadd_ps(a.part[i], b.part[i], c.part[i]);
-#elif defined(__AVX2__)
-    c.part[i] = _mm256_fmadd_ps(a.part[i], b.part[i], c.part[i]);
-#elif defined(__aarch64__)
-    c.part[i] = vfmaq_f32(c.part[i], a.part[i], b.part[i]);
-#else
-    c.part[i] = a.part[i] * b.part[i] + c.part[i];
-#endif
+    c.part[i] = detail::fma_part(a.part[i], b.part[i], c.part[i]);
   }
   return c;
 }

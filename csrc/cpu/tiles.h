@@ -6,10 +6,11 @@
 
 namespace pyengine::PYENGINE_ISA {
 
-// Accumulators fill the registers: 16 of 32 for AVX-512, 8 of 16 for AVX2.
-constexpr int tile_rows = native == 16 ? 8 : 4;
+// Rows that are multiplied with a weight in the register it was unpacked in,
+// while the columns stream past. More rows go block by block (blocked.h).
+constexpr int tile_rows = 4;
 constexpr int tile_columns(int rows) {
-  return native == 16 ? (rows <= 4 ? 4 : 2) : native == 8 && rows <= 2 ? 2 : 1;
+  return native == 16 ? 4 : native == 8 && rows <= 2 ? 2 : 1;
 }
 
 template <int height, int width>
@@ -18,21 +19,16 @@ struct TileSize {
   static constexpr int columns = width;
 };
 
-// Calls work(TileSize, m, n) for the tiles of M rows and columns [begin, end).
+// Calls work(TileSize, n) for the tiles of M <= tile_rows rows and columns
+// [begin, end).
 template <typename Work>
 PYENGINE_INLINE void for_tiles(int M, int begin, int end, const Work& work) {
-  // Rows beyond one tile read the group's weights again, from the cache.
-  int tiles = (M + tile_rows - 1) / tile_rows;
-  for (int tile = 0; tile < tiles; ++tile) {
-    int m = M * tile / tiles;
-    int rows = M * (tile + 1) / tiles - m;
-    with_constant<tile_rows>(rows, [&](auto constant) {
-      TileSize<constant.value, tile_columns(constant.value)> size;
-      for (int n = begin; n < end; n += size.columns) {
-        work(size, m, n);
-      }
-    });
-  }
+  with_constant<tile_rows>(M, [&](auto constant) {
+    TileSize<constant.value, tile_columns(constant.value)> size;
+    for (int n = begin; n < end; n += size.columns) {
+      work(size, n);
+    }
+  });
 }
 
 // Adds sixteen k of a tile to its sums.

@@ -1,12 +1,12 @@
 // dense_matmul_cpu: out[m, n] = sum over k of x[m, k] * w[n, k].
 //
-// A few columns at a time stream through their weights once, for all rows of
-// the slice. The sums run as in quantized_matmul_cpu.cpp: sixteen lanes over k
-// in ascending order, then a fixed tree, whatever the number of rows or
-// threads.
+// Tiles, blocks and the order of the sums are those of
+// quantized_matmul_cpu.cpp: sixteen lanes over k in ascending order, then a
+// fixed tree, whatever the number of rows or threads.
 
 #include "ops/dense_matmul_cpu.h"
 
+#include "cpu/blocked.h"
 #include "cpu/lanes.h"
 #include "cpu/tiles.h"
 
@@ -21,16 +21,12 @@ struct Group {
   float* sums; // [M, end - begin]
 };
 
-// Rows [m, m + rows) of `columns` columns from n on. At the end of the group
+// All rows of `columns` columns from n on. At the end of the group
 // the last column is computed again in place of those that are missing.
 template <typename T, int rows, int columns>
-void multiply_tile(
-    const DenseMatmulArgs& args,
-    const Group& group,
-    int m,
-    int n) {
+void multiply_tile(const DenseMatmulArgs& args, const Group& group, int n) {
   int K = args.K;
-  const float* x = args.x + lanes * m;
+  const float* x = args.x;
   int column[columns];
   const T* w[columns];
   PYENGINE_UNROLL
@@ -44,7 +40,7 @@ void multiply_tile(
   F32x16 weights[columns];
 
   int k = 0;
-  for (; k + lanes <= K; k += lanes, x += lanes * args.M) {
+  for (; k + lanes <= K; k += lanes, x += lanes * rows) {
     PYENGINE_UNROLL
     for (int c = 0; c < columns; ++c) {
       weights[c] = load(w[c] + k);
@@ -62,7 +58,7 @@ void multiply_tile(
 
   float results[rows * columns];
   sums(acc, results);
-  float* to = group.sums + m * (group.end - group.begin) - group.begin;
+  float* to = group.sums - group.begin;
   PYENGINE_UNROLL
   for (int r = 0; r < rows; ++r) {
     PYENGINE_UNROLL
@@ -70,6 +66,17 @@ void multiply_tile(
       to[r * (group.end - group.begin) + column[c]] = results[r * columns + c];
     }
   }
+}
+
+// Weights [k, k + count) of one column for multiply_blocks().
+template <typename T>
+PYENGINE_INLINE int widen_column(const T* from, int count, float* to) {
+  for_lanes(count, [&](int64_t i, int some) {
+    prefetch(from + i + block_k); // as quantized_matmul_cpu.cpp does
+    store(to, load_some(from + i, some));
+    to += lanes * panel_columns;
+  });
+  return (count + lanes - 1) / lanes;
 }
 
 } // namespace
@@ -81,8 +88,21 @@ void dense_matmul_columns(
     float* scratch) {
   Group group = {begin, end, scratch};
   with_storage(args.storage, [&]<typename T>(T*) {
-    for_tiles(args.M, begin, end, [&](auto tile, int m, int n) {
-      multiply_tile<T, tile.rows, tile.columns>(args, group, m, n);
+    if (args.M > tile_rows) {
+      auto* w = static_cast<const T*>(args.w);
+      return multiply_blocks(
+          args.M,
+          args.K,
+          args.x,
+          begin,
+          end,
+          scratch,
+          [&](int n, int k, int count, float* to) {
+            return widen_column(w + n * int64_t(args.K) + k, count, to);
+          });
+    }
+    for_tiles(args.M, begin, end, [&](auto tile, int n) {
+      multiply_tile<T, tile.rows, tile.columns>(args, group, n);
     });
   });
   store_columns(args, begin, end, scratch);

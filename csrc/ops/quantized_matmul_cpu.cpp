@@ -1,14 +1,16 @@
 // quantized_matmul_cpu: out[m, n] = sum over k of x[m, k] * (q[n, k] * scale +
 // bias).
 //
-// A few columns at a time stream through their packed weights once, for all
-// rows of the slice; a weight is unpacked, dequantised and then multiplied with
-// every row while it is in a register. Sixteen lanes add up what lies at k =
-// lane (mod 16) in ascending order, then a fixed tree adds the lanes: neither
-// the number of rows nor that of threads can change a row's bits.
+// A weight is unpacked and dequantised once for all rows of the slice: few rows
+// are multiplied with it while it is in a register, and columns stream through
+// their packed weights (tiles.h); more go block by block (blocked.h). Sixteen
+// lanes add up what lies at k = lane (mod 16) in ascending order, then a fixed
+// tree adds the lanes: neither the number of rows nor that of threads can
+// change a row's bits.
 
 #include "ops/quantized_matmul_cpu.h"
 
+#include "cpu/blocked.h"
 #include "cpu/lanes.h"
 #include "cpu/rows_cpu.h"
 #include "cpu/tiles.h"
@@ -83,7 +85,6 @@ PYENGINE_INLINE void multiply_chunk(
     const Cursor<columns>& at,
     int second,
     const float* x,
-    int pitch,
     F32x16 (&acc)[rows * columns]) {
   PYENGINE_UNROLL
   for (int j = 0; j < 4; ++j) {
@@ -96,23 +97,18 @@ PYENGINE_INLINE void multiply_chunk(
               spread<bits>(at.biases[c], second, j));
     }
     multiply_step<rows, columns>(weights, x, acc);
-    x += pitch;
+    x += lanes * rows;
   }
 }
 
-// Rows [m, m + rows) of `columns` columns from n on. At the end of the group
-// the last column is computed again in place of those that are missing.
+// All rows of `columns` columns from n on. At the end of the group the last
+// column is computed again in place of those that are missing.
 template <int bits, int rows, int columns>
-void multiply_tile(
-    const QuantizedMatmulArgs& args,
-    const Group& group,
-    int m,
-    int n) {
+void multiply_tile(const QuantizedMatmulArgs& args, const Group& group, int n) {
   constexpr int chunk_bytes = chunk * bits / 8;
   int64_t factors = args.K / args.group_size;
   int second = args.group_size == 32 ? 1 : 0;
-  int pitch = lanes * args.M;
-  const float* x = args.x + lanes * m;
+  const float* x = args.x;
   int column[columns];
   Cursor<columns> at;
   PYENGINE_UNROLL
@@ -130,7 +126,7 @@ void multiply_tile(
 
   int k = 0;
   for (; k + chunk <= args.K; k += chunk) {
-    multiply_chunk<bits, rows, columns>(at, second, x, pitch, acc);
+    multiply_chunk<bits, rows, columns>(at, second, x, acc);
     // Groups of 128 move on with every second chunk.
     int step = args.group_size == 128 ? k / chunk % 2 : 1 + second;
     PYENGINE_UNROLL
@@ -140,7 +136,7 @@ void multiply_tile(
       at.scales[c] += step;
       at.biases[c] += step;
     }
-    x += 4 * pitch;
+    x += 4 * lanes * rows;
   }
   if (k < args.K) {
     // Half a chunk, one group of 32, is left: x is padded with zeros already.
@@ -150,7 +146,7 @@ void multiply_tile(
       memcpy(padded[c], at.w[c], chunk_bytes / 2);
       at.w[c] = padded[c];
     }
-    multiply_chunk<bits, rows, columns>(at, 0, x, pitch, acc);
+    multiply_chunk<bits, rows, columns>(at, 0, x, acc);
   }
 
   float results[rows * columns];
@@ -160,15 +156,74 @@ void multiply_tile(
   for (int r = 0; r < rows; ++r) {
     PYENGINE_UNROLL
     for (int c = 0; c < columns; ++c) {
-      group.sums[(m + r) * wide + column[c]] = results[r * columns + c];
+      group.sums[r * wide + column[c]] = results[r * columns + c];
     }
   }
 }
 
+// Weights [k, k + count) of column n for multiply_blocks().
+template <int bits>
+PYENGINE_INLINE int unpack_column(
+    const QuantizedMatmulArgs& args,
+    const Group& group,
+    int n,
+    int k,
+    int count,
+    float* to) {
+  constexpr int chunk_bytes = chunk * bits / 8;
+  int64_t factors = (n - group.begin) * int64_t(args.K / args.group_size);
+  const float* scales = group.scales + factors + k / args.group_size;
+  const float* biases = group.biases + factors + k / args.group_size;
+  const uint8_t* w = args.w + (n * int64_t(args.K) + k) * bits / 8;
+  int second = args.group_size == 32 ? 1 : 0;
+  auto one = [&](const uint8_t* from, int second) {
+    PYENGINE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      F32x16 weights =
+          fma(unpack<bits>(from, j),
+              spread<bits>(scales, second, j),
+              spread<bits>(biases, second, j));
+      store(to, weights);
+      to += lanes * panel_columns;
+    }
+  };
+  int done = 0;
+  for (; done + chunk <= count; done += chunk) {
+    one(w, second);
+    // The column's next block, which is due when this one has been multiplied
+    // with all rows, and so have those of the other columns.
+    prefetch(w + block_k * bits / 8);
+    int step = args.group_size == 128 ? done / chunk % 2 : 1 + second;
+    w += chunk_bytes;
+    scales += step;
+    biases += step;
+  }
+  if (done < count) {
+    // Half a chunk, one group of 32, is left: x is padded with zeros already.
+    uint8_t padded[chunk_bytes] = {};
+    memcpy(padded, w, chunk_bytes / 2);
+    one(padded, 0);
+    done += chunk;
+  }
+  return done / lanes;
+}
+
 template <int bits>
 void multiply(const QuantizedMatmulArgs& args, const Group& group) {
-  for_tiles(args.M, group.begin, group.end, [&](auto tile, int m, int n) {
-    multiply_tile<bits, tile.rows, tile.columns>(args, group, m, n);
+  if (args.M > tile_rows) {
+    return multiply_blocks(
+        args.M,
+        args.K,
+        args.x,
+        group.begin,
+        group.end,
+        group.sums,
+        [&](int n, int k, int count, float* to) {
+          return unpack_column<bits>(args, group, n, k, count, to);
+        });
+  }
+  for_tiles(args.M, group.begin, group.end, [&](auto tile, int n) {
+    multiply_tile<bits, tile.rows, tile.columns>(args, group, n);
   });
 }
 

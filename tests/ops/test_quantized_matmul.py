@@ -129,6 +129,18 @@ def test_rows_are_stable_in_every_instruction_set(bits, restore):
         assert_rows_stable([2, 3, 4, 5, 8, 9, 16, 17], x, q, 32, bits)
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("K", [32, 224, 256, 288, 512, 544, 800])
+def test_blocks_of_k_and_of_columns(K, bits, restore):
+    """More rows than a register's worth go through blocks of 256 k and 32 columns."""
+    x, q = normal(20, 16, K), quantized(21, 71, K, 32, bits)
+    expected = quantized_matmul_reference(x, *q, 32, bits)
+    for name in _ext.instruction_sets():
+        _ext.use_instruction_set(name)
+        assert_close(quantized_matmul(x, *q, 32, bits), expected, x, *q, 32, bits)
+        assert_rows_stable([4, 5, 7, 11, 16], x, q, 32, bits)
+
+
 def test_threads_change_nothing(restore):
     x, q = normal(8, 20, 512), quantized(9, 301, 512)
     assert _ext.quantized_matmul_plan(20, 301, 512, 64, 8).groups > 4

@@ -1,0 +1,140 @@
+// The quantised matmul of two trees, in turns on one thread. matmul_kernels.py
+// compiles and runs it, and says what is printed.
+
+#include <time.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#define PYENGINE_ISA before
+#include "cpu/rows_cpu.h"
+#include "ops/quantized_matmul_cpu.h"
+#undef PYENGINE_ISA
+
+namespace pyengine::after {
+
+decltype(before::load_row) load_row;
+decltype(before::quantized_matmul_columns) quantized_matmul_columns;
+
+} // namespace pyengine::after
+
+using namespace pyengine;
+
+namespace {
+
+// Of this thread alone: other programs take turns on the processor.
+double processor_time() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+// On a page, as MLX's buffers are.
+template <typename T>
+std::unique_ptr<T[], decltype(&free)> allocate(size_t count) {
+  void* memory = aligned_alloc(4096, (count * sizeof(T) + 4095) / 4096 * 4096);
+  return {static_cast<T*>(memory), free};
+}
+
+uint16_t bfloat(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return uint16_t(bits >> 16);
+}
+
+struct Kernels {
+  decltype(&before::load_row) load;
+  decltype(&before::quantized_matmul_columns) columns;
+};
+
+} // namespace
+
+int main(int argc, char** argv) {
+  int numbers[6];
+  for (int i = 0; i < 6; ++i) {
+    numbers[i] = atoi(argv[1 + i]);
+  }
+  auto [N, K, bits, group_size, rows, repeats] = numbers;
+  size_t nbytes = size_t(N) * K * bits / 8, factors = size_t(N) * K / group_size;
+  std::mt19937 random(1);
+  auto w = allocate<uint32_t>(nbytes / 4);
+  std::generate_n(w.get(), nbytes / 4, std::ref(random));
+  auto scales = allocate<uint16_t>(factors), biases = allocate<uint16_t>(factors);
+  std::generate_n(scales.get(), factors, [&] {
+    return bfloat(1e-5f * (1 + random() % 1000));
+  });
+  std::generate_n(biases.get(), factors, [&] {
+    return bfloat(1e-3f * (int(random() % 1000) - 500));
+  });
+  std::vector<float> x(size_t(rows) * K);
+  std::generate(x.begin(), x.end(), [&] {
+    return 1e-3f * (int(random() % 2001) - 1000);
+  });
+
+  // As matmul_plan() in csrc/matmul.h cuts the columns
+  int64_t row_bytes = int64_t(K) * bits / 8;
+  int64_t group_bytes =
+      std::clamp<int64_t>(N * row_bytes / 16, 1 << 14, 1 << 18);
+  int columns = std::max<int>(8, group_bytes / row_bytes / 8 * 8);
+  int groups = (N + columns - 1) / columns;
+  int slices = (rows + max_rows - 1) / max_rows;
+  auto staged = allocate<float>(max_rows * padded_width(K));
+  auto scratch = allocate<float>(
+      columns * (max_rows + 2 * size_t(K / group_size)) + 16);
+  Order order = bits == 8 ? Order::plain
+      : bits == 6         ? Order::quads
+                          : Order::pairs;
+  Kernels kernels[] = {
+      {before::load_row, before::quantized_matmul_columns},
+      {after::load_row, after::quantized_matmul_columns}};
+  std::vector<float> out[2];
+  std::vector<double> least[2];
+  for (int i = 0; i < 2; ++i) {
+    out[i].resize(size_t(rows) * N);
+    least[i].assign(size_t(slices) * groups, 1e9);
+  }
+  for (int turn = 0; turn < 2 * repeats; ++turn) {
+    auto kernel = kernels[turn % 2];
+    for (int slice = 0; slice < slices; ++slice) {
+      int first = slice * max_rows, M = std::min(rows - first, max_rows);
+      for (int m = 0; m < M; ++m) {
+        auto* row = &x[size_t(first + m) * K];
+        auto* to = &staged[16 * m];
+        kernel.load(row, Storage::float32, 1, K, order, M, to);
+      }
+      QuantizedMatmulArgs args = {};
+      args.w = reinterpret_cast<uint8_t*>(w.get());
+      args.scales = scales.get();
+      args.biases = biases.get();
+      args.x = staged.get();
+      args.out = &out[turn % 2][size_t(first) * N];
+      args.storage = Storage::bfloat16;
+      args.out_storage = Storage::float32;
+      args.M = M;
+      args.N = N;
+      args.K = K;
+      args.group_size = group_size;
+      args.bits = bits;
+      for (int group = 0; group < groups; ++group) {
+        int begin = group * columns, end = std::min(N, begin + columns);
+        double start = processor_time();
+        kernel.columns(args, begin, end, scratch.get());
+        double& best = least[turn % 2][slice * groups + group];
+        best = std::min(best, processor_time() - start);
+      }
+    }
+  }
+  double seconds[2] = {};
+  for (int i = 0; i < 2; ++i) {
+    for (double piece : least[i]) {
+      seconds[i] += piece;
+    }
+  }
+  bool same = !memcmp(out[0].data(), out[1].data(), 4 * out[0].size());
+  printf("%g %g %d\n", seconds[0], seconds[1], same);
+}

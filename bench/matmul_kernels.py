@@ -1,0 +1,72 @@
+"""The quantised matmul's processor kernel in this tree against another tree's, on one thread.
+
+Both are compiled for one instruction set into one program (g++), and take turns on the same
+weights. A piece is a group of columns, as threads are handed them; its time is the least processor
+time of all turns, and a figure is the sum over all pieces: so a busy machine adds little, and two
+figures of one line stand beside the same neighbours. Equal bits are checked.
+
+Run: python bench/matmul_kernels.py OLD_TREE [--shape 14336x4096] [--rows 1,2,4,6,8,16,512]
+         [--bits 8] [--group-size 64] [--isa avx2] [--turns 10]
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+TREE = Path(__file__).resolve().parents[1]
+KERNELS = ("ops/quantized_matmul_cpu", "cpu/rows_cpu")
+FLAGS = "-std=c++20 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -w".split()
+
+
+def flags_of(isa: str) -> list[str]:
+    """As cmake compiles for this instruction set."""
+    text = (TREE / "cmake/InstructionSets.cmake").read_text()
+    found = re.search(rf"set\(PYENGINE_FLAGS_{isa}\s+([^)]*)\)", text)
+    return found[1].split() if found else []
+
+
+def build(old: Path, isa: str, folder: Path) -> Path:
+    objects = []
+    for name, tree in (("before", old), ("after", TREE)):
+        for kernel in KERNELS:
+            objects.append(str(folder / f"{name}_{Path(kernel).name}.o"))
+            source = [f"-I{tree / 'csrc'}", "-c", str(tree / "csrc" / f"{kernel}.cpp")]
+            options = [*FLAGS, *flags_of(isa), f"-DPYENGINE_ISA={name}"]
+            subprocess.run(["g++", *options, *source, "-o", objects[-1]], check=True)
+    program = folder / "matmul_kernels"
+    main = [f"-I{TREE / 'csrc'}", str(TREE / "bench/matmul_kernels.cpp")]
+    subprocess.run(["g++", *FLAGS, *main, *objects, "-o", str(program)], check=True)
+    return program
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("old", type=Path, help="a checkout of the tree to compare with")
+    parser.add_argument("--shape", default="14336x4096", help="N x K")
+    parser.add_argument("--rows", default="1,2,4,6,8,16,512")
+    parser.add_argument("--bits", type=int, default=8)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--isa", default="avx2")
+    parser.add_argument("--turns", type=int, default=10)
+    options = parser.parse_args()
+    N, K = map(int, options.shape.split("x"))
+    nbytes = N * K * options.bits // 8 + 2 * N * K // options.group_size * 2
+    print("rows  old ms  new ms  GFLOPS  GB/s  new / old  new / new at the first rows")
+    with tempfile.TemporaryDirectory() as folder:
+        program = build(options.old.resolve(), options.isa, Path(folder))
+        first = 0.0
+        for rows in map(int, options.rows.split(",")):
+            turns = max(2, options.turns * 16 // max(16, rows))
+            numbers = map(str, (N, K, options.bits, options.group_size, rows, turns))
+            done = subprocess.run([program, *numbers], text=True, capture_output=True, check=True)
+            old, new, same = map(float, done.stdout.split())
+            assert same, f"the bits of {rows} rows differ"
+            first = first or new
+            figures = (old * 1e3, new * 1e3, 2e-9 * rows * N * K / new, nbytes / new / 1e9)
+            print(f"{rows:4}", *(f"{x:7.2f}" for x in (*figures, new / old, new / first)))
+
+
+if __name__ == "__main__":
+    main()
