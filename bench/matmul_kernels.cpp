@@ -60,11 +60,13 @@ int main(int argc, char** argv) {
     numbers[i] = atoi(argv[1 + i]);
   }
   auto [N, K, bits, group_size, rows, repeats] = numbers;
-  size_t nbytes = size_t(N) * K * bits / 8, factors = size_t(N) * K / group_size;
+  size_t nbytes = size_t(N) * K * bits / 8,
+         factors = size_t(N) * K / group_size;
   std::mt19937 random(1);
   auto w = allocate<uint32_t>(nbytes / 4);
   std::generate_n(w.get(), nbytes / 4, std::ref(random));
-  auto scales = allocate<uint16_t>(factors), biases = allocate<uint16_t>(factors);
+  auto scales = allocate<uint16_t>(factors),
+       biases = allocate<uint16_t>(factors);
   std::generate_n(scales.get(), factors, [&] {
     return bfloat(1e-5f * (1 + random() % 1000));
   });
@@ -84,8 +86,8 @@ int main(int argc, char** argv) {
   int groups = (N + columns - 1) / columns;
   int slices = (rows + max_rows - 1) / max_rows;
   auto staged = allocate<float>(max_rows * padded_width(K));
-  auto scratch = allocate<float>(
-      columns * (max_rows + 2 * size_t(K / group_size)) + 16);
+  auto scratch =
+      allocate<float>(columns * (max_rows + 2 * size_t(K / group_size)) + 16);
   Order order = bits == 8 ? Order::plain
       : bits == 6         ? Order::quads
                           : Order::pairs;

@@ -17,7 +17,7 @@ from pathlib import Path
 
 TREE = Path(__file__).resolve().parents[1]
 KERNELS = ("ops/quantized_matmul_cpu", "cpu/rows_cpu")
-FLAGS = "-std=c++20 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -w".split()
+FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-w"]
 
 
 def flags_of(isa: str) -> list[str]:

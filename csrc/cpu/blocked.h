@@ -27,25 +27,28 @@ constexpr int panel_rows = 6;
 constexpr int panel_rows = 3;
 #endif
 
-// Adds `steps` times 16 k to the lanes [rows, panel_columns, 16].
+// Adds `steps` times 16 k to the lanes [rows, panel_columns, 16], or to 0.
 template <int rows>
 PYENGINE_INLINE void multiply_panel(
     const float* panel, // [k / 16, panel_columns, 16]
     const float* x,
     int pitch,
     int steps,
+    bool from_zero,
     float* sums) {
 #pragma GCC unroll 1
   for (int part = 0; part < parts; ++part) {
     const float* w = panel + native * part;
     const float* values = x + native * part;
     float* at = sums + native * part;
-    NativeFloat acc[rows][panel_columns];
-    PYENGINE_UNROLL
-    for (int r = 0; r < rows; ++r) {
+    NativeFloat acc[rows][panel_columns] = {};
+    if (!from_zero) {
       PYENGINE_UNROLL
-      for (int c = 0; c < panel_columns; ++c) {
-        acc[r][c] = detail::load_part(at + lanes * (r * panel_columns + c));
+      for (int r = 0; r < rows; ++r) {
+        PYENGINE_UNROLL
+        for (int c = 0; c < panel_columns; ++c) {
+          acc[r][c] = detail::load_part(at + lanes * (r * panel_columns + c));
+        }
       }
     }
     int left = steps;
@@ -98,7 +101,6 @@ PYENGINE_INLINE void multiply_blocks(
   for (int from = begin; from < end; from += block_columns) {
     int columns = end - from < block_columns ? end - from : block_columns;
     int panels = (columns + panel_columns - 1) / panel_columns;
-    memset(acc, 0, sizeof(float) * panels * panel_columns * M * lanes);
     for (int k = 0; k < K; k += block_k) {
       int count = K - k < block_k ? K - k : block_k;
       for (int p = 0; p < panels; ++p) {
@@ -118,6 +120,7 @@ PYENGINE_INLINE void multiply_blocks(
                 x + (int64_t(k) * M + lanes * m),
                 lanes * M,
                 steps,
+                k == 0,
                 acc + (p * M + m) * panel_columns * lanes);
           });
         }
