@@ -101,6 +101,9 @@ PYENGINE_INLINE void multiply_blocks(
   for (int from = begin; from < end; from += block_columns) {
     int columns = end - from < block_columns ? end - from : block_columns;
     int panels = (columns + panel_columns - 1) / panel_columns;
+    if (K == 0) { // sums of nothing, which no block begins
+      memset(acc, 0, sizeof(acc));
+    }
     for (int k = 0; k < K; k += block_k) {
       int count = K - k < block_k ? K - k : block_k;
       for (int p = 0; p < panels; ++p) {
