@@ -26,8 +26,9 @@ struct Plan {
   int64_t work = 0;
 };
 
-// Fewer multiply-adds than this take less time than waking a thread.
-constexpr int64_t work_worth_sharing = 1 << 17;
+// Fewer multiply-adds than this, some tens of microseconds, are over before a
+// second thread has helped much: a small model's steps stay on one.
+constexpr int64_t work_worth_sharing = 1 << 20;
 
 // Calls work(group) for all groups of one slice.
 template <typename Work>
