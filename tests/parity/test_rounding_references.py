@@ -17,6 +17,8 @@ pytestmark = pytest.mark.parity
 @pytest.mark.parametrize("flavour", odd_pairs.FLAVOURS)
 def test_the_stored_references_are_what_transformers_computes(flavour, tmp_path):
     """Bit for bit, but for sums that another processor adds in another order."""
+    if flavour == "moe26" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        pytest.skip("stored with AVX-512; without it torch's products choose other experts")
     torch.set_num_threads(1)
     odd_pairs.write_pair(flavour, tmp_path)
     made = make_rounding.references(tmp_path)
