@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_vlm.generate.ar import BatchGenerator, generate_step
-from mlx_vlm.models.gemma4 import Model, ModelConfig
+from mlx_vlm.models.gemma4 import Model, ModelConfig, TextConfig, VisionConfig
 from mlx_vlm.speculative.drafters import load_drafter
 from worker import InProcess, Job, Text, timed
 
@@ -51,7 +51,8 @@ class Engine(InProcess):
 
     def _target(self, folder: Path) -> Model:
         config = json.loads((folder / "config.json").read_text())
-        model = Model(ModelConfig.from_dict({"text_config": config, "vision_config": EYE}))
+        text, eye = TextConfig.from_dict(config), VisionConfig.from_dict(EYE)
+        model = Model(ModelConfig(text_config=text, vision_config=eye))
         weights = mx.load(str(folder / "model.safetensors"))
         mode = config["quantization"]
         nn.quantize(
@@ -85,7 +86,9 @@ class Engine(InProcess):
             compute_logprobs=False,
             **self.drafting,
         )
-        texts: dict[int, list[int]] = {uid: [] for uid in generator.insert(prompts, tokens)}
+        inputs = [self.model.get_input_embeddings(mx.array([ids])).to_dict() for ids in prompts]
+        uids = generator.insert(prompts, tokens, prompt_kwargs=inputs)
+        texts: dict[int, list[int]] = {uid: [] for uid in uids}
         while generator.has_work:
             _, responses = generator.next()
             for response in responses:

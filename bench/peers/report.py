@@ -56,7 +56,7 @@ def prefill_tok_s(outcome: Outcome, length: int) -> float:
 
 
 def processor_ms(outcome: Outcome) -> float | None:
-    """A token's, with that of the prompts shared among them."""
+    """Per token; that of the prompts is shared among them."""
     if outcome["processor_s"] is None:
         return None
     return 1e3 * outcome["processor_s"] / sum(len(text["tokens"]) for text in outcome["texts"])
@@ -155,8 +155,9 @@ def table(heads: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
 
 
 def alone_table(made: Sequence[Row]) -> str:
-    heads = ("engine", "mode", "tok/s", "over pyengine's", "over its plain", "processor ms a token")
-    heads += ("prefill tok/s", "memory, MB", "text as plain", "tokens as pyengine's")
+    heads = ("engine", "mode", "tok/s", "over pyengine's", "over its plain")
+    heads += ("processor ms per token", "prefill tok/s", "memory, MB", "text as plain")
+    heads += ("tokens as pyengine's",)
     return table(
         heads,
         (

@@ -101,6 +101,7 @@ def compare(options: argparse.Namespace, chosen: Sequence[Peer], missing: Sequen
     run_on = environment()
     pair = load()
     texts, long_prompt = prompts(pair, options.long_prompt)
+    texts = texts[: options.prompts]
     target = pair.target_path
     stop = json.loads((target / "generation_config.json").read_text())["eos_token_id"]
     settings = {
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where they are installed")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128, help="most new tokens of a text")
+    parser.add_argument("--prompts", type=int, default=8, help="so many of the eight prompts")
     parser.add_argument("--drafts", type=numbers, default=[3], help="drafts a round: 3 or 3,5")
     parser.add_argument("--streams", type=numbers, default=[1, 4, 8], help="texts at once")
     parser.add_argument("--long-prompt", type=int, default=512, help="tokens of the prefill")

@@ -376,7 +376,7 @@ def test_tables_by_hand() -> None:
         "Chip, 2 cores, Linux; load average 3.2 at the start. today, commit abc. 2 turns; greedy, "
         "2 prompts, at most 3 tokens each; prefill of 512 tokens.",
         "",
-        "| engine | mode | tok/s | over pyengine's | over its plain | processor ms a token | "
+        "| engine | mode | tok/s | over pyengine's | over its plain | processor ms per token | "
         "prefill tok/s | memory, MB | text as plain | tokens as pyengine's |",
         "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
         "| pyengine | plain | 20 | 1.00 (1.00 to 1.00) |  | 50.00 | 256 | 50 |  | 100% |",
