@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import time
 import urllib.request
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from install import GGUF, PORT, SERVER
+from install import GGUF, SERVER
 from worker import Job, Text, peak_bytes
 
 CONTEXT = 2048  # positions of a slot
@@ -26,7 +27,7 @@ class Engine:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.server: subprocess.Popen[bytes] | None = None
-        self.slots = 0
+        self.slots = self.port = 0
         self.ready_for(1)
 
     def versions(self) -> dict[str, str]:
@@ -40,10 +41,11 @@ class Engine:
         if self.slots == streams:
             return
         self.close()
+        self.port = free_port()
         home, weights = Path(self.job.home), Path(self.job.plain_target).parent
         threads = str(self.job.threads)
         command = [str(home / SERVER), "-m", str(weights / GGUF.format("target"))]
-        command += ["--host", "127.0.0.1", "--port", str(PORT), "--no-webui", "--offline"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--no-webui", "--offline"]
         command += ["-np", str(streams), "-c", str(CONTEXT * streams), "--cache-ram", "0"]
         command += ["-t", threads, "-tb", threads]
         if self.job.drafts:
@@ -60,9 +62,12 @@ class Engine:
                 raise SystemExit("llama-server does not start: " + "\n".join(lines[-20:]))
             time.sleep(0.1)
 
+    def _url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
     def _is_up(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5) as answer:
+            with urllib.request.urlopen(f"{self._url()}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
         except OSError:  # nobody listens yet, or it is still loading
             return False
@@ -78,7 +83,7 @@ class Engine:
             "return_tokens": True,
         }
         request = urllib.request.Request(
-            f"http://127.0.0.1:{PORT}/completion",
+            f"{self._url()}/completion",
             json.dumps(asked).encode(),
             {"Content-Type": "application/json"},
         )
@@ -111,3 +116,9 @@ class Engine:
         if self.server is not None:
             self.server.terminate()
             self.server.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

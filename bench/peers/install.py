@@ -21,7 +21,6 @@ LLAMA_CPP = "llama-cpp-python==0.3.36"  # a binding of Python; llama.cpp is in i
 SERVER = Path("build/bin/llama-server")
 CONVERTER = Path("llama.cpp/convert_hf_to_gguf.py")
 GGUF = "{}-q8_0.gguf"
-PORT = 9931
 
 # It refuses an assistant as wide as its target. The embedded one is, and what follows does not
 # depend on it.

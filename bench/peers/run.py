@@ -9,8 +9,10 @@ again, and each turn begins one further in the list. Figures are medians over th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,20 +58,27 @@ def one_run(peer: Peer, job: Job, folder: Path, timeout: float) -> report.Outcom
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if peer.name == OURS:  # this checkout's, wherever the command was given
         environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,  # so that a server which it started ends with it
+    )
     try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(asdict(job)),
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=timeout,
-        )
+        told, complaint = process.communicate(json.dumps(asdict(job)), timeout)
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {timeout:.0f} s"}
-    if done.returncode:
-        return {"error": install.last_line(done.stderr)}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode < 0:
+        return {"error": f"ended by signal {-process.returncode}"}
+    if process.returncode:
+        return {"error": install.last_line(complaint)}
+    return dict(json.loads(told.splitlines()[-1]))
 
 
 def order(count: int, turn: int) -> list[int]:

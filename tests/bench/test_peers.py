@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import sys
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,36 @@ def test_a_worker_that_fails_is_told_in_one_line(
 def test_a_worker_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stand_in(monkeypatch, tmp_path, "import threading; threading.Event().wait()")
     assert run.one_run(install.PEERS[0], job(), tmp_path, 0.5) == {"error": "not done after 0 s"}
+
+
+def test_a_worker_that_is_killed_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stand_in(monkeypatch, tmp_path, "import os; os.kill(os.getpid(), 9)")
+    assert run.one_run(install.PEERS[0], job(), tmp_path, 60) == {"error": "ended by signal 9"}
+
+
+def test_what_a_worker_started_ends_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The child holds a pipe open as long as it lives."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    child = f"import threading; held = open({str(pipe)!r}, 'w'); held.write('there'); held.flush();"
+    source = f"""
+import subprocess, sys
+child = {child + " threading.Event().wait()"!r}
+nothing = subprocess.DEVNULL
+subprocess.Popen([sys.executable, "-c", child], stdout=nothing, stderr=nothing)
+with open({str(pipe)!r}, "r") as own:
+    own.read(1)
+raise SystemExit("gone")
+"""
+    stand_in(monkeypatch, tmp_path, source)
+    assert run.one_run(install.PEERS[0], job(), tmp_path, 60) == {"error": "gone"}
+    poll = select.poll()
+    poll.register(reader, select.POLLHUP)
+    assert [event & select.POLLHUP for _, event in poll.poll(30_000)] == [select.POLLHUP]
+    os.close(reader)
 
 
 def test_everyone_is_first_in_turn() -> None:
