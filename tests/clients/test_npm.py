@@ -56,5 +56,6 @@ def test_ai_sdk(server: Server, api: str) -> None:
     assert told["whole"] == told["streamed"] == SAYS["fox"]
     assert told["calls"] == [{"town": "Bonn"}] * 4  # two whole, two streamed
     assert told["after"] == RAIN and told["afterStreamed"] == "I look." + RAIN
+    assert told["object"] == {"town": "Bonn"}
     assert told["error"]["status"] == 400
     assert "max_tokens must be at most 8192" in told["error"]["message"]

@@ -1,6 +1,6 @@
 // Vercel's AI SDK, by chat completions or responses: node ai.mjs URL KEY TOOL chat|responses.
 import { createOpenAI } from "@ai-sdk/openai";
-import { generateText, jsonSchema, stepCountIs, streamText, tool } from "ai";
+import { generateObject, generateText, jsonSchema, stepCountIs, streamText, tool } from "ai";
 
 const [, , baseURL, apiKey, given, api] = process.argv;
 const { description, parameters } = JSON.parse(given);
@@ -26,6 +26,9 @@ told.after = (await generateText(ask)).text;
 let text = "";
 for await (const piece of streamText(ask).textStream) text += piece;
 told.afterStreamed = text;
+
+const shape = { model, schema: jsonSchema(parameters), prompt: "plainly" };
+told.object = (await generateObject(shape)).object;
 
 try {
   await generateText({ model, prompt: "fox", maxOutputTokens: 10000000, maxRetries: 0 });
