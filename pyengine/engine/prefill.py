@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -13,9 +13,6 @@ from pyengine.engine.prefix import Prefix
 from pyengine.model.cache import Cache
 from pyengine.model.plan import chunk_end, last_chunk
 from pyengine.model.target import Reader
-
-if TYPE_CHECKING:  # what brings NumPy is imported where it is needed
-    pass
 
 
 class Prefilled(NamedTuple):
