@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 import timing
 
-from pyengine.ops import geglu, quantized_expert_matmul, quantized_expert_matmul_reference
+from pyengine.ops import glu, quantized_expert_matmul, quantized_expert_matmul_reference
 
 # The call of docs/ops.md
 SMALL = {"N": 64, "K": 512, "T": 6}
@@ -32,7 +32,7 @@ def test_quantized_expert_matmul(benchmark, N, K, T):
         rows = x[:, None, None]
         options = {"rhs_indices": ids, "transpose": True, "group_size": GROUP, "bits": BITS}
         parts = (mx.gather_qmm(rows, *stack, **options)[:, :, 0] for stack in (gate, up))
-        return geglu(*parts)
+        return glu(*parts)
 
     gate, up = turns[0]
     expected = quantized_expert_matmul_reference(x, gate, ids, GROUP, BITS, up=up)

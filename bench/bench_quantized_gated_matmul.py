@@ -7,7 +7,7 @@ import pytest
 import timing
 
 from pyengine.ops import (
-    geglu,
+    glu,
     quantized_gated_matmul,
     quantized_gated_matmul_reference,
     quantized_matmul,
@@ -32,7 +32,7 @@ def test_quantized_gated_matmul(benchmark, N, K, bits, M):
         return quantized_gated_matmul(x, gate, up, GROUP, bits)
 
     def separate(gate, up):
-        return geglu(*(quantized_matmul(x, *matrix, GROUP, bits) for matrix in (gate, up)))
+        return glu(*(quantized_matmul(x, *matrix, GROUP, bits) for matrix in (gate, up)))
 
     expected = quantized_gated_matmul_reference(x, *turns[0], GROUP, bits)
     timing.check(kernel(*turns[0]), expected, rtol=2**-5, atol=8)

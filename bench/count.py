@@ -3,7 +3,7 @@
 Prints bench/KERNELS.md, whose text says what each figure is; progress goes to standard error. A
 whole run takes minutes.
 
-Run: python bench/count.py [--ops rms_norm geglu] [--json]
+Run: python bench/count.py [--ops rms_norm glu] [--json]
 """
 
 import argparse
@@ -306,7 +306,7 @@ def layers(rows: Sequence[int] = LAYER_ROWS) -> Iterator[Call]:
         for H, K, D in HEADS:
             yield from heads(T, H, K, D)
         gate, up = random(6, T * WIDTH), random(7, T * WIDTH)
-        yield Call("geglu", ops.geglu(gate, up), labels)
+        yield Call("glu", ops.glu(gate, up), labels)
 
 
 def heads(T: int, H: int, K: int, D: int) -> Iterator[Call]:

@@ -277,9 +277,9 @@ def weigh_experts(U: int, E: int, out: str) -> Run:
     return lambda T: [op("weigh_experts")(parts[:T], weights[:T], DTYPES[out])]
 
 
-def geglu(F: int, dtype: str) -> Run:
+def glu(F: int, dtype: str) -> Run:
     gate, up = (normal(label, MOST, F, dtype=dtype, scale=2.0) for label in "gu")
-    return lambda T: [op("geglu")(gate[:T], up[:T])]
+    return lambda T: [op("glu")(gate[:T], up[:T])]
 
 
 def embed(E: int, bits: int, group: int, scale: float, dtype: str, out: str) -> Run:
@@ -453,14 +453,14 @@ def settings(pair: str) -> Iterator[tuple[Callable[..., Run], dict[str, Any]]]:
                 yield quantized_gated_matmul, {"K": K, **packing, **dtype}
     for F in [ffn, own_ffn, *([per_layer] if per_layer else [])]:
         for dtype in one_of:
-            yield geglu, {"F": F, **dtype}
+            yield glu, {"F": F, **dtype}
     for E in [hidden, *([layers * per_layer] if per_layer else [])]:
         scale = math.sqrt(hidden if hidden == E else per_layer)
         for out in outs:
             for packing in [*packings[: len(BITS)], {"bits": 16, "group": 64}]:
                 yield embed, {"E": E, **packing, "scale": round(scale, 3), **out}
     if experts:
-        yield geglu, {"F": EXPERT_WIDTH, "dtype": "bfloat16"}
+        yield glu, {"F": EXPERT_WIDTH, "dtype": "bfloat16"}
         for used in (1, EXPERTS_USED, 32):
             yield route_experts, {"X": experts, "used": used}
         for name in DTYPES:

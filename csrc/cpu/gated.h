@@ -1,10 +1,10 @@
 #pragma once
 // gated.h: some columns of gelu_tanh(x @ gate.T) * (x @ up.T) on the processor,
-// from the kernels of quantized_matmul and geglu: the bits are those of three
+// from the kernels of quantized_matmul and glu: the bits are those of three
 // ops, but what lies between them stays in the cache.
 
 #include "cpu/isa.h"
-#include "ops/geglu_cpu.h"
+#include "ops/glu_cpu.h"
 #include "ops/quantized_matmul_cpu.h"
 
 namespace pyengine {
@@ -50,7 +50,7 @@ inline void gated_columns(
   };
   multiply(gate, gates);
   multiply(up, ups);
-  PYENGINE_PICK_KERNEL(geglu_range)({gates, ups, out, gate.storage}, 0, size);
+  PYENGINE_PICK_KERNEL(glu_range)({gates, ups, out, gate.storage}, 0, size);
 }
 
 // Rows of out [M, columns], one after the other, to where they belong.

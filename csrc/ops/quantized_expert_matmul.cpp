@@ -1,6 +1,6 @@
 // quantized_expert_matmul: each row times the quantised matrices of the experts
 // that it was routed to. On the processor rows are grouped by expert, then run
-// through the kernels of quantized_matmul and geglu.
+// through the kernels of quantized_matmul and glu.
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>

@@ -1,6 +1,6 @@
 // quantized_gated_matmul: gelu_tanh(x @ gate.T) * (x @ up.T) for two matrices
 // in MLX's affine quantisation. The arithmetic is that of
-// quantized_matmul_cpu.cpp and geglu_cpu.cpp.
+// quantized_matmul_cpu.cpp and glu_cpu.cpp.
 
 #include <algorithm>
 

@@ -188,7 +188,7 @@ def _places(shapes: Shapes, m: int) -> dict[str, Callable[[str], Call]]:
     matmul = partial(_matmul, shapes, m)
     one = "dense_matmul" if dense else "quantized_matmul"
     many = one if dense else "quantized_matmuls"
-    gate = f"{one} + geglu" if dense else "quantized_gated_matmul"
+    gate = f"{one} + glu" if dense else "quantized_gated_matmul"
     places: dict[str, Callable[[str], Call]] = {
         "q, k, v": partial(matmul, many, [(wide, E), (narrow, E), (narrow, E)], side_by_side, list),
         "attention, sliding": partial(_attention, m, H, sliding, SLIDING, window - 1 + m, window),

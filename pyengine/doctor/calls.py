@@ -358,9 +358,9 @@ def weigh_experts(U: int, E: int, dtype: str) -> Call:
     )
 
 
-def geglu(F: int, dtype: str) -> Call:
+def glu(F: int, dtype: str) -> Call:
     gate, up = (normal(i, MOST, F, dtype=dtype, scale=2.0) for i in (1, 2))
-    return Call(lambda b, e: [ops.geglu(gate[b:e], up[b:e])], first, rounded(1))
+    return Call(lambda b, e: [ops.glu(gate[b:e], up[b:e])], first, rounded(1))
 
 
 def embed(V: int, E: int, group: int, bits: int, dtype: str) -> Call:

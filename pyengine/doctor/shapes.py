@@ -143,7 +143,7 @@ def _of_pair(
         yield "rms_norm", {"D": size, "heads": 1, "dtype": dtype}, {}
         yield "residual_norm", {"E": size, "dtype": dtype}, {}
     for size in activations:
-        yield "geglu", {"F": size, "dtype": dtype}, {}
+        yield "glu", {"F": size, "dtype": dtype}, {}
 
     for (sliding, D, K, own_keys, same), _ in layers:
         window = target.window if sliding else None

@@ -66,7 +66,7 @@ def _by_slot(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) ->
     rows = []
     for t in range(x.shape[0]):
         row = x[t : t + 1]
-        y = ops.geglu(gate.take(ids[t]).joined()(row), up.take(ids[t]).joined()(row))
+        y = ops.glu(gate.take(ids[t]).joined()(row), up.take(ids[t]).joined()(row))
         y = y.reshape(ids.shape[1], -1)
         mine = down.take(ids[t])
         total = None
@@ -87,6 +87,6 @@ def _by_expert(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) 
     for expert in range(experts.gate.weight.shape[0]):
         weight = mx.where(ids == expert, weights, 0.0)  # [T, num_used], at most one not zero
         mlp = MLP(*(stack.member(expert) for stack in (experts.gate, experts.up, experts.down)))
-        y = mlp.down(ops.geglu(mlp.gate(x), mlp.up(x)), mx.float32)
+        y = mlp.down(ops.glu(mlp.gate(x), mlp.up(x)), mx.float32)
         total = total + y * weight.sum(axis=-1, keepdims=True)
     return total

@@ -104,7 +104,7 @@ def gated(gate: Linear, up: Linear, x: mx.array) -> mx.array:
     """``gelu_tanh(gate(x)) * up(x)``, in one op where the two are packed alike."""
     first, second = gate.packed, up.packed
     if first is None or second is None or not gate.packed_like(up):
-        return ops.geglu(gate(x), up(x))
+        return ops.glu(gate(x), up(x))
     return ops.quantized_gated_matmul(x, first, second, gate.group_size, gate.bits)
 
 

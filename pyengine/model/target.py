@@ -272,7 +272,7 @@ class Target:
                 h, x = residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
             else:
                 h, _ = ops.residual_norm(h, y, layer.post_mlp_norm, eps=eps)
-                y = ops.geglu(layer.per_layer.gate(h), per_layer[i])
+                y = ops.glu(layer.per_layer.gate(h), per_layer[i])
                 y = layer.per_layer.projection(y)
                 h, x = residual(h, y, layer.per_layer.norm, next_norm, eps, layer.scalar)
             left.append(h)

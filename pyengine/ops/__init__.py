@@ -11,7 +11,7 @@ from .dispatch import status, use
 from .draw_token import draw_token, draw_token_reference
 from .embed import embed, embed_reference
 from .filter_logits import filter_logits, filter_logits_reference
-from .geglu import geglu, geglu_reference
+from .glu import glu, glu_reference
 from .norm_rope import norm_rope, norm_rope_reference
 from .prepare_qkv import prepare_qkv, prepare_qkv_reference
 from .quantized_expert_matmul import quantized_expert_matmul, quantized_expert_matmul_reference
@@ -41,8 +41,8 @@ __all__ = [
     "embed_reference",
     "filter_logits",
     "filter_logits_reference",
-    "geglu",
-    "geglu_reference",
+    "glu",
+    "glu_reference",
     "norm_rope",
     "norm_rope_reference",
     "prepare_qkv",

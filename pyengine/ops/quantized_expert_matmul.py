@@ -3,7 +3,7 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .geglu import geglu
+from .glu import glu
 from .quantized_gated_matmul import Matrix, quantized_gated_matmul_reference
 from .quantized_matmul import quantized_matmul_reference
 
@@ -81,7 +81,7 @@ def _prefill(
         )
         return mx.where(known[..., None], y.squeeze(2), mx.nan)
 
-    return served(stack) if up is None else geglu(served(stack), served(up))
+    return served(stack) if up is None else glu(served(stack), served(up))
 
 
 def quantized_expert_matmul_reference(

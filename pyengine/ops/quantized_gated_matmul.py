@@ -3,7 +3,7 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .geglu import geglu, geglu_reference
+from .glu import glu, glu_reference
 from .quantized_matmul import quantized_matmul, quantized_matmul_reference
 
 Matrix = tuple[mx.array, mx.array, mx.array]
@@ -19,7 +19,7 @@ def quantized_gated_matmul(
     """Gate and up projection and their activation in one pass over x and both matrices.
 
     ``out = gelu_tanh(x @ gate.T) * (x @ up.T)``. Each product is that of ``quantized_matmul``,
-    rounded to the dtype of ``x``, and their meeting that of ``geglu``: the bits are those of the
+    rounded to the dtype of ``x``, and their meeting that of ``glu``: the bits are those of the
     three ops. On a GPU these three serve more than 128 rows.
 
     Args:
@@ -43,7 +43,7 @@ def quantized_gated_matmul(
 
 def _one_by_one(x: mx.array, gate: Matrix, up: Matrix, group_size: int, bits: int) -> mx.array:
     parts = (quantized_matmul(x, *matrix, group_size, bits) for matrix in (gate, up))
-    return geglu(*parts)
+    return glu(*parts)
 
 
 def quantized_gated_matmul_reference(
@@ -55,4 +55,4 @@ def quantized_gated_matmul_reference(
 ) -> mx.array:
     """The same in plain MLX."""
     parts = (quantized_matmul_reference(x, *matrix, group_size, bits) for matrix in (gate, up))
-    return geglu_reference(*parts)
+    return glu_reference(*parts)

@@ -195,7 +195,7 @@ def layers() -> list[Row]:
 
 
 def test_rows_are_loaded_once(layers: list[Row]) -> None:
-    names = ["rms_norm", "residual_norm", "geglu"]
+    names = ["rms_norm", "residual_norm", "glu"]
     names += len(bench.HEADS) * ["prepare_qkv", "norm_rope"]
     want = [(op, M) for op in names for M in bench.LAYER_ROWS]
     want += len(bench.HEADS) * [("copy_pages", 1)]
@@ -216,7 +216,7 @@ def test_bytes_that_are_needed_and_weights_once_per_threadgroup(layers: list[Row
         elif r["op"] == "residual_norm":
             scalar = 32 * M  # a sector for its two bytes
             assert moved == (4 * M * E + scalar, 2 * M * E)
-        elif r["op"] == "geglu":
+        elif r["op"] == "glu":
             assert 1 <= r["ratio"] < 1.04, r
         elif r["op"] == "copy_pages":
             # A threadgroup of 4096 bytes has two sectors for two numbers

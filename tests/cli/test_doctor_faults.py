@@ -26,7 +26,7 @@ PLANTED = {
     "copy_pages": "stale",
     "draw_token": "aborting",
     "embed": "dropped",
-    "geglu": "wrong",
+    "glu": "wrong",
     "quantized_matmul": "refused",
     "random_uniform": "faulting",
     "residual_norm": "unstable",
@@ -37,7 +37,7 @@ VERDICTS = {
     "copy_pages": "hazard",
     "draw_token": "crashed",
     "embed": "dropped",
-    "geglu": "wrong",
+    "glu": "wrong",
     "quantized_matmul": "refused",
     "random_uniform": "crashed",
     "residual_norm": "unstable",
@@ -117,7 +117,7 @@ def test_what_is_known_of_each(examined: dict[str, Any]) -> None:
     assert "ignored" in failed["route_experts"]["detail"]
     assert failed["residual_norm"]["first"]["rows"] == [6, 16]
     # 16 rows of 384, the third number from the end
-    assert failed["geglu"]["first"]["index"] == [15, 381]
+    assert failed["glu"]["first"]["index"] == [15, 381]
     refused = failed["quantized_matmul"]
     kernel = refused["detail"].partition(":")[0]
     source = _ext.metal_source("quantized_matmul", kernel).splitlines()
@@ -160,7 +160,7 @@ def test_text_is_right_after_a_quarantine(
     native_text: list[int], examined: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process the ops themselves are broken, so what is not set aside would show."""
-    for op in ("geglu", "residual_norm"):
+    for op in ("glu", "residual_norm"):
         broken = faulty_worker.blank(getattr(_ext, op))
         monkeypatch.setattr(_ext, op, broken)
     ask = functools.partial(generation.generate, PROMPT, sampling=GREEDY, max_tokens=24)
@@ -169,7 +169,7 @@ def test_text_is_right_after_a_quarantine(
         texts = [ask(block_size=size).tokens for size in (1, 4)]
     assert texts == [native_text, native_text]
     (line,) = [str(one.message) for one in seen]
-    assert line.startswith("copy_pages, draw_token, embed, geglu") and "MLX's own" in line
+    assert line.startswith("copy_pages, draw_token, embed, glu") and "MLX's own" in line
     # And it is the quarantine that does it
     ops.dispatch.set_aside(())
     with pytest.raises(RuntimeError, match="not finite") as error:
@@ -198,8 +198,8 @@ def test_a_later_process_runs_mlx_in_its_place(
 # ---- The file
 
 
-def kept(op: str = "geglu") -> dict[str, Any]:
-    why = {"verdict": "wrong", "case": "geglu F=384", "detail": "one number"}
+def kept(op: str = "glu") -> dict[str, Any]:
+    why = {"verdict": "wrong", "case": "glu F=384", "detail": "one number"}
     key = machine.key("processor")
     return {"format": 1, "key": key, "failed": {op: why}, "checked": []}
 
@@ -214,7 +214,7 @@ LIES = {
         "another machine, system or build",
     ),
     "no such op": (kept("os.system"), "must say of each op why"),
-    "no reason": ({**kept(), "failed": {"geglu": "because"}}, "must say of each op why"),
+    "no reason": ({**kept(), "failed": {"glu": "because"}}, "must say of each op why"),
     "a number": ({**kept(), "checked": 3}, "must have `failed` and `checked`"),
     "numbers": ({**kept(), "checked": [3]}, "must hold digests"),
 }
@@ -246,7 +246,7 @@ def test_a_file_that_is_right_counts_and_none_is_none(own: Path) -> None:
     said: list[str] = []
     for _ in range(2):  # once in a process
         first_use.ready(task.embedded_pair(), said.append)
-    assert ops.dispatch.runs("geglu") == "mlx" and len(said) == 1
+    assert ops.dispatch.runs("glu") == "mlx" and len(said) == 1
     ops.use("reference")
     try:
         first_use._asked.clear()
@@ -257,11 +257,11 @@ def test_a_file_that_is_right_counts_and_none_is_none(own: Path) -> None:
 
 def test_what_does_well_again_is_taken_out(own: Path) -> None:
     own.write_text(json.dumps(kept()))
-    row = {"op": "geglu", "verdict": "ok", "shapes": ["geglu F=512"]}
-    assert set(quarantine.update("processor", [row], fail).failed) == {"geglu"}
+    row = {"op": "glu", "verdict": "ok", "shapes": ["glu F=512"]}
+    assert set(quarantine.update("processor", [row], fail).failed) == {"glu"}
     assert quarantine.update("processor", [row], fail, whole=True).failed == {}
     own.write_text(json.dumps(kept()))
-    row["shapes"] = ["geglu F=512", "geglu F=384"]
+    row["shapes"] = ["glu F=512", "glu F=384"]
     assert quarantine.update("processor", [row], fail).failed == {}
     assert quarantine.read("processor", fail) == quarantine.Record()
     assert [path.name for path in own.parent.iterdir()] == [own.name]
@@ -272,9 +272,9 @@ def test_a_home_that_cannot_be_written_is_said(own: Path) -> None:
     own.parent.write_text("no folder")
     said: list[str] = []
     first = {"verdict": "wrong", "case": "c", "detail": "d"}
-    row = {"op": "geglu", "verdict": "wrong", "failed": [first], "shapes": []}
+    row = {"op": "glu", "verdict": "wrong", "failed": [first], "shapes": []}
     record = quarantine.update("processor", [row], said.append)
-    assert set(record.failed) == {"geglu"}  # in this process it counts
+    assert set(record.failed) == {"glu"}  # in this process it counts
     assert len(said) == 1 and "could not be written" in said[0]
 
 
@@ -287,13 +287,13 @@ def test_the_first_use_of_a_device_is_examined_and_kept(
     """What only a GPU does, here with the processor in its place."""
     first_use._asked.clear()
     monkeypatch.setattr(first_use, "EXAMINED_ON", ("processor",))
-    monkeypatch.setattr(runner, "COMMAND", command(geglu="wrong"))
+    monkeypatch.setattr(runner, "COMMAND", command(glu="wrong"))
     said: list[str] = []
     began: list[str] = []
     pair = task.embedded_pair()
     first_use.ready(pair, said.append, lambda done, total, op: began.append(op))
-    assert began[0] == "accept_block" and "geglu" in began and len(began) > 15
-    assert len(said) == 1 and said[0].startswith("geglu failed") and "geglu" in own.read_text()
+    assert began[0] == "accept_block" and "glu" in began and len(began) > 15
+    assert len(said) == 1 and said[0].startswith("glu failed") and "glu" in own.read_text()
     result = generation.generate(PROMPT, sampling=GREEDY, max_tokens=24, block_size=4)
     assert result.tokens == native_text
     # The next process only reads

@@ -33,7 +33,7 @@ def text(pair: Pair, flavour: str, block_size: int) -> tuple[list[int], Stats]:
     [
         ("dense31", "bfloat16-q8", {"quantized_matmuls", "quantized_gated_matmul"}),
         ("moe26", "float32-q8", {"quantized_expert_matmul", "route_experts"}),
-        ("uni12", "bfloat16", {"dense_matmul", "geglu"}),
+        ("uni12", "bfloat16", {"dense_matmul", "glu"}),
     ],
 )
 def test_speculative_text_in_the_workbench(flavour, form, own, monkeypatch):

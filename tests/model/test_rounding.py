@@ -324,15 +324,15 @@ def test_the_per_layer_inputs_are_rounded_once(
 ) -> None:
     """Factors near a rounding of theirs move an input by less than a layer shows."""
     ids, model = ids_of("e2b"), odd_pair("e2b", form).target
-    want, geglu, seen = target_of("e2b", form, roundings.OURS), ops.geglu, []
+    want, glu, seen = target_of("e2b", form, roundings.OURS), ops.glu, []
     embedding = want.embed(ids)
 
     def noted(gate: mx.array, up: mx.array) -> mx.array:
         if up.shape[-1] == P:  # not that of an MLP
             seen.append(values(up))
-        return geglu(gate, up)
+        return glu(gate, up)
 
-    monkeypatch.setattr(ops, "geglu", noted)
+    monkeypatch.setattr(ops, "glu", noted)
     layers = len(model.layers)
     through(model, way, ids, [embedding] * layers, Forced(monkeypatch))
     parts = np.array(seen).reshape(-1, layers, seen[0].shape[0], P)

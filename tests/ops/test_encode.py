@@ -32,8 +32,8 @@ def place(a: mx.array) -> int:
     return address
 
 
-def geglu() -> mx.array:
-    return ops.geglu(mx.ones((3, 5)), mx.ones((3, 5)))
+def glu() -> mx.array:
+    return ops.glu(mx.ones((3, 5)), mx.ones((3, 5)))
 
 
 def merge(top_k: int) -> _ext.Launch:
@@ -74,12 +74,11 @@ def test_a_launch_past_a_pipelines_limit_raises():
     _ext.rehearse(True, max_threads=128)
     try:
         with pytest.raises(RuntimeError) as error:
-            mx.eval(geglu())
+            mx.eval(glu())
     finally:
         _ext.rehearse(False)
     assert str(error.value) == (
-        "[geglu] a threadgroup of geglu_float32 must be at most 128 threads on this GPU but got "
-        "256."
+        "[glu] a threadgroup of glu_float32 must be at most 128 threads on this GPU but got 256."
     )
 
 
@@ -87,22 +86,22 @@ def test_a_launch_past_a_pipelines_limit_raises():
 def test_calls_of_an_op_in_order():
     gate, up = mx.ones((3, 5)), mx.ones((3, 5))
     mx.eval(gate, up)
-    mx.eval(ops.geglu(gate, up))
+    mx.eval(ops.glu(gate, up))
     calls = _ext.rehearsed_calls()
     what = [(name, index) for name, index, _ in calls]
-    assert what == [("input", 0), ("input", 1), ("output", 2), ("bytes", 3), ("geglu_float32", -1)]
+    assert what == [("input", 0), ("input", 1), ("output", 2), ("bytes", 3), ("glu_float32", -1)]
     assert [at for *_, at in calls[:2]] == [place(gate), place(up)]
     assert _ext.rehearsed_launches() == 1
 
 
 def test_poisoned_results_are_computed_all_the_same():
-    expected = geglu()
+    expected = glu()
     mx.eval(expected)
     _ext.poison_outputs(True)
     try:
-        assert mx.array_equal(geglu(), expected)
+        assert mx.array_equal(glu(), expected)
         _ext.rehearse(True)  # nothing computes
-        result = geglu()
+        result = glu()
         mx.eval(result)
     finally:
         _ext.rehearse(False)
@@ -112,7 +111,7 @@ def test_poisoned_results_are_computed_all_the_same():
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="has Metal")
 def test_nothing_is_compiled_without_metal():
-    (launch,) = _ext.launches_of(geglu())[0]
+    (launch,) = _ext.launches_of(glu())[0]
     with pytest.raises(RuntimeError) as error:
         _ext.compile_launch(launch)
     assert str(error.value) == "[compile_launch] the extension was built without Metal."
@@ -192,10 +191,10 @@ def test_two_verify_calls_without_evaluation_between():
 def test_a_strided_input_is_copied_and_state_is_not():
     wide = mx.ones((3, 10))
     mx.eval(wide)
-    graph = ops.geglu(wide[:, ::2], wide[:, 5:])
+    graph = ops.glu(wide[:, ::2], wide[:, 5:])
     mx.eval(graph)
     what = [name for name, *_ in _ext.rehearsed_calls()]
-    assert what == ["copy", "copy", "input", "input", "output", "bytes", "geglu_float32"]
+    assert what == ["copy", "copy", "input", "input", "output", "bytes", "glu_float32"]
     strided = mx.ones((1, 128, 1, 16)).swapaxes(1, 2)[:, :, ::2]
     with pytest.raises(RuntimeError) as error:
         mx.eval(attention(strided, strided))

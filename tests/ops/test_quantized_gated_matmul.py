@@ -9,7 +9,7 @@ from test_quantized_matmul import packed_case
 from pyengine import _ext, ops
 from pyengine.ops import (
     dispatch,
-    geglu,
+    glu,
     quantized_gated_matmul,
     quantized_gated_matmul_reference,
     quantized_matmul,
@@ -35,7 +35,7 @@ def bits_of(x: mx.array) -> np.ndarray:
 
 
 def three_ops(x, gate, up, group_size, bits):
-    return geglu(*(quantized_matmul(x, *matrix, group_size, bits) for matrix in (gate, up)))
+    return glu(*(quantized_matmul(x, *matrix, group_size, bits) for matrix in (gate, up)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,7 +103,7 @@ def test_use_reference_and_mlx(monkeypatch):
     monkeypatch.setattr(dispatch.mx, "default_device", lambda: mx.gpu)
     parts = [mx.quantized_matmul(x, *matrix, True, 64, 8) for matrix in (gate, up)]
     served = quantized_gated_matmul(x, gate, up)
-    assert mx.allclose(served, ops.geglu_reference(*parts), rtol=1e-5, atol=1e-6)
+    assert mx.allclose(served, ops.glu_reference(*parts), rtol=1e-5, atol=1e-6)
     assert np.array_equal(bits_of(quantized_gated_matmul(x[:128], gate, up)), own)
 
 

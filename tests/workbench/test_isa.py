@@ -67,7 +67,7 @@ CALLS = {
     ),
     "dense_matmul": lambda: ops.dense_matmul(random(0, 2, 100), random(1, 31, 100)),
     "rms_norm": lambda: ops.rms_norm(random(0, 1, 1536), random(1, 1536)),
-    "geglu": lambda: ops.geglu(random(0, 1, 200), random(1, 1, 200)),
+    "glu": lambda: ops.glu(random(0, 1, 200), random(1, 1, 200)),
     "filter_logits": lambda: ops.filter_logits(random(0, 1, 600, dtype=mx.float32), top_k=20),
     "block_attention": lambda: ops.block_attention(
         random(0, 2, 4, 64),

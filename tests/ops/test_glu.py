@@ -1,4 +1,4 @@
-"""geglu: kernel against reference and float64, edges, row-stability, errors."""
+"""glu: kernel against reference and float64, edges, row-stability, errors."""
 
 import threading
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from draw import Call, Draw, near
 
-from pyengine.ops import geglu, geglu_reference
+from pyengine.ops import glu, glu_reference
 
 # One rounding of float32 results. The reference computes 1 + tanh, which cancels below about -3:
 # there it is off by 2**-24 of the gate, hence the absolute part.
@@ -27,7 +27,7 @@ def bits(x: mx.array) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(), (1,), (31,), (1, 1, 512), (3, 33), (5, 21504)])
 def test_matches_reference(shape, dtype):
     gate, up = 2 * normal(1, *shape, dtype=dtype), normal(2, *shape, dtype=dtype)
-    out, expected = geglu(gate, up), geglu_reference(gate, up)
+    out, expected = glu(gate, up), glu_reference(gate, up)
     assert out.dtype == dtype and out.shape == gate.shape
     a, b = (np.array(x.astype(mx.float32)) for x in (out, expected))
     np.testing.assert_allclose(a, b, rtol=TOLERANCE[dtype], atol=2e-6)
@@ -39,7 +39,7 @@ def test_against_float64():
     g = gate.astype(np.float64)
     u = np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)
     expected = g / (1 + np.exp(-2 * u))
-    out = np.array(geglu(mx.array(gate), mx.ones(gate.size)))
+    out = np.array(glu(mx.array(gate), mx.ones(gate.size)))
     some = np.abs(u) < 40
     assert np.abs(out - expected)[some].max() < 1e-6
     # The exponent 2u is rounded to float32: up to 2u * 2**-24 relative error in e^2u.
@@ -48,35 +48,35 @@ def test_against_float64():
 
 def test_far_gates():
     gate = mx.array([-1e30, -100.0, -20.0, 0.0, 20.0, 100.0, 1e10])
-    out = np.array(geglu(gate, mx.full((7,), 2.0)))
+    out = np.array(glu(gate, mx.full((7,), 2.0)))
     assert np.array_equal(out, [0, 0, 0, 0, 40, 200, 2e10])
-    assert np.isnan(np.array(geglu(mx.array([float("nan")]), mx.ones(1)))).all()
+    assert np.isnan(np.array(glu(mx.array([float("nan")]), mx.ones(1)))).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_row_stable(dtype):
     gate, up = normal(3, 40, 333, dtype=dtype), normal(4, 40, 333, dtype=dtype)
-    whole = bits(geglu(gate, up))
+    whole = bits(glu(gate, up))
     for t in range(40):
-        assert np.array_equal(bits(geglu(gate[t : t + 1], up[t : t + 1]))[0], whole[t])
+        assert np.array_equal(bits(glu(gate[t : t + 1], up[t : t + 1]))[0], whole[t])
 
 
 def test_strided_and_large():
     both = normal(5, 300, 2, 700, dtype=mx.bfloat16)
-    out = geglu(both[:, 0], both[:, 1])
-    plain = geglu(mx.contiguous(both[:, 0]), mx.contiguous(both[:, 1]))
+    out = glu(both[:, 0], both[:, 1])
+    plain = glu(mx.contiguous(both[:, 0]), mx.contiguous(both[:, 1]))
     assert np.array_equal(bits(out), bits(plain))
-    assert np.array_equal(bits(out[7]), bits(geglu(both[7, 0], both[7, 1])))
-    assert geglu(mx.zeros((0, 4)), mx.zeros((0, 4))).shape == (0, 4)
+    assert np.array_equal(bits(out[7]), bits(glu(both[7, 0], both[7, 1])))
+    assert glu(mx.zeros((0, 4)), mx.zeros((0, 4))).shape == (0, 4)
 
 
 def test_two_threads():
     gate, up = normal(6, 200, 700), normal(7, 200, 700)
-    expected, found = bits(geglu(gate, up)), {}
+    expected, found = bits(glu(gate, up)), {}
 
     def run(name: int) -> None:
         with mx.stream(mx.new_stream(mx.cpu)):
-            found[name] = [bits(geglu(gate, up)) for _ in range(10)]
+            found[name] = [bits(glu(gate, up)) for _ in range(10)]
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
     for thread in threads:
@@ -88,12 +88,12 @@ def test_two_threads():
 
 def test_errors():
     gate = normal(8, 2, 64)
-    with pytest.raises(ValueError, match=r"\[geglu\] gate must .* but got int32\."):
-        geglu(gate.astype(mx.int32), gate)
-    with pytest.raises(ValueError, match=r"\[geglu\] up must .*\[2, 64\] but got \[1, 64\]\."):
-        geglu(gate, gate[:1])
-    with pytest.raises(ValueError, match=r"\[geglu\] up must .* but got float16\."):
-        geglu(gate, gate.astype(mx.float16))
+    with pytest.raises(ValueError, match=r"\[glu\] gate must .* but got int32\."):
+        glu(gate.astype(mx.int32), gate)
+    with pytest.raises(ValueError, match=r"\[glu\] up must .*\[2, 64\] but got \[1, 64\]\."):
+        glu(gate, gate[:1])
+    with pytest.raises(ValueError, match=r"\[glu\] up must .* but got float16\."):
+        glu(gate, gate.astype(mx.float16))
 
 
 def random_call(d: Draw) -> Call:
@@ -104,6 +104,6 @@ def random_call(d: Draw) -> Call:
 
 LIMITS = {}  # the Metal kernel takes every call
 
-# What bench/bench_geglu.py has to say that its SMALL call moves: gate, up and product: 6 rows of
+# What bench/bench_glu.py has to say that its SMALL call moves: gate, up and product: 6 rows of
 # 6144 numbers of two bytes each
 BENCH_BYTES = 3 * 6 * 12288

@@ -1,4 +1,4 @@
-// geglu: gelu_tanh(gate) * up. The arithmetic is in geglu_cpu.cpp.
+// glu: gelu_tanh(gate) * up. The arithmetic is in glu_cpu.cpp.
 
 #include <algorithm>
 
@@ -9,15 +9,15 @@
 #include "cpu/split.h"
 #include "cpu/storage.h"
 #include "op.h"
-#include "ops/geglu_cpu.h"
+#include "ops/glu_cpu.h"
 
 namespace pyengine {
 
 namespace {
 
-struct Geglu {
-  static constexpr const char* op = "geglu";
-  bool operator==(const Geglu&) const = default;
+struct Glu {
+  static constexpr const char* op = "glu";
+  bool operator==(const Glu&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
     if (!fits_grid(out[0].size())) {
@@ -36,7 +36,7 @@ struct Geglu {
   }
 
   auto task(const Arrays& in, Arrays& out) const {
-    GegluArgs args = {};
+    GluArgs args = {};
     args.out = out[0].data<void>();
     args.storage = storage_of(out[0].dtype());
     return [gate = Contiguous(in[0]),
@@ -47,25 +47,25 @@ struct Geglu {
       args.up = up.get();
       // Elements are independent: rows of 16 keep every piece whole vectors.
       split_rows((size + 15) / 16, 64, [&](int64_t begin, int64_t end) {
-        PYENGINE_PICK_KERNEL(geglu_range)
+        PYENGINE_PICK_KERNEL(glu_range)
         (args, 16 * begin, std::min(16 * end, size));
       });
     };
   }
 };
 
-mx::array geglu(const mx::array& gate, const mx::array& up) {
-  constexpr auto op = Geglu::op;
+mx::array glu(const mx::array& gate, const mx::array& up) {
+  constexpr auto op = Glu::op;
   check_storage_dtype(op, "gate", gate);
   check_shape(op, "up", up, gate.shape());
   check_dtype(op, "up", up, gate.dtype(), "have the dtype of gate");
-  return lazy_result(Geglu{}, gate.shape(), gate.dtype(), {gate, up});
+  return lazy_result(Glu{}, gate.shape(), gate.dtype(), {gate, up});
 }
 
 } // namespace
 
-void bind_geglu(nb::module_& m) {
-  m.def("geglu", &geglu, "gate"_a, "up"_a);
+void bind_glu(nb::module_& m) {
+  m.def("glu", &glu, "gate"_a, "up"_a);
 }
 
 } // namespace pyengine

@@ -7,7 +7,7 @@ from pyengine import _ext
 from .dispatch import run
 
 
-def geglu(gate: mx.array, up: mx.array) -> mx.array:
+def glu(gate: mx.array, up: mx.array) -> mx.array:
     """Gate an activation: ``gelu_tanh(gate) * up``.
 
     ``gelu_tanh(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 * g ** 3)))``, in float32,
@@ -25,13 +25,13 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
 
     Source: tanh form of GELU, arXiv:1606.08415.
     """
-    return run(_ext.geglu(gate, up), geglu_reference, gate, up)
+    return run(_ext.glu(gate, up), glu_reference, gate, up)
 
 
 ELEMENTWISE = True  # the reference has no reduction
 
 
-def geglu_reference(gate: mx.array, up: mx.array) -> mx.array:
+def glu_reference(gate: mx.array, up: mx.array) -> mx.array:
     """The same in plain MLX."""
     g = gate.astype(mx.float32)
     inner = math.sqrt(2 / math.pi) * (g + 0.044715 * g * g * g)

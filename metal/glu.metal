@@ -1,4 +1,4 @@
-// geglu: gelu_tanh(gate) * up, one element per thread.
+// glu: gelu_tanh(gate) * up, one element per thread.
 //
 // For gates that no matmul computes together with up; quantized_gated_matmul
 // gates its own.
@@ -7,7 +7,7 @@
 namespace pyengine {
 
 template <typename T>
-[[kernel, max_total_threads_per_threadgroup(256)]] void geglu(
+[[kernel, max_total_threads_per_threadgroup(256)]] void glu(
     const device T* gate [[buffer(0)]],
     const device T* up [[buffer(1)]],
     device T* out [[buffer(2)]],
@@ -18,8 +18,8 @@ template <typename T>
   }
 }
 
-INSTANTIATE("geglu_float32", geglu, float)
-INSTANTIATE("geglu_float16", geglu, half)
-INSTANTIATE("geglu_bfloat16", geglu, bfloat)
+INSTANTIATE("glu_float32", glu, float)
+INSTANTIATE("glu_float16", glu, half)
+INSTANTIATE("glu_bfloat16", glu, bfloat)
 
 } // namespace pyengine

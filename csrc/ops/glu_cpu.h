@@ -1,17 +1,17 @@
 #pragma once
-// geglu_cpu.h: arguments of the processor kernel.
+// glu_cpu.h: arguments of the processor kernel.
 
 #include "cpu/kernel.h"
 
 namespace pyengine {
 
-struct GegluArgs {
+struct GluArgs {
   const void* gate; // [size], storage
   const void* up;
   void* out;
   Storage storage;
 };
 
-PYENGINE_DECLARE_ROWS(geglu_range, GegluArgs)
+PYENGINE_DECLARE_ROWS(glu_range, GluArgs)
 
 } // namespace pyengine

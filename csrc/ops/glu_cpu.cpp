@@ -1,9 +1,9 @@
-// geglu_cpu: gelu_tanh(gate) * up.
+// glu_cpu: gelu_tanh(gate) * up.
 //
 // (1 + tanh(u)) / 2 is 1 / (1 + e^-2u), which keeps its digits where the first
 // form cancels: for gates below about -3.
 
-#include "ops/geglu_cpu.h"
+#include "ops/glu_cpu.h"
 
 #include "cpu/lanes.h"
 #include "cpu/mathfn.h"
@@ -20,7 +20,7 @@ PYENGINE_INLINE F32x16 gelu(F32x16 g) {
 }
 
 template <typename T>
-void gate_range(const GegluArgs& args, int64_t begin, int64_t end) {
+void gate_range(const GluArgs& args, int64_t begin, int64_t end) {
   auto* gate = static_cast<const T*>(args.gate) + begin;
   auto* up = static_cast<const T*>(args.up) + begin;
   auto* out = static_cast<T*>(args.out) + begin;
@@ -32,7 +32,7 @@ void gate_range(const GegluArgs& args, int64_t begin, int64_t end) {
 
 } // namespace
 
-void geglu_range(const GegluArgs& args, int64_t begin, int64_t end) {
+void glu_range(const GluArgs& args, int64_t begin, int64_t end) {
   with_storage(
       args.storage, [&]<typename T>(T*) { gate_range<T>(args, begin, end); });
 }
