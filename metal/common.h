@@ -143,4 +143,8 @@ inline float gelu(float g) {
   return g / (1.0f + pyengine::exp(u));
 }
 
+inline float activated(float g, bool with_silu) {
+  return with_silu ? g / (1.0f + pyengine::exp(-g)) : gelu(g);
+}
+
 } // namespace pyengine

@@ -1,8 +1,10 @@
-// glu: gelu_tanh(gate) * up, one element per thread.
+// glu: gelu_tanh(gate) * up, or silu(gate) * up, one element per thread.
 //
 // For gates that no matmul computes together with up; quantized_gated_matmul
 // gates its own.
 #include "common.h"
+
+constant bool with_silu [[function_constant(0)]]; // in place of gelu
 
 namespace pyengine {
 
@@ -14,7 +16,7 @@ template <typename T>
     constant uint& size [[buffer(3)]],
     uint index [[thread_position_in_grid]]) {
   if (index < size) {
-    out[index] = T(gelu(float(gate[index])) * float(up[index]));
+    out[index] = T(activated(float(gate[index]), with_silu) * float(up[index]));
   }
 }
 

@@ -457,13 +457,13 @@ inline void multiply_tile(
   }
 }
 
-// gelu(gate) * up where, after add_lanes, even columns are of a gate and odd
-// ones of up. Both are rounded first. Good in the lanes of even columns.
+// activated(gate) * up where, after add_lanes, even columns are of a gate and
+// odd ones of up. Both are rounded first. Good in the lanes of even columns.
 template <typename T>
-inline float gate_with_partner(float sum, ushort p) {
+inline float gate_with_partner(float sum, ushort p, bool with_silu = false) {
   float own = float(T(sum));
   float partner = simd_shuffle_xor(own, 2);
-  return column_of(p) % 2 == 0 ? gelu(own) * partner : 0.0f;
+  return column_of(p) % 2 == 0 ? activated(own, with_silu) * partner : 0.0f;
 }
 
 } // namespace pyengine

@@ -1,5 +1,5 @@
-// quantized_gated_matmul: out = gelu_tanh(x @ gate^T) * (x @ up^T), for up to
-// 16 rows in one pass over the weights of both matrices.
+// quantized_gated_matmul: out = gelu_tanh(x @ gate^T) * (x @ up^T), or that
+// with silu, for up to 16 rows in one pass over the weights of both matrices.
 //
 // The tile of quantized_matmul.metal, whose header gives its reasons; of a
 // lane's four columns two belong to the gate and the same two to up. So x is
@@ -9,6 +9,8 @@
 //
 // Limits: those of quantized_matmul; both matrices packed alike.
 #include "quantized.h"
+
+constant bool with_silu [[function_constant(4)]]; // in place of gelu
 
 namespace pyengine {
 
@@ -46,7 +48,7 @@ template <typename T, ushort bits>
 #pragma unroll
   for (ushort m = 0; m < max_rows; ++m) {
     if (m < launch_rows) {
-      float gated = gate_with_partner<T>(sums[m][0], p);
+      float gated = gate_with_partner<T>(sums[m][0], p, with_silu);
       if (rows_of.live(m) && column < N && column_of(p) % 2 == 0 &&
           writes<lanes>(m, p)) {
         write<T>(out, ulong(rows_of.row(m)) * N + column, gated, false);

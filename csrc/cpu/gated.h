@@ -1,7 +1,7 @@
 #pragma once
-// gated.h: some columns of gelu_tanh(x @ gate.T) * (x @ up.T) on the processor,
-// from the kernels of quantized_matmul and glu: the bits are those of three
-// ops, but what lies between them stays in the cache.
+// gated.h: some columns of gelu_tanh(x @ gate.T) * (x @ up.T), or of that with
+// silu, on the processor, from the kernels of quantized_matmul and glu: the
+// bits are those of three ops, but what lies between them stays in the cache.
 
 #include "cpu/isa.h"
 #include "ops/glu_cpu.h"
@@ -35,7 +35,8 @@ inline void gated_columns(
     int begin,
     int end,
     void* out,
-    float* scratch) {
+    float* scratch,
+    Activation activation = Activation::gelu) {
   int columns = end - begin;
   int64_t size = int64_t(gate.M) * columns;
   float* gates = scratch;
@@ -50,7 +51,8 @@ inline void gated_columns(
   };
   multiply(gate, gates);
   multiply(up, ups);
-  PYENGINE_PICK_KERNEL(glu_range)({gates, ups, out, gate.storage}, 0, size);
+  PYENGINE_PICK_KERNEL(glu_range)
+  ({gates, ups, out, gate.storage, activation}, 0, size);
 }
 
 // Rows of out [M, columns], one after the other, to where they belong.

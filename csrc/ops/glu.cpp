@@ -1,7 +1,11 @@
-// glu: gelu_tanh(gate) * up. The arithmetic is in glu_cpu.cpp.
+// glu: gelu_tanh(gate) * up, or silu(gate) * up. The arithmetic is in
+// glu_cpu.cpp.
+
+#include <nanobind/stl/string.h>
 
 #include <algorithm>
 
+#include "activation.h"
 #include "bindings.h"
 #include "check.h"
 #include "cpu/contiguous.h"
@@ -17,6 +21,7 @@ namespace {
 
 struct Glu {
   static constexpr const char* op = "glu";
+  Activation activation;
   bool operator==(const Glu&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
@@ -27,6 +32,7 @@ struct Glu {
     auto dtype = out[0].dtype();
     auto launch =
         elementwise_launch(op, std::string(op) + "_" + dtype_name(dtype), size);
+    launch.constants = {{0, activation == Activation::silu}};
     launch.buffers = {
         Buffer::array(Role::in, "gate", {size}, dtype),
         Buffer::array(Role::in, "up", {size}, dtype),
@@ -39,6 +45,7 @@ struct Glu {
     GluArgs args = {};
     args.out = out[0].data<void>();
     args.storage = storage_of(out[0].dtype());
+    args.activation = activation;
     return [gate = Contiguous(in[0]),
             up = Contiguous(in[1]),
             size = int64_t(out[0].size()),
@@ -54,18 +61,23 @@ struct Glu {
   }
 };
 
-mx::array glu(const mx::array& gate, const mx::array& up) {
+mx::array
+glu(const mx::array& gate, const mx::array& up, const std::string& activation) {
   constexpr auto op = Glu::op;
   check_storage_dtype(op, "gate", gate);
   check_shape(op, "up", up, gate.shape());
   check_dtype(op, "up", up, gate.dtype(), "have the dtype of gate");
-  return lazy_result(Glu{}, gate.shape(), gate.dtype(), {gate, up});
+  return lazy_result(
+      Glu{activation_of(op, activation)},
+      gate.shape(),
+      gate.dtype(),
+      {gate, up});
 }
 
 } // namespace
 
 void bind_glu(nb::module_& m) {
-  m.def("glu", &glu, "gate"_a, "up"_a);
+  m.def("glu", &glu, "gate"_a, "up"_a, "activation"_a);
 }
 
 } // namespace pyengine

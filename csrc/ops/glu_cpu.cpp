@@ -1,4 +1,4 @@
-// glu_cpu: gelu_tanh(gate) * up.
+// glu_cpu: gelu_tanh(gate) * up, or silu(gate) * up.
 //
 // (1 + tanh(u)) / 2 is 1 / (1 + e^-2u), which keeps its digits where the first
 // form cancels: for gates below about -3.
@@ -19,22 +19,32 @@ PYENGINE_INLINE F32x16 gelu(F32x16 g) {
   return g / (broadcast(1.0f) + exp(u));
 }
 
-template <typename T>
+PYENGINE_INLINE F32x16 silu(F32x16 g) {
+  return g / (broadcast(1.0f) + exp(broadcast(0.0f) - g));
+}
+
+template <typename T, Activation activation>
 void gate_range(const GluArgs& args, int64_t begin, int64_t end) {
   auto* gate = static_cast<const T*>(args.gate) + begin;
   auto* up = static_cast<const T*>(args.up) + begin;
   auto* out = static_cast<T*>(args.out) + begin;
   for_lanes(end - begin, [&](int64_t k, int count) {
     F32x16 g = load_some(gate + k, count);
-    store_some(out + k, gelu(g) * load_some(up + k, count), count);
+    auto active = activation == Activation::gelu ? gelu(g) : silu(g);
+    store_some(out + k, active * load_some(up + k, count), count);
   });
 }
 
 } // namespace
 
 void glu_range(const GluArgs& args, int64_t begin, int64_t end) {
-  with_storage(
-      args.storage, [&]<typename T>(T*) { gate_range<T>(args, begin, end); });
+  with_storage(args.storage, [&]<typename T>(T*) {
+    if (args.activation == Activation::gelu) {
+      gate_range<T, Activation::gelu>(args, begin, end);
+    } else {
+      gate_range<T, Activation::silu>(args, begin, end);
+    }
+  });
 }
 
 } // namespace pyengine::PYENGINE_ISA

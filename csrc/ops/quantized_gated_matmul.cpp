@@ -1,9 +1,12 @@
-// quantized_gated_matmul: gelu_tanh(x @ gate.T) * (x @ up.T) for two matrices
-// in MLX's affine quantisation. The arithmetic is that of
-// quantized_matmul_cpu.cpp and glu_cpu.cpp.
+// quantized_gated_matmul: gelu_tanh(x @ gate.T) * (x @ up.T), or that with
+// silu, for two matrices in MLX's affine quantisation. The arithmetic is that
+// of quantized_matmul_cpu.cpp and glu_cpu.cpp.
+
+#include <nanobind/stl/string.h>
 
 #include <algorithm>
 
+#include "activation.h"
 #include "bindings.h"
 #include "check.h"
 #include "cpu/gated.h"
@@ -22,6 +25,7 @@ struct Args {
   const float* x;
   void* out; // [M, N], storage
   Storage out_storage;
+  Activation activation;
   int M;
   int N;
 };
@@ -34,7 +38,7 @@ void columns(const Args& args, int begin, int end, float* scratch) {
   size_t row_bytes = size * (end - begin);
   // The result takes the place of the gates, which are read before it is
   // written.
-  gated_columns(gate, up, begin, end, scratch, scratch);
+  gated_columns(gate, up, begin, end, scratch, scratch, args.activation);
   copy_rows(
       reinterpret_cast<const char*>(scratch),
       args.M,
@@ -56,6 +60,7 @@ struct QuantizedGatedMatmul {
   static constexpr const char* op = "quantized_gated_matmul";
   int group_size;
   int bits;
+  Activation activation;
   bool operator==(const QuantizedGatedMatmul&) const = default;
 
   std::vector<Launch> launches(const Arrays& in, const Arrays& out) const {
@@ -68,6 +73,7 @@ struct QuantizedGatedMatmul {
     Tile tile = quantized_tile(M, 2 * int64_t(N), dtype, bits, 2);
     auto launch =
         quantized_launch(op, M, N, K, tile, dtype, dtype, group_size, bits, 2);
+    launch.constants[4] = activation == Activation::silu;
     launch.buffers = {Buffer::array(Role::in, "x", {M, K}, dtype, 16)};
     for (std::string matrix : {"gate_", "up_"}) {
       add_matrix(launch, matrix, {N}, K, dtype, group_size, bits);
@@ -84,6 +90,7 @@ struct QuantizedGatedMatmul {
     args.up = quantized_args(&in[4], in[0], group_size, bits);
     args.out = out[0].data<void>();
     args.out_storage = storage_of(out[0].dtype());
+    args.activation = activation;
     args.N = out[0].shape(-1);
     auto plan = plan_of(rows.count(), args.N, args.gate.K, group_size, bits);
     return [rows = std::move(rows), plan, args, order = quantized_order(bits)] {
@@ -101,7 +108,8 @@ mx::array quantized_gated_matmul(
     const mx::array& up_scales,
     const mx::array& up_biases,
     Integer group_size,
-    Integer bits) {
+    Integer bits,
+    const std::string& activation) {
   check_quantized(
       QuantizedGatedMatmul::op,
       x,
@@ -118,7 +126,10 @@ mx::array quantized_gated_matmul(
     inputs.push_back(made_contiguous(*a));
   }
   return lazy_result(
-      QuantizedGatedMatmul{group_size, bits},
+      QuantizedGatedMatmul{
+          group_size,
+          bits,
+          activation_of(QuantizedGatedMatmul::op, activation)},
       std::move(shape),
       x.dtype(),
       std::move(inputs));
@@ -138,7 +149,8 @@ void bind_quantized_gated_matmul(nb::module_& m) {
       "up_scales"_a,
       "up_biases"_a,
       "group_size"_a,
-      "bits"_a);
+      "bits"_a,
+      "activation"_a);
 }
 
 } // namespace pyengine

@@ -1,11 +1,12 @@
 """What a layer of the target and one of the assistant have in common."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from pyengine import ops
 from pyengine.model.linear import Linear, gated
+from pyengine.ops.glu import Activation
 
 
 @dataclass(frozen=True)
@@ -13,9 +14,10 @@ class MLP:
     gate: Linear
     up: Linear
     down: Linear
+    activation: Activation = field(default="gelu", kw_only=True)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down(gated(self.gate, self.up, x))
+        return self.down(gated(self.gate, self.up, x, self.activation))
 
 
 def residual(

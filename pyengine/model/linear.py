@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from pyengine import ops
+from pyengine.ops.glu import Activation
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,13 @@ class Linear:
         return replace(self, weight=f(self.weight), scales=f(self.scales), biases=f(self.biases))
 
 
-def gated(gate: Linear, up: Linear, x: mx.array) -> mx.array:
-    """``gelu_tanh(gate(x)) * up(x)``, in one op where the two are packed alike."""
+def gated(gate: Linear, up: Linear, x: mx.array, activation: Activation = "gelu") -> mx.array:
+    """``activation(gate(x)) * up(x)``, in one op where the two are packed alike."""
     first, second = gate.packed, up.packed
     if first is None or second is None or not gate.packed_like(up):
-        return ops.glu(gate(x), up(x))
-    return ops.quantized_gated_matmul(x, first, second, gate.group_size, gate.bits)
+        return ops.glu(gate(x), up(x), activation)
+    packing = gate.group_size, gate.bits
+    return ops.quantized_gated_matmul(x, first, second, *packing, activation)
 
 
 def side_by_side(matrices: Sequence[Linear], x: mx.array) -> list[mx.array]:

@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import mlx.core as mx
 
@@ -6,34 +7,41 @@ from pyengine import _ext
 
 from .dispatch import run
 
+Activation = Literal["gelu", "silu"]
 
-def glu(gate: mx.array, up: mx.array) -> mx.array:
-    """Gate an activation: ``gelu_tanh(gate) * up``.
 
-    ``gelu_tanh(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 * g ** 3)))``, in float32,
-    the product rounded once.
+def glu(gate: mx.array, up: mx.array, activation: Activation = "gelu") -> mx.array:
+    """Gate by an activation: ``gelu_tanh(gate) * up``, or ``silu(gate) * up``.
+
+    ``gelu_tanh(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 * g ** 3)))`` and ``silu(g) =
+    g / (1 + exp(-g))``, in float32, the product rounded once.
 
     Args:
         gate: ``[..., F]``, float32, float16 or bfloat16.
         up: Shape and dtype of ``gate``.
+        activation: Which of the two.
 
     Returns:
         Shape and dtype of ``gate``.
 
     Raises:
-        ValueError: The shapes or dtypes differ or the dtype is not one of the three.
+        ValueError: The shapes or dtypes differ, the dtype is not one of the three, or there is no
+            such activation.
 
-    Source: tanh form of GELU, arXiv:1606.08415.
+    Source: tanh form of GELU, arXiv:1606.08415, where SiLU is too; gated, arXiv:2002.05202.
     """
-    return run(_ext.glu(gate, up), glu_reference, gate, up)
+    return run(_ext.glu(gate, up, activation), glu_reference, gate, up, activation)
 
 
 ELEMENTWISE = True  # the reference has no reduction
 
 
-def glu_reference(gate: mx.array, up: mx.array) -> mx.array:
+def glu_reference(gate: mx.array, up: mx.array, activation: Activation = "gelu") -> mx.array:
     """The same in plain MLX."""
     g = gate.astype(mx.float32)
-    inner = math.sqrt(2 / math.pi) * (g + 0.044715 * g * g * g)
-    out = 0.5 * g * (1 + mx.tanh(inner)) * up.astype(mx.float32)
-    return out.astype(gate.dtype)
+    if activation == "gelu":
+        inner = math.sqrt(2 / math.pi) * (g + 0.044715 * g * g * g)
+        g = 0.5 * g * (1 + mx.tanh(inner))
+    else:
+        g = g / (1 + mx.exp(-g))
+    return (g * up.astype(mx.float32)).astype(gate.dtype)

@@ -3,7 +3,7 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .glu import glu, glu_reference
+from .glu import Activation, glu, glu_reference
 from .quantized_matmul import quantized_matmul, quantized_matmul_reference
 
 Matrix = tuple[mx.array, mx.array, mx.array]
@@ -15,12 +15,13 @@ def quantized_gated_matmul(
     up: Matrix,
     group_size: int = 64,
     bits: int = 8,
+    activation: Activation = "gelu",
 ) -> mx.array:
     """Gate and up projection and their activation in one pass over x and both matrices.
 
-    ``out = gelu_tanh(x @ gate.T) * (x @ up.T)``. Each product is that of ``quantized_matmul``,
-    rounded to the dtype of ``x``, and their meeting that of ``glu``: the bits are those of the
-    three ops. On a GPU these three serve more than 128 rows.
+    ``out = gelu_tanh(x @ gate.T) * (x @ up.T)``, or that with ``silu``. Each product is that of
+    ``quantized_matmul``, rounded to the dtype of ``x``, and their meeting that of ``glu``: the bits
+    are those of the three ops. On a GPU these three serve more than 128 rows.
 
     Args:
         x: ``[..., K]``, float32, float16 or bfloat16; K is a multiple of the group size.
@@ -29,6 +30,7 @@ def quantized_gated_matmul(
         up: A second matrix of the same shape.
         group_size: 32, 64 or 128 weights share a scale and a bias.
         bits: 8, 6 or 4 per weight.
+        activation: ``"gelu"`` or ``"silu"``, as ``glu`` has them.
 
     Returns:
         ``[..., N]``, dtype of ``x``.
@@ -36,14 +38,16 @@ def quantized_gated_matmul(
     Raises:
         ValueError: A shape, dtype or limit above does not hold.
     """
-    out = _ext.quantized_gated_matmul(x, *gate, *up, group_size, bits)
-    args = (x, gate, up, group_size, bits)
+    out = _ext.quantized_gated_matmul(x, *gate, *up, group_size, bits, activation)
+    args = (x, gate, up, group_size, bits, activation)
     return run(out, quantized_gated_matmul_reference, *args, otherwise=_one_by_one)
 
 
-def _one_by_one(x: mx.array, gate: Matrix, up: Matrix, group_size: int, bits: int) -> mx.array:
-    parts = (quantized_matmul(x, *matrix, group_size, bits) for matrix in (gate, up))
-    return glu(*parts)
+def _one_by_one(
+    x: mx.array, gate: Matrix, up: Matrix, group_size: int, bits: int, activation: Activation
+) -> mx.array:
+    gates, ups = (quantized_matmul(x, *matrix, group_size, bits) for matrix in (gate, up))
+    return glu(gates, ups, activation)
 
 
 def quantized_gated_matmul_reference(
@@ -52,7 +56,9 @@ def quantized_gated_matmul_reference(
     up: Matrix,
     group_size: int = 64,
     bits: int = 8,
+    activation: Activation = "gelu",
 ) -> mx.array:
     """The same in plain MLX."""
-    parts = (quantized_matmul_reference(x, *matrix, group_size, bits) for matrix in (gate, up))
-    return glu_reference(*parts)
+    product = quantized_matmul_reference
+    gates, ups = (product(x, *matrix, group_size, bits) for matrix in (gate, up))
+    return glu_reference(gates, ups, activation)

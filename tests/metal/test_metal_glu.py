@@ -12,18 +12,20 @@ TOLERANCE = {mx.float32: 2e-6, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
 FUSED = _ext.instruction_set() != "portable"  # which has no fused multiply-add
 
 
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_bits_and_bytes(dtype):
+def test_bits_and_bytes(dtype, activation):
     special = mx.array([0.0, -0.0, np.inf, -np.inf, np.nan, 90.0, -90.0, 3e-39]).astype(dtype)
     for size in (1, 255, 257, 1000):
         gate = mx.concatenate([special, normal(1, size, dtype=dtype) * 4])[-size:]
         up = normal(2, size, dtype=dtype)
-        native = ops.glu(gate, up)
+        native = ops.glu(gate, up, activation)
         (out,), report = launched(native, mode="count")
         if FUSED:
             same = bits_of(out) == bits_of(native)
             assert np.all(same | np.isnan(np.array(out.astype(mx.float32))))
-        a, b = (np.array(x.astype(mx.float32)) for x in (out, ops.glu_reference(gate, up)))
+        expected = ops.glu_reference(gate, up, activation)
+        a, b = (np.array(x.astype(mx.float32)) for x in (out, expected))
         np.testing.assert_allclose(a, b, rtol=TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
         sectors = -(-out.nbytes // 32)
         assert report.traffic["gate"].device_read_bytes == 32 * sectors

@@ -30,6 +30,7 @@ CASES = {
     "q4-long": (mx.float16, lambda dtype: q8(17, 69, 1440, dtype, 32, 4)),
     "gated-8": (mx.bfloat16, lambda dtype: gated(8, 23, 320, dtype)),
     "gated-6": (mx.float32, lambda dtype: gated(10, 18, 96, dtype, 32, 6)),
+    "gated-silu": (mx.bfloat16, lambda dtype: gated(9, 23, 320, dtype, activation="silu")),
     "gated-4": (mx.float16, lambda dtype: gated(12, 35, 320, dtype, 64, 4)),
     "dense": (mx.bfloat16, lambda dtype: dense(14, 45, 328, dtype)),
     "dense-odd": (mx.float16, lambda dtype: dense(15, 34, 267, dtype, mx.float32)),

@@ -327,10 +327,10 @@ def test_the_per_layer_inputs_are_rounded_once(
     want, glu, seen = target_of("e2b", form, roundings.OURS), ops.glu, []
     embedding = want.embed(ids)
 
-    def noted(gate: mx.array, up: mx.array) -> mx.array:
+    def noted(gate: mx.array, up: mx.array, *activation: Any) -> mx.array:
         if up.shape[-1] == P:  # not that of an MLP
             seen.append(values(up))
-        return glu(gate, up)
+        return glu(gate, up, *activation)
 
     monkeypatch.setattr(ops, "glu", noted)
     layers = len(model.layers)

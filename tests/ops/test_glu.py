@@ -13,6 +13,7 @@ from pyengine.ops import glu, glu_reference
 # there it is off by 2**-24 of the gate, hence the absolute part.
 TOLERANCE = {mx.float32: 2e-6, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
 DTYPES = list(TOLERANCE)
+ACTIVATIONS = ("gelu", "silu")
 
 
 def normal(seed: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
@@ -23,11 +24,12 @@ def bits(x: mx.array) -> np.ndarray:
     return np.array(mx.contiguous(x).view(mx.uint32 if x.dtype == mx.float32 else mx.uint16))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (1,), (31,), (1, 1, 512), (3, 33), (5, 21504)])
-def test_matches_reference(shape, dtype):
+def test_matches_reference(shape, dtype, activation):
     gate, up = 2 * normal(1, *shape, dtype=dtype), normal(2, *shape, dtype=dtype)
-    out, expected = glu(gate, up), glu_reference(gate, up)
+    out, expected = glu(gate, up, activation), glu_reference(gate, up, activation)
     assert out.dtype == dtype and out.shape == gate.shape
     a, b = (np.array(x.astype(mx.float32)) for x in (out, expected))
     np.testing.assert_allclose(a, b, rtol=TOLERANCE[dtype], atol=2e-6)
@@ -46,19 +48,31 @@ def test_against_float64():
     assert (np.abs(out - expected) <= 1e-6 * (2 + np.abs(u)) * np.abs(expected) + 1e-37).all()
 
 
+def test_silu_against_float64():
+    gate = np.linspace(-80, 80, 20001).astype(np.float32)
+    expected = gate / (1 + np.exp(-gate.astype(np.float64)))
+    out = np.array(glu(mx.array(gate), mx.ones(gate.size), "silu"))
+    assert (np.abs(out - expected) <= 5e-7 * np.abs(expected) + 1e-37).all()
+
+
 def test_far_gates():
     gate = mx.array([-1e30, -100.0, -20.0, 0.0, 20.0, 100.0, 1e10])
     out = np.array(glu(gate, mx.full((7,), 2.0)))
     assert np.array_equal(out, [0, 0, 0, 0, 40, 200, 2e10])
-    assert np.isnan(np.array(glu(mx.array([float("nan")]), mx.ones(1)))).all()
+    out = np.array(glu(gate, mx.full((7,), 2.0), "silu"))
+    assert np.allclose(out, [0, 0, -8.244614e-08, 0, 40, 200, 2e10], rtol=1e-6, atol=1e-40)
+    for activation in ACTIVATIONS:
+        assert np.isnan(np.array(glu(mx.array([float("nan")]), mx.ones(1), activation))).all()
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_row_stable(dtype):
+def test_row_stable(dtype, activation):
     gate, up = normal(3, 40, 333, dtype=dtype), normal(4, 40, 333, dtype=dtype)
-    whole = bits(glu(gate, up))
+    whole = bits(glu(gate, up, activation))
     for t in range(40):
-        assert np.array_equal(bits(glu(gate[t : t + 1], up[t : t + 1]))[0], whole[t])
+        alone = glu(gate[t : t + 1], up[t : t + 1], activation)
+        assert np.array_equal(bits(alone)[0], whole[t])
 
 
 def test_strided_and_large():
@@ -94,12 +108,15 @@ def test_errors():
         glu(gate, gate[:1])
     with pytest.raises(ValueError, match=r"\[glu\] up must .* but got float16\."):
         glu(gate, gate.astype(mx.float16))
+    with pytest.raises(ValueError, match=r"\[glu\] activation must be gelu or silu but got relu\."):
+        glu(gate, gate, "relu")
 
 
 def random_call(d: Draw) -> Call:
     shape = d.pick(((), (1,), (15,), (16,), (17,), (3, 100), (0, 5), (70000,)))
     dtype = d.dtype()
-    return Call((d.array(*shape, dtype=dtype), d.array(*shape, dtype=dtype)), {}, near)
+    settings = {"activation": d.pick(ACTIVATIONS)}
+    return Call((d.array(*shape, dtype=dtype), d.array(*shape, dtype=dtype)), settings, near)
 
 
 LIMITS = {}  # the Metal kernel takes every call

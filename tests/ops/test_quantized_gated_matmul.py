@@ -34,30 +34,33 @@ def bits_of(x: mx.array) -> np.ndarray:
     return np.array(mx.contiguous(x).view(mx.uint32 if x.dtype == mx.float32 else mx.uint16))
 
 
-def three_ops(x, gate, up, group_size, bits):
-    return glu(*(quantized_matmul(x, *matrix, group_size, bits) for matrix in (gate, up)))
+def three_ops(x, gate, up, group_size, bits, activation):
+    parts = (quantized_matmul(x, *matrix, group_size, bits) for matrix in (gate, up))
+    return glu(*parts, activation=activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_bits_are_those_of_three_ops(group_size, bits, dtype):
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_bits_are_those_of_three_ops(activation, group_size, bits, dtype):
     for M, N, groups in [(1, 1, 1), (3, 7, 3), (16, 66, 2), (17, 33, 5), (33, 40, 1)]:
         K = groups * group_size
         x = normal(M, M, K, dtype=dtype)
         gate, up = pair(N, N, K, group_size, bits, dtype)
-        out = quantized_gated_matmul(x, gate, up, group_size, bits)
+        out = quantized_gated_matmul(x, gate, up, group_size, bits, activation)
         assert out.dtype == dtype and out.shape == (M, N)
-        expected = three_ops(x, gate, up, group_size, bits)
+        expected = three_ops(x, gate, up, group_size, bits, activation)
         assert np.array_equal(bits_of(out), bits_of(expected)), (M, N, K)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matches_reference(dtype):
+def test_matches_reference(dtype, activation):
     """Inputs of size 1: gates, ups and so errors are of the order of their rounding."""
     x, (gate, up) = normal(1, 6, 512, dtype=dtype), pair(2, 70, 512, dtype=dtype)
-    out = quantized_gated_matmul(x, gate, up)
-    expected = quantized_gated_matmul_reference(x, gate, up)
+    out = quantized_gated_matmul(x, gate, up, activation=activation)
+    expected = quantized_gated_matmul_reference(x, gate, up, activation=activation)
     a, b = (np.array(y.astype(mx.float32)) for y in (out, expected))
     assert np.all(np.abs(a - b) <= TOLERANCE[dtype] * (1 + np.abs(b)))
 
@@ -115,6 +118,7 @@ X, (GATE, UP) = mx.zeros((2, 64)), pair(0, 8, 64)
     [
         ({"x": X.astype(mx.int32)}, "x must be float32, float16 or bfloat16 but got int32."),
         ({"x": mx.array(1.0)}, "x must have at least 1 dimension but got 0."),
+        ({"activation": "relu"}, "activation must be gelu or silu but got relu."),
         ({"bits": 5}, "bits must be 4, 6 or 8 but got 5."),
         ({"group_size": 16}, "group_size must be 32, 64 or 128 but got 16."),
         (
@@ -151,7 +155,7 @@ def random_call(d: Draw) -> Call:
     dtype, group_size, bits, K, shape = packed_case(d)
     N = d.size(1, 5, 9, 40, 65)
     gate, up = (d.quantized(N, K, dtype=dtype, group_size=group_size, bits=bits) for _ in range(2))
-    given = d.integer(group_size), d.integer(bits)
+    given = d.integer(group_size), d.integer(bits), d.pick(("gelu", "silu"))
     return Call((d.array(*shape, K, dtype=dtype), gate, up, *given), {}, near_sum)
 
 
