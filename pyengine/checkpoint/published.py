@@ -1,9 +1,16 @@
 """Two configs as a pair: whether they fit, and which of the published pairs they are."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from pyengine.model.config import AssistantConfig, LayerConfig, Rope, TargetConfig
+from pyengine.model.config import (
+    AssistantConfig,
+    DFlashConfig,
+    LayerConfig,
+    Rope,
+    TargetConfig,
+)
 
 # The five published pairs: (layers, hidden, heads, kv heads sliding and full, window, feed-forward,
 # per-layer width, shared layers, experts), then the assistant's (hidden, heads, feed-forward,
@@ -121,13 +128,7 @@ def check_pair(target: TargetConfig, assistant: AssistantConfig) -> None:
         ValueError: The two disagree; the message says on what.
     """
 
-    def same(what: str, ours: object, theirs: object) -> None:
-        if ours != theirs:
-            raise ValueError(
-                f"[load] the assistant's {what} must equal the target's {ours} but got {theirs}; "
-                "are these two a pair?"
-            )
-
+    same = partial(_same, "assistant")
     same("backbone hidden size", target.hidden_size, assistant.backbone_size)
     same("vocabulary size", target.vocab_size, assistant.vocab_size)
     same("sliding window", target.window, assistant.window)
@@ -140,3 +141,32 @@ def check_pair(target: TargetConfig, assistant: AssistantConfig) -> None:
         same(f"{kind} head width", own.head_dim, layer.head_dim)
         same(f"{kind} key/value heads", own.num_kv_heads, layer.num_kv_heads)
         same(f"{kind} rope", target.rope(layer.sliding), assistant.rope(layer.sliding))
+
+
+def check_dflash(target: TargetConfig, dflash: DFlashConfig) -> None:
+    """Refuse a DFlash drafter that was not made for this target.
+
+    Raises:
+        ValueError: The two disagree; the message says on what.
+    """
+    same = partial(_same, "DFlash drafter")
+    same("hidden size", target.hidden_size, dflash.hidden_size)
+    same("vocabulary size", target.vocab_size, dflash.vocab_size)
+    count = len(target.layers)
+    if dflash.target_layers is not None:
+        same("`num_target_layers`", count, dflash.target_layers)
+    if dflash.softcap is not None:
+        same("softcap", target.softcap, dflash.softcap)
+    if dflash.taps[-1] >= count:
+        raise ValueError(
+            f"[load] `target_layer_ids` must be below the target's {count} layers but got "
+            f"{dflash.taps[-1]}."
+        )
+
+
+def _same(part: str, what: str, ours: object, theirs: object) -> None:
+    if ours != theirs:
+        raise ValueError(
+            f"[load] the {part}'s {what} must equal the target's {ours} but got {theirs}; "
+            "are these two a pair?"
+        )
