@@ -32,18 +32,21 @@ class DFlashLike(Protocol):
     @property
     def config(self) -> DFlashConfig: ...
 
-    def read(self, tapped: Sequence[mx.array], caches: Sequence[Cache]) -> None: ...
+    def read(self, tapped: Sequence[mx.array], caches: Sequence[Cache]) -> mx.array: ...
 
     def forward(self, blocks: Sequence[mx.array], caches: Sequence[Cache]) -> Logits: ...
 
 
 class DFlashDrafter:
-    """Drafts of a DFlash model. Its context is in the pages of the text; within a round it carries
-    the logits ``[k, V]`` of all drafts, for the head is read once for them."""
+    """Drafts of a DFlash model. Its context is in the pages of the text.
+
+    Within a round it carries the logits ``[k, V]`` of all drafts, for the head is read once for
+    them; between rounds a number that depends on the writing of the context, int32 ``[1]``.
+    """
 
     def __init__(self, model: DFlashLike) -> None:
         self._model = model
-        self._logits: mx.array | None = None
+        self._carried: mx.array | None = None
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -55,7 +58,8 @@ class DFlashDrafter:
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [] if self._logits is None else [self._logits]
+        assert self._carried is not None  # the prompt was read
+        return [self._carried]
 
     def with_arrays(self, arrays: list[mx.array]) -> DFlashDrafter:
         other = copy.copy(self)
@@ -63,17 +67,12 @@ class DFlashDrafter:
         return other
 
     def take_results(self, arrays: list[mx.array]) -> None:
-        self._logits = arrays[0] if arrays else None
+        [self._carried] = arrays
 
-    @property
-    def logits(self) -> mx.array:
-        assert self._logits is not None  # the round has begun
-        return self._logits
-
-    @property
-    def _has(self) -> int:
-        """Drafts whose logits it carries."""
-        return 0 if self._logits is None else self._logits.shape[0]
+    def _has(self, i: int) -> bool:
+        """Whether it carries the logits of draft i."""
+        [carried] = self.arrays
+        return carried.ndim == 2 and i < carried.shape[0]
 
     def wants_to_draft(self, text: Sequence[int], k: int, forced: Sequence[int] = ()) -> bool:
         return True
@@ -81,10 +80,10 @@ class DFlashDrafter:
     @classmethod
     def propose(cls, i: int, drafters: Sequence[Self], asked: Asked) -> list[Filtered]:
         # Each by itself: who drafts beside it may not change what a text drafts
-        lacking = [n for n, own in enumerate(drafters) if own._has <= i]
+        lacking = [n for n, own in enumerate(drafters) if not own._has(i)]
         if lacking:
             cls._draft(i, drafters, asked, lacking)
-        return asked.filter(packed([own.logits[i : i + 1] for own in drafters]))
+        return asked.filter(packed([own.arrays[0][i : i + 1] for own in drafters]))
 
     @classmethod
     def _draft(cls, i: int, drafters: Sequence[Self], asked: Asked, places: Sequence[int]) -> None:
@@ -103,12 +102,12 @@ class DFlashDrafter:
         blocks = [mx.concatenate([*both]) for both in zip(known, masks, strict=True)]
         logits = model.forward(blocks, [asked.caches[n] for n in places]).array
         for n, rows in zip(places, apart(logits, counts), strict=True):
-            drafters[n]._logits = rows[1:]
+            drafters[n]._carried = rows[1:]
 
     @classmethod
     def read(cls, readers: Sequence[Self], rows: Sequence[Processed]) -> None:
         model = readers[0]._model
         E = model.config.hidden_size
-        model.read([own.hidden[:, E:] for own in rows], [own.cache for own in rows])
+        done = model.read([own.hidden[:, E:] for own in rows], [own.cache for own in rows])
         for reader in readers:
-            reader._logits = None
+            reader._carried = done

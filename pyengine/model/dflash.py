@@ -57,12 +57,15 @@ class DFlash:
         self.inv_freq = mx.array(config.rope.frequencies(config.layers[0].head_dim))
         self.layers = [_layer(config, weights, i) for i in range(len(config.layers))]
 
-    def read(self, tapped: Sequence[mx.array], caches: Sequence[Cache]) -> None:
+    def read(self, tapped: Sequence[mx.array], caches: Sequence[Cache]) -> mx.array:
         """Write the context of rows that the target has processed, behind the committed positions.
 
         Args:
             tapped: Of each sequence what left the tapped layers, ``[T, taps * E]``.
             caches: The target's, of one arena that has our layers.
+
+        Returns:
+            int32 ``[1]``, 0 once all of it is written: nothing else of a round asks for that.
         """
         arena = caches[0].arena
         batch = arena.batch(caches)
@@ -73,6 +76,9 @@ class DFlash:
             k, v = side_by_side([layer.k, layer.v], x)
             self._write(i, k, k, v, batch, at)  # the op wants queries; these are nobody's
         arena.note_read(x)
+        first = len(arena.config.layers)
+        written = [a for i in range(len(self.layers)) for a in arena.slots(first + i)]
+        return mx.depends([mx.zeros(1, mx.int32)], written)[0]
 
     def forward(self, blocks: Sequence[mx.array], caches: Sequence[Cache]) -> Logits:
         """The drafts of one block of each sequence, behind the committed positions.
