@@ -86,6 +86,37 @@ def published(name: str) -> tuple[TargetConfig, AssistantConfig]:
     return target, assistant
 
 
+# Of the published DFlash drafters that are known in full: heads, feed-forward, tapped layers
+DFLASH = {
+    "26B-A4B": (32, 5632, (1, 6, 11, 17, 22, 27)),
+    "31B": (64, 10752, (1, 12, 23, 35, 46, 57)),
+}
+
+
+def published_dflash(name: str) -> DFlashConfig:
+    """The geometry of a published DFlash drafter: four sliding layers and a full one."""
+    target, _ = published(name)
+    heads, ffn, taps = DFLASH[name]
+    layers = tuple(LayerConfig(i < 4, 128, 8, ffn, i, False) for i in range(5))
+    return DFlashConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=target.hidden_size,
+        num_heads=heads,
+        window=2048,
+        eps=1e-6,
+        layers=layers,
+        rope=Rope(1e6, 1.0, 1.0),
+        taps=taps,
+        block_size=16,
+        mask_id=4,
+        target_layers=len(target.layers),
+        softcap=target.softcap,
+        embedding_scale=None,
+        is_causal=True,
+        quantization=None,
+    )
+
+
 def published_name(target: TargetConfig, assistant: AssistantConfig) -> str | None:
     """Name of the published pair with this geometry, or None."""
     sliding = [layer for layer in target.layers if layer.sliding]

@@ -78,7 +78,8 @@ class DFlash:
         arena.note_read(x)
         first = len(arena.config.layers)
         written = [a for i in range(len(self.layers)) for a in arena.slots(first + i)]
-        return mx.depends([mx.zeros(1, mx.int32)], written)[0]
+        done: mx.array = mx.depends([mx.zeros(1, mx.int32)], written)[0]
+        return done
 
     def forward(self, blocks: Sequence[mx.array], caches: Sequence[Cache]) -> Logits:
         """The drafts of one block of each sequence, behind the committed positions.
