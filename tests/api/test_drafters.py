@@ -100,6 +100,18 @@ def test_an_assistant_that_is_not_there_is_not_passed_over(tok: Tokenizer) -> No
     assert generate("fox", pair=pair, sampling=GREEDY).stats.block_size == 1
 
 
+def test_a_dflash_model_that_is_not_there_is_not_passed_over(tok: Tokenizer) -> None:
+    for assistant in ({}, {"assistant": None}):
+        for door in every_door(script_pair(tok, STORY, **assistant), "dflash"):
+            with pytest.raises(ValueError) as error:
+                door()
+            message = (
+                "[generate] drafter must be one that the pair has but got dflash; load it with "
+                "dflash=."
+            )
+            assert str(error.value) == message
+
+
 def test_a_chat_looks_up_in_its_earlier_turns(tok: Tokenizer) -> None:
     pair = script_pair(tok, STORY)
     chat = Chat(pair, sampling=GREEDY, drafter="lookup", block_size=4)
