@@ -28,7 +28,7 @@ from typing import NamedTuple
 from pyengine.bench import traffic
 from pyengine.bench.bandwidth import of_chip
 from pyengine.checkpoint.memory import GB
-from pyengine.checkpoint.published import published
+from pyengine.checkpoint.published import DFLASH, published, published_dflash
 from pyengine.checkpoint.weights import assistant_layout, target_layout
 from pyengine.model.config import AssistantConfig, TargetConfig
 from pyengine.model.memory import cache_bytes
@@ -266,6 +266,20 @@ def bounds_table() -> list[str]:
     return rows
 
 
+def dflash_table() -> list[str]:
+    """Bytes of drafting: by the assistant, a draft each; by DFlash, a block each."""
+    rows = [_row("pair", "plain step", "assistant, a draft", "DFlash, a block", "drafts alike")]
+    rows.append(_row("---", *["--:"] * 4))
+    for name in DFLASH:
+        target, assistant = published(name)
+        step = traffic.step_bytes(target, 8, CONTEXTS["8k"], 1)
+        draft = traffic.draft_bytes(target, assistant, 8, CONTEXTS["8k"], BLOCK)
+        block = traffic.dflash_bytes(target, published_dflash(name), 8, CONTEXTS["8k"], 8)
+        own = [f"{moved / GB:.2f}" for moved in (step, draft, block)]
+        rows.append(_row(name, *own, f"{block / draft:.1f}"))
+    return rows
+
+
 def bytes_sentence() -> str:
     """The bytes that the bounds are computed from."""
     plain = round_bytes("31B", 8, CONTEXTS["8k"], 1) / GB
@@ -294,3 +308,5 @@ if __name__ == "__main__":
     print(f"our kernels alone; then a turn of {TURN[2]} tokens after {TURN[0]} and an answer of")
     print(f"{TURN[1]}:\n")
     print("\n".join(prefill_table()))
+    print("\nDrafting, GB per step, draft or block of 8: 8 bit, 8k:\n")
+    print("\n".join(dflash_table()))

@@ -1,6 +1,6 @@
-// prepare_qkv: norm and rotary embedding of queries and keys, norm of values,
-// keys and values straight to their place in a page: one launch for the rows of
-// all sequences.
+// prepare_qkv: norm and rotary embedding of queries and keys, norm of values
+// where it is asked for, keys and values straight to their place in a page: one
+// launch for the rows of all sequences.
 //
 // One simdgroup per head (rope.h), one threadgroup per four heads of a row: the
 // queries, then each key head and its value head, which are neighbours because
@@ -35,6 +35,7 @@ template <typename T>
     constant uint& Q [[buffer(16)]],
     constant uint& N [[buffer(17)]],
     constant float& eps [[buffer(18)]],
+    constant uint& norm_values [[buffer(19)]],
     threadgroup float* normed [[threadgroup(0)]], // [heads of a group, D]
     uint2 group [[threadgroup_position_in_grid]],
     ushort simd [[simdgroup_index_in_threadgroup]],
@@ -71,10 +72,11 @@ template <typename T>
   Piece piece(0, D, lane);
   float2 head_values[pairs];
   float inverse = load_head(v + from, head_values, piece, eps);
+  float scale = norm_values ? inverse : 1.0f;
 #pragma unroll
   for (ushort i = 0; i < pairs; ++i) {
     if (piece.live(i)) {
-      piece.store(values + place, i, head_values[i] * inverse);
+      piece.store(values + place, i, head_values[i] * scale);
     }
   }
 }

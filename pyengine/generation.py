@@ -98,12 +98,13 @@ def generate(
             seven, or none: no text depends on it. Under the other rules, where the text does, it is
             one number for all rounds, told in the statistics: the best by the profile of pair and
             machine, which is measured once (``pyengine doctor`` shows it); where there can be none,
-            the pair's measured best, else what its assistant asks for, else 4; with "lookup" 8,
-            with "early:6" 4. None is "auto".
-        drafter: Where drafts come from. "assistant" (the default) is the pair's own; "lookup" takes
-            what followed the newest tokens earlier in the text and pays where an answer repeats its
-            prompt; "early:6", or another number of layers, drafts with the target's own first
-            layers. These two need no assistant.
+            the pair's measured best, else what its assistant asks for, else 4; with "lookup" and
+            "dflash" 8, with "early:6" 4. None is "auto".
+        drafter: Where drafts come from. "assistant" (the default) is the pair's own, and so is
+            "dflash", where it has one: a model that drafts a whole block in one pass; "lookup"
+            takes what followed the newest tokens earlier in the text and pays where an answer
+            repeats its prompt; "early:6", or another number of layers, drafts with the target's own
+            first layers. The last two need no other model.
         stop: One string or several. The text ends before the first one that appears; no part of it
             is ever emitted. The pair's stop ids end the text in any case.
         raw: Continue a string prompt as plain text. Special tokens spelled in it take effect.

@@ -369,7 +369,8 @@ class Engine:
         tokens = target.context
         if task.max_tokens is not None:
             tokens = min(len(task.ids) + task.max_tokens, target.context)
-        return min(target.prompt_bytes(tokens, task.most_rows, none.marks), budget)
+        layers = task.layers or self._arena.beside  # once there, all texts' pages have them
+        return min(target.prompt_bytes(tokens, task.most_rows, none.marks, layers), budget)
 
     def _load(self) -> schedule.Load:
         budget = self._budget() if self._waiting else None

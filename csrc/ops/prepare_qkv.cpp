@@ -23,6 +23,7 @@ namespace {
 struct PrepareQkv {
   static constexpr const char* op = "prepare_qkv";
   float eps;
+  bool norm_values;
   bool operator==(const PrepareQkv&) const = default;
 
   // The arenas stay where they are, whoever else holds them (copy_pages.cpp).
@@ -74,7 +75,8 @@ struct PrepareQkv {
         Buffer::scalar("P", uint32_t(P)),
         Buffer::scalar("Q", uint32_t(Q)),
         Buffer::scalar("N", uint32_t(N)),
-        Buffer::scalar("eps", eps)};
+        Buffer::scalar("eps", eps),
+        Buffer::scalar("norm_values", uint32_t(norm_values))};
     return {launch};
   }
 
@@ -91,6 +93,7 @@ struct PrepareQkv {
     args.Q = in[8].shape(0);
     args.N = in[8].shape(1);
     args.eps = eps;
+    args.norm_values = norm_values;
     return [q = Contiguous(in[0]),
             k = Contiguous(in[1]),
             v = Contiguous(in[2]),
@@ -130,7 +133,8 @@ Arrays prepare_qkv(
     const mx::array& positions, // int32 [R]
     const mx::array& owners, // int32 [R]
     const mx::array& tables, // int32 [Q, N]
-    float eps) {
+    float eps,
+    bool norm_values) {
   constexpr auto op = PrepareQkv::op;
   check_storage_dtype(op, "q", q);
   check_arena(op, "keys", keys);
@@ -178,7 +182,7 @@ Arrays prepare_qkv(
   auto inputs = Arrays{q, k, v, q_norm, k_norm, inv_freq};
   inputs.insert(inputs.end(), {positions, owners, tables, keys, values});
   return lazy_results(
-      PrepareQkv{eps},
+      PrepareQkv{eps, norm_values},
       {{R, q.shape(1) / D, D}, keys.shape(), values.shape()},
       {q.dtype(), q.dtype(), q.dtype()},
       inputs);
@@ -201,7 +205,8 @@ void bind_prepare_qkv(nb::module_& m) {
       "positions"_a,
       "owners"_a,
       "tables"_a,
-      "eps"_a);
+      "eps"_a,
+      "norm_values"_a);
 }
 
 } // namespace pyengine

@@ -38,7 +38,8 @@ void prepare_rows(const PrepareQkvArgs& args, int64_t begin, int64_t end) {
       auto* keys = static_cast<T*>(args.keys) + to;
       auto* values = static_cast<T*>(args.values) + to;
       rotate_head(k, k_weight, angles, D, args.eps, keys);
-      scale_row<T>(v, inverse_rms(v, D, args.eps), nullptr, D, values);
+      float scale = args.norm_values ? inverse_rms(v, D, args.eps) : 1.0f;
+      scale_row<T>(v, scale, nullptr, D, values);
     }
   }
 }

@@ -26,6 +26,7 @@ struct PrepareQkvArgs {
   int Q;
   int N;
   float eps;
+  bool norm_values;
 };
 
 // Rows are positions.

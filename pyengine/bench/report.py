@@ -21,6 +21,7 @@ from pyengine.task import resolve_sampling
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
     from pyengine.model.assistant import Assistant
+    from pyengine.model.dflash import DFlash
     from pyengine.model.target import Target
 
 
@@ -66,12 +67,13 @@ def describe_pair(pair: Pair) -> dict[str, Any]:
         "quantization": {
             "target": _quantization(pair.target),
             "assistant": _quantization(pair.assistant) if pair.assistant else None,
+            "dflash": _quantization(pair.dflash) if pair.dflash else None,
         },
         "manifest": pair.manifest,
     }
 
 
-def _quantization(model: Target | Assistant) -> dict[str, Any] | None:
+def _quantization(model: Target | Assistant | DFlash) -> dict[str, Any] | None:
     mode = model.config.quantization
     if mode is None:
         return None

@@ -10,8 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 
-from pyengine.checkpoint.weights import Layout, Shape, assistant_layout, target_layout
-from pyengine.model.config import AssistantConfig, TargetConfig
+from pyengine.checkpoint.weights import (
+    Layout,
+    Shape,
+    assistant_layout,
+    dflash_layout,
+    target_layout,
+)
+from pyengine.model.config import AssistantConfig, DFlashConfig, TargetConfig
 
 GROUP = 64
 HEAD, ROWS_ONLY = "embed_tokens", "embed_tokens_per_layer"
@@ -110,6 +116,23 @@ def draft_bytes(
     kept = kept_bytes(seen_by(target, assistant), context, block_size)
     vectors = _vector_bytes(assistant_layout(assistant))
     return assistant_bytes(assistant, bits) + vectors + kept
+
+
+def dflash_bytes(
+    target: TargetConfig, dflash: DFlashConfig, bits: int, context: int, rows: int
+) -> float:
+    """What a DFlash drafter reads in a round, whatever the number of drafts: for the context of as
+    many rows what gives features, keys and values; for the block all layers, the target's head, and
+    keys and values of the context."""
+    layout = dflash_layout(dflash)
+
+    def read(path: str, shape: Shape) -> float:
+        twice = path.endswith(("k_proj", "v_proj"))
+        return matrix_bytes(path, shape, bits) * (2 if twice else 1)
+
+    places = {True: min(dflash.window - 1, context) + rows, False: context + rows}
+    kept = sum(2 * 2 * n.num_kv_heads * n.head_dim * places[n.sliding] for n in dflash.layers)
+    return _sum(layout, read) + _vector_bytes(layout) + head_bytes(target, bits) + kept
 
 
 def round_bytes(

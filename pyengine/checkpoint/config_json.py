@@ -5,10 +5,18 @@ of one variant (shared layers, per-layer embeddings, window) make nonsense of an
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pyengine.model.config import AssistantConfig, LayerConfig, Quantization, Rope, TargetConfig
+from pyengine.model.config import (
+    AssistantConfig,
+    DFlashConfig,
+    LayerConfig,
+    Quantization,
+    Rope,
+    TargetConfig,
+)
 from pyengine.untrusted import optional, read_object, shown
 
 MAX_DIGITS = 8  # of a layer's index, with leading zeros
@@ -44,6 +52,9 @@ LIMITS = {
     "top_k_experts": 4096,
     "num_centroids": 1 << 20,
     "centroid_intermediate_top_k": 1 << 20,
+    "block_size": 1 << 10,
+    "num_target_layers": 512,
+    "mask_token_id": 1 << 21,
 }
 # The same for numbers, with the smallest.
 RANGES = {
@@ -52,6 +63,7 @@ RANGES = {
     "rope_theta": (1.0, 1e12),
     "factor": (1e-3, 1e6),
     "partial_rotary_factor": (1e-6, 1.0),
+    "input_embedding_scale": (1e-6, 1e6),
 }
 
 
@@ -174,6 +186,104 @@ def read_assistant_config(folder: Path) -> AssistantConfig:
         backbone_size=top.integer("backbone_hidden_size"),
         num_centroids=num_centroids,
         num_centroids_used=num_centroids_used,
+    )
+
+
+def names_dflash(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a DFlash drafter, or of something that is called so and is
+    another: :func:`read_dflash_config` tells them apart."""
+    names = config.get("architectures")
+    named = [str(name).lower() for name in names] if isinstance(names, list) else []
+    kin = any("dflash" in name or "dspark" in name for name in named)
+    return kin or "dflash_config" in config or "speculators_model_type" in config
+
+
+def read_dflash_config(folder: Path) -> DFlashConfig:
+    """Read ``folder/config.json`` as a DFlash drafter, in the form that z-lab publishes.
+
+    Others that are called so (of speculators, DFlash2, DSpark) differ in layers, tensors or in what
+    a row predicts, and are refused by the key that says so.
+    """
+    top = _Section(read_json(folder))
+    if top.values.get("architectures") != ["DFlashDraftModel"]:
+        raise top.fail("architectures", 'be ["DFlashDraftModel"] in a DFlash drafter')
+    if "speculators_model_type" in top:
+        raise top.fail("speculators_model_type", "be absent in a DFlash drafter")
+    own = top.section("dflash_config")
+    for section in (top, own):
+        for key, rule, allowed in (
+            ("attention_sink_bias", "be off", (None, False)),
+            ("output_multiplier", "be 1", (None, 1)),
+            ("rope_scaling", "be null", (None,)),
+            ("attention_bias", "be false", (None, False)),
+            ("mlp_bias", "be false", (None, False)),
+            ("use_swa", "be true", (None, True)),
+            ("swa_window_size", "equal sliding_window", (None, top.values.get("sliding_window"))),
+        ):
+            if section.values.get(key) not in allowed:
+                raise section.fail(key, f"{rule} in a DFlash drafter")
+    if top.get("hidden_act") != "silu":
+        raise top.fail("hidden_act", "be silu")
+
+    def either(key: str) -> _Section | None:
+        return next((s for s in (own, top) if s.values.get(key) is not None), None)
+
+    size, layers = either("block_size"), either("num_target_layers")
+    softcap, is_causal = either("final_logit_softcapping"), True
+    for section, key in ((top, "is_causal"), (own, "causal")):
+        is_causal = is_causal if section.values.get(key) is None else section.flag(key)
+    mask, vocab = own.integer("mask_token_id", 0), top.integer("vocab_size")
+    if mask >= vocab:
+        raise own.fail("mask_token_id", f"be below vocab_size ({vocab})")
+    taps = own.get("target_layer_ids")
+    if not isinstance(taps, list) or not taps or not all(type(tap) is int for tap in taps):
+        raise own.fail("target_layer_ids", "list layers of the target")
+    if taps[0] < 0 or any(a >= b for a, b in pairwise(taps)):
+        raise own.fail("target_layer_ids", "rise from 0")
+    rope = top if "rope_parameters" not in top else top.section("rope_parameters")
+    if rope.values.get("rope_type", "default") != "default":
+        raise rope.fail("rope_type", "be default")
+    scale = own.values.get("input_embedding_scale")
+    return DFlashConfig(
+        vocab_size=vocab,
+        hidden_size=top.integer("hidden_size"),
+        num_heads=top.integer("num_attention_heads"),
+        window=top.integer("sliding_window", 2),
+        eps=top.number("rms_norm_eps"),
+        layers=_dflash_layers(top),
+        rope=Rope(rope.number("rope_theta"), 1.0, 1.0),
+        taps=tuple(taps),
+        block_size=(size or top).integer("block_size", 2),
+        mask_id=mask,
+        target_layers=None if layers is None else layers.integer("num_target_layers"),
+        softcap=None if softcap is None else softcap.number("final_logit_softcapping"),
+        embedding_scale=None if scale is None else own.number("input_embedding_scale"),
+        is_causal=is_causal,
+        quantization=_quantization(top),
+    )
+
+
+def _dflash_layers(top: _Section) -> tuple[LayerConfig, ...]:
+    count, kinds = top.integer("num_hidden_layers"), top.get("layer_types")
+    known = isinstance(kinds, list) and all(kind in (SLIDING, FULL) for kind in kinds)
+    if not known or len(kinds) != count:
+        raise top.fail("layer_types", f"list {count} times {SLIDING} or {FULL}")
+    heads, D = top.integer("num_key_value_heads"), top.integer("head_dim")
+    if top.integer("num_attention_heads") % heads:
+        raise top.fail("num_attention_heads", f"be a multiple of {heads}")
+    if D % 16 or D > 512:
+        raise top.fail("head_dim", "be a multiple of 16 and at most 512")
+    width = top.integer("intermediate_size")
+    return tuple(
+        LayerConfig(
+            sliding=kind == SLIDING,
+            head_dim=D,
+            num_kv_heads=heads,
+            ffn_width=width,
+            kv_source=i,
+            key_is_value=False,
+        )
+        for i, kind in enumerate(kinds)
     )
 
 

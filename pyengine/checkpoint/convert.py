@@ -10,7 +10,9 @@ from typing import Any
 
 from pyengine.checkpoint.config_json import (
     ASSISTANT_TYPES,
+    names_dflash,
     read_assistant_config,
+    read_dflash_config,
     read_json,
     read_target_config,
 )
@@ -18,14 +20,14 @@ from pyengine.checkpoint.defaults import read_generation
 from pyengine.checkpoint.hub import locate
 from pyengine.checkpoint.manifest import MANIFEST, MAX_NAME, bundle_parts, is_name
 from pyengine.checkpoint.new_folder import new_folder
-from pyengine.checkpoint.published import check_pair, published_name
+from pyengine.checkpoint.published import check_dflash, check_pair, published_name
 from pyengine.checkpoint.quantize import Plan, plan_checkpoint, write_checkpoint
 from pyengine.untrusted import optional, shown
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: the folder, ``"pair"``, ``"target"`` or ``"assistant"``, and its bytes."""
+    """What was written: the folder, ``"pair"`` or the one part that it is, and its bytes."""
 
     path: Path
     kind: str
@@ -38,6 +40,7 @@ def convert(
     dst: str | Path,
     *,
     assistant: str | Path | None = None,
+    dflash: str | Path | None = None,
     bits: int = 8,
     group_size: int = 64,
     on_progress: Callable[[int, int, str], None] = lambda done, total, name: None,
@@ -48,22 +51,29 @@ def convert(
         src: A Gemma 4 checkpoint folder, Hugging Face form; or a folder that holds a pair.
         dst: Folder to make; must not exist. It appears when it is whole.
         assistant: The assistant's checkpoint, when ``src`` is its target: both make one bundle.
+        dflash: The checkpoint of a DFlash drafter of ``src``, which goes into the bundle too.
         bits: 4, 6 or 8.
         group_size: 32, 64 or 128.
         on_progress: Called with bytes written, bytes in all, and what comes next.
 
     Raises:
-        ValueError: A checkpoint is damaged, the two are no pair, or an argument breaks a rule.
+        ValueError: A checkpoint is damaged, a drafter is another target's, or an argument breaks a
+            rule.
     """
     src, dst = locate(src), Path(dst)
-    parts = _parts(src, None if assistant is None else locate(assistant))
+    given = {"assistant": assistant, "dflash": dflash}
+    parts = _parts(src, {part: locate(place) for part, place in given.items() if place is not None})
     manifest: dict[str, Any] | None = None
-    kind, name = "assistant" if _is_assistant(parts["target"]) else "target", src.name
-    if "assistant" in parts:
+    kind, name = part_of(parts["target"]), src.name
+    if len(parts) > 1:
         target_config = read_target_config(parts["target"])
-        assistant_config = read_assistant_config(parts["assistant"])
-        check_pair(target_config, assistant_config)
-        kind, name = "pair", published_name(target_config, assistant_config) or dst.name
+        kind, name = "pair", dst.name
+        if "assistant" in parts:
+            assistant_config = read_assistant_config(parts["assistant"])
+            check_pair(target_config, assistant_config)
+            name = published_name(target_config, assistant_config) or name
+        if "dflash" in parts:
+            check_dflash(target_config, read_dflash_config(parts["dflash"]))
         if not is_name(name):
             raise ValueError(
                 f"[convert] dst must have a printable name of at most {MAX_NAME} characters, which "
@@ -77,10 +87,10 @@ def convert(
         }
     plans: dict[str, Plan] = {}
     for part, folder in parts.items():
-        # A pair loads if its two have one dtype: the target's
+        # A pair loads if all of it has one dtype: the target's
         dtype = plans["target"].dtype if plans else None
         plans[part] = plan_checkpoint(folder, bits, group_size, dtype)
-    if kind != "assistant":
+    if kind in ("pair", "target"):
         # Copied as it is, so refused here if loading would refuse it
         read_generation(
             parts["target"], parts.get("assistant"), read_target_config(parts["target"]), {}
@@ -100,17 +110,19 @@ def convert(
     return Converted(dst, kind, name, total)
 
 
-def _parts(src: Path, assistant: Path | None) -> dict[str, Path]:
+def _parts(src: Path, drafters: dict[str, Path]) -> dict[str, Path]:
     """The folders to convert; a checkpoint alone is called target, whichever it is."""
-    if assistant is not None:
-        return {"target": src, "assistant": assistant}
-    if optional(src, "config.json", "convert") or not src.is_dir():
-        return {"target": src}
-    return dict(zip(("target", "assistant"), bundle_parts(src), strict=True))
+    if drafters or optional(src, "config.json", "convert") or not src.is_dir():
+        return {"target": src, **drafters}
+    return bundle_parts(src)
 
 
-def _is_assistant(folder: Path) -> bool:
-    return folder.is_dir() and read_json(folder).get("model_type") in list(ASSISTANT_TYPES)
+def part_of(folder: Path) -> str:
+    """Which part of a bundle a checkpoint could be; "target" where nothing says another."""
+    config = read_json(folder) if folder.is_dir() else {}
+    if names_dflash(config):
+        return "dflash"
+    return "assistant" if config.get("model_type") in list(ASSISTANT_TYPES) else "target"
 
 
 def _shifted(

@@ -27,7 +27,8 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model")
 def fingerprint(
     pair: Pair, folder: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> str:
-    """A hash of the target's files, its tokenizer's, and the kernels that run, in hexadecimal.
+    """A hash of the files of the target, its tokenizer and its DFlash drafter, and of the kernels
+    that run, in hexadecimal.
 
     To read the weights once more takes as long as the disk needs; a file that has not changed since
     is not read again.
@@ -43,6 +44,9 @@ def fingerprint(
     place = pair.target_path
     files = [place / "config.json", *(path for path, _ in read_headers(place))]
     files += [path for name in TOKENIZER if (path := place / name).is_file()]
+    if pair.dflash_path is not None:  # whose keys and values are kept too
+        dflash = pair.dflash_path
+        files += [dflash / "config.json", *(path for path, _ in read_headers(dflash))]
     kernels = {
         "mlx": metadata.version("mlx"),
         "sources": _ext.built_from,

@@ -11,22 +11,36 @@ from typing import Any
 
 from pyengine.checkpoint import memory
 from pyengine.checkpoint.config_json import (
-    ASSISTANT_TYPES,
     read_assistant_config,
-    read_json,
+    read_dflash_config,
     read_target_config,
 )
+from pyengine.checkpoint.convert import part_of
 from pyengine.checkpoint.defaults import OURS, read_generation
 from pyengine.checkpoint.hub import OnProgress, headers
 from pyengine.checkpoint.manifest import bundle_parts, read_manifest
-from pyengine.checkpoint.published import check_pair, published_name
-from pyengine.checkpoint.weights import Layout, assistant_layout, check_tensors, target_layout
-from pyengine.model.config import AssistantConfig, TargetConfig, TextConfig
+from pyengine.checkpoint.published import check_dflash, check_pair, published_name
+from pyengine.checkpoint.weights import (
+    Layout,
+    assistant_layout,
+    check_tensors,
+    dflash_layout,
+    target_layout,
+)
+from pyengine.model.config import (
+    AssistantConfig,
+    DFlashConfig,
+    LayerConfig,
+    TargetConfig,
+    TextConfig,
+)
 from pyengine.model.memory import cache_bytes, prompt_bytes
 from pyengine.text.tokenizer import load_tokenizer
 from pyengine.untrusted import optional
 
 CONTEXT, BLOCK = 8192, 8  # of the cache whose size is told
+PARTS = ("target", "assistant", "dflash")
+Config = TextConfig | DFlashConfig
 
 
 def inspect(
@@ -70,8 +84,8 @@ def _report(path: Path, context: int | None) -> dict[str, Any]:
     report: dict[str, Any] = {"path": str(path), "kind": None, "name": None, "refused": []}
     with _refusals(report):
         parts = _parts(path)
-        report["kind"] = "pair" if len(parts) == 2 else next(iter(parts))
-        configs: dict[str, TextConfig] = {}
+        report["kind"] = "pair" if len(parts) > 1 else next(iter(parts))
+        configs: dict[str, Config] = {}
         for part, folder in parts.items():
             with _refusals(report):
                 configs[part] = _read(part, folder)
@@ -85,10 +99,15 @@ def _report(path: Path, context: int | None) -> dict[str, Any]:
             with _refusals(report):
                 check_pair(target, assistant)
                 report["name"] = published_name(target, assistant)
+        dflash = configs.get("dflash")
+        if isinstance(target, TargetConfig) and isinstance(dflash, DFlashConfig):
+            with _refusals(report):
+                check_dflash(target, dflash)
         if isinstance(target, TargetConfig):
             with _refusals(report):
                 report["text"] = _text(path, parts, target)
-            report["memory"] = memory_of = _memory(report, target, context)
+            beside = dflash.kept if isinstance(dflash, DFlashConfig) else ()
+            report["memory"] = memory_of = _memory(report, target, context, beside)
             with _refusals(report):
                 least = memory_of["weights"] + cache_bytes(target, 1, 1, 2)
                 memory.check(least, "the weights and the smallest cache")
@@ -102,26 +121,28 @@ def _report(path: Path, context: int | None) -> dict[str, Any]:
 
 def _parts(path: Path) -> dict[str, Path]:
     if optional(path, "config.json", "inspect"):
-        part = "assistant" if read_json(path).get("model_type") in [*ASSISTANT_TYPES] else "target"
-        return {part: path}
-    return dict(zip(("target", "assistant"), bundle_parts(path), strict=True))
+        return {part_of(path): path}
+    return bundle_parts(path)
 
 
-def _read(part: str, folder: Path) -> TextConfig:
+def _read(part: str, folder: Path) -> Config:
+    if part == "dflash":
+        return read_dflash_config(folder)
     return read_target_config(folder) if part == "target" else read_assistant_config(folder)
 
 
-def _layout(config: TextConfig) -> Layout:
+def _layout(config: Config) -> Layout:
+    if isinstance(config, DFlashConfig):
+        return dflash_layout(config)
     if isinstance(config, TargetConfig):
         return target_layout(config)
     assert isinstance(config, AssistantConfig)
     return assistant_layout(config)
 
 
-def _describe(config: TextConfig) -> dict[str, Any]:
+def _describe(config: Config) -> dict[str, Any]:
     layers = config.layers
     out: dict[str, Any] = {
-        "model_type": config.model_type,
         "layers": len(layers),
         "sliding_layers": sum(layer.sliding for layer in layers),
         "hidden_size": config.hidden_size,
@@ -129,9 +150,12 @@ def _describe(config: TextConfig) -> dict[str, Any]:
         "head_widths": sorted({layer.head_dim for layer in layers}),
         "feed_forward": sorted({layer.ffn_width for layer in layers}),
         "window": config.window,
-        "context": config.context_limit,
         "vocabulary": config.vocab_size,
     }
+    if isinstance(config, DFlashConfig):
+        own = {"taps": list(config.taps), "block_size": config.block_size}
+        return {**out, **own, "mask_token": config.mask_id}
+    out = {"model_type": config.model_type, **out, "context": config.context_limit}
     if isinstance(config, TargetConfig):
         shared = sum(layer.kv_source != i for i, layer in enumerate(layers))
         out |= {"shared_layers": shared, "experts": config.num_experts}
@@ -141,7 +165,7 @@ def _describe(config: TextConfig) -> dict[str, Any]:
     return out
 
 
-def _tensors(folder: Path, layout: Layout, config: TextConfig) -> dict[str, Any]:
+def _tensors(folder: Path, layout: Layout, config: Config) -> dict[str, Any]:
     """Parameters, bytes, dtype, and how many matrices are stored in which way."""
     matrices, storage = check_tensors(folder, layout, config.quantization)
     ways = Counter(
@@ -158,7 +182,7 @@ def _tensors(folder: Path, layout: Layout, config: TextConfig) -> dict[str, Any]
 
 def _text(path: Path, parts: dict[str, Path], target: TargetConfig) -> dict[str, Any]:
     """Tokenizer, template and sampling defaults."""
-    manifest = read_manifest(path) if len(parts) == 2 else {}
+    manifest = read_manifest(path) if len(parts) > 1 else {}
     settings = read_generation(parts["target"], parts.get("assistant"), target, manifest)
     tokenizer = load_tokenizer(parts["target"])
     stop_ids = list(dict.fromkeys((*settings.stop_ids, *tokenizer.answer_ends())))
@@ -173,13 +197,19 @@ def _text(path: Path, parts: dict[str, Path], target: TargetConfig) -> dict[str,
     }
 
 
-def _memory(report: dict[str, Any], target: TargetConfig, context: int | None) -> dict[str, Any]:
-    known = [report.get(part, {}).get("tensors") for part in ("target", "assistant")]
+def _memory(
+    report: dict[str, Any],
+    target: TargetConfig,
+    context: int | None,
+    beside: tuple[LayerConfig, ...],
+) -> dict[str, Any]:
+    """``beside`` are the layers of a DFlash drafter, which keep keys and values where it drafts."""
+    known = [report.get(part, {}).get("tensors") for part in PARTS]
     weights = sum(tensors["bytes"] for tensors in known if tensors)
     size = 4 if (known[0] or {}).get("dtype") == "float32" else 2
     context = min(CONTEXT if context is None else context, target.context_limit)
-    cache = cache_bytes(target, context, BLOCK, size)
-    work = prompt_bytes(target, context, BLOCK, 0, size) - cache
+    cache = cache_bytes(target, context, BLOCK, size, beside)
+    work = prompt_bytes(target, context, BLOCK, 0, size, beside) - cache
     free = memory.available_bytes()
     return {
         "weights": weights,

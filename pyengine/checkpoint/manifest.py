@@ -1,6 +1,7 @@
-"""A bundle: a folder with two checkpoints and, beside them, what they are.
+"""A bundle: a folder with a target and its drafters and, beside them, what they are.
 
-The folders are called ``target`` and ``assistant`` unless ``mtplx_pair.json`` names others.
+The folders are called ``target``, ``assistant`` and ``dflash`` unless ``mtplx_pair.json`` names
+others.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ MANIFEST = "mtplx_pair.json"
 MAX_NAME = 200
 
 
-def bundle_parts(path: Path) -> tuple[Path, Path]:
-    """Target and assistant folder of a bundle; one without a manifest has the usual names.
+def bundle_parts(path: Path) -> dict[str, Path]:
+    """The folders of a bundle: "target" and "assistant", with "dflash" too, or in place of the
+    latter; one without a manifest has the usual names.
 
     Raises:
         ValueError: The manifest is damaged, or a folder is missing or outside the bundle.
     """
-    names = (MANIFEST, "target", "assistant")
+    names = (MANIFEST, "target", "assistant", "dflash")
     if path.is_dir() and not any(os.path.lexists(path / name) for name in names):
         if optional(path, "config.json", "load"):
             raise ValueError(
@@ -33,8 +35,14 @@ def bundle_parts(path: Path) -> tuple[Path, Path]:
             "checkpoint with config.json, but is neither."
         )
     manifest = read_manifest(path)
-    target, assistant = (_inside(path, manifest, part) for part in ("target", "assistant"))
-    return check_folder(target, "target"), check_folder(assistant, "assistant")
+    has_dflash = _names(manifest, "dflash") or os.path.lexists(path / "dflash")
+    has_assistant = _names(manifest, "assistant") or os.path.lexists(path / "assistant")
+    parts = ["target"]
+    if has_assistant or not has_dflash:
+        parts.append("assistant")
+    if has_dflash:
+        parts.append("dflash")
+    return {part: check_folder(_inside(path, manifest, part), part) for part in parts}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -60,8 +68,13 @@ def is_name(value: object) -> bool:
     return isinstance(value, str) and value.isprintable() and 0 < len(value) <= MAX_NAME
 
 
+def _names(manifest: dict[str, Any], part: str) -> bool:
+    layout = manifest.get("layout", {})
+    return isinstance(layout, dict) and part in layout
+
+
 def _inside(bundle: Path, manifest: dict[str, Any], part: str) -> Path:
-    """Folder of one half of a bundle, as the manifest names it; never outside the bundle."""
+    """Folder of one part of a bundle, as the manifest names it; never outside the bundle."""
     layout = manifest.get("layout", {})
     name = layout.get(part, part) if isinstance(layout, dict) else None
     if not isinstance(name, str) or not name or "\0" in name:

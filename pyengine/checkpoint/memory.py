@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import mlx.core as mx
 from pyengine import mapped
 from pyengine.checkpoint.safetensors import BYTES, read_headers
 from pyengine.checkpoint.weights import Layout, is_text
+from pyengine.model.config import LayerConfig
 
 FLOATS = ("F16", "BF16", "F32")
 GB = 1e9
@@ -25,7 +27,9 @@ class TargetLike(Protocol):
     @property
     def context(self) -> int: ...
 
-    def prompt_bytes(self, tokens: int, block_size: int, marks: int) -> int: ...
+    def prompt_bytes(
+        self, tokens: int, block_size: int, marks: int, beside: Sequence[LayerConfig] = ()
+    ) -> int: ...
 
 
 class PrefixLike(Protocol):
@@ -62,6 +66,7 @@ def check_prompt(
     block_size: int,
     prefix: PrefixLike | None = None,
     there: int | None = None,
+    beside: Sequence[LayerConfig] = (),
 ) -> None:
     """Refuse a prompt whose keys and values would not fit, before it is processed.
 
@@ -73,6 +78,7 @@ def check_prompt(
         block_size: Block size of the generation.
         prefix: The prefix it uses: its memory counts as free, for this prompt takes it over.
         there: Bytes that it may have; None for those that are free.
+        beside: Layers of a drafter, whose keys and values are kept too.
 
     Raises:
         ValueError: The memory that is free holds fewer tokens; the message says how many.
@@ -87,7 +93,7 @@ def check_prompt(
     wanted = min(tokens + (max_tokens or 0), target.context)
 
     def needed(count: int) -> int:
-        return target.prompt_bytes(count, block_size, marks)
+        return target.prompt_bytes(count, block_size, marks, beside)
 
     if needed(wanted) <= there:
         return

@@ -1,4 +1,4 @@
-"""A target and its assistant: find them, check, load."""
+"""A target and its drafters: find them, check, load."""
 
 from __future__ import annotations
 
@@ -15,21 +15,29 @@ import mlx.core as mx
 from pyengine import forked
 from pyengine.arguments import flag, token_ids, whole
 from pyengine.checkpoint import memory, on_metal
-from pyengine.checkpoint.config_json import read_assistant_config, read_target_config
+from pyengine.checkpoint.config_json import (
+    read_assistant_config,
+    read_dflash_config,
+    read_target_config,
+)
 from pyengine.checkpoint.defaults import GenerationDefaults, read_generation
 from pyengine.checkpoint.hub import locate
 from pyengine.checkpoint.manifest import bundle_parts, check_folder, read_manifest
-from pyengine.checkpoint.published import check_pair, published_name
+from pyengine.checkpoint.published import check_dflash, check_pair, published_name
 from pyengine.checkpoint.weights import (
     assistant_layout,
+    dflash_layout,
     load_assistant_weights,
+    load_dflash_weights,
     load_target_weights,
     target_layout,
 )
 from pyengine.drafters.assistant import AssistantDrafter
 from pyengine.drafters.drafter import Asked
 from pyengine.model.assistant import POSITIONS, Assistant, Position
+from pyengine.model.dflash import DFlash
 from pyengine.model.head import candidates
+from pyengine.model.linear import Weights
 from pyengine.model.memory import cache_bytes
 from pyengine.model.target import Target, check_ids
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
@@ -42,7 +50,8 @@ _log = logging.getLogger("pyengine")
 
 @dataclass(frozen=True, repr=False)
 class Pair:
-    """A loaded target with its assistant (None: plain decoding only) and what belongs to them.
+    """A loaded target with its assistant and its DFlash drafter, None where there is none, and what
+    belongs to them. Without either it decodes plainly, or drafts by itself.
 
     ``verified`` means that the geometry is that of one of the five published pairs, ``embedded``
     that this is the pair inside the package. ``path`` is the bundle, or the target's folder.
@@ -57,13 +66,15 @@ class Pair:
     verified: bool
     embedded: bool
     manifest: dict[str, Any]
+    dflash: DFlash | None = None
+    dflash_path: Path | None = None
 
     def __repr__(self) -> str:
         config, dtype = self.target.config, str(self.target.dtype).rpartition(".")[2]
         with_ = "with" if self.assistant else "without"
+        with_ = f"{with_} assistant" + (" and with DFlash" if self.dflash else "")
         return (
-            f"<Pair {self.name}: {len(config.layers)} layers, {dtype}, {with_} assistant, from "
-            f"{self.path}>"
+            f"<Pair {self.name}: {len(config.layers)} layers, {dtype}, {with_}, from {self.path}>"
         )
 
     @cached_property
@@ -118,7 +129,7 @@ class Pair:
         self.target.prefill(tokens[:-1], cache, reader=drafter)
         drafts = [mx.array(tokens[-1:], dtype=mx.int32)]
         for i in range(count):
-            asked = Asked(drafts[i], [cache], lambda logits: [candidates(logits, top_k=1)])
+            asked = Asked(drafts[i], [cache], lambda row: [candidates(row, top_k=1)], [count])
             [row] = drafter.propose(i, [drafter], asked)
             drafts.append(row.ids[:, 0])
         return cast("list[int]", mx.concatenate(drafts[1:]).tolist())
@@ -136,6 +147,7 @@ def load(
     assistant: str | Path | None = None,
     bundle: str | Path | None = None,
     *,
+    dflash: str | Path | None = None,
     dtype: mx.Dtype | str | None = None,
     position: Position = "n-1",
     text: bool = False,
@@ -144,10 +156,11 @@ def load(
     """Load a pair: two checkpoint folders, a bundle, or (nothing given) the embedded pair.
 
     Args:
-        target: Folder of a Gemma 4 checkpoint in Hugging Face or MLX form. All three may also be
+        target: Folder of a Gemma 4 checkpoint in Hugging Face or MLX form. All four may also be
             names on the hub (``owner/name``, extra ``hub``).
         assistant: Folder of its assistant; without one the pair can only decode plainly.
-        bundle: Folder with both, with or without ``mtplx_pair.json``; replaces the two above.
+        bundle: Folder with all, with or without ``mtplx_pair.json``; replaces the others.
+        dflash: Folder of a DFlash drafter of the target, beside its assistant or without one.
         dtype: Convert to float32, float16 or bfloat16 (MLX's type or its name); None keeps the
             checkpoint's.
         position: Where the assistant's query sits, ``"n-1"`` or ``"n-2"``. Changes acceptance at
@@ -161,34 +174,40 @@ def load(
         warnings of the logger ``pyengine``.
 
     Raises:
-        ValueError: A folder is not what it should be, or the two are not a pair.
+        ValueError: A folder is not what it should be, or a drafter is another target's.
         RuntimeError: The process was forked from one that had used MLX.
     """
     forked.check("load")
-    for what, place in (("target", target), ("assistant", assistant), ("bundle", bundle)):
+    given = {"target": target, "assistant": assistant, "bundle": bundle, "dflash": dflash}
+    for what, place in given.items():
         if not isinstance(place, (str, Path, NoneType)):
             raise ValueError(f"[load] {what} must be a folder or a name but got {shown(place)}.")
     dtype = _dtype(dtype)
     if not isinstance(position, str) or position not in POSITIONS:
         raise ValueError(f"[load] position must be n-1 or n-2 but got {shown(position)}.")
     flag("load", "text", text)
-    if bundle is not None and (target is not None or assistant is not None):
-        raise ValueError("[load] bundle must stand alone but target or assistant is given too.")
-    if assistant is not None and target is None:
-        raise ValueError("[load] assistant must come with a target but got none.")
+    beside = [what for what, place in given.items() if what != "bundle" and place is not None]
+    if bundle is not None and beside:
+        raise ValueError(f"[load] bundle must stand alone but {beside[0]} is given too.")
+    if beside and target is None:
+        raise ValueError(f"[load] {beside[0]} must come with a target but got none.")
 
     embedded = bundle is None and target is None
     manifest: dict[str, Any] = {}
     if target is None:
         path = check_folder(_embedded_path() if bundle is None else locate(bundle), "bundle")
-        assistant_path: Path | None
-        target_path, assistant_path = bundle_parts(path)
+        parts: dict[str, Path] = bundle_parts(path)
         manifest = read_manifest(path)
     else:
-        path = target_path = check_folder(locate(target), "target")
-        assistant_path = None if assistant is None else check_folder(locate(assistant), "assistant")
+        path = check_folder(locate(target), "target")
+        parts = {"target": path}
+        for what, place in (("assistant", assistant), ("dflash", dflash)):
+            if place is not None:
+                parts[what] = check_folder(locate(place), what)
+    target_path = parts["target"]
+    assistant_path, dflash_path = parts.get("assistant"), parts.get("dflash")
 
-    # Both configs are read and compared before the first gigabyte is
+    # All configs are read and compared before the first gigabyte is
     target_config = read_target_config(target_path)
     name, verified = path.name, False
     loaded: Assistant | None = None
@@ -197,12 +216,17 @@ def load(
         check_pair(target_config, assistant_config)
         published = published_name(target_config, assistant_config)
         name, verified = published or name, published is not None
+    if dflash_path is not None:
+        dflash_config = read_dflash_config(dflash_path)
+        check_dflash(target_config, dflash_config)
     generation = read_generation(target_path, assistant_path, target_config, manifest)
     for note in generation.notes:
         _log.warning("[load] %s", note)
     needed = memory.weight_bytes(target_path, target_layout(target_config), dtype)
     if assistant_path is not None:
         needed += memory.weight_bytes(assistant_path, assistant_layout(assistant_config), dtype)
+    if dflash_path is not None:
+        needed += memory.weight_bytes(dflash_path, dflash_layout(dflash_config), dtype)
     on_metal.lengthen_command_buffers(target_config)  # before the GPU is first asked anything
     smallest = cache_bytes(target_config, 1, 1, 2)
     memory.check(needed + smallest, "the weights and the smallest cache")
@@ -217,15 +241,16 @@ def load(
     weights = load_target_weights(target_path, target_config, dtype, on_read)
     if assistant_path is not None:
         own = load_assistant_weights(assistant_path, assistant_config, dtype, on_read)
-        if own.dtype != weights.dtype:
-            raise ValueError(
-                f"[load] the assistant's dtype must equal the target's {weights.dtype} but got "
-                f"{own.dtype}; pass dtype= to convert both."
-            )
+        _check_dtype("assistant", weights, own)
         loaded = Assistant(assistant_config, target_config, own, position)
     model = Target(target_config, weights)
+    flash: DFlash | None = None
+    if dflash_path is not None:
+        own = load_dflash_weights(dflash_path, dflash_config, dtype, on_read)
+        _check_dtype("DFlash drafter", weights, own)
+        flash = DFlash(dflash_config, model, own)
     # A lazy array belongs to the thread that made it, an evaluated one to all
-    mx.eval([*_arrays(model), *_arrays(loaded)])
+    mx.eval([*_arrays(model), *_arrays(loaded), *_arrays(flash)])
     pair = Pair(
         target=model,
         assistant=loaded,
@@ -236,12 +261,22 @@ def load(
         verified=verified,
         embedded=embedded,
         manifest=manifest,
+        dflash=flash,
+        dflash_path=dflash_path,
     )
     longest = cache_bytes(target_config, target_config.context_limit, 1, weights.dtype.size)
     on_metal.wire(pair, needed + longest)
     if tokenizer is not None:
         vars(pair)["tokenizer"] = tokenizer  # where its cached_property looks
     return pair
+
+
+def _check_dtype(part: str, target: Weights, own: Weights) -> None:
+    if own.dtype != target.dtype:
+        raise ValueError(
+            f"[load] the {part}'s dtype must equal the target's {target.dtype} but got "
+            f"{own.dtype}; pass dtype= to convert both."
+        )
 
 
 def _dtype(given: object) -> mx.Dtype | None:

@@ -1,9 +1,16 @@
 """Two configs as a pair: whether they fit, and which of the published pairs they are."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from pyengine.model.config import AssistantConfig, LayerConfig, Rope, TargetConfig
+from pyengine.model.config import (
+    AssistantConfig,
+    DFlashConfig,
+    LayerConfig,
+    Rope,
+    TargetConfig,
+)
 
 # The five published pairs: (layers, hidden, heads, kv heads sliding and full, window, feed-forward,
 # per-layer width, shared layers, experts), then the assistant's (hidden, heads, feed-forward,
@@ -79,6 +86,37 @@ def published(name: str) -> tuple[TargetConfig, AssistantConfig]:
     return target, assistant
 
 
+# Of the published DFlash drafters that are known in full: heads, feed-forward, tapped layers
+DFLASH = {
+    "26B-A4B": (32, 5632, (1, 6, 11, 17, 22, 27)),
+    "31B": (64, 10752, (1, 12, 23, 35, 46, 57)),
+}
+
+
+def published_dflash(name: str) -> DFlashConfig:
+    """The geometry of a published DFlash drafter: four sliding layers and a full one."""
+    target, _ = published(name)
+    heads, ffn, taps = DFLASH[name]
+    layers = tuple(LayerConfig(i < 4, 128, 8, ffn, i, False) for i in range(5))
+    return DFlashConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=target.hidden_size,
+        num_heads=heads,
+        window=2048,
+        eps=1e-6,
+        layers=layers,
+        rope=Rope(1e6, 1.0, 1.0),
+        taps=taps,
+        block_size=16,
+        mask_id=4,
+        target_layers=len(target.layers),
+        softcap=target.softcap,
+        embedding_scale=None,
+        is_causal=True,
+        quantization=None,
+    )
+
+
 def published_name(target: TargetConfig, assistant: AssistantConfig) -> str | None:
     """Name of the published pair with this geometry, or None."""
     sliding = [layer for layer in target.layers if layer.sliding]
@@ -121,13 +159,7 @@ def check_pair(target: TargetConfig, assistant: AssistantConfig) -> None:
         ValueError: The two disagree; the message says on what.
     """
 
-    def same(what: str, ours: object, theirs: object) -> None:
-        if ours != theirs:
-            raise ValueError(
-                f"[load] the assistant's {what} must equal the target's {ours} but got {theirs}; "
-                "are these two a pair?"
-            )
-
+    same = partial(_same, "assistant")
     same("backbone hidden size", target.hidden_size, assistant.backbone_size)
     same("vocabulary size", target.vocab_size, assistant.vocab_size)
     same("sliding window", target.window, assistant.window)
@@ -140,3 +172,32 @@ def check_pair(target: TargetConfig, assistant: AssistantConfig) -> None:
         same(f"{kind} head width", own.head_dim, layer.head_dim)
         same(f"{kind} key/value heads", own.num_kv_heads, layer.num_kv_heads)
         same(f"{kind} rope", target.rope(layer.sliding), assistant.rope(layer.sliding))
+
+
+def check_dflash(target: TargetConfig, dflash: DFlashConfig) -> None:
+    """Refuse a DFlash drafter that was not made for this target.
+
+    Raises:
+        ValueError: The two disagree; the message says on what.
+    """
+    same = partial(_same, "DFlash drafter")
+    same("hidden size", target.hidden_size, dflash.hidden_size)
+    same("vocabulary size", target.vocab_size, dflash.vocab_size)
+    count = len(target.layers)
+    if dflash.target_layers is not None:
+        same("`num_target_layers`", count, dflash.target_layers)
+    if dflash.softcap is not None:
+        same("softcap", target.softcap, dflash.softcap)
+    if dflash.taps[-1] >= count:
+        raise ValueError(
+            f"[load] `target_layer_ids` must be below the target's {count} layers but got "
+            f"{dflash.taps[-1]}."
+        )
+
+
+def _same(part: str, what: str, ours: object, theirs: object) -> None:
+    if ours != theirs:
+        raise ValueError(
+            f"[load] the {part}'s {what} must equal the target's {ours} but got {theirs}; "
+            "are these two a pair?"
+        )

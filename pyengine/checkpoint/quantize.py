@@ -1,4 +1,4 @@
-"""A float checkpoint to an MLX affine one, target or assistant, a slice of rows at a time.
+"""A float checkpoint to an MLX affine one, target or drafter, a slice of rows at a time.
 
 The result has the names and config.json that mlx-lm writes: every matrix whose inputs are a
 multiple of the group size is quantised, embedding tables and routers included; norms and scalars
@@ -24,7 +24,9 @@ import numpy as np
 from pyengine.checkpoint.config_json import (
     ASSISTANT_TYPES,
     TARGET_TYPES,
+    names_dflash,
     read_assistant_config,
+    read_dflash_config,
     read_json,
     read_target_config,
 )
@@ -37,6 +39,7 @@ from pyengine.checkpoint.weights import (
     canonical,
     check_finite,
     check_ordering,
+    dflash_layout,
     is_text,
     target_layout,
 )
@@ -114,7 +117,7 @@ def quantize_checkpoint(
     group_size: int = 64,
     on_progress: OnProgress = lambda done, total, name: None,
 ) -> None:
-    """Write a quantised copy of a Gemma 4 target or assistant. Evaluates.
+    """Write a quantised copy of a Gemma 4 target or drafter. Evaluates.
 
     Memory stays within some slices of rows, whatever the size of a tensor. The folder appears
     under its name when it is whole.
@@ -147,7 +150,7 @@ def plan_checkpoint(src: Path, bits: int, group_size: int, dtype: str | None = N
         raise ValueError(f"[convert] src must be a folder but got {src}.")
     layout, prefix = _layout(src)
     files = _files(src, layout)
-    dtype = dtype or files["embed_tokens.weight"][1].dtype
+    dtype = dtype or files[f"{layout.first}.weight"][1].dtype
     jobs, overrides = _jobs(files, layout, prefix, bits, group_size, dtype)
     block = {"group_size": group_size, "bits": bits, "mode": "affine", **overrides}
     config = read_json(src) | {"quantization": block, "quantization_config": block}
@@ -175,7 +178,11 @@ def write_checkpoint(plan: Plan, folder: Path, on_progress: OnProgress) -> None:
 
 def _layout(src: Path) -> tuple[Layout, str]:
     """Layout of a checkpoint, and the prefix of its text model's names in MLX form."""
-    if read_json(src).get("model_type") in list(ASSISTANT_TYPES):
+    config = read_json(src)
+    if names_dflash(config):
+        dflash = read_dflash_config(src)
+        layout, prefix, quantization = dflash_layout(dflash), "", dflash.quantization
+    elif config.get("model_type") in list(ASSISTANT_TYPES):
         assistant = read_assistant_config(src)
         layout, prefix = assistant_layout(assistant), "model."
         quantization = assistant.quantization

@@ -16,7 +16,13 @@ import mlx.core as mx
 
 from pyengine import mapped
 from pyengine.checkpoint.safetensors import read_headers, stale_index
-from pyengine.model.config import AssistantConfig, LayerConfig, Quantization, TargetConfig
+from pyengine.model.config import (
+    AssistantConfig,
+    DFlashConfig,
+    LayerConfig,
+    Quantization,
+    TargetConfig,
+)
 from pyengine.model.linear import Linear, Weights
 
 Shape = tuple[int, ...]
@@ -51,6 +57,13 @@ class Layout:
     vectors: dict[str, Shape]
     dead: re.Pattern[str] | None = None
     integers: frozenset[str] = frozenset()
+    skipped: re.Pattern[str] | None = SKIPPED
+    model: str = "Gemma 4"
+
+    @property
+    def first(self) -> str:
+        """The matrix whose dtype is that of all."""
+        return next(iter(self.matrices))
 
 
 def load_target_weights(
@@ -81,6 +94,16 @@ def load_assistant_weights(
         name = "masked_embedding.token_ordering"
         check_ordering(name, weights.vectors[name])
     return weights
+
+
+def load_dflash_weights(
+    folder: Path,
+    config: DFlashConfig,
+    dtype: mx.Dtype | None = None,
+    on_read: OnRead = lambda count: None,
+) -> Weights:
+    """Read a DFlash drafter's tensors; as :func:`load_target_weights`."""
+    return _load(folder, dflash_layout(config), config.quantization, dtype, on_read)
 
 
 def target_layout(config: TargetConfig) -> Layout:
@@ -145,6 +168,26 @@ def assistant_layout(config: AssistantConfig) -> Layout:
     return Layout(matrices, vectors, integers=frozenset({"masked_embedding.token_ordering"}))
 
 
+def dflash_layout(config: DFlashConfig) -> Layout:
+    """Names and shapes of a DFlash drafter's tensors. It has neither table nor head, and whatever
+    else a file of another kind has is refused."""
+    E, taps = config.hidden_size, len(config.taps)
+    matrices: dict[str, Shape] = {"fc": (E, taps * E)}
+    vectors: dict[str, Shape] = {"hidden_norm.weight": (E,), "norm.weight": (E,)}
+    for i, layer in enumerate(config.layers):
+        at, D = f"layers.{i}", layer.head_dim
+        queries, keys = config.num_heads * D, layer.num_kv_heads * D
+        for name, rows in (("q", queries), ("k", keys), ("v", keys)):
+            matrices[f"{at}.self_attn.{name}_proj"] = (rows, E)
+        matrices[f"{at}.self_attn.o_proj"] = (E, queries)
+        matrices[f"{at}.mlp.gate_proj"] = matrices[f"{at}.mlp.up_proj"] = (layer.ffn_width, E)
+        matrices[f"{at}.mlp.down_proj"] = (E, layer.ffn_width)
+        vectors[f"{at}.self_attn.q_norm.weight"] = vectors[f"{at}.self_attn.k_norm.weight"] = (D,)
+        vectors[f"{at}.input_layernorm.weight"] = (E,)
+        vectors[f"{at}.post_attention_layernorm.weight"] = (E,)
+    return Layout(matrices, vectors, skipped=None, model="DFlash")
+
+
 def _decoder_layer(
     matrices: dict[str, Shape],
     vectors: dict[str, Shape],
@@ -178,7 +221,7 @@ def canonical(name: str) -> str:
 
 def is_text(name: str, layout: Layout) -> bool:
     """Whether a tensor of the file is one that the text model reads."""
-    if SKIPPED.search(name):
+    if layout.skipped is not None and layout.skipped.search(name):
         return False
     return layout.dead is None or not layout.dead.match(canonical(name))
 
@@ -193,7 +236,7 @@ def check_tensors(
         ValueError: As loading would.
     """
     matrices, vectors = _open_all(folder, layout, quantization)
-    storage = matrices["embed_tokens"].dtype
+    storage = matrices[layout.first].dtype
     for path, matrix in matrices.items():
         _check_dtype(path, matrix, storage)
     for name, vector in vectors.items():
@@ -228,7 +271,7 @@ def _load(
 ) -> Weights:
     matrices, vectors = _open_all(folder, layout, quantization, maps=True)
     # One storage dtype for the whole model: the checkpoint's, or the one asked for
-    storage = dtype or matrices["embed_tokens"].dtype
+    storage = dtype or matrices[layout.first].dtype
     for path, matrix in matrices.items():
         if dtype is None:
             _check_dtype(path, matrix, storage)
@@ -390,7 +433,7 @@ class Tensors:
         self.arrays: dict[str, mx.array] = {}
         self.raw_names: dict[str, str] = {}
         self.used: set[str] = set()
-        self.folder = folder
+        self.folder, self.model = folder, layout.model
         for shard, headers in read_headers(folder):
             loaded = _open(shard)
             with _descriptor(shard) as file:
@@ -416,7 +459,7 @@ class Tensors:
         """One tensor, lazy; its shape and dtype checked, experts split or stacked as needed."""
         array = self._assemble(name, shape)
         if array is None:
-            why = stale_index(self.folder) or "is this a Gemma 4 checkpoint?"
+            why = stale_index(self.folder) or f"is this a {self.model} checkpoint?"
             raise ValueError(f"[load] weights miss `{name}`; {why}")
         if array.shape != shape:
             raise ValueError(
@@ -455,7 +498,9 @@ class Tensors:
         unknown = [self.raw_names[name] for name in self.arrays if name not in self.used]
         if unknown:
             more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-            raise ValueError(f"[load] `{unknown[0]}`{more} is no tensor of this Gemma 4 model.")
+            raise ValueError(
+                f"[load] `{unknown[0]}`{more} is no tensor of this {self.model} model."
+            )
         # Drop our handles, so that what is read as one dtype and kept as another is freed
         self.arrays.clear()
 

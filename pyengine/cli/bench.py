@@ -16,6 +16,7 @@ from pyengine.cli.options import (
     AUTO,
     AssistantDir,
     BundleDir,
+    DFlashDir,
     OpsName,
     Position,
     TargetDir,
@@ -72,6 +73,7 @@ def _our_name(arg: str) -> str:
 def gemma_mtp(
     target: TargetDir = None,
     assistant: AssistantDir = None,
+    dflash: DFlashDir = None,
     bundle: BundleDir = None,
     ops: OpsName = None,
     prompt_suite: Annotated[
@@ -98,7 +100,8 @@ def gemma_mtp(
         str, typer.Option(help="Acceptance rules to compare: residual,block,coupled.")
     ] = "residual",
     drafter: Annotated[
-        str, typer.Option(help="Where drafts come from, to compare: assistant,lookup,early:6.")
+        str,
+        typer.Option(help="Where drafts come from, to compare: assistant,dflash,lookup,early:6."),
     ] = "assistant",
     repeats: Annotated[
         int, typer.Option(help="Timed runs per prompt and setting; figures are their medians.")
@@ -140,7 +143,7 @@ def gemma_mtp(
             )
         if output:
             check_output("bench", output)
-        pair = common.load_pair(target, assistant, bundle, None, Position.last, ops)
+        pair = common.load_pair(target, assistant, bundle, None, Position.last, ops, dflash)
         check_published(pair, allow_unverified_gemma)
         run_on = report.environment()
         for line in report.heading(run_on, pair):
@@ -204,6 +207,7 @@ def gemma_mtp(
 def streams(
     target: TargetDir = None,
     assistant: AssistantDir = None,
+    dflash: DFlashDir = None,
     bundle: BundleDir = None,
     ops: OpsName = None,
     streams: Annotated[str, typer.Option(help="Numbers of texts at once.")] = "1,2,4,8",
@@ -273,7 +277,7 @@ def streams(
                 check_output("bench", file)
         if plot:
             picture.check_available("bench", "leave --plot out")
-        pair = common.load_pair(target, assistant, bundle, None, Position.last, ops)
+        pair = common.load_pair(target, assistant, bundle, None, Position.last, ops, dflash)
         run_on = report.environment()
         for line in report.heading(run_on, pair):
             typer.echo(line)

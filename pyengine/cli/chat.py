@@ -19,6 +19,7 @@ from pyengine.cli.options import (
     AssistantDir,
     BlockSize,
     BundleDir,
+    DFlashDir,
     DrafterName,
     FrequencyPenalty,
     LogitBias,
@@ -101,6 +102,7 @@ def run(
     verify: VerifyRule = Verify.residual,
     target: TargetDir = None,
     assistant: AssistantDir = None,
+    dflash: DFlashDir = None,
     bundle: BundleDir = None,
     dtype: Storage = None,
     ops: OpsName = None,
@@ -133,7 +135,7 @@ def run(
         )
         check_limits(max_tokens, block_size, stop, drafter)
         asked = tools_given(tools, None)
-        pair = common.load_pair(target, assistant, bundle, dtype, Position.last, ops)
+        pair = common.load_pair(target, assistant, bundle, dtype, Position.last, ops, dflash)
         common.introduce(pair)
         chat = Chat(
             pair,

@@ -134,6 +134,7 @@ def load_pair(
     dtype: Dtype | None,
     position: Position,
     implementation: Ops | None,
+    dflash: str | None = None,
 ) -> Pair:
     """Choose what runs the ops, and read a pair."""
     import mlx.core as mx
@@ -150,6 +151,7 @@ def load_pair(
             target,
             assistant,
             bundle,
+            dflash=dflash,
             dtype=getattr(mx, dtype.value) if dtype else None,
             position="n-1" if position is Position.last else "n-2",
             text=True,

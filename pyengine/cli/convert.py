@@ -13,6 +13,7 @@ from pyengine.cli import common
 EXAMPLES = (
     "pyengine convert ./gemma-4-31B-it ./gemma-31B-8bit --assistant ./gemma-4-31B-it-assistant",
     "pyengine convert ./pair ./pair-4bit --bits 4",
+    "pyengine convert ./gemma-4-31B-it ./bundle --dflash z-lab/gemma-4-31B-it-DFlash",
     "pyengine convert ./gemma-4-E2B-it ./e2b-8bit --json",
 )
 
@@ -27,6 +28,14 @@ def run(
         typer.Option(
             metavar="FOLDER",
             help="Assistant of SRC; both go into one bundle.",
+            show_default=False,
+        ),
+    ] = None,
+    dflash: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="DFlash drafter of SRC, with or without an assistant, for the bundle.",
             show_default=False,
         ),
     ] = None,
@@ -51,6 +60,7 @@ def run(
                 src,
                 dst,
                 assistant=assistant,
+                dflash=dflash,
                 bits=bits,
                 group_size=group_size,
                 on_progress=on_progress,

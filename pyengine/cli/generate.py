@@ -15,6 +15,7 @@ from pyengine.cli.options import (
     AssistantDir,
     BlockSize,
     BundleDir,
+    DFlashDir,
     DrafterName,
     FrequencyPenalty,
     JsonSchema,
@@ -109,6 +110,7 @@ def run(
     verify: VerifyRule = Verify.residual,
     target: TargetDir = None,
     assistant: AssistantDir = None,
+    dflash: DFlashDir = None,
     bundle: BundleDir = None,
     dtype: Storage = None,
     ops: OpsName = None,
@@ -155,7 +157,7 @@ def run(
         )
         check_limits(max_tokens, block_size, stop, drafter)
         asked = tools_given(tools, tool_choice) | form_given(json_schema, regex, grammar)
-        pair = common.load_pair(target, assistant, bundle, dtype, position, ops)
+        pair = common.load_pair(target, assistant, bundle, dtype, position, ops, dflash)
         common.introduce(pair)
         running = stream(
             text if system is None else [_turn("system", system), _turn("user", text)],

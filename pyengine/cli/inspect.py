@@ -54,7 +54,7 @@ def _print(report: dict[str, Any]) -> None:
     out = common.console(sys.stdout)
     name = report["name"] or "not one of the published pairs"
     out.print(f"{report['path']}: {report['kind'] or 'unknown'}, {name}", soft_wrap=True)
-    for part in ("target", "assistant"):
+    for part in ("target", "assistant", "dflash"):
         if part in report:
             tensors = report[part].get("tensors", {})
             rows = {k: v for k, v in report[part].items() if k not in ("path", "tensors")}

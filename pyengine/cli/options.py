@@ -68,11 +68,21 @@ AssistantDir = Annotated[
         rich_help_panel=PAIR,
     ),
 ]
+DFlashDir = Annotated[
+    str | None,
+    typer.Option(
+        "--dflash",
+        metavar="FOLDER",
+        help="DFlash drafter, for --drafter dflash: a folder, or owner/name on the hub.",
+        show_default=False,
+        rich_help_panel=PAIR,
+    ),
+]
 BundleDir = Annotated[
     str | None,
     typer.Option(
         metavar="FOLDER",
-        help="Both in one folder, as target/ and assistant/, or owner/name on the hub.",
+        help="All in one folder, as target/, assistant/ and dflash/, or owner/name on the hub.",
         show_default=False,
         rich_help_panel=PAIR,
     ),
@@ -126,8 +136,9 @@ DrafterName = Annotated[
     typer.Option(
         "--drafter",
         metavar="NAME",
-        help="Where drafts come from: assistant; lookup, in the text so far; or early:N, the "
-        "target's own first N layers. The last two need no assistant.",
+        help="Where drafts come from: assistant; dflash, the pair's DFlash model; lookup, in the "
+        "text so far; or early:N, the target's own first N layers. Only the first needs an "
+        "assistant.",
         show_default="assistant",
     ),
 ]

@@ -19,6 +19,7 @@ from pyengine.cli import common
 from pyengine.cli.options import (
     AssistantDir,
     BundleDir,
+    DFlashDir,
     DrafterName,
     OpsName,
     Position,
@@ -50,6 +51,7 @@ class LogLevel(str, Enum):
 def run(
     target: TargetDir = None,
     assistant: AssistantDir = None,
+    dflash: DFlashDir = None,
     bundle: BundleDir = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; a non-loopback address exposes the server.")
@@ -199,7 +201,7 @@ def run(
                 f"[serve] {host} must be served with --api-key or {KEY}, since others reach it, or "
                 "with --no-api-key, but got neither."
             )
-        pair = common.load_pair(target, assistant, bundle, dtype, Position.last, ops)
+        pair = common.load_pair(target, assistant, bundle, dtype, Position.last, ops, dflash)
         if cache_dir is not None:
             from pyengine.checkpoint.fingerprint import fingerprint
 

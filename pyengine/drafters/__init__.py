@@ -6,16 +6,17 @@ import re
 from typing import Any
 
 from pyengine.drafters.assistant import AssistantDrafter, AssistantLike
+from pyengine.drafters.dflash import DFlashDrafter, DFlashLike
 from pyengine.drafters.drafter import Drafter
 from pyengine.drafters.early import early_drafter
 from pyengine.drafters.lookup import LookupDrafter
 
-NAMES = ("assistant", "lookup", "early:N")
+NAMES = ("assistant", "dflash", "lookup", "early:N")
 
 
 def is_name(name: Any) -> bool:
     """Whether it is one of NAMES, with a number of layers for N."""
-    return isinstance(name, str) and (name in NAMES[:2] or exit_depth(name) is not None)
+    return isinstance(name, str) and (name in NAMES[:-1] or exit_depth(name) is not None)
 
 
 def exit_depth(name: str) -> int | None:
@@ -24,8 +25,12 @@ def exit_depth(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def new_drafter(name: str, target: Any, assistant: AssistantLike | None) -> Drafter | None:
-    """The drafter of that name, for one generation; None where it needs an assistant."""
+def new_drafter(
+    name: str, target: Any, assistant: AssistantLike | None, dflash: DFlashLike | None = None
+) -> Drafter | None:
+    """The drafter of that name, for one generation; None where the model that it needs is none."""
+    if name == "dflash":
+        return None if dflash is None else DFlashDrafter(dflash)
     if name == "lookup":
         return LookupDrafter()
     if (depth := exit_depth(name)) is not None:

@@ -10,8 +10,10 @@ import mlx.core as mx
 
 from pyengine.drafters.drafter import Asked, TargetLike
 from pyengine.model.cache import Cache
+from pyengine.model.config import LayerConfig
 from pyengine.model.head import Logits
 from pyengine.model.rows import apart, packed
+from pyengine.model.target import Processed
 from pyengine.ops.filter_logits import Filtered
 
 if TYPE_CHECKING:
@@ -37,6 +39,10 @@ class AssistantDrafter:
 
     @property
     def taps(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def layers(self) -> tuple[LayerConfig, ...]:
         return ()
 
     @property
@@ -68,5 +74,7 @@ class AssistantDrafter:
             drafter._hidden = row
         return asked.filter(logits)
 
-    def read(self, hidden: mx.array, accepted: mx.array) -> None:
-        self._hidden = mx.take(hidden, accepted[None], axis=0)
+    @classmethod
+    def read(cls, readers: Sequence[Self], rows: Sequence[Processed]) -> None:
+        for reader, own in zip(readers, rows, strict=True):
+            reader._hidden = mx.take(own.hidden, own.accepted[None], axis=0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import mlx.core as mx
 
 from pyengine.model.cache import Arena, Cache
+from pyengine.model.config import LayerConfig
 from pyengine.model.head import Logits
 from pyengine.model.target import Reader
 from pyengine.ops.filter_logits import Filtered
@@ -27,6 +28,8 @@ class Asked(NamedTuple):
     caches: Sequence[Cache]
     # Logits [Q, V], made or not, under the settings of each text: parts of the Q rows
     filter: Callable[[mx.array | Logits], list[Filtered]]
+    # Drafts of each in this round, as far as that is known: no fewer than i + 1
+    ks: Sequence[int]
     # Primary token and drafts so far, int32 [Q, i + 1], where some of these were not proposed but
     # left out; else None
     block: mx.array | None = None
@@ -40,8 +43,16 @@ class Drafter(Reader, Protocol):
     the tokens before it alone, and ``wants_to_draft`` on committed tokens alone: never on a draft
     that was refused, on a clock or on what else the machine does.
 
-    One with taps reads every row of its text: no prefix is reused for it.
+    One with taps reads every row of its text. What it makes of them it may keep as keys and values
+    of layers of its own, in the pages of the text: then a prefix has them. Without such layers no
+    prefix is reused for it.
     """
+
+    @property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """Layers whose keys and values it keeps beside the target's
+        (:meth:`pyengine.model.cache.Arena.extend`); () for none."""
+        ...
 
     @property
     def arrays(self) -> list[mx.array]:

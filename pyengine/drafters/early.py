@@ -19,8 +19,10 @@ import mlx.core as mx
 
 from pyengine.drafters.drafter import Asked
 from pyengine.model.cache import Cache
+from pyengine.model.config import LayerConfig
 from pyengine.model.head import Logits
 from pyengine.model.rows import apart
+from pyengine.model.target import Processed
 from pyengine.ops.filter_logits import Filtered
 
 if TYPE_CHECKING:
@@ -52,6 +54,10 @@ class EarlyDrafter:
         return ()
 
     @property
+    def layers(self) -> tuple[LayerConfig, ...]:
+        return ()
+
+    @property
     def arrays(self) -> list[mx.array]:
         return []
 
@@ -73,7 +79,8 @@ class EarlyDrafter:
             ids, ahead = [row.reshape(-1) for row in apart(asked.block, ones)], 0
         return asked.filter(target.exit(cls.depth, ids, asked.caches, ahead))
 
-    def read(self, hidden: mx.array, accepted: mx.array) -> None:
+    @classmethod
+    def read(cls, readers: Sequence[Self], rows: Sequence[Processed]) -> None:
         pass
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from pyengine.drafters.drafter import Asked
+from pyengine.model.config import LayerConfig
+from pyengine.model.target import Processed
 from pyengine.ops.filter_logits import Filtered
 
 if TYPE_CHECKING:
@@ -42,6 +44,10 @@ class LookupDrafter:
 
     @property
     def taps(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def layers(self) -> tuple[LayerConfig, ...]:
         return ()
 
     @property
@@ -93,7 +99,8 @@ class LookupDrafter:
         each = [drafts for drafter in drafters for drafts in drafter._drafts]
         return [Filtered(drafts[i : i + 1, None], one, mx.zeros(1, mx.int32)) for drafts in each]
 
-    def read(self, hidden: mx.array, accepted: mx.array) -> None:
+    @classmethod
+    def read(cls, readers: Sequence[Self], rows: Sequence[Processed]) -> None:
         pass
 
 

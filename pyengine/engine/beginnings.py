@@ -8,6 +8,7 @@ from pyengine.engine.stored import Stored
 from pyengine.engine.tree import Tree
 from pyengine.model import plan
 from pyengine.model.cache import Arena, Cache
+from pyengine.model.config import LayerConfig
 from pyengine.ops.dispatch import borrows
 
 
@@ -28,6 +29,16 @@ class Beginnings:
     def nbytes(self) -> int:
         """Memory of the pages that are kept, some of which texts under way hold too."""
         return self.tree.nbytes
+
+    def extend(self, layers: tuple[LayerConfig, ...]) -> None:
+        """Have room for a drafter's layers in the arena, see
+        :meth:`pyengine.model.cache.Arena.extend`."""
+        self.arena.extend(layers)
+        self.tree.page_bytes = self._page_bytes
+
+    @property
+    def _page_bytes(self) -> tuple[int, int]:
+        return self.arena.page_bytes(False), self.arena.page_bytes(True)
 
     def begin(self, prompt: Sequence[int], stop: int | None = None) -> tuple[Cache, int]:
         """A sequence that has the first n tokens of a prompt, and n. Evaluates.
@@ -85,8 +96,7 @@ class Beginnings:
 
     def _new_tree(self) -> Tree:
         arena = self.arena
-        sizes = arena.page_bytes(False), arena.page_bytes(True)
-        return Tree(arena.full, arena.sliding, arena.window, sizes)
+        return Tree(arena.full, arena.sliding, arena.window, self._page_bytes)
 
     def store(self) -> bool:
         """Write a page that is in no file yet; whether there may be more. Evaluates."""

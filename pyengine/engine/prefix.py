@@ -10,6 +10,7 @@ from typing import Any
 from pyengine.drafters.drafter import TargetLike
 from pyengine.engine.beginnings import Beginnings
 from pyengine.model.cache import Cache, window_pages
+from pyengine.model.config import LayerConfig
 from pyengine.model.plan import whole
 from pyengine.ops.dispatch import borrows
 from pyengine.ops.prepare_qkv import PAGE
@@ -48,6 +49,7 @@ class Prefix:
         self._ids: list[int] = []
         self._processed = 0  # of the newest text, when it ended
         self._borrowed = 0  # positions of it in calls of MLX's kernels
+        self._has_drafters = False  # whether its pages hold a drafter's keys and values too
 
     @property
     def tokens(self) -> list[int]:
@@ -86,7 +88,11 @@ class Prefix:
         return WINDOWS - 1
 
     def open(
-        self, target: TargetLike, prompt: Sequence[int], stop: int | None = None
+        self,
+        target: TargetLike,
+        prompt: Sequence[int],
+        stop: int | None = None,
+        layers: tuple[LayerConfig, ...] = (),
     ) -> tuple[Cache, int]:
         """A cache that holds the first n tokens of a prompt, and n. Evaluates.
 
@@ -94,25 +100,32 @@ class Prefix:
         it gets into the cache, until :meth:`keep` tells more. ``parting`` is where it parts from
         earlier ones if that is worth a mark, else 0. Only what this prompt's calls would have made
         alike is reused (:mod:`pyengine.model.plan`); ``stop`` is where those calls end, if not with
-        the prompt.
+        the prompt. ``layers`` are those of a drafter that keeps keys and values too.
         """
         try:
             self._leave()
-            return self._begin(target, prompt, stop)
+            return self._begin(target, prompt, stop, layers)
         except BaseException:  # Ctrl-C among them: who knows what it came between
             self._drop()
             raise
 
     def _begin(
-        self, target: TargetLike, prompt: Sequence[int], stop: int | None
+        self,
+        target: TargetLike,
+        prompt: Sequence[int],
+        stop: int | None,
+        layers: tuple[LayerConfig, ...],
     ) -> tuple[Cache, int]:
         if self._is_own and (self._known is None or target is not self._target):
             self._known = Beginnings(target.new_arena())
         assert self._known is not None
         self._target = target
-        parting = self._known.parting(prompt, stop)
-        self._cache, self.reused = self._known.begin(prompt, stop)
+        if layers:
+            self._known.extend(layers)
+        self._has_drafters = bool(layers)
         self._ids = list(prompt)
+        parting = self._known.parting(self._named(), stop)
+        self._cache, self.reused = self._known.begin(self._named(), stop)
         self._borrowed = whole(len(prompt) if stop is None else stop, borrows())
         self.parting = parting if parting - self.reused >= WORTH_A_MARK else 0
         return self._cache, self.reused
@@ -121,7 +134,13 @@ class Prefix:
         """Keep what is there after ``length`` positions, so that a later prompt can begin there."""
         assert self._cache is not None and self._known is not None
         if length:
-            self._known.note(self._ids[:length], self._cache, min(self._borrowed, length))
+            self._known.note(self._named(length), self._cache, min(self._borrowed, length))
+
+    def _named(self, length: int | None = None) -> list[int]:
+        """The newest text's first tokens as the tree knows them: where pages hold a drafter's keys
+        and values too, by their complements, so that no text without these begins alike."""
+        ids = self._ids[:length]
+        return [~token for token in ids] if self._has_drafters else ids
 
     def keep(self, tokens: Sequence[int]) -> None:
         """The cache holds these tokens, and perhaps more behind them."""
@@ -151,7 +170,7 @@ class Prefix:
         self._processed = min(cache.committed, len(self._ids))
         length = self._processed
         if length:
-            known.note(self._ids[:length], cache, min(self._borrowed, length))
+            known.note(self._named(length), cache, min(self._borrowed, length))
         cache.release()
         self._cache = None
         if self._is_own:

@@ -25,6 +25,7 @@ from pyengine.engine.report import Report
 from pyengine.model.cache import Arena, Cache, Placed
 from pyengine.model.head import Logits, rows_at, whole
 from pyengine.model.rows import apart, packed, picked
+from pyengine.model.target import Processed
 from pyengine.ops import dispatch
 from pyengine.ops.filter_logits import Filtered
 from pyengine.sampling.sampler import NO_TOKEN, Choices, Chooser, Form, Sampler, logprobs
@@ -303,6 +304,7 @@ def _propose(
             picked(newest, [drafting.index(n) for n in own]),
             [texts.each[n].cache for n in own],
             partial(_filter_drafts, i, texts, own, tokens[1:]),
+            [texts.ks[n] for n in own],
             None if block is None else picked(block, [drafting.index(n) for n in own]),
         )
         rest = own
@@ -368,8 +370,7 @@ def accept(
     accepted, token = (packed(list(each)) for each in zip(*decided, strict=True))
     firsts = apart(token, [1] * len(texts.ks))
     kept = [n.squeeze() for n in apart(accepted, [1] * len(texts.ks))]
-    for parts, k, own, n in zip(texts.each, texts.ks, hidden, kept, strict=True):
-        commit(parts, own, n, k + 1)
+    commit(texts.each, hidden, kept, texts.counts)
     report = Report.pack(
         accepted,
         token,
@@ -442,11 +443,22 @@ def _tapped(hidden: mx.array, taps: tuple[int, ...], wanted: tuple[int, ...]) ->
     return mx.concatenate([last, *(layers[taps.index(tap)] for tap in wanted)], axis=-1)
 
 
-def commit(parts: Parts, hidden: mx.array, accepted: mx.array, rows: int) -> None:
-    """Keep the primary token and the accepted drafts, int32 [], of a block of so many rows."""
-    parts.cache.commit(accepted + 1, parts.cache.length_limit + rows)
-    if parts.drafter is not None:
-        parts.drafter.read(hidden, accepted)
+def commit(
+    each: Sequence[Parts],
+    hidden: Sequence[mx.array],
+    accepted: Sequence[mx.array],
+    counts: Sequence[int],
+) -> None:
+    """Keep the primary token and the accepted drafts, int32 [], of each block of so many rows;
+    drafters of one kind read together."""
+    for kind in dict.fromkeys(type(parts.drafter) for parts in each):
+        own = [n for n, parts in enumerate(each) if type(parts.drafter) is kind]
+        drafters = [drafter for n in own if (drafter := each[n].drafter) is not None]
+        if drafters:
+            rows = [Processed(hidden[n], accepted[n], each[n].cache) for n in own]
+            drafters[0].read(drafters, rows)
+    for parts, count, most in zip(each, accepted, counts, strict=True):
+        parts.cache.commit(count + 1, parts.cache.length_limit + most)
 
 
 def first(

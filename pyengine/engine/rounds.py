@@ -168,7 +168,8 @@ class Rounds:
         self, going: Sequence[TokenSequence], groups: Sequence[on_device.Group]
     ) -> on_device.RecordedRound:
         each, ks = [s.parts for s in going], [s.k for s in going]
-        key = *(form for _, form in groups), *(self._rank(sequence) for sequence in going)
+        layers = len(each[0].cache.arena.arrays)  # a drafter may bring some
+        key = layers, *(form for _, form in groups), *(self._rank(one) for one in going)
         self._recorded_now = (dispatch.chosen(), key) not in self._recorded
         return _kept(self._recorded, key, lambda: on_device.RecordedRound(each, ks, groups))
 
@@ -177,8 +178,10 @@ class Rounds:
 
         each, samplers = [s.parts for s in going], [s.sampler for s in going]
         groups = on_device.groups_of(samplers)
-        key = i, *(form for _, form in groups), *(self._rank(s)[::2] for s in going)
-        placed = each[0].cache.arena.place([parts.cache for parts in each])
+        arena = each[0].cache.arena
+        key = (i, len(arena.arrays), *(form for _, form in groups))
+        key = *key, *(self._rank(s)[::2] for s in going)
+        placed = arena.place([parts.cache for parts in each])
         step = _kept(self._steps, key, lambda: on_device.RecordedDraft(each, i, groups))
 
         def draw(

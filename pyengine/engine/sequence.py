@@ -80,8 +80,9 @@ class TokenSequence:
         self._target, self._drafter = target, drafter if block_size > 1 else None
         self._sampling = seeded(sampling)
         self._stop_ids = stop_ids
-        # A drafter with taps has no rows of what a prefix holds
-        tapped = self._drafter is not None and self._drafter.taps
+        self._layers = () if self._drafter is None else self._drafter.layers
+        # A drafter with taps and no layers has nothing of the rows that a prefix holds
+        tapped = self._drafter is not None and self._drafter.taps and not self._layers
         self._prefix = None if tapped else prefix
         self._shared, self._arena = shared, arena
         self._own: Cache | None = None  # where no prefix has it
@@ -147,8 +148,10 @@ class TokenSequence:
             arena = self._arena
             cache = self._target.new_cache() if arena is None else arena.new_cache()
             self._own, known = cache, 0
+            if self._layers:
+                cache.arena.extend(self._layers)
         else:
-            cache, known = self._prefix.open(self._target, prompt)
+            cache, known = self._prefix.open(self._target, prompt, layers=self._layers)
             stats.reused_tokens = known
         for chunk in prefill(self._target, prompt, cache, known, self._prefix, self._drafter):
             if chunk.done < len(prompt):

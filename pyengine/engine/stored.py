@@ -85,7 +85,9 @@ class Stored:
                 continue
             name = self._name(node)
             if not self._files.has(name, KINDS[sliding]):
-                self._files.write(name, KINDS[sliding], arena.content(sliding, page))
+                self._files.write(
+                    name, KINDS[sliding], arena.content(sliding, page, _is_own(node.tokens))
+                )
                 return True
         return False
 
@@ -104,12 +106,12 @@ class Stored:
         known, sliding = len(full), {}
         try:
             for name in names[known:]:
-                page = self._page(arena, False, name)
+                page = self._page(arena, False, name, _is_own(tokens))
                 if page is None:
                     break
                 full.append(page)
             for at in wanted:
-                page = self._page(arena, True, names[at])
+                page = self._page(arena, True, names[at], _is_own(tokens))
                 if page is not None:
                     sliding[at] = page
             tree.insert(tokens[: len(full) * PAGE], full, sliding, borrowed)
@@ -120,9 +122,9 @@ class Stored:
             for page in sliding.values():
                 arena.sliding.drop(page)
 
-    def _page(self, arena: Arena, sliding: bool, name: str) -> int | None:
+    def _page(self, arena: Arena, sliding: bool, name: str, own: bool) -> int | None:
         """A new page with the content of a file; None where that is not what it should be."""
-        content = self._files.read(name, KINDS[sliding], arena.page_bytes(sliding))
+        content = self._files.read(name, KINDS[sliding], arena.page_bytes(sliding, own))
         if content is None:
             return None
         page = arena.pages(sliding).take()
@@ -150,3 +152,9 @@ class Stored:
             name = node.name = self._files.key(name, node.tokens, node.is_borrowed)
         assert name is not None
         return name
+
+
+def _is_own(tokens: Sequence[int]) -> bool:
+    """Whether pages of a text hold the target's keys and values alone, and no drafter's
+    (:class:`pyengine.engine.prefix.Prefix` names them so)."""
+    return tokens[0] >= 0

@@ -61,7 +61,7 @@ class Tree:
         self, full: Pages, sliding: Pages, window: int, page_bytes: tuple[int, int]
     ) -> None:
         self._full, self._sliding, self._window = full, sliding, window
-        self._page_bytes = page_bytes
+        self.page_bytes = page_bytes
         self._root = Node((), False, None, -1, None)
         # Nodes, and nodes' sliding pages (True). What was used last comes last, a node behind
         # those below it: so the first node of all is a leaf
@@ -72,7 +72,7 @@ class Tree:
     @property
     def nbytes(self) -> int:
         """Memory of the pages that are held, whoever else holds them."""
-        full, sliding = self._page_bytes
+        full, sliding = self.page_bytes
         return self.holds[False] * full + self.holds[True] * sliding
 
     def __len__(self) -> int:

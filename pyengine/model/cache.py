@@ -23,7 +23,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from pyengine import ops
-from pyengine.model.config import TargetConfig
+from pyengine.model.config import LayerConfig, TargetConfig
 from pyengine.model.pages import Pages
 from pyengine.model.plan import CHUNK
 from pyengine.model.rows import packed
@@ -100,7 +100,8 @@ class Arena:
     """Keys and values ``[P, K, 64, D]`` of the layers that have their own, for many sequences.
 
     It holds no pages at first and grows as they are asked for, a layer at a time. ``keys`` and
-    ``values`` are lists by layer, None where a layer shares.
+    ``values`` are lists by layer, None where a layer shares. Behind the target's stand those of a
+    drafter's own layers, where one keeps keys and values (:meth:`extend`).
 
     Args:
         config: The target's.
@@ -118,6 +119,7 @@ class Arena:
         sequences: int = 1,
     ) -> None:
         self.config, self.window, self.most_bytes = config, config.window, most_bytes
+        self.layers = config.layers  # the target's, and then a drafter's
         self._sequences = sequences
         self.full, self.sliding = Pages(0), Pages(0)
         self.keys: list[mx.array | None] = []
@@ -128,7 +130,7 @@ class Arena:
             self.keys.append(mx.zeros(shape, dtype) if own else None)
             self.values.append(mx.zeros(shape, dtype) if own else None)
         mx.eval(self.arrays)  # a lazy array belongs to the thread that made it
-        self._page_bytes = {
+        self._own_bytes = {
             sliding: sum(
                 2 * n.num_kv_heads * PAGE * n.head_dim * dtype.size
                 for i, n in enumerate(config.layers)
@@ -136,6 +138,8 @@ class Arena:
             )
             for sliding in (False, True)
         }
+        self._page_bytes = dict(self._own_bytes)
+        self._dtype = dtype
         self._reads: list[mx.array] = []
         self._growing: set[bool] = set()  # kinds that are in the midst of it
         self._changes = counted()
@@ -161,9 +165,41 @@ class Arena:
     def pages(self, sliding: bool) -> Pages:
         return self.sliding if sliding else self.full
 
-    def page_bytes(self, sliding: bool) -> int:
-        """Memory of a page, over all layers of the kind."""
-        return self._page_bytes[sliding]
+    def page_bytes(self, sliding: bool, own: bool = False) -> int:
+        """Memory of a page, over all layers of the kind; with ``own`` over the target's alone."""
+        return (self._own_bytes if own else self._page_bytes)[sliding]
+
+    @property
+    def beside(self) -> tuple[LayerConfig, ...]:
+        """A drafter's layers, whose keys and values lie in the pages of the full ones."""
+        return self.layers[len(self.config.layers) :]
+
+    def extend(self, layers: tuple[LayerConfig, ...]) -> None:
+        """Keep keys and values of a drafter's layers too, in the pages of the full ones: a window
+        is no more than a mask to them. Evaluates.
+
+        In pages that were there before, theirs are zero.
+
+        Raises:
+            ValueError: There are those of another drafter.
+            RuntimeError: There is no room for them.
+        """
+        if not layers or layers == self.beside:
+            return
+        if self.beside:
+            raise ValueError("[cache] an arena must serve the layers of one drafter but got two.")
+        shapes = [(self.full.count, n.num_kv_heads, PAGE, n.head_dim) for n in layers]
+        size = sum(2 * n.num_kv_heads * PAGE * n.head_dim for n in layers) * self._dtype.size
+        if self.most_bytes is not None and self.nbytes + size * self.full.count > self.most_bytes:
+            raise RuntimeError(
+                f"[cache] pages must fit the {self.most_bytes / 1e9:.2f} GB of the arena but those "
+                f"there are need {size * self.full.count / 1e9:.2f} GB more for a drafter."
+            )
+        keys, values = ([mx.zeros(shape, self._dtype) for shape in shapes] for _ in "kv")
+        mx.eval(keys, values)
+        self.keys, self.values = [*self.keys, *keys], [*self.values, *values]
+        self.layers = (*self.config.layers, *layers)
+        self._page_bytes[False] += size
 
     def new_cache(self) -> Cache:
         """A sequence without positions."""
@@ -256,7 +292,7 @@ class Arena:
         count = max([count, *(a.shape[0] for a in self._of_kind(sliding))])
         for arrays in (self.keys, self.values):
             for i, a in enumerate(arrays):
-                if a is not None and self.config.layers[i].sliding == sliding:
+                if a is not None and self.layers[i].sliding == sliding:
                     more = mx.zeros((count - a.shape[0], *a.shape[1:]), a.dtype)
                     arrays[i] = a = mx.concatenate([a, more])
                     mx.eval(a)
@@ -285,7 +321,7 @@ class Arena:
         places = mx.array(list(moved), dtype=mx.int32)
         for arrays in (self.keys, self.values):
             for i, a in enumerate(arrays):
-                if a is not None and self.config.layers[i].sliding == sliding:
+                if a is not None and self.layers[i].sliding == sliding:
                     more = mx.zeros((count - len(moved), *a.shape[1:]), a.dtype)
                     arrays[i] = a = mx.concatenate([mx.take(a, places, axis=0), more])
                     mx.eval(a)
@@ -309,13 +345,14 @@ class Arena:
         pair = [mx.array(list(pages), dtype=mx.int32) for pages in (sources, targets)]
         for arrays in (self.keys, self.values):
             for i, a in enumerate(arrays):
-                if a is not None and self.config.layers[i].sliding == sliding:
+                if a is not None and self.layers[i].sliding == sliding:
                     arrays[i] = ops.copy_pages(a, *pair)
         mx.eval(self.arrays)
 
-    def content(self, sliding: bool, page: int) -> bytes:
-        """A page of every layer of the kind, one behind the other. Evaluates."""
-        parts = [a[page].view(mx.uint8) for a in self._of_kind(sliding)]
+    def content(self, sliding: bool, page: int, own: bool = False) -> bytes:
+        """A page of every layer of the kind, or of the target's ``own`` ones, one behind the other.
+        Evaluates."""
+        parts = [a[page].view(mx.uint8) for a in self._of_kind(sliding, own)]
         mx.eval(parts)
         return b"".join(bytes(memoryview(part)) for part in parts)  # type: ignore[arg-type]
 
@@ -324,19 +361,19 @@ class Arena:
         mx.eval(self._reads)  # what was read from the page when it was another's
         begin, view = 0, memoryview(content)
         for a in self._of_kind(sliding):
+            if begin == len(view):  # without a drafter's layers
+                break
             nbytes = a.nbytes // a.shape[0]
             part = mx.array(view[begin : begin + nbytes]).view(a.dtype)  # type: ignore[arg-type]
             a[page] = part.reshape(a.shape[1:])
             begin += nbytes
         mx.eval(self.arrays)
 
-    def _of_kind(self, sliding: bool) -> list[mx.array]:
-        """Keys and values of the layers of a kind."""
-        layers = self.config.layers
+    def _of_kind(self, sliding: bool, own: bool = False) -> list[mx.array]:
+        """Keys and values of the layers of a kind; of the target's ``own`` ones alone."""
+        layers = self.config.layers if own else self.layers
         both = [
-            pair
-            for i, pair in enumerate(zip(self.keys, self.values, strict=True))
-            if layers[i].sliding == sliding
+            (self.keys[i], self.values[i]) for i, n in enumerate(layers) if n.sliding == sliding
         ]
         return [a for pair in both for a in pair if a is not None]
 

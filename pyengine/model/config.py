@@ -1,7 +1,7 @@
 """What a model's config says, as frozen dataclasses."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -95,3 +95,41 @@ class AssistantConfig(TextConfig):
     backbone_size: int
     num_centroids: int
     num_centroids_used: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DFlashConfig:
+    """A DFlash drafter.
+
+    Attributes:
+        taps: The target's layers, from 0, whose output it reads, rising.
+        block_size: Rows of the blocks that it was trained with.
+        mask_id: The token that stands where a draft is to come.
+        target_layers: How many layers its target has; None where the file does not say.
+        softcap: Of the target's logits; None where the file does not say.
+        window: Of the sliding layers.
+        embedding_scale: Multiplies rows of the target's table; None takes the target's own scale.
+        is_causal: Whether rows of a block see no later ones of it in sliding layers.
+        layers: As the target's; ``sliding`` says which mask a layer has.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_heads: int
+    window: int
+    eps: float
+    layers: tuple[LayerConfig, ...]
+    rope: Rope
+    taps: tuple[int, ...]
+    block_size: int
+    mask_id: int
+    target_layers: int | None
+    softcap: float | None
+    embedding_scale: float | None
+    is_causal: bool
+    quantization: Quantization | None
+
+    @property
+    def kept(self) -> tuple[LayerConfig, ...]:
+        """The layers as an arena keeps them: each in the pages of full layers."""
+        return tuple(replace(layer, sliding=False) for layer in self.layers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pyengine.model.cache import window_pages
 from pyengine.model.config import LayerConfig, TargetConfig
 from pyengine.model.plan import CHUNK, ROWS, plan
@@ -15,13 +17,25 @@ IN_FLIGHT = 24
 TILES_IN_FLIGHT = 6
 
 
-def cache_bytes(config: TargetConfig, context: int, block_size: int, size: int) -> int:
+def cache_bytes(
+    config: TargetConfig,
+    context: int,
+    block_size: int,
+    size: int,
+    beside: Sequence[LayerConfig] = (),
+) -> int:
     """Memory of keys and values for ``context`` positions of ``size``-byte numbers: whole pages.
 
-    Sliding layers hold a window and a block, whatever the context.
+    Sliding layers hold a window and a block, whatever the context; ``beside``, the layers of a
+    drafter, hold all of it.
     """
     pages = -(-(context + block_size - 1) // PAGE)
-    return _bytes(config, pages, min(pages, window_pages(config.window, block_size)), size)
+    own = _bytes(config, pages, min(pages, window_pages(config.window, block_size)), size)
+    return own + pages * _page_bytes(beside, size)
+
+
+def _page_bytes(layers: Sequence[LayerConfig], size: int) -> int:
+    return sum(2 * n.num_kv_heads * PAGE * n.head_dim for n in layers) * size
 
 
 def _bytes(config: TargetConfig, full: int, sliding: int, size: int) -> int:
@@ -31,9 +45,17 @@ def _bytes(config: TargetConfig, full: int, sliding: int, size: int) -> int:
     return sum(2 * n.num_kv_heads * PAGE * n.head_dim * pages[n.sliding] * size for n in own)
 
 
-def prompt_bytes(config: TargetConfig, tokens: int, block_size: int, marks: int, size: int) -> int:
+def prompt_bytes(
+    config: TargetConfig,
+    tokens: int,
+    block_size: int,
+    marks: int,
+    size: int,
+    beside: Sequence[LayerConfig] = (),
+) -> int:
     """Memory while ``tokens`` positions are processed and after: their keys and values, for each
-    mark a window's pages and a copied one, and what the last chunk needs in between.
+    mark a window's pages and a copied one, and what the last chunk needs in between. ``beside`` are
+    a drafter's layers, which have pages as full ones.
 
     The last is an estimate from what was measured: a grown arena stands beside the old one, a layer
     at a time; the reference's attention keeps its scores, and that of a GPU's whole chunks those of
@@ -42,6 +64,7 @@ def prompt_bytes(config: TargetConfig, tokens: int, block_size: int, marks: int,
     rows = min(tokens, CHUNK)
     steps = -(-tokens // CHUNK) * CHUNK  # tables and arenas grow by chunks
     full = [n for i, n in enumerate(config.layers) if not n.sliding and n.kv_source == i]
+    full += beside
     layer = max((n.num_kv_heads * n.head_dim for n in full), default=0) * steps
     widest = max(
         config.hidden_size,
@@ -63,7 +86,9 @@ def prompt_bytes(config: TargetConfig, tokens: int, block_size: int, marks: int,
     pages = -(-(tokens + block_size - 1) // PAGE)
     window = min(pages, window_pages(config.window, max(rows, block_size)))
     mark = _bytes(config, 1, min(pages, window_pages(config.window, 1)), size)
-    return _bytes(config, pages, window, size) + marks * mark + grown + work
+    more = _page_bytes(beside, size)
+    kept = _bytes(config, pages, window, size) + pages * more
+    return kept + marks * (mark + more) + grown + work
 
 
 def _tile_bytes(num_heads: int, layer: LayerConfig) -> int:

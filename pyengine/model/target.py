@@ -5,9 +5,11 @@ that verifying a block gives bit for bit the logits that single steps give. Betw
 elementwise operations only. Values are kept in the checkpoint's dtype, rounded once per op.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import mlx.core as mx
 
@@ -22,6 +24,9 @@ from pyengine.model.linear import Linear, Weights, side_by_side
 from pyengine.model.plan import ROWS, plan
 from pyengine.model.rows import packed
 from pyengine.ops.dispatch import borrows
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,24 @@ class Rows(NamedTuple):
     owners: mx.array  # int32 [R]
 
 
+class Processed(NamedTuple):
+    """Rows of a sequence that the target has processed: of a call of the prefill, or of a round.
+
+    Attributes:
+        hidden: The target's hidden vectors, after its last norm, ``[T, E]``. With n taps
+            ``[T, (1 + n) * E]``: behind them in each row those that left the tapped layers, in the
+            order of ``taps``.
+        accepted: int32 ``[]``; rows 0 to ``accepted`` are committed, and what follows row
+            ``accepted`` is the next primary token: after the prefill's last call and after a round.
+        cache: Its keys and values. The rows stand behind the positions that are committed there as
+            its arena places them (:meth:`pyengine.model.cache.Arena.batch`).
+    """
+
+    hidden: mx.array
+    accepted: mx.array
+    cache: Cache
+
+
 class Reader(Protocol):
     """Who is told of the rows that the target processes: a drafter."""
 
@@ -78,16 +101,13 @@ class Reader(Protocol):
         """The target's layers, from 0, whose output it reads too; () for none."""
         ...
 
-    def read(self, hidden: mx.array, accepted: mx.array) -> None:
-        """Rows that the target has processed: of each call of the prefill, and of each round.
+    @classmethod
+    def read(cls, readers: Sequence[Self], rows: Sequence[Processed]) -> None:
+        """Rows that the target has processed, of each call of the prefill and of each round.
 
         Args:
-            hidden: The target's hidden vectors, after its last norm, ``[T, E]``. With n taps
-                ``[T, (1 + n) * E]``: behind them in each row those that left the tapped layers,
-                in the order of ``taps``.
-            accepted: int32 ``[]``; rows 0 to ``accepted`` are committed, and what follows row
-                ``accepted`` is the next primary token: after the prefill's last call and after a
-                round.
+            readers: Of the sequences, all of this class, and made for the same models.
+            rows: Those of each.
         """
         ...
 
@@ -131,9 +151,12 @@ class Target:
         """A sequence without positions, in an arena of its own."""
         return self.new_arena().new_cache()
 
-    def prompt_bytes(self, tokens: int, block_size: int, marks: int) -> int:
+    def prompt_bytes(
+        self, tokens: int, block_size: int, marks: int, beside: Sequence[LayerConfig] = ()
+    ) -> int:
         """Memory for a prompt, see :func:`pyengine.model.memory.prompt_bytes`."""
-        return memory.prompt_bytes(self.config, tokens, block_size, marks, self.dtype.size)
+        size = self.dtype.size
+        return memory.prompt_bytes(self.config, tokens, block_size, marks, size, beside)
 
     def prefill(
         self,
@@ -186,14 +209,15 @@ class Target:
             try:
                 taps = () if reader is None else reader.taps
                 hidden, tapped = self._hidden([part], [cache], taps)
+                if reader is not None:  # before the length is another
+                    last = mx.array(rows - 1, dtype=mx.int32)
+                    reader.read([reader], [Processed(tapped, last, cache)])
                 cache.settle(start + rows)
                 mx.eval(hidden, tapped, cache.arrays)
                 mapped.check("prefill")
             except Exception:  # what failed would fail again, and others have pages there
                 cache.arena.take_results(arrays)
                 raise
-            if reader is not None:
-                reader.read(tapped, mx.array(rows - 1, dtype=mx.int32))
             yield self._head(hidden)
 
     def forward(

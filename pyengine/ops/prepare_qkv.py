@@ -22,14 +22,15 @@ def prepare_qkv(
     owners: mx.array,
     tables: mx.array,
     eps: float = 1e-6,
+    norm_values: bool = True,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """All that stands between the projections of R rows and their attention.
 
-    Queries and keys as :func:`norm_rope`, values by RMSNorm without weights, then keys and values
-    into the pages of each row's sequence. Row r, position ``p = positions[r]`` of sequence
-    ``s = owners[r]``, goes to page ``tables[s, p // 64 % N]``, place ``p % 64``. A row whose
-    position is negative, whose owner is none of the Q, or whose page is none of the P, is written
-    nowhere; its query is made all the same.
+    Queries and keys as :func:`norm_rope`, values by RMSNorm without weights or as they are, then
+    keys and values into the pages of each row's sequence. Row r, position ``p = positions[r]`` of
+    sequence ``s = owners[r]``, goes to page ``tables[s, p // 64 % N]``, place ``p % 64``. A row
+    whose position is negative, whose owner is none of the Q, or whose page is none of the P, is
+    written nowhere; its query is made all the same.
 
     The write is in place: the results *are* the arenas' memory, whoever else holds it. So the
     returned handles are the only ones that may be used afterwards; older ones see the new rows
@@ -50,6 +51,7 @@ def prepare_qkv(
         owners: int32 ``[R]``, from 0 to Q - 1.
         tables: int32 ``[Q, N]``, pages of each sequence.
         eps: Added to the means of squares; positive.
+        norm_values: Whether values are normalised; else they are written as they are.
 
     Returns:
         Queries ``[R, H, D]``; keys and values ``[P, K, 64, D]`` with R places replaced.
@@ -58,7 +60,8 @@ def prepare_qkv(
         ValueError: A shape, dtype or limit above does not hold.
         RuntimeError: keys or values turn out not to be contiguous when evaluated.
     """
-    args = (q, k, v, q_norm, k_norm, inv_freq, keys, values, positions, owners, tables, eps)
+    rows, to = (q, k, v, q_norm, k_norm, inv_freq), (keys, values, positions, owners, tables)
+    args = (*rows, *to, eps, norm_values)
     turned, keys, values = run(_ext.prepare_qkv(*args), prepare_qkv_reference, *args)
     return turned, keys, values
 
@@ -76,12 +79,14 @@ def prepare_qkv_reference(
     owners: mx.array,
     tables: mx.array,
     eps: float = 1e-6,
+    norm_values: bool = True,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The same in plain MLX; the arenas are copied."""
     (P, K, _, D), R = keys.shape, q.shape[0]
     q = norm_rope_reference(q.reshape(R, q.shape[1] // D, D), q_norm, positions, inv_freq, eps)
     k = norm_rope_reference(k.reshape(R, K, D), k_norm, positions, inv_freq, eps)
-    v = rms_norm_reference(v.reshape(R, K, D), None, eps)
+    v = v.reshape(R, K, D)
+    v = rms_norm_reference(v, None, eps) if norm_values else v
     if not (k.size and keys.size and tables.size):
         return q, keys * 1, values * 1
     Q, N = tables.shape

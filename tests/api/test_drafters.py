@@ -81,7 +81,9 @@ def test_an_unknown_name_is_one_sentence(tok: Tokenizer, drafter: Any, shown: st
     for door in every_door(script_pair(tok, STORY), drafter):
         with pytest.raises(ValueError) as error:
             door()
-        message = f"[generate] drafter must be assistant, lookup or early:N but got {shown}."
+        message = (
+            f"[generate] drafter must be assistant, dflash, lookup or early:N but got {shown}."
+        )
         assert str(error.value) == message
 
 
@@ -96,6 +98,18 @@ def test_an_assistant_that_is_not_there_is_not_passed_over(tok: Tokenizer) -> No
         )
         assert str(error.value) == message
     assert generate("fox", pair=pair, sampling=GREEDY).stats.block_size == 1
+
+
+def test_a_dflash_model_that_is_not_there_is_not_passed_over(tok: Tokenizer) -> None:
+    for assistant in ({}, {"assistant": None}):
+        for door in every_door(script_pair(tok, STORY, **assistant), "dflash"):
+            with pytest.raises(ValueError) as error:
+                door()
+            message = (
+                "[generate] drafter must be one that the pair has but got dflash; load it with "
+                "dflash=."
+            )
+            assert str(error.value) == message
 
 
 def test_a_chat_looks_up_in_its_earlier_turns(tok: Tokenizer) -> None:
@@ -139,7 +153,10 @@ def test_a_wrong_name_is_told_before_the_weights_are_read(
     port = ["--port", "0"] if command == "serve" else []
     done = CliRunner().invoke(cli.app, [command, "--drafter", "best", *port], input="fox\n")
     assert done.exit_code != 0
-    assert "[generate] drafter must be assistant, lookup or early:N but got 'best'." in done.stderr
+    assert (
+        "[generate] drafter must be assistant, dflash, lookup or early:N but got 'best'."
+        in done.stderr
+    )
 
 
 def test_the_bench_compares_drafters(scripted: Any, tmp_path: Path) -> None:

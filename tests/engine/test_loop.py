@@ -18,7 +18,7 @@ from text_fakes import LengthCache
 from pyengine.engine import rounds, sequence
 from pyengine.engine.sequence import Round
 from pyengine.engine.stats import Stats
-from pyengine.model.target import Reader
+from pyengine.model.target import Processed, Reader
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.ops.filter_logits import Filtered
 from pyengine.sampling.sampler import Chooser, Sampler
@@ -50,7 +50,7 @@ class MarkovTarget:
         cache.commit(mx.array(len(ids), mx.int32), len(ids))
         hidden = mx.array([[float(ids[-1])]])
         if reader is not None:
-            reader.read(hidden, mx.array(0, mx.int32))
+            reader.read([reader], [Processed(hidden, mx.array(0, mx.int32), cache)])
         return self.table[ids[-1]], hidden
 
     def forward(

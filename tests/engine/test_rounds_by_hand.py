@@ -19,7 +19,7 @@ from rules_by_hand import Close, Settings
 from text_fakes import LengthCache
 
 from pyengine.engine.sequence import Round
-from pyengine.model.target import Reader
+from pyengine.model.target import Processed, Reader
 from pyengine.ops.accept_block import RULES
 from pyengine.sampling.settings import Sampling
 
@@ -68,7 +68,7 @@ class FakeTarget:
         cache.commit(mx.array(len(ids), mx.int32), cache.length_limit + len(ids))
         hidden = hidden[-1:]
         if reader is not None:
-            reader.read(hidden, mx.array(0, mx.int32))
+            reader.read([reader], [Processed(hidden, mx.array(0, mx.int32), cache)])
         return logits[-1], hidden
 
     def forward(

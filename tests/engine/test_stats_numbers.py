@@ -18,7 +18,7 @@ from pyengine.engine.prefix import Prefix
 from pyengine.engine.sequence import Round
 from pyengine.engine.stats import Stats
 from pyengine.generation import generate
-from pyengine.model.target import Reader
+from pyengine.model.target import Processed, Reader
 from pyengine.sampling.settings import Sampling
 
 VOCAB = 64
@@ -142,7 +142,7 @@ class CountingTarget:
         cache.commit(mx.array(len(ids), mx.int32), cache.length_limit + len(ids))
         hidden = mx.array([[0.0]])
         if reader is not None:
-            reader.read(hidden, mx.array(0, mx.int32))
+            reader.read([reader], [Processed(hidden, mx.array(0, mx.int32), cache)])
         return after(mx.array(ids[-1:]))[0], hidden
 
     def forward(

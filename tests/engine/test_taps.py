@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,9 +17,12 @@ from pyengine import ops
 from pyengine.drafters.assistant import AssistantDrafter
 from pyengine.engine.loop import decode
 from pyengine.engine.prefix import Prefix
-from pyengine.model.target import Target
+from pyengine.model.target import Processed, Target
 from pyengine.ops import dispatch
 from pyengine.sampling.settings import Sampling
+
+if TYPE_CHECKING:
+    from typing import Self
 
 pytestmark = pytest.mark.engine
 
@@ -66,11 +69,15 @@ class Tapping(AssistantDrafter):
         super().take_results(arrays[:1])
         self.row = arrays[1]
 
-    def read(self, hidden: mx.array, accepted: mx.array) -> None:
-        assert hidden.shape[1] == (1 + len(TAPS)) * self.width
-        super().read(hidden[:, : self.width], accepted)
-        self.prompt.append(hidden[:, self.width :])
-        self.row = mx.take(hidden[:, self.width :], accepted[None], axis=0)
+    @classmethod
+    def read(cls, readers: Sequence[Self], rows: Sequence[Processed]) -> None:
+        for reader, own in zip(readers, rows, strict=True):
+            assert own.hidden.shape[1] == (1 + len(TAPS)) * reader.width
+            alone = own._replace(hidden=own.hidden[:, : reader.width])
+            super().read([reader], [alone])
+            tapped = own.hidden[:, reader.width :]
+            reader.prompt.append(tapped)
+            reader.row = mx.take(tapped, own.accepted[None], axis=0)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

@@ -132,7 +132,7 @@ def manifest(data: bytes) -> None:
         for part in ("target", "assistant"):
             (path / part).mkdir()
         inside = path.resolve()
-        for part in bundle_parts(path):
+        for part in bundle_parts(path).values():
             assert part.resolve().is_relative_to(inside)
         config = read_target_config(FIXTURES / "uni12" / "target")
         read_generation(path / "target", path / "assistant", config, read_manifest(path))

@@ -17,7 +17,7 @@ import tokenizers
 
 from pyengine.model.cache import Placed
 from pyengine.model.pages import Pages
-from pyengine.model.target import Reader
+from pyengine.model.target import Processed, Reader
 from pyengine.text.tokenizer import Tokenizer
 
 MARKS = ["<|turn>", "<turn|>", "<|channel>", "<channel|>", '<|"|>', "<|think|>"]
@@ -244,7 +244,7 @@ class ScriptTarget:
     def new_arena(self, *, sequences: int = 1) -> NoArena:
         return NoArena(self.new_cache)
 
-    def prompt_bytes(self, tokens: int, block_size: int, marks: int) -> int:
+    def prompt_bytes(self, tokens: int, block_size: int, marks: int, beside: Any = ()) -> int:
         return 0
 
     def prefill(
@@ -255,7 +255,7 @@ class ScriptTarget:
         cache.commit(mx.array(len(ids), mx.int32), len(ids))
         hidden = mx.zeros((1, 1), mx.int32)
         if reader is not None:
-            reader.read(hidden, mx.array(0, mx.int32))
+            reader.read([reader], [Processed(hidden, mx.array(0, mx.int32), cache)])
         return self.rows[0], hidden
 
     def forward(
@@ -301,6 +301,7 @@ def script_pair(
     fields = {
         "target": target,
         "assistant": ScriptAssistant(target),
+        "dflash": None,
         "tokenizer": tokenizer,
         "generation": SimpleNamespace(
             stop_ids=(1, stop),

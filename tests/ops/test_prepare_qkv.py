@@ -162,6 +162,24 @@ def test_matches_reference(shape, dtype):
                 assert_close(got, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("implementation", ["native", "reference", "workbench"])
+def test_values_as_they_are(dtype, implementation):
+    """Without their norm: the very bits; queries and keys are as with it."""
+    for shape in ((2, 1, 32), (4, 2, 64), (1, 1, 6)):
+        given = arguments([60, 3], [6, 2], *shape, dtype=dtype)
+        normed = [bits(a).copy() for a in using(implementation, given)]
+        given = arguments([60, 3], [6, 2], *shape, dtype=dtype)
+        want = bits(given["values"]).copy()
+        rows = bits(given["v"].reshape(8, shape[1], shape[2]))
+        for r in range(8):
+            page, at = place(given, r)
+            want[page, :, at] = rows[r]
+        outs = using(implementation, given | {"norm_values": False})
+        assert_bits(outs, [*normed[:2], want])
+        assert not np.array_equal(normed[2], want)
+
+
 def pieces(seed: int, Q: int, rows: int) -> tuple[list[int], list[int]]:
     rng = np.random.default_rng(seed)
     lengths = [int(rng.choice(EDGES)) for _ in range(Q)]
