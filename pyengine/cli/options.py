@@ -126,8 +126,9 @@ DrafterName = Annotated[
     typer.Option(
         "--drafter",
         metavar="NAME",
-        help="Where drafts come from: assistant; lookup, in the text so far; or early:N, the "
-        "target's own first N layers. The last two need no assistant.",
+        help="Where drafts come from: assistant; lookup, in the text so far; early:N, the target's "
+        "own first N layers; or one of them and lookup where the text repeats itself, as "
+        "assistant+lookup. lookup and early:N need no assistant.",
         show_default="assistant",
     ),
 ]

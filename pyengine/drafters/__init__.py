@@ -9,13 +9,25 @@ from pyengine.drafters.assistant import AssistantDrafter, AssistantLike
 from pyengine.drafters.drafter import Drafter
 from pyengine.drafters.early import early_drafter
 from pyengine.drafters.lookup import LookupDrafter
+from pyengine.drafters.mixed import MixedDrafter
 
-NAMES = ("assistant", "lookup", "early:N")
+NAMES = ("assistant", "lookup", "early:N", "NAME+lookup")
+WITH_LOOKUP = "+lookup"
 
 
 def is_name(name: Any) -> bool:
-    """Whether it is one of NAMES, with a number of layers for N."""
-    return isinstance(name, str) and (name in NAMES[:2] or exit_depth(name) is not None)
+    """Whether it is one of NAMES, with a number of layers for N and another of them for NAME."""
+    if not isinstance(name, str):
+        return False
+    first = first_of(name)
+    if first != name:
+        return first != "lookup" and first_of(first) == first and is_name(first)
+    return name in NAMES[:2] or exit_depth(name) is not None
+
+
+def first_of(name: str) -> str:
+    """Of a mix the drafter that drafts where the text is new; else the name itself."""
+    return name.removesuffix(WITH_LOOKUP)
 
 
 def exit_depth(name: str) -> int | None:
@@ -26,6 +38,9 @@ def exit_depth(name: str) -> int | None:
 
 def new_drafter(name: str, target: Any, assistant: AssistantLike | None) -> Drafter | None:
     """The drafter of that name, for one generation; None where it needs an assistant."""
+    if (first := first_of(name)) != name:
+        other = new_drafter(first, target, assistant)
+        return None if other is None else MixedDrafter(other, first)
     if name == "lookup":
         return LookupDrafter()
     if (depth := exit_depth(name)) is not None:

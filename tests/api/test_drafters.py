@@ -81,7 +81,9 @@ def test_an_unknown_name_is_one_sentence(tok: Tokenizer, drafter: Any, shown: st
     for door in every_door(script_pair(tok, STORY), drafter):
         with pytest.raises(ValueError) as error:
             door()
-        message = f"[generate] drafter must be assistant, lookup or early:N but got {shown}."
+        message = (
+            f"[generate] drafter must be assistant, lookup, early:N or NAME+lookup but got {shown}."
+        )
         assert str(error.value) == message
 
 
@@ -139,7 +141,10 @@ def test_a_wrong_name_is_told_before_the_weights_are_read(
     port = ["--port", "0"] if command == "serve" else []
     done = CliRunner().invoke(cli.app, [command, "--drafter", "best", *port], input="fox\n")
     assert done.exit_code != 0
-    assert "[generate] drafter must be assistant, lookup or early:N but got 'best'." in done.stderr
+    assert (
+        "[generate] drafter must be assistant, lookup, early:N or NAME+lookup but got 'best'."
+        in done.stderr
+    )
 
 
 def test_the_bench_compares_drafters(scripted: Any, tmp_path: Path) -> None:

@@ -181,7 +181,9 @@ def test_names() -> None:
     assert [exit_depth(name) for name in ("early:6", "early:1", "early:123")] == [6, 1, 123]
     for name in ("early", "early:", "early:0", "early:06", "early:-1", "early:6 ", "early:٣", None):
         assert not is_name(name)
-        with pytest.raises(ValueError, match=r"drafter must be assistant, lookup or early:N but"):
+        with pytest.raises(
+            ValueError, match=r"drafter must be assistant, lookup, early:N or NAME\+lookup but"
+        ):
             pyengine.generate("x", drafter=name or "early:x")
     for name in ("early:24", "early:9999"):
         with pytest.raises(ValueError, match=r"a layer of the target's 24 out but got early:") as e:
