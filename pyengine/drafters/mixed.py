@@ -7,8 +7,8 @@ right when its turn comes again.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -83,7 +83,7 @@ class MixedDrafter:
         self.other.read(hidden, accepted)
 
 
-def kind_of(drafter: Drafter | None) -> Hashable:
+def kind_of(drafter: Drafter | None) -> Any:
     """What drafters have in common that propose together, and rounds that one graph serves."""
     if isinstance(drafter, MixedDrafter):
         return MixedDrafter, type(drafter.other), type(drafter.turn)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
@@ -113,7 +113,7 @@ class TokenSequence:
         return self.parts.state(self._primary)
 
     @property
-    def kind(self) -> tuple[Hashable, ...]:
+    def kind(self) -> tuple[Any, ...]:
         """What a recorded round goes by, beside numbers of the settings."""
         return self.block_size, kind_of(self._drafter), self.logprobs
 
