@@ -50,7 +50,8 @@ def draw(report: dict[str, Any]) -> bytes:
             f"temperature {sampler['temperature']:g}, top-p {sampler['top_p']:g}, top-k "
             f"{sampler['top_k']}; medians of {repeats} by turns; {machine['chip']}, "
             f"{machine['cores']} cores, {report['started_at'][:10]}, pyengine "
-            f"{report['versions']['pyengine']}{'' if report['complete'] else '; not complete'}"
+            f"{report['versions']['pyengine']}, load average {machine['load_average'][0]:.1f}"
+            f"{'' if report['complete'] else '; not complete'}"
         )
         figure.text(0.05, 0.92, note, fontsize=8.5, color=faint, parse_math=False)
         places = [figure.add_subplot(grid[n // 3, n % 3]) for n in range(6)]
@@ -130,6 +131,6 @@ def _by_depth(axes: Axes, summary: Sequence[Row]) -> None:
 
 def _log_axis(axes: Axes, ticks: Sequence[int], name: str) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=7)  # 100 and 128 are near
     axes.minorticks_off()
     axes.set_xlabel(name, fontsize=9, color=picture.FAINT)

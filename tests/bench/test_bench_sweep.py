@@ -197,7 +197,7 @@ def test_the_picture_is_a_png_of_its_report() -> None:
         "summary": SUMMARY,
         "settings": {"max_tokens": 7, "repeats": 3},
         "sampler": {"temperature": 1.0, "top_p": 0.95, "top_k": 64},
-        "machine": {"chip": "Chip $9$", "cores": 2},
+        "machine": {"chip": "Chip $9$", "cores": 2, "load_average": [0.5, 0, 0]},
         "versions": {"pyengine": "1"},
         "prompts": [1, 2],
         "pair": {"name": "a pair: $x"},
