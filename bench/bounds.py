@@ -11,6 +11,9 @@ A round has k drafts, so k + 1 rows. The target's weights and the cache are coun
 whatever k is; what a round writes, and all arithmetic, is left out. So a bound says what no program
 that reads these bytes can pass; it does not say what one reaches.
 
+The tables of drafters and of long blocks, which docs/sweep.md has, count the weights once for each
+16 rows of a verify call, as our kernels read them.
+
 The tables of rounds and prefill, which docs/design.md has, and of all pairs, which docs/speed.md
 has, add arithmetic, as if loads and it overlapped perfectly: of a model's matmuls and of its
 attention, or of each call that `pyengine.model.plan` gives for a prompt, the longer counts. Our
@@ -22,6 +25,7 @@ Run: python bench/bounds.py
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -82,6 +86,10 @@ SLICE = 16  # rows for which our kernels read the weights once
 # which its relatives are near, and `quantized_expert_matmul`
 CLOCKS_PER_BYTE = {8: {1: 5.43, 6: 11.94, 16: 25.20}, 4: {1: 10.86, 6: 23.85, 16: 50.03}}
 EXPERT_CLOCKS_PER_BYTE = {8: {1: 5.56, 6: 13.83}, 4: {1: 10.99, 6: 26.67}}
+
+DRAFTS = (5, 15, 31, 63, 99, 127)  # of the tables of drafters and of long blocks
+EXIT = 12  # layers of 60 of an early exit
+CHANCES = (0.6, 0.8, 0.9, 0.95, 0.99)  # of a draft to be kept where all before it are
 
 
 def pair_bytes(name: str, bits: int) -> float:
@@ -241,6 +249,65 @@ def pairs_table(bits: int = 8) -> list[str]:
     return rows
 
 
+def verify_bytes(k: int) -> float:
+    """What the 31B at 8 bit reads to verify k drafts: weights once for each 16 rows."""
+    target, _ = published("31B")
+    again = ceil((k + 1) / SLICE) - 1
+    return traffic.step_bytes(target, 8, CONTEXTS["8k"], k + 1) + again * traffic.target_bytes(
+        target, 8
+    )
+
+
+def drafts_bytes(drafter: str, k: int) -> float | None:
+    """What a drafter of the 31B reads for k drafts at 8 bit; None for more than it makes."""
+    target, assistant = published("31B")
+    context = CONTEXTS["8k"]
+    if drafter == "assistant":
+        return k * traffic.draft_bytes(target, assistant, 8, context, k + 1)
+    if drafter == "DFlash":  # in one pass, of as many as it was trained to make
+        dflash = published_dflash("31B")
+        fits = k < dflash.block_size
+        return traffic.dflash_bytes(target, dflash, 8, context, k + 1) if fits else None
+    if drafter == "lookup":
+        return 0.0
+    exit_ = replace(target, layers=target.layers[:EXIT])  # with the head
+    return k * traffic.step_bytes(exit_, 8, context, 1)
+
+
+def drafters_table() -> list[str]:
+    """A row per drafter of the 31B at 8 bit and 8k: GB for five drafts, and rounds in plain steps,
+    which are the tokens that a round must commit to be no slower than plain decoding."""
+    plain = verify_bytes(0)
+    rows = [_row("drafter", "GB for 5 drafts", *(f"{k} drafts" for k in DRAFTS))]
+    rows.append(_row("---", *["--:"] * (1 + len(DRAFTS))))
+    for drafter in ("lookup", "assistant", "DFlash", f"early:{EXIT}"):
+        cells = []
+        for k in DRAFTS:
+            moved = drafts_bytes(drafter, k)
+            cells.append("-" if moved is None else f"{(verify_bytes(k) + moved) / plain:.2f}")
+        five = drafts_bytes(drafter, 5)
+        assert five is not None
+        rows.append(_row(drafter, f"{five / GB:.1f}", *cells))
+    return rows
+
+
+def long_blocks_table() -> list[str]:
+    """A row per chance of a draft: times plain decoding that the assistant's drafts allow on the
+    31B at 8 bit and 8k, if every draft behind kept ones had that chance."""
+    plain = verify_bytes(0)
+    rows = [_row("chance of a draft", *(f"{k} drafts" for k in DRAFTS))]
+    rows.append(_row("--:", *["--:"] * len(DRAFTS)))
+    for chance in CHANCES:
+        cells = []
+        for k in DRAFTS:
+            tokens = sum(chance**i for i in range(k + 1))
+            moved = drafts_bytes("assistant", k)
+            assert moved is not None
+            cells.append(f"{tokens * plain / (verify_bytes(k) + moved):.2f}")
+        rows.append(_row(f"{chance:g}", *cells))
+    return rows
+
+
 def memory_table() -> list[str]:
     """A row per pair: weights by bits, then the cache by context."""
     contexts = [f"cache at {name}" for name in CONTEXTS]
@@ -302,6 +369,10 @@ if __name__ == "__main__":
     for bits in CLOCKS_PER_BYTE:
         print(f"\nAll pairs, bound in milliseconds, never measured: {bits} bit, 8k:\n")
         print("\n".join(pairs_table(bits)))
+    print("\nDrafters of the 31B at 8 bit and 8k, bound from bytes: rounds in plain steps:\n")
+    print("\n".join(drafters_table()))
+    print("\nThe same for the assistant, times plain decoding by the chance of a draft:\n")
+    print("\n".join(long_blocks_table()))
     print(
         "\nPrefill, bound in seconds, never measured: 31B at 8 bit; by the calls of a GPU, and with"
     )

@@ -104,7 +104,9 @@ def generate(
             "dflash", where it has one: a model that drafts a whole block in one pass; "lookup"
             takes what followed the newest tokens earlier in the text and pays where an answer
             repeats its prompt; "early:6", or another number of layers, drafts with the target's own
-            first layers. The last two need no other model.
+            first layers. The last two need no other model. "assistant+lookup", or another name in
+            its place, leaves the rounds to lookup where the text repeats itself, and statistics
+            tell which gave what.
         stop: One string or several. The text ends before the first one that appears; no part of it
             is ever emitted. The pair's stop ids end the text in any case.
         raw: Continue a string prompt as plain text. Special tokens spelled in it take effect.

@@ -24,7 +24,7 @@ from pyengine.engine.prefill import Shared
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.rounds import Rounds
 from pyengine.engine.sequence import Round, TokenSequence
-from pyengine.engine.stats import Totals
+from pyengine.engine.stats import Totals, add_counts
 from pyengine.engine.stored import Stored
 from pyengine.sampling.settings import MAX_SEED
 from pyengine.task import Answer, Result, Step, Task, embedded_pair, new_task
@@ -449,6 +449,10 @@ class Engine:
                     self.totals.blocks += 1
                     self.totals.drafted += done.num_drafted
                     self.totals.accepted += done.num_accepted
+                    if done.num_drafted:
+                        name = done.drafter or request.task.drafter
+                        of_all = self.totals.by_drafter
+                        add_counts(of_all, name, done.num_drafted, done.num_accepted)
                     self._note(request, done)
         self._rounds_s += time.perf_counter() - start
 

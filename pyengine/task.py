@@ -13,7 +13,7 @@ from pyengine.arguments import flag, whole
 from pyengine.checkpoint import memory
 from pyengine.checkpoint.defaults import OURS
 from pyengine.doctor import first_use, profile
-from pyengine.drafters import NAMES, exit_depth, is_name, new_drafter
+from pyengine.drafters import NAMES, exit_depth, first_of, is_name, new_drafter
 from pyengine.drafters.drafter import MAX_BLOCK, Drafter
 from pyengine.engine.controller import AUTO_BLOCK
 from pyengine.engine.prefix import Prefix
@@ -229,7 +229,7 @@ def new_task(
         compiled = compile_grammar(pair, form)
     first_use.ready(pair)
     auto = block is None and follows_load(settings)
-    if auto and source == "assistant":
+    if auto and first_of(source) == "assistant":
         profile.kept(pair)  # which the first rounds go by
     if block is None:
         block = AUTO_BLOCK if auto else fixed_block(pair, source)
@@ -358,15 +358,18 @@ def check_settings(
     if not hasattr(pair, "target"):
         raise ValueError(f"[generate] pair must come from pyengine.load but got {shown(pair)}.")
     name = check_drafter(drafter)
-    if drafter == "assistant" and pair.assistant is None:
+    if drafter is not None and first_of(name) == "assistant" and pair.assistant is None:
         raise ValueError(
-            "[generate] drafter must be lookup or early:N without an assistant but got assistant."
+            f"[generate] drafter must be lookup or early:N without an assistant but got {name}."
         )
-    if name == "dflash" and pair.dflash is None:
+    if first_of(name) == "dflash" and pair.dflash is None:
         raise ValueError(
-            "[generate] drafter must be one that the pair has but got dflash; load it with dflash=."
+            f"[generate] drafter must be one that the pair has but got {name}; load it with "
+            "dflash=."
         )
-    if (depth := exit_depth(name)) is not None and depth >= (layers := len(pair.target.layers)):
+    if (depth := exit_depth(first_of(name))) is not None and depth >= (
+        layers := len(pair.target.layers)
+    ):
         raise ValueError(
             f"[generate] drafter must leave a layer of the target's {layers} out but got {name}."
         )
@@ -440,6 +443,7 @@ def embedded_pair() -> Pair:
 def fixed_block(pair: Pair, drafter: str = "assistant") -> int:
     """What "auto" is for a whole text, whose rounds must be alike: the best by the profile of pair
     and machine, or without one :func:`default_block_size`."""
+    drafter = first_of(drafter)
     known = profile.ready(pair) if drafter == "assistant" else None
     return default_block_size(pair, drafter) if known is None else known.best_block
 
@@ -447,7 +451,8 @@ def fixed_block(pair: Pair, drafter: str = "assistant") -> int:
 def default_block_size(pair: Pair, drafter: str = "assistant") -> int:
     """Of the assistant the pair's measured best, else its own wish and the primary, else 4; of
     lookup 8; of DFlash 8, or what it was trained with if that is less; of the target's own layers
-    4."""
+    4; of a mix that of the other than lookup."""
+    drafter = first_of(drafter)
     if drafter == "lookup":
         return LOOKUP_BLOCK
     if drafter == "dflash" and pair.dflash is not None:

@@ -51,21 +51,17 @@ def make_card(
 
 
 def _decoding(summary: Row, rows: Sequence[Row]) -> Row:
-    """One block size over all prompts: the summary, the slowest and fastest repeat, the depths."""
+    """One block size over all prompts: the summary, the slowest and fastest repeat."""
     own = [row for row in rows if row["block_size"] == summary["block_size"]]
     repeats = [pooled([row["samples"][i] for row in own]) for i in range(_repeats(own))]
-    drafted, accepted = (_by_depth(own, f"{what}_by_depth") for what in ("drafted", "accepted"))
     figures = ("tok_s", "speedup_vs_ar", "acceptance_rate", "tokens_per_round")
+    depths = ("drafted_by_depth", "accepted_by_depth", "acceptance_by_depth")
     return {
         "block_size": summary["block_size"],
         **{key: summary[key] for key in (*figures, "round_cost_in_plain_steps")},
         "tok_s_slowest_repeat": min(repeats),
         "tok_s_fastest_repeat": max(repeats),
-        "drafted_by_depth": drafted,
-        "accepted_by_depth": accepted,
-        "acceptance_by_depth": [
-            kept / made if made else None for kept, made in zip(accepted, drafted, strict=True)
-        ],
+        **{key: summary[key] for key in depths},
         "peak_memory_bytes": summary["peak_memory_bytes"],
     }
 
@@ -79,12 +75,6 @@ def pooled(samples: Sequence[Row]) -> float:
     seconds = sum(sample["decode_s"] for sample in samples)
     tokens = sum(sample["tok_s"] * sample["decode_s"] for sample in samples)
     return tokens / seconds if seconds else 0.0
-
-
-def _by_depth(rows: Sequence[Row], key: str) -> list[int]:
-    """Sums over prompts; a prompt that ended early may have seen fewer depths."""
-    deepest = max(len(row[key]) for row in rows)
-    return [sum(row[key][i] for row in rows if i < len(row[key])) for i in range(deepest)]
 
 
 def typed(words: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from pyengine.bench.suite import Case
 from pyengine.drafters import NAMES, is_name
 from pyengine.drafters.drafter import MAX_BLOCK
+from pyengine.engine.stats import add_all
 from pyengine.generation import stream
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.sampling.settings import Sampling
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
 
 PLAIN = 1  # the block size of plain decoding
+GREEDY = "greedy"  # in place of a rule: temperature 0, where the rules are one
 WARM_UP_TOKENS = 16
 
 Row = dict[str, Any]
@@ -31,12 +33,16 @@ class Setting(NamedTuple):
     """What is compared: a block size, the rule that accepts its drafts, where these are from."""
 
     block_size: int | str
-    verify: Rule
+    verify: str  # a rule, or GREEDY
     drafter: str | None  # None for plain decoding
+
+    def is_measured_by(self, plain: Setting) -> bool:
+        """Whether that is the plain decoding it is compared with: at the same temperature."""
+        return plain.block_size == PLAIN and (plain.verify == GREEDY) == (self.verify == GREEDY)
 
     def __str__(self) -> str:
         if self.block_size == PLAIN:
-            return "plain"
+            return "plain greedy" if self.verify == GREEDY else "plain"
         name = f"block {self.block_size} {self.verify}".removesuffix(" residual")
         return f"{name} {self.drafter}".removesuffix(" assistant")
 
@@ -83,7 +89,8 @@ def gemma_mtp(
         block_sizes: Block sizes to compare with plain decoding, 2 to 128 or "auto".
         sampling: Settings for every run.
         repeats: Timed runs of each setting; figures are medians over them.
-        rules: Rules that accept drafts; every block size runs with each.
+        rules: Rules that accept drafts, or "greedy" for temperature 0, which has plain runs of its
+            own; every block size runs with each.
         drafters: Where drafts come from; every block size and rule runs with each.
         on_run: Called before each run with runs done, runs in all, and what comes next.
         on_rows: Called with the rows of each case once they are there. When a run fails or is
@@ -97,9 +104,9 @@ def gemma_mtp(
     """
     check_settings(block_sizes, repeats, max_tokens, rules, drafters)
     first_seed = sampling.seed or 0  # drawn ones would not give the same text tomorrow
-    plain = Setting(PLAIN, sampling.verify, None)
-    every = itertools.product(drafters, rules, block_sizes)
-    settings = [plain, *(Setting(b, cast(Rule, r), d) for d, r, b in every)]
+    every = [Setting(b, r, d) for d, r, b in itertools.product(drafters, rules, block_sizes)]
+    ways = dict.fromkeys(GREEDY if rule == GREEDY else sampling.verify for rule in rules)
+    settings = [*(Setting(PLAIN, way, None) for way in ways), *every]
     total = len(settings) * (1 + repeats * len(cases))
     done = 0
 
@@ -107,8 +114,8 @@ def gemma_mtp(
         nonlocal done
         on_run(done, total, f"{case.id}, {setting}, {label}")
         done += 1
-        seeded = replace(sampling, seed=first_seed + index, verify=setting.verify)
-        return _time(pair, case, setting, budget, seeded)
+        seeded = replace(sampling, seed=first_seed + index)
+        return _time(pair, case, setting, budget, _under(seeded, setting.verify))
 
     for setting in settings:
         run(cases[0], 0, setting, min(WARM_UP_TOKENS, max_tokens, cases[0].max_tokens), "warm-up")
@@ -127,10 +134,11 @@ def gemma_mtp(
             if whole:
                 done_of = {setting: own[:whole] for setting, own in samples.items()}
                 seed = first_seed + index
-                own_rows = [
-                    _row(case, seed, budget, setting, own, done_of[plain], sampling.greedy)
-                    for setting, own in done_of.items()
-                ]
+                own_rows = []
+                for setting, own in done_of.items():
+                    [plain] = filter(setting.is_measured_by, settings)
+                    told = setting.verify in ("coupled", GREEDY) or sampling.greedy
+                    own_rows.append(_row(case, seed, budget, setting, own, done_of[plain], told))
                 rows += own_rows
                 on_rows(own_rows)
     on_run(total, total, "done")
@@ -163,8 +171,10 @@ def check_settings(
     if len(set(block_sizes)) < len(block_sizes):
         raise ValueError(f"[bench] block sizes must differ but got {list(block_sizes)}.")
     for rule in rules:
-        if rule not in RULES:
-            raise ValueError(f"[bench] verify must be of {', '.join(RULES)} but got {rule!r}.")
+        if rule not in (*RULES, GREEDY):
+            raise ValueError(
+                f"[bench] verify must be of {', '.join(RULES)}, {GREEDY} but got {rule!r}."
+            )
     if len(set(rules)) < len(rules):
         raise ValueError(f"[bench] verify must name a rule once but got {','.join(rules)}.")
     for drafter in drafters:
@@ -180,6 +190,13 @@ def check_settings(
 
 def _setting(row: Row) -> Setting:
     return Setting(row["block_size"], row["verify"], row["drafter"])
+
+
+def _under(sampling: Sampling, verify: str) -> Sampling:
+    """The settings under a rule, or greedily."""
+    if verify == GREEDY:
+        return replace(sampling, temperature=0.0)
+    return replace(sampling, verify=cast(Rule, verify))
 
 
 def _time(pair: Pair, case: Case, setting: Setting, budget: int, sampling: Sampling) -> Sample:
@@ -205,9 +222,10 @@ def _row(
     setting: Setting,
     own: list[Sample],
     plain: list[Sample],
-    greedy: bool,
+    alike: bool,
 ) -> Row:
-    """Figures of one case and setting; seconds and rates are medians over the repeats."""
+    """Figures of one case and setting; seconds and rates are medians over the repeats. ``alike``
+    says that the text must be that of plain decoding."""
     result, stats = own[0].result, own[0].result.stats
     tok_s, ar_tok_s = _median(_tok_s(s) for s in own), _median(_tok_s(s) for s in plain)
     whole, ar_whole = _median(_whole(s) for s in own), _median(_whole(s) for s in plain)
@@ -243,15 +261,12 @@ def _row(
         "drafted_by_depth": stats.drafted_by_depth,
         "accepted_by_depth": stats.accepted_by_depth,
         "acceptance_by_depth": stats.acceptance_by_depth,
+        "by_drafter": stats.by_drafter,
         "bonus_tokens": stats.bonus_tokens,
         "correction_tokens": stats.correction_tokens,
         "peak_memory_bytes": max(s.result.stats.peak_memory_bytes for s in own),
         "repeats_agree": all(s.result.tokens == result.tokens for s in own),
-        "exact_match": (
-            result.tokens == plain[0].result.tokens
-            if greedy or setting.verify == "coupled"
-            else None
-        ),
+        "exact_match": result.tokens == plain[0].result.tokens if alike else None,
         "samples": [
             {
                 "started_at": s.started_at,
@@ -270,7 +285,7 @@ def _row(
 def _summary(setting: Setting, rows: Sequence[Row]) -> Row:
     """One setting over all cases, pooled: every token and every second weighs the same."""
     own = [row for row in rows if _setting(row) == setting]
-    plain = [row for row in rows if row["block_size"] == PLAIN]
+    plain = [row for row in rows if setting.is_measured_by(_setting(row))]
 
     def total(key: str, of: list[Row] = own) -> float:
         return float(sum(row[key] for row in of))
@@ -280,6 +295,10 @@ def _summary(setting: Setting, rows: Sequence[Row]) -> Row:
 
     tok_s, ar_tok_s = rate(own), rate(plain)
     rounds, drafted = total("verify_calls"), total("drafted_tokens")
+    made, kept = (_by_depth(own, f"{what}_by_depth") for what in ("drafted", "accepted"))
+    of_mix: dict[str, dict[str, int]] = {}
+    for row in own:
+        add_all(of_mix, row["by_drafter"])
     matches = [row["exact_match"] for row in own]
     return {
         **setting._asdict(),
@@ -290,6 +309,10 @@ def _summary(setting: Setting, rows: Sequence[Row]) -> Row:
         "round_cost_in_plain_steps": _ratio(
             total("decode_elapsed_s") * (ar_tok_s or 0) or None, rounds
         ),
+        "drafted_by_depth": made,
+        "accepted_by_depth": kept,
+        "acceptance_by_depth": [a / d if d else None for a, d in zip(kept, made, strict=True)],
+        "by_drafter": of_mix,
         "generated_tokens": int(total("generated_tokens")),
         "decode_elapsed_s": total("decode_elapsed_s"),
         "prompt_eval_time_s": total("prompt_eval_time_s"),
@@ -297,6 +320,12 @@ def _summary(setting: Setting, rows: Sequence[Row]) -> Row:
         "repeats_agree": all(row["repeats_agree"] for row in own),
         "exact_match": None if None in matches else all(matches),
     }
+
+
+def _by_depth(rows: Sequence[Row], key: str) -> list[int]:
+    """Sums over prompts; a prompt that ended early may have seen fewer depths."""
+    deepest = max(len(row[key]) for row in rows)
+    return [sum(row[key][i] for row in rows if i < len(row[key])) for i in range(deepest)]
 
 
 def _tok_s(sample: Sample) -> float:

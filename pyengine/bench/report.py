@@ -34,15 +34,16 @@ def make_report(
     settings: dict[str, Any],
     sampling: Sampling,
     complete: bool = True,
+    bench: str = "gemma-mtp",
 ) -> dict[str, Any]:
     """Everything needed to read and repeat a run, ready for JSON.
 
     ``run_on`` is the :func:`environment` taken before the run, so that its load average excludes
-    the run. ``complete`` says that the run was not interrupted.
+    the run. ``complete`` says that the run was not interrupted, ``bench`` which command ran.
     """
     used = resolve_sampling(pair, sampling)
     return {
-        "bench": "gemma-mtp",
+        "bench": bench,
         "report_version": 1,
         **run_on,
         "pair": describe_pair(pair),

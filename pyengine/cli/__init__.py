@@ -15,7 +15,19 @@ from typing import Annotated
 
 import typer
 
-from pyengine.cli import bench, card, chat, common, convert, doctor, generate, inspect, model, serve
+from pyengine.cli import (
+    bench,
+    card,
+    chat,
+    common,
+    convert,
+    doctor,
+    generate,
+    inspect,
+    model,
+    serve,
+    sweep,
+)
 
 app = typer.Typer(
     name="pyengine",
@@ -34,6 +46,7 @@ bench_app = typer.Typer(
     help="Time a pair: against plain decoding, with many texts at once, at a published shape.",
     epilog=common.ending(
         "pyengine bench gemma-mtp",
+        "pyengine bench sweep --plot sweep.png",
         "pyengine bench streams",
         "pyengine bench model --shape e2b",
         "pyengine bench card",
@@ -43,6 +56,7 @@ bench_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 COMMANDS: list[tuple[typer.Typer, str, Callable[..., None], tuple[str, ...]]] = [
     (bench_app, "gemma-mtp", bench.gemma_mtp, bench.EXAMPLES),
+    (bench_app, "sweep", sweep.run, sweep.EXAMPLES),
     (bench_app, "streams", bench.streams, bench.STREAMS_EXAMPLES),
     (bench_app, "model", model.run, model.EXAMPLES),
     (bench_app, "card", card.run, card.EXAMPLES),

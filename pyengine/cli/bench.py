@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +57,59 @@ HEADS = (
     "round cost",
 )
 
+# Options that several bench commands have
+PromptSuite = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Prompts as JSONL: id, category, prompt, max_tokens.",
+        show_default="the embedded suite",
+    ),
+]
+Tokens = Annotated[
+    int, typer.Option(help="Maximum number of new tokens; a prompt may ask for fewer.")
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="1.0 is off.")]
+TopK = Annotated[int, typer.Option(help="0 is off.")]
+FirstSeed = Annotated[
+    int, typer.Option(help="Seed of the first prompt; each further prompt adds 1.")
+]
+Rules = Annotated[
+    str,
+    typer.Option(
+        help="Acceptance rules to compare: residual,block,coupled; greedy is temperature 0, with "
+        "plain runs of its own."
+    ),
+]
+Drafters = Annotated[
+    str,
+    typer.Option(
+        help="Where drafts come from, to compare: assistant,dflash,lookup,early:6,assistant+lookup."
+    ),
+]
+Repeats = Annotated[
+    int, typer.Option(help="Timed runs per prompt and setting; figures are their medians.")
+]
+AnyPair = Annotated[
+    bool,
+    typer.Option(
+        "--allow-unverified-gemma",
+        help="Also run a pair that is not one of the published ones.",
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Draw a PNG, which needs matplotlib.", show_default=False),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write the report as JSON.", show_default=False),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Also print the report, without its rows, as one line.")
+]
+
 
 class PublishedNames(TyperCommand):
     """A command that also takes options by their published names; its help shows ours."""
@@ -76,50 +129,21 @@ def gemma_mtp(
     dflash: DFlashDir = None,
     bundle: BundleDir = None,
     ops: OpsName = None,
-    prompt_suite: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Prompts as JSONL: id, category, prompt, max_tokens.",
-            show_default="the embedded suite",
-        ),
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option(help="Maximum number of new tokens; a prompt may ask for fewer.")
-    ] = 256,
+    prompt_suite: PromptSuite = None,
+    max_tokens: Tokens = 256,
     block_sizes: Annotated[
         str, typer.Option(help="Block sizes to compare with plain decoding; may name auto.")
     ] = "2,4,6",
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="1.0 is off.")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="0 is off.")] = 64,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the first prompt; each further prompt adds 1.")
-    ] = 0,
-    verify: Annotated[
-        str, typer.Option(help="Acceptance rules to compare: residual,block,coupled.")
-    ] = "residual",
-    drafter: Annotated[
-        str,
-        typer.Option(help="Where drafts come from, to compare: assistant,dflash,lookup,early:6."),
-    ] = "assistant",
-    repeats: Annotated[
-        int, typer.Option(help="Timed runs per prompt and setting; figures are their medians.")
-    ] = 3,
-    allow_unverified_gemma: Annotated[
-        bool,
-        typer.Option(
-            "--allow-unverified-gemma",
-            help="Also run a pair that is not one of the published ones.",
-        ),
-    ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the report as JSON.", show_default=False),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Also print the report, without its rows, as one line.")
-    ] = False,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 0.95,
+    top_k: TopK = 64,
+    seed: FirstSeed = 0,
+    verify: Rules = "residual",
+    drafter: Drafters = "assistant",
+    repeats: Repeats = 3,
+    allow_unverified_gemma: AnyPair = False,
+    output: Output = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time exact speculative decoding against plain decoding, alternating in one process.
 
@@ -128,80 +152,20 @@ def gemma_mtp(
     Ctrl-C keeps the finished rows.
     """
     with common.sentences():
-        blocks = read_blocks(block_sizes)
-        from pyengine.bench import gemma_mtp, report, suite
-        from pyengine.sampling.settings import MAX_SEED, Sampling
-
-        rules, drafters = verify.split(","), drafter.split(",")
-        gemma_mtp.check_settings(blocks, repeats, max_tokens, rules, drafters)
-        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        cases = suite.load_suite(prompt_suite or suite.EMBEDDED)
-        if seed + len(cases) - 1 > MAX_SEED:
-            raise ValueError(
-                f"[bench] seed must be at most {MAX_SEED} in the last of {len(cases)} cases but "
-                f"got {seed} for the first."
-            )
-        if output:
-            check_output("bench", output)
-        pair = common.load_pair(target, assistant, bundle, None, Position.last, ops, dflash)
-        check_published(pair, allow_unverified_gemma)
-        run_on = report.environment()
-        for line in report.heading(run_on, pair):
-            typer.echo(line)
-        rows: list[Row] = []
-        ended: BaseException | None = None
-        try:
-            with common.progress() as on_run:
-                gemma_mtp.gemma_mtp(
-                    pair,
-                    cases,
-                    max_tokens=max_tokens,
-                    block_sizes=blocks,
-                    sampling=sampling,
-                    repeats=repeats,
-                    rules=rules,
-                    drafters=drafters,
-                    on_run=on_run,
-                    on_rows=rows.extend,
-                )
-        except (KeyboardInterrupt, ValueError, RuntimeError, MemoryError) as error:
-            if not rows:
-                raise
-            ended = error
-        settings = {
-            "command": sys.argv[1:],
-            "prompt_suite": str(prompt_suite or suite.EMBEDDED.name),
-            "max_tokens": max_tokens,
-            "draft_block_sizes": blocks,
-            "verify": rules,
-            "drafter": drafters,
-            "repeats": repeats,
-        }
-        summary = gemma_mtp.summarise(rows)
-        whole = report.make_report(
-            run_on, pair, cases, rows, summary, settings, sampling, complete=ended is None
+        compare(
+            "gemma-mtp",
+            lambda: common.load_pair(target, assistant, bundle, None, Position.last, ops, dflash),
+            prompt_suite=prompt_suite,
+            max_tokens=max_tokens,
+            block_sizes=block_sizes,
+            sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
+            verify=verify,
+            drafter=drafter,
+            repeats=repeats,
+            allow_unverified_gemma=allow_unverified_gemma,
+            output=output,
+            as_json=as_json,
         )
-        out = common.console(sys.stdout)
-        finished = _show_cases(out, rows)
-        if ended is not None:
-            last = len(rows[-1]["samples"])
-            typer.echo(
-                f"Not complete: {finished} of {len(cases)} prompts, the last with {last} of "
-                f"{repeats} repeats.",
-                err=True,
-            )
-        if len(cases) > 1:
-            left = "all" if finished == len(cases) else f"{finished} of"
-            show_settings(out, f"{left} {len(cases)} prompts", summary)
-        if output:
-            from pyengine.untrusted import write_whole
-
-            write_whole(output, json.dumps(whole, indent=2) + "\n")
-            typer.echo(f"Report: {output}", err=True)
-        if as_json:
-            typer.echo(json.dumps({k: v for k, v in whole.items() if k != "rows"}))
-        if ended is not None:
-            raise ended
 
 
 def streams(
@@ -215,20 +179,13 @@ def streams(
         str, typer.Option(help="Block sizes, 1 for plain decoding, or auto.")
     ] = "1,4,auto",
     max_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per text.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    temperature: Temperature = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the first text; each further adds 1.")] = 0,
     verify: VerifyRule = Verify.coupled,
     repeats: Annotated[
         int, typer.Option(help="Timed runs per setting; figures are their medians.")
     ] = 3,
-    prompt_suite: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Prompts as JSONL: id, category, prompt, max_tokens.",
-            show_default="the embedded suite",
-        ),
-    ] = None,
+    prompt_suite: PromptSuite = None,
     load: Annotated[
         str,
         typer.Option(
@@ -239,16 +196,8 @@ def streams(
     rate: Annotated[
         float, typer.Option(help="Requests per second of --load arrivals, on average.")
     ] = 1.0,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Draw a PNG, which needs matplotlib.", show_default=False
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the report as JSON.", show_default=False),
-    ] = None,
+    plot: Plot = None,
+    output: Output = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Also print the report as one line.")
     ] = False,
@@ -327,6 +276,142 @@ def streams(
             raise RuntimeError("[bench] texts must be those alone but differ.")
 
 
+def compare(
+    name: str,
+    load: Callable[[], Pair],
+    *,
+    prompt_suite: Path | None,
+    max_tokens: int,
+    block_sizes: str,
+    sampling: dict[str, Any],
+    verify: str,
+    drafter: str,
+    repeats: int,
+    allow_unverified_gemma: bool,
+    output: Path | None,
+    as_json: bool,
+    plot: Path | None = None,
+    show_more: Callable[[Console, list[Row]], None] = lambda out, summary: None,
+) -> None:
+    """Run a bench command of that name: every setting against plain decoding, shown and written.
+
+    Args:
+        name: Of the command.
+        load: Reads the pair, once all else is known to be possible.
+        prompt_suite, max_tokens, block_sizes, verify, drafter, repeats: As the options have them.
+        allow_unverified_gemma, output, as_json: The same.
+        sampling: Fields of the settings; the seed is that of the first prompt.
+        plot: Where to draw a picture.
+        show_more: Shows what the command adds to the tables.
+
+    Raises:
+        ValueError, RuntimeError, MemoryError, KeyboardInterrupt: A setting is impossible, or the
+            run ended early; rows that are finished then are shown and written first.
+    """
+    blocks = read_blocks(block_sizes)
+    from pyengine.bench import gemma_mtp, picture, report, suite, sweep_picture
+    from pyengine.sampling.settings import MAX_SEED, Sampling
+    from pyengine.untrusted import write_whole
+
+    rules, drafters = verify.split(","), drafter.split(",")
+    gemma_mtp.check_settings(blocks, repeats, max_tokens, rules, drafters)
+    used = Sampling(**sampling)
+    first = used.seed or 0
+    cases = suite.load_suite(prompt_suite or suite.EMBEDDED)
+    if first + len(cases) - 1 > MAX_SEED:
+        raise ValueError(
+            f"[bench] seed must be at most {MAX_SEED} in the last of {len(cases)} cases but "
+            f"got {first} for the first."
+        )
+    for file in (output, plot):
+        if file:
+            check_output("bench", file)
+    if plot:
+        picture.check_available("bench", "leave --plot out")
+    pair = load()
+    check_published(pair, allow_unverified_gemma)
+    run_on = report.environment()
+    for line in report.heading(run_on, pair):
+        typer.echo(line)
+    rows: list[Row] = []
+    ended: BaseException | None = None
+    try:
+        with common.progress() as on_run:
+            gemma_mtp.gemma_mtp(
+                pair,
+                cases,
+                max_tokens=max_tokens,
+                block_sizes=blocks,
+                sampling=used,
+                repeats=repeats,
+                rules=rules,
+                drafters=drafters,
+                on_run=on_run,
+                on_rows=rows.extend,
+            )
+    except (KeyboardInterrupt, ValueError, RuntimeError, MemoryError) as error:
+        if not rows:
+            raise
+        ended = error
+    settings = {
+        "command": sys.argv[1:],
+        "prompt_suite": str(prompt_suite or suite.EMBEDDED.name),
+        "max_tokens": max_tokens,
+        "draft_block_sizes": blocks,
+        "verify": rules,
+        "drafter": drafters,
+        "repeats": repeats,
+    }
+    summary = gemma_mtp.summarise(rows)
+    whole = report.make_report(
+        run_on, pair, cases, rows, summary, settings, used, ended is None, name
+    )
+    out = common.console(sys.stdout)
+    finished = _show_cases(out, rows)
+    if ended is not None:
+        last = len(rows[-1]["samples"])
+        typer.echo(
+            f"Not complete: {finished} of {len(cases)} prompts, the last with {last} of "
+            f"{repeats} repeats.",
+            err=True,
+        )
+    if len(cases) > 1:
+        left = "all" if finished == len(cases) else f"{finished} of"
+        show_settings(out, f"{left} {len(cases)} prompts", summary)
+    _show_mixes(out, summary)
+    show_more(out, summary)
+    if plot:
+        write_whole(plot, sweep_picture.draw(whole))
+        typer.echo(f"Picture: {plot}", err=True)
+    if output:
+        write_whole(output, json.dumps(whole, indent=2) + "\n")
+        typer.echo(f"Report: {output}", err=True)
+    if as_json:
+        typer.echo(json.dumps({k: v for k, v in whole.items() if k != "rows"}))
+    if ended is not None:
+        raise ended
+
+
+def _show_mixes(out: Console, summary: Sequence[Row]) -> None:
+    """Which drafter of each mix gave what, over all prompts."""
+    cells = [
+        (
+            f"{row['block_size']} {row['drafter']}",
+            row["verify"],
+            name,
+            str(own["rounds"]),
+            str(own["drafted"]),
+            str(own["accepted"]),
+            _figure(own["accepted"] / own["drafted"], ".3f"),
+        )
+        for row in summary
+        for name, own in row["by_drafter"].items()
+    ]
+    if cells:
+        heads = ("block", "verify", "of it", "rounds", "drafted", "accepted", "acceptance")
+        tables.show(out, "drafters of the mixes", heads, cells, right=True)
+
+
 def _show_cases(out: Console, rows: Sequence[Row]) -> int:
     """A table for each prompt that has rows; how many there are."""
     names = dict.fromkeys(row["prompt_id"] for row in rows)
@@ -338,7 +423,7 @@ def _show_cases(out: Console, rows: Sequence[Row]) -> int:
 
 def show_settings(out: Console, title: str, rows: Sequence[Row]) -> None:
     """One prompt's rows or the summary, one line per setting."""
-    from pyengine.bench.gemma_mtp import PLAIN
+    from pyengine.bench.gemma_mtp import GREEDY, PLAIN
 
     cells = []
     for row in rows:
@@ -347,7 +432,7 @@ def show_settings(out: Console, title: str, rows: Sequence[Row]) -> None:
         cells.append(
             (
                 "plain" if plain else block,
-                "-" if plain else row["verify"],
+                "-" if plain and row["verify"] != GREEDY else row["verify"],
                 _figure(row["tok_s"], ".1f"),
                 "-" if plain else _figure(row["acceptance_rate"], ".3f"),
                 _figure(row["tokens_per_round"], ".2f"),

@@ -223,6 +223,10 @@ def print_stats(result: Result, more: Mapping[str, str] | None = None) -> None:
     }
     if s.drafted:
         rows["acceptance"] = f"{s.acceptance:.3f} of {s.drafted} drafts"
+        for name, own in s.by_drafter.items():
+            rows[f"of {name}"] = (
+                f"{own['rounds']} rounds, {own['accepted']} of {own['drafted']} drafts kept"
+            )
         rows["by depth"] = " ".join(f"{a:.2f}" for a in s.acceptance_by_depth)
     if s.forced:
         rows["forced"] = f"{s.forced} tokens by the grammar, without a draft"

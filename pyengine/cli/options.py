@@ -137,8 +137,8 @@ DrafterName = Annotated[
         "--drafter",
         metavar="NAME",
         help="Where drafts come from: assistant; dflash, the pair's DFlash model; lookup, in the "
-        "text so far; or early:N, the target's own first N layers. Only the first needs an "
-        "assistant.",
+        "text so far; early:N, the target's own first N layers; or one of them and lookup where "
+        "the text repeats itself, as assistant+lookup. lookup and early:N need no assistant.",
         show_default="assistant",
     ),
 ]

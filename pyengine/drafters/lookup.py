@@ -62,17 +62,34 @@ class LookupDrafter:
     def take_results(self, arrays: list[mx.array]) -> None:
         self._drafts = arrays
 
-    def wants_to_draft(self, text: Sequence[int], k: int, forced: Sequence[int] = ()) -> bool:
-        drafts = self.find([*text, *forced] if forced else text, k)
+    def wants_to_draft(
+        self,
+        text: Sequence[int],
+        k: int,
+        forced: Sequence[int] = (),
+        shortest: int = SHORTEST,
+    ) -> bool:
+        drafts = self.find([*text, *forced] if forced else text, k, shortest)
         self._drafts = [mx.array([*forced, *drafts], dtype=mx.int32)] if drafts else []
         return bool(drafts)
 
-    def find(self, text: Sequence[int], k: int) -> list[int]:
-        """The k tokens that followed the longest match; none where there is no match.
+    def find(self, text: Sequence[int], k: int, shortest: int = SHORTEST) -> list[int]:
+        """The k tokens that followed the longest match; none where so many tokens do not match.
 
         A match that reaches into what it predicts goes on with its own drafts, so that there are
-        always k. Of equally long matches the newest counts. Each text must begin with the one
-        before.
+        always k.
+        """
+        place, length = self.match(text)
+        drafts: list[int] = []
+        while length >= shortest and len(drafts) < k:
+            at = place + len(drafts)
+            drafts.append(text[at] if at < len(text) else drafts[at - len(text)])
+        return drafts
+
+    def match(self, text: Sequence[int]) -> tuple[int, int]:
+        """The place behind the longest match of the newest tokens, and its length; 0 for none.
+
+        Of equally long matches the newest counts. Each text must begin with the one before.
         """
         for end in range(self._indexed, len(text)):  # what ends the text matches nothing yet
             tokens = tuple(text[end - SHORTEST : end])
@@ -87,11 +104,7 @@ class LookupDrafter:
             if (found := _match(text, place)) > length:
                 best, length = place, found
             place = self._before.get(place)
-        drafts: list[int] = []
-        while length and len(drafts) < k:
-            at = best + len(drafts)
-            drafts.append(text[at] if at < len(text) else drafts[at - len(text)])
-        return drafts
+        return best, length
 
     @classmethod
     def propose(cls, i: int, drafters: Sequence[Self], asked: Asked) -> list[Filtered]:

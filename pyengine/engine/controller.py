@@ -50,8 +50,10 @@ class Shape(NamedTuple):
     depth: int  # the most drafts of a sequence: steps of the drafter
 
     @classmethod
-    def of(cls, ks: Sequence[int]) -> Shape:
-        return cls(len(ks), sum(ks), max(ks))
+    def of(cls, ks: Sequence[int], free: Sequence[bool] = ()) -> Shape:
+        """``free``: whose drafts take no steps; none where nothing is said."""
+        steps = [0 if own else k for k, own in zip(ks, free, strict=True)] if free else ks
+        return cls(len(ks), sum(ks), max(steps))
 
 
 class Acceptance:
@@ -66,15 +68,15 @@ class Acceptance:
     def __init__(self, prior: Acceptance | None = None, forget: float = FORGET) -> None:
         self.kept = [0.0] * MOST_DRAFTS
         self.made = [0.0] * MOST_DRAFTS
-        self._prior, self._forget = prior, forget
+        self.prior, self._forget = prior, forget
         self._refused = self._expected = HARD  # drafts of late, and by the prior
 
     def note(self, drafted: int, accepted: int) -> None:
         """A round of the text. What lies behind a refused draft tells nothing, and what was known
         of it is forgotten bit by bit; a round without drafts changes nothing."""
         seen = min(drafted, accepted + 1, MOST_DRAFTS)
-        if self._prior is not None and seen:
-            likely = self._prior.rates()[:seen]
+        if self.prior is not None and seen:
+            likely = self.prior.rates()[:seen]
             self._refused = OF_LATE * (self._refused - HARD) + HARD + (accepted < seen)
             self._expected = OF_LATE * (self._expected - HARD) + HARD + seen - sum(likely)
         for depth in range(MOST_DRAFTS if seen else 0):
@@ -94,10 +96,10 @@ class Acceptance:
 
     def _priors(self) -> list[float] | None:
         """The prior's rates, were it as hard as this text."""
-        if self._prior is None:
+        if self.prior is None:
             return None
         hardness = self._refused / self._expected
-        return [prior**hardness for prior in self._prior.rates()]
+        return [prior**hardness for prior in self.prior.rates()]
 
     def reach(self) -> list[float]:
         """How likely each draft is committed: all up to it are kept."""
@@ -198,10 +200,12 @@ class Known:
 
 
 class Text(NamedTuple):
-    """A text that is to have a round; ``fixed`` is how many drafts it makes in any case."""
+    """A text that is to have a round; ``fixed`` is how many drafts it makes in any case, ``free``
+    says that they take no steps of a drafter."""
 
     acceptance: Acceptance
     fixed: int | None = None
+    free: bool = False
 
 
 class Choice(NamedTuple):
@@ -240,6 +244,12 @@ class Controller:
         self._missed_s = 0.0  # what a better shape, not recorded, would have saved
         self._instead_of = 0.0  # tokens per second of what a trial stands in for, else 0
 
+    def pick(self, ways: Sequence[Text]) -> int:
+        """Which of several ways to draft promises a text, were it alone, the most tokens per
+        second; the first of equal ones."""
+        rates = [max(choice.rate for choice in self._choices([way])) for way in ways]
+        return rates.index(max(rates))
+
     def choose(self, texts: Sequence[Text]) -> list[int]:
         """Drafts of each in the next round."""
         if self._held and self._texts == list(texts):
@@ -265,17 +275,20 @@ class Controller:
         seconds: float,
         recorded: bool = False,
         drawn: Sequence[int] | None = None,
+        free: Sequence[bool] = (),
     ) -> None:
         """What became of a round: the drafts of each sequence as they were chosen, those that were
-        kept, and those that were drawn where they are not as many."""
-        shape = Shape.of(ks)
+        kept, and those that were drawn where they are not as many. Those that were ``free`` say
+        nothing of a drafter's."""
+        shape = Shape.of(ks, free)
         self._rounds += 1
         self._played[shape] = self._rounds
         self._played.move_to_end(shape)
         if len(self._played) > PLAYED:
             self._played.popitem(last=False)
-        for k, kept in zip(ks if drawn is None else drawn, accepted, strict=True):
-            self.known.acceptance.note(k, kept)
+        for n, (k, kept) in enumerate(zip(ks if drawn is None else drawn, accepted, strict=True)):
+            if not (free and free[n]):
+                self.known.acceptance.note(k, kept)
         self.known.costs.note(shape, seconds, recorded)
         most = CREDIT * seconds + self.known.costs.recording_s
         spare = CREDIT * seconds if self.known.spare_s is None else self.known.spare_s
@@ -291,7 +304,7 @@ class Controller:
             return None
         for k in OPENING:
             ks = [k if text.fixed is None else text.fixed for text in texts]
-            if costs.rounds(Shape.of(ks)) < ENOUGH:
+            if costs.rounds(Shape.of(ks, _free(texts))) < ENOUGH:
                 return ks
         return None
 
@@ -301,24 +314,25 @@ class Controller:
         ks = [text.fixed or 0 for text in texts]
         tokens = sum(1 + sum(reach[:k]) for reach, k in zip(reaches, ks, strict=True))
         # Alike are those of whose drafts about as many are kept: few shapes, and few graphs
-        free = sorted((round(sum(reaches[n])), n) for n, t in enumerate(texts) if t.fixed is None)
-        kinds = [[n for _, n in kind] for _, kind in groupby(free, key=lambda pair: pair[0])]
+        open_ = sorted((round(sum(reaches[n])), n) for n, t in enumerate(texts) if t.fixed is None)
+        kinds = [[n for _, n in kind] for _, kind in groupby(open_, key=lambda pair: pair[0])]
         gains = [
             (sum(reaches[n][depth] for n in kind), depth, kind)
             for kind in kinds
             for depth in range(MOST_DRAFTS)
         ]
         gains.sort(key=lambda gain: (-gain[0] / len(gain[2]), gain[1]))
-        choices = [self._choice(ks, tokens)]
+        free = _free(texts)
+        choices = [self._choice(ks, tokens, free)]
         for gain, _, kind in gains:
             for n in kind:
                 ks[n] += 1
             tokens += gain
-            choices.append(self._choice(ks, tokens))
+            choices.append(self._choice(ks, tokens, free))
         return choices
 
-    def _choice(self, ks: Sequence[int], tokens: float) -> Choice:
-        shape = Shape.of(ks)
+    def _choice(self, ks: Sequence[int], tokens: float, free: Sequence[bool]) -> Choice:
+        shape = Shape.of(ks, free)
         return Choice(list(ks), shape, tokens, self.known.costs.estimate(shape))
 
     def _best(self, choices: Sequence[Choice]) -> Choice:
@@ -350,3 +364,7 @@ class Controller:
         if trial.shape not in self._played:
             loss += self.known.costs.recording_s
         return trial if loss < self.known.spare_s else None
+
+
+def _free(texts: Sequence[Text]) -> list[bool]:
+    return [text.free for text in texts]

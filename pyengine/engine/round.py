@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from pyengine import mapped
 from pyengine.drafters.drafter import Asked, Drafter, TargetLike
+from pyengine.drafters.mixed import kind_of
 from pyengine.engine.recorded import recorded
 from pyengine.engine.report import Report
 from pyengine.model.cache import Arena, Cache, Placed
@@ -297,8 +298,8 @@ def _propose(
     newest = picked(tokens[-1], [_drafting(texts, i - 1).index(n) for n in drafting])
     parts: list[list[Filtered]] = [[] for _ in texts.groups]
     order: list[list[tuple[int, int]]] = [[] for _ in texts.groups]
-    for kind in dict.fromkeys(type(texts.each[n].drafter) for n in drafting):
-        own = [n for n in drafting if type(texts.each[n].drafter) is kind]
+    for kind in dict.fromkeys(kind_of(texts.each[n].drafter) for n in drafting):
+        own = [n for n in drafting if kind_of(texts.each[n].drafter) == kind]
         drafters = [drafter for n in own if (drafter := texts.each[n].drafter) is not None]
         asked = Asked(
             picked(newest, [drafting.index(n) for n in own]),

@@ -56,15 +56,18 @@ class Rounds:
         if not chosen:
             return
         if guided not in self._controllers:
-            parts = chosen[0].parts
-            known = known_of(parts.target, type(parts.drafter), guided)
+            known = known_of(chosen[0].parts.target, chosen[0].source, guided)
             self._controllers[guided] = Controller(known)
         controller = self._controllers[guided]
         all_texts = controller.known.acceptance
-        texts = [
-            Text(all_texts, s.drafts) if s.acceptance is None else Text(s.acceptance)
-            for s in sequences
-        ]
+        texts = []
+        for sequence in sequences:
+            if sequence.acceptance is None:
+                texts.append(Text(all_texts, sequence.drafts))
+                continue
+            ways = sequence.ways()
+            texts.append(ways[controller.pick(ways) if len(ways) > 1 else 0])
+            sequence.take(texts[-1])
         for sequence, k in zip(sequences, controller.choose(texts), strict=True):
             sequence.drafts = k
 
@@ -116,7 +119,8 @@ class Rounds:
         if guided in self._controllers:
             drawn, kept = zip(*(s.drawn for s in going), strict=True)
             ks = [s.drafts for s in going] if guided else drawn
-            self._controllers[guided].note(ks, kept, seconds, self._recorded_now, drawn)
+            free = [s.looks_up for s in going]
+            self._controllers[guided].note(ks, kept, seconds, self._recorded_now, drawn, free)
         return done
 
     def _played(self, going: Sequence[TokenSequence]) -> on_device.Played:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
 from pyengine import mapped
 from pyengine.checkpoint import memory
 from pyengine.drafters.drafter import MAX_BLOCK, Drafter, TargetLike
+from pyengine.drafters.mixed import MixedDrafter, kind_of, looks_up, source_of
 from pyengine.engine import round as on_device
-from pyengine.engine.controller import Acceptance
+from pyengine.engine.controller import Acceptance, Text
 from pyengine.engine.known import known_of
 from pyengine.engine.prefill import Begun, Shared, prefill
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.report import NonFinite, Report
 from pyengine.engine.stats import Source, Stats, last_source
+from pyengine.engine.turns import Turns
 from pyengine.model.cache import Arena, Cache
 from pyengine.sampling.sampler import Logprob, Sampler
 from pyengine.sampling.settings import Sampling, seeded
@@ -43,6 +45,7 @@ class Round(NamedTuple):
     prompt_done: int | None = None
     num_forced: int = 0  # tokens that a grammar forced and nobody drafted
     sources: tuple[Source, ...] = ()  # one per token
+    drafter: str | None = None  # of a mix, whose drafts they are
 
 
 class TokenSequence:
@@ -76,6 +79,7 @@ class TokenSequence:
         self.drafts = block_size - 1  # of the next round, if its drafter has any
         self.k = 0  # drafts of the newest round
         self.acceptance: Acceptance | None = None  # where each round's block size is chosen
+        self._turns: Turns | None = None  # and who drafts
         self.finish_reason: str | None = None
         self._target, self._drafter = target, drafter if block_size > 1 else None
         self._sampling = seeded(sampling)
@@ -96,8 +100,10 @@ class TokenSequence:
         self._counts = (0, 0, 0)  # of it: drafted, accepted, forced
         self._sources: list[Source] = ["first"]
         if auto and self._drafter is not None:
-            known = known_of(target, type(self._drafter), self.is_guided)
+            known = known_of(target, source_of(self._drafter), self.is_guided)
             self.acceptance = Acceptance(known.acceptance)
+            if isinstance(self._drafter, MixedDrafter) and not self.is_guided:
+                self._turns = Turns(target, self._drafter, self.acceptance)
         self.stats.block_size = "auto" if self.acceptance else block_size
         self.stats.prompt_tokens = len(prompt)
         self.stats.seed = self._sampling.seed
@@ -106,6 +112,27 @@ class TokenSequence:
     def state(self) -> on_device.State:
         """What its next round starts from."""
         return self.parts.state(self._primary)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What a recorded round goes by, beside numbers of the settings."""
+        return self.block_size, kind_of(self._drafter), self.logprobs
+
+    @property
+    def source(self) -> type[Drafter | None]:
+        """The drafters whose rounds tell what those of this one cost."""
+        return source_of(self._drafter)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the newest round was lookup's of a mix."""
+        return looks_up(self._drafter)
+
+    @property
+    def turn(self) -> str | None:
+        """Of a mix who drafted in the newest round, if anybody did."""
+        drafter = self._drafter
+        return drafter.turn_name if isinstance(drafter, MixedDrafter) and self.drawn[0] else None
 
     @property
     def is_guided(self) -> bool:
@@ -169,7 +196,6 @@ class TokenSequence:
         vocab = begun.logits.shape[-1]
         self.sampler = Sampler(self._sampling, self.prompt, vocab)
         self.parts = on_device.Parts(self._target, self._drafter, begun.cache, vocab, self.logprobs)
-        self.kind = self.block_size, type(self._drafter), self.logprobs
         masks = None
         if self._matcher is not None:
             from pyengine.engine.guided import Guide
@@ -183,6 +209,16 @@ class TokenSequence:
         self._primary = played.outcomes[0].primary
         self.stats.prefill_s += time.perf_counter() - start
         return self.commit(report)
+
+    def ways(self) -> list[Text]:
+        """How its next round may draft; for one whose block size is automatic."""
+        assert self.acceptance is not None
+        return [Text(self.acceptance)] if self._turns is None else self._turns.ways(self._text)
+
+    def take(self, way: Text) -> None:
+        """Draft one of these ways."""
+        if self._turns is not None:
+            self._turns.take(way)
 
     def prepare(self) -> None:
         """Make ready for a round: the tokens so far, how many drafts, room in the cache.
@@ -227,8 +263,8 @@ class TokenSequence:
         self._counts = (self.k, accepted, 0) if guide is None else guide.counts(accepted)
         self._sources = ["draft"] * accepted if guide is None else guide.sources(accepted)
         self._sources.append(last_source(*self._counts[:2]))
-        self.stats.count_round(*self._counts)
-        if self.acceptance is not None:
+        self.stats.count_round(*self._counts, self.turn)
+        if self.acceptance is not None and not self.looks_up:
             self.acceptance.note(*self.drawn)
         self.stats.decode_s += seconds
 
@@ -248,13 +284,16 @@ class TokenSequence:
         logprobs = None if report.logprobs is None else report.logprobs[: len(tokens)]
         if self.guide is not None:
             self.guide.commit(report.accepted, None if self.finish_reason else tokens[-1])
+        if self._turns is not None:
+            self._turns.judge(tokens)
         self._text += tokens
         self._new = tokens
         if self._prefix is not None:
             self._prefix.keep(self._text[:-1])  # the newest token is not processed yet
         drafted, accepted, forced = self._counts
         sources = tuple(self._sources[: len(tokens)])
-        return Round(tokens, self.finish_reason, drafted, accepted, logprobs, None, forced, sources)
+        reason = self.finish_reason
+        return Round(tokens, reason, drafted, accepted, logprobs, None, forced, sources, self.turn)
 
 
 def _cut(tokens: list[int], room: int, stop_ids: frozenset[int]) -> tuple[list[int], str | None]:

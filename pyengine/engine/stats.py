@@ -26,6 +26,7 @@ class Stats:
     size of its own, on which no text depends. What a round committed behind a stop string
     counts too. ``forced`` tokens are those that a grammar left no choice about and that cost no
     draft: they are neither drafted nor accepted here, and ``tokens_per_round`` has them.
+    ``by_drafter`` has rounds, drafted and accepted of each drafter of a mix; nothing for others.
     """
 
     block_size: int | str = 1
@@ -44,6 +45,7 @@ class Stats:
     bonus_tokens: int = 0
     correction_tokens: int = 0
     peak_memory_bytes: int = 0
+    by_drafter: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def tok_s(self) -> float:
@@ -69,8 +71,11 @@ class Stats:
     def tokens_per_round(self) -> float:
         return (self.generated_tokens - 1) / self.rounds if self.rounds else 0.0
 
-    def count_round(self, drafted: int, accepted: int, forced: int = 0) -> None:
-        """A round of so many drafts of a drafter, of which so many were kept, and forced tokens."""
+    def count_round(
+        self, drafted: int, accepted: int, forced: int = 0, drafter: str | None = None
+    ) -> None:
+        """A round of so many drafts of a drafter, of which so many were kept, and forced tokens;
+        the drafter's name where a mix has several."""
         self.rounds += 1
         self.drafted += drafted
         self.accepted += accepted
@@ -81,6 +86,8 @@ class Stats:
         for depth in range(drafted):
             self.drafted_by_depth[depth] += 1
             self.accepted_by_depth[depth] += depth < accepted
+        if drafter is not None:
+            add_counts(self.by_drafter, drafter, drafted, accepted)
         last = last_source(drafted, accepted)
         self.bonus_tokens += last == "bonus"
         self.correction_tokens += last == "correction"
@@ -91,13 +98,30 @@ class Stats:
         return {**self.__dict__, **{name: getattr(self, name) for name in ratios}}
 
 
+def add_counts(
+    to: dict[str, dict[str, int]], drafter: str, drafted: int, accepted: int, rounds: int = 1
+) -> None:
+    """Add rounds of a drafter to what is kept by its name."""
+    own = to.setdefault(drafter, {"rounds": 0, "drafted": 0, "accepted": 0})
+    own["rounds"] += rounds
+    own["drafted"] += drafted
+    own["accepted"] += accepted
+
+
+def add_all(to: dict[str, dict[str, int]], more: dict[str, dict[str, int]]) -> None:
+    """Add what was counted by names to the same elsewhere."""
+    for name, own in more.items():
+        add_counts(to, name, own["drafted"], own["accepted"], own["rounds"])
+
+
 @dataclass
 class Totals:
     """Counts of all texts of an engine since it was made; they only grow.
 
     A round is one call of the target for a block of every text in it. ``prompt_tokens`` counts a
     prompt once for each of its texts, ``reused_tokens`` those of them that were not processed
-    again. ``tokens`` are those that the texts have: none behind a stop string.
+    again. ``tokens`` are those that the texts have: none behind a stop string. ``by_drafter`` has
+    blocks with drafts as rounds, drafted and accepted by the drafter's name.
     """
 
     prompt_tokens: int = 0
@@ -107,6 +131,7 @@ class Totals:
     blocks: int = 0
     drafted: int = 0
     accepted: int = 0
+    by_drafter: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def acceptance(self) -> float:

@@ -128,6 +128,15 @@ class Counts(Collector):
             ("drafts_accepted", "Drafts accepted.", totals.accepted),
         ):
             yield CounterMetricFamily(f"pyengine_{name}", help_text, value)
+        for key, name, help_text in (
+            ("rounds", "drafter_blocks", "Blocks with drafts, by the drafter that made them."),
+            ("drafted", "drafter_drafts", "Drafts made, by drafter."),
+            ("accepted", "drafter_drafts_accepted", "Drafts accepted, by drafter."),
+        ):
+            family = CounterMetricFamily(f"pyengine_{name}", help_text, labels=["drafter"])
+            for drafter, counts in totals.by_drafter.copy().items():
+                family.add_metric([drafter], counts[key])
+            yield family
 
 
 def outcome_of(status: int) -> str:

@@ -14,7 +14,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from pyengine.engine.sequence import Round
-from pyengine.engine.stats import Stats
+from pyengine.engine.stats import Stats, add_all
 from pyengine.streams import Engine, Request
 from pyengine.task import Answer, Result, Step
 from pyengine.text.output import Reader
@@ -148,5 +148,8 @@ class Budgeted:
             total.accepted += last.accepted
             total.bonus_tokens += last.bonus_tokens
             total.correction_tokens += last.correction_tokens
+            total.by_drafter = {}
+            for part in (first, last):
+                add_all(total.by_drafter, part.by_drafter)
             total.peak_memory_bytes = max(first.peak_memory_bytes, last.peak_memory_bytes)
         return total

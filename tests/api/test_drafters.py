@@ -82,7 +82,8 @@ def test_an_unknown_name_is_one_sentence(tok: Tokenizer, drafter: Any, shown: st
         with pytest.raises(ValueError) as error:
             door()
         message = (
-            f"[generate] drafter must be assistant, dflash, lookup or early:N but got {shown}."
+            "[generate] drafter must be assistant, dflash, lookup, early:N or NAME+lookup but got "
+            f"{shown}."
         )
         assert str(error.value) == message
 
@@ -154,8 +155,8 @@ def test_a_wrong_name_is_told_before_the_weights_are_read(
     done = CliRunner().invoke(cli.app, [command, "--drafter", "best", *port], input="fox\n")
     assert done.exit_code != 0
     assert (
-        "[generate] drafter must be assistant, dflash, lookup or early:N but got 'best'."
-        in done.stderr
+        "[generate] drafter must be assistant, dflash, lookup, early:N or NAME+lookup but got "
+        "'best'." in done.stderr
     )
 
 

@@ -194,9 +194,12 @@ def test_table_has_the_columns(run: Any, capsys: pytest.CaptureFixture[str]) -> 
         ({"block_sizes": [1]}, "block sizes must be 2 to 128 but got 1."),
         ({"block_sizes": [4, 129]}, "block sizes must be 2 to 128 but got 129."),
         ({"block_sizes": [4, 4]}, "block sizes must differ but got [4, 4]."),
-        ({"rules": ["best"]}, "verify must be of residual, block, coupled but got 'best'."),
+        ({"rules": ["best"]}, "verify must be of residual, block, coupled, greedy but got 'best'."),
         ({"rules": ["block", "block"]}, "verify must name a rule once but got block,block."),
-        ({"drafters": ["best"]}, "drafter must be of assistant, lookup, early:N but got 'best'."),
+        (
+            {"drafters": ["best"]},
+            "drafter must be of assistant, lookup, early:N, NAME+lookup but got 'best'.",
+        ),
         (
             {"drafters": ["lookup", "lookup"]},
             "drafter must name one once but got lookup,lookup.",

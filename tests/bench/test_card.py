@@ -161,6 +161,7 @@ def test_depths_that_a_prompt_never_saw(whole: dict[str, Any]) -> None:
             row |= {"drafted_by_depth": [2], "accepted_by_depth": [1]}
         elif row["block_size"] == BLOCK:
             row |= {"drafted_by_depth": [5, 5, 0], "accepted_by_depth": [4, 3, 0]}
+    whole["summary"] = gemma_mtp.summarise(whole["rows"])
     made = make_card(whole, [], Shapes("E2B", 16, 0), Bandwidth(1.0, False, "x"), [], True)
     block = made["decoding"][1]
     assert block["drafted_by_depth"] == [7, 5, 0] and block["accepted_by_depth"] == [5, 3, 0]

@@ -279,7 +279,10 @@ def test_embedded_and_verified_pairs_need_no_permission(pair: Any) -> None:
         assert done.exit_code == 0 and "flappy_html5_canvas" in done.stdout
 
 
-COMMANDS = "generate,chat,convert,inspect,doctor,serve,bench,bench gemma-mtp,bench model,bench card"
+COMMANDS = (
+    "generate,chat,convert,inspect,doctor,serve,bench,bench gemma-mtp,bench sweep,bench model,"
+    "bench card"
+)
 
 
 @pytest.mark.parametrize("command", [[], *(words.split() for words in COMMANDS.split(","))])

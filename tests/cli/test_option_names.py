@@ -29,7 +29,9 @@ def help_of(*path: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", out)
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "serve", "bench gemma-mtp", "bench card"])
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "serve", "bench gemma-mtp", "bench sweep", "bench card"]
+)
 def test_the_pair_is_named_alike_everywhere(command: str) -> None:
     path = command.split()
     text = help_of(*path)

@@ -32,6 +32,7 @@ WHOLE = [
     " block size   4",
     " rounds       8, 3.75 tokens each",
     " acceptance   0.640 of 25 drafts",
+    " of lookup    2 rounds, 7 of 9 drafts kept",
     " by depth     0.90 0.25 0.75",
     " forced       3 tokens by the grammar, without a draft",
     " peak memory  123 MB",

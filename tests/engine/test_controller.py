@@ -304,3 +304,27 @@ def test_what_is_kept_is_bounded() -> None:
     for count in range(1, 200):
         controller.note([1] * count, [1] * count, 1.0)
     assert len(known.costs.shapes) == 64 and len(controller._played) == PLAYED
+
+
+def test_drafts_that_cost_no_steps() -> None:
+    """They are rows of the target alone: another shape, chosen longer, no news of the others."""
+    assert Shape.of([3, 7], [False, True]) == Shape(2, 10, 3)
+    assert Shape.of([7], [True]) == Shape(1, 7, 0) != Shape.of([7], [False]) == Shape.of([7])
+    known = Known()
+    for k in range(8):
+        for _ in range(ENOUGH):
+            known.costs.note(Shape(1, k, k), 1 + 0.05 * k + 0.2 * k)
+            known.costs.note(Shape(1, k, 0), 1 + 0.05 * k)
+    controller, prior = Controller(known), Acceptance()
+    even = [Text(Acceptance(prior)), Text(Acceptance(prior), free=True)]
+    assert controller.pick(even) == 1 and controller.pick(even[::-1]) == 0
+    for _ in range(20):  # of the free ones none is kept
+        even[1].acceptance.note(7, 0)
+    assert controller.pick(even) == 0
+    free = controller.choose([Text(Acceptance(prior), free=True)])
+    assert free > controller.choose([Text(Acceptance(prior))])
+    before = list(known.acceptance.made)
+    controller.note([5], [5], 1.25, free=[True])
+    assert known.acceptance.made == before and known.costs.rounds(Shape(1, 5, 0)) == ENOUGH + 1
+    controller.note([5], [5], 2.25, free=[False])
+    assert known.acceptance.made[0] == 1

@@ -182,7 +182,8 @@ def test_names() -> None:
     for name in ("early", "early:", "early:0", "early:06", "early:-1", "early:6 ", "early:٣", None):
         assert not is_name(name)
         with pytest.raises(
-            ValueError, match=r"drafter must be assistant, dflash, lookup or early:N but"
+            ValueError,
+            match=r"drafter must be assistant, dflash, lookup, early:N or NAME\+lookup but",
         ):
             pyengine.generate("x", drafter=name or "early:x")
     for name in ("early:24", "early:9999"):

@@ -39,6 +39,7 @@ STATS = Stats(
     bonus_tokens=5,
     correction_tokens=6,
     peak_memory_bytes=123_456_789,
+    by_drafter={"lookup": {"rounds": 2, "drafted": 9, "accepted": 7}},
 )
 TOLD = {
     "block_size": 4,
@@ -57,6 +58,7 @@ TOLD = {
     "bonus_tokens": 5,
     "correction_tokens": 6,
     "peak_memory_bytes": 123_456_789,
+    "by_drafter": {"lookup": {"rounds": 2, "drafted": 9, "accepted": 7}},
     # 30 tokens after the first in 12 s; 100 new ones in half a second; 16 of 25; 30 in 8 rounds
     "tok_s": 2.5,
     "prefill_tok_s": 200.0,
@@ -78,7 +80,7 @@ def test_a_generation_begins_with_nothing() -> None:
     """Plain decoding, no seed yet, and every count and second 0; lists of its own."""
     lists = ("drafted_by_depth", "accepted_by_depth", "acceptance_by_depth")
     none: dict[str, Any] = dict.fromkeys(TOLD, 0) | {name: [] for name in lists}
-    assert Stats().to_dict() == {**none, "block_size": 1, "seed": None}
+    assert Stats().to_dict() == {**none, "block_size": 1, "seed": None, "by_drafter": {}}
     assert Stats().drafted_by_depth is not Stats().drafted_by_depth
 
 
@@ -111,6 +113,19 @@ def test_rounds_are_counted(rounds: list[tuple[int, int]], told: tuple[Any, ...]
         s.count_round(drafted, accepted)
     counts = (s.rounds, s.drafted, s.accepted, s.drafted_by_depth, s.accepted_by_depth)
     assert (*counts, s.bonus_tokens, s.correction_tokens) == told
+    assert s.by_drafter == {}
+
+
+def test_rounds_of_a_mix_are_counted_by_drafter() -> None:
+    s = Stats()
+    for drafted, accepted, drafter in ((3, 1, "lookup"), (2, 2, "assistant"), (0, 0, None)):
+        s.count_round(drafted, accepted, drafter=drafter)
+    s.count_round(7, 6, 2, "lookup")
+    assert s.by_drafter == {
+        "lookup": {"rounds": 2, "drafted": 10, "accepted": 7},
+        "assistant": {"rounds": 1, "drafted": 2, "accepted": 2},
+    }
+    assert (s.rounds, s.drafted, s.accepted, s.forced) == (4, 12, 9, 2)
 
 
 class CountingTarget:
@@ -238,6 +253,7 @@ def test_counts_and_clocks_of_a_generation(clock: Clock) -> None:
         "accepted_by_depth": [4, 3, 2],
         "bonus_tokens": 2,
         "correction_tokens": 3,
+        "by_drafter": {},
         "tok_s": 2.0,
         "prefill_tok_s": pytest.approx(2 / 3.375),
         "acceptance": 0.6,

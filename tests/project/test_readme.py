@@ -9,6 +9,9 @@ from types import ModuleType
 
 import pytest
 
+from pyengine.bench import traffic
+from pyengine.checkpoint.published import published
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -37,6 +40,25 @@ def test_tables_are_computed() -> None:
 def test_the_table_of_prefill_is_computed() -> None:
     design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     assert "\n".join(bounds.prefill_table()) in design
+
+
+def test_the_tables_of_drafters_are_computed() -> None:
+    sweep = (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8")
+    for table in (bounds.drafters_table(), bounds.long_blocks_table()):
+        assert "\n".join(table) in sweep
+    # A verify call of 16 rows reads each weight once, one of 17 twice
+    target, _ = published("31B")
+    more = bounds.verify_bytes(16) - bounds.verify_bytes(15)
+    assert traffic.target_bytes(target, 8) < more < 1.001 * traffic.target_bytes(target, 8)
+    drafts = bounds.drafts_bytes("assistant", 5)
+    assert bounds.verify_bytes(5) + drafts == bounds.round_bytes("31B", 8, 8192, 6)
+    # 1.632 GB of the block model's own at 8 bit, and the head of 262144 x 5376
+    own = bounds.drafts_bytes("DFlash", 15)
+    assert own == pytest.approx((1_535_967_488 + 262_144 * 5376) * (1 + 4 / 64))
+    assert bounds.drafts_bytes("DFlash", 16) is None and bounds.drafts_bytes("lookup", 9) == 0
+    layer = traffic.target_bytes(target, 8) - traffic.head_bytes(target, 8)
+    early = bounds.drafts_bytes("early:12", 1) - traffic.head_bytes(target, 8)
+    assert early == pytest.approx(layer * 12 / 60, rel=0.06)  # and keys and values
 
 
 def test_the_table_of_rounds_is_computed() -> None:
@@ -210,6 +232,7 @@ PAGES = (
     "docs/isa.md",
     "docs/serve.md",
     "docs/speed.md",
+    "docs/sweep.md",
     "docs/tools.md",
 )
 

@@ -120,6 +120,31 @@ def test_counts_of_known_texts(pair: Any) -> None:
         assert counts(figures(other)) == [0] * 6
 
 
+def by_drafter(said: dict[str, float], name: str) -> list[float]:
+    """Blocks, drafts and accepted drafts of one drafter."""
+    kinds = ("drafter_blocks", "drafter_drafts", "drafter_drafts_accepted")
+    return [said.get(f"{kind}_total_{name}", 0) for kind in kinds]
+
+
+def test_counts_by_drafter(pair: Any) -> None:
+    """Of one drafter its own, of a mix each: behind ten tokens that stand there twice lookup."""
+    with Server(pair) as server:
+        assert server.post(TEXT, json=ASK).status_code == 200
+        assert by_drafter(figures(server), "assistant") == [4, 12, 8]
+    said = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
+    with Server(pair, Limits(drafter="assistant+lookup")) as server:
+        body = {**ASK, "prompt": [*said, 4, *said], "max_tokens": 2}
+        usage = server.post(TEXT, json=body).json()["usage"]
+        told = figures(server)
+        of_mix = {
+            name: dict(zip(("rounds", "drafted", "accepted"), by_drafter(told, name), strict=True))
+            for name in usage["by_drafter"]
+        }
+        assert usage["by_drafter"] == of_mix != {}
+        drafted = sum(own["drafted"] for own in of_mix.values())
+        assert drafted == told["drafts_total"] == usage["drafted_tokens"] == 3
+
+
 def test_what_runs_and_waits(pair: Any) -> None:
     gate = hold_rounds(pair)
     with Server(pair, Limits(streams=1, waiting=3)) as server:

@@ -32,6 +32,7 @@ USAGE = {
     "accepted_tokens": 16,
     "acceptance": 0.64,
     "tok_s": 2.5,
+    "by_drafter": STATS.by_drafter,
 }
 
 
@@ -48,6 +49,10 @@ def ask(pair: Any, **changes: Any) -> Ask:
 
 def test_every_field_of_the_usage(pair: Any) -> None:
     assert usage_of(ask(pair), [RESULT]) == USAGE
+    two = {"lookup": {"rounds": 4, "drafted": 18, "accepted": 14}}
+    assert usage_of(ask(pair, n=2), [RESULT, RESULT])["by_drafter"] == two
+    one_drafter = replace(RESULT, stats=replace(STATS, by_drafter={}))
+    assert "by_drafter" not in usage_of(ask(pair), [one_drafter])
 
 
 def test_a_server_that_does_not_tell_what_was_known(pair: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import field_validator
 
+from pyengine.engine.stats import add_all
 from pyengine.sampling.sampler import Logprob
 from pyengine.serve.protocols.ask import Ask, Refused
 from pyengine.serve.protocols.faces import data_event
@@ -176,6 +177,9 @@ def own_usage(ask: Ask, results: Sequence[Result]) -> dict[str, Any]:
     block size "auto" it is the same at any."""
     stats = [result.stats for result in results]
     drafted, accepted = sum(s.drafted for s in stats), sum(s.accepted for s in stats)
+    of_mix: dict[str, dict[str, int]] = {}
+    for own in stats:
+        add_all(of_mix, own.by_drafter)
     return {
         "seed": ask.sampling.seed,
         "block_size": stats[0].block_size,
@@ -183,6 +187,7 @@ def own_usage(ask: Ask, results: Sequence[Result]) -> dict[str, Any]:
         "accepted_tokens": accepted,
         "acceptance": accepted / drafted if drafted else 0.0,
         "tok_s": sum(s.tok_s for s in stats),
+        **({"by_drafter": of_mix} if of_mix else {}),
     }
 
 

@@ -1,0 +1,105 @@
+"""``pyengine bench sweep``: drafters by rules by block sizes, up to the longest, as a graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pyengine.cli import common, tables
+from pyengine.cli.bench import (
+    AnyPair,
+    AsJson,
+    Drafters,
+    FirstSeed,
+    Output,
+    Plot,
+    PromptSuite,
+    Repeats,
+    Rules,
+    Temperature,
+    Tokens,
+    TopK,
+    TopP,
+    compare,
+)
+from pyengine.cli.options import AssistantDir, BundleDir, OpsName, Position, TargetDir
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pyengine.bench.gemma_mtp import Row
+
+EXAMPLES = (
+    "pyengine bench sweep --plot sweep.png",
+    "pyengine bench sweep --drafter assistant,early:6 --block-sizes 4,16,64,100 --verify coupled",
+    "pyengine bench sweep --bundle ./pair --drafter assistant,lookup,assistant+lookup",
+)
+DEPTHS = (1, 2, 4, 8, 16, 32, 64, 99, 127)  # drafts that the table of depths has
+
+
+def run(
+    target: TargetDir = None,
+    assistant: AssistantDir = None,
+    bundle: BundleDir = None,
+    ops: OpsName = None,
+    drafter: Drafters = "assistant,lookup",
+    block_sizes: Annotated[
+        str, typer.Option(help="Block sizes to compare with plain decoding, 2 to 128.")
+    ] = "2,4,6,8,12,16,32,64,100,128",
+    verify: Rules = "residual",
+    prompt_suite: PromptSuite = None,
+    max_tokens: Tokens = 256,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 0.95,
+    top_k: TopK = 64,
+    seed: FirstSeed = 0,
+    repeats: Repeats = 3,
+    allow_unverified_gemma: AnyPair = False,
+    plot: Plot = None,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how many drafts pay: each drafter and rule at block sizes up to 128.
+
+    Runs as bench gemma-mtp does, of which it is the wide form: plain decoding in the same process,
+    all settings by turns, medians, greedy and coupled texts compared with plain ones. --plot draws
+    tokens per second, the multiple of plain decoding, a round's cost, tokens per round and
+    acceptance by block size, and acceptance by draft. Longer blocks draft more, of which ever fewer
+    are kept, and cost more. Ctrl-C keeps the finished rows, and draws them.
+    """
+    with common.sentences():
+        compare(
+            "sweep",
+            lambda: common.load_pair(target, assistant, bundle, None, Position.last, ops),
+            prompt_suite=prompt_suite,
+            max_tokens=max_tokens,
+            block_sizes=block_sizes,
+            sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
+            verify=verify,
+            drafter=drafter,
+            repeats=repeats,
+            allow_unverified_gemma=allow_unverified_gemma,
+            output=output,
+            as_json=as_json,
+            plot=plot,
+            show_more=_show_depths,
+        )
+        if not plot:
+            typer.echo("--plot FILE draws this.", err=True)
+
+
+def _show_depths(out: Console, summary: list[Row]) -> None:
+    """Acceptance by draft, of the longest block of each drafter and rule."""
+    from pyengine.bench.sweep_picture import longest
+
+    rows = longest(summary)
+    deepest = max((len(row["acceptance_by_depth"]) for row in rows), default=0)
+    depths = [depth for depth in DEPTHS if depth <= deepest]
+    cells = []
+    for row in rows:
+        rates = [row["acceptance_by_depth"][depth - 1 : depth] for depth in depths]
+        said = ["-" if not rate or rate[0] is None else f"{rate[0]:.2f}" for rate in rates]
+        cells.append((f"{row['block_size']} {row['drafter']}", row["verify"], *said))
+    heads = ("block", "verify", *map(str, depths))
+    tables.show(out, "acceptance by draft, longest block of each", heads, cells, right=True)
