@@ -15,7 +15,19 @@ from typing import Annotated
 
 import typer
 
-from pyengine.cli import bench, card, chat, common, convert, doctor, generate, inspect, model, serve
+from pyengine.cli import (
+    bench,
+    calibrate,
+    card,
+    chat,
+    common,
+    convert,
+    doctor,
+    generate,
+    inspect,
+    model,
+    serve,
+)
 
 app = typer.Typer(
     name="pyengine",
@@ -52,6 +64,7 @@ COMMANDS: list[tuple[typer.Typer, str, Callable[..., None], tuple[str, ...]]] = 
     (app, "inspect", inspect.run, inspect.EXAMPLES),
     (app, "doctor", doctor.run, doctor.EXAMPLES),
     (app, "serve", serve.run, serve.EXAMPLES),
+    (app, "calibrate", calibrate.run, calibrate.EXAMPLES),
 ]
 for group, name, command, examples in COMMANDS:
     group.command(

@@ -25,7 +25,9 @@ class Stats:
     ``block_size`` are those that were used, given or not; "auto" says that each round had a block
     size of its own, on which no text depends. What a round committed behind a stop string
     counts too. ``forced`` tokens are those that a grammar left no choice about and that cost no
-    draft: they are neither drafted nor accepted here, and ``tokens_per_round`` has them.
+    draft: they are neither drafted nor accepted here, and ``tokens_per_round`` has them. With an
+    early exit ``exits`` has by layers how many tokens left behind so many, of those after the
+    first; else it is empty.
     """
 
     block_size: int | str = 1
@@ -44,6 +46,7 @@ class Stats:
     bonus_tokens: int = 0
     correction_tokens: int = 0
     peak_memory_bytes: int = 0
+    exits: dict[int, int] = field(default_factory=dict)
 
     @property
     def tok_s(self) -> float:
@@ -85,10 +88,24 @@ class Stats:
         self.bonus_tokens += last == "bonus"
         self.correction_tokens += last == "correction"
 
+    @property
+    def mean_layers(self) -> float | None:
+        """Layers per token where tokens may leave early; else None."""
+        tokens = sum(self.exits.values())
+        return sum(n * count for n, count in self.exits.items()) / tokens if tokens else None
+
+    def count_exit(self, layers: int) -> None:
+        """A token that left behind so many layers."""
+        self.exits[layers] = self.exits.get(layers, 0) + 1
+
     def to_dict(self) -> dict[str, Any]:
         """Counts, seconds and the ratios made of them, ready for JSON."""
         ratios = ("tok_s", "prefill_tok_s", "acceptance", "acceptance_by_depth", "tokens_per_round")
-        return {**self.__dict__, **{name: getattr(self, name) for name in ratios}}
+        return {
+            **self.__dict__,
+            "exits": {str(layers): count for layers, count in self.exits.items()},
+            **{name: getattr(self, name) for name in (*ratios, "mean_layers")},
+        }
 
 
 @dataclass
