@@ -32,7 +32,7 @@ from pyengine.engine.early_exit import EarlyRounds, Exit
 from pyengine.engine.loop import decode
 from pyengine.engine.rounds import Rounds
 from pyengine.engine.stats import Stats
-from pyengine.risk import METRICS, Metric, check_bounds, fixed_sequence, least_n, loss, p_value
+from pyengine.risk import METRICS, Metric, check_bounds, fixed_sequence, loss, p_value
 from pyengine.sampling.settings import MAX_SEED, Sampling
 from pyengine.task import Task, embedded_pair, new_task
 from pyengine.text.prompt import Prompt
@@ -178,6 +178,11 @@ class Run:
             found.append(Answered(lost, layers, sum(stats.exits.values())))
         return found
 
+    def seconds(self, exit: Exit | None) -> float:
+        """What decoding all answers takes, with this exit or by the full model."""
+        rounds = self._plain if exit is None else EarlyRounds(exit)
+        return sum(self._answer(i, "", rounds)[1].decode_s for i in range(len(self._tasks)))
+
     def end(self) -> None:
         self._on_answer(self._total, self._total, "done")
 
@@ -228,17 +233,6 @@ def check_settings(
             f"[calibrate] thresholds must be from 1 down to 0 but got {shown(list(thresholds))}."
         )
     return {"delta": delta, "epsilon": epsilon, "decay": decay}
-
-
-def too_few(n: int, delta: float, epsilon: float) -> str | None:
-    """A sentence where so few prompts cannot pass, whatever they show."""
-    least = least_n(delta, epsilon)
-    if n >= least:
-        return None
-    return (
-        f"{n} prompts are too few: even without any loss, delta {delta:g} and epsilon {epsilon:g} "
-        f"need {least}."
-    )
 
 
 def hash_of(prompts: Sequence[Sequence[int]]) -> str:

@@ -79,6 +79,17 @@ def least_n(delta: float, epsilon: float) -> int:
     return n if p_value(0, n, delta, True) <= epsilon else n + 1
 
 
+def too_few(n: int, delta: float, epsilon: float) -> str | None:
+    """A sentence where so few prompts cannot pass, whatever they show."""
+    least = least_n(delta, epsilon)
+    if n >= least:
+        return None
+    return (
+        f"{n} prompts are too few: even without any loss, delta {delta:g} and epsilon {epsilon:g} "
+        f"need {least}."
+    )
+
+
 def loss(metric: Metric, one: Sequence[int], other: Sequence[int]) -> float:
     """How much two texts differ, from 0 to 1: ``differs`` is 1 unless they are equal; ``lcs`` is 1
     - ROUGE-L, twice their longest common subsequence over the lengths of both."""

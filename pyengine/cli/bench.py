@@ -27,13 +27,14 @@ from pyengine.cli.output import check_output
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pyengine.bench.gemma_mtp import Row
+    from pyengine.bench.gemma_mtp import Certified, Row
     from pyengine.checkpoint.pair import Pair
 
 EXAMPLES = (
     "pyengine bench gemma-mtp",
     "pyengine bench gemma-mtp --target ./target --assistant ./assistant "
     "--prompt-suite prompts.jsonl --max-tokens 1000 --block-sizes 6 --output report.json",
+    "pyengine bench gemma-mtp --prompt-suite prompts.jsonl --certify --delta 0.1 --epsilon 0.05",
 )
 STREAMS_EXAMPLES = (
     "pyengine bench streams",
@@ -103,6 +104,20 @@ def gemma_mtp(
     repeats: Annotated[
         int, typer.Option(help="Timed runs per prompt and setting; figures are their medians.")
     ] = 3,
+    certify: Annotated[
+        bool,
+        typer.Option(
+            "--certify",
+            help="Test in the order given which settings are not slower than plain decoding on "
+            "prompts like these.",
+        ),
+    ] = False,
+    delta: Annotated[
+        float, typer.Option(help="With --certify: share of such prompts that may be slower.")
+    ] = 0.1,
+    epsilon: Annotated[
+        float, typer.Option(help="With --certify: it is wrong with this probability at most.")
+    ] = 0.05,
     allow_unverified_gemma: Annotated[
         bool,
         typer.Option(
@@ -127,12 +142,17 @@ def gemma_mtp(
     with common.sentences():
         blocks = read_blocks(block_sizes)
         from pyengine.bench import gemma_mtp, report, suite
+        from pyengine.risk import check_bounds, too_few
         from pyengine.sampling.settings import MAX_SEED, Sampling
 
         rules, drafters = verify.split(","), drafter.split(",")
         gemma_mtp.check_settings(blocks, repeats, max_tokens, rules, drafters)
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         cases = suite.load_suite(prompt_suite or suite.EMBEDDED)
+        if certify:
+            check_bounds("bench", delta, epsilon)
+            if warning := too_few(len(cases), delta, epsilon):
+                typer.echo(f"Warning: {warning}", err=True)
         if seed + len(cases) - 1 > MAX_SEED:
             raise ValueError(
                 f"[bench] seed must be at most {MAX_SEED} in the last of {len(cases)} cases but "
@@ -190,6 +210,15 @@ def gemma_mtp(
         if len(cases) > 1:
             left = "all" if finished == len(cases) else f"{finished} of"
             show_settings(out, f"{left} {len(cases)} prompts", summary)
+        if certify and ended is None:
+            found = gemma_mtp.certify(rows, delta, epsilon)
+            whole["certified"] = {
+                "delta": delta,
+                "epsilon": epsilon,
+                "n": len(cases),
+                "settings": [{**one.setting._asdict(), **_verdict(one)} for one in found],
+            }
+            show_certified(out, found, len(cases), delta, epsilon)
         if output:
             from pyengine.untrusted import write_whole
 
@@ -352,6 +381,30 @@ def show_settings(out: Console, title: str, rows: Sequence[Row]) -> None:
             )
         )
     tables.show(out, title, HEADS, cells, right=True)
+
+
+def _verdict(one: Certified) -> dict[str, Any]:
+    return {"slower": one.slower, "p_value": one.p_value, "certified": one.passed}
+
+
+def show_certified(
+    out: Console, found: Sequence[Certified], n: int, delta: float, epsilon: float
+) -> None:
+    """Which settings are not slower, one line each, in the order of the tests."""
+    title = (
+        f"certified: on prompts like these {n}, not slower than plain decoding on all but a share "
+        f"{delta:g}, with confidence {1 - epsilon:g}"
+    )
+    cells = [
+        (
+            str(one.setting),
+            f"{one.slower} of {n}",
+            "not tested" if one.p_value is None else f"{one.p_value:.3g}",
+            "yes" if one.passed else "no",
+        )
+        for one in found
+    ]
+    tables.show(out, title, ("setting", "slower", "p", "certified"), cells, right=True)
 
 
 def check_published(pair: Pair, allowed: bool) -> None:

@@ -120,6 +120,7 @@ def run(
     with common.sentences():
         from pyengine import calibration
         from pyengine.bench.suite import load_suite
+        from pyengine.risk import too_few
         from pyengine.task import prompt_ids
 
         thresholds = calibration.THRESHOLDS if not lambdas else read_lambdas(lambdas)
@@ -142,7 +143,7 @@ def run(
         )
         cases = load_suite(prompts)
         check_output("calibrate", output)
-        if warning := calibration.too_few(len(cases), delta, epsilon):
+        if warning := too_few(len(cases), delta, epsilon):
             typer.echo(f"Warning: {warning}", err=True)
         pair = common.load_pair(target, assistant, bundle, dtype, Position.last, ops)
         with common.progress("calibration", 10) as on_answer:
