@@ -24,7 +24,7 @@ from pyengine.checkpoint.certificate import (
     MOST_N,
     MOST_TESTED,
     Certificate,
-    Tested,
+    Trial,
     bound,
     without_seed,
 )
@@ -151,7 +151,7 @@ def calibrate(
         delta=settings["delta"],
         epsilon=settings["epsilon"],
         metric=metric,
-        tested=tuple(Tested(one, totals[one], p, means[one]) for one, p in tested),
+        tested=tuple(Trial(one, totals[one], p, means[one]) for one, p in tested),
     )
 
 

@@ -34,7 +34,7 @@ OnBytes = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Tested:
+class Trial:
     """One threshold: what it cost, and what it saved.
 
     Attributes:
@@ -82,7 +82,7 @@ class Certificate:
     delta: float
     epsilon: float
     metric: Metric
-    tested: tuple[Tested, ...]
+    tested: tuple[Trial, ...]
 
     @property
     def threshold(self) -> float | None:
@@ -261,7 +261,7 @@ def read_certificate(path: Path) -> Certificate:
     return certificate
 
 
-def _tested(where: str, rows: list[Any]) -> list[Tested]:
+def _tested(where: str, rows: list[Any]) -> list[Trial]:
     if not 1 <= len(rows) <= MOST_TESTED:
         raise ValueError(f"{where}: tested must have 1 to {MOST_TESTED} rows but got {len(rows)}.")
     found = []
@@ -272,7 +272,7 @@ def _tested(where: str, rows: list[Any]) -> list[Tested]:
         read = _Reader(place, row)
         layers = None if row.get("mean_layers") is None else read.number("mean_layers", 0, MOST_N)
         threshold, total = read.number("lambda", 0, 1), read.number("loss_sum", 0, MOST_N)
-        found.append(Tested(threshold, total, read.number("p_value", 0, 1), layers))
+        found.append(Trial(threshold, total, read.number("p_value", 0, 1), layers))
     return found
 
 
