@@ -178,11 +178,6 @@ class Run:
             found.append(Answered(lost, layers, sum(stats.exits.values())))
         return found
 
-    def seconds(self, exit: Exit | None) -> float:
-        """What decoding all answers takes, with this exit or by the full model."""
-        rounds = self._plain if exit is None else EarlyRounds(exit)
-        return sum(self._answer(i, "", rounds)[1].decode_s for i in range(len(self._tasks)))
-
     def end(self) -> None:
         self._on_answer(self._total, self._total, "done")
 

@@ -33,6 +33,7 @@ WHOLE = [
     " rounds       8, 3.75 tokens each",
     " acceptance   0.640 of 25 drafts",
     " by depth     0.90 0.25 0.75",
+    " exits        20 behind layer 6, 10 behind layer 24; 12.0 layers per token",
     " forced       3 tokens by the grammar, without a draft",
     " peak memory  123 MB",
 ]
