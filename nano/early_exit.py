@@ -96,8 +96,8 @@ def seconds(tasks: list[Task], rounds: Rounds) -> float:
 
 
 def speed(tasks: list[Task], exit: Exit) -> tuple[float, float, float]:
-    """Decoding with the exit over that of the full model, by processor time: the ratio of alternated
-    turns, least, median and greatest."""
+    """Decoding with the exit over the full model's, by processor time: least, median and greatest
+    ratio of alternated turns."""
     full, early, ratios = Rounds(), EarlyRounds(exit), []
     for _ in range(1 + TURNS):
         ratios.append(seconds(tasks, full) / seconds(tasks, early))
@@ -169,8 +169,8 @@ def main() -> None:
             chosen = Exit(args.layer, passed[-1].threshold, DECAY, args.tokens)
             ratio = speed(tasks[:TIMED], chosen)
             print(
-                f"lambda {chosen.threshold:g}: {ratio[1]:.2f} ({ratio[0]:.2f} to {ratio[2]:.2f}) times "
-                f"the full model's tokens per processor second, median of {TURNS} alternated turns of "
+                f"lambda {chosen.threshold:g}: {ratio[1]:.2f} ({ratio[0]:.2f} to {ratio[2]:.2f}) "
+                f"times the full model's tokens per processor second, {TURNS} alternated turns of "
                 f"{TIMED} prompts"
             )
         print(f"{time.perf_counter() - began:.0f} s")
