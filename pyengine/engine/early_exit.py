@@ -97,7 +97,6 @@ class EarlyRounds(Rounds):
         super().__init__()
         self._exit = exit
         self._graphs: dict[Any, Graphs] = {}
-        self._waiting: list[mx.array] = []  # what a token left to write, in place
 
     def _free(self, going: Sequence[TokenSequence], begin: on_device.Start) -> on_device.Played:
         if len(going) != 1 or going[0].k:
@@ -108,9 +107,7 @@ class EarlyRounds(Rounds):
         [sequence] = going
         graphs, layer = self._recorded_of(sequence), self._exit.layer
         looked = graphs.look(begin)
-        # The layers behind the exit are written here, for the token before: one wait for both
-        mx.eval(looked, self._waiting)
-        self._waiting = []
+        mx.eval(looked)
         begin = _after(begin, looked.played.arena)
         target, stats = cast(Leavable, sequence.parts.target), sequence.stats
         confidence = cast(float, looked.confidence.item())
@@ -121,10 +118,9 @@ class EarlyRounds(Rounds):
         if not target.writes_behind(layer):
             return looked.played
         written = graphs.skip(begin, looked.stream)
-        if not dispatch.in_place():
-            return looked.played._replace(arena=written)
-        self._waiting = written
-        return looked.played
+        # Queued now, so that it comes before whatever moves the pages; the next look waits for both
+        mx.async_eval(written)
+        return looked.played._replace(arena=[] if dispatch.in_place() else written)
 
     def _recorded_of(self, sequence: TokenSequence) -> Graphs:
         key = dispatch.chosen(), self._groups

@@ -22,6 +22,7 @@ from pyengine.ops.norm_rope import norm_rope_reference
 from pyengine.ops.prepare_qkv import PAGE
 from pyengine.ops.rms_norm import rms_norm_reference
 from pyengine.sampling.settings import Sampling
+from pyengine.task import embedded_pair
 
 PROMPT = [2, 30, 41, 52, 63, 74, 85, 96, 107, 118, 129, 3, 9]
 NEVER, ALWAYS = math.inf, 0.0
@@ -159,10 +160,12 @@ def test_where_none_leaves_the_text_is_plain_text(flavour: str, implementation: 
             assert stats.exits == {layers: count - 1} and stats.mean_layers == layers
 
 
-def by_hand(target: Target, exit: Exit, count: int) -> tuple[list[int], dict[int, int]]:
+def by_hand(
+    target: Target, exit: Exit, count: int, prompt: list[int] = PROMPT
+) -> tuple[list[int], dict[int, int], Cache]:
     """Greedy text of single calls, with no graph recorded and nothing shared with the engine."""
     cache = target.new_cache()
-    logits, _ = target.prefill(PROMPT, cache)
+    logits, _ = target.prefill(prompt, cache)
     tokens, exits = [int(mx.argmax(logits).item())], {exit.layer: 0, len(target.layers): 0}
     while len(tokens) < count:
         ids = [mx.array(tokens[-1:], dtype=mx.int32)]
@@ -177,10 +180,10 @@ def by_hand(target: Target, exit: Exit, count: int) -> tuple[list[int], dict[int
         else:
             token = int(mx.argmax(target.go_on(exit.layer, stream, ids, [cache]).array[0]).item())
         exits[exit.layer if leaves else len(target.layers)] += 1
-        cache.settle(len(PROMPT) + len(tokens))
+        cache.settle(len(prompt) + len(tokens))
         mx.eval(cache.arrays)
         tokens.append(token)
-    return tokens, {layer: n for layer, n in exits.items() if n}
+    return tokens, {layer: n for layer, n in exits.items() if n}, cache
 
 
 @pytest.mark.engine
@@ -194,13 +197,42 @@ def test_texts_with_exits_are_those_by_hand(flavour: str, implementation: str) -
     for threshold in (0.9, 0.3, 0.1, 0.03, ALWAYS) if implementation == "native" else (0.03,):
         exit = an_exit(layer, threshold)
         got, stats = text(target, exit, GREEDY, count)
-        want, exits = by_hand(target, exit, count)
+        want, exits, _ = by_hand(target, exit, count)
         assert (got, stats.exits) == (want, exits), threshold
         again, _ = text(target, exit, GREEDY, count)
         assert again == got
         seen |= {tuple(exits)}
     if implementation == "native":
         assert (layer, len(target.layers)) in seen or (len(target.layers), layer) in seen
+
+
+def test_what_is_skipped_is_there_when_the_arena_grows() -> None:
+    """Where a text passes 512 positions all pages move to another array, and with them what the
+    newest token left."""
+    target = embedded_pair().target
+    prompt = [(7 * i) % 900 + 300 for i in range(500)]
+    exit, last = an_exit(6, ALWAYS), len(target.layers) - 1
+    tokens, exits, by_single_calls = by_hand(target, exit, 24, prompt)
+    ask: dict[str, Any] = {"sampling": GREEDY, "block_size": 1, "max_tokens": 24}
+    sequence, rounds = TokenSequence(target, None, prompt, **ask), EarlyRounds(exit)
+    got = [token for done in sequence.prefill() for token in done.tokens]
+    arena = sequence.parts.cache.arena
+    sizes = {arena.full.count}
+    while sequence.finish_reason is None:
+        [done] = rounds.play([sequence])
+        assert not isinstance(done, Exception)
+        got += done.tokens
+        sizes.add(arena.full.count)
+    assert len(sizes) == 2 and exits[6] > 10
+    assert (got, sequence.stats.exits) == (tokens, exits)
+    for position in range(500, 500 + 23):
+        for i in (6, last):
+            for a, b in zip(
+                slot(target, sequence.parts.cache, i, position),
+                slot(target, by_single_calls, i, position),
+                strict=True,
+            ):
+                assert (bits(a) == bits(b)).all(), (position, i)
 
 
 def test_a_seed_gives_one_text_and_the_noise_of_plain_decoding() -> None:
