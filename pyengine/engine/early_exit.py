@@ -119,7 +119,7 @@ class EarlyRounds(Rounds):
             return looked.played
         written = graphs.skip(begin, looked.stream)
         # Queued now, so that it comes before whatever moves the pages; the next look waits for both
-        mx.async_eval(written)
+        mx.async_eval(written)  # type: ignore[no-untyped-call]
         return looked.played._replace(arena=[] if dispatch.in_place() else written)
 
     def _recorded_of(self, sequence: TokenSequence) -> Graphs:
