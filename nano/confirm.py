@@ -10,7 +10,6 @@ step and of verify calls against a plain step, at 400 tokens of context.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import statistics
 import time
@@ -18,8 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
-from data import HELD_FAMILY_SEED, HELD_SEED, is_held, stdlib_files
-from game_families import HELD_BACK
+from data import HELD_SEED, held_texts
 from games import make_game
 from measure import cut_prompts
 
@@ -29,18 +27,6 @@ from pyengine.model.head import whole
 
 BLOCK = 4
 CONTEXT, REPEATS = 400, 40
-
-
-def held_texts(kind: str, count: int) -> list[str]:
-    if kind == "games":
-        return [make_game(HELD_SEED + i).chat() for i in range(count)]
-    if kind == "families":
-        return [make_game(HELD_FAMILY_SEED + i, HELD_BACK).chat() for i in range(count)]
-    recorded = json.loads((Path(__file__).parent / "data.json").read_text())["stdlib"]["held_back"]
-    files = {path: text for path, text in stdlib_files().items() if is_held(path)}
-    if {p: hashlib.sha256(t.encode()).hexdigest() for p, t in files.items()} != recorded:
-        print("note: this interpreter's library is not the recorded one (data.json)")
-    return list(files.values())
 
 
 def acceptance(pair: pyengine.Pair, kind: str, count: int, tokens: int) -> dict:

@@ -64,6 +64,19 @@ def is_held(path: str) -> bool:
     return hashlib.sha256(module.encode()).digest()[0] < 14
 
 
+def held_texts(kind: str, count: int) -> list[str]:
+    """Text that no model was trained on: "games", "families" or, whatever the count, "python"."""
+    if kind == "games":
+        return [make_game(HELD_SEED + i).chat() for i in range(count)]
+    if kind == "families":
+        return [make_game(HELD_FAMILY_SEED + i, HELD_BACK).chat() for i in range(count)]
+    recorded = json.loads((Path(__file__).parent / "data.json").read_text())["stdlib"]["held_back"]
+    files = {path: text for path, text in stdlib_files().items() if is_held(path)}
+    if {p: hashlib.sha256(t.encode()).hexdigest() for p, t in files.items()} != recorded:
+        print("note: this interpreter's library is not the recorded one (data.json)")
+    return list(files.values())
+
+
 def train_tokenizer(path: Path, texts: list[str]) -> spm.SentencePieceProcessor:
     model = io.BytesIO()
     lines = [line for text in texts for line in text.split("\n") if line]

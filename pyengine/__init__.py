@@ -19,6 +19,7 @@ __all__ = [
     "Stats",
     "Stream",
     "ToolCall",
+    "calibrate",
     "generate",
     "load",
     "ops",
@@ -27,6 +28,7 @@ __all__ = [
 
 if TYPE_CHECKING:  # for type checkers and editors; _HOMES says the same
     from pyengine import ops
+    from pyengine.calibration import calibrate
     from pyengine.checkpoint.pair import Pair, load
     from pyengine.engine.prefix import Prefix
     from pyengine.engine.stats import Stats
@@ -49,6 +51,7 @@ else:  # which would take any name for a public one
         "Engine": "pyengine.streams",
         "Request": "pyengine.streams",
         "ToolCall": "pyengine.text.tool_calls",
+        "calibrate": "pyengine.calibration",
     }
 
     def __getattr__(name):

@@ -10,7 +10,7 @@ from pyengine.engine.loop import decode
 from pyengine.engine.prefix import Prefix, check_prefix
 from pyengine.sampling.settings import Sampling
 from pyengine.streams import Engine, several
-from pyengine.task import Answer, BlockSize, Result, Step, Task, new_task
+from pyengine.task import Answer, BlockSize, EarlyExit, Result, Step, Task, new_task
 from pyengine.text.prompt import Prompt
 from pyengine.text.template import Message
 from pyengine.text.tools import Tool, ToolChoice
@@ -41,6 +41,7 @@ class Asked(TypedDict, total=False):
     response_format: Mapping[str, Any] | None
     grammar: str | None
     regex: str | None
+    early_exit: EarlyExit
     prefix: Prefix | None
     sequences: int
 
@@ -74,6 +75,7 @@ def generate(
     response_format: Mapping[str, Any] | None = None,
     grammar: str | None = None,
     regex: str | None = None,
+    early_exit: EarlyExit = None,
     prefix: Prefix | None = None,
     n: int | None = None,
     sequences: int = 8,
@@ -124,6 +126,9 @@ def generate(
             the extra ``grammar``; docs/grammar.md says what schemas may have.
         grammar: The same as a grammar of llguidance's Lark syntax.
         regex: The same as a regular expression of the whole answer.
+        early_exit: A certificate of ``pyengine calibrate``, or its file: tokens then leave after
+            its layer where these are sure, and the text is approximate, as ``early_exit`` of the
+            result says. One text at a time, without drafts, prefix or form; docs/early-exit.md.
         prefix: Keys and values of earlier generations on this pair. Tokens at the beginning of the
             prompt that it holds are not processed again; the text is the same as without. Several
             texts take none.
@@ -156,6 +161,7 @@ def generate(
         "response_format": response_format,
         "grammar": grammar,
         "regex": regex,
+        "early_exit": early_exit,
     }
     batch = _is_batch(prompt)
     if n is None and not batch:
@@ -166,6 +172,10 @@ def generate(
         return running.result
     if prefix is not None:
         raise ValueError("[generate] prefix must be None with several prompts or n.")
+    if early_exit is not None:
+        raise ValueError(
+            "[early-exit] one text must be generated at a time but several prompts or n are given."
+        )
     prompts: Any = prompt if batch else [prompt]
     settings = _each(sampling, len(prompts))
     with Engine(pair, sequences=sequences) as engine:
@@ -219,6 +229,7 @@ def stream(
     response_format: Mapping[str, Any] | None = None,
     grammar: str | None = None,
     regex: str | None = None,
+    early_exit: EarlyExit = None,
     prefix: Prefix | None = None,
 ) -> Stream:
     """Like :func:`generate`, but yield the text as it comes.
@@ -229,6 +240,8 @@ def stream(
         ``close()`` ends the generation early, and so does leaving it as a context manager.
     """
     check_prefix("generate", prefix)
+    if prefix is not None and early_exit is not None:  # whose keys and values others would get
+        raise ValueError("[early-exit] prefix must be None but got one.")
     task = new_task(
         prompt,
         pair=pair,
@@ -245,6 +258,7 @@ def stream(
         response_format=response_format,
         grammar=grammar,
         regex=regex,
+        early_exit=early_exit,
     )
     return Stream(task, prefix)
 
@@ -263,6 +277,7 @@ class Stream(Iterator[str]):
             stats=self._answer.stats,
             prefix=prefix,
             matcher=task.new_matcher(),
+            rounds=task.new_rounds(),
         )
         self._steps = self._run()
 

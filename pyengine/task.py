@@ -6,17 +6,21 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pyengine import forked
 from pyengine.arguments import flag, whole
 from pyengine.checkpoint import memory
+from pyengine.checkpoint.certificate import Certificate, read_certificate
 from pyengine.checkpoint.defaults import OURS
 from pyengine.doctor import first_use, profile
 from pyengine.drafters import NAMES, exit_depth, first_of, is_name, new_drafter
 from pyengine.drafters.drafter import MAX_BLOCK, Drafter
 from pyengine.engine.controller import AUTO_BLOCK
+from pyengine.engine.early_exit import EarlyRounds, Exit
 from pyengine.engine.prefix import Prefix
+from pyengine.engine.rounds import Rounds
 from pyengine.engine.sequence import Round, most_rows
 from pyengine.engine.stats import Source, Stats
 from pyengine.grammar.asked import source_of
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from pyengine.grammar.matcher import GrammarMatcher
 
 BlockSize = int | str | None  # a number or "auto", which None is too
+EarlyExit = str | Path | Certificate | None  # of a calibration, or its file
 
 DEFAULT_BLOCK = 4
 DFLASH_BLOCK = 8  # others measured the best of their rounds at 6 to 8 rows
@@ -63,6 +68,8 @@ class Result:
             :class:`pyengine.text.tool_calls.ToolCall`.
         warning: A sentence for people where something is amiss: a tool call that is cut or cannot
             be read, and is therefore text. Else None.
+        early_exit: Of an approximate text what bounds its error, with the sentence that says so
+            under "label". Else None.
     """
 
     text: str
@@ -73,6 +80,7 @@ class Result:
     thinking: str | None = None
     tool_calls: list[ToolCall] = field(default_factory=list)
     warning: str | None = None
+    early_exit: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same, ready for JSON."""
@@ -85,6 +93,7 @@ class Result:
             **({} if self.thinking is None else {"thinking": self.thinking}),
             **({"tool_calls": [x._asdict() for x in self.tool_calls]} if self.tool_calls else {}),
             **({} if self.warning is None else {"warning": self.warning}),
+            **({} if self.early_exit is None else {"early_exit": self.early_exit}),
         }
 
 
@@ -141,6 +150,7 @@ class Task:
     auto: bool = False  # whether each round has a block size of its own
     one_call: bool = False  # the text ends behind its first tool call
     grammar: Grammar | None = None
+    early_exit: Certificate | None = None  # by which tokens leave early
 
     @property
     def most_rows(self) -> int:
@@ -177,6 +187,13 @@ class Task:
 
         return GrammarMatcher(self.grammar, self.pair.tokenizer, self.ids)
 
+    def new_rounds(self) -> Rounds:
+        """What plays the rounds of one text."""
+        own = self.early_exit
+        if own is None or own.threshold is None:
+            return Rounds()
+        return EarlyRounds(Exit(own.layer, own.threshold, own.decay, own.max_tokens))
+
     def check_memory(self, prefix: Prefix | None, there: int | None = None) -> None:
         """Refuse a prompt that does not fit the memory, see :func:`memory.check_prompt`."""
         target, count, rows = self.pair.target, len(self.ids), self.most_rows
@@ -200,10 +217,14 @@ def new_task(
     response_format: Mapping[str, Any] | None = None,
     grammar: str | None = None,
     regex: str | None = None,
+    early_exit: EarlyExit = None,
 ) -> Task:
     """The arguments of :func:`pyengine.generate`, checked."""
     forked.check("generate")
     pair = embedded_pair() if pair is None else pair
+    certificate = early_exit_of(early_exit, block_size, drafter)
+    if certificate is not None:
+        block_size = 1
     stops, form = stop_strings(stop), source_of(response_format, grammar, regex)
     block, source = check_settings(pair, max_tokens, block_size, drafter)
     flag("generate", "raw", raw)
@@ -222,6 +243,11 @@ def new_task(
             f"{outside[0]}."
         )
     form = tools_source(use, pair.tokenizer, form)
+    if certificate is not None:
+        if form is not None:
+            raise ValueError("[early-exit] the answer's form must be free but one is asked for.")
+        certificate.check_pair(pair)
+        limit = certificate.check_settings(settings, limit, bool(stops))
     compiled = None
     if form is not None:
         from pyengine.grammar.compiled import compile_grammar
@@ -234,7 +260,31 @@ def new_task(
     if block is None:
         block = AUTO_BLOCK if auto else fixed_block(pair, source)
     one_call = not use.parallel
-    return Task(pair, ids, limit, settings, block, source, stops, auto, one_call, compiled)
+    return Task(
+        pair, ids, limit, settings, block, source, stops, auto, one_call, compiled, certificate
+    )
+
+
+def early_exit_of(
+    early_exit: EarlyExit, block_size: BlockSize, drafter: str | None
+) -> Certificate | None:
+    """The certificate of an early exit, which goes with no drafts.
+
+    Raises:
+        ValueError: It is none, or cannot be read, or drafts are asked for.
+    """
+    if early_exit is None:
+        return None
+    if not isinstance(early_exit, (str, Path, Certificate)):
+        raise ValueError(
+            f"[early-exit] early_exit must be a certificate or its file but got "
+            f"{shown(early_exit)}."
+        )
+    if drafter is not None or check_numbers(None, block_size) not in (None, 1):
+        raise ValueError(
+            "[early-exit] an early exit must go without drafts but some are asked for."
+        )
+    return early_exit if isinstance(early_exit, Certificate) else read_certificate(Path(early_exit))
 
 
 class Answer:
@@ -249,7 +299,7 @@ class Answer:
         self._thoughts: list[str] = []
         self._tokens: list[int] = []
         self._calls: list[ToolCall] = []
-        self._one_call = task.one_call
+        self._one_call, self._early_exit = task.one_call, task.early_exit
         self._logprobs: list[Logprob] | None = None if task.sampling.logprobs is None else []
 
     @property
@@ -264,6 +314,7 @@ class Answer:
             "".join(self._thoughts) if self._reader.has_thought else None,
             list(self._calls),
             self._reader.warning,
+            None if self._early_exit is None else self._early_exit.told(),
         )
 
     def add(self, done: Round) -> Step:

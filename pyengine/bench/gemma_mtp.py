@@ -16,6 +16,7 @@ from pyengine.drafters.drafter import MAX_BLOCK
 from pyengine.engine.stats import add_all
 from pyengine.generation import stream
 from pyengine.ops.accept_block import RULES, Rule
+from pyengine.risk import fixed_sequence, p_value
 from pyengine.sampling.settings import Sampling
 from pyengine.task import Result
 
@@ -149,6 +150,45 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     """One row per setting over all cases."""
     settings = dict.fromkeys(map(_setting, rows))
     return [_summary(setting, rows) for setting in settings]
+
+
+class Certified(NamedTuple):
+    """Whether a setting is not slower than plain decoding on prompts like these.
+
+    Attributes:
+        slower: Prompts on which it was.
+        p_value: Of "more than a share delta of such prompts is slower"; None where one before it in
+            the order had failed, so that it was not tested.
+        passed: Whether it holds with confidence 1 - epsilon.
+    """
+
+    setting: Setting
+    slower: int
+    p_value: float | None
+    passed: bool
+
+
+def certify(rows: Sequence[Row], delta: float, epsilon: float) -> list[Certified]:
+    """Learn then Test of every setting in the order that was given, which must be fixed before any
+    time is seen: the chance that one of those that pass is false is at most epsilon.
+
+    A prompt counts as slower where tokens per second of decoding, medians over the repeats, are
+    below plain decoding's.
+    """
+    settings = [s for s in dict.fromkeys(map(_setting, rows)) if s.block_size != PLAIN]
+    slower = {
+        setting: [row["tok_s"] < row["ar_tok_s"] for row in rows if _setting(row) == setting]
+        for setting in settings
+    }
+
+    def test(setting: Setting) -> float:
+        return p_value(sum(slower[setting]), len(slower[setting]), delta, binary=True)
+
+    ps = dict(fixed_sequence(settings, test, epsilon))
+    return [
+        Certified(one, sum(slower[one]), ps.get(one), one in ps and ps[one] <= epsilon)
+        for one in settings
+    ]
 
 
 def check_settings(

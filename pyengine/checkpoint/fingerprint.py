@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,9 +42,7 @@ def fingerprint(
     Raises:
         ValueError: A file is gone, or cannot be read.
     """
-    place = pair.target_path
-    files = [place / "config.json", *(path for path, _ in read_headers(place))]
-    files += [path for name in TOKENIZER if (path := place / name).is_file()]
+    files = [*weight_files(pair), *files_of(pair, TOKENIZER)]
     if pair.dflash_path is not None:  # whose keys and values are kept too
         dflash = pair.dflash_path
         files += [dflash / "config.json", *(path for path, _ in read_headers(dflash))]
@@ -61,12 +60,39 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def _hashes(files: list[Path], folder: Path, on_progress: Callable[[int, int], None]) -> list[str]:
-    """SHA-256 of each file."""
-    try:
-        known = read_object(folder / KNOWN, "cache") if (folder / KNOWN).is_file() else {}
-    except ValueError:
-        known = {}
+def weight_files(pair: Pair) -> list[Path]:
+    """The target's config and weights."""
+    place = pair.target_path
+    return [place / "config.json", *(path for path, _ in read_headers(place))]
+
+
+def files_of(pair: Pair, names: Sequence[str]) -> list[Path]:
+    """The target's files of these names, as far as there are any."""
+    return [path for name in names if (path := pair.target_path / name).is_file()]
+
+
+def content_hash(
+    files: Sequence[Path], on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> str:
+    """SHA-256 of the names and contents of files, in hexadecimal.
+
+    Raises:
+        ValueError: A file is gone, or cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path, own in zip(files, _hashes(files, None, on_progress), strict=True):
+        digest.update(f"{path.name} {own}\n".encode())
+    return digest.hexdigest()
+
+
+def _hashes(
+    files: Sequence[Path], folder: Path | None, on_progress: Callable[[int, int], None]
+) -> list[str]:
+    """SHA-256 of each file; none is kept without a folder."""
+    known = {}
+    if folder is not None and (folder / KNOWN).is_file():
+        with suppress(ValueError):
+            known = read_object(folder / KNOWN, "cache")
     found, done = {}, 0
     try:
         total = sum(path.stat().st_size for path in files)
@@ -85,7 +111,7 @@ def _hashes(files: list[Path], folder: Path, on_progress: Callable[[int, int], N
             else:
                 done += state.st_size
             found[key] = own
-        if any(key not in known for key in found):
+        if folder is not None and any(key not in known for key in found):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / KNOWN, json.dumps({**known, **found}))
     except OSError as error:

@@ -17,6 +17,7 @@ import typer
 
 from pyengine.cli import (
     bench,
+    calibrate,
     card,
     chat,
     common,
@@ -66,6 +67,7 @@ COMMANDS: list[tuple[typer.Typer, str, Callable[..., None], tuple[str, ...]]] = 
     (app, "inspect", inspect.run, inspect.EXAMPLES),
     (app, "doctor", doctor.run, doctor.EXAMPLES),
     (app, "serve", serve.run, serve.EXAMPLES),
+    (app, "calibrate", calibrate.run, calibrate.EXAMPLES),
 ]
 for group, name, command, examples in COMMANDS:
     group.command(

@@ -28,13 +28,14 @@ from pyengine.cli.output import check_output
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pyengine.bench.gemma_mtp import Row
+    from pyengine.bench.gemma_mtp import Certified, Row
     from pyengine.checkpoint.pair import Pair
 
 EXAMPLES = (
     "pyengine bench gemma-mtp",
     "pyengine bench gemma-mtp --target ./target --assistant ./assistant "
     "--prompt-suite prompts.jsonl --max-tokens 1000 --block-sizes 6 --output report.json",
+    "pyengine bench gemma-mtp --prompt-suite prompts.jsonl --certify --delta 0.1 --epsilon 0.05",
 )
 STREAMS_EXAMPLES = (
     "pyengine bench streams",
@@ -141,6 +142,20 @@ def gemma_mtp(
     verify: Rules = "residual",
     drafter: Drafters = "assistant",
     repeats: Repeats = 3,
+    certify: Annotated[
+        bool,
+        typer.Option(
+            "--certify",
+            help="Test in the order given which settings are not slower than plain decoding on "
+            "prompts like these.",
+        ),
+    ] = False,
+    delta: Annotated[
+        float, typer.Option(help="With --certify: share of such prompts that may be slower.")
+    ] = 0.1,
+    epsilon: Annotated[
+        float, typer.Option(help="With --certify: it is wrong with this probability at most.")
+    ] = 0.05,
     allow_unverified_gemma: AnyPair = False,
     output: Output = None,
     as_json: AsJson = False,
@@ -165,6 +180,7 @@ def gemma_mtp(
             allow_unverified_gemma=allow_unverified_gemma,
             output=output,
             as_json=as_json,
+            bounds=(delta, epsilon) if certify else None,
         )
 
 
@@ -291,6 +307,7 @@ def compare(
     output: Path | None,
     as_json: bool,
     plot: Path | None = None,
+    bounds: tuple[float, float] | None = None,
     show_more: Callable[[Console, list[Row]], None] = lambda out, summary: None,
 ) -> None:
     """Run a bench command of that name: every setting against plain decoding, shown and written.
@@ -302,6 +319,7 @@ def compare(
         allow_unverified_gemma, output, as_json: The same.
         sampling: Fields of the settings; the seed is that of the first prompt.
         plot: Where to draw a picture.
+        bounds: Delta and epsilon of a test which settings are not slower than plain decoding.
         show_more: Shows what the command adds to the tables.
 
     Raises:
@@ -310,6 +328,7 @@ def compare(
     """
     blocks = read_blocks(block_sizes)
     from pyengine.bench import gemma_mtp, picture, report, suite, sweep_picture
+    from pyengine.risk import check_bounds, too_few
     from pyengine.sampling.settings import MAX_SEED, Sampling
     from pyengine.untrusted import write_whole
 
@@ -318,6 +337,10 @@ def compare(
     used = Sampling(**sampling)
     first = used.seed or 0
     cases = suite.load_suite(prompt_suite or suite.EMBEDDED)
+    if bounds is not None:
+        check_bounds("bench", *bounds)
+        if warning := too_few(len(cases), *bounds):
+            typer.echo(f"Warning: {warning}", err=True)
     if first + len(cases) - 1 > MAX_SEED:
         raise ValueError(
             f"[bench] seed must be at most {MAX_SEED} in the last of {len(cases)} cases but "
@@ -380,6 +403,15 @@ def compare(
         show_settings(out, f"{left} {len(cases)} prompts", summary)
     _show_mixes(out, summary)
     show_more(out, summary)
+    if bounds is not None and ended is None:
+        found = gemma_mtp.certify(rows, *bounds)
+        whole["certified"] = {
+            "delta": bounds[0],
+            "epsilon": bounds[1],
+            "n": len(cases),
+            "settings": [{**one.setting._asdict(), **_verdict(one)} for one in found],
+        }
+        show_certified(out, found, len(cases), *bounds)
     if plot:
         write_whole(plot, sweep_picture.draw(whole))
         typer.echo(f"Picture: {plot}", err=True)
@@ -441,6 +473,30 @@ def show_settings(out: Console, title: str, rows: Sequence[Row]) -> None:
             )
         )
     tables.show(out, title, HEADS, cells, right=True)
+
+
+def _verdict(one: Certified) -> dict[str, Any]:
+    return {"slower": one.slower, "p_value": one.p_value, "certified": one.passed}
+
+
+def show_certified(
+    out: Console, found: Sequence[Certified], n: int, delta: float, epsilon: float
+) -> None:
+    """Which settings are not slower, one line each, in the order of the tests."""
+    title = (
+        f"certified: on prompts like these {n}, not slower than plain decoding on all but a share "
+        f"{delta:g}, with confidence {1 - epsilon:g}"
+    )
+    cells = [
+        (
+            str(one.setting),
+            f"{one.slower} of {n}",
+            "not tested" if one.p_value is None else f"{one.p_value:.3g}",
+            "yes" if one.passed else "no",
+        )
+        for one in found
+    ]
+    tables.show(out, title, ("setting", "slower", "p", "certified"), cells, right=True)
 
 
 def check_published(pair: Pair, allowed: bool) -> None:

@@ -218,10 +218,10 @@ def tell_cut(result: Result, pair: Pair, max_tokens: int | None) -> None:
     if result.finish_reason != "length":
         return
     if max_tokens is not None and len(result.tokens) >= max_tokens:
-        typer.echo(
-            f"The answer was cut at {max_tokens} tokens; a larger --max-tokens lifts that.",
-            err=True,
-        )
+        way = "a larger --max-tokens lifts that"
+        if result.early_exit is not None:
+            way = "longer ones were not calibrated"
+        typer.echo(f"The answer was cut at {max_tokens} tokens; {way}.", err=True)
     else:
         typer.echo(
             f"The answer was cut: the context of {pair.target.context} tokens is full.", err=True

@@ -17,6 +17,7 @@ from pyengine.cli.options import (
     BundleDir,
     DFlashDir,
     DrafterName,
+    EarlyExitFile,
     FrequencyPenalty,
     JsonSchema,
     LarkGrammar,
@@ -59,6 +60,7 @@ EXAMPLES = (
     "pyengine generate --raw --block-size 1 --max-tokens 64 'import json'",
     'pyengine generate "Write a Snake game." --max-tokens 8 --json --logprobs 3',
     'pyengine generate "Rate Snake." --regex "[1-5] of 5"',
+    'pyengine generate --early-exit exit.json "Write a Snake game."',
     'pyengine generate --bundle ./pair --tools weather.json "Shall I take an umbrella?"',
 )
 
@@ -87,6 +89,7 @@ def run(
     max_tokens: MaxTokens = None,
     block_size: BlockSize = AUTO,
     drafter: DrafterName = None,
+    early_exit: EarlyExitFile = None,
     stop: Stop = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Print counts, speed and seed to standard error.")
@@ -140,6 +143,7 @@ def run(
                     f"[generate] {option} must go with the template but got --raw too."
                 )
         from pyengine.generation import stream
+        from pyengine.task import early_exit_of
 
         given = sampling_given(
             temperature=temperature,
@@ -156,6 +160,7 @@ def run(
             as_json=as_json,
         )
         check_limits(max_tokens, block_size, stop, drafter)
+        certificate = early_exit_of(early_exit, block_size, drafter)
         asked = tools_given(tools, tool_choice) | form_given(json_schema, regex, grammar)
         pair = common.load_pair(target, assistant, bundle, dtype, position, ops, dflash)
         common.introduce(pair)
@@ -169,8 +174,12 @@ def run(
             stop=stop,
             raw=raw,
             variables=template_variables(pair, think),
+            early_exit=certificate,
             **asked,
         )
+        if certificate is not None:
+            max_tokens = certificate.max_tokens if max_tokens is None else max_tokens
+            typer.echo(f"{certificate.label}.", err=True)
         printer = common.Printer(think)
         try:
             steps = running.steps()
@@ -228,6 +237,9 @@ def print_stats(result: Result, more: Mapping[str, str] | None = None) -> None:
                 f"{own['rounds']} rounds, {own['accepted']} of {own['drafted']} drafts kept"
             )
         rows["by depth"] = " ".join(f"{a:.2f}" for a in s.acceptance_by_depth)
+    if s.mean_layers is not None:
+        told = ", ".join(f"{count} behind layer {n}" for n, count in sorted(s.exits.items()))
+        rows["exits"] = f"{told}; {s.mean_layers:.1f} layers per token"
     if s.forced:
         rows["forced"] = f"{s.forced} tokens by the grammar, without a draft"
     if not dispatch.exact():

@@ -142,6 +142,16 @@ DrafterName = Annotated[
         show_default="assistant",
     ),
 ]
+EarlyExitFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--early-exit",
+        metavar="FILE",
+        help="Let tokens leave early by this certificate of `pyengine calibrate`: the answer is "
+        "approximate, and standard error says how far.",
+        show_default=False,
+    ),
+]
 Stop = Annotated[
     list[str] | None,
     typer.Option(

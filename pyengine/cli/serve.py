@@ -64,6 +64,7 @@ def run(
         typer.Option(help="Maximum number of new tokens per request, and the default."),
     ] = 8192,
     drafter: DrafterName = None,
+    early_exit: Annotated[Path | None, typer.Option("--early-exit", hidden=True)] = None,
     streams: Annotated[
         int,
         typer.Option(
@@ -172,6 +173,11 @@ def run(
                     f"[serve] {module} must be installed but is not; run: {sys.executable} -m pip "
                     'install "pyengine-mlx[serve]"'
                 )
+        if early_exit is not None:
+            raise ValueError(
+                "[serve] --early-exit must be left out: texts leave at different tokens, so each "
+                "would need steps of its own and N texts would read the weights N times per token."
+            )
         if max_tokens < 1:
             raise ValueError(f"[serve] max_tokens must be at least 1 but got {max_tokens}.")
         from pyengine.serve.access import check_key, check_origins

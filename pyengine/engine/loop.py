@@ -36,6 +36,7 @@ def decode(
     stats: Stats | None = None,
     prefix: Prefix | None = None,
     matcher: Matcher | None = None,
+    rounds: Rounds | None = None,
 ) -> Generator[Round, None, None]:
     """Generate tokens after ``prompt``, a round at a time. Evaluates once per round; with a matcher
     once more per draft that is drawn.
@@ -54,6 +55,7 @@ def decode(
         stats: Filled as rounds end.
         prefix: What earlier generations left; what this one leaves. After an error forget it.
         matcher: Says which tokens may come next; it has seen none.
+        rounds: What plays the rounds, if it is to be others than the exact ones.
 
     Yields:
         How far the prefill is, between its chunks; the first token after it; then what each round
@@ -80,7 +82,7 @@ def decode(
     )
     mx.reset_peak_memory()
     yield from sequence.prefill()
-    rounds = Rounds()
+    rounds = Rounds() if rounds is None else rounds
     while sequence.finish_reason is None:
         rounds.choose([sequence])
         [done] = rounds.play([sequence])

@@ -27,6 +27,8 @@ class Stats:
     counts too. ``forced`` tokens are those that a grammar left no choice about and that cost no
     draft: they are neither drafted nor accepted here, and ``tokens_per_round`` has them.
     ``by_drafter`` has rounds, drafted and accepted of each drafter of a mix; nothing for others.
+    With an early exit ``exits`` has by layers how many tokens left behind so many, of those after
+    the first; else it is empty.
     """
 
     block_size: int | str = 1
@@ -46,6 +48,7 @@ class Stats:
     correction_tokens: int = 0
     peak_memory_bytes: int = 0
     by_drafter: dict[str, dict[str, int]] = field(default_factory=dict)
+    exits: dict[int, int] = field(default_factory=dict)
 
     @property
     def tok_s(self) -> float:
@@ -92,10 +95,24 @@ class Stats:
         self.bonus_tokens += last == "bonus"
         self.correction_tokens += last == "correction"
 
+    @property
+    def mean_layers(self) -> float | None:
+        """Layers per token where tokens may leave early; else None."""
+        tokens = sum(self.exits.values())
+        return sum(n * count for n, count in self.exits.items()) / tokens if tokens else None
+
+    def count_exit(self, layers: int) -> None:
+        """A token that left behind so many layers."""
+        self.exits[layers] = self.exits.get(layers, 0) + 1
+
     def to_dict(self) -> dict[str, Any]:
         """Counts, seconds and the ratios made of them, ready for JSON."""
         ratios = ("tok_s", "prefill_tok_s", "acceptance", "acceptance_by_depth", "tokens_per_round")
-        return {**self.__dict__, **{name: getattr(self, name) for name in ratios}}
+        return {
+            **self.__dict__,
+            "exits": {str(layers): count for layers, count in self.exits.items()},
+            **{name: getattr(self, name) for name in (*ratios, "mean_layers")},
+        }
 
 
 def add_counts(

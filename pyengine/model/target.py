@@ -253,6 +253,61 @@ class Target:
         count = ids[0].size
         return self._head(hidden if count == 1 else hidden[count - 1 :: count])
 
+    def leave(
+        self, depth: int, ids: Sequence[mx.array], caches: Sequence[Cache]
+    ) -> tuple[Logits, mx.array]:
+        """The first ``depth`` layers alone, as :meth:`exit`, of rows that may go on or not: behind
+        it comes :meth:`go_on` or :meth:`skip`, before anything is committed.
+
+        Returns:
+            Of the R rows: logits [R, V] of the last norm and the head; the residual stream behind
+            the layers [R, E], which the layer behind them reads.
+        """
+        hidden, tapped = self._hidden(ids, caches, (depth - 1,), depth)
+        return self._head(hidden), tapped[:, self.config.hidden_size :]
+
+    def go_on(
+        self, depth: int, stream: mx.array, ids: Sequence[mx.array], caches: Sequence[Cache]
+    ) -> Logits:
+        """The layers behind the first ``depth``, on what :meth:`leave` gave for the same ids.
+
+        Returns:
+            The bits of :meth:`forward`: logits [R, V].
+        """
+        arena, rows = caches[0].arena, _rows([own.size for own in ids], caches)
+        h, per_layer = arena.after_reads(stream), None
+        if self.config.per_layer_width:
+            tokens = packed(ids)
+            per_layer = self._per_layer_inputs(tokens, self.embed(tokens))
+        x = self._layers(depth, len(self.layers), h, per_layer, rows, [])
+        arena.note_read(x)
+        return self._head(x)
+
+    def skip(self, depth: int, stream: mx.array, caches: Sequence[Cache]) -> list[mx.array]:
+        """Keys and values of the layers behind the first ``depth``, for rows that left there, one
+        per sequence: each layer makes them of ``stream`` as if it were its own input.
+
+        Returns:
+            The keys of the layers that were written, lazy; none where all of them share.
+
+        Source: state propagation of CALM, https://arxiv.org/abs/2207.07061.
+        """
+        arena, rows = caches[0].arena, _rows([1] * len(caches), caches)
+        h, written = arena.after_reads(stream), []
+        for i, layer in list(enumerate(self.layers))[depth:]:
+            attention = layer.attention
+            if attention.k is None or attention.k_norm is None:
+                continue
+            x = ops.rms_norm(h, layer.input_norm, self.config.eps)
+            k, *v = side_by_side([m for m in (attention.k, attention.v) if m is not None], x)
+            self._write(i, k, attention.k_norm, k, v[0] if v else k, rows)  # no query is asked
+            written.append(arena.slots(i)[0])
+        return written
+
+    def writes_behind(self, depth: int) -> bool:
+        """Whether a layer behind the first ``depth`` has keys and values of its own."""
+        return any(layer.attention.k is not None for layer in self.layers[depth:])
+
     def logits(self, ids: list[int]) -> mx.array:
         """Logits [T, V], float32, of every position of ids. Evaluates, see :meth:`rows`."""
         check_ids("logits", ids, self.config.vocab_size)
@@ -276,17 +331,30 @@ class Target:
         layers = self.layers[:depth]
         for own, cache in zip(each, caches, strict=True):
             cache.reserve(ahead + own.size)
-        arena, counts = caches[0].arena, [own.size for own in each]
-        ids, batch = arena.after_reads(packed(each)), arena.batch(caches).ahead(ahead)
-        rows = Rows(batch, counts, *batch.rows(counts))
-        eps = self.config.eps
-        h = self.embed(ids)
+        arena, rows = caches[0].arena, _rows([own.size for own in each], caches, ahead)
+        ids = arena.after_reads(packed(each))
+        h, left = self.embed(ids), list[mx.array]()  # by layer, the residual stream behind it
         per_layer = self._per_layer_inputs(ids, h) if self.config.per_layer_width else None
-        x = ops.rms_norm(h, self.layers[0].input_norm, eps)
-        left: list[mx.array] = []  # by layer, the residual stream behind it
-        for i, layer in enumerate(layers):
-            is_last = i + 1 == len(layers)
-            next_norm = self.norm if is_last else self.layers[i + 1].input_norm
+        x = self._layers(0, len(layers), h, per_layer, rows, left)
+        arena.note_read(x)
+        return x, mx.concatenate([x, *(left[tap] for tap in taps)], axis=-1) if taps else x
+
+    def _layers(
+        self,
+        first: int,
+        end: int,
+        h: mx.array,
+        per_layer: list[mx.array] | None,
+        rows: Rows,
+        left: list[mx.array],
+    ) -> mx.array:
+        """Layers ``first`` to ``end - 1`` on a residual stream, and the last norm; to ``left`` goes
+        the stream behind each."""
+        eps = self.config.eps
+        x = ops.rms_norm(h, self.layers[first].input_norm, eps)
+        for i in range(first, end):
+            layer = self.layers[i]
+            next_norm = self.norm if i + 1 == end else self.layers[i + 1].input_norm
             y = self._attention(i, x, rows)
             h, x = residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)
             y = layer.mlp(x)
@@ -300,8 +368,7 @@ class Target:
                 y = layer.per_layer.projection(y)
                 h, x = residual(h, y, layer.per_layer.norm, next_norm, eps, layer.scalar)
             left.append(h)
-        arena.note_read(x)
-        return x, mx.concatenate([x, *(left[tap] for tap in taps)], axis=-1) if taps else x
+        return x
 
     def _attention(self, i: int, x: mx.array, rows: Rows) -> mx.array:
         """Attention of layer i: each sequence's rows to its own keys, in the pages of this layer or
@@ -316,9 +383,7 @@ class Target:
             q = ops.norm_rope(q, attention.q_norm, rows.positions, inv_freq, eps)
         else:
             k, v = kv[0], kv[-1]  # keys may double as values
-            norms, to = (attention.q_norm, attention.k_norm), (rows.positions, rows.owners, tables)
-            q, keys, values = ops.prepare_qkv(q, k, v, *norms, inv_freq, *arena.slots(i), *to, eps)
-            arena.store(i, keys, values)
+            q = self._write(i, q, attention.q_norm, k, v, rows)
         out = ops.block_attention(
             q,
             *arena.slots(geometry.kv_source),
@@ -329,6 +394,23 @@ class Target:
         )
         return attention.o(out.reshape(R, -1))
 
+    def _write(
+        self, i: int, q: mx.array, q_norm: mx.array, k: mx.array, v: mx.array, rows: Rows
+    ) -> mx.array:
+        """Write keys and values of layer i, which has its own, made of what its matrices gave.
+
+        Returns:
+            The queries, normed and turned.
+        """
+        layer, arena = self.layers[i], rows.batch.arena
+        attention, to = layer.attention, (rows.positions, rows.owners)
+        assert attention.k_norm is not None
+        norms, tables = (q_norm, attention.k_norm), rows.batch.tables[layer.config.sliding]
+        own = (*norms, attention.inv_freq, *arena.slots(i), *to, tables, self.config.eps)
+        q, keys, values = ops.prepare_qkv(q, k, v, *own)
+        arena.store(i, keys, values)
+        return q
+
     def _per_layer_inputs(self, ids: mx.array, h: mx.array) -> list[mx.array]:
         """The second embedding of E2B and E4B, [T, P] a layer; float32 until its one rounding."""
         L, P = len(self.layers), self.config.per_layer_width
@@ -337,6 +419,12 @@ class Target:
         context = ops.rms_norm(context.reshape(-1, L, P), self.per_layer_norm, self.config.eps)
         both = (context.reshape(table.shape) + table) * 2**-0.5
         return list(mx.split(both.astype(self.dtype), L, axis=-1))
+
+
+def _rows(counts: Sequence[int], caches: Sequence[Cache], ahead: int = 0) -> Rows:
+    """So many rows of each sequence, ``ahead`` positions behind those that are committed."""
+    batch = caches[0].arena.batch(caches).ahead(ahead)
+    return Rows(batch, counts, *batch.rows(counts))
 
 
 def check_ids(what: str, ids: list[int], vocab_size: int) -> None:

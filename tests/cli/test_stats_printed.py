@@ -34,6 +34,7 @@ WHOLE = [
     " acceptance   0.640 of 25 drafts",
     " of lookup    2 rounds, 7 of 9 drafts kept",
     " by depth     0.90 0.25 0.75",
+    " exits        20 behind layer 6, 10 behind layer 24; 12.0 layers per token",
     " forced       3 tokens by the grammar, without a draft",
     " peak memory  123 MB",
 ]

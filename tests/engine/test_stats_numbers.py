@@ -40,6 +40,7 @@ STATS = Stats(
     correction_tokens=6,
     peak_memory_bytes=123_456_789,
     by_drafter={"lookup": {"rounds": 2, "drafted": 9, "accepted": 7}},
+    exits={6: 20, 24: 10},
 )
 TOLD = {
     "block_size": 4,
@@ -59,6 +60,9 @@ TOLD = {
     "correction_tokens": 6,
     "peak_memory_bytes": 123_456_789,
     "by_drafter": {"lookup": {"rounds": 2, "drafted": 9, "accepted": 7}},
+    "exits": {"6": 20, "24": 10},
+    # 20 of 6 layers and 10 of 24
+    "mean_layers": 12.0,
     # 30 tokens after the first in 12 s; 100 new ones in half a second; 16 of 25; 30 in 8 rounds
     "tok_s": 2.5,
     "prefill_tok_s": 200.0,
@@ -80,7 +84,8 @@ def test_a_generation_begins_with_nothing() -> None:
     """Plain decoding, no seed yet, and every count and second 0; lists of its own."""
     lists = ("drafted_by_depth", "accepted_by_depth", "acceptance_by_depth")
     none: dict[str, Any] = dict.fromkeys(TOLD, 0) | {name: [] for name in lists}
-    assert Stats().to_dict() == {**none, "block_size": 1, "seed": None, "by_drafter": {}}
+    others: dict[str, Any] = {"exits": {}, "mean_layers": None, "by_drafter": {}}
+    assert Stats().to_dict() == {**none, **others, "block_size": 1, "seed": None}
     assert Stats().drafted_by_depth is not Stats().drafted_by_depth
 
 
@@ -254,6 +259,8 @@ def test_counts_and_clocks_of_a_generation(clock: Clock) -> None:
         "bonus_tokens": 2,
         "correction_tokens": 3,
         "by_drafter": {},
+        "exits": {},
+        "mean_layers": None,
         "tok_s": 2.0,
         "prefill_tok_s": pytest.approx(2 / 3.375),
         "acceptance": 0.6,

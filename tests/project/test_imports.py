@@ -20,7 +20,7 @@ LEVELS = (
     {"cli"},
     {"serve", "bench"},
     {"__init__"},  # the public names
-    {"chat"},
+    {"chat", "calibration"},
     {"generation"},
     {"streams"},
     {"task"},
@@ -39,7 +39,7 @@ LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 # Modules that stand outside a folder of their room
 ROOM = {
     "evaluate": "serve",
-    **dict.fromkeys(("arguments", "extension", "forked", "mapped", "untrusted"), "base"),
+    **dict.fromkeys(("arguments", "extension", "forked", "mapped", "risk", "untrusted"), "base"),
 }
 # What lies below and is no business of theirs
 APART = {
