@@ -61,6 +61,14 @@ class Layer:
     scalar: mx.array
 
 
+class Branches(NamedTuple):
+    """Where the rows of a call stand that are nodes of trees, one of each sequence, in the form of
+    :func:`pyengine.ops.block_attention`."""
+
+    depths: mx.array  # int32 [R]
+    ancestors: mx.array  # int32 [R, A]: of a row the one at each depth, as a row of its sequence
+
+
 class Rows(NamedTuple):
     """The rows of a call, sequence by sequence."""
 
@@ -68,6 +76,8 @@ class Rows(NamedTuple):
     counts: Sequence[int]  # of each sequence
     positions: mx.array  # int32 [R]
     owners: mx.array  # int32 [R]
+    slots: mx.array | None = None  # int32 [R]: in whose places those of trees are kept
+    branches: Branches | None = None
 
 
 class Reader(Protocol):
@@ -197,18 +207,26 @@ class Target:
             yield self._head(hidden)
 
     def forward(
-        self, ids: Sequence[mx.array], caches: Sequence[Cache], taps: tuple[int, ...] = ()
+        self,
+        ids: Sequence[mx.array],
+        caches: Sequence[Cache],
+        taps: tuple[int, ...] = (),
+        branches: Branches | None = None,
     ) -> tuple[Logits, mx.array]:
         """Run each sequence's ids [T] behind the committed positions of its cache; writes keys and
         values, commits nothing. The caches share an arena. Rows of all sequences are processed
         together.
+
+        With ``branches`` the ids of a sequence, at most 16, are a tree behind those positions: each
+        row has the bits of a plain step behind its ancestors. The path that is committed has its
+        keys and values moved first (:meth:`pyengine.model.cache.Arena.keep_path`).
 
         Returns:
             Of the R rows, sequence by sequence: logits [R, V], float32, after the softcap, none of
             them made until they are asked for; hidden vectors [R, E], after the last norm; with n
             taps [R, (1 + n) * E], behind them those that left the tapped layers.
         """
-        hidden, tapped = self._hidden(ids, caches, taps)
+        hidden, tapped = self._hidden(ids, caches, taps, branches=branches)
         return self._head(hidden), tapped
 
     def exit(
@@ -245,16 +263,17 @@ class Target:
         taps: tuple[int, ...] = (),
         depth: int | None = None,
         ahead: int = 0,
+        branches: Branches | None = None,
     ) -> tuple[mx.array, mx.array]:
         """Post-final-norm hidden vectors [R, E] of each sequence's ids; the same with what left the
         tapped layers behind them, [R, (1 + taps) * E]. Keys and values go to the arena. ``depth``
-        and ``ahead`` as :meth:`exit`."""
+        and ``ahead`` as :meth:`exit`, ``branches`` as :meth:`forward`."""
         layers = self.layers[:depth]
         for own, cache in zip(each, caches, strict=True):
             cache.reserve(ahead + own.size)
         arena, counts = caches[0].arena, [own.size for own in each]
         ids, batch = arena.after_reads(packed(each)), arena.batch(caches).ahead(ahead)
-        rows = Rows(batch, counts, *batch.rows(counts))
+        rows = _rows(batch, counts, branches)
         eps = self.config.eps
         h = self.embed(ids)
         per_layer = self._per_layer_inputs(ids, h) if self.config.per_layer_width else None
@@ -293,7 +312,9 @@ class Target:
         else:
             k, v = kv[0], kv[-1]  # keys may double as values
             norms, to = (attention.q_norm, attention.k_norm), (rows.positions, rows.owners, tables)
-            q, keys, values = ops.prepare_qkv(q, k, v, *norms, inv_freq, *arena.slots(i), *to, eps)
+            q, keys, values = ops.prepare_qkv(
+                q, k, v, *norms, inv_freq, *arena.slots(i), *to, eps, rows.slots
+            )
             arena.store(i, keys, values)
         out = ops.block_attention(
             q,
@@ -302,6 +323,8 @@ class Target:
             tables,
             rows.counts,
             window=self.config.window if geometry.sliding else None,
+            depths=None if rows.branches is None else rows.branches.depths,
+            ancestors=None if rows.branches is None else rows.branches.ancestors,
         )
         return attention.o(out.reshape(R, -1))
 
@@ -313,6 +336,14 @@ class Target:
         context = ops.rms_norm(context.reshape(-1, L, P), self.per_layer_norm, self.config.eps)
         both = (context.reshape(table.shape) + table) * 2**-0.5
         return list(mx.split(both.astype(self.dtype), L, axis=-1))
+
+
+def _rows(batch: Batch, counts: Sequence[int], branches: Branches | None) -> Rows:
+    positions, owners = batch.rows(counts)
+    if branches is None:
+        return Rows(batch, counts, positions, owners)
+    steps = mx.array([t for T in counts for t in range(T)], dtype=mx.int32)
+    return Rows(batch, counts, positions - steps + branches.depths, owners, positions, branches)
 
 
 def check_ids(what: str, ids: list[int], vocab_size: int) -> None:
