@@ -47,6 +47,13 @@
 // where a page is none of the P, page 0 is read for it, and the piece is NaN
 // too.
 //
+// Rows of a tree sit at positions of their own, and have own keys from the
+// piece's first position on (`tree`): a position's key is in the slot of an
+// ancestor. Scores are made of all rows and slots. The softmax takes them by
+// position, through the row's line of ancestors, and the values of these few
+// positions come straight from memory, for each row its own. So no sum has
+// another order than that of a step behind the row's path.
+//
 // Limits: up to 128 items; D a multiple of 16, at most 512; q, keys and values
 // on 16 bytes.
 #include "block_attention_params.h"
@@ -54,6 +61,8 @@
 #include "positions.h"
 
 namespace pyengine {
+
+constant bool tree [[function_constant(0)]];
 
 typedef BlockAttentionParams Params;
 typedef BlockAttentionItem Item;
@@ -140,6 +149,51 @@ first_row_between(constant Params& p, constant Item& item, uint head) {
 inline int turned(constant Params& p, int j) {
   return j < p.N ? j : j % p.N;
 }
+
+// The lines of an item's rows. For numbers that are none of the piece's others
+// are read: such a piece is NaN in the end.
+struct Tree {
+  const device int* depths; // of the item's first row
+  const device int* ancestors;
+  int A;
+  int count; // rows of the piece
+
+  Tree(
+      constant Params& p,
+      constant Item& item,
+      const device int* depths,
+      const device int* ancestors)
+      : depths(depths + item.row),
+        ancestors(ancestors + item.row * p.ancestors),
+        A(p.ancestors),
+        count(item.count) {}
+
+  bool has_depth(int row) const {
+    return 0 <= depths[row] && depths[row] < min(A, count);
+  }
+  int depth(int row) const {
+    return has_depth(row) ? depths[row] : 0;
+  }
+  bool has_ancestor(int row, int j) const {
+    int ancestor = ancestors[row * A + j];
+    return 0 <= ancestor && ancestor < count;
+  }
+  // The slot of position start + j, as a number from `start` on.
+  int slot(int row, int j) const {
+    return j >= 0 && has_ancestor(row, j) ? ancestors[row * A + j] : j;
+  }
+  // Whether all numbers are the piece's. A simdgroup asks together.
+  bool whole(ushort lane) const {
+    int wrong = 0;
+    for (int row = lane; row < count; row += 32) {
+      wrong |= !has_depth(row);
+      for (int j = 0; j <= depth(row); ++j) {
+        wrong |= !has_ancestor(row, j);
+      }
+    }
+    return simd_max(wrong) == 0;
+  }
+};
 
 // The page of a position, or page 0 where the table names none: such a piece is
 // NaN in the end.
@@ -350,8 +404,10 @@ template <typename T>
   ushort row_groups = (item.rows + lane_rows - 1) / lane_rows;
   int from = first_span(p, start) * span;
   int base = from + group.x * p.keys;
-  Range seen = visible(p, start, first_row, first_row + rows - 1)
-                   .within(base, base + p.keys);
+  // Any row of a tree may see all slots
+  Range slots = tree ? visible(p, start, 0, R - 1)
+                     : visible(p, start, first_row, first_row + rows - 1);
+  Range seen = slots.within(base, base + p.keys);
   if (seen.empty()) {
     return;
   }
@@ -540,6 +596,7 @@ struct SpanRows {
   int G; // rows of a position
   int positions; // of the item
   int oldest; // position of the item's first row
+  int at[simd_rows]; // position of each row of a tree
   const device float* scores; // of the first row, at the span's first position
   uint pitch; // of rows of scores
 
@@ -550,6 +607,13 @@ struct SpanRows {
     int begin = clamp(after, 0, positions);
     int end = clamp(after + min(p.window, int(max_positions)), 0, positions);
     return {begin * G - first, end * G - first};
+  }
+  bool sees(constant Params& p, ushort r, int position) const {
+    return r < count && visible(p, at[r]).has(position);
+  }
+  // Row r's position in the item.
+  int index(ushort r) const {
+    return (first + r) / G;
   }
 };
 
@@ -612,6 +676,43 @@ inline void weigh_cut_chunk(
   }
 }
 
+// The same for rows of a tree, whose scores from their piece's first position
+// on are in the slots of their ancestors.
+inline void weigh_tree_chunk(
+    thread State (&states)[simd_rows],
+    thread float4 (&values)[simd_rows],
+    thread const SpanRows& own,
+    thread const Tree& lines,
+    threadgroup float* weights,
+    constant Params& p,
+    int at,
+    ushort lane) {
+  const device float* from = own.scores;
+  int first = own.oldest - at / span * span; // slot of the piece's first row
+#pragma unroll
+  for (ushort r = 0; r < simd_rows; ++r) {
+    float scores[2] = {};
+    Range seen = {0, 0};
+    if (r < own.count) {
+      seen = visible(p, own.at[r]);
+    }
+    if (!seen.within(at, at + chunk).empty()) {
+      for (ushort i = 0; i < 2; ++i) {
+        int position = at + 32 * i + lane;
+        scores[i] = -INFINITY;
+        if (seen.has(position)) {
+          int j = lines.slot(own.index(r), position - own.oldest);
+          scores[i] = from[first + j];
+        }
+      }
+      values[r] *= states[r].add(scores, p.minus_zero);
+    }
+    weights[lane * simd_rows + r] = scores[0];
+    weights[(32 + lane) * simd_rows + r] = scores[1];
+    from += own.pitch;
+  }
+}
+
 // values[r] += weights[r] * v for one position, in rows [begin, end) of all:
 // for others v may be anything, NaN included, so it is not multiplied by 0.
 template <bool every>
@@ -630,6 +731,49 @@ inline void add_position(
   }
 }
 
+// The same for rows of a tree, of which any may see a position.
+inline void add_where_seen(
+    thread float4 (&values)[simd_rows],
+    const threadgroup float4* weights,
+    float4 v,
+    thread const SpanRows& own,
+    constant Params& p,
+    int position) {
+  float4 low = weights[0], high = weights[1];
+#pragma unroll
+  for (ushort r = 0; r < simd_rows; ++r) {
+    if (own.sees(p, r, position)) {
+      float weight = r < 4 ? low[r % 4] : high[r % 4];
+      values[r] = fma(float4(weight), v, values[r]);
+    }
+  }
+}
+
+// The same where each row of a tree has a value of its own, four columns of
+// which are at `from` in the slot that is the piece's first.
+template <typename T>
+inline void add_own_values(
+    thread float4 (&values)[simd_rows],
+    const threadgroup float* weights,
+    thread const SpanRows& own,
+    thread const Tree& lines,
+    constant Params& p,
+    constant Item& item,
+    const device int* tables,
+    const device T* v, // of the head in page 0, from a lane's column on
+    int position) {
+#pragma unroll
+  for (ushort r = 0; r < simd_rows; ++r) {
+    if (own.sees(p, r, position)) {
+      int slot = own.oldest + lines.slot(own.index(r), position - own.oldest);
+      ulong page = ulong(page_read(p, item, tables, slot)) * p.K;
+      const device T* from = v + (page * page_size + slot % page_size) * p.D;
+      float4 value(from[0], from[1], from[2], from[3]);
+      values[r] = fma(float4(weights[r]), value, values[r]);
+    }
+  }
+}
+
 // A simdgroup owns 8 rows, and a lane four columns of each; chunks follow each
 // other. Weights stay within the simdgroup, v is staged for all of them;
 // simdgroups without rows only load.
@@ -643,6 +787,9 @@ template <typename T>
     device float2* states_out [[buffer(5)]], // the same: [K, spans, R]
     constant Params& p [[buffer(6)]],
     constant Item* items [[buffer(7)]],
+    const device int* depths [[buffer(8), function_constant(tree)]], // [R]
+    const device int* ancestors
+    [[buffer(9), function_constant(tree)]], // [R, A]
     threadgroup float* all_weights [[threadgroup(0)]], // [rows / 8, 64, 8]
     threadgroup float4* staged [[threadgroup(1)]], // [positions, 32]
     uint3 group [[threadgroup_position_in_grid]],
@@ -665,10 +812,15 @@ template <typename T>
   int column = group.x % slices * slice_quads * 4;
   int last_row = min(first_row + item.rows, R) - 1;
   int base = (first_span(p, start) + index) * span;
-  Range seen = visible(p, start, first_row, last_row).within(base, base + span);
+  Range some = tree ? visible(p, start, 0, R - 1)
+                    : visible(p, start, first_row, last_row);
+  Range seen = some.within(base, base + span);
   if (seen.empty()) {
     return;
   }
+  // What rows have in the same place
+  Range common = tree ? seen.within(base, start) : seen;
+  Tree lines(p, item, tree ? depths : lengths, tree ? ancestors : lengths);
 
   // What the rows of this simdgroup see: any of them, and all of them
   SpanRows own;
@@ -681,7 +833,15 @@ template <typename T>
   own.scores = scores +
       (first_row_between(p, item, head) + own.first) * own.pitch + index * span;
   Range any = {base, base}, all = any;
-  if (own.count > 0) {
+  if (tree) {
+    for (ushort r = 0; r < simd_rows; ++r) {
+      own.at[r] = start + (r < own.count ? lines.depth(own.index(r)) : 0);
+    }
+  }
+  if (own.count > 0 && tree) {
+    any = common;
+    all = common.within(visible(p, start + item.positions - 1).begin, start);
+  } else if (own.count > 0) {
     Range first = visible(p, own.oldest + own.first / own.G);
     Range last = visible(p, own.oldest + (own.first + own.count - 1) / own.G);
     any = Range{first.begin, last.end}.within(base, base + span);
@@ -693,7 +853,7 @@ template <typename T>
       page_read(p, item, tables, base + lane % (span / page_size) * page_size);
   ushort threads = simds * 32;
   typedef ValueTile<T> Tile;
-  Tile tile(p, v, staged, head, seen, own_page, column);
+  Tile tile(p, v, staged, head, common, own_page, column);
   State states[simd_rows] = {};
   float4 values[simd_rows] = {};
   int part_begin = seen.begin / Tile::positions * Tile::positions;
@@ -712,12 +872,14 @@ template <typename T>
           at - base,
           p.minus_zero,
           lane);
+    } else if (own.count > 0 && tree) {
+      weigh_tree_chunk(states, values, own, lines, weights, p, at, lane);
     } else if (own.count > 0) {
       weigh_cut_chunk(states, values, own, weights, p, at, lane);
     }
 
     // Add values
-    for (; part_begin < min(at + chunk, seen.end);
+    for (; part_begin < min(at + chunk, common.end);
          part_begin += Tile::positions) {
       int part_end = part_begin + Tile::positions;
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -728,7 +890,7 @@ template <typename T>
           tile.store(part, next[i]);
         }
       }
-      if (part_end < seen.end) {
+      if (part_end < common.end) {
         from = tile.next(from, part_end);
         tile.load(next, from, part_end, thread_index, threads);
       }
@@ -745,9 +907,31 @@ template <typename T>
         Range in_tile = any.within(part_begin, part_end);
         for (int j = in_tile.begin; j < in_tile.end; ++j) {
           float4 value = column_quads[(j - part_begin) * slice_quads];
-          add_position<false>(
-              values, quads + 2 * (j - part_begin), value, own.seeing(p, j));
+          auto own_quads = quads + 2 * (j - part_begin);
+          if (tree) {
+            add_where_seen(values, own_quads, value, own, p, j);
+          } else {
+            add_position<false>(values, own_quads, value, own.seeing(p, j));
+          }
         }
+      }
+    }
+    if (tree) {
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      int end = column / 4 + lane < p.D / 4 ? min(at + chunk, seen.end) : 0;
+      const device T* head_values =
+          v + ulong(head) * page_size * p.D + column + 4 * lane;
+      for (int j = max(at, start); j < end; ++j) {
+        add_own_values(
+            values,
+            weights + (j - at) * simd_rows,
+            own,
+            lines,
+            p,
+            item,
+            tables,
+            head_values,
+            j);
       }
     }
   }
@@ -841,6 +1025,9 @@ template <typename T>
     device T* out [[buffer(4)]], // [R, H, D]
     constant Params& p [[buffer(5)]],
     constant Item* items [[buffer(6)]],
+    const device int* depths [[buffer(7), function_constant(tree)]], // [R]
+    const device int* ancestors
+    [[buffer(8), function_constant(tree)]], // [R, A]
     uint3 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
@@ -855,6 +1042,8 @@ template <typename T>
   const device int* table = tables + ulong(item.piece) * p.N;
   bool whole =
       attends(p, item, length) && has_pages(p, item, table, length, lane);
+  Tree lines(p, item, tree ? depths : lengths, tree ? ancestors : lengths);
+  whole = whole && (!tree || lines.whole(lane));
   if (thread_index >= p.D / 4) {
     return;
   }
@@ -867,7 +1056,10 @@ template <typename T>
   }
   int start = length + item.first;
   int base = first_span(p, start);
-  Range seen = visible(p, position_of(p, start, row));
+  Range seen = visible(
+      p,
+      tree ? start + lines.depth(row / (p.H / p.K))
+           : position_of(p, start, row));
   int first = seen.begin / span - base;
   int left = (seen.end + span - 1) / span - base - first;
 

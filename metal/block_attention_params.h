@@ -14,6 +14,7 @@ struct BlockAttentionParams {
   int keys; // that one threadgroup of scores takes
   int spans; // states of a row, at most
   int window; // 2^31 - 1 for none
+  int ancestors; // entries of each row's line of them; 0 where there is no tree
   float scale;
   float minus_zero; // see product() in ordered_sum.h
 };

@@ -33,6 +33,21 @@ page_of(Tables tables, int Q, int N, int P, int owner, int position) {
   return is_page(page, P) ? page : -1;
 }
 
+// The same of the position `row` behind `length`, neither of which need be one.
+template <typename Tables>
+static inline int page_behind(
+    Tables tables,
+    int Q,
+    int N,
+    int P,
+    int owner,
+    int length,
+    int row) {
+  bool known = 0 <= length && length < max_positions && 0 <= row &&
+      row < max_positions - length;
+  return known ? page_of(tables, Q, N, P, owner, length + row) : -1;
+}
+
 // The first position that a row sees: `window` is at least 1.
 static inline int oldest_seen(int position, int window) {
   return position < window ? 0 : position - window + 1;

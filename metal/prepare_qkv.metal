@@ -14,6 +14,9 @@
 
 namespace pyengine {
 
+// Whether rows go to other places than those of their positions.
+constant bool has_slots [[function_constant(0)]];
+
 template <typename T>
 [[kernel, max_total_threads_per_threadgroup(128)]] void prepare_qkv(
     const device T* q [[buffer(0)]], // [R, H, D]
@@ -36,6 +39,7 @@ template <typename T>
     constant uint& N [[buffer(17)]],
     constant float& eps [[buffer(18)]],
     constant uint& norm_values [[buffer(19)]],
+    const device int* slots [[buffer(20), function_constant(has_slots)]], // [R]
     threadgroup float* normed [[threadgroup(0)]], // [heads of a group, D]
     uint2 group [[threadgroup_position_in_grid]],
     ushort simd [[simdgroup_index_in_threadgroup]],
@@ -58,12 +62,13 @@ template <typename T>
     return;
   }
   ulong from = (ulong(row) * K + head) * D;
-  int page = page_of(tables, Q, N, P, owners[row], position);
+  int slot = has_slots ? slots[row] : position;
+  int page = page_of(tables, Q, N, P, owners[row], slot);
   if (page < 0) {
     return;
   }
   ulong line = (ulong(page) * K + head) * page_size;
-  ulong place = (line + position % page_size) * D;
+  ulong place = (line + slot % page_size) * D;
   if ((task - H) % 2 == 0) {
     device T* to = keys + place;
     rotate_head(k + from, k_norm, inv_freq, to, normed, position, D, eps, lane);

@@ -173,6 +173,20 @@ def copy_pages(K: int, D: int, dtype: str) -> Run:
     return run
 
 
+def move_rows(K: int, D: int, dtype: str) -> Run:
+    """Of two sequences, across the end of a page."""
+    keys, values = (normal(x, 5, K, 64, D, dtype=dtype) for x in ("keys", "values"))
+    rows = mx.array([[0, 2, 3, 9], [1, 2, 7, 8]])
+
+    def run(T: int) -> Results:
+        own = [keys + 0, values + 0]  # written in place
+        mx.eval(own)
+        where = mx.array([58, 0]), mx.array([[4, 1], [0, 2]]), rows, mx.array([4, min(T, 4)])
+        return list(op("move_rows")(*own, *where))
+
+    return run
+
+
 def prepare_qkv(H: int, K: int, C: int, D: int, same: bool, dtype: str) -> Run:
     """Its keys and values as a ring of C places, which the digests that are kept are of."""
     q, k, v = (normal(x, MOST, n * D, dtype=dtype) for x, n in (("q", H), ("k", K), ("v", K)))
@@ -424,6 +438,7 @@ def settings(pair: str) -> Iterator[tuple[Callable[..., Run], dict[str, Any]]]:
             for H in (heads, own_heads, K):
                 yield norm_rope, {"H": H, "D": D, **dtype}
             yield copy_pages, {"K": K, "D": D, **dtype}
+            yield move_rows, {"K": K, "D": D, **dtype}
             same = D == 512 and not per_layer
             yield prepare_qkv, {"H": heads, "K": K, "C": C, "D": D, "same": same, **dtype}
             # The assistant's query stands behind the newest key

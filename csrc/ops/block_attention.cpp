@@ -117,6 +117,29 @@ struct Item {
   int64_t spans;
 };
 
+// What is told of the rows of a tree, from a piece's first row on.
+struct Tree {
+  const int32_t* depths = nullptr; // null where there is none
+  const int32_t* ancestors = nullptr;
+  int A = 0;
+
+  // Whether each row of a piece has a depth, and its ancestors are rows of it.
+  bool fits(int count) const {
+    for (int i = 0; depths && i < count; ++i) {
+      if (depths[i] < 0 || depths[i] >= std::min(A, count)) {
+        return false;
+      }
+      for (int j = 0; j <= depths[i]; ++j) {
+        int row = ancestors[i * A + j];
+        if (row < 0 || row >= count) {
+          return false;
+        }
+      }
+    }
+    return true;
+  }
+};
+
 // Whether a piece has positions, and pages that hold all that its rows see.
 bool can_attend(
     const BlockAttentionArgs& args,
@@ -142,10 +165,19 @@ void add_items(
     int length,
     int count,
     const int32_t* table,
+    const Tree& tree,
     std::vector<Item>& items) {
   for (int first = 0; first < count; first += max_rows) {
     int positions = std::min(max_rows, count - first);
-    AttentionRows rows = {0, row + first, positions, length + first, table};
+    AttentionRows rows = {
+        .head = 0,
+        .row = row + first,
+        .positions = positions,
+        .position = length + first,
+        .table = table,
+        .depths = tree.depths,
+        .ancestors = tree.ancestors,
+        .A = tree.A};
     auto [oldest, newest] = spans_of(args, rows);
     int64_t seen = rows.position + positions -
         int64_t(oldest_seen(rows.position, args.window));
@@ -196,20 +228,26 @@ void run(
     const BlockAttentionArgs& args,
     const std::vector<int>& counts,
     const int32_t* lengths,
-    const int32_t* tables) {
+    const int32_t* tables,
+    Tree tree) {
   std::vector<Item> items;
   int64_t width = int64_t(args.H) * args.D;
   int row = 0;
   for (size_t s = 0; s < counts.size(); ++s) {
     const int32_t* table = tables + s * args.N;
-    if (can_attend(args, lengths[s], counts[s], table)) {
-      add_items(args, row, lengths[s], counts[s], table, items);
+    if (can_attend(args, lengths[s], counts[s], table) &&
+        tree.fits(counts[s])) {
+      add_items(args, row, lengths[s], counts[s], table, tree, items);
     } else {
       // No error: after some hundred tasks that throw one, MLX waits for ever
       PYENGINE_PICK_KERNEL(store_nan)
       (args.out, args.storage, row * width, counts[s] * width);
     }
     row += counts[s];
+    if (tree.depths) {
+      tree.depths += counts[s];
+      tree.ancestors += int64_t(counts[s]) * tree.A;
+    }
   }
   attend_all(args, items);
 }
@@ -259,6 +297,7 @@ class AttentionLaunches {
       : q_(in[0]),
         keys_(in[1]),
         tables_(in[3]),
+        ancestors_(in.size() > 6 ? &in[6] : nullptr),
         dtype_(in[0].dtype()) {
     int H = q_.shape(1), K = keys_.shape(1), N = tables_.shape(1);
     int positions = add_items(counts, H / K);
@@ -276,6 +315,7 @@ class AttentionLaunches {
         .keys = row_simds() <= 4 ? 64 : 32,
         .spans = spans_needed(N, positions, window),
         .window = window.value_or(no_window),
+        .ancestors = ancestors_ ? ancestors_->shape(1) : 0,
         .scale = scale,
         .minus_zero = -0.0f};
   }
@@ -313,6 +353,7 @@ class AttentionLaunches {
         state_list(Role::out),
         params(),
         items()};
+    add_tree(launch);
     launch.threadgroup_memory = {
         {0, simds * attention_chunk * value_rows * 4},
         {1, value_bytes / itemsize() * 4}};
@@ -332,6 +373,7 @@ class AttentionLaunches {
         Buffer::array(Role::out, "out", q_.shape(), dtype_),
         params(),
         items()};
+    add_tree(launch);
     return launch;
   }
 
@@ -370,7 +412,20 @@ class AttentionLaunches {
   Launch kernel(const char* name, std::array<int, 3> grid, int threads) const {
     std::string library = "block_attention";
     auto host_name = library + "_" + name + "_" + dtype_name(dtype_);
-    return {library, host_name, grid, {threads, 1, 1}};
+    Launch launch(library, host_name, grid, {threads, 1, 1});
+    launch.constants = {{0, ancestors_ != nullptr}};
+    return launch;
+  }
+
+  void add_tree(Launch& launch) const {
+    if (ancestors_) {
+      int R = q_.shape(0);
+      auto array = [](const char* name, mx::Shape shape) {
+        return Buffer::array(Role::in, name, std::move(shape), mx::int32);
+      };
+      launch.buffers.push_back(array("depths", {R}));
+      launch.buffers.push_back(array("ancestors", ancestors_->shape()));
+    }
   }
 
   // Scores or values: so many threadgroups per tile of rows.
@@ -429,6 +484,7 @@ class AttentionLaunches {
   const mx::array& q_;
   const mx::array& keys_;
   const mx::array& tables_;
+  const mx::array* ancestors_; // of a tree
   mx::Dtype dtype_;
   std::vector<BlockAttentionItem> items_;
   BlockAttentionParams params_;
@@ -436,7 +492,7 @@ class AttentionLaunches {
   int tile_ = 0; // rows of the largest tile
 };
 
-// Inputs: q, keys, lengths, tables, values.
+// Inputs: q, keys, lengths, tables, values; depths and ancestors of trees.
 struct BlockAttention {
   static constexpr const char* op = "block_attention";
   std::vector<int> counts; // rows of each piece
@@ -472,6 +528,9 @@ struct BlockAttention {
             v = ArenaView(in[4]),
             lengths = Contiguous(in[2]),
             tables = Contiguous(tables),
+            depths = Contiguous(in.size() > 6 ? in[5] : in[2]),
+            ancestors = Contiguous(in.size() > 6 ? in[6] : in[2]),
+            A = in.size() > 6 ? in[6].shape(1) : 0,
             counts = counts,
             args]() mutable {
       args.q = q.get();
@@ -479,7 +538,11 @@ struct BlockAttention {
       args.v = v.get();
       std::copy_n(k.strides, 3, args.k_strides);
       std::copy_n(v.strides, 3, args.v_strides);
-      run(args, counts, lengths.get<int32_t>(), tables.get<int32_t>());
+      Tree tree;
+      if (A > 0) {
+        tree = {depths.get<int32_t>(), ancestors.get<int32_t>(), A};
+      }
+      run(args, counts, lengths.get<int32_t>(), tables.get<int32_t>(), tree);
     };
   }
 };
@@ -499,6 +562,33 @@ mx::Shape checked_counts(const std::vector<Integer>& counts, int R) {
   return rows;
 }
 
+void check_tree(
+    int R,
+    const mx::Shape& counts,
+    const std::optional<mx::array>& depths,
+    const mx::array& ancestors) {
+  constexpr auto op = BlockAttention::op;
+  if (!depths) {
+    fail(op, "depths", "stand beside ancestors", "None");
+  }
+  check_array(op, "depths", *depths, mx::int32, {R});
+  check(
+      ancestors.ndim() == 2 && ancestors.shape(1) >= 1,
+      op,
+      "ancestors",
+      "have shape [R, A]",
+      ancestors.shape());
+  check_array(op, "ancestors", ancestors, mx::int32, {R, ancestors.shape(1)});
+  for (int count : counts) {
+    check(
+        count <= max_rows,
+        op,
+        "counts",
+        "be at most 16 each with ancestors",
+        counts);
+  }
+}
+
 mx::array block_attention(
     const mx::array& q, // [R, H, D]
     const mx::array& keys, // [P, K, 64, D]
@@ -507,7 +597,9 @@ mx::array block_attention(
     const mx::array& tables, // int32 [Q, N]
     const std::vector<Integer>& counts, // [Q]
     float scale,
-    std::optional<Integer> window) {
+    std::optional<Integer> window,
+    const std::optional<mx::array>& depths, // int32 [R]
+    const std::optional<mx::array>& ancestors) { // int32 [R, A]
   constexpr auto op = BlockAttention::op;
   check_storage_dtype(op, "q", q);
   check(q.ndim() == 3, op, "q", "have shape [R, H, D]", q.shape());
@@ -541,11 +633,18 @@ mx::array block_attention(
         "be at least 1 and below 2**31",
         *window);
   }
+  Arrays inputs = {q, keys, lengths, tables, values};
+  if (ancestors) {
+    check_tree(q.shape(0), rows, depths, *ancestors);
+    inputs.insert(inputs.end(), {*depths, *ancestors});
+  } else if (depths) {
+    fail(op, "ancestors", "stand beside depths", "None");
+  }
   return lazy_result(
       BlockAttention{{rows.begin(), rows.end()}, scale, window},
       q.shape(),
       q.dtype(),
-      {q, keys, lengths, tables, values});
+      inputs);
 }
 
 } // namespace
@@ -561,7 +660,9 @@ void bind_block_attention(nb::module_& m) {
       "tables"_a,
       "counts"_a,
       "scale"_a,
-      "window"_a.none());
+      "window"_a.none(),
+      "depths"_a.none(),
+      "ancestors"_a.none());
 }
 
 } // namespace pyengine

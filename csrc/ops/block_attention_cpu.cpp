@@ -252,7 +252,8 @@ int64_t position_of(
     const BlockAttentionArgs& args,
     const AttentionRows& rows,
     int row) {
-  return int64_t(rows.position) + row / group_size(args);
+  int i = row / group_size(args);
+  return int64_t(rows.position) + (rows.depths ? rows.depths[i] : i);
 }
 
 // Positions that a row at `position` sees, cut to [from, to).
@@ -266,6 +267,55 @@ Range visible(
   int64_t end = position + 1;
   end = end < begin ? begin : end > to ? to : end;
   return {int(begin - from), int(end - from)};
+}
+
+// The rows [row, end) to a chunk that begins at position `at`.
+template <typename T>
+void attend_chunk(
+    const BlockAttentionArgs& args,
+    const AttentionRows& rows,
+    const float* q32,
+    const Chunk<T>& from,
+    State state,
+    int64_t at,
+    int row,
+    int end) {
+  while (row < end) {
+    Range seen[tile];
+    int count = 0;
+    for (; count < tile && row + count < end; ++count) {
+      int64_t position = position_of(args, rows, row + count);
+      seen[count] = visible(args, position, at, at + chunk);
+      if (seen[count].begin >= seen[count].end) {
+        break;
+      }
+    }
+    switch (count) {
+      case 4:
+        attend_rows<4>(args, q32, from, seen, state, row);
+        break;
+      case 3:
+        attend_rows<3>(args, q32, from, seen, state, row);
+        break;
+      case 2:
+        attend_rows<2>(args, q32, from, seen, state, row);
+        break;
+      case 1:
+        attend_rows<1>(args, q32, from, seen, state, row);
+        break;
+      default:
+        count = 1; // this row sees nothing here
+    }
+    row += count;
+  }
+}
+
+// The slot of a position that row i of a tree sees.
+int64_t slot_of(const AttentionRows& rows, int i, int64_t position) {
+  int64_t depth = position - rows.position;
+  return depth < 0
+      ? position
+      : rows.position + rows.ancestors[int64_t(i) * rows.A + depth];
 }
 
 template <typename T>
@@ -286,46 +336,35 @@ void attend_span(
 
   for (int64_t at = span * attention_span; at < (span + 1) * attention_span;
        at += chunk) {
-    // The first row sees furthest back, the last row furthest ahead.
-    int begin = visible(args, position_of(args, rows, 0), at, at + chunk).begin;
-    int end = visible(args, position_of(args, rows, R - 1), at, at + chunk).end;
+    // The first slot's row sees furthest back, the last one's furthest ahead.
+    int64_t newest = int64_t(rows.position) + rows.positions - 1;
+    int begin = visible(args, rows.position, at, at + chunk).begin;
+    int end = visible(args, newest, at, at + chunk).end;
     if (begin >= end) {
       continue; // its page may be none
     }
-    int64_t page = rows.table[at / chunk % args.N];
     Chunk<T> from;
-    for (int j = begin; j < end; ++j) {
-      from.k[j] = k + page * args.k_strides[0] + j * args.k_strides[2];
-      from.v[j] = v + page * args.v_strides[0] + j * args.v_strides[2];
+    auto point = [&](int j, int64_t slot) {
+      int64_t page = rows.table[slot / chunk % args.N], place = slot % chunk;
+      from.k[j] = k + page * args.k_strides[0] + place * args.k_strides[2];
+      from.v[j] = v + page * args.v_strides[0] + place * args.v_strides[2];
+    };
+    if (!rows.depths || at + chunk <= rows.position) {
+      for (int j = begin; j < end; ++j) {
+        point(j, at + j);
+      }
+      attend_chunk(args, rows, q32, from, state, at, 0, R);
+      continue;
     }
-
-    for (int row = 0; row < R;) {
-      Range seen[tile];
-      int count = 0;
-      for (; count < tile && row + count < R; ++count) {
-        int64_t position = position_of(args, rows, row + count);
-        seen[count] = visible(args, position, at, at + chunk);
-        if (seen[count].begin >= seen[count].end) {
-          break;
-        }
+    // Each row of a tree has keys of its own here
+    int G = group_size(args);
+    for (int i = 0; i < rows.positions; ++i) {
+      Range seen =
+          visible(args, position_of(args, rows, i * G), at, at + chunk);
+      for (int j = seen.begin; j < seen.end; ++j) {
+        point(j, slot_of(rows, i, at + j));
       }
-      switch (count) {
-        case 4:
-          attend_rows<4>(args, q32, from, seen, state, row);
-          break;
-        case 3:
-          attend_rows<3>(args, q32, from, seen, state, row);
-          break;
-        case 2:
-          attend_rows<2>(args, q32, from, seen, state, row);
-          break;
-        case 1:
-          attend_rows<1>(args, q32, from, seen, state, row);
-          break;
-        default:
-          count = 1; // this row sees nothing here
-      }
-      row += count;
+      attend_chunk(args, rows, q32, from, state, at, i * G, (i + 1) * G);
     }
   }
 }

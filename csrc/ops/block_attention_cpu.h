@@ -38,6 +38,11 @@ struct AttentionRows {
   int positions; // 1..max_rows
   int position; // of the first row
   const int32_t* table; // [N], pages: each that is seen is one of the P
+  // Of a tree, else null. Row i sits at position + depths[i], and its position
+  // + j has the key that is at position + ancestors[i * A + j].
+  const int32_t* depths;
+  const int32_t* ancestors;
+  int A;
 };
 
 // Running softmax of R rows: largest score, sum of exp, weighted sum of values.

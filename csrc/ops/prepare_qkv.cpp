@@ -1,7 +1,10 @@
 // prepare_qkv: head norms, rotary embedding and the write into pages. The
 // arithmetic is in prepare_qkv_cpu.cpp.
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
+
+#include <optional>
 
 #include "bindings.h"
 #include "check.h"
@@ -19,7 +22,7 @@ namespace pyengine {
 namespace {
 
 // Inputs: q, k, v, q_norm, k_norm, inv_freq, positions, owners, tables, keys,
-// values.
+// values; and slots where they are not the positions.
 struct PrepareQkv {
   static constexpr const char* op = "prepare_qkv";
   float eps;
@@ -56,6 +59,8 @@ struct PrepareQkv {
       return Buffer::array(Role::in, name, std::move(shape), mx::int32);
     };
     Launch launch = heads_launch(op, H + 2 * K, R, D, dtype);
+    bool has_slots = in.size() > 11;
+    launch.constants = {{0, has_slots}};
     launch.buffers = {
         array(Role::in, "q", {R, H * D}),
         array(Role::in, "k", {R, K * D}),
@@ -77,6 +82,9 @@ struct PrepareQkv {
         Buffer::scalar("N", uint32_t(N)),
         Buffer::scalar("eps", eps),
         Buffer::scalar("norm_values", uint32_t(norm_values))};
+    if (has_slots) {
+      launch.buffers.push_back(whole("slots", {R}));
+    }
     return {launch};
   }
 
@@ -101,6 +109,7 @@ struct PrepareQkv {
             k_weight = Contiguous(in[4]),
             inv_freq = Contiguous(in[5]),
             positions = Contiguous(in[6]),
+            slots = Contiguous(in.size() > 11 ? in[11] : in[6]),
             owners = Contiguous(in[7]),
             tables = Contiguous(in[8]),
             rows = out[0].shape(0),
@@ -112,6 +121,7 @@ struct PrepareQkv {
       args.k_weight = k_weight.get();
       args.inv_freq = inv_freq.get<float>();
       args.positions = positions.get<int32_t>();
+      args.slots = slots.get<int32_t>();
       args.owners = owners.get<int32_t>();
       args.tables = tables.get<int32_t>();
       int64_t width = (args.H + 2 * int64_t(args.K)) * args.D;
@@ -134,7 +144,8 @@ Arrays prepare_qkv(
     const mx::array& owners, // int32 [R]
     const mx::array& tables, // int32 [Q, N]
     float eps,
-    bool norm_values) {
+    bool norm_values,
+    const std::optional<mx::array>& slots) { // int32 [R]
   constexpr auto op = PrepareQkv::op;
   check_storage_dtype(op, "q", q);
   check_arena(op, "keys", keys);
@@ -181,6 +192,10 @@ Arrays prepare_qkv(
   check(eps > 0, op, "eps", "be positive", eps);
   auto inputs = Arrays{q, k, v, q_norm, k_norm, inv_freq};
   inputs.insert(inputs.end(), {positions, owners, tables, keys, values});
+  if (slots) {
+    check_array(op, "slots", *slots, mx::int32, {R});
+    inputs.push_back(*slots);
+  }
   return lazy_results(
       PrepareQkv{eps, norm_values},
       {{R, q.shape(1) / D, D}, keys.shape(), values.shape()},
@@ -206,7 +221,8 @@ void bind_prepare_qkv(nb::module_& m) {
       "owners"_a,
       "tables"_a,
       "eps"_a,
-      "norm_values"_a);
+      "norm_values"_a,
+      "slots"_a.none());
 }
 
 } // namespace pyengine

@@ -24,15 +24,16 @@ void prepare_rows(const PrepareQkvArgs& args, int64_t begin, int64_t end) {
       auto* out = static_cast<T*>(args.out) + head * D;
       rotate_head(q, q_weight, angles, D, args.eps, out);
     }
-    int page = page_of(
-        args.tables, args.Q, args.N, args.P, args.owners[row], position);
+    int slot = args.slots[row];
+    int page =
+        page_of(args.tables, args.Q, args.N, args.P, args.owners[row], slot);
     if (page < 0) {
       continue;
     }
     for (int64_t head = 0; head < K; ++head) {
       int64_t from = (row * K + head) * D;
       int64_t line = (page * int64_t(K) + head) * page_size;
-      int64_t to = (line + position % page_size) * D;
+      int64_t to = (line + slot % page_size) * D;
       auto* k = static_cast<const T*>(args.k) + from;
       auto* v = static_cast<const T*>(args.v) + from;
       auto* keys = static_cast<T*>(args.keys) + to;

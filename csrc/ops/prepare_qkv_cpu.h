@@ -13,6 +13,7 @@ struct PrepareQkvArgs {
   const void* k_weight; // [D]
   const float* inv_freq; // [D / 2]
   const int32_t* positions; // [R]
+  const int32_t* slots; // [R]: whose place a row's keys and values go to
   const int32_t* owners; // [R]
   const int32_t* tables; // [Q, N]
   void* out; // [R, H, D]

@@ -182,23 +182,54 @@ def copy_pages(K: int, D: int, dtype: str) -> Call:
     )
 
 
-def prepare_qkv(H: int, K: int, D: int, same: bool, dtype: str) -> Call:
+def move_rows(K: int, D: int, dtype: str) -> Call:
+    """Two rows of each of several sequences that have a page each; a row is a sequence."""
+    keys, values = (normal(i, MOST, K, PAGE, D, dtype=dtype) for i in (1, 2))
+    lengths, tables = 3 * mx.arange(MOST), mx.arange(MOST)[:, None]
+    rows = mx.broadcast_to(mx.array([0, 2, 5]), (MOST, 3))
+    kept = mx.full(MOST, 3)
+
+    def move(arenas: Results, b: int, e: int) -> Results:
+        where = (a[b:e] for a in (lengths, tables, rows, kept))
+        return list(ops.move_rows(arenas[0], arenas[1], *where))
+
+    own = [copied(keys), copied(values)]
+    return Call(
+        lambda b, e: move([copied(keys), copied(values)], b, e),
+        lambda results, i, t: [a[t] for a in results],
+        exact_definition=True,
+        timed=lambda b, e: move(own, b, e),
+    )
+
+
+def tree() -> tuple[list[int], list[list[int]]]:
+    """Depths and ancestors of 16 rows: two children of each, by turns of an earlier row."""
+    paths = [[0]]
+    for row in range(1, MOST):
+        paths.append([*paths[(row - 1) // 2], row])
+    return [len(path) - 1 for path in paths], [path + [0] * (MOST - len(path)) for path in paths]
+
+
+def prepare_qkv(H: int, K: int, D: int, same: bool, dtype: str, has_slots: bool = False) -> Call:
     q, k, v = (normal(i, MOST, n * D, dtype=dtype) for i, n in ((1, H), (2, K), (3, K)))
     norms = normal(4, D, dtype=dtype), normal(5, D, dtype=dtype), frequencies(D)
     keys, values = (normal(i, 5, K, PAGE, D, dtype=dtype) for i in (6, 7))
     positions, owners = of_rows()
     tables = mx.array([[3, 0], [1, 4]])  # page 2 is nobody's
+    slots = positions + 3 if has_slots else positions
 
     def prepare(arenas: Results, b: int, e: int) -> Results:
         rows = q[b:e], k[b:e], (k if same else v)[b:e]
         where = positions[b:e], owners[b:e], tables
-        return list(ops.prepare_qkv(*rows, *norms, arenas[0], arenas[1], *where))
+        places = slots[b:e] if has_slots else None
+        keys, values = arenas
+        return list(ops.prepare_qkv(*rows, *norms, keys, values, *where, slots=places))
 
     own = [copied(keys), copied(values)]
 
     def row(results: Results, i: int, t: int) -> Results:
-        page = tables[owners[t], positions[t] // PAGE % 2]
-        return [results[0][i], *(a[page, :, positions[t] % PAGE] for a in results[1:])]
+        page = tables[owners[t], slots[t] // PAGE % 2]
+        return [results[0][i], *(a[page, :, slots[t] % PAGE] for a in results[1:])]
 
     return Call(
         lambda b, e: prepare([copied(keys), copied(values)], b, e),
@@ -215,8 +246,10 @@ def copied(arena: mx.array) -> mx.array:
     return own
 
 
-def block_attention(H: int, K: int, D: int, length: int, window: int | None, dtype: str) -> Call:
-    """Rows of one sequence behind those of another, as one piece each."""
+def block_attention(
+    H: int, K: int, D: int, length: int, window: int | None, dtype: str, is_tree: bool = False
+) -> Call:
+    """Rows of one sequence behind those of another, as one piece each; or nodes of its tree."""
     q = normal(1, MOST, H, D, dtype=dtype, scale=0.25)
     pages = (length + MOST) // PAGE + 1
     keys, values = (normal(i, pages + 1, K, PAGE, D, dtype=dtype, scale=0.5) for i in (2, 3))
@@ -224,13 +257,30 @@ def block_attention(H: int, K: int, D: int, length: int, window: int | None, dty
     own = pages - mx.arange(pages)
     tables = mx.stack([mx.where(mx.arange(pages) == 0, 0, -1), own])
 
+    depths, ancestors = (mx.array([a[0], *a]) for a in tree())
+
+    def run_tree(b: int, e: int) -> Results:  # a node's ancestors stand before it
+        rows, lengths = mx.concatenate([q[:1], q[:e]]), mx.array([5, length])
+        out = ops.block_attention(
+            rows,
+            keys,
+            values,
+            lengths,
+            tables,
+            [1, e],
+            window=window,
+            depths=depths[: e + 1],
+            ancestors=ancestors[: e + 1],
+        )
+        return [out[1 + b :]]
+
     def run(b: int, e: int) -> Results:
         rows = mx.concatenate([q[:1], q[b:e]])
         lengths = mx.array([5, length + b])
         out = ops.block_attention(rows, keys, values, lengths, tables, [1, e - b], window=window)
         return [out[1:]]
 
-    return Call(run, first, rounded(1))
+    return Call(run_tree if is_tree else run, first, rounded(1))
 
 
 def dense_matmul(N: int, K: int, dtype: str) -> Call:

@@ -218,13 +218,16 @@ def probe(op: str, device: Device, tell: Tell) -> dict[str, Any]:
     rows, q = calls.normal(1, n, 1, 1, D, dtype="bfloat16"), calls.normal(2, 1, 1, D)
     q = q.astype(mx.bfloat16)
     at, norm, turn = mx.array([0]), mx.ones(D, mx.bfloat16), calls.frequencies(D)
-    # Page 0 is written: by copy_pages from the others in turn, each of one row
+    # Page 0 is written: by copy_pages from the others in turn, each of one row; by move_rows from
+    # its own places
     others = min(n, 16)
     pages = mx.broadcast_to(rows[:others], (others, 1, PAGE, D))
-    arena = mx.concatenate([mx.zeros_like(pages[:1]), pages])
+    behind = rows[:others].reshape(1, 1, others, D)
+    own = mx.pad(behind, [(0, 0), (0, 0), (1, PAGE - 1 - others), (0, 0)])
+    arena = mx.concatenate([own, pages])
     keys, values = calls.copied(arena), calls.copied(arena)
     copied = rows[mx.arange(n) % others]
-    expected = copied if op == "copy_pages" else ops.rms_norm_reference(rows)
+    expected = ops.rms_norm_reference(rows) if op == "prepare_qkv" else copied
     mx.eval(rows, q, expected)
 
     def chain() -> Results:
@@ -237,6 +240,10 @@ def probe(op: str, device: Device, tell: Tell) -> dict[str, Any]:
             if op == "copy_pages":
                 values = ops.copy_pages(values, place + (1 + i % others), place)
                 keys, asked = values, q
+            elif op == "move_rows":
+                moved, page = mx.array([[1 + i % others]]), mx.array([[0]])
+                keys, values = ops.move_rows(keys, values, place, page, moved, mx.array([1]))
+                asked = q
             else:
                 flat, page = rows[i].reshape(1, D), place[None]
                 asked, keys, values = ops.prepare_qkv(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"
 PROBE = "probe"  # in place of a pair: no shape of one, but the probe for hazards
-PROBED = ("copy_pages", "prepare_qkv")
+PROBED = ("copy_pages", "move_rows", "prepare_qkv")
 FULL_LENGTH = 700  # positions before a piece in a full layer; two of block_attention's spans
 FILTERS = ("greedy", "64", "256")
 Settings = dict[str, Any]
@@ -151,10 +151,14 @@ def _of_pair(
         keys = {"K": K, "D": D, "length": length, "dtype": dtype}
         if own_keys:
             yield "copy_pages", {"K": K, "D": D, "dtype": dtype}, {}
-            yield "prepare_qkv", {"H": H, "K": K, "D": D, "same": same, "dtype": dtype}, {}
+            yield "move_rows", {"K": K, "D": D, "dtype": dtype}, {}
+            qkv: Settings = {"H": H, "K": K, "D": D, "same": same, "dtype": dtype}
+            yield "prepare_qkv", qkv, {}
+            yield "prepare_qkv", {**qkv, "has_slots": True}, {}
         else:
             yield "norm_rope", {"H": H, "D": D, "dtype": dtype}, {}
         yield "block_attention", {"H": H, "window": window, **keys}, {}
+        yield "block_attention", {"H": H, "window": window, **keys, "is_tree": True}, {}
         if assistant is not None:
             narrow = None if window is None else window - 1
             yield "block_attention", {"H": assistant.num_heads, "window": narrow, **keys}, {}

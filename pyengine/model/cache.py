@@ -396,6 +396,25 @@ class Arena:
         """Keep what a write to the slots of layer i returned."""
         self.keys[i], self.values[i] = keys, values
 
+    def keep_path(self, caches: Sequence[Cache], rows: mx.array, kept: mx.array) -> None:
+        """Move keys and values of the rows that are kept of each sequence's tree, which stands
+        behind its committed positions, to where plain steps would have written them: before these
+        rows are committed. What is committed depends on that.
+
+        Args:
+            caches: The sequences.
+            rows: Of each the path's rows, by depth, int32 ``[Q, A]``.
+            kept: How many of them are kept, int32 ``[Q]``.
+        """
+        batch = self.batch(caches)
+        for i, layer in enumerate(self.config.layers):
+            if layer.kv_source == i:
+                where = batch.lengths, batch.tables[layer.sliding], rows, kept
+                self.store(i, *ops.move_rows(*self.slots(i), *where))
+        moved = [self.keys[i] for i, n in enumerate(self.config.layers) if n.kv_source == i]
+        for cache in caches:
+            [cache.length] = mx.depends([cache.length], [a for a in moved if a is not None])
+
     def take_results(self, arrays: Sequence[mx.array]) -> None:
         """Go on with other arrays, in the order of ``arrays``; with these if there are none."""
         if arrays:

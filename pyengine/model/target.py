@@ -66,6 +66,14 @@ class Layer:
     scalar: mx.array
 
 
+class Branches(NamedTuple):
+    """Where the rows of a call stand that are nodes of trees, one of each sequence, in the form of
+    :func:`pyengine.ops.block_attention`."""
+
+    depths: mx.array  # int32 [R]
+    ancestors: mx.array  # int32 [R, A]: of a row the one at each depth, as a row of its sequence
+
+
 class Rows(NamedTuple):
     """The rows of a call, sequence by sequence."""
 
@@ -73,6 +81,8 @@ class Rows(NamedTuple):
     counts: Sequence[int]  # of each sequence
     positions: mx.array  # int32 [R]
     owners: mx.array  # int32 [R]
+    slots: mx.array | None = None  # int32 [R]: in whose places those of trees are kept
+    branches: Branches | None = None
 
 
 class Processed(NamedTuple):
@@ -221,18 +231,26 @@ class Target:
             yield self._head(hidden)
 
     def forward(
-        self, ids: Sequence[mx.array], caches: Sequence[Cache], taps: tuple[int, ...] = ()
+        self,
+        ids: Sequence[mx.array],
+        caches: Sequence[Cache],
+        taps: tuple[int, ...] = (),
+        branches: Branches | None = None,
     ) -> tuple[Logits, mx.array]:
         """Run each sequence's ids [T] behind the committed positions of its cache; writes keys and
         values, commits nothing. The caches share an arena. Rows of all sequences are processed
         together.
+
+        With ``branches`` the ids of a sequence, at most 16, are a tree behind those positions: each
+        row has the bits of a plain step behind its ancestors. The path that is committed has its
+        keys and values moved first (:meth:`pyengine.model.cache.Arena.keep_path`).
 
         Returns:
             Of the R rows, sequence by sequence: logits [R, V], float32, after the softcap, none of
             them made until they are asked for; hidden vectors [R, E], after the last norm; with n
             taps [R, (1 + n) * E], behind them those that left the tapped layers.
         """
-        hidden, tapped = self._hidden(ids, caches, taps)
+        hidden, tapped = self._hidden(ids, caches, taps, branches=branches)
         return self._head(hidden), tapped
 
     def exit(
@@ -324,14 +342,16 @@ class Target:
         taps: tuple[int, ...] = (),
         depth: int | None = None,
         ahead: int = 0,
+        branches: Branches | None = None,
     ) -> tuple[mx.array, mx.array]:
         """Post-final-norm hidden vectors [R, E] of each sequence's ids; the same with what left the
         tapped layers behind them, [R, (1 + taps) * E]. Keys and values go to the arena. ``depth``
-        and ``ahead`` as :meth:`exit`."""
+        and ``ahead`` as :meth:`exit`, ``branches`` as :meth:`forward`."""
         layers = self.layers[:depth]
         for own, cache in zip(each, caches, strict=True):
             cache.reserve(ahead + own.size)
-        arena, rows = caches[0].arena, _rows([own.size for own in each], caches, ahead)
+        arena = caches[0].arena
+        rows = _rows([own.size for own in each], caches, ahead, branches)
         ids = arena.after_reads(packed(each))
         h, left = self.embed(ids), list[mx.array]()  # by layer, the residual stream behind it
         per_layer = self._per_layer_inputs(ids, h) if self.config.per_layer_width else None
@@ -391,6 +411,8 @@ class Target:
             tables,
             rows.counts,
             window=self.config.window if geometry.sliding else None,
+            depths=None if rows.branches is None else rows.branches.depths,
+            ancestors=None if rows.branches is None else rows.branches.ancestors,
         )
         return attention.o(out.reshape(R, -1))
 
@@ -407,7 +429,7 @@ class Target:
         assert attention.k_norm is not None
         norms, tables = (q_norm, attention.k_norm), rows.batch.tables[layer.config.sliding]
         own = (*norms, attention.inv_freq, *arena.slots(i), *to, tables, self.config.eps)
-        q, keys, values = ops.prepare_qkv(q, k, v, *own)
+        q, keys, values = ops.prepare_qkv(q, k, v, *own, slots=rows.slots)
         arena.store(i, keys, values)
         return q
 
@@ -421,10 +443,19 @@ class Target:
         return list(mx.split(both.astype(self.dtype), L, axis=-1))
 
 
-def _rows(counts: Sequence[int], caches: Sequence[Cache], ahead: int = 0) -> Rows:
+def _rows(
+    counts: Sequence[int],
+    caches: Sequence[Cache],
+    ahead: int = 0,
+    branches: Branches | None = None,
+) -> Rows:
     """So many rows of each sequence, ``ahead`` positions behind those that are committed."""
     batch = caches[0].arena.batch(caches).ahead(ahead)
-    return Rows(batch, counts, *batch.rows(counts))
+    positions, owners = batch.rows(counts)
+    if branches is None:
+        return Rows(batch, counts, positions, owners)
+    steps = mx.array([t for T in counts for t in range(T)], dtype=mx.int32)
+    return Rows(batch, counts, positions - steps + branches.depths, owners, positions, branches)
 
 
 def check_ids(what: str, ids: list[int], vocab_size: int) -> None:

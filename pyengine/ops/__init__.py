@@ -12,6 +12,7 @@ from .draw_token import draw_token, draw_token_reference
 from .embed import embed, embed_reference
 from .filter_logits import filter_logits, filter_logits_reference
 from .glu import glu, glu_reference
+from .move_rows import move_rows, move_rows_reference
 from .norm_rope import norm_rope, norm_rope_reference
 from .prepare_qkv import prepare_qkv, prepare_qkv_reference
 from .quantized_expert_matmul import quantized_expert_matmul, quantized_expert_matmul_reference
@@ -43,6 +44,8 @@ __all__ = [
     "filter_logits_reference",
     "glu",
     "glu_reference",
+    "move_rows",
+    "move_rows_reference",
     "norm_rope",
     "norm_rope_reference",
     "prepare_qkv",

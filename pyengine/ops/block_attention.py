@@ -1,5 +1,6 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import mlx.core as mx
 
@@ -23,6 +24,8 @@ def block_attention(
     *,
     scale: float = 1.0,
     window: int | None = None,
+    depths: mx.array | None = None,
+    ancestors: mx.array | None = None,
 ) -> mx.array:
     """Attend the rows of Q pieces, one of each sequence, to their own keys, in one pass.
 
@@ -33,6 +36,12 @@ def block_attention(
     ``tables[s, j // 64 % N]``, place ``j % 64``. Query head h reads key head ``h // (H / K)``.
     Scores, softmax and sums are float32, rounded once.
 
+    With ``depths`` and ``ancestors`` the rows of a piece are nodes of a tree. Row t then sits at
+    position ``lengths[s] + depths[t]``, and of position ``lengths[s] + j``, j to ``depths[t]``, it
+    takes the key and the value that lie in the place of position ``lengths[s] + ancestors[t, j]``:
+    those of row ``ancestors[t, j]``, its ancestor at that depth, itself the last. Only places
+    change, so a row's bits are those of a step behind the rows of its path.
+
     Sums run over absolute position in a fixed tree, whose chunks are pages, so the bits of a row
     depend on that row and its visible keys alone: not on other rows and pieces, N, which pages they
     are, or threads. The Metal kernels give the bits of processors with fused multiply-adds, for up
@@ -42,7 +51,8 @@ def block_attention(
     11 bits of a float32 factor.
 
     All rows of a piece are NaN where its positions are not from 0 to below 2**30, where the pages
-    that its rows see are more than N, or where one of these is none of the P.
+    that its rows see are more than N, or where one of these is none of the P; and where a depth is
+    not from 0 to below A and T, or an ancestor that counts is no row of the piece.
 
     Args:
         q: Queries ``[R, H, D]``, float32, float16 or bfloat16; D is a multiple of 16, at most 512.
@@ -53,6 +63,9 @@ def block_attention(
         counts: Rows of each piece, Q numbers, at least 1 each, R together.
         scale: Multiplies the scores. Gemma 4 uses 1.0: its queries are normalised.
         window: Sliding window length, or None for full attention; at least 1, below 2**31.
+        depths: int32 ``[R]``, on the device; None where the rows of each piece are a chain.
+        ancestors: int32 ``[R, A]``, on the device, beside ``depths``; pieces are then of at most 16
+            rows, and a chain's line is 0, 1, 2, ...
 
     Returns:
         ``[R, H, D]``, dtype of ``q``.
@@ -63,10 +76,14 @@ def block_attention(
 
     Source: online softmax, arXiv:1805.02867.
     """
-    out = _ext.block_attention(q, keys, values, lengths, tables, list(counts), scale, window)
-    args = (q, keys, values, lengths, tables, counts)
-    options = {"scale": scale, "window": window}
-    return run(out, block_attention_reference, *args, otherwise=_otherwise, **options)
+    args = (q, keys, values, lengths, tables)
+    out = _ext.block_attention(*args, list(counts), scale, window, depths, ancestors)
+    options: dict[str, Any] = {"scale": scale, "window": window}
+    otherwise: Callable[..., mx.array] | None = _otherwise
+    if ancestors is not None:
+        options |= {"depths": depths, "ancestors": ancestors}
+        otherwise = None
+    return run(out, block_attention_reference, *args, counts, otherwise=otherwise, **options)
 
 
 def _otherwise(
@@ -198,21 +215,48 @@ def block_attention_reference(
     *,
     scale: float = 1.0,
     window: int | None = None,
+    depths: mx.array | None = None,
+    ancestors: mx.array | None = None,
 ) -> mx.array:
-    """The same in plain MLX, piece by piece."""
+    """The same in plain MLX, piece by piece; of a tree row by row."""
     if not (q.size and keys.size and tables.size):
         return mx.full(q.shape, mx.nan, q.dtype)
-    K, D = keys.shape[1], keys.shape[3]
     parts = []
     for s, (begin, end) in enumerate(_spans(counts)):
-        T, H = end - begin, q.shape[1]
-        held, whole = _held(T, keys.shape[0], lengths[s], tables[s], window)
-        visible = _visible(held, lengths[s], T, window)
-        seen = visible.any(axis=0)[None, :, None]  # what nobody sees may be NaN
-        k, v = (mx.where(seen, _gathered(a, tables[s]), 0) for a in (keys, values))
-        own = q[begin:end].astype(mx.float32).reshape(T, K, H // K, D).transpose(1, 2, 0, 3)
-        scores = scale * (own @ k.astype(mx.float32)[:, None].swapaxes(-1, -2))
-        weights = mx.softmax(mx.where(visible, scores, -mx.inf), axis=-1)  # [K, H / K, T, N * 64]
-        out = mx.where(whole, weights @ v.astype(mx.float32)[:, None], mx.nan)
-        parts.append(out.transpose(2, 0, 1, 3).reshape(T, H, D).astype(q.dtype))
+        table, length, T = tables[s], lengths[s], end - begin
+        held, whole = _held(T, keys.shape[0], length, table, window)
+        k, v = _gathered(keys, table), _gathered(values, table)
+        if depths is None or ancestors is None:
+            visible = _visible(held, length, T, window)
+            parts.append(_attended(q[begin:end], k, v, visible, whole, scale))
+            continue
+        lines, own_depths = ancestors[begin:end], depths[begin:end]
+        A = min(lines.shape[1], T)
+        counted = mx.arange(lines.shape[1]) <= own_depths[:, None]
+        known = ((lines >= 0) & (lines < T)) | ~counted
+        whole = whole & known.all() & ((own_depths >= 0) & (own_depths < A)).all()
+        for t in range(T):
+            depth = mx.clip(own_depths[t], 0, A - 1)
+            visible = _visible(held, length + depth, 1, window)
+            # Where each place's position lies, for this row
+            step = mx.clip(held - length, 0, A - 1)
+            slot = length + mx.clip(lines[t], 0, T - 1)[step]
+            place = slot // PAGE % table.shape[0] * PAGE + slot % PAGE
+            place = mx.where(held < length, mx.arange(held.size), place)
+            row = slice(begin + t, begin + t + 1)
+            parts.append(_attended(q[row], k[:, place], v[:, place], visible, whole, scale))
     return mx.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _attended(
+    q: mx.array, k: mx.array, v: mx.array, visible: mx.array, whole: mx.array, scale: float
+) -> mx.array:
+    """T rows ``[T, H, D]`` of a piece to the keys that are visible to each, bool ``[T, S]``."""
+    (T, H, D), K = q.shape, k.shape[0]
+    seen = visible.any(axis=0)[None, :, None]  # what nobody sees may be NaN
+    k, v = (mx.where(seen, a, 0).astype(mx.float32) for a in (k, v))
+    own = q.astype(mx.float32).reshape(T, K, H // K, D).transpose(1, 2, 0, 3)
+    scores = scale * (own @ k[:, None].swapaxes(-1, -2))
+    weights = mx.softmax(mx.where(visible, scores, -mx.inf), axis=-1)  # [K, H / K, T, S]
+    out = mx.where(whole, weights @ v[:, None], mx.nan)
+    return out.transpose(2, 0, 1, 3).reshape(T, H, D).astype(q.dtype)

@@ -27,7 +27,7 @@ OPS = tuple(
         - {"__init__", "dispatch", "workbench"}
     )
 )
-_WRITERS = {"copy_pages", "prepare_qkv"}
+_WRITERS = {"copy_pages", "move_rows", "prepare_qkv"}
 
 
 def _from_environment() -> Implementation:

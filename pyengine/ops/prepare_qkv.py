@@ -23,6 +23,7 @@ def prepare_qkv(
     tables: mx.array,
     eps: float = 1e-6,
     norm_values: bool = True,
+    slots: mx.array | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """All that stands between the projections of R rows and their attention.
 
@@ -30,7 +31,8 @@ def prepare_qkv(
     keys and values into the pages of each row's sequence. Row r, position ``p = positions[r]`` of
     sequence ``s = owners[r]``, goes to page ``tables[s, p // 64 % N]``, place ``p % 64``. A row
     whose position is negative, whose owner is none of the Q, or whose page is none of the P, is
-    written nowhere; its query is made all the same.
+    written nowhere; its query is made all the same. With ``slots`` it goes to the place of position
+    ``slots[r]``, turned for ``positions[r]`` all the same: a row of a tree.
 
     The write is in place: the results *are* the arenas' memory, whoever else holds it. So the
     returned handles are the only ones that may be used afterwards; older ones see the new rows
@@ -52,6 +54,7 @@ def prepare_qkv(
         tables: int32 ``[Q, N]``, pages of each sequence.
         eps: Added to the means of squares; positive.
         norm_values: Whether values are normalised; else they are written as they are.
+        slots: int32 ``[R]``, on the device; None where they are the positions.
 
     Returns:
         Queries ``[R, H, D]``; keys and values ``[P, K, 64, D]`` with R places replaced.
@@ -61,7 +64,7 @@ def prepare_qkv(
         RuntimeError: keys or values turn out not to be contiguous when evaluated.
     """
     rows, to = (q, k, v, q_norm, k_norm, inv_freq), (keys, values, positions, owners, tables)
-    args = (*rows, *to, eps, norm_values)
+    args = (*rows, *to, eps, norm_values, slots)
     turned, keys, values = run(_ext.prepare_qkv(*args), prepare_qkv_reference, *args)
     return turned, keys, values
 
@@ -80,6 +83,7 @@ def prepare_qkv_reference(
     tables: mx.array,
     eps: float = 1e-6,
     norm_values: bool = True,
+    slots: mx.array | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The same in plain MLX; the arenas are copied."""
     (P, K, _, D), R = keys.shape, q.shape[0]
@@ -90,11 +94,12 @@ def prepare_qkv_reference(
     if not (k.size and keys.size and tables.size):
         return q, keys * 1, values * 1
     Q, N = tables.shape
-    known = (positions >= 0) & (owners >= 0) & (owners < Q)
-    pages = tables[mx.where(known, owners, 0), positions // PAGE % N]
+    slots = positions if slots is None else slots
+    known = (slots >= 0) & (owners >= 0) & (owners < Q)
+    pages = tables[mx.where(known, owners, 0), slots // PAGE % N]
     known = known & (pages >= 0) & (pages < P)
     # What goes nowhere goes to a page of its own, which is cut off
-    at = mx.where(known, pages, P), positions % PAGE
+    at = mx.where(known, pages, P), slots % PAGE
     return q, _written(keys, k, *at), _written(values, v, *at)
 
 

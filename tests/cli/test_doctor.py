@@ -59,7 +59,7 @@ def test_a_healthy_machine(quick: dict[str, Any]) -> None:
     assert found["check"]["tokens"] == doctor.CHECK_TOKENS and found["check"]["exact"]
     assert found["device"] == "processor" and found["machine"]["chip"] == machine.chip()
     probed = {row["op"] for row in found["ops"] if any("writes" in x for x in row["shapes"])}
-    assert probed == {"copy_pages", "prepare_qkv"}
+    assert probed == {"copy_pages", "move_rows", "prepare_qkv"}
 
 
 def test_its_text_is_a_line_per_op(quick: dict[str, Any]) -> None:

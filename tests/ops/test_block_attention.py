@@ -399,6 +399,12 @@ def random_call(d: Draw) -> Call:
     lengths = mx.array(np.array([d.offset(max(fitting, 0)) for _ in range(Q)], np.int32))
     tables = d.ids((Q, N), P)
     options = {"scale": d.pick((0.0, 0.1, -1.0)), "window": window}
+    if d.chance(0.3):
+        A = d.size(1, 3, 16)
+        if d.chance(0.9):
+            counts = [min(count, 16) for count in counts]
+            q = d.array(sum(counts), H, D, dtype=dtype)
+        options |= {"depths": d.ids((sum(counts),), 2), "ancestors": d.ids((sum(counts), A), 2)}
     return Call((q, keys, values, d.laid_out(lengths), tables, counts), options, near_sum)
 
 

@@ -489,14 +489,16 @@ def random_call(d: Draw) -> Call:
     inv_freq = frequencies(d, D)
     if not turns_alike(np.array(positions)):
         inv_freq = inv_freq * 0
-    where = {"positions": positions, "owners": owners, "tables": tables, "keys": arenas[0]}
+    slots = d.positions(R, 64 * N) if d.chance(0.3) else positions
+    where = {"positions": slots, "owners": owners, "tables": tables, "keys": arenas[0]}
     alike = near_sum
-    if positions.shape == owners.shape == (R,):
+    if slots.shape == owners.shape == (R,):
         at = [place(where, r) for r in range(R)]
         at = [one for one in at if one is not None]
         alike = near_sum if len(set(at)) == len(at) else None
     args = (q, k, v, *weights, inv_freq, *arenas, positions, owners, tables)
-    return Call((*args, d.number(1e-6, 1.0)), {}, alike, written=(6, 7))
+    options = {} if slots is positions else {"slots": slots}
+    return Call((*args, d.number(1e-6, 1.0)), options, alike, written=(6, 7))
 
 
 LIMITS = {}  # the Metal kernel takes every call
