@@ -32,6 +32,9 @@ from pyengine.model.assistant import POSITIONS, Assistant, Position
 from pyengine.model.head import candidates
 from pyengine.model.memory import cache_bytes
 from pyengine.model.target import Target, check_ids
+from pyengine.ranks.group import is_started, joined
+from pyengine.ranks.split import shares
+from pyengine.ranks.start import check_same, share_target
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 from pyengine.untrusted import shown
 
@@ -214,8 +217,13 @@ def load(
         read += count
         on_progress(read, needed)
 
-    weights = load_target_weights(target_path, target_config, dtype, on_read)
-    if assistant_path is not None:
+    ranks = joined() if is_started() else None
+    share = None if ranks is None else shares(target_config, ranks.rank, ranks.size)
+    if ranks is not None:
+        check_same(ranks, target_path)
+    part = (lambda path, matrix: matrix) if share is None else share.part
+    weights = load_target_weights(target_path, target_config, dtype, on_read, part)
+    if assistant_path is not None and (ranks is None or ranks.leads):
         own = load_assistant_weights(assistant_path, assistant_config, dtype, on_read)
         if own.dtype != weights.dtype:
             raise ValueError(
@@ -223,7 +231,10 @@ def load(
                 f"{own.dtype}; pass dtype= to convert both."
             )
         loaded = Assistant(assistant_config, target_config, own, position)
-    model = Target(target_config, weights)
+    if ranks is None or share is None:
+        model = Target(target_config, weights)
+    else:  # ranks but the first stay there
+        model = share_target(target_config, weights, share, ranks)
     # A lazy array belongs to the thread that made it, an evaluated one to all
     mx.eval([*_arrays(model), *_arrays(loaded)])
     pair = Pair(

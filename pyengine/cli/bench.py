@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from pyengine.cli import common, tables
+from pyengine.cli.hosts import HostFile
 from pyengine.cli.options import (
     AUTO,
     AssistantDir,
@@ -73,6 +74,7 @@ def gemma_mtp(
     target: TargetDir = None,
     assistant: AssistantDir = None,
     bundle: BundleDir = None,
+    hostfile: HostFile = None,
     ops: OpsName = None,
     prompt_suite: Annotated[
         Path | None,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyengine.cli import common, generate, tables
+from pyengine.cli.hosts import HostFile
 from pyengine.cli.options import (
     AUTO,
     AssistantDir,
@@ -102,6 +103,7 @@ def run(
     target: TargetDir = None,
     assistant: AssistantDir = None,
     bundle: BundleDir = None,
+    hostfile: HostFile = None,
     dtype: Storage = None,
     ops: OpsName = None,
 ) -> None:

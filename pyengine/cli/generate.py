@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyengine.cli import common, tables
+from pyengine.cli.hosts import HostFile
 from pyengine.cli.options import (
     AUTO,
     AssistantDir,
@@ -110,6 +111,7 @@ def run(
     target: TargetDir = None,
     assistant: AssistantDir = None,
     bundle: BundleDir = None,
+    hostfile: HostFile = None,
     dtype: Storage = None,
     ops: OpsName = None,
     position: Annotated[

@@ -166,7 +166,7 @@ class RecordedRound:
 def _bare(each: Sequence[Parts]) -> list[Parts]:
     """What a recorded function keeps of them."""
     none, arena = mx.array(0, dtype=mx.int32), each[0].cache.arena
-    arena = arena.with_placed(Placed([none] * len(arena.arrays), none, none, none))
+    arena = arena.with_placed(Placed([none] * len(arena.arrays), *4 * [none]))
     return [parts.without_arrays(arena, place) for place, parts in enumerate(each)]
 
 
@@ -491,8 +491,9 @@ def _outcome(parts: Parts, token: mx.array) -> Outcome:
     return Outcome(token, state.drafter, state.cache)
 
 
-def read(played: Played) -> list[int]:
-    """Evaluate a round and read its one small array; nothing else of it is read."""
-    mx.eval(played)
+def read(target: TargetLike, played: Played) -> list[int]:
+    """Evaluate a round of the target and read its one small array; nothing else of it is read."""
+    with target.waiting():
+        mx.eval(played)
     mapped.check("generate")
     return cast("list[int]", played.report.tolist())

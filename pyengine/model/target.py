@@ -6,6 +6,7 @@ elementwise operations only. Values are kept in the checkpoint's dtype, rounded 
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, cast
 
@@ -131,6 +132,17 @@ class Target:
         """A sequence without positions, in an arena of its own."""
         return self.new_arena().new_cache()
 
+    def waiting(self) -> AbstractContextManager[None]:
+        """For evaluations of its calls: other processes may take part in them."""
+        return nullcontext()
+
+    def check_stored(self) -> None:
+        """Refuse to keep pages in files where they cannot be read back whole.
+
+        Raises:
+            ValueError: Other processes have parts of them.
+        """
+
     def prompt_bytes(self, tokens: int, block_size: int, marks: int) -> int:
         """Memory for a prompt, see :func:`pyengine.model.memory.prompt_bytes`."""
         return memory.prompt_bytes(self.config, tokens, block_size, marks, self.dtype.size)
@@ -187,7 +199,8 @@ class Target:
                 taps = () if reader is None else reader.taps
                 hidden, tapped = self._hidden([part], [cache], taps)
                 cache.settle(start + rows)
-                mx.eval(hidden, tapped, cache.arrays)
+                with self.waiting():
+                    mx.eval(hidden, tapped, cache.arrays)
                 mapped.check("prefill")
             except Exception:  # what failed would fail again, and others have pages there
                 cache.arena.take_results(arrays)
@@ -255,9 +268,20 @@ class Target:
         arena, counts = caches[0].arena, [own.size for own in each]
         ids, batch = arena.after_reads(packed(each)), arena.batch(caches).ahead(ahead)
         rows = Rows(batch, counts, *batch.rows(counts))
-        eps = self.config.eps
         h = self.embed(ids)
         per_layer = self._per_layer_inputs(ids, h) if self.config.per_layer_width else None
+        return self._run(h, per_layer, rows, layers, taps)
+
+    def _run(
+        self,
+        h: mx.array,
+        per_layer: list[mx.array] | None,
+        rows: Rows,
+        layers: Sequence[Layer],
+        taps: tuple[int, ...] = (),
+    ) -> tuple[mx.array, mx.array]:
+        """These layers, from embeddings [R, E] on; as :meth:`_hidden`."""
+        arena, eps = rows.batch.arena, self.config.eps
         x = ops.rms_norm(h, self.layers[0].input_norm, eps)
         left: list[mx.array] = []  # by layer, the residual stream behind it
         for i, layer in enumerate(layers):
