@@ -20,6 +20,7 @@ from pyengine.checkpoint.defaults import GenerationDefaults, read_generation
 from pyengine.checkpoint.hub import locate
 from pyengine.checkpoint.manifest import bundle_parts, check_folder, read_manifest
 from pyengine.checkpoint.published import check_pair, published_name
+from pyengine.checkpoint.safetensors import sampled
 from pyengine.checkpoint.weights import (
     assistant_layout,
     load_assistant_weights,
@@ -220,7 +221,7 @@ def load(
     ranks = joined() if is_started() else None
     share = None if ranks is None else shares(target_config, ranks.rank, ranks.size)
     if ranks is not None:
-        check_same(ranks, target_path)
+        check_same(ranks, sampled(target_path))
     part = (lambda path, matrix: matrix) if share is None else share.part
     weights = load_target_weights(target_path, target_config, dtype, on_read, part)
     if assistant_path is not None and (ranks is None or ranks.leads):

@@ -20,13 +20,13 @@ import mlx.core as mx
 
 from pyengine import mapped
 from pyengine.drafters.drafter import Asked, Drafter, TargetLike
-from pyengine.engine.recorded import recorded
 from pyengine.engine.report import Report
 from pyengine.model.cache import Arena, Cache, Placed
 from pyengine.model.head import Logits, rows_at, whole
 from pyengine.model.rows import apart, packed, picked
 from pyengine.ops import dispatch
 from pyengine.ops.filter_logits import Filtered
+from pyengine.ops.recorded import recorded
 from pyengine.sampling.sampler import NO_TOKEN, Choices, Chooser, Form, Sampler, logprobs
 
 

@@ -25,12 +25,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from pyengine.engine.recorded import recorded
 from pyengine.model.cache import Arena, Batch
 from pyengine.model.config import TargetConfig
 from pyengine.model.head import Logits
 from pyengine.model.linear import Linear, Weights
 from pyengine.model.target import Layer, Rows, Target
+from pyengine.ops.recorded import recorded
 from pyengine.ranks.group import Ranks
 from pyengine.ranks.split import Cut, Shares, cut, lengths, with_sums
 

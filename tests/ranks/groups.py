@@ -35,7 +35,7 @@ def start(
             subprocess.Popen(
                 [*(command or [sys.executable, str(PROGRAM)]), *arguments],
                 env=own,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -1,9 +1,9 @@
 """One process of a group, for tests: loads a pair, writes what it generates to standard output.
 
-    python rank.py FOLDER [SECONDS]
+    python rank.py FOLDER [wait]
 
 FOLDER holds target/ and assistant/; it may be "embedded". The launcher's variables are those of
-MLX's. With SECONDS rank 0 waits before its last text, so that somebody can end another rank.
+MLX's. With "wait" rank 0 reads a line before its last call, so that somebody can end another rank.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import resource
 import sys
-import time
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +24,7 @@ from pyengine.sampling.settings import Sampling
 PROMPT = [2, 5, 9, 17, 3, 40, 41, 7, 11, 23, 30, 31]
 
 
-def main(folder: str, seconds: float = 0.0) -> None:
+def main(folder: str, wait: str = "") -> None:
     if folder == "embedded":
         pair = pyengine.load()
     else:
@@ -49,9 +48,9 @@ def main(folder: str, seconds: float = 0.0) -> None:
             target, None, prompt, sampling=sampling, block_size=1, max_tokens=8, prefix=prefix
         )
         again.append([token for done in rounds for token in done.tokens])
-    if seconds:
+    if wait:
         print("ready", flush=True)
-        time.sleep(seconds)
+        sys.stdin.readline()
     logits = np.array(target.logits(PROMPT))
     found = {
         "texts": texts,
@@ -64,4 +63,4 @@ def main(folder: str, seconds: float = 0.0) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(float, sys.argv[2:3]))
+    main(*sys.argv[1:])

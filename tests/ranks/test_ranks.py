@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -38,7 +39,8 @@ def place_of(name: str) -> str:
 
 @cache
 def of_one(name: str) -> dict[str, Any]:
-    return ran(name, 1, Path("/tmp"))[0]
+    with TemporaryDirectory() as folder:
+        return ran(name, 1, Path(folder))[0]
 
 
 def ran(name: str, size: int, folder: Path) -> list[dict[str, Any]]:
@@ -61,7 +63,7 @@ GROUPS = [
 def test_texts_do_not_depend_on_drafts_and_logits_are_near_those_of_one(
     name: str, size: int, tmp_path: Path
 ) -> None:
-    [alone], [shared] = [of_one(name)], ran(name, size, tmp_path)
+    alone, [shared] = of_one(name), ran(name, size, tmp_path)
     texts = shared["texts"]
     assert texts["0.0 4"] == texts["0.0 1"] and texts["1.0 4"] == texts["1.0 1"]
     assert len(texts["1.0 4"]) == 24 and texts["0.0 1"] != texts["1.0 1"]
@@ -119,7 +121,7 @@ def test_inspect_tells_what_each_rank_keeps(tmp_path: Path) -> None:
 
 def ready(folder: Path, **environment: str) -> list[subprocess.Popen[str]]:
     """A group of two whose rank 0 is about to do a last call."""
-    started = start(folder, 2, place_of("dense31"), "3", **environment)
+    started = start(folder, 2, place_of("dense31"), "wait", **environment)
     out = started[0].stdout
     assert out is not None and out.readline() == "ready\n"
     return started
@@ -143,7 +145,7 @@ def test_a_rank_that_is_gone_ends_the_others_with_one_sentence(how: str, tmp_pat
     end(started[gone])
     other = started[1 - gone]
     try:
-        _, err = other.communicate(timeout=SECONDS)
+        _, err = other.communicate("\n", timeout=SECONDS)
     finally:
         for process in started:
             process.kill()
