@@ -25,9 +25,9 @@ from pyengine import _ext, ops
 from pyengine.drafters import new_drafter
 from pyengine.engine import loop
 from pyengine.engine import round as on_device
-from pyengine.engine.recorded import Recorded
 from pyengine.ops import workbench
 from pyengine.ops.prepare_qkv import PAGE
+from pyengine.ops.recorded import Recorded
 from pyengine.sampling.settings import Sampling
 from pyengine.task import embedded_pair
 

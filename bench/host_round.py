@@ -30,11 +30,11 @@ from pyengine.checkpoint.weights import Layout, assistant_layout, target_layout
 from pyengine.drafters import new_drafter
 from pyengine.engine import loop
 from pyengine.engine import round as on_device
-from pyengine.engine.recorded import Recorded
 from pyengine.model.assistant import Assistant
 from pyengine.model.config import LayerConfig, Rope
 from pyengine.model.linear import Linear, Weights
 from pyengine.model.target import Target
+from pyengine.ops.recorded import Recorded
 from pyengine.sampling.settings import Sampling
 
 PAIRS = ("31B", "26B-A4B", "E2B")

@@ -22,7 +22,7 @@ from pyengine.checkpoint.pair import Pair, load
 from pyengine.drafters import new_drafter
 from pyengine.engine import loop
 from pyengine.engine import round as on_device
-from pyengine.engine.recorded import Recorded
+from pyengine.ops.recorded import Recorded
 from pyengine.sampling.settings import Sampling
 
 PROMPT = "Create a single-file HTML5 canvas Flappy Bird game."

@@ -53,7 +53,7 @@ NEAREST = {
     "test_exactness_cells",
     "model/rows": "test_together",
     "engine/report": "test_round test_rounds_by_hand test_loop",
-    "engine/recorded": "test_recorded test_round",
+    "ops/recorded": "test_recorded test_round",
     "engine/stats": "test_stats_numbers test_loop",
     "drafters/assistant": "test_rounds_by_hand test_loop test_round test_pair test_exactness_cells",
     "drafters/lookup": "test_lookup test_round",

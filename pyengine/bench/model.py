@@ -25,12 +25,12 @@ from pyengine.drafters import new_drafter
 from pyengine.drafters.drafter import MAX_BLOCK
 from pyengine.engine import round as on_device
 from pyengine.engine.prefill import Shared
-from pyengine.engine.recorded import recorded
 from pyengine.engine.rounds import Rounds
 from pyengine.engine.sequence import TokenSequence
 from pyengine.model.head import Logits
 from pyengine.ops import dispatch
 from pyengine.ops.filter_logits import Filtered
+from pyengine.ops.recorded import recorded
 from pyengine.sampling.settings import Sampling
 
 PARTS = ("draft", "layers", "head", "accept")

@@ -35,18 +35,21 @@ from pyengine.model.config import (
     TextConfig,
 )
 from pyengine.model.memory import cache_bytes, prompt_bytes
+from pyengine.ranks.split import shares
 from pyengine.text.tokenizer import load_tokenizer
 from pyengine.untrusted import optional
 
 CONTEXT, BLOCK = 8192, 8  # of the cache whose size is told
 PARTS = ("target", "assistant", "dflash")
 Config = TextConfig | DFlashConfig
+MOST_RANKS = 64
 
 
 def inspect(
     path: str | Path,
     context: int | None = None,
     *,
+    ranks: int = 1,
     on_progress: OnProgress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Read configs, headers, tokenizer and settings of a checkpoint folder or bundle.
@@ -54,20 +57,24 @@ def inspect(
     Args:
         path: The folder, or a name on the hub, of which no weights are fetched.
         context: Context length for the cache estimate; None is 8192, or a smaller model's context.
+        ranks: Processes that share the target; with more than one the report tells what each of
+            them needs.
         on_progress: Called with headers read and headers in all, where they come from the hub.
 
     Returns:
         A report ready for JSON; ``refused`` lists every sentence with which loading would end.
 
     Raises:
-        ValueError: path is no folder, or context is impossible.
+        ValueError: path is no folder, or context or ranks is impossible.
     """
+    if not 1 <= ranks <= MOST_RANKS:
+        raise ValueError(f"[inspect] ranks must be from 1 to {MOST_RANKS} but got {ranks}.")
     if context is not None and context < 1:
         raise ValueError(f"[inspect] context must be at least 1 but got {context}.")
     with headers(path, on_progress) as folder:
         if not folder.is_dir():
             raise ValueError(f"[inspect] path must be a folder but got {folder}.")
-        report = _report(folder, context)
+        report = _report(folder, context, ranks)
     return report if folder == Path(path) else _renamed(report, str(folder), str(path))
 
 
@@ -80,7 +87,7 @@ def _renamed(value: Any, folder: str, place: str) -> Any:
     return [_renamed(x, folder, place) for x in value] if isinstance(value, list) else value
 
 
-def _report(path: Path, context: int | None) -> dict[str, Any]:
+def _report(path: Path, context: int | None, ranks: int) -> dict[str, Any]:
     report: dict[str, Any] = {"path": str(path), "kind": None, "name": None, "refused": []}
     with _refusals(report):
         parts = _parts(path)
@@ -111,6 +118,9 @@ def _report(path: Path, context: int | None) -> dict[str, Any]:
             with _refusals(report):
                 least = memory_of["weights"] + cache_bytes(target, 1, 1, 2)
                 memory.check(least, "the weights and the smallest cache")
+            if ranks > 1:
+                with _refusals(report):
+                    report["ranks"] = _of_ranks(parts["target"], target, report, ranks)
             if context is not None and context > target.context_limit:
                 report["refused"].append(
                     f"[inspect] context must be at most the model's {target.context_limit} tokens "
@@ -219,6 +229,25 @@ def _memory(
         "available": free,
         "fits": None if free is None else weights + cache + work <= free,
     }
+
+
+def _of_ranks(
+    folder: Path, target: TargetConfig, report: dict[str, Any], size: int
+) -> list[dict[str, int]]:
+    """What each rank keeps of the weights, and its keys and values; rank 0 has the assistant."""
+    matrices, storage = check_tensors(folder, target_layout(target), target.quantization)
+    nbytes = {path: sum(a.nbytes for a in matrix.arrays) for path, matrix in matrices.items()}
+    other = report["target"]["tensors"]["bytes"] - sum(nbytes.values())
+    assistant = report.get("assistant", {}).get("tensors", {}).get("bytes", 0)
+    number, context = 4 if storage == "float32" else 2, report["memory"]["context"]
+    found = []
+    for rank in range(size):
+        own = shares(target, rank, size)
+        parts = (round(n * own.cuts[p].share) if p in own.cuts else n for p, n in nbytes.items())
+        weights = other + sum(parts) + (0 if rank else assistant)
+        cache = cache_bytes(own.config, context, BLOCK, number)
+        found.append({"rank": rank, "weights": weights, "cache": cache})
+    return found
 
 
 @contextmanager

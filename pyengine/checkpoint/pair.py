@@ -24,6 +24,7 @@ from pyengine.checkpoint.defaults import GenerationDefaults, read_generation
 from pyengine.checkpoint.hub import locate
 from pyengine.checkpoint.manifest import bundle_parts, check_folder, read_manifest
 from pyengine.checkpoint.published import check_dflash, check_pair, published_name
+from pyengine.checkpoint.safetensors import sampled
 from pyengine.checkpoint.weights import (
     assistant_layout,
     dflash_layout,
@@ -40,6 +41,9 @@ from pyengine.model.head import candidates
 from pyengine.model.linear import Weights
 from pyengine.model.memory import cache_bytes
 from pyengine.model.target import Target, check_ids
+from pyengine.ranks.group import is_started, joined
+from pyengine.ranks.split import shares
+from pyengine.ranks.start import check_same, share_target
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 from pyengine.untrusted import shown
 
@@ -238,12 +242,20 @@ def load(
         read += count
         on_progress(read, needed)
 
-    weights = load_target_weights(target_path, target_config, dtype, on_read)
-    if assistant_path is not None:
+    ranks = joined() if is_started() else None
+    share = None if ranks is None else shares(target_config, ranks.rank, ranks.size)
+    if ranks is not None:
+        check_same(ranks, sampled(target_path))
+    part = (lambda path, matrix: matrix) if share is None else share.part
+    weights = load_target_weights(target_path, target_config, dtype, on_read, part)
+    if assistant_path is not None and (ranks is None or ranks.leads):
         own = load_assistant_weights(assistant_path, assistant_config, dtype, on_read)
         _check_dtype("assistant", weights, own)
         loaded = Assistant(assistant_config, target_config, own, position)
-    model = Target(target_config, weights)
+    if ranks is None or share is None:
+        model = Target(target_config, weights)
+    else:  # ranks but the first stay there
+        model = share_target(target_config, weights, share, ranks)
     flash: DFlash | None = None
     if dflash_path is not None:
         own = load_dflash_weights(dflash_path, dflash_config, dtype, on_read)

@@ -71,15 +71,17 @@ def load_target_weights(
     config: TargetConfig,
     dtype: mx.Dtype | None = None,
     on_read: OnRead = lambda count: None,
+    part: Callable[[str, Linear], Linear] = lambda path, matrix: matrix,
 ) -> Weights:
     """Read a target's tensors; `dtype` None keeps the checkpoint's. Evaluates.
 
-    `on_read` is called after each tensor with its bytes.
+    `on_read` is called after each tensor with its bytes. Of each matrix what `part` makes of it is
+    kept; the rest is not read where it is mapped.
 
     Raises:
         ValueError: A file is damaged, or a tensor unknown, missing, or of wrong shape or dtype.
     """
-    return _load(folder, target_layout(config), config.quantization, dtype, on_read)
+    return _load(folder, target_layout(config), config.quantization, dtype, on_read, part)
 
 
 def load_assistant_weights(
@@ -268,6 +270,7 @@ def _load(
     quantization: Quantization | None,
     dtype: mx.Dtype | None,
     on_read: OnRead,
+    part: Callable[[str, Linear], Linear] = lambda path, matrix: matrix,
 ) -> Weights:
     matrices, vectors = _open_all(folder, layout, quantization, maps=True)
     # One storage dtype for the whole model: the checkpoint's, or the one asked for
@@ -275,8 +278,11 @@ def _load(
     for path, matrix in matrices.items():
         if dtype is None:
             _check_dtype(path, matrix, storage)
-        told = 0 if dtype is not None else _read_mapped(path, matrix, on_read)
+        whole, matrix = matrix, part(path, matrix)
+        maps = dtype is None and whole is matrix
+        told = _read_mapped(path, matrix, on_read) if maps else 0
         matrices[path] = matrix = matrix.astype(storage)
+        del whole
         mx.eval(matrix.arrays)
         # The weights between them are not looked at: a second pass over gigabytes, and a round
         # whose logits are not finite says so itself.

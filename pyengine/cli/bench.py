@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from pyengine.cli import common, tables
+from pyengine.cli.hosts import HostFile
 from pyengine.cli.options import (
     AUTO,
     AssistantDir,
@@ -129,6 +130,7 @@ def gemma_mtp(
     assistant: AssistantDir = None,
     dflash: DFlashDir = None,
     bundle: BundleDir = None,
+    hostfile: HostFile = None,
     ops: OpsName = None,
     prompt_suite: PromptSuite = None,
     max_tokens: Tokens = 256,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyengine.cli import common, generate, tables
+from pyengine.cli.hosts import HostFile
 from pyengine.cli.options import (
     AUTO,
     AssistantDir,
@@ -104,6 +105,7 @@ def run(
     assistant: AssistantDir = None,
     dflash: DFlashDir = None,
     bundle: BundleDir = None,
+    hostfile: HostFile = None,
     dtype: Storage = None,
     ops: OpsName = None,
 ) -> None:

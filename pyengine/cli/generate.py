@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyengine.cli import common, tables
+from pyengine.cli.hosts import HostFile
 from pyengine.cli.options import (
     AUTO,
     AssistantDir,
@@ -115,6 +116,7 @@ def run(
     assistant: AssistantDir = None,
     dflash: DFlashDir = None,
     bundle: BundleDir = None,
+    hostfile: HostFile = None,
     dtype: Storage = None,
     ops: OpsName = None,
     position: Annotated[

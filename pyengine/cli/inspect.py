@@ -14,6 +14,7 @@ EXAMPLES = (
     "pyengine inspect ./gemma-4-31B-pair",
     "pyengine inspect google/gemma-4-31B-it --context 32768",
     "pyengine inspect ./target --context 131072 --json",
+    "pyengine inspect ./gemma-4-31B-pair --ranks 2",
 )
 
 
@@ -28,6 +29,9 @@ def run(
             show_default="8192, or the model's context",
         ),
     ] = None,
+    ranks: Annotated[
+        int, typer.Option(help="Machines that share the target: tells what each needs.")
+    ] = 1,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON in place of the tables.")
     ] = False,
@@ -41,7 +45,7 @@ def run(
         from pyengine.checkpoint.inspect import inspect
 
         with common.waiting("Reading headers") as tell:
-            report = inspect(path, context, on_progress=tell)
+            report = inspect(path, context, ranks=ranks, on_progress=tell)
         if as_json:
             typer.echo(json.dumps(report))
         else:
@@ -79,5 +83,11 @@ def _print(report: dict[str, Any]) -> None:
             "all fit": "unknown" if m["fits"] is None else m["fits"],
         }
         tables.two_columns(out, "memory", rows)
+    if "ranks" in report:
+        rows = {}
+        for own in report["ranks"]:
+            weights, cache = common.size(own["weights"]), common.size(own["cache"])
+            rows[f"rank {own['rank']}"] = f"weights {weights}, cache {cache}"
+        tables.two_columns(out, "ranks", rows)
     for sentence in report["refused"]:
         out.print(f"refused: {common.printable(sentence)}", soft_wrap=True, markup=False)

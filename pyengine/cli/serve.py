@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyengine.cli import common
+from pyengine.cli.hosts import HostFile
 from pyengine.cli.options import (
     AssistantDir,
     BundleDir,
@@ -53,6 +54,7 @@ def run(
     assistant: AssistantDir = None,
     dflash: DFlashDir = None,
     bundle: BundleDir = None,
+    hostfile: HostFile = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; a non-loopback address exposes the server.")
     ] = "127.0.0.1",

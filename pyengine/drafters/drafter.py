@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -104,6 +105,8 @@ class TargetLike(Protocol):
     def embed(self, ids: mx.array) -> mx.array: ...
 
     def new_cache(self) -> Cache: ...
+
+    def waiting(self) -> AbstractContextManager[None]: ...
 
     def new_arena(self, *, sequences: int = 1) -> Arena: ...
 

@@ -24,12 +24,12 @@ import mlx.core as mx
 
 from pyengine import ops
 from pyengine.engine import round as on_device
-from pyengine.engine.recorded import recorded
 from pyengine.engine.rounds import Rounds
 from pyengine.engine.sequence import TokenSequence
 from pyengine.model.cache import Cache
 from pyengine.model.head import Logits, whole
 from pyengine.ops import dispatch
+from pyengine.ops.recorded import recorded
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ import mlx.core as mx
 from pyengine import mapped
 from pyengine.drafters.drafter import Asked, Drafter, TargetLike
 from pyengine.drafters.mixed import kind_of
-from pyengine.engine.recorded import recorded
 from pyengine.engine.report import Report
 from pyengine.model.cache import Arena, Cache, Placed
 from pyengine.model.head import Logits, rows_at, whole
@@ -29,6 +28,7 @@ from pyengine.model.rows import apart, packed, picked
 from pyengine.model.target import Processed
 from pyengine.ops import dispatch
 from pyengine.ops.filter_logits import Filtered
+from pyengine.ops.recorded import recorded
 from pyengine.sampling.sampler import NO_TOKEN, Choices, Chooser, Form, Sampler, logprobs
 
 
@@ -168,7 +168,7 @@ class RecordedRound:
 def _bare(each: Sequence[Parts]) -> list[Parts]:
     """What a recorded function keeps of them."""
     none, arena = mx.array(0, dtype=mx.int32), each[0].cache.arena
-    arena = arena.with_placed(Placed([none] * len(arena.arrays), none, none, none))
+    arena = arena.with_placed(Placed([none] * len(arena.arrays), *4 * [none]))
     return [parts.without_arrays(arena, place) for place, parts in enumerate(each)]
 
 
@@ -504,8 +504,9 @@ def _outcome(parts: Parts, token: mx.array) -> Outcome:
     return Outcome(token, state.drafter, state.cache)
 
 
-def read(played: Played) -> list[int]:
-    """Evaluate a round and read its one small array; nothing else of it is read."""
-    mx.eval(played)
+def read(target: TargetLike, played: Played) -> list[int]:
+    """Evaluate a round of the target and read its one small array; nothing else of it is read."""
+    with target.waiting():
+        mx.eval(played)
     mapped.check("generate")
     return cast("list[int]", played.report.tolist())

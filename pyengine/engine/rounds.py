@@ -105,7 +105,7 @@ class Rounds:
         played = self._played(going)
         for sequence, outcome in zip(going, played.outcomes, strict=True):
             sequence.take_results(outcome)
-        row = on_device.read(played)
+        row = on_device.read(going[0].parts.target, played)
         going[0].parts.cache.arena.take_results(played.arena)
         reports = Report.unpack(row, [s.k for s in going], [s.logprobs for s in going])
         seconds = time.perf_counter() - start

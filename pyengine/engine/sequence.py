@@ -205,7 +205,7 @@ class TokenSequence:
             masks = self.guide.masks()
         self._dtype = begun.hidden.dtype
         played = on_device.first(self.parts, self.sampler, begun.logits[None], masks)
-        [report] = Report.unpack(on_device.read(played), [0], [self.logprobs])
+        [report] = Report.unpack(on_device.read(self.parts.target, played), [0], [self.logprobs])
         self._primary = played.outcomes[0].primary
         self.stats.prefill_s += time.perf_counter() - start
         return self.commit(report)

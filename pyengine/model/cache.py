@@ -47,6 +47,7 @@ class Placed(NamedTuple):
     lengths: mx.array  # int32 [Q]: positions committed
     full: mx.array  # int32 [Q, N]: tables of pages
     sliding: mx.array
+    identity: mx.array  # int32 [3], see Arena
 
 
 class Batch:
@@ -101,7 +102,9 @@ class Arena:
 
     It holds no pages at first and grows as they are asked for, a layer at a time. ``keys`` and
     ``values`` are lists by layer, None where a layer shares. Behind the target's stand those of a
-    drafter's own layers, where one keeps keys and values (:meth:`extend`).
+    drafter's own layers, where one keeps keys and values (:meth:`extend`). ``identity`` is for
+    processes that mirror it: a number of its own, and its pages of both kinds; zeros where there
+    are none.
 
     Args:
         config: The target's.
@@ -145,11 +148,16 @@ class Arena:
         self._changes = counted()
         self._tables: dict[bool, tuple[tuple[int, ...], mx.array]] = {}
         self._batch: Batch | None = None  # of the sequences of a recorded round
+        self._identity = mx.zeros(3, mx.int32)
 
     @property
     def arrays(self) -> list[mx.array]:
         """Keys and values of all layers."""
         return [a for a in [*self.keys, *self.values] if a is not None]
+
+    @property
+    def identity(self) -> mx.array:
+        return self._identity
 
     @property
     def nbytes(self) -> int:
@@ -257,7 +265,7 @@ class Arena:
         for kind, wanted in ((False, full), (True, sliding)):
             step = self._step(kind, wanted)
             if step or kind in self._growing:
-                self._grow(kind, self.pages(kind).count + step)
+                self.grow(kind, self.pages(kind).count + step)
 
     def _step(self, sliding: bool, wanted: int) -> int:
         """Pages to grow by for so many to be free."""
@@ -286,8 +294,8 @@ class Arena:
             step = min(step, most - count)
         return max(0, step)
 
-    def _grow(self, sliding: bool, count: int) -> None:
-        """Have so many pages in all, one array after the other."""
+    def grow(self, sliding: bool, count: int) -> None:
+        """Have so many pages in all, one array after the other. Evaluates."""
         self._growing.add(sliding)  # whoever breaks this off, the next one ends it
         count = max([count, *(a.shape[0] for a in self._of_kind(sliding))])
         for arrays in (self.keys, self.values):
@@ -315,18 +323,22 @@ class Arena:
             take these over; if it is broken off, nobody knows what is where (:meth:`clear`).
         """
         pages = self.pages(sliding)
-        count = pages.count - self.spare(sliding)
-        moved = pages.pack(count)
+        moved = pages.pack(pages.count - self.spare(sliding))
+        self.pack(sliding, list(moved), pages.count)
+        return moved
+
+    def pack(self, sliding: bool, kept: Sequence[int], count: int) -> None:
+        """Have ``count`` pages in every layer of the kind: those that are kept, then others.
+        Evaluates."""
         mx.eval(self._reads)  # of what is about to lie elsewhere
-        places = mx.array(list(moved), dtype=mx.int32)
+        places = mx.array(list(kept), dtype=mx.int32)
         for arrays in (self.keys, self.values):
             for i, a in enumerate(arrays):
                 if a is not None and self.layers[i].sliding == sliding:
-                    more = mx.zeros((count - len(moved), *a.shape[1:]), a.dtype)
+                    more = mx.zeros((count - len(kept), *a.shape[1:]), a.dtype)
                     arrays[i] = a = mx.concatenate([mx.take(a, places, axis=0), more])
                     mx.eval(a)
         mx.clear_cache()  # where MLX keeps what was freed
-        return moved
 
     def clear(self) -> None:
         """Have no pages, whoever holds some. Evaluates."""
@@ -426,14 +438,20 @@ class Arena:
         """What a round of these sequences gets, whose lengths the host knows."""
         assert all(c.arena is self and c.committed == c.length_limit for c in caches)
         lengths = mx.array([cache.committed for cache in caches], dtype=mx.int32)
-        tables = (self._table(sliding, caches, is_round=True) for sliding in (False, True))
-        return Placed(self.arrays, lengths, *tables)
+        full, sliding = (self._table(kind, caches, is_round=True) for kind in (False, True))
+        return Placed(self.arrays, lengths, full, sliding, self.identity)
+
+    def with_arrays(self, arrays: Sequence[mx.array]) -> Arena:
+        """The same over other arrays, that nobody has read."""
+        other = copy.copy(self)
+        other.take_results(arrays)
+        other._reads, other._tables = [], {}
+        return other
 
     def with_placed(self, placed: Placed) -> Arena:
         """The same over the arrays of a round: what one is recorded on."""
-        other = copy.copy(self)
-        other.take_results(placed.arrays)
-        other._reads, other._tables = [], {}
+        other = self.with_arrays(placed.arrays)
+        other._identity = placed.identity
         other._batch = Batch(other, placed.lengths, {False: placed.full, True: placed.sliding})
         return other
 

@@ -1,5 +1,6 @@
 """The routed experts of the 26B: which ones a row uses, and what they add."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -26,6 +27,8 @@ class Experts:
     pre_norm: mx.array
     dense_norm: mx.array
     routed_norm: mx.array
+    # Of the routed sum, float32, where other processes have the rest of each expert
+    total: Callable[[mx.array], mx.array] | None = None
 
 
 def with_experts(
@@ -38,7 +41,12 @@ def with_experts(
         run = _packed
     else:
         run = _by_slot if x.shape[0] <= ROWS_BY_SLOT else _by_expert
-    routed = run(experts, x, ids, weights).astype(h.dtype)
+    routed = run(experts, x, ids, weights)
+    if experts.total is not None:
+        # One sum after the other, or processes that walk the graph otherwise would mix them up
+        [routed] = mx.depends([routed], [dense])
+        routed = experts.total(routed)
+    routed = routed.astype(h.dtype)
     dense = ops.rms_norm(dense, experts.dense_norm, eps)
     return dense + ops.rms_norm(routed, experts.routed_norm, eps)
 
@@ -57,7 +65,7 @@ def _packed(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) -> 
     y = ops.quantized_expert_matmul(x, gate, ids, *packing, up=up)  # [T, num_used, F]
     packing = (experts.down.group_size, experts.down.bits)
     parts = ops.quantized_expert_matmul(y, down, ids, *packing, out_dtype=mx.float32)
-    return ops.weigh_experts(parts, weights, x.dtype)
+    return ops.weigh_experts(parts, weights, mx.float32 if experts.total else x.dtype)
 
 
 def _by_slot(experts: Experts, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:

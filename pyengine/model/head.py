@@ -28,7 +28,7 @@ class Logits:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.hidden.shape[0], self.table.weight.shape[0]
+        return self.hidden.shape[0], self.table.outputs
 
     @cached_property
     def array(self) -> mx.array:

@@ -55,6 +55,11 @@ class Linear:
         return self.scales is not None and same
 
     @property
+    def outputs(self) -> int:
+        """N."""
+        return self.weight.shape[-2]
+
+    @property
     def arrays(self) -> list[mx.array]:
         return [a for a in (self.weight, self.scales, self.biases) if a is not None]
 

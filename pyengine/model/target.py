@@ -8,6 +8,7 @@ elementwise operations only. Values are kept in the checkpoint's dtype, rounded 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
@@ -161,6 +162,17 @@ class Target:
         """A sequence without positions, in an arena of its own."""
         return self.new_arena().new_cache()
 
+    def waiting(self) -> AbstractContextManager[None]:
+        """For evaluations of its calls: other processes may take part in them."""
+        return nullcontext()
+
+    def check_stored(self) -> None:
+        """Refuse to keep pages in files where they cannot be read back whole.
+
+        Raises:
+            ValueError: Other processes have parts of them.
+        """
+
     def prompt_bytes(
         self, tokens: int, block_size: int, marks: int, beside: Sequence[LayerConfig] = ()
     ) -> int:
@@ -223,7 +235,8 @@ class Target:
                     last = mx.array(rows - 1, dtype=mx.int32)
                     reader.read([reader], [Processed(tapped, last, cache)])
                 cache.settle(start + rows)
-                mx.eval(hidden, tapped, cache.arrays)
+                with self.waiting():
+                    mx.eval(hidden, tapped, cache.arrays)
                 mapped.check("prefill")
             except Exception:  # what failed would fail again, and others have pages there
                 cache.arena.take_results(arrays)

@@ -15,12 +15,12 @@ from tiny_pairs import FLAVOURS, FORMS, greedy_text, tiny_pair
 from pyengine import ops
 from pyengine.checkpoint import memory
 from pyengine.engine import round as on_device
-from pyengine.engine.recorded import Recorded
 from pyengine.engine.report import NonFinite
 from pyengine.engine.rounds import Rounds
 from pyengine.engine.sequence import Round, TokenSequence
 from pyengine.ops import dispatch
 from pyengine.ops.accept_block import RULES, Rule
+from pyengine.ops.recorded import Recorded
 from pyengine.sampling.settings import Sampling
 from pyengine.task import embedded_pair
 

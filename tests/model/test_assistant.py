@@ -21,11 +21,11 @@ from tiny_pairs import (
 )
 
 from pyengine.checkpoint.weights import load_assistant_weights
-from pyengine.engine.recorded import recorded
 from pyengine.model import assistant as assistant_module
 from pyengine.model.assistant import POSITIONS, Assistant
 from pyengine.model.head import whole
 from pyengine.model.linear import Linear
+from pyengine.ops.recorded import recorded
 
 pytestmark = pytest.mark.engine
 

@@ -31,6 +31,7 @@ LEVELS = (
     {"text"},
     {"drafters"},
     {"sampling"},
+    {"ranks"},
     {"model"},
     {"ops"},
     {"base"},

@@ -16,7 +16,7 @@ from tiny_pairs import FLAVOURS, bits, greedy_text, tiny_pair
 
 from pyengine import ops
 from pyengine.engine import round as on_device
-from pyengine.engine.recorded import recorded
+from pyengine.ops.recorded import recorded
 from pyengine.sampling.settings import Sampling
 
 

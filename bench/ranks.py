@@ -1,0 +1,75 @@
+"""What a round sends where ranks share a target: messages and bytes per rank, and what they bound.
+
+No timing: bytes over a link's bandwidth, and its latency times the messages that wait for each
+other.
+
+Run: python bench/ranks.py [--rows 6] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any, NamedTuple
+
+from pyengine.checkpoint.published import PUBLISHED, published
+from pyengine.ranks.group import HEADER
+from pyengine.ranks.split import shares
+
+SIZES = (2, 4)
+
+
+class Link(NamedTuple):
+    """Bytes per second each way, and seconds of a small message: assumed, not measured."""
+
+    name: str
+    bandwidth: float
+    latency: float
+
+
+LINKS = (Link("Thunderbolt 5, RDMA", 8e9, 10e-6), Link("10 GbE, TCP", 1.1e9, 60e-6))
+
+
+def row(name: str, size: int, rows: int) -> dict[str, Any]:
+    """Of one target call of a round, and its logits."""
+    target, _ = published(name)
+    E, V = target.hidden_size, target.vocab_size
+    sums = len(shares(target, 0, size).summed)
+    stream = rows * (E + len(target.layers) * target.per_layer_width) * 2
+    # Header and place of the call, its rows; header and rows of the head; then what is gathered
+    told = 2 * 4 * HEADER + 4 * (3 + 2 + 256) + stream + rows * E * 2
+    gathered = (size - 1) * (sums * rows * E * 4 + rows * V * 4 // size)
+    found: dict[str, Any] = {
+        "target": name,
+        "ranks": size,
+        "sums": sums,
+        "messages": sums + 1 + 5,
+        "bytes": gathered + told,
+    }
+    for link in LINKS:
+        steps = (sums + 1) * (size - 1) + 5 * 2 * (size - 1)
+        seconds = found["bytes"] / link.bandwidth + steps * link.latency
+        found[link.name] = seconds
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=6)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    found = [row(name, size, given.rows) for name in PUBLISHED for size in SIZES]
+    if given.json:
+        print(json.dumps(found))
+        return
+    names = [link.name for link in LINKS]
+    print(f"| target | ranks | messages | MB per rank | at least, ms: {' | '.join(names)} |")
+    print("| --- | --: | --: | --: | --: | --: |")
+    for own in found:
+        times = " | ".join(f"{own[name] * 1e3:.1f}" for name in names)
+        cells = own["target"], own["ranks"], own["messages"], f"{own['bytes'] / 1e6:.1f}", times
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Groups of processes on this machine, started as MLX's launcher starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = Path(__file__).with_name("rank.py")
+
+
+def free_ports(count: int) -> list[int]:
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [own.getsockname()[1] for own in held]
+    for own in held:
+        own.close()
+    return ports
+
+
+def start(
+    folder: Path, size: int, *arguments: str, command: list[str] | None = None, **environment: str
+) -> list[subprocess.Popen[str]]:
+    """Processes by rank; of one there is no group."""
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
+    started = []
+    for rank in range(size):
+        own = {**os.environ, **environment}
+        if size > 1:
+            own |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+        started.append(
+            subprocess.Popen(
+                [*(command or [sys.executable, str(PROGRAM)]), *arguments],
+                env=own,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return started
+
+
+def finish(started: list[subprocess.Popen[str]], seconds: float) -> list[tuple[int, str, str]]:
+    """Exit code, standard output and error of each; what has not ended by then is killed."""
+    found = []
+    try:
+        for process in started:
+            out, err = process.communicate(timeout=seconds)
+            found.append((process.returncode, out, err))
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    return found
