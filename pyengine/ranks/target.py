@@ -4,7 +4,7 @@ A call is a header, and what it needs in the order in which it is read:
 
 | kind | numbers | then |
 | --- | --- | --- |
-| RUN | rows, sequences, widths of tables, first layer, end | identity, counts, lengths, tables; stream |
+| RUN | rows, sequences, tables' widths, layers | identity, counts, lengths, tables; stream |
 | HEAD | rows | hidden vectors |
 | COPY | kind of pages, how many | identity, sources, targets |
 | TRIM | kind of pages, how many stay, of how many after | identity before, those that stay |

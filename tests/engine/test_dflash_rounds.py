@@ -135,7 +135,7 @@ def rounds_of(pair: Any, block_size: int) -> Iterator[tuple[list[int], list[int]
         block = recorded.draft(start)
         played = recorded.verify(start, block)
         sequence.take_results(played.outcomes[0])
-        [report] = Report.unpack(on_device.read(played), [sequence.k], [None])
+        [report] = Report.unpack(on_device.read(pair.target, played), [sequence.k], [None])
         sequence.count(report.accepted, 0.0)
         sequence.commit(report)
         yield known, block.ids.tolist()[1:], report.accepted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -32,6 +33,8 @@ VOCAB = 16
 
 class MarkovTarget:
     """Logits depend on the last token alone."""
+
+    waiting = staticmethod(nullcontext)  # for nobody
 
     def __init__(self, table: np.ndarray, context: int = 10_000) -> None:
         self.table, self.context = mx.array(table.astype(np.float32)), context

@@ -6,6 +6,7 @@ import functools
 import json
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -212,6 +213,7 @@ class ScriptTarget:
     """
 
     dtype = mx.float32
+    waiting = staticmethod(nullcontext)  # for nobody
 
     def __init__(self, script: list[int], vocab: int, context: int, held_after: int | None) -> None:
         self.script, self.context, self.held_after = script, context, held_after

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from draw import Call, Draw, near_sum
+from draw import Call, Draw, near
 from test_quantized_matmul import packed_case
 
 from pyengine import _ext, ops
@@ -151,12 +151,17 @@ def test_errors(change, text):
     assert str(error.value) == f"[quantized_gated_matmul] {text}"
 
 
+def near_product(got: list[mx.array], want: list[mx.array]) -> bool:
+    """What is lost where one sum cancels is multiplied by the other, in MLX's own by much."""
+    return near(got, want, slack=64)
+
+
 def random_call(d: Draw) -> Call:
     dtype, group_size, bits, K, shape = packed_case(d)
     N = d.size(1, 5, 9, 40, 65)
     gate, up = (d.quantized(N, K, dtype=dtype, group_size=group_size, bits=bits) for _ in range(2))
     given = d.integer(group_size), d.integer(bits), d.pick(("gelu", "silu"))
-    return Call((d.array(*shape, K, dtype=dtype), gate, up, *given), {}, near_sum)
+    return Call((d.array(*shape, K, dtype=dtype), gate, up, *given), {}, near_product)
 
 
 # The largest call of a kind that the Metal kernel takes

@@ -43,6 +43,7 @@ WHOLE_FILES = {
     "grammar/test_matcher.py": "grammars are the extra grammar's",
     "grammar/test_schemas.py": "grammars are the extra grammar's",
     "grammar/test_calls.py": "grammars are the extra grammar's",
+    "parity/test_dflash_parity.py": "computes with torch and transformers",
     "parity/test_mlx_lm.py": "compares with mlx-lm",
     "parity/test_rounding_references.py": "computes with torch and transformers",
     "parity/test_templates.py": "compares with transformers",
