@@ -14,8 +14,10 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import torch
 from data import BOS, EOS, PAD
+from dflash import DFlash
 from model import Assistant, Target, assistant_config, target_config
 from tokenizer_files import write_tokenizer
 
@@ -96,6 +98,22 @@ def write_bundle(run: Path, out: Path, target: Target, assistant: Assistant, blo
     return sum(p.stat().st_size for p in files)
 
 
+def load_shipped(folder: Path) -> Target:
+    """The target of a bundle, its 8-bit matrices made whole again."""
+    stored = mx.load(str(folder / "model.safetensors"))
+    target = Target(json.loads((folder / "config.json").read_text()))
+    state = target.state_dict()
+    for name in state:
+        value, path = stored[name], name.removesuffix(".weight")
+        if f"{path}.scales" in stored:
+            parts = (stored[f"{path}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
+            group, bits = QUANTIZATION["group_size"], QUANTIZATION["bits"]
+            value = mx.dequantize(value, *parts, group_size=group, bits=bits)
+        state[name] = torch.from_numpy(np.array(value.astype(mx.float32)))
+    target.load_state_dict(state)
+    return target.eval().requires_grad_(False)
+
+
 def load_target(run: Path, name: str = "target.pt") -> Target:
     saved = torch.load(run / name)
     target = Target(saved["config"])
@@ -108,6 +126,13 @@ def load_assistant(run: Path, name: str = "assistant.pt") -> Assistant:
     assistant = Assistant(saved["config"], saved["backbone"])
     assistant.load_state_dict(saved["state"])
     return assistant.eval().requires_grad_(False)
+
+
+def load_dflash(run: Path, name: str = "dflash.pt") -> DFlash:
+    saved = torch.load(run / name)
+    drafter = DFlash(saved["config"])
+    drafter.load_state_dict(saved["state"])
+    return drafter.eval().requires_grad_(False)
 
 
 def main() -> None:
