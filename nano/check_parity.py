@@ -2,6 +2,7 @@
 
     python nano/check_parity.py RUN              # the trained checkpoints
     python nano/check_parity.py RUN --untrained  # random weights, norms and scalars shaken
+    python nano/check_parity.py RUN --dflash     # the trained drafter alone, on the bundle's target
 
 Needs transformers 5.22.2. Fails above 5e-4. The text is held-back Python, 600 tokens, so that the
 sliding window of 256 is passed twice; the assistant takes four steps from two places. The DFlash
@@ -19,7 +20,7 @@ import torch
 import transformers
 from decode import AssistantDrafts
 from dflash import MASK_ID, DFlash, dflash_config, features
-from export import load_assistant, load_dflash, load_target
+from export import BUNDLE, load_assistant, load_dflash, load_shipped, load_target
 from model import EPS, KINDS, SLIDING, Assistant, Target, assistant_config, target_config
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
@@ -142,10 +143,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--untrained", action="store_true")
+    parser.add_argument("--dflash", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if args.untrained:
+    tokens = np.load(args.run / "python.held.npy")[:600].astype(int).tolist()
+    gaps = {}
+    if args.dflash:
+        target, drafter = load_shipped(BUNDLE / "target"), load_dflash(args.run)
+    elif args.untrained:
         vocab = json.loads((args.run / "data.json").read_text())["vocab"]
         target = Target(target_config(24, vocab)).eval()
         assistant = Assistant(assistant_config(vocab), 128).eval()
@@ -156,8 +162,9 @@ def main() -> None:
     else:
         target, assistant = load_target(args.run), load_assistant(args.run)
         drafter = load_dflash(args.run)
-    tokens = np.load(args.run / "python.held.npy")[:600].astype(int).tolist()
-    gaps = check(target, assistant, tokens) | check_dflash(target, drafter, tokens)
+    if not args.dflash:
+        gaps = check(target, assistant, tokens)
+    gaps |= check_dflash(target, drafter, tokens)
     print("transformers", transformers.__version__, {k: f"{v:.1e}" for k, v in gaps.items()})
     if max(gaps.values()) > BOUND:
         raise SystemExit(f"[check_parity] gaps must be at most {BOUND}.")

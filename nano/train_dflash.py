@@ -1,4 +1,4 @@
-"""Distil the DFlash drafter from the trained target.
+"""Distil the DFlash drafter from the target of the bundle, as it is shipped.
 
     python nano/train_dflash.py RUN --minutes 40
 
@@ -11,9 +11,11 @@ the card's filtered ones, which is what acceptance is, and the divergence counts
 
 The target's pass costs several times a step's own work, so what it made of the newest rows is
 kept and each pass serves several steps, with new anchors. Half of the rows is Python; part of
-the rows is text that the target sampled itself. Starts from the last tap passed through and half
-the target's final norm. Resumes from its last checkpoint. Writes dflash.pt, dflash.json and
-own.5.{kind}.npy (the sampled text).
+the rows is text that the target sampled itself. Starts from the last tap passed through, half the
+target's final norm, and layers that add nothing. Minutes are of processor time, so that the rates
+fall as planned on a machine that others use. Resumes from its last checkpoint, dflash.resume.pt,
+which can be exported at any time. Writes dflash.pt, dflash.json and own.5.{kind}.npy (the sampled
+text).
 """
 
 from __future__ import annotations
@@ -29,10 +31,10 @@ import torch
 from data import Rows
 from decode import filtered
 from dflash import BLOCK, MASK_ID, DFlash, dflash_config, features
-from export import load_target
+from export import BUNDLE, load_shipped
 from model import Layer, Target, compile_layer
 from optim import Optimiser
-from train_assistant import CHECKPOINT_SECONDS, PROMPTS, WARMUP_STEPS, sample_own
+from train_assistant import CHECKPOINT_SECONDS, PROMPTS, sample_own
 
 ROWS, T, ANCHORS = 2, 640, 48  # of a step
 PASS_ROWS, KEPT_ROWS, STEPS_PER_PASS = 4, 512, 8
@@ -41,7 +43,7 @@ SHARES = {"python": 0.3, "own python": 0.2, "mixtures": 0.2, "own mixtures": 0.1
 AT_START = {"games": 0.5, "python": 0.25, "mixtures": PROMPTS["mixtures"][1]}
 # Of the steps: the last layer sees the whole block, so drafts depend on how long it is
 SIZES = {BLOCK: 0.75, 4: 0.25}
-GAMMA, DIVERGENCE, FILTERED_FROM = 4.0, 0.1, 2 / 3
+WARMUP_STEPS, GAMMA, DIVERGENCE, FILTERED_FROM = 10, 4.0, 0.1, 2 / 3
 MATRIX_RATE, OTHER_RATE, DECAY_SHARE = 0.04, 0.008, 0.6
 OWN_STAGE = 5  # the assistant's stages have sampled rows of their own
 
@@ -128,11 +130,14 @@ def evaluate(target: Target, drafter: DFlash, held: dict[str, list]) -> dict[str
 
 
 def inherit(drafter: DFlash, target: Target) -> None:
-    """Pass the last tap through and end in half the target's norm."""
+    """Pass the last tap through and end in half the target's norm; layers add nothing yet."""
     E = target.config["hidden_size"]
     with torch.no_grad():
         drafter.fc.weight.zero_()[:, -E:] = torch.eye(E)
         drafter.norm.weight.copy_(0.5 * target.model.norm.weight)
+        for layer in drafter.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
 
 
 def save(path: Path, **state: object) -> None:
@@ -142,7 +147,7 @@ def save(path: Path, **state: object) -> None:
 
 
 def train(run: Path, args: argparse.Namespace) -> None:
-    target = load_target(run)
+    target = load_shipped(BUNDLE / "target")
     own = {}
     for kind in PROMPTS:
         if args.sample_minutes or (run / f"own.{OWN_STAGE}.{kind}.npy").exists():
@@ -158,7 +163,7 @@ def train(run: Path, args: argparse.Namespace) -> None:
     optimiser = Optimiser(drafter, MATRIX_RATE, OTHER_RATE)
     source, held = Rows(run, "held", 1, extra=("families",)), {}
     for kind in source.ids:
-        kept = source.draw(kind, 3 * PASS_ROWS, T - 1, 0.3).split(PASS_ROWS)
+        kept = source.draw(kind, PASS_ROWS, T - 1, 0.3).split(PASS_ROWS)
         held[kind] = [(ids, *features(target, ids, drafter.taps)) for ids in kept]
 
     step, spent, log, resumable = 0, 0.0, [], run / "dflash.resume.pt"
@@ -169,8 +174,8 @@ def train(run: Path, args: argparse.Namespace) -> None:
         step, spent, log = state["progress"]
         data.random.bit_generator.state, random.bit_generator.state = state["random"]
         print(f"resumed at step {step}", flush=True)
-    started, checked, recent, kept = time.time() - spent, time.time(), [], Kept()
-    while (done := (time.time() - started) / (args.minutes * 60)) < 1.0:
+    started, checked, recent, kept = time.process_time() - spent, time.time(), [], Kept()
+    while (done := (time.process_time() - started) / (args.minutes * 60)) < 1.0:
         # A few at first, so that no step has the rows of one kind alone
         for _ in range(0 if kept.rows and step % STEPS_PER_PASS else 1 if kept.rows else 5):
             kind = str(random.choice([*shares], p=chances))
@@ -190,9 +195,9 @@ def train(run: Path, args: argparse.Namespace) -> None:
         recent.append([float(loss.detach()), *overlaps[:3]])
         if step % 25 == 0:
             mean = np.mean(recent, 0).round(4).tolist()
-            point = {"step": step, "seconds": round(time.time() - started), "loss": mean[0]}
+            spent = round(time.process_time() - started)
+            point = {"step": step, "processor_seconds": spent, "loss": mean[0]}
             point |= {"overlap": mean[1:], "rate": round(scale, 3)}
-            point |= {"processor_seconds": round(time.process_time())}
             if step % 100 == 0:
                 point |= {"held": evaluate(target, drafter, held)}
             log.append(point)
@@ -204,7 +209,7 @@ def train(run: Path, args: argparse.Namespace) -> None:
                 config=drafter.config,
                 state=drafter.state_dict(),
                 optimiser=optimiser.state_dict(),
-                progress=(step, time.time() - started, log),
+                progress=(step, time.process_time() - started, log),
                 random=(data.random.bit_generator.state, random.bit_generator.state),
             )
             checked = time.time()
@@ -226,7 +231,6 @@ def train(run: Path, args: argparse.Namespace) -> None:
         "own_rows": {kind: len(rows) for kind, rows in own.items()},
         "rates": [MATRIX_RATE, OTHER_RATE],
         "steps": step,
-        "processor_seconds": round(time.process_time()),
         "final": final,
         "log": log,
     }
@@ -236,10 +240,8 @@ def train(run: Path, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--minutes", type=float, default=40)
-    parser.add_argument(
-        "--sample-minutes", type=float, default=3, help="0: only what lies there is used"
-    )
+    parser.add_argument("--minutes", type=float, default=40, help="of processor time")
+    parser.add_argument("--sample-minutes", type=float, default=3, help="0: only what lies there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
