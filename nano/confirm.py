@@ -1,6 +1,6 @@
 """Acceptance and step costs of the embedded pair, measured with the engine.
 
-    python nano/confirm.py --verify residual,block --drafts 3,7
+    python nano/confirm.py --drafters assistant,dflash --verify residual,block --drafts 3,7
 
 The same held-back prompts and sampler as measure.py, made again from the generator and the running
 interpreter's standard library (which must be the recorded one). Then the cost of a draft
@@ -88,7 +88,7 @@ def milliseconds(run: Callable[[], list[mx.array]]) -> float:
 def step_costs(pair: pyengine.Pair) -> dict:
     ids = [pair.tokenizer.bos_id, *pair.tokenizer.encode(make_game(HELD_SEED).chat())][:CONTEXT]
     target, assistant = pair.target, pair.assistant
-    cache = target.new_cache(16)
+    cache = target.new_cache()
     _, hidden = target.prefill(ids, cache)
     token = mx.array(ids[-1:], dtype=mx.int32)
 
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--kinds", default="games,families,python")
-    parser.add_argument("--drafters", default="assistant,dflash")
+    parser.add_argument("--drafters", default="assistant", help="assistant,dflash")
     parser.add_argument("--verify", default="residual", help="rules: residual,block")
     parser.add_argument("--drafts", default="3", help="a round: 3,7")
     args = parser.parse_args()
