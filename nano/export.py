@@ -1,24 +1,33 @@
 """Write the pair as an MLX 8-bit bundle.
 
-    python nano/export.py RUN OUT                  # the trained pair
+    python nano/export.py RUN OUT                  # the trained pair, with its DFlash drafter
     python nano/export.py RUN OUT --untrained both # random weights of the final shape
+    python nano/export.py RUN OUT --dflash dflash.pt  # it alone, into a bundle that is there
 
-OUT gets target/, assistant/ and mtplx_pair.json in the layout of published MLX conversions.
-`--untrained assistant` takes the trained target only. MODEL_CARD.md is kept by hand.
+OUT gets target/, assistant/, dflash/ and mtplx_pair.json in the layout of published MLX
+conversions. The drafter is written in its published form into RUN/dflash and from there by
+`pyengine convert`. `--untrained assistant` takes the trained target only. MODEL_CARD.md is kept by
+hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import torch
 from data import BOS, EOS, PAD
+from dflash import DFlash, dflash_config
 from model import Assistant, Target, assistant_config, target_config
 from tokenizer_files import write_tokenizer
 
+from pyengine.checkpoint.convert import convert
+
+BUNDLE = Path(__file__).parents[1] / "pyengine/nano"
 QUANTIZATION = {"group_size": 64, "bits": 8, "mode": "affine"}
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
 
@@ -51,8 +60,32 @@ def write_model(folder: Path, config: dict, state: dict[str, torch.Tensor]) -> N
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
 
 
+def write_dflash(run: Path, out: Path, drafter: DFlash) -> int:
+    """Write RUN/dflash, OUT/dflash, and their place in the manifest; returns the bytes of the
+    second."""
+    published, folder = run / "dflash", out / "dflash"
+    published.mkdir(exist_ok=True)
+    write_json(published / "config.json", drafter.config)
+    state = {
+        name: mx.array(tensor.numpy()).astype(mx.bfloat16)
+        for name, tensor in drafter.state_dict().items()
+    }
+    mx.save_safetensors(str(published / "model.safetensors"), state, metadata={"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    size = convert(published, folder).weight_bytes
+    manifest = json.loads((out / "mtplx_pair.json").read_text())
+    manifest["layout"]["dflash"] = "dflash"
+    # Behind the assistant, where it stands from the first time on
+    benchmark = manifest.pop("benchmark")
+    write_json(
+        out / "mtplx_pair.json",
+        manifest | {"dflash": {"quantization": QUANTIZATION}, "benchmark": benchmark},
+    )
+    return size
+
+
 def write_bundle(run: Path, out: Path, target: Target, assistant: Assistant, block: int) -> int:
-    """Write everything; returns the size in bytes."""
+    """Write target, assistant and manifest; returns the size in bytes."""
     config = {"architectures": ["Gemma4ForCausalLM"], "dtype": "bfloat16"} | target.config
     write_model(out / "target", config, target.state_dict())
     write_tokenizer(run / "tokenizer.model", out / "target")
@@ -96,6 +129,22 @@ def write_bundle(run: Path, out: Path, target: Target, assistant: Assistant, blo
     return sum(p.stat().st_size for p in files)
 
 
+def load_shipped(folder: Path) -> Target:
+    """The target of a bundle, its 8-bit matrices made whole again."""
+    stored = mx.load(str(folder / "model.safetensors"))
+    target = Target(json.loads((folder / "config.json").read_text()))
+    state = target.state_dict()
+    for name in state:
+        value, path = stored[name], name.removesuffix(".weight")
+        if f"{path}.scales" in stored:
+            parts = (stored[f"{path}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
+            group, bits = QUANTIZATION["group_size"], QUANTIZATION["bits"]
+            value = mx.dequantize(value, *parts, group_size=group, bits=bits)
+        state[name] = torch.from_numpy(np.array(value.astype(mx.float32)))
+    target.load_state_dict(state)
+    return target.eval().requires_grad_(False)
+
+
 def load_target(run: Path, name: str = "target.pt") -> Target:
     saved = torch.load(run / name)
     target = Target(saved["config"])
@@ -110,6 +159,13 @@ def load_assistant(run: Path, name: str = "assistant.pt") -> Assistant:
     return assistant.eval().requires_grad_(False)
 
 
+def load_dflash(run: Path, name: str = "dflash.pt") -> DFlash:
+    saved = torch.load(run / name)
+    drafter = DFlash(saved["config"])
+    drafter.load_state_dict(saved["state"])
+    return drafter.eval().requires_grad_(False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
@@ -117,18 +173,26 @@ def main() -> None:
     parser.add_argument("--target", default="target.pt", help="checkpoint name in RUN")
     parser.add_argument("--block", type=int, default=4, help="block size the bundle recommends")
     parser.add_argument("--untrained", choices=("both", "assistant"))
+    parser.add_argument("--dflash", metavar="NAME", help="only the DFlash drafter of this name")
     args = parser.parse_args()
     vocab = json.loads((args.run / "data.json").read_text())["vocab"]
     torch.manual_seed(0)
+    if args.dflash:
+        size = write_dflash(args.run, args.out, load_dflash(args.run, args.dflash))
+        print(f"DFlash drafter, {size / 1e6:.2f} MB")
+        return
     trained = args.untrained != "both"
     target = load_target(args.run, args.target) if trained else Target(target_config(24, vocab))
     if args.untrained:
         assistant = Assistant(assistant_config(vocab), target.config["hidden_size"])
+        drafter = DFlash(dflash_config(target.config)).requires_grad_(False)
     else:
-        assistant = load_assistant(args.run)
+        assistant, drafter = load_assistant(args.run), load_dflash(args.run)
     size = write_bundle(args.run, args.out, target, assistant, args.block)
-    counts = [sum(p.numel() for p in m.parameters()) for m in (target, assistant)]
-    print(f"target {counts[0]:,} and assistant {counts[1]:,} parameters, {size / 1e6:.2f} MB")
+    size += write_dflash(args.run, args.out, drafter)
+    counts = [sum(p.numel() for p in m.parameters()) for m in (target, assistant, drafter)]
+    names = "target {:,}, assistant {:,} and DFlash drafter {:,} parameters"
+    print(names.format(*counts) + f", {size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

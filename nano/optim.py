@@ -15,13 +15,13 @@ def orthogonalise(g: torch.Tensor) -> torch.Tensor:
     """The nearest semi-orthogonal matrices of g [n, rows, columns], roughly."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[1] > g.shape[2]
-    x = g.to(torch.bfloat16)
-    x = x.mT.contiguous() if tall else x
+    # Not in bfloat16: where the processor has no such products, float32 is five times faster
+    x = g.mT.contiguous() if tall else g
     x = x / (x.flatten(1).norm(dim=1).view(-1, 1, 1) + 1e-7)
     for _ in range(5):
         square = torch.bmm(x, x.mT)
         x = a * x + torch.bmm(b * square + c * torch.bmm(square, square), x)
-    return (x.mT if tall else x).float()
+    return x.mT if tall else x
 
 
 class Optimiser:

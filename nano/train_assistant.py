@@ -79,7 +79,9 @@ STAGES = {
 }
 
 
-def sample_own(target: Target, run: Path, stage: int, kind: str, minutes: float) -> np.ndarray:
+def sample_own(
+    target: Target, run: Path, stage: int, kind: str, minutes: float, T: int = T
+) -> np.ndarray:
     """Text of the target's own, [rows, T], after prompts of one kind."""
     path = run / f"own.{stage}.{kind}.npy"
     if path.exists():

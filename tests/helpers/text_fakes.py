@@ -137,7 +137,7 @@ class NoArena:
 
     def place(self, caches: Sequence[LengthCache]) -> Placed:
         lengths = mx.array([cache.length_limit for cache in caches], dtype=mx.int32)
-        return Placed([], lengths, lengths, lengths)
+        return Placed([], lengths, lengths, lengths, lengths)
 
     def with_placed(self, placed: Placed) -> NoArena:
         return self
