@@ -148,7 +148,7 @@ class Arena:
         self._changes = counted()
         self._tables: dict[bool, tuple[tuple[int, ...], mx.array]] = {}
         self._batch: Batch | None = None  # of the sequences of a recorded round
-        self._identity = mx.zeros(3, mx.int32)
+        self._identity = mx.array([0, 0, 0], dtype=mx.int32)  # not lazy: for any thread
 
     @property
     def arrays(self) -> list[mx.array]:

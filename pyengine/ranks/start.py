@@ -10,7 +10,6 @@ from importlib import metadata
 from typing import NoReturn
 
 import mlx.core as mx
-import numpy as np
 
 from pyengine import _ext
 from pyengine.model.config import TargetConfig
@@ -35,7 +34,7 @@ def check_same(ranks: Ranks, weights: str) -> None:
     with ranks.waiting():
         for what, value in own.items():
             digest = hashlib.sha256(value.encode()).digest()
-            every = ranks.gathered(mx.array(np.frombuffer(digest, np.int32)))
+            every = ranks.gathered(mx.array(list(digest), dtype=mx.int32))
             mx.eval(every)
             for rank, other in enumerate(every):
                 if not mx.array_equal(other, every[0]):

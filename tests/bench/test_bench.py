@@ -198,7 +198,7 @@ def test_table_has_the_columns(run: Any, capsys: pytest.CaptureFixture[str]) -> 
         ({"rules": ["block", "block"]}, "verify must name a rule once but got block,block."),
         (
             {"drafters": ["best"]},
-            "drafter must be of assistant, lookup, early:N, NAME+lookup but got 'best'.",
+            "drafter must be of assistant, dflash, lookup, early:N, NAME+lookup but got 'best'.",
         ),
         (
             {"drafters": ["lookup", "lookup"]},

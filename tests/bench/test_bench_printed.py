@@ -178,6 +178,7 @@ def test_the_report_holds_what_was_measured(
             "quantization": {
                 "target": {"bits": 8, "group_size": 64, "overrides": {"layers.0.mlp": None}},
                 "assistant": None,
+                "dflash": None,
             },
             "manifest": {},
         },

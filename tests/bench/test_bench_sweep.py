@@ -146,7 +146,7 @@ def test_ctrl_c_before_that_leaves_nothing(
     ("more", "message"),
     [
         ("--block-sizes 129", "[bench] block sizes must be 2 to 128 but got 129."),
-        ("--drafter best", "[bench] drafter must be of assistant, lookup"),
+        ("--drafter best", "[bench] drafter must be of assistant, dflash, lookup"),
         ("--verify best", "verify must be of residual, block, coupled, greedy but got 'best'."),
         ("--plot no/where.png", "[bench] output must lie in a folder that exists but got no/where"),
     ],

@@ -42,6 +42,7 @@ def pair_of(**changes: Any) -> Any:
         "embedded": False,
         "target": model(quantized(4, 32, mlp="8 bits"), dtype=mx.bfloat16),
         "assistant": model(quantized(6, 128), position="n-2"),
+        "dflash": None,
         "manifest": {"name": "a pair", "benchmark": {"best_block_size": 5}},
         "generation": SimpleNamespace(suppress_tokens=(9, 3)),
     }
@@ -198,6 +199,7 @@ def test_every_field_of_a_pair() -> None:
         "quantization": {
             "target": {"bits": 4, "group_size": 32, "overrides": {"mlp": "8 bits"}},
             "assistant": {"bits": 6, "group_size": 128, "overrides": {}},
+            "dflash": None,
         },
         "manifest": {"name": "a pair", "benchmark": {"best_block_size": 5}},
     }
@@ -206,6 +208,8 @@ def test_every_field_of_a_pair() -> None:
     assert report.describe_pair(bare)["dtype"] == "float32"
     said = report.describe_pair(bare)
     assert (said["verified"], said["embedded"]) == (False, True)
+    third = report.describe_pair(pair_of(dflash=model(quantized(8, 64))))
+    assert third["quantization"]["dflash"] == {"bits": 8, "group_size": 64, "overrides": {}}
     alone = report.describe_pair(pair_of(assistant=None))
     assert alone["position"] is alone["quantization"]["assistant"] is None
 

@@ -286,7 +286,7 @@ def test_the_demo_pair_is_introduced_once(folder: Path) -> None:
         it.send("fox\r")
         it.until("jumps over")
         it.prompt()
-        assert it.shown.count("embedded demo pair (9 MB)") == 1
+        assert it.shown.count("embedded demo pair (10 MB)") == 1
     with talk(folder) as it:
         assert "demo" not in it.shown
 
@@ -294,6 +294,6 @@ def test_the_demo_pair_is_introduced_once(folder: Path) -> None:
 def test_generate_introduces_it_too(folder: Path) -> None:
     for embedded in (True, False):
         it = Terminal(folder, ["generate", "fox"], embedded=embedded)
-        assert it.end() == 0 and it.shown.count("embedded demo pair (9 MB)") == embedded
+        assert it.end() == 0 and it.shown.count("embedded demo pair (10 MB)") == embedded
         assert "jumps over" in it.shown
         os.close(it.fd)

@@ -129,7 +129,7 @@ def assistant_config(data: bytes) -> None:
 def manifest(data: bytes) -> None:
     with folder() as path:
         (path / MANIFEST).write_bytes(data)
-        for part in ("target", "assistant"):
+        for part in ("target", "assistant", "dflash"):
             (path / part).mkdir()
         inside = path.resolve()
         for part in bundle_parts(path).values():

@@ -117,6 +117,7 @@ class NoArena:
     arrays: ClassVar[list[mx.array]] = []
     nbytes = held_bytes = 0
     window = 0
+    beside: ClassVar[tuple[Any, ...]] = ()
 
     def __init__(self, new_cache: Callable[[], LengthCache]) -> None:
         self.new_cache = new_cache

@@ -1,0 +1,57 @@
+"""The embedded pair's DFlash drafter: real weights on the whole path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import pyengine
+from pyengine import Sampling, generate
+from pyengine.checkpoint.pair import Pair
+from pyengine.model.dflash import DFlash
+
+PROMPT = "Write a Snake game in one HTML file"
+ASK: dict[str, Any] = {"max_tokens": 80, "block_size": 4}
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return pyengine.load()
+
+
+def test_its_widths_are_those_of_the_model_card(pair: Pair) -> None:
+    assert pair.dflash is not None
+    config = pair.dflash.config
+    assert config.taps == (1, 6, 11, 16, 21) and (config.block_size, config.mask_id) == (8, 4)
+    assert [layer.sliding for layer in config.layers] == [True, True, False]
+    assert config.quantization is not None and config.quantization.bits == 8
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=0.0), Sampling(seed=4, verify="coupled")],
+    ids=["greedy", "T1"],
+)
+def test_no_text_depends_on_it(pair: Pair, sampling: Sampling) -> None:
+    ask = ASK | {"pair": pair, "sampling": sampling}
+    plain = generate(PROMPT, **(ask | {"block_size": 1}))
+    drafted = generate(PROMPT, drafter="dflash", **ask)
+    assert drafted.tokens == plain.tokens
+    assert drafted.stats.accepted > 0
+
+
+def test_what_it_knows_of_the_text_is_what_it_drafts_by(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Far more is kept of its drafts than of one that is told nothing of the text."""
+    ask = ASK | {"pair": pair, "sampling": Sampling(temperature=0.0), "drafter": "dflash"}
+    kept = generate(PROMPT, **ask).stats.acceptance
+    read = DFlash.read
+
+    def read_nothing(self: DFlash, tapped: Any, caches: Any) -> mx.array:
+        return read(self, [mx.zeros_like(rows) for rows in tapped], caches)
+
+    monkeypatch.setattr(DFlash, "read", read_nothing)
+    assert kept > 0.5 and kept > 2 * generate(PROMPT, **ask).stats.acceptance
