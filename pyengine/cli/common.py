@@ -172,8 +172,8 @@ def introduce(pair: Pair) -> None:
     """Say on a terminal that the demo pair answers: its answers are often beside the point."""
     if pair.embedded and sys.stderr.isatty():
         console(sys.stderr).print(
-            "The embedded demo pair (10 MB) answers. It knows single-file canvas games and a little "
-            "Python; --bundle takes real weights."
+            "The embedded demo pair (10 MB) answers. It knows single-file canvas games and a "
+            "little Python; --bundle takes real weights."
         )
 
 

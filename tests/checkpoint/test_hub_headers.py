@@ -161,8 +161,11 @@ def fetch(run: Any) -> None:
     assert done.returncode == 0, done.stderr
 
 
+PARTS = ("target", "assistant", "dflash")
+
+
 def without_places(report: dict[str, Any]) -> dict[str, Any]:
-    parts = {part: {**report[part], "path": ""} for part in ("target", "assistant")}
+    parts = {part: {**report[part], "path": ""} for part in PARTS}
     return {**report, **parts, "path": "", "memory": {**report["memory"], "available": 0}}
 
 
@@ -174,14 +177,11 @@ def test_only_headers_are_fetched(hub: Hub, run: Any, tmp_path: Path) -> None:
     assert report["target"]["path"] == "someone/pair/target"
     assert without_places(report) == without_places(inspect(NANO))
     weights = hub.weights()
-    assert {one.path for one in weights} == {
-        "target/model.safetensors",
-        "assistant/model.safetensors",
-    }
+    assert {one.path for one in weights} == {f"{part}/model.safetensors" for part in PARTS}
     assert all(one.ranged for one in weights)
     # The length and the header of each, to the byte
     want = 0
-    for part in ("target", "assistant"):
+    for part in PARTS:
         with (NANO / part / "model.safetensors").open("rb") as file:
             want += 8 + int.from_bytes(file.read(8), "little")
     assert sum(one.bytes for one in weights) == want
@@ -192,7 +192,7 @@ def test_only_headers_are_fetched(hub: Hub, run: Any, tmp_path: Path) -> None:
 def test_what_is_in_the_cache_is_used(hub: Hub, run: Any) -> None:
     fetch(run)
     before = len(hub.weights())
-    assert before == 2
+    assert before == len(PARTS)
     assert run("inspect", "someone/pair").returncode == 0
     assert len(hub.weights()) == before
     offline = run("inspect", "someone/pair", HF_HUB_OFFLINE="1")

@@ -79,7 +79,7 @@ def test_the_embedded_pair() -> None:
         "notes": [],
     }
     assert report["target"]["tensors"]["parameters"] == 7_137_432
-    parts = [report[part]["tensors"]["bytes"] for part in ("target", "assistant")]
+    parts = [report[part]["tensors"]["bytes"] for part in ("target", "assistant", "dflash")]
     assert report["memory"]["weights"] == sum(parts) and all(parts)
     assert report["memory"]["fits"] is True
     done = run(NANO)

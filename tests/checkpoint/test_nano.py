@@ -60,6 +60,8 @@ def games():
 def test_bundle_is_complete_and_small():
     assert {p.name for p in (BUNDLE / "target").iterdir()} == TARGET_FILES
     assert {p.name for p in (BUNDLE / "assistant").iterdir()} == ASSISTANT_FILES
+    drafter = {p.name: p.stat().st_size for p in (BUNDLE / "dflash").iterdir()}
+    assert set(drafter) == {"config.json", "model.safetensors"} and sum(drafter.values()) <= 1 << 20
     assert sum(p.stat().st_size for p in BUNDLE.rglob("*") if p.is_file()) <= MAX_BYTES
     assert "Python Software Foundation" in (BUNDLE / "NOTICE").read_text()
     assert (BUNDLE / "MODEL_CARD.md").is_file()
@@ -67,13 +69,14 @@ def test_bundle_is_complete_and_small():
 
 def test_manifest_and_configs():
     manifest = read("mtplx_pair.json")
-    assert manifest["layout"] == {"target": "target", "assistant": "assistant"}
+    parts = ("target", "assistant", "dflash")
+    assert manifest["layout"] == {part: part for part in parts}
     target, assistant = read("target/config.json"), read("assistant/config.json")
     quantization = {"group_size": 64, "bits": 8, "mode": "affine"}
     for config in (target, assistant):
         assert config["quantization"] == config["quantization_config"] == quantization
-    for half in ("target", "assistant"):
-        assert manifest[half]["quantization"] == quantization
+    for part in parts:
+        assert manifest[part]["quantization"] == quantization
     assert target["sliding_window"] == 256 and target["attention_k_eq_v"]
     assert target["num_hidden_layers"] == 24
     assert assistant["backbone_hidden_size"] == target["hidden_size"]
