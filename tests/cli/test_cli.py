@@ -80,7 +80,9 @@ def test_generate_options_reach_the_engine(pair: Any) -> None:
     done = run(
         *words("generate fox --json --max-tokens 9 --block-size 3 --system Brief. --stop jum"),
         *words("--temperature 0.5 --top-p 0.9 --top-k 5 --min-p 0.1 --seed 7 --verify block"),
-        *words("--target a --assistant b --dtype float32 --position n-2 --ops reference"),
+        *words(
+            "--target a --assistant b --dflash c --dtype float32 --position n-2 --ops reference"
+        ),
     )
     result = json.loads(done.stdout)
     assert result["finish_reason"] in ("stop", "length") and STORY.startswith(result["text"])
@@ -93,6 +95,7 @@ def test_generate_options_reach_the_engine(pair: Any) -> None:
         options.Dtype.float32,
         options.Position.before_last,
         options.Ops.reference,
+        "c",
     ]
     assert run("generate", "fox", "--stop", "jumps", "--stop", "own").stdout == "the quick br\n"
     run("generate", "fox", "--raw")

@@ -162,7 +162,7 @@ def test_ctrl_c_ends_it_and_its_workers(tmp_path: Path) -> None:
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
     )
     assert process.stderr is not None
-    assert process.stderr.readline() == "[1/21] accept_block\n"  # a worker is under way
+    assert process.stderr.readline() == "[1/22] accept_block\n"  # a worker is under way
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     pids = children.read_text().split() if children.exists() else []
     workers = [os.pidfd_open(int(pid)) for pid in pids]
