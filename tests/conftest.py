@@ -48,7 +48,7 @@ def pytest_report_header() -> str:
 
 
 # Run only if an expression given to -m names them; one in addopts would be replaced by any other.
-ON_REQUEST = {"parity", "long", "soak", "clients", "npm", "agents", "browser"}
+ON_REQUEST = {"parity", "long", "ranks", "soak", "clients", "npm", "agents", "browser"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -26,6 +26,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.ranks
 def test_the_answer_is_written_once_and_is_that_of_one_host(tmp_path: Path) -> None:
     file = tmp_path / "hosts.json"
     file.write_text(json.dumps(2 * [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]))

@@ -1,6 +1,6 @@
 """A target shared by processes of this machine: the text of one, memory, and what ends a group.
 
-Processes of MLX's ring wait by spinning, so a group of more than the machine's cores is slow.
+Processes of MLX's ring wait by spinning, so groups are slow beside anything else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pyengine.ranks.split import cut, lengths, shares
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NANO = Path(__file__).parents[2] / "pyengine/nano"
 FLAVOURS = ("dense31", "uni12", "moe26", "e2b")
-SECONDS = 120.0  # a group on a busy machine
+SECONDS = 300.0  # a group on a busy machine
 
 
 def place_of(name: str) -> str:
@@ -54,11 +54,11 @@ def ran(name: str, size: int, folder: Path) -> list[dict[str, Any]]:
 GROUPS = [
     *((name, 2) for name in [*FLAVOURS, "embedded"]),
     ("uni12", 4),
-    *(pytest.param(name, 4, marks=pytest.mark.long) for name in ("dense31", "moe26", "e2b")),
-    pytest.param("embedded", 4, marks=pytest.mark.long),
+    *((name, 4) for name in ("dense31", "moe26", "e2b", "embedded")),
 ]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name, size", GROUPS)
 def test_texts_do_not_depend_on_drafts_and_logits_are_near_those_of_one(
     name: str, size: int, tmp_path: Path
@@ -109,6 +109,7 @@ def test_quantised_matrices_are_cut_between_groups() -> None:
     assert mx.allclose(sum(parts), whole[path](x, mx.float32), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.ranks
 def test_inspect_tells_what_each_rank_keeps(tmp_path: Path) -> None:
     [own] = ran("embedded", 2, tmp_path)
     report = inspect(NANO, ranks=2)
@@ -132,16 +133,17 @@ ENDS: dict[str, tuple[int, Callable[[subprocess.Popen[str]], None], str]] = {
     "hangs": (
         1,
         lambda process: process.send_signal(signal.SIGSTOP),
-        "every rank must answer within 15 s (PYENGINE_RANKS_TIMEOUT) but one does not",
+        "every rank must answer within 30 s (PYENGINE_RANKS_TIMEOUT) but one does not",
     ),
     "first killed": (0, lambda process: process.kill(), "ends"),
 }
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("how", ENDS)
 def test_a_rank_that_is_gone_ends_the_others_with_one_sentence(how: str, tmp_path: Path) -> None:
     gone, end, sentence = ENDS[how]
-    started = ready(tmp_path, PYENGINE_RANKS_TIMEOUT="15")
+    started = ready(tmp_path, PYENGINE_RANKS_TIMEOUT="30")
     end(started[gone])
     other = started[1 - gone]
     try:
@@ -153,6 +155,7 @@ def test_a_rank_that_is_gone_ends_the_others_with_one_sentence(how: str, tmp_pat
     assert other.returncode == ENDED and len(said) == 1 and sentence in said[0], err
 
 
+@pytest.mark.ranks
 def test_other_weights_are_refused_on_every_rank(tmp_path: Path) -> None:
     changed = tmp_path / "dense31"
     shutil.copytree(FIXTURES / "dense31", changed)
