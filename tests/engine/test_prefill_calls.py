@@ -45,7 +45,7 @@ class Scribe(target.Target):
         self.dtype, self.context = mx.float32, 10**6
         self.table = Linear(mx.arange(8)[:, None] * mx.ones((8, 16)) / 64)
 
-    def _hidden(self, each: Any, caches: Any, taps: Any = ()) -> tuple[mx.array, mx.array]:
+    def _hidden(self, each: Any, caches: Any, taps: Any = (), **none: Any) -> Any:
         [ids], [cache] = each, caches
         start, count = cache.length_limit, ids.size
         (call,) = plan.plan(start, start + count, True) if count > ROWS else [None]

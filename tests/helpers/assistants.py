@@ -89,7 +89,8 @@ class Equal:
         """So many positions further, over these arrays."""
         batch = cache.arena.batch([cache])
         tables = batch.tables[False], batch.tables[True]
-        arena = cache.arena.with_placed(Placed(arrays, batch.lengths + count, *tables))
+        placed = Placed(arrays, batch.lengths + count, *tables, cache.arena.identity)
+        arena = cache.arena.with_placed(placed)
         self.own = cache.with_state([cache.length + count], arena, 0)
 
 
