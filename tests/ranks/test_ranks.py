@@ -54,7 +54,8 @@ def ran(name: str, size: int, folder: Path) -> list[dict[str, Any]]:
 GROUPS = [
     *((name, 2) for name in [*FLAVOURS, "embedded"]),
     ("uni12", 4),
-    *((name, 4) for name in ("dense31", "moe26", "e2b", "embedded")),
+    ("embedded", 4),
+    *(pytest.param(name, 4, marks=pytest.mark.long) for name in ("dense31", "moe26", "e2b")),
 ]
 
 
