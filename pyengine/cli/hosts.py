@@ -13,7 +13,14 @@ import typer
 from pyengine.cli import common
 
 OPTION = "--hostfile"
-START = "from mlx._distributed_utils.launch import main; main()"
+# Ctrl-C reaches every process of the terminal, each of which ends in its own way
+START = """
+from mlx._distributed_utils.launch import main
+try:
+    main()
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
+"""
 
 
 def start_on(path: str | None) -> str | None:

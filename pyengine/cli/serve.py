@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -182,6 +183,7 @@ def run(
             )
         if max_tokens < 1:
             raise ValueError(f"[serve] max_tokens must be at least 1 but got {max_tokens}.")
+        from pyengine.ranks.group import follows
         from pyengine.serve.access import check_key, check_origins
         from pyengine.serve.front import allowed_names, is_loopback
         from pyengine.serve.http import Server, open_files
@@ -201,6 +203,11 @@ def run(
         check_origins(cors or [])
         if api_key is not None and no_api_key:
             raise ValueError(f"[serve] --no-api-key must not go with --api-key or {KEY}.")
+        load = partial(
+            common.load_pair, target, assistant, bundle, dtype, Position.last, ops, dflash
+        )
+        if follows():
+            load()  # ends the process with its group: rank 0 alone listens
         sock = listen(host, port)
         address, number = sock.getsockname()[:2]
         alone = is_loopback(address)
@@ -209,7 +216,7 @@ def run(
                 f"[serve] {host} must be served with --api-key or {KEY}, since others reach it, or "
                 "with --no-api-key, but got neither."
             )
-        pair = common.load_pair(target, assistant, bundle, dtype, Position.last, ops, dflash)
+        pair = load()
         if cache_dir is not None:
             from pyengine.checkpoint.fingerprint import fingerprint
 

@@ -168,6 +168,12 @@ def is_started(environ: Mapping[str, str] = os.environ) -> bool:
     return any(all(name in environ for name in names) for names in STARTED) or mpi != "1"
 
 
+def follows(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether it was started as another than the first."""
+    own = environ.get("MLX_RANK", environ.get("OMPI_COMM_WORLD_RANK", "0"))
+    return is_started(environ) and own != "0"
+
+
 @cache
 def joined() -> Ranks | None:
     """The group that a launcher started this process in; None for a process of its own.

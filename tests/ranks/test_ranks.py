@@ -24,7 +24,7 @@ from groups import finish, start
 from pyengine.checkpoint.config_json import read_target_config
 from pyengine.checkpoint.inspect import inspect
 from pyengine.checkpoint.weights import load_target_weights
-from pyengine.ranks.group import ENDED, is_started
+from pyengine.ranks.group import ENDED, follows, is_started
 from pyengine.ranks.split import cut, lengths, shares
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -183,3 +183,6 @@ def test_a_process_of_its_own_is_in_no_group() -> None:
     assert is_started({"MLX_RANK": "0", "MLX_HOSTFILE": "x"})
     assert is_started({"OMPI_COMM_WORLD_SIZE": "2"})
     assert not is_started({"OMPI_COMM_WORLD_SIZE": "1"})
+    assert not follows({}) and not follows({"MLX_RANK": "0", "MLX_HOSTFILE": "x"})
+    assert follows({"MLX_RANK": "1", "MLX_HOSTFILE": "x"})
+    assert follows({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"})
