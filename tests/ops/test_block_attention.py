@@ -389,7 +389,8 @@ def test_a_longer_table_changes_no_tile(monkeypatch):
 def random_call(d: Draw) -> Call:
     K, G, Q, N, P = d.size(1, 2), d.size(1, 2, 5), d.size(1, 2, 4), d.size(1, 3, 4, 9), d.size(1, 7)
     counts = [d.integer(1, 2, 5, 17, 40) if d.chance(0.9) else 1 for _ in range(Q)]
-    rows = sum(counts) if all(1 <= c <= 40 for c in counts) else 3
+    are_few = all(1 <= c <= 40 for c in counts)
+    rows = sum(counts) if are_few else 3
     D, dtype = d.size(16, 32, 80, 256, 512, 24), d.dtype()
     H = K * G if d.chance(0.97) else K * G + 1
     q = d.array(rows, H, D, dtype=dtype)
@@ -399,7 +400,7 @@ def random_call(d: Draw) -> Call:
     lengths = mx.array(np.array([d.offset(max(fitting, 0)) for _ in range(Q)], np.int32))
     tables = d.ids((Q, N), P)
     options = {"scale": d.pick((0.0, 0.1, -1.0)), "window": window}
-    if d.chance(0.3):
+    if d.chance(0.3) and are_few:
         A = d.size(1, 3, 16)
         if d.chance(0.9):
             counts = [min(count, 16) for count in counts]
