@@ -13,14 +13,6 @@ import typer
 from pyengine.cli import common
 
 OPTION = "--hostfile"
-# Ctrl-C reaches every process of the terminal, each of which ends in its own way
-START = """
-from mlx._distributed_utils.launch import main
-try:
-    main()
-except KeyboardInterrupt:
-    raise SystemExit(130) from None
-"""
 
 
 def start_on(path: str | None) -> str | None:
@@ -36,8 +28,8 @@ def start_on(path: str | None) -> str | None:
         check(Path(path))
     sys.stdout.flush()
     command = ["-m", "pyengine", *without_option(sys.argv[1:])]
-    launcher = [sys.executable, "-c", START, "--hostfile", path, "--python", sys.executable]
-    os.execv(sys.executable, [*launcher, "--", *command])
+    launcher = ["-m", "pyengine.ranks.launch", "--hostfile", path, "--python", sys.executable]
+    os.execv(sys.executable, [sys.executable, *launcher, "--", *command])
 
 
 def check(path: Path) -> None:

@@ -56,7 +56,6 @@ def share_target(
 
 def follow(target: SharedTarget) -> NoReturn:
     """Do as rank 0 says; ends the process when it ends."""
-    mx.eval([a for layer in target.layers for a in _held(layer)])
     try:
         Follower(target).follow()
     except KeyboardInterrupt:
@@ -79,7 +78,3 @@ def _end(ranks: Ranks) -> None:
             mx.eval(ranks.tell(END, [], mx.zeros(1, mx.int32)))
     except RuntimeError:
         pass  # they are gone
-
-
-def _held(value: object) -> list[mx.array]:
-    return [a for a in vars(value).values() if isinstance(a, mx.array)]

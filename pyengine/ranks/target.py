@@ -45,7 +45,7 @@ class SharedTarget(Target):
     ) -> None:
         matrices = with_sums(weights.matrices, shares, ranks)
         super().__init__(shares.config, replace(weights, matrices=matrices))
-        self.ranks, self.whole = ranks, config
+        self.ranks = ranks
         if any(".experts." in path for path in shares.summed):
             self.layers = [_with_total(layer, ranks) for layer in self.layers]
         V = config.vocab_size

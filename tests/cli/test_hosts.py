@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pyengine.cli import hosts
+from pyengine.ranks.launch import code_of
 
 GENERATE = ("generate", "Write a page", "--max-tokens", "12", "--temperature", "0", "--json")
 
@@ -33,6 +34,21 @@ def test_the_answer_is_written_once_and_is_that_of_one_host(tmp_path: Path) -> N
     shared, alone = run(*GENERATE, "--hostfile", str(file)), run(*GENERATE)
     assert (shared.returncode, alone.returncode) == (0, 0), shared.stderr
     assert json.loads(shared.stdout)["text"] == json.loads(alone.stdout)["text"]
+
+
+@pytest.mark.ranks
+def test_a_command_that_fails_fails_everywhere(tmp_path: Path) -> None:
+    file = tmp_path / "hosts.json"
+    file.write_text(json.dumps(2 * [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]))
+    done = run("generate", "x", "--temperature", "-1", "--hostfile", str(file))
+    assert done.returncode == 2 and done.stdout == ""
+    assert "[sampling] temperature must be 0 or more but got -1.0." in done.stderr
+
+
+def test_how_a_run_ended() -> None:
+    assert code_of([0, 0]) == code_of([]) == 0
+    assert code_of([2, -15]) == code_of([-15, 2]) == code_of([0, 2]) == 2
+    assert code_of([0, -9]) == 1
 
 
 @pytest.mark.parametrize(

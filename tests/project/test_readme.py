@@ -42,6 +42,11 @@ def test_the_table_of_prefill_is_computed() -> None:
     assert "\n".join(bounds.prefill_table()) in design
 
 
+def test_the_table_of_ranks_is_computed() -> None:
+    page = (ROOT / "docs" / "ranks.md").read_text(encoding="utf-8")
+    assert "\n".join(_script(ROOT / "bench" / "ranks.py").table(6)) in page
+
+
 def test_the_tables_of_drafters_are_computed() -> None:
     sweep = (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8")
     for table in (bounds.drafters_table(), bounds.long_blocks_table()):

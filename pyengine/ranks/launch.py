@@ -1,0 +1,41 @@
+"""MLX's launcher, ending as what it ran did: its own exit code is 0 whatever happens.
+
+python -m pyengine.ranks.launch --hostfile hosts.json -- -m pyengine generate "..."
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NoReturn
+
+from mlx._distributed_utils import launch
+
+
+def code_of(codes: Iterable[int | None]) -> int:
+    """Of processes in the order in which they ended: the first that failed by itself decides; what
+    a signal ended, as the launcher does to those that are left, is a failure of the run."""
+    known = [code for code in codes if code]
+    return next((code for code in known if code > 0), 1 if known else 0)
+
+
+def main() -> NoReturn:
+    """Run the launcher on this process's arguments."""
+    codes: list[int | None] = []
+
+    class Noted(launch.RemoteProcess):
+        @property
+        def exit_status(self) -> tuple[int | None, bool]:
+            code, was_killed = super().exit_status
+            codes.append(code)
+            return code, was_killed
+
+    launch.RemoteProcess = Noted  # type: ignore[misc]
+    try:
+        launch.main()  # type: ignore[no-untyped-call]
+    except KeyboardInterrupt:  # reaches every process of the terminal, each of which ends by itself
+        raise SystemExit(130) from None
+    raise SystemExit(code_of(codes))
+
+
+if __name__ == "__main__":
+    main()
