@@ -104,6 +104,7 @@ def calibrate(
         RuntimeError: The weights gave logits that are not finite.
     """
     pair = embedded_pair() if pair is None else pair
+    pair.target.check_alone("calibrate")
     settings = check_settings(layer, delta, epsilon, metric, thresholds, decay, max_tokens)
     layers, n = len(pair.target.layers), len(prompts)
     if layer >= layers:

@@ -168,7 +168,7 @@ class Engine:
         self._arena = self.pair.target.new_arena(sequences=1 if is_little else count)
         stored = None
         if cache_dir is not None:
-            self.pair.target.check_stored()
+            self.pair.target.check_alone("cache_dir")
             stored = stored_pages(self.pair, cache_dir, cache_dir_bytes)
         self._rounds, self._known = Rounds(), Beginnings(self._arena, stored)
         self._incoming: deque[Request] = deque()  # from any thread

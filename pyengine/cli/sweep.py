@@ -23,7 +23,7 @@ from pyengine.cli.bench import (
     TopP,
     compare,
 )
-from pyengine.cli.options import AssistantDir, BundleDir, OpsName, Position, TargetDir
+from pyengine.cli.options import AssistantDir, BundleDir, DFlashDir, OpsName, Position, TargetDir
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,6 +41,7 @@ DEPTHS = (1, 2, 4, 8, 16, 32, 64, 99, 127)  # drafts that the table of depths ha
 def run(
     target: TargetDir = None,
     assistant: AssistantDir = None,
+    dflash: DFlashDir = None,
     bundle: BundleDir = None,
     ops: OpsName = None,
     drafter: Drafters = "assistant,lookup",
@@ -71,7 +72,7 @@ def run(
     with common.sentences():
         compare(
             "sweep",
-            lambda: common.load_pair(target, assistant, bundle, None, Position.last, ops),
+            lambda: common.load_pair(target, assistant, bundle, None, Position.last, ops, dflash),
             prompt_suite=prompt_suite,
             max_tokens=max_tokens,
             block_sizes=block_sizes,

@@ -166,8 +166,8 @@ class Target:
         """For evaluations of its calls: other processes may take part in them."""
         return nullcontext()
 
-    def check_stored(self) -> None:
-        """Refuse to keep pages in files where they cannot be read back whole.
+    def check_alone(self, setting: str) -> None:
+        """Refuse a setting that needs all of the target's keys and values here.
 
         Raises:
             ValueError: Other processes have parts of them.

@@ -25,7 +25,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from pyengine.model.cache import Arena, Batch, Cache
+from pyengine.model.cache import Arena, Batch
 from pyengine.model.config import TargetConfig
 from pyengine.model.head import Logits
 from pyengine.model.linear import Linear, Weights
@@ -102,8 +102,8 @@ class LeaderTarget(SharedTarget):
     def waiting(self) -> AbstractContextManager[None]:
         return self.ranks.waiting()
 
-    def check_stored(self) -> None:
-        raise ValueError("[ranks] cache_dir must not be given where ranks share the target.")
+    def check_alone(self, setting: str) -> None:
+        raise ValueError(f"[ranks] {setting} must not be given where ranks share the target.")
 
     def logits(self, ids: list[int]) -> mx.array:
         found = super().logits(ids)
@@ -113,9 +113,6 @@ class LeaderTarget(SharedTarget):
 
     def _head(self, x: mx.array) -> Logits:
         return Logits(x, self.head, self.config.softcap)
-
-    def skip(self, depth: int, stream: mx.array, caches: Sequence[Cache]) -> list[mx.array]:
-        raise ValueError("[ranks] early_exit must not be given where ranks share the target.")
 
     def _layers(
         self,

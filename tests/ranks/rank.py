@@ -40,7 +40,7 @@ def main(folder: str, wait: str = "") -> None:
             )
             name = f"{temperature} {block_size}"
             texts[name] = [token for done in rounds for token in done.tokens]
-    prefix = Prefix()
+    prefix, refused = Prefix(), list[str]()
     again = []
     for prompt in (PROMPT, [*PROMPT, 8, 9], [*PROMPT, 8, 12]):  # pages are copied
         sampling = Sampling(temperature=0.0)
@@ -48,6 +48,11 @@ def main(folder: str, wait: str = "") -> None:
             target, None, prompt, sampling=sampling, block_size=1, max_tokens=8, prefix=prefix
         )
         again.append([token for done in rounds for token in done.tokens])
+    for setting in ("cache_dir", "early_exit"):
+        try:
+            target.check_alone(setting)
+        except ValueError as error:
+            refused.append(str(error))
     if wait:
         print("ready", flush=True)
         sys.stdin.readline()
@@ -55,6 +60,7 @@ def main(folder: str, wait: str = "") -> None:
     found = {
         "texts": texts,
         "again": again,
+        "refused": refused,
         "logits": logits.tolist(),
         "arrays": mx.get_peak_memory(),
         "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,

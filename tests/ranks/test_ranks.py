@@ -71,6 +71,10 @@ def test_texts_do_not_depend_on_drafts_and_logits_are_near_those_of_one(
     expected, found = (np.array(own["logits"]) for own in (alone, shared))
     # One rounding of a stream to bfloat16, of parts that were added in another order
     assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
+    assert alone["refused"] == [] and shared["refused"] == [
+        f"[ranks] {setting} must not be given where ranks share the target."
+        for setting in ("cache_dir", "early_exit")
+    ]
     assert shared["again"][0] == texts["0.0 1"][:8]
 
 
