@@ -18,7 +18,6 @@ from typing import Any
 from pyengine.bench import suite
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.engine.controller import AUTO_BLOCK
-from pyengine.engine.rounds import Rounds
 from pyengine.engine.sequence import TokenSequence
 from pyengine.sampling import Sampling
 from pyengine.task import new_task
@@ -36,18 +35,19 @@ def run(pair: Pair, case: suite.Case, block: int | str, tokens: int) -> tuple[Ti
         max_tokens=tokens,
         sampling=Sampling(seed=0, verify="coupled"),
     )
-    sequence = TokenSequence(pair.target, task.new_drafter(), task.ids, **task.arguments)
-    text = [token for done in sequence.prefill() for token in done.tokens]
-    rounds, timed, seen = Rounds(), list[tuple[int, bool, float]](), set[int]()
-    while sequence.finish_reason is None:
-        before = sequence.stats.decode_s
-        rounds.choose([sequence])
-        [done] = rounds.play([sequence])
-        if isinstance(done, Exception):
-            raise done
-        timed.append((sequence.k, sequence.k not in seen, sequence.stats.decode_s - before))
-        seen.add(sequence.k)
-        text += done.tokens
+    timed: Timed = []
+    with task.at_work() as (rounds, arena):
+        own = TokenSequence(pair.target, task.new_drafter(), task.ids, **task.arguments, arena=arena)
+        text = [token for done in own.prefill() for token in done.tokens]
+        while own.finish_reason is None:
+            before = own.stats.decode_s
+            rounds.choose([own])
+            [done] = rounds.play([own])
+            if isinstance(done, Exception):
+                raise done
+            timed.append((own.k, rounds.recorded_now, own.stats.decode_s - before))
+            text += done.tokens
+        own.release()
     return timed, text
 
 

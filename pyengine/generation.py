@@ -6,8 +6,10 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
+from pyengine.engine.idle import Left
 from pyengine.engine.loop import decode
 from pyengine.engine.prefix import Prefix, check_prefix
+from pyengine.engine.sequence import Round
 from pyengine.sampling.settings import Sampling
 from pyengine.streams import Engine, several
 from pyengine.task import Answer, BlockSize, EarlyExit, Result, Step, Task, new_task
@@ -269,16 +271,7 @@ class Stream(Iterator[str]):
     def __init__(self, task: Task, prefix: Prefix | None) -> None:
         self._task, self._prefix = task, prefix
         self._answer = Answer(task)
-        self._rounds = decode(
-            task.pair.target,
-            task.new_drafter(),
-            task.ids,
-            **task.arguments,
-            stats=self._answer.stats,
-            prefix=prefix,
-            matcher=task.new_matcher(),
-            rounds=task.new_rounds(),
-        )
+        self._drafter, self._matcher = task.new_drafter(), task.new_matcher()
         self._steps = self._run()
 
     def __next__(self) -> str:
@@ -313,8 +306,22 @@ class Stream(Iterator[str]):
     def _run(self) -> Generator[Step, None, None]:
         self._task.check_memory(self._prefix)  # what is refused here leaves the prefix as it is
         in_use = nullcontext() if self._prefix is None else self._prefix.in_use()
-        with in_use, closing(self._rounds) as rounds:
+        with in_use, self._task.at_work() as left, closing(self._decode(left)) as rounds:
             for done in rounds:
                 yield self._answer.add(done)
                 if self._answer.finish_reason:
                     return
+
+    def _decode(self, left: Left) -> Generator[Round, None, None]:
+        task = self._task
+        return decode(
+            task.pair.target,
+            self._drafter,
+            task.ids,
+            **task.arguments,
+            stats=self._answer.stats,
+            prefix=self._prefix,
+            matcher=self._matcher,
+            rounds=left.rounds,
+            arena=left.arena,
+        )

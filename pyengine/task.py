@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -19,8 +20,8 @@ from pyengine.drafters import NAMES, exit_depth, first_of, is_name, new_drafter
 from pyengine.drafters.drafter import MAX_BLOCK, Drafter
 from pyengine.engine.controller import AUTO_BLOCK
 from pyengine.engine.early_exit import EarlyRounds, Exit
+from pyengine.engine.idle import Left, idle_of
 from pyengine.engine.prefix import Prefix
-from pyengine.engine.rounds import Rounds
 from pyengine.engine.sequence import Round, most_rows
 from pyengine.engine.stats import Source, Stats
 from pyengine.grammar.asked import source_of
@@ -187,12 +188,13 @@ class Task:
 
         return GrammarMatcher(self.grammar, self.pair.tokenizer, self.ids)
 
-    def new_rounds(self) -> Rounds:
-        """What plays the rounds of one text."""
+    def at_work(self) -> AbstractContextManager[Left]:
+        """What plays the rounds of one text, and where its keys and values go."""
         own = self.early_exit
         if own is None or own.threshold is None:
-            return Rounds()
-        return EarlyRounds(Exit(own.layer, own.threshold, own.decay, own.max_tokens))
+            return idle_of(self.pair).work(self.pair.target, self.layers)
+        exit = Exit(own.layer, own.threshold, own.decay, own.max_tokens)
+        return nullcontext(Left(EarlyRounds(exit), None))
 
     def check_memory(self, prefix: Prefix | None, there: int | None = None) -> None:
         """Refuse a prompt that does not fit the memory, see :func:`memory.check_prompt`."""

@@ -17,6 +17,7 @@ from pyengine.engine.prefix import Prefix
 from pyengine.engine.rounds import Rounds
 from pyengine.engine.sequence import Round, TokenSequence
 from pyengine.engine.stats import Stats
+from pyengine.model.cache import Arena
 from pyengine.sampling.settings import Sampling
 
 if TYPE_CHECKING:  # what brings NumPy is imported where it is needed
@@ -37,6 +38,7 @@ def decode(
     prefix: Prefix | None = None,
     matcher: Matcher | None = None,
     rounds: Rounds | None = None,
+    arena: Arena | None = None,
 ) -> Generator[Round, None, None]:
     """Generate tokens after ``prompt``, a round at a time. Evaluates once per round; with a matcher
     once more per draft that is drawn.
@@ -55,7 +57,8 @@ def decode(
         stats: Filled as rounds end.
         prefix: What earlier generations left; what this one leaves. After an error forget it.
         matcher: Says which tokens may come next; it has seen none.
-        rounds: What plays the rounds, if it is to be others than the exact ones.
+        rounds: What plays the rounds, if it is to be others than the exact ones, or earlier texts'.
+        arena: Where keys and values go if no prefix has them; None for one of its own.
 
     Yields:
         How far the prefill is, between its chunks; the first token after it; then what each round
@@ -79,16 +82,20 @@ def decode(
         stats=stats,
         prefix=prefix,
         matcher=matcher,
+        arena=arena,
     )
     mx.reset_peak_memory()
-    yield from sequence.prefill()
     rounds = Rounds() if rounds is None else rounds
-    while sequence.finish_reason is None:
-        rounds.choose([sequence])
-        [done] = rounds.play([sequence])
-        if isinstance(done, Exception):
-            try:
-                raise done
-            finally:
-                del done  # its trace holds this frame: a cycle would keep the cache
-        yield done
+    try:
+        yield from sequence.prefill()
+        while sequence.finish_reason is None:
+            rounds.choose([sequence])
+            [done] = rounds.play([sequence])
+            if isinstance(done, Exception):
+                try:
+                    raise done
+                finally:
+                    del done  # its trace holds this frame: a cycle would keep the cache
+            yield done
+    finally:
+        sequence.release()

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from pyengine import forked
 from pyengine.engine import round as on_device
-from pyengine.engine.controller import Controller, Text
+from pyengine.engine.controller import Controller, Known, Text
 from pyengine.engine.known import known_of
 from pyengine.engine.report import Report
 from pyengine.engine.sequence import Round, TokenSequence
@@ -34,6 +34,7 @@ class Rounds:
 
     A graph serves all sequences that draft as many tokens and have candidates, lists of edits and
     log-probabilities of the same number: settings, seeds, edits, lengths and caches are arguments.
+    ``recorded_now`` says whether the newest round's graph was a new one.
     """
 
     def __init__(self) -> None:
@@ -42,12 +43,14 @@ class Rounds:
         self._groups: tuple[on_device.Group, ...] = ()
         self._choices: tuple[Choices, ...] = ()
         self._recorded: OrderedDict[Any, on_device.RecordedRound] = OrderedDict()
-        self._recorded_now = False  # whether the newest round's graph was new
-        self._controllers: dict[bool, Controller] = {}  # of free texts; and of guided ones
+        self.recorded_now = False
+        self._controllers: dict[Known, Controller] = {}
+        self._choosing: dict[bool, Controller] = {}  # those that chose for the newest round
         self._steps: OrderedDict[Any, on_device.RecordedDraft] = OrderedDict()
 
     def choose(self, sequences: Sequence[TokenSequence]) -> None:
         """Set the drafts of those whose block size is automatic, for a round of them all."""
+        self._choosing = {}
         for guided in (False, True):
             self._choose([s for s in sequences if s.is_guided == guided], guided)
 
@@ -55,10 +58,10 @@ class Rounds:
         chosen = [s for s in sequences if s.acceptance is not None]
         if not chosen:
             return
-        if guided not in self._controllers:
-            known = known_of(chosen[0].parts.target, chosen[0].source, guided)
-            self._controllers[guided] = Controller(known)
-        controller = self._controllers[guided]
+        known = known_of(chosen[0].parts.target, chosen[0].source, guided)
+        if known not in self._controllers:
+            self._controllers[known] = Controller(known)
+        controller = self._choosing[guided] = self._controllers[known]
         all_texts = controller.known.acceptance
         texts = []
         for sequence in sequences:
@@ -116,11 +119,11 @@ class Rounds:
             except RuntimeError as error:
                 done[sequence] = error.with_traceback(None)
         guided = going[0].is_guided
-        if guided in self._controllers:
+        if guided in self._choosing:
             drawn, kept = zip(*(s.drawn for s in going), strict=True)
             ks = [s.drafts for s in going] if guided else drawn
             free = [s.looks_up for s in going]
-            self._controllers[guided].note(ks, kept, seconds, self._recorded_now, drawn, free)
+            self._choosing[guided].note(ks, kept, seconds, self.recorded_now, drawn, free)
         return done
 
     def _played(self, going: Sequence[TokenSequence]) -> on_device.Played:
@@ -174,7 +177,7 @@ class Rounds:
         each, ks = [s.parts for s in going], [s.k for s in going]
         layers = len(each[0].cache.arena.arrays)  # a drafter may bring some
         key = layers, *(form for _, form in groups), *(self._rank(one) for one in going)
-        self._recorded_now = (dispatch.chosen(), key) not in self._recorded
+        self.recorded_now = (dispatch.chosen(), key) not in self._recorded
         return _kept(self._recorded, key, lambda: on_device.RecordedRound(each, ks, groups))
 
     def _step(self, going: Sequence[TokenSequence], i: int) -> Step:

@@ -340,6 +340,11 @@ class Arena:
                     mx.eval(a)
         mx.clear_cache()  # where MLX keeps what was freed
 
+    def rest(self) -> None:
+        """Have nothing under way, so that any thread may go on with it. Evaluates."""
+        mx.eval(self._reads, self.arrays)
+        self._reads = []
+
     def clear(self) -> None:
         """Have no pages, whoever holds some. Evaluates."""
         self._growing.clear()

@@ -132,6 +132,9 @@ class NoArena:
     def spare(self, sliding: bool) -> bool:
         return False
 
+    def rest(self) -> None:
+        raise RuntimeError("a script is a constant of what was recorded: none for the next text")
+
     def resume(self, length: int, full: list[int], sliding: dict[int, int]) -> LengthCache:
         assert not (length or full or sliding)
         return self.new_cache()
