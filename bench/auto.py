@@ -37,7 +37,8 @@ def run(pair: Pair, case: suite.Case, block: int | str, tokens: int) -> tuple[Ti
     )
     timed: Timed = []
     with task.at_work() as (rounds, arena):
-        own = TokenSequence(pair.target, task.new_drafter(), task.ids, **task.arguments, arena=arena)
+        asked = (pair.target, task.new_drafter(), task.ids)
+        own = TokenSequence(*asked, **task.arguments, arena=arena)
         text = [token for done in own.prefill() for token in done.tokens]
         while own.finish_reason is None:
             before = own.stats.decode_s
