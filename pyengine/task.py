@@ -412,6 +412,8 @@ def check_settings(
     if not hasattr(pair, "target"):
         raise ValueError(f"[generate] pair must come from pyengine.load but got {shown(pair)}.")
     name = check_drafter(drafter)
+    if drafter is None and pair.assistant is None and pair.dflash is not None:
+        name = "dflash"
     if drafter is not None and first_of(name) == "assistant" and pair.assistant is None:
         raise ValueError(
             f"[generate] drafter must be lookup or early:N without an assistant but got {name}."

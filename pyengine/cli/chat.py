@@ -137,6 +137,7 @@ def run(
         )
         check_limits(max_tokens, block_size, stop, drafter)
         asked = tools_given(tools, None)
+        common.check_dflash(dflash, assistant, drafter)
         pair = common.load_pair(target, assistant, bundle, dtype, Position.last, ops, dflash)
         common.introduce(pair)
         chat = Chat(
