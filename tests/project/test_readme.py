@@ -51,6 +51,11 @@ def test_the_tables_of_drafters_are_computed() -> None:
     sweep = (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8")
     for table in (bounds.drafters_table(), bounds.long_blocks_table()):
         assert "\n".join(table) in sweep
+    page = (ROOT / "docs" / "drafters.md").read_text(encoding="utf-8")
+    assert "\n".join(bounds.rounds_table()) in page
+    # Of the mixture, two rows read the experts of both: 15.5 of 128 in each of 30 layers
+    more = bounds.verify_bytes(1, "26B-A4B") - bounds.verify_bytes(0, "26B-A4B")
+    assert more == pytest.approx(7.5 * 3 * 2816 * 704 * 30 * 8.5 / 8, rel=1e-3)
     # A verify call of 16 rows reads each weight once, one of 17 twice
     target, _ = published("31B")
     more = bounds.verify_bytes(16) - bounds.verify_bytes(15)
