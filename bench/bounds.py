@@ -11,8 +11,8 @@ A round has k drafts, so k + 1 rows. The target's weights and the cache are coun
 whatever k is; what a round writes, and all arithmetic, is left out. So a bound says what no program
 that reads these bytes can pass; it does not say what one reaches.
 
-The tables of drafters and of long blocks, which docs/sweep.md has, count the weights once for each
-16 rows of a verify call, as our kernels read them.
+The tables of drafters and of long blocks, which docs/sweep.md has, and that of rounds by drafter in
+docs/drafters.md count the weights once for each 16 rows of a verify call, as our kernels read them.
 
 The tables of rounds and prefill, which docs/design.md has, and of all pairs, which docs/speed.md
 has, add arithmetic, as if loads and it overlapped perfectly: of a model's matmuls and of its
@@ -25,7 +25,6 @@ Run: python bench/bounds.py
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -88,7 +87,7 @@ CLOCKS_PER_BYTE = {8: {1: 5.43, 6: 11.94, 16: 25.20}, 4: {1: 10.86, 6: 23.85, 16
 EXPERT_CLOCKS_PER_BYTE = {8: {1: 5.56, 6: 13.83}, 4: {1: 10.99, 6: 26.67}}
 
 DRAFTS = (5, 15, 31, 63, 99, 127)  # of the tables of drafters and of long blocks
-EXIT = 12  # layers of 60 of an early exit
+ROUND_BLOCKS = (2, 4, 6, 8, 12, 16)  # of the table of rounds by drafter
 CHANCES = (0.6, 0.8, 0.9, 0.95, 0.99)  # of a draft to be kept where all before it are
 
 
@@ -249,29 +248,25 @@ def pairs_table(bits: int = 8) -> list[str]:
     return rows
 
 
-def verify_bytes(k: int) -> float:
-    """What the 31B at 8 bit reads to verify k drafts: weights once for each 16 rows."""
-    target, _ = published("31B")
-    again = ceil((k + 1) / SLICE) - 1
-    return traffic.step_bytes(target, 8, CONTEXTS["8k"], k + 1) + again * traffic.target_bytes(
-        target, 8
-    )
+def verify_bytes(k: int, name: str = "31B") -> float:
+    """What a pair at 8 bit reads to verify k drafts: weights once for each 16 rows. Rows of a
+    mixture choose their experts by chance."""
+    target, _ = published(name)
+    kept = traffic.step_bytes(target, 8, CONTEXTS["8k"], k + 1) - traffic.target_bytes(target, 8)
+    slices = [min(SLICE, k + 1 - first) for first in range(0, k + 1, SLICE)]
+    experts = [traffic.distinct_experts(target, rows) for rows in slices]
+    return kept + sum(traffic.target_bytes(target, 8, used) for used in experts)
 
 
-def drafts_bytes(drafter: str, k: int) -> float | None:
-    """What a drafter of the 31B reads for k drafts at 8 bit; None for more than it makes."""
-    target, assistant = published("31B")
-    context = CONTEXTS["8k"]
-    if drafter == "assistant":
-        return k * traffic.draft_bytes(target, assistant, 8, context, k + 1)
-    if drafter == "DFlash":  # in one pass, of as many as it was trained to make
-        dflash = published_dflash("31B")
-        fits = k < dflash.block_size
-        return traffic.dflash_bytes(target, dflash, 8, context, k + 1) if fits else None
-    if drafter == "lookup":
-        return 0.0
-    exit_ = replace(target, layers=target.layers[:EXIT])  # with the head
-    return k * traffic.step_bytes(exit_, 8, context, 1)
+def drafts_bytes(drafter: str, k: int, name: str = "31B") -> float | None:
+    """What a drafter of a pair reads for k drafts at 8 bit; None for more than it was trained to
+    make in one pass."""
+    target, assistant = published(name)
+    dflash = published_dflash(name)
+    if drafter == "dflash" and k >= dflash.block_size:
+        return None
+    models = assistant, dflash
+    return traffic.drafting_bytes(drafter, target, models, 8, CONTEXTS["8k"], k + 1)
 
 
 def drafters_table() -> list[str]:
@@ -280,7 +275,7 @@ def drafters_table() -> list[str]:
     plain = verify_bytes(0)
     rows = [_row("drafter", "GB for 5 drafts", *(f"{k} drafts" for k in DRAFTS))]
     rows.append(_row("---", *["--:"] * (1 + len(DRAFTS))))
-    for drafter in ("lookup", "assistant", "DFlash", f"early:{EXIT}"):
+    for drafter in _drafters("31B"):
         cells = []
         for k in DRAFTS:
             moved = drafts_bytes(drafter, k)
@@ -289,6 +284,30 @@ def drafters_table() -> list[str]:
         assert five is not None
         rows.append(_row(drafter, f"{five / GB:.1f}", *cells))
     return rows
+
+
+def rounds_table() -> list[str]:
+    """A row per pair with a DFlash and drafter, at 8 bit and 8k: GB of a plain step, and of a round
+    by block size, with the same in plain steps."""
+    rows = [_row("pair", "drafter", "plain step", *(f"block {n}" for n in ROUND_BLOCKS))]
+    rows.append(_row("---", "---", *["--:"] * (1 + len(ROUND_BLOCKS))))
+    for name in DFLASH:
+        plain = verify_bytes(0, name)
+        for drafter in _drafters(name):
+            cells = []
+            for k in (n - 1 for n in ROUND_BLOCKS):
+                drafts = drafts_bytes(drafter, k, name)
+                assert drafts is not None
+                moved = verify_bytes(k, name) + drafts
+                cells.append(f"{moved / GB:.1f} ({moved / plain:.2f})")
+            rows.append(_row(name, drafter, f"{plain / GB:.1f}", *cells))
+    return rows
+
+
+def _drafters(name: str) -> tuple[str, ...]:
+    """Those of a pair; an exit behind a fifth of its layers stands for early exit."""
+    target, _ = published(name)
+    return "lookup", "assistant", "dflash", f"early:{len(target.layers) // 5}"
 
 
 def long_blocks_table() -> list[str]:
@@ -371,7 +390,9 @@ if __name__ == "__main__":
         print("\n".join(pairs_table(bits)))
     print("\nDrafters of the 31B at 8 bit and 8k, bound from bytes: rounds in plain steps:\n")
     print("\n".join(drafters_table()))
-    print("\nThe same for the assistant, times plain decoding by the chance of a draft:\n")
+    print("\nRounds of all pairs with a DFlash, GB and plain steps, bound from bytes: 8 bit, 8k:\n")
+    print("\n".join(rounds_table()))
+    print("\nThe assistant's of the 31B again, times plain decoding by the chance of a draft:\n")
     print("\n".join(long_blocks_table()))
     print(
         "\nPrefill, bound in seconds, never measured: 31B at 8 bit; by the calls of a GPU, and with"

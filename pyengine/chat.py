@@ -13,10 +13,12 @@ from pyengine.generation import Stream, stream
 from pyengine.sampling.settings import Sampling
 from pyengine.task import (
     BlockSize,
+    EarlyExit,
     Result,
     Step,
     check_settings,
     check_variables,
+    early_exit_of,
     prompt_ids,
     resolve_sampling,
 )
@@ -49,6 +51,10 @@ class Chat:
     :meth:`give` takes what they returned, and the model goes on. Those that wait when the next turn
     is sent count as not made.
 
+    With ``early_exit`` every answer is approximate, as its result says, and each turn processes the
+    whole conversation again. What is promised is of prompts like the calibrated ones: of later
+    turns, and of a first one behind other messages, only if those were such conversations.
+
     Raises:
         ValueError: The pair has no chat template, or a setting is impossible.
     """
@@ -65,7 +71,9 @@ class Chat:
         stop: str | Sequence[str] | None = None,
         variables: Mapping[str, Any] | None = None,
         tools: Sequence[Tool] | None = None,
+        early_exit: EarlyExit = None,
     ) -> None:
+        self.early_exit = early_exit_of(early_exit, block_size, drafter)
         check_settings(pair, max_tokens, block_size, drafter)
         if not pair.tokenizer.has_chat_template:
             raise ValueError("[chat] the checkpoint must have a chat template but has none.")
@@ -143,7 +151,8 @@ class Chat:
             stop=self.stop,
             variables=self.variables,
             tools=self.tools,
-            prefix=self.prefix,
+            early_exit=self.early_exit,
+            prefix=None if self.early_exit else self.prefix,
         )
         with self._running as running:
             try:

@@ -34,7 +34,7 @@ from pyengine.engine.prefix import Prefix
 from pyengine.engine.score import score
 from pyengine.sampling.settings import Sampling
 from pyengine.streams import Engine, Request
-from pyengine.task import BlockSize, resolve_sampling
+from pyengine.task import BlockSize, check_settings, resolve_sampling
 
 MAX_NEW_TOKENS = 256  # lm-eval's own default
 
@@ -48,14 +48,18 @@ class PyengineLM(TemplateLM):  # type: ignore[misc]
         target: str | None = None,
         assistant: str | None = None,
         bundle: str | None = None,
+        dflash: str | None = None,
+        drafter: str | None = None,
         block_size: BlockSize = "auto",
         sequences: int = 8,
         **_: Any,
     ) -> None:
         super().__init__()
-        self.pair = load(target, assistant, bundle)
-        first_use.ready(self.pair)  # scoring does not go through generate
+        self.pair = load(target, assistant, bundle, dflash=dflash)
         self.block_size = "auto" if block_size in (None, "auto") else int(block_size)
+        check_settings(self.pair, None, self.block_size, drafter)
+        self.drafter = drafter
+        first_use.ready(self.pair)  # scoring does not go through generate
         self.sequences = int(sequences)
         self.prefix = Prefix()
 
@@ -138,6 +142,7 @@ class PyengineLM(TemplateLM):  # type: ignore[misc]
             max_tokens=int(settings.get("max_gen_toks", MAX_NEW_TOKENS)),
             sampling=_sampling(settings, resolve_sampling(self.pair, None)),
             block_size=self.block_size,
+            drafter=self.drafter,
             stop=[until] if isinstance(until, str) else [text for text in until if text],
         )
 

@@ -100,10 +100,10 @@ def generate(
         block_size: Primary token and its drafts, 2 to 128; 1 is plain decoding. With "auto", greedy
             texts and those of the rule ``coupled`` take in each round the drafts that pay, up to
             seven, or none: no text depends on it. Under the other rules, where the text does, it is
-            one number for all rounds, told in the statistics: the best by the profile of pair and
-            machine, which is measured once (``pyengine doctor`` shows it); where there can be none,
-            the pair's measured best, else what its assistant asks for, else 4; with "lookup" and
-            "dflash" 8, with "early:6" 4. None is "auto".
+            one number for all rounds, told in the statistics: the best by the profile of pair,
+            drafter and machine, which is measured once (``pyengine doctor`` shows it); where there
+            can be none, the pair's measured best, else what its assistant asks for, else 4; with
+            "lookup" and "dflash" 8, with "early:6" 4. None is "auto".
         drafter: Where drafts come from. "assistant" (the default) is the pair's own, and so is
             "dflash", where it has one: a model that drafts a whole block in one pass; "lookup"
             takes what followed the newest tokens earlier in the text and pays where an answer

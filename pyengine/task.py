@@ -258,8 +258,8 @@ def new_task(
         compiled = compile_grammar(pair, form)
     first_use.ready(pair)
     auto = block is None and follows_load(settings)
-    if auto and first_of(source) == "assistant":
-        profile.kept(pair)  # which the first rounds go by
+    if auto:
+        profile.kept(pair, drafter=first_of(source))  # which the first rounds go by
     if block is None:
         block = AUTO_BLOCK if auto else fixed_block(pair, source)
     one_call = not use.parallel
@@ -412,6 +412,8 @@ def check_settings(
     if not hasattr(pair, "target"):
         raise ValueError(f"[generate] pair must come from pyengine.load but got {shown(pair)}.")
     name = check_drafter(drafter)
+    if drafter is None and pair.assistant is None and pair.dflash is not None:
+        name = "dflash"
     if drafter is not None and first_of(name) == "assistant" and pair.assistant is None:
         raise ValueError(
             f"[generate] drafter must be lookup or early:N without an assistant but got {name}."
@@ -498,7 +500,7 @@ def fixed_block(pair: Pair, drafter: str = "assistant") -> int:
     """What "auto" is for a whole text, whose rounds must be alike: the best by the profile of pair
     and machine, or without one :func:`default_block_size`."""
     drafter = first_of(drafter)
-    known = profile.ready(pair) if drafter == "assistant" else None
+    known = profile.ready(pair, drafter=drafter)
     return default_block_size(pair, drafter) if known is None else known.best_block
 
 

@@ -35,6 +35,7 @@ def make_card(
     """
     kept = ("started_at", "machine", "versions", "commit", "sampler", "prompts")
     pair = {key: value for key, value in report["pair"].items() if key not in ("path", "manifest")}
+    summary, rows = report["summary"], report["rows"]
     settings = {key: value for key, value in report["settings"].items() if key != "command"}
     return {
         "card": "pyengine",
@@ -43,7 +44,8 @@ def make_card(
         **{key: report[key] for key in kept},
         "pair": pair,
         "settings": {**settings, "quick": quick},
-        "decoding": [_decoding(line, report["rows"]) for line in report["summary"]],
+        "decoding": [_decoding(own, rows) for own in summary if own["drafter"] != "dflash"],
+        "dflash": [_decoding(own, rows) for own in summary if own["drafter"] == "dflash"],
         "bandwidth": bandwidth._asdict(),
         "kernel_shapes": str(shapes),
         "kernels": [{**row, "share": row["gb_s"] / bandwidth.gb_s} for row in kernels],
@@ -52,7 +54,8 @@ def make_card(
 
 def _decoding(summary: Row, rows: Sequence[Row]) -> Row:
     """One block size over all prompts: the summary, the slowest and fastest repeat."""
-    own = [row for row in rows if row["block_size"] == summary["block_size"]]
+    setting = summary["block_size"], summary["drafter"]
+    own = [row for row in rows if (row["block_size"], row["drafter"]) == setting]
     repeats = [pooled([row["samples"][i] for row in own]) for i in range(_repeats(own))]
     figures = ("tok_s", "speedup_vs_ar", "acceptance_rate", "tokens_per_round")
     depths = ("drafted_by_depth", "accepted_by_depth", "acceptance_by_depth")

@@ -18,12 +18,14 @@ from pyengine.checkpoint import memory, on_metal
 from pyengine.checkpoint.defaults import OURS, GenerationDefaults
 from pyengine.checkpoint.memory import GB
 from pyengine.checkpoint.pair import Pair
-from pyengine.checkpoint.published import PUBLISHED, published
-from pyengine.checkpoint.weights import Layout, assistant_layout, target_layout
+from pyengine.checkpoint.published import DFLASH, PUBLISHED, published, published_dflash
+from pyengine.checkpoint.weights import Layout, assistant_layout, dflash_layout, target_layout
+from pyengine.drafters import exit_depth
 from pyengine.model.assistant import Assistant
-from pyengine.model.config import AssistantConfig, Quantization, TargetConfig
+from pyengine.model.config import AssistantConfig, DFlashConfig, Quantization, TargetConfig
+from pyengine.model.dflash import DFlash
 from pyengine.model.linear import Linear, Weights
-from pyengine.model.memory import prompt_bytes
+from pyengine.model.memory import cache_bytes, prompt_bytes
 from pyengine.model.target import Target
 
 SHAPES = {name.partition("-")[0].lower(): name for name in PUBLISHED}
@@ -45,6 +47,9 @@ class Plan:
         whole: The published target.
         target: The same, with its layers or some of them.
         assistant: As published.
+        drafters: Names of those that draft, each in a cache of its own.
+        dflash: The published DFlash drafter, where it is one of them; on some of the layers its
+            taps are spread over these.
     """
 
     name: str
@@ -52,6 +57,8 @@ class Plan:
     whole: TargetConfig
     target: TargetConfig
     assistant: AssistantConfig
+    drafters: tuple[str, ...] = ("assistant",)
+    dflash: DFlashConfig | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -65,9 +72,14 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Memory of both models' weights."""
-        layouts = target_layout(self.target), assistant_layout(self.assistant)
-        return ceil(sum(traffic.layout_bytes(layout, self.bits) for layout in layouts))
+        """Memory of the models' weights."""
+        return ceil(sum(traffic.layout_bytes(layout, self.bits) for layout in self.layouts))
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Of target, assistant and, where it is there, DFlash."""
+        both = target_layout(self.target), assistant_layout(self.assistant)
+        return both if self.dflash is None else (*both, dflash_layout(self.dflash))
 
     @property
     def layers_share(self) -> float:
@@ -79,16 +91,24 @@ class Plan:
         return whole / own
 
     def needs(self, context: int, block_size: int) -> int:
-        """Memory with the cache of that context and the work on a prompt."""
-        work = prompt_bytes(self.target, context, block_size, 0, mx.bfloat16.size)
-        return self.nbytes + work
+        """Memory with the caches of that context and the work on a prompt."""
+        beside = () if self.dflash is None else self.dflash.kept
+        sizes = context, block_size
+        work = prompt_bytes(self.target, *sizes, 0, mx.bfloat16.size, beside)
+        further = cache_bytes(self.target, *sizes, mx.bfloat16.size)
+        return self.nbytes + work + (len(self.drafters) - 1) * further
 
 
-def plan(shape: str, layers: int | None = None, bits: int = 8) -> Plan:
+def plan(
+    shape: str,
+    layers: int | None = None,
+    bits: int = 8,
+    drafters: tuple[str, ...] = ("assistant",),
+) -> Plan:
     """A pair of that shape, a key of ``SHAPES``; ``layers`` None: whole.
 
     Raises:
-        ValueError: There is no such shape, or it has no such cut.
+        ValueError: There is no such shape, or it has no such cut or drafter.
     """
     if shape not in SHAPES:
         raise ValueError(f"[bench] --shape must be of {', '.join(SHAPES)} but got {shape!r}.")
@@ -99,7 +119,22 @@ def plan(shape: str, layers: int | None = None, bits: int = 8) -> Plan:
     packing = Quantization(bits, GROUP, {})
     target = replace(target, quantization=packing)
     own = target if layers is None else cut(target, layers)
-    return Plan(name, bits, target, own, replace(assistant, quantization=packing))
+    count, dflash = len(own.layers), None
+    for drafter in drafters:
+        if (depth := exit_depth(drafter)) is not None and depth >= count:
+            raise ValueError(
+                f"[bench] --drafter must leave a layer of the target's {count} out but got "
+                f"{drafter}."
+            )
+    if "dflash" in drafters:
+        if name not in DFLASH:
+            known = ", ".join(at for at, known in SHAPES.items() if known in DFLASH)
+            raise ValueError(f"[bench] --shape must be of {known} for dflash but got {shape!r}.")
+        dflash = replace(published_dflash(name), quantization=packing, target_layers=count)
+        if own != target:
+            taps = len(dflash.taps)
+            dflash = replace(dflash, taps=tuple(i * count // taps for i in range(taps)))
+    return Plan(name, bits, target, own, replace(assistant, quantization=packing), drafters, dflash)
 
 
 def period(config: TargetConfig) -> int:
@@ -162,7 +197,7 @@ def make(
     """
     check_memory(plan, context, block_size)
     on_metal.lengthen_command_buffers(plan.target)
-    layouts = target_layout(plan.target), assistant_layout(plan.assistant)
+    layouts = plan.layouts
     total = sum(len(layout.matrices) for layout in layouts)
     made = 0
     halves = mx.random.randint(0, 2**16, (2 * PATTERN,), key=mx.random.key(0))
@@ -181,6 +216,7 @@ def make(
 
     target = Target(plan.target, weights(layouts[0]))
     assistant = Assistant(plan.assistant, plan.target, weights(layouts[1]))
+    dflash = None if plan.dflash is None else DFlash(plan.dflash, target, weights(layouts[2]))
     on_matrix(total, total, "done")
     pair = Pair(
         target=target,
@@ -199,6 +235,7 @@ def make(
         verified=plan.is_whole,
         embedded=False,
         manifest={},
+        dflash=dflash,
     )
     on_metal.wire(pair, plan.needs(context, block_size))
     return pair

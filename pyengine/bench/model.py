@@ -1,7 +1,8 @@
 """``bench model``: what plain steps, rounds and a prompt cost at a published shape.
 
 Generated weights keep next to no drafts, so what is timed is the round, which takes as long
-whatever it keeps; tokens per second follow from an acceptance that is assumed.
+whatever it keeps and whatever lookup found; tokens per second follow from an acceptance that is
+assumed.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from pyengine.bench import traffic
 from pyengine.bench.gemma_mtp import Row
 from pyengine.bench.generated import Plan
 from pyengine.checkpoint.pair import Pair
-from pyengine.drafters import new_drafter
-from pyengine.drafters.drafter import MAX_BLOCK
+from pyengine.drafters import first_of, is_name, new_drafter
+from pyengine.drafters.drafter import MAX_BLOCK, Drafter
+from pyengine.drafters.lookup import SHORTEST, LookupDrafter
 from pyengine.engine import round as on_device
 from pyengine.engine.prefill import Shared
 from pyengine.engine.rounds import Rounds
@@ -111,9 +113,10 @@ def _accept(
     ran: RanTarget,
     ps: tuple[Filtered, ...],
 ) -> on_device.Played:
+    if ran.arena:  # beside which a drafter writes what it read of the rows
+        start = start._replace(arena=start.arena._replace(arrays=ran.arena))
     texts = open_texts(start)
-    played = on_device.accept(texts, block, _logits(texts, ran), list(ran.hidden), list(ps))
-    return played._replace(arena=ran.arena)
+    return on_device.accept(texts, block, _logits(texts, ran), list(ran.hidden), list(ps))
 
 
 def _logits(texts: on_device.Texts, ran: RanTarget) -> Logits:
@@ -122,9 +125,27 @@ def _logits(texts: on_device.Texts, ran: RanTarget) -> Logits:
     return Logits(ran.rows, target.table, target.config.softcap)
 
 
+class Matching(LookupDrafter):
+    """Lookup that always has drafts: where it found none, tokens of the text's beginning."""
+
+    def find(self, text: Sequence[int], k: int, shortest: int = SHORTEST) -> list[int]:
+        found = super().find(text, k, shortest)
+        return found or [text[i % len(text)] for i in range(k)]
+
+
+class Setting(NamedTuple):
+    """What is timed: plain decoding, or rounds of a drafter."""
+
+    drafter: str | None
+    block_size: int
+
+
+PLAIN = Setting(None, 1)
+
+
 @dataclass
 class Times:
-    """Seconds of the timed rounds of one block size."""
+    """Seconds of the timed rounds of one setting."""
 
     whole: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)  # of these, what was not evaluation
@@ -137,15 +158,19 @@ class Measured:
 
     prompt_tokens: int
     prefill_s: float
-    times: dict[int, Times]  # by block size
+    times: dict[Setting, Times]  # plain decoding first
     context: int  # positions in the cache when the last round began
-    cache_bytes: int
+    cache_bytes: int  # of the first drafter's texts
     peak_bytes: int  # that MLX had at most
     resident_bytes: int  # that the process had at most
 
 
 def check_settings(
-    prompt_tokens: int, block_sizes: Sequence[int], rounds: int, acceptance: Sequence[float]
+    prompt_tokens: int,
+    block_sizes: Sequence[int],
+    rounds: int,
+    acceptance: Sequence[float],
+    drafters: Sequence[str] = ("assistant",),
 ) -> None:
     """Refuse what cannot be timed.
 
@@ -161,7 +186,18 @@ def check_settings(
     for share in acceptance:
         if not 0 <= share <= 1:
             raise ValueError(f"[bench] --acceptance must be 0 to 1 but got {share}.")
-    for name, values in (("--block-sizes", block_sizes), ("--acceptance", acceptance)):
+    for drafter in drafters:
+        if not is_name(drafter) or first_of(drafter) != drafter:
+            raise ValueError(
+                "[bench] --drafter must be of assistant, dflash, lookup, early:N but got "
+                f"{drafter!r}."
+            )
+    every: tuple[tuple[str, Sequence[object]], ...] = (
+        ("--block-sizes", block_sizes),
+        ("--acceptance", acceptance),
+        ("--drafter", drafters),
+    )
+    for name, values in every:
         if len(set(values)) < len(values):
             raise ValueError(f"[bench] {name} must name each once but got {list(values)}.")
 
@@ -172,59 +208,65 @@ def measure(
     prompt_tokens: int,
     block_sizes: Sequence[int],
     rounds: int,
+    drafters: Sequence[str] = ("assistant",),
     on_run: Callable[[int, int, str], None] = lambda done, total, label: None,
 ) -> Measured:
-    """Time a prompt, then plain steps and rounds of every block size by turns, whole and in parts.
+    """Time a prompt, then plain steps and rounds by turns, whole and in parts.
 
-    Each block size has two texts behind the same prompt, one for whole rounds and one for rounds in
-    parts. A turn plays one round of each; the next begins one further in their list. Two rounds of
-    each come first and do not count.
+    Each drafter and block size has two texts behind the same prompt, one for whole rounds and one
+    for rounds in parts; the prompt is processed once per drafter. A turn plays one round of each;
+    the next begins one further in their list. Two rounds of each come first and do not count.
 
     Args:
-        pair: Target and assistant.
+        pair: Target and assistant, and the DFlash drafter where it is one of ``drafters``.
         prompt_tokens: Length of the prompt; its tokens mean nothing.
         block_sizes: Beside plain decoding.
         rounds: Timed rounds of each.
-        on_run: Called before the prompt and each turn with what is done, all, and what comes next.
+        drafters: Whose rounds; plain decoding's texts are the first one's.
+        on_run: Called before the prompts and each turn with what is done, all, and what comes next.
     """
-    blocks = [1, *block_sizes]
+    settings = [PLAIN, *(Setting(name, block) for name in drafters for block in block_sizes)]
     turns = WARM_UP + rounds
     on_run(0, 1 + turns, f"a prompt of {prompt_tokens} tokens")
     vocab = pair.target.config.vocab_size
     prompt = [(i * 7919 + 11) % vocab for i in range(prompt_tokens)]
     mx.reset_peak_memory()
-    shared = Shared(2 * len(blocks))
+    # A cache holds the layers of one drafter
+    shared = {name: Shared(2 * len(block_sizes) + 2 * (name == drafters[0])) for name in drafters}
 
-    def text(block: int) -> TokenSequence:
+    def text(setting: Setting) -> TokenSequence:
+        name = setting.drafter or drafters[0]
         sequence = TokenSequence(
             pair.target,
-            new_drafter("assistant", pair.target, pair.assistant),
+            drafter_of(name, pair),
             prompt,
             sampling=SAMPLING,
-            block_size=block,
-            shared=shared,
+            block_size=setting.block_size,
+            shared=shared[name],
         )
         for _ in sequence.prefill():
             pass
         return sequence
 
     # A text that drafts comes first: what its drafter read of the prompt is there for all
-    texts = [(block, text(block), text(block)) for block in reversed(blocks)]
+    texts = [(setting, text(setting), text(setting)) for setting in [*settings[1:], PLAIN]]
     prefill_s = texts[0][1].stats.prefill_s
-    own, parted = WholeRounds(), PartedRounds()
-    times = {block: Times() for block in blocks}
+    # Of each its own: there may be more than are kept recorded
+    players = {setting: (WholeRounds(), PartedRounds()) for setting in settings}
+    times = {setting: Times() for setting in settings}
     for turn in range(turns):
         on_run(1 + turn, 1 + turns, "warm-up" if turn < WARM_UP else f"turn {turn - 1} of {rounds}")
         first = turn % len(texts)
-        for block, one, other in texts[first:] + texts[:first]:
+        for setting, one, other in texts[first:] + texts[:first]:
+            own, parted = players[setting]
             start = time.perf_counter()
             _play(own, one)
             whole_s = time.perf_counter() - start
             _play(parted, other)
             if turn >= WARM_UP:
-                times[block].whole.append(whole_s)
-                times[block].host.append(whole_s - own.device_s)
-                times[block].parts.append(dict(parted.seconds))
+                times[setting].whole.append(whole_s)
+                times[setting].host.append(whole_s - own.device_s)
+                times[setting].parts.append(dict(parted.seconds))
     on_run(1 + turns, 1 + turns, "done")
     cache = texts[0][1].parts.cache
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -239,6 +281,13 @@ def measure(
     )
 
 
+def drafter_of(name: str, pair: Pair) -> Drafter | None:
+    """The drafter of that name; lookup one that always drafts."""
+    if name == "lookup":
+        return Matching()
+    return new_drafter(name, pair.target, pair.assistant, pair.dflash)
+
+
 def _play(rounds: Rounds, sequence: TokenSequence) -> None:
     [done] = rounds.play([sequence])
     if isinstance(done, Exception):
@@ -248,24 +297,27 @@ def _play(rounds: Rounds, sequence: TokenSequence) -> None:
 def rows_of(
     plan: Plan, measured: Measured, acceptance: Sequence[float], bandwidth_gb_s: float
 ) -> list[Row]:
-    """A row per block size: milliseconds, bytes, and tokens per second at each acceptance.
+    """A row per setting: milliseconds, bytes, and tokens per second at each acceptance.
 
     ``whole_model`` has what the published target would take, of which only some layers were
     timed: their time and a prompt's grow with the bytes of the layers, all else stays.
     """
     rows: list[Row] = []
-    for block, times in measured.times.items():
+    for (drafter, block), times in measured.times.items():
         parts = {
             name: 1e3 * statistics.median(turn[name] for turn in times.parts) for name in PARTS
         }
         round_ms = 1e3 * statistics.median(times.whole)
         experts = traffic.distinct_experts(plan.target, block)
-        moved = traffic.round_bytes(
-            plan.target, plan.assistant, plan.bits, measured.context, block, experts
-        )
+        read = plan.bits, measured.context, block
+        moved = traffic.step_bytes(plan.target, *read, experts)
+        if drafter is not None:
+            models = plan.assistant, plan.dflash
+            moved += traffic.drafting_bytes(drafter, plan.target, models, *read)
         gb_s = moved / round_ms / 1e6
         row: Row = {
             "block_size": block,
+            "drafter": drafter,
             "round_ms": round_ms,
             **{f"{name}_ms": took for name, took in parts.items()},
             "verify_ms": parts["layers"] + parts["head"],
@@ -316,4 +368,5 @@ def rate_cells(rows: Sequence[Row], whole_model: bool) -> list[tuple[str, ...]]:
 
 
 def _name(row: Row) -> str:
-    return "plain" if row["block_size"] == 1 else str(row["block_size"])
+    drafter = row["drafter"]
+    return "plain" if drafter is None else f"{row['block_size']} {drafter}"

@@ -127,6 +127,7 @@ def bench_streams(
     max_tokens: int,
     sampling: Sampling,
     repeats: int,
+    drafter: str | None = None,
     load: str = "suite",
     rate: float = 1.0,
     on_run: Callable[[int, int, str], None] = lambda done, total, label: None,
@@ -150,7 +151,7 @@ def bench_streams(
         for place in range(len(settings)):
             count, block = settings[(place + repeat) % len(settings)]
             on_run(repeat * len(settings) + place, total, f"{count} streams, block {block}")
-            asked = _asked(pair, cases, load, count, block, max_tokens, sampling, rate)
+            asked = _asked(pair, cases, load, count, block, max_tokens, sampling, rate, drafter)
             if not repeat:
                 for i, task in enumerate(asked.tasks):
                     if (i, block) not in alone:
@@ -232,6 +233,7 @@ def _asked(
     max_tokens: int,
     sampling: Sampling,
     rate: float,
+    drafter: str | None = None,
 ) -> Asked:
     """The requests of a load, the same in each repeat."""
 
@@ -241,6 +243,7 @@ def _asked(
             "pair": pair,
             "max_tokens": max_tokens,
             "block_size": block,
+            "drafter": drafter,
             "sampling": replace(sampling, seed=(sampling.seed or 0) + i),
         }
         made = new_task(case.content, raw=case.raw, **asked)
@@ -270,6 +273,7 @@ def _alone(pair: Pair, task: Task) -> list[int]:
         pair=pair,
         max_tokens=task.max_tokens,
         block_size="auto" if task.auto else task.block_size,
+        drafter=task.drafter if task.block_size > 1 else None,
         sampling=task.sampling,
     ).tokens
 

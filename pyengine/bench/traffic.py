@@ -17,6 +17,7 @@ from pyengine.checkpoint.weights import (
     dflash_layout,
     target_layout,
 )
+from pyengine.drafters import exit_depth
 from pyengine.model.config import AssistantConfig, DFlashConfig, TargetConfig
 
 GROUP = 64
@@ -135,6 +136,29 @@ def dflash_bytes(
     return _sum(layout, read) + _vector_bytes(layout) + head_bytes(target, bits) + kept
 
 
+def drafting_bytes(
+    drafter: str,
+    target: TargetConfig,
+    models: tuple[AssistantConfig, DFlashConfig | None],
+    bits: int,
+    context: int,
+    block_size: int,
+) -> float:
+    """What a drafter reads for the drafts of a block, by its name: lookup nothing, DFlash a pass
+    however many they are, each other one as much per draft."""
+    assistant, dflash = models
+    drafts = block_size - 1
+    if drafter == "lookup" or not drafts:
+        return 0.0
+    if drafter == "dflash":
+        assert dflash is not None
+        return dflash_bytes(target, dflash, bits, context, block_size)
+    if (depth := exit_depth(drafter)) is not None:
+        exit_ = replace(target, layers=target.layers[:depth])
+        return drafts * step_bytes(exit_, bits, context, 1)
+    return drafts * draft_bytes(target, assistant, bits, context, block_size)
+
+
 def round_bytes(
     target: TargetConfig,
     assistant: AssistantConfig,
@@ -144,7 +168,7 @@ def round_bytes(
     experts: float | None = None,
 ) -> float:
     """What a round reads; a plain step at block size 1."""
-    drafts = (block_size - 1) * draft_bytes(target, assistant, bits, context, block_size)
+    drafts = drafting_bytes("assistant", target, (assistant, None), bits, context, block_size)
     return step_bytes(target, bits, context, block_size, experts) + drafts
 
 

@@ -86,8 +86,10 @@ def published(name: str) -> tuple[TargetConfig, AssistantConfig]:
     return target, assistant
 
 
-# Of the published DFlash drafters that are known in full: heads, feed-forward, tapped layers
+# Of the published DFlash drafters: heads, feed-forward, tapped layers. The 12B's are inferred: no
+# config of it was seen, but these give the size of its file, and the taps follow the others' rule
 DFLASH = {
+    "12B": (32, 7680, (1, 10, 19, 27, 36, 45)),
     "26B-A4B": (32, 5632, (1, 6, 11, 17, 22, 27)),
     "31B": (64, 10752, (1, 12, 23, 35, 46, 57)),
 }

@@ -18,6 +18,7 @@ from pyengine.cli.options import (
     AssistantDir,
     BundleDir,
     DFlashDir,
+    DrafterName,
     OpsName,
     Position,
     TargetDir,
@@ -41,6 +42,7 @@ EXAMPLES = (
 STREAMS_EXAMPLES = (
     "pyengine bench streams",
     "pyengine bench streams --bundle ./pair --streams 1,2,4,8,16 --block-sizes 1,2,4",
+    "pyengine bench streams --drafter dflash --streams 1,4 --block-sizes 1,8",
     "pyengine bench streams --load long-prompt --streams 4 --plot streams.png",
 )
 # As the published card's command line spells them
@@ -169,6 +171,7 @@ def gemma_mtp(
     Ctrl-C keeps the finished rows.
     """
     with common.sentences():
+        common.check_dflash(dflash, assistant, drafter)
         compare(
             "gemma-mtp",
             lambda: common.load_pair(target, assistant, bundle, None, Position.last, ops, dflash),
@@ -200,6 +203,7 @@ def streams(
     temperature: Temperature = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the first text; each further adds 1.")] = 0,
     verify: VerifyRule = Verify.coupled,
+    drafter: DrafterName = None,
     repeats: Annotated[
         int, typer.Option(help="Timed runs per setting; figures are their medians.")
     ] = 3,
@@ -234,9 +238,12 @@ def streams(
         from pyengine.bench import picture, report, streams_picture, suite
         from pyengine.bench import streams as bench
         from pyengine.sampling.settings import Sampling
+        from pyengine.task import check_drafter
         from pyengine.untrusted import write_whole
 
         bench.check_settings(counts, blocks, repeats, max_tokens, load, rate)
+        check_drafter(drafter)
+        common.check_dflash(dflash, assistant, drafter)
         sampling = Sampling(temperature=temperature, seed=seed, verify=verify.value)
         cases = suite.load_suite(prompt_suite or suite.EMBEDDED)
         for file in (output, plot):
@@ -256,6 +263,7 @@ def streams(
                 block_sizes=blocks,
                 max_tokens=max_tokens,
                 sampling=sampling,
+                drafter=drafter,
                 repeats=repeats,
                 load=load,
                 rate=rate,
@@ -272,6 +280,7 @@ def streams(
             "settings": {
                 "command": sys.argv[1:],
                 "max_tokens": max_tokens,
+                "drafter": drafter or "assistant",
                 "repeats": repeats,
                 "load": load,
                 "rate": rate if load == "arrivals" else None,

@@ -11,7 +11,7 @@ import typer
 
 from pyengine.cli import common, tables
 from pyengine.cli.bench import check_published, read_block_sizes, show_settings
-from pyengine.cli.options import AssistantDir, BundleDir, OpsName, Position, TargetDir
+from pyengine.cli.options import AssistantDir, BundleDir, DFlashDir, OpsName, Position, TargetDir
 from pyengine.cli.output import check_folder
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ MOST_BLOCKS = 6
 def run(
     target: TargetDir = None,
     assistant: AssistantDir = None,
+    dflash: DFlashDir = None,
     bundle: BundleDir = None,
     ops: OpsName = None,
     block_sizes: Annotated[
@@ -59,7 +60,8 @@ def run(
 ) -> None:
     """Run the published benchmark and time the kernels; write a card as JSON and PNG.
 
-    Without --target or --bundle, the embedded pair runs, and the kernels have the shapes of E2B.
+    A pair with a DFlash drafter runs with its drafts too, which the picture leaves out. Without
+    --target or --bundle, the embedded pair runs, and the kernels have the shapes of E2B.
     Files are named by chip, pair and day, and written when all is measured: Ctrl-C leaves none.
     """
     with common.sentences():
@@ -80,7 +82,7 @@ def run(
         check_folder("card", output)
         if plot:
             picture.check_available("card", "give --no-plot for the JSON alone")
-        pair = common.load_pair(target, assistant, bundle, None, Position.last, ops)
+        pair = common.load_pair(target, assistant, bundle, None, Position.last, ops, dflash)
         check_published(pair, allow_unverified_gemma)
         cases = suite.load_suite(suite.EMBEDDED)
         sampling = Sampling(temperature=1.0, top_p=0.95, top_k=64, seed=0)
@@ -95,6 +97,7 @@ def run(
                 block_sizes=blocks,
                 sampling=sampling,
                 repeats=repeats,
+                drafters=("assistant",) if pair.dflash is None else ("assistant", "dflash"),
                 on_run=on_run,
             )
         chip = run_on["machine"]["chip"]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from pyengine.cli.options import (
     BundleDir,
     DFlashDir,
     DrafterName,
+    EarlyExitFile,
     FrequencyPenalty,
     LogitBias,
     Logprobs,
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from pyengine.task import Step
 
 EXAMPLES = (
+    "pyengine chat --early-exit exit.json",
     "pyengine chat",
     'pyengine chat --bundle ./pair --system "Answer in one sentence." --temperature 0',
     "printf 'Write Pong.\\nNow Snake.\\n' | pyengine chat --json",
@@ -86,6 +89,7 @@ def run(
     max_tokens: MaxTokens = None,
     block_size: BlockSize = AUTO,
     drafter: DrafterName = None,
+    early_exit: EarlyExitFile = None,
     stop: Stop = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print each answer as one line of JSON.")
@@ -120,6 +124,7 @@ def run(
     """
     with common.sentences():
         from pyengine.chat import Chat
+        from pyengine.task import early_exit_of
 
         given = sampling_given(
             temperature=temperature,
@@ -136,7 +141,9 @@ def run(
             as_json=as_json,
         )
         check_limits(max_tokens, block_size, stop, drafter)
+        certificate = early_exit_of(early_exit, block_size, drafter)
         asked = tools_given(tools, None)
+        common.check_dflash(dflash, assistant, drafter)
         pair = common.load_pair(target, assistant, bundle, dtype, Position.last, ops, dflash)
         common.introduce(pair)
         chat = Chat(
@@ -149,6 +156,7 @@ def run(
             stop=stop,
             variables=template_variables(pair, think),
             tools=asked.get("tools"),
+            early_exit=certificate,
         )
         terminal = sys.stdin.isatty()
         if terminal:
@@ -195,6 +203,7 @@ class Talk:
         self.think = think
         self.terminal = terminal
         self.file: Path | None = None  # where it was last saved or loaded
+        self.label: str | None = None  # of loaded answers whose tokens left early
 
     def take(self, text: str) -> bool:
         """Answer a turn or obey a command; False ends the conversation.
@@ -231,7 +240,7 @@ class Talk:
             self._help()
         elif name == "/new":
             self.chat.clear()
-            self.file = None
+            self.file = self.label = None
         elif name == "/stats":
             self._stats()
         elif name == "/save":
@@ -261,6 +270,9 @@ class Talk:
             raise ValueError(f"[chat] FILE of /save must not exist yet but {path} does.")
         check_output("chat", path)
         said = {"model": self.chat.pair.name, "messages": self.chat.messages}
+        label = self.label if self.chat.early_exit is None else self.chat.early_exit.label
+        if label is not None:
+            said["early_exit"] = label
         try:
             write_whole(path, json.dumps(said, indent=2) + "\n", 0o600)  # a conversation is private
         except OSError as error:
@@ -272,14 +284,17 @@ class Talk:
         from pyengine.untrusted import read_object
 
         saved = read_object(path, "chat")
-        if set(saved) != set(SAVED):
+        label = saved.get("early_exit")
+        if set(saved) - {"early_exit"} != set(SAVED) or not isinstance(label, (str, NoneType)):
             raise ValueError(
                 f"[chat] {path} must be a saved conversation, with {' and '.join(SAVED)}, but is "
                 "not."
             )
         self.chat.resume(saved["messages"])
-        self.file = path
+        self.file, self.label = path, label
         typer.echo(f"Loaded: {len(self.chat.turns)} turns from {path}", err=True)
+        if label is not None:
+            typer.echo(f"{common.printable(label)}.", err=True)
 
     def _answer(self, text: str) -> None:
         """Answer a turn, and go on as long as the model calls and is given results."""
@@ -326,7 +341,10 @@ class Talk:
             typer.echo(json.dumps({**said, "forgotten_turns": chat.forgotten}))
         else:
             printer.end(chat.result.tool_calls)
-            common.tell_cut(chat.result, chat.pair, chat.max_tokens)
+            own = None if chat.early_exit is None else chat.early_exit.max_tokens
+            common.tell_cut(chat.result, chat.pair, chat.max_tokens or own)
+            if chat.result.early_exit is not None:
+                typer.echo(f"{chat.result.early_exit['label']}.", err=True)
             if self.terminal and common.moves():
                 self._tell_speed()
         if chat.forgotten > forgotten:

@@ -168,6 +168,21 @@ def load_pair(
     return pair
 
 
+def check_dflash(dflash: str | None, assistant: str | None, drafter: str | None) -> None:
+    """Refuse a DFlash drafter that would be read and not used; ``drafter`` may name several.
+
+    Raises:
+        ValueError: None of them is it.
+    """
+    from pyengine.drafters import first_of
+
+    if dflash is None or (drafter is None and assistant is None):
+        return
+    names = "assistant" if drafter is None else drafter
+    if "dflash" not in map(first_of, names.split(",")):
+        raise ValueError(f"[load] --dflash must go with --drafter dflash but got {names}.")
+
+
 def introduce(pair: Pair) -> None:
     """Say on a terminal that the demo pair answers: its answers are often beside the point."""
     if pair.embedded and sys.stderr.isatty():

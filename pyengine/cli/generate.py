@@ -164,6 +164,7 @@ def run(
         check_limits(max_tokens, block_size, stop, drafter)
         certificate = early_exit_of(early_exit, block_size, drafter)
         asked = tools_given(tools, tool_choice) | form_given(json_schema, regex, grammar)
+        common.check_dflash(dflash, assistant, drafter)
         pair = common.load_pair(target, assistant, bundle, dtype, position, ops, dflash)
         common.introduce(pair)
         running = stream(

@@ -16,6 +16,7 @@ from pyengine.cli.bench import read_block_sizes
 EXAMPLES = (
     "pyengine bench model --shape e2b",
     "pyengine bench model --shape 31b --layers 6 --block-sizes 2,4,6,8",
+    "pyengine bench model --shape 31b --layers 6 --drafter assistant,dflash,early:1,lookup",
 )
 
 
@@ -45,6 +46,10 @@ def run(
     block_sizes: Annotated[
         str, typer.Option(help="Block sizes to time beside plain decoding.")
     ] = "2,4,6",
+    drafter: Annotated[
+        str,
+        typer.Option(help="Whose rounds to time: assistant, dflash, lookup, early:N, or several."),
+    ] = "assistant",
     acceptance: Annotated[
         str,
         typer.Option(
@@ -62,7 +67,8 @@ def run(
 
     Weights are quantised as in a bundle and take as much memory. A prompt is timed once; then plain
     steps and rounds by turns, whole and in parts: drafts, the verify call and of it the head with
-    the filter, acceptance. host is the part of a whole round that is no evaluation. Parts are
+    the filter, acceptance with what a drafter reads of the rows. Lookup is given drafts where it
+    finds none. host is the part of a whole round that is no evaluation. Parts are
     evaluated one by one, so together they may take longer than the round. tok/s follows from the
     round and an acceptance that is assumed.
 
@@ -70,13 +76,13 @@ def run(
     The mixture of 26b is taken to choose its experts by chance.
     """
     with common.sentences():
-        blocks = read_block_sizes(block_sizes)
+        blocks, drafters = read_block_sizes(block_sizes), tuple(drafter.split(","))
         shares = read_shares(acceptance)
         from pyengine.bench import bandwidth, generated, model, report
         from pyengine.doctor import first_use
 
-        model.check_settings(prompt_tokens, blocks, rounds, shares)
-        plan = generated.plan(shape.value, layers, bits)
+        model.check_settings(prompt_tokens, blocks, rounds, shares, drafters)
+        plan = generated.plan(shape.value, layers, bits, drafters)
         block = max(blocks)
         context = prompt_tokens + (model.WARM_UP + rounds) * block
         generated.check_memory(plan, context, block)
@@ -95,6 +101,7 @@ def run(
                 prompt_tokens=prompt_tokens,
                 block_sizes=blocks,
                 rounds=rounds,
+                drafters=drafters,
                 on_run=on_run,
             )
         rows = model.rows_of(plan, measured, shares, limit.gb_s)
@@ -102,6 +109,7 @@ def run(
             "bench": "model",
             "report_version": 1,
             **run_on,
+            "drafter": drafters,
             "shape": plan.name,
             "bits": plan.bits,
             "layers": len(plan.target.layers),

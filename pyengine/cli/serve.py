@@ -198,6 +198,7 @@ def run(
         # Before the weights are read, so that a wrong argument is told early
         open_files()
         check_drafter(drafter)
+        common.check_dflash(dflash, assistant, drafter)
         allowed_names(allow_host or [])
         check_key(api_key)
         check_origins(cors or [])

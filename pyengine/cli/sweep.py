@@ -70,6 +70,7 @@ def run(
     are kept, and cost more. Ctrl-C keeps the finished rows, and draws them.
     """
     with common.sentences():
+        common.check_dflash(dflash, assistant, drafter)
         compare(
             "sweep",
             lambda: common.load_pair(target, assistant, bundle, None, Position.last, ops, dflash),

@@ -14,6 +14,7 @@ import numpy as np
 
 from pyengine import ops
 from pyengine.ops.accept_block import RULES, Rule
+from pyengine.ops.glu import Activation
 from pyengine.ops.prepare_qkv import PAGE
 from pyengine.ops.quantized_gated_matmul import Matrix
 from pyengine.ops.quantized_matmul import dequantized
@@ -210,7 +211,15 @@ def tree() -> tuple[list[int], list[list[int]]]:
     return [len(path) - 1 for path in paths], [path + [0] * (MOST - len(path)) for path in paths]
 
 
-def prepare_qkv(H: int, K: int, D: int, same: bool, dtype: str, has_slots: bool = False) -> Call:
+def prepare_qkv(
+    H: int,
+    K: int,
+    D: int,
+    same: bool,
+    dtype: str,
+    has_slots: bool = False,
+    norm_values: bool = True,
+) -> Call:
     q, k, v = (normal(i, MOST, n * D, dtype=dtype) for i, n in ((1, H), (2, K), (3, K)))
     norms = normal(4, D, dtype=dtype), normal(5, D, dtype=dtype), frequencies(D)
     keys, values = (normal(i, 5, K, PAGE, D, dtype=dtype) for i in (6, 7))
@@ -223,7 +232,8 @@ def prepare_qkv(H: int, K: int, D: int, same: bool, dtype: str, has_slots: bool 
         where = positions[b:e], owners[b:e], tables
         places = slots[b:e] if has_slots else None
         keys, values = arenas
-        return list(ops.prepare_qkv(*rows, *norms, keys, values, *where, slots=places))
+        to = keys, values, *where
+        return list(ops.prepare_qkv(*rows, *norms, *to, slots=places, norm_values=norm_values))
 
     own = [copied(keys), copied(values)]
 
@@ -324,11 +334,13 @@ def quantized_matmuls(K: int, columns: Sequence[int], group: int, bits: int, dty
     )
 
 
-def quantized_gated_matmul(N: int, K: int, group: int, bits: int, dtype: str) -> Call:
+def quantized_gated_matmul(
+    N: int, K: int, group: int, bits: int, dtype: str, activation: Activation = "gelu"
+) -> Call:
     x = normal(1, MOST, K, dtype=dtype)
     gate, up = (quantized(i, N, K, group=group, bits=bits, dtype=dtype) for i in (2, 3))
     return Call(
-        lambda b, e: [ops.quantized_gated_matmul(x[b:e], gate, up, group, bits)],
+        lambda b, e: [ops.quantized_gated_matmul(x[b:e], gate, up, group, bits, activation)],
         first,
         lambda results: [_of_gate(results[0], x, gate, up, K, (group, bits))],
         same_bits=False,
@@ -344,8 +356,8 @@ def _of_gate(
     K: int,
     packing: tuple[int, int],
 ) -> mx.array:
-    """``|d out| <= |d gate| * 1.13 |up| + |gate| |d up|``, as gelu is no steeper than 1.13; each
-    product is rounded, and their meeting once more."""
+    """``|d out| <= |d gate| * 1.13 |up| + |gate| |d up|``, as gelu is no steeper than 1.13 and silu
+    than 1.1; each product is rounded, and their meeting once more."""
     sums = [absolute_sums(x, w, packing) for w in (gate, up)]
     products = [abs(ops.quantized_matmul_reference(x, *w, *packing)) for w in (gate, up)]
     products = [a.astype(mx.float32) for a in products]
@@ -408,9 +420,9 @@ def weigh_experts(U: int, E: int, dtype: str) -> Call:
     )
 
 
-def glu(F: int, dtype: str) -> Call:
+def glu(F: int, dtype: str, activation: Activation = "gelu") -> Call:
     gate, up = (normal(i, MOST, F, dtype=dtype, scale=2.0) for i in (1, 2))
-    return Call(lambda b, e: [ops.glu(gate[b:e], up[b:e])], first, rounded(1))
+    return Call(lambda b, e: [ops.glu(gate[b:e], up[b:e], activation)], first, rounded(1))
 
 
 def embed(V: int, E: int, group: int, bits: int, dtype: str) -> Call:

@@ -2,7 +2,8 @@
 
 Rules whose text depends on where rounds begin need one block size for a whole text. A profile gives
 it, and it stays as it is until its file is deleted: seed and profile give the text. One small JSON
-file per machine, build and pair, in the user's cache folder. Where none can be kept none is made.
+file per machine, build, pair and drafter, in the user's cache folder. Where none can be kept none
+is made.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pyengine.checkpoint.defaults import OURS
 from pyengine.checkpoint.pair import Pair
 from pyengine.doctor import device, first_use, machine, quarantine
 from pyengine.drafters import new_drafter
-from pyengine.drafters.assistant import AssistantDrafter
+from pyengine.drafters.drafter import Drafter
 from pyengine.engine import round as on_device
 from pyengine.engine.controller import AUTO_BLOCK, MOST_DRAFTS, Acceptance, Costs, Known, Shape
 from pyengine.engine.known import known_of
@@ -41,7 +42,7 @@ from pyengine.sampling.settings import Sampling
 from pyengine.text.prompt import encode_prompt
 from pyengine.untrusted import parse, read_text, shown, write_whole
 
-FORMAT = 1
+FORMAT = 2
 LONGEST_S = 10.0  # that measuring may take; what is slower has no profile
 ORDER = (3, 0, 7, 1, 5, 2, 6, 4)  # drafts of the rounds, over and over; the first time records
 TURNS = 6
@@ -54,7 +55,8 @@ PROMPTS = (
 AS_SEEN = 20.0  # drafts that a profile's acceptance counts for
 
 _lock = threading.Lock()
-_profiles: WeakKeyDictionary[Any, Profile | None] = WeakKeyDictionary()  # by target
+# By target, and then by drafter
+_profiles: WeakKeyDictionary[Any, dict[str, Profile | None]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,10 @@ class Profile:
     Attributes:
         pair: Its name.
         round_s: Of rounds with 0 to 7 drafts; the first is a plain step.
-        draft_s: Of a step of the assistant.
+        draft_s: Of a step of the drafter; of DFlash, which has one per round, with 7 drafts.
         drafted: Drafts by depth, those behind a refused one not counted.
         accepted: Of those, the ones that were kept.
+        drafter: Its name.
     """
 
     pair: str
@@ -74,11 +77,13 @@ class Profile:
     draft_s: float
     drafted: tuple[int, ...]
     accepted: tuple[int, ...]
+    drafter: str = "assistant"
 
     @property
     def verify_s(self) -> list[float]:
         """Of verifying 1 to 8 rows: what a round takes beside its drafts."""
-        return [took - k * self.draft_s for k, took in enumerate(self.round_s)]
+        most = _steps(self.drafter)
+        return [took - min(k, most) * self.draft_s for k, took in enumerate(self.round_s)]
 
     @property
     def acceptance(self) -> list[float]:
@@ -103,8 +108,9 @@ class Profile:
         """For a reader."""
         plain, draft, verify = (1e3 * s for s in (self.round_s[0], self.draft_s, self.verify_s[-1]))
         kept = " ".join(f"{rate:.2f}" for rate in self.acceptance)
+        own = "" if self.drafter == "assistant" else f" with {self.drafter}"
         return (
-            f"block size {self.best_block} for {shown(self.pair)}: plain step {plain:.2f} ms, "
+            f"block size {self.best_block} for {shown(self.pair)}{own}: plain step {plain:.2f} ms, "
             f"draft {draft:.2f}, verify of {AUTO_BLOCK} rows {verify:.2f}; acceptance {kept}"
         )
 
@@ -117,61 +123,79 @@ class Profile:
             known.acceptance.made[depth], known.acceptance.kept[depth] = made, made * rate
 
 
-def ready(pair: Pair, tell: first_use.Tell = first_use.warn) -> Profile | None:
-    """The profile of a pair with an assistant; measured where there is none, once. Evaluates.
+def ready(
+    pair: Pair, tell: first_use.Tell = first_use.warn, drafter: str = "assistant"
+) -> Profile | None:
+    """The profile of a pair and a drafter; measured where there is none, once. Evaluates.
 
-    A process that had one, or none, goes on so. None where ops are not ours, where no file can be
-    written, and where measuring takes longer than ten seconds.
+    A process that had one, or none, goes on so. None where the pair has no such drafter, for
+    lookup, whose rounds depend on the text, where ops are not ours, where no file can be written,
+    and where measuring takes longer than ten seconds.
     """
-    return _known_here(pair, tell, make=True)
+    return _known_here(pair, drafter, tell, make=True)
 
 
-def kept(pair: Pair, tell: first_use.Tell = first_use.warn) -> Profile | None:
-    """The profile of a pair if there is one; nothing is measured."""
-    return _known_here(pair, tell, make=False)
+def kept(
+    pair: Pair, tell: first_use.Tell = first_use.warn, drafter: str = "assistant"
+) -> Profile | None:
+    """The profile of a pair and a drafter if there is one; nothing is measured."""
+    return _known_here(pair, drafter, tell, make=False)
 
 
-def _known_here(pair: Pair, tell: first_use.Tell, make: bool) -> Profile | None:
-    loaded = isinstance(pair, Pair) and pair.assistant is not None
-    if not loaded or dispatch.chosen() != "native" or not dispatch.exact():
+def _known_here(pair: Pair, drafter: str, tell: first_use.Tell, make: bool) -> Profile | None:
+    if not isinstance(pair, Pair) or drafter == "lookup":
+        return None
+    own = _drafter(pair, drafter)
+    if own is None or dispatch.chosen() != "native" or not dispatch.exact():
         return None
     with _lock:
-        if pair.target in _profiles:
-            return _profiles[pair.target]
+        profiles = _profiles.setdefault(pair.target, {})
+        if drafter in profiles:
+            return profiles[drafter]
         found, there = None, False
         if _has_folder(make):
-            found, there = read(pair, tell)
+            found, there = read(pair, tell, drafter)
         if make and not there and os.access(quarantine.folder(), os.W_OK):
-            found = measured(pair)
-            _write(pair, found, tell)
+            found = measured(pair, drafter)
+            _write(pair, drafter, found, tell)
         if found is not None:
-            found.teach(known_of(pair.target, AssistantDrafter))
+            found.teach(known_of(pair.target, type(own)))
         if found is not None or make:
-            _profiles[pair.target] = found
+            profiles[drafter] = found
         return found
 
 
-def key(pair: Pair) -> dict[str, str]:
+def _drafter(pair: Pair, name: str) -> Drafter | None:
+    return new_drafter(name, pair.target, pair.assistant, pair.dflash)
+
+
+def _steps(drafter: str) -> int:
+    """How many it has in a round at most."""
+    return 1 if drafter == "dflash" else MOST_DRAFTS
+
+
+def key(pair: Pair, drafter: str = "assistant") -> dict[str, str]:
     """What a profile is of."""
-    parts = pair.target.config, getattr(pair.assistant, "config", None), pair.target.dtype
+    model = {"assistant": pair.assistant, "dflash": pair.dflash}.get(drafter)
+    parts = pair.target.config, getattr(model, "config", None), pair.target.dtype
     text = repr((*parts, str(pair.target_path.resolve()), str(pair.path.resolve())))
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    return {**machine.key(device.default()), "pair": digest}
+    return {**machine.key(device.default()), "pair": digest, "drafter": drafter}
 
 
-def path(pair: Pair) -> Path:
-    return quarantine.folder() / f"blocks-{machine.digest(key(pair))}.json"
+def path(pair: Pair, drafter: str = "assistant") -> Path:
+    return quarantine.folder() / f"blocks-{machine.digest(key(pair, drafter))}.json"
 
 
-def read(pair: Pair, tell: first_use.Tell) -> tuple[Profile | None, bool]:
+def read(pair: Pair, tell: first_use.Tell, drafter: str) -> tuple[Profile | None, bool]:
     """What is kept of a pair, and whether anything is: that measuring took too long is kept too."""
-    file = path(pair)
+    file = path(pair, drafter)
     try:
         if not file.is_file():
             return None, False
         found, own = _parsed(file)
-        if found != key(pair):
-            raise ValueError("it is of another pair, machine, system or build")
+        if found != key(pair, drafter):
+            raise ValueError("it is of another pair, drafter, machine, system or build")
         return own, True
     except (ValueError, OSError) as error:
         text = str(error).removeprefix("[doctor] ").replace(str(file), "it").rstrip(".")
@@ -187,7 +211,8 @@ def here() -> list[Profile]:
             of, profile = _parsed(file)
         except (ValueError, OSError):
             continue
-        if profile is not None and {name: of[name] for name in of if name != "pair"} == own:
+        about = {name: of[name] for name in of if name not in ("pair", "drafter")}
+        if profile is not None and about == own:
             found.append(profile)
     return found
 
@@ -218,12 +243,14 @@ def _parsed(file: Path) -> tuple[dict[str, str], Profile | None]:
             raise ValueError(f"`{name}` must hold {count} numbers")
         if not all(_is_number(x) and x >= least for x in own[name]):
             raise ValueError(f"`{name}` must hold numbers that can be")
-    if not isinstance(own["pair"], str) or not _is_number(own["draft_s"]):
-        raise ValueError("`pair` must be a name and `draft_s` a number")
+    if not all(isinstance(own[name], str) for name in ("pair", "drafter")):
+        raise ValueError("`pair` and `drafter` must be names")
+    if not _is_number(own["draft_s"]):
+        raise ValueError("`draft_s` must be a number")
     if any(a > d for a, d in zip(own["accepted"], own["drafted"], strict=True)):
         raise ValueError("`accepted` must be at most `drafted`")
     round_s, drafted, accepted = (tuple(own[name]) for name in lists)
-    return of, Profile(own["pair"], round_s, own["draft_s"], drafted, accepted)
+    return of, Profile(own["pair"], round_s, own["draft_s"], drafted, accepted, own["drafter"])
 
 
 def _is_number(value: Any) -> bool:
@@ -241,18 +268,22 @@ def _has_folder(make: bool) -> bool:
         return False
 
 
-def _write(pair: Pair, profile: Profile | None, tell: first_use.Tell) -> None:
-    file = path(pair)
+def _write(pair: Pair, drafter: str, profile: Profile | None, tell: first_use.Tell) -> None:
+    file = path(pair, drafter)
     own = None if profile is None else asdict(profile)
     try:
         write_whole(
-            file, json.dumps({"format": FORMAT, "key": key(pair), "profile": own}, indent=1) + "\n"
+            file,
+            json.dumps({"format": FORMAT, "key": key(pair, drafter), "profile": own}, indent=1)
+            + "\n",
         )
     except OSError as error:
         tell(f"{file} could not be written: {error.strerror}.")
 
 
-def measured(pair: Pair, clock: Callable[[], float] = time.perf_counter) -> Profile | None:
+def measured(
+    pair: Pair, drafter: str, clock: Callable[[], float] = time.perf_counter
+) -> Profile | None:
     """Time rounds of all block sizes while a few texts are made. Evaluates.
 
     Returns:
@@ -261,7 +292,7 @@ def measured(pair: Pair, clock: Callable[[], float] = time.perf_counter) -> Prof
     end, costs, acceptance = clock() + LONGEST_S, Costs(), Acceptance(forget=1.0)
     rounds, count = Rounds(), 0
     for number in itertools.count():
-        sequence = _text(pair, number)
+        sequence = _text(pair, number, drafter)
         for _ in sequence.prefill():
             if clock() > end:
                 return None
@@ -279,16 +310,17 @@ def measured(pair: Pair, clock: Callable[[], float] = time.perf_counter) -> Prof
                 return Profile(
                     pair.name,
                     tuple(costs.estimate(Shape(1, k, k)) for k in range(AUTO_BLOCK)),
-                    _draft_seconds(sequence, clock),
+                    _draft_seconds(sequence, clock) / _steps(drafter),
                     tuple(map(int, acceptance.made)),
                     tuple(map(int, acceptance.kept)),
+                    drafter,
                 )
             if clock() > end:
                 return None
     raise AssertionError  # there is always another text
 
 
-def _text(pair: Pair, number: int) -> TokenSequence:
+def _text(pair: Pair, number: int, drafter: str) -> TokenSequence:
     """A text of the pair's own settings."""
     own = pair.generation
     ids = encode_prompt(
@@ -299,7 +331,7 @@ def _text(pair: Pair, number: int) -> TokenSequence:
     )
     return TokenSequence(
         pair.target,
-        new_drafter("assistant", pair.target, pair.assistant),
+        _drafter(pair, drafter),
         ids,
         sampling=Sampling(
             **{name: getattr(own, name) for name in OURS},
@@ -313,7 +345,7 @@ def _text(pair: Pair, number: int) -> TokenSequence:
 
 
 def _draft_seconds(sequence: TokenSequence, clock: Callable[[], float]) -> float:
-    """Of one step of the drafter, behind a text as it stands."""
+    """Of all drafts of a round, behind a text as it stands."""
     groups = on_device.groups_of([sequence.sampler])
     choices = tuple([Choices.of([sequence.sampler], form) for _, form in groups])
     draft = on_device.RecordedRound([sequence.parts], [MOST_DRAFTS], groups).draft
@@ -322,5 +354,5 @@ def _draft_seconds(sequence: TokenSequence, clock: Callable[[], float]) -> float
         start = clock()
         placed = cache.arena.place([cache])
         mx.eval(draft(on_device.Start(placed, (sequence.state,), choices)))
-        took.append((clock() - start) / MOST_DRAFTS)
+        took.append(clock() - start)
     return statistics.median(took[1:])  # the first one records

@@ -7,9 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyengine.checkpoint.config_json import read_assistant_config, read_target_config
-from pyengine.checkpoint.published import PUBLISHED, published
-from pyengine.model.config import AssistantConfig, LayerConfig, TargetConfig, TextConfig
+from pyengine.checkpoint.config_json import (
+    read_assistant_config,
+    read_dflash_config,
+    read_target_config,
+)
+from pyengine.checkpoint.published import DFLASH, PUBLISHED, published, published_dflash
+from pyengine.model.config import (
+    AssistantConfig,
+    DFlashConfig,
+    LayerConfig,
+    TargetConfig,
+    TextConfig,
+)
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
@@ -66,6 +76,8 @@ def embedded(limits: Limits) -> list[Case]:
     assistant = read_assistant_config(folder / "assistant")
     packings = _packings(target) | _packings(assistant)
     found = list(_of_pair(target, assistant, packings, "bfloat16", limits))
+    dflash = read_dflash_config(folder / "dflash")
+    found += _of_dflash(dflash, _packings(dflash), "bfloat16", limits)
     found += _experts(hidden=128, width=64, count=8, used=2, packings={(64, 8)}, limits=limits)
     found += _matrices([(128, 128)], {None}, "bfloat16", limits)
     return _merged([(EMBEDDED, found)])
@@ -77,7 +89,10 @@ def real(limits: Limits) -> list[Case]:
     for name in PUBLISHED:
         target, assistant = published(name)
         packings: set[Packing] = {(64, 8), (64, 4)} if name == "E2B" else {(64, 8)}
-        found.append((name, list(_of_pair(target, assistant, packings, "bfloat16", limits))))
+        own = list(_of_pair(target, assistant, packings, "bfloat16", limits))
+        if name in DFLASH:
+            own += _of_dflash(published_dflash(name), packings, "bfloat16", limits)
+        found.append((name, own))
     return _merged(found)
 
 
@@ -89,10 +104,14 @@ def of_loaded(pair: Pair, limits: Limits) -> list[Case]:
         packings |= _packings(assistant.config)
     dtype = str(target.dtype).rpartition(".")[2]
     own = None if assistant is None else assistant.config
-    return _merged([(pair.name, list(_of_pair(target.config, own, packings, dtype, limits)))])
+    found = list(_of_pair(target.config, own, packings, dtype, limits))
+    if pair.dflash is not None:
+        dflash = pair.dflash.config
+        found += _of_dflash(dflash, _packings(dflash), dtype, limits)
+    return _merged([(pair.name, found)])
 
 
-def _packings(config: TextConfig) -> set[Packing]:
+def _packings(config: TextConfig | DFlashConfig) -> set[Packing]:
     stored = config.quantization
     if stored is None:
         return {None}
@@ -176,10 +195,7 @@ def _of_pair(
         for (_, D, K, own_keys, same), _ in layers:
             if own_keys:
                 true = [H * D, K * D] if same else [H * D, K * D, K * D]
-                share = limits.fitting(sum(true), _row_bytes(E, packing)) / sum(true)
-                columns = true if share == 1 else [max(64, int(n * share) // 64 * 64) for n in true]
-                settings = {"K": E, "columns": columns, **options}
-                yield "quantized_matmuls", settings, _scaled("columns", sum(true), sum(columns))
+                yield _together(E, true, packing, dtype, limits)
         gates = {(E, n.ffn_width) for n in target.layers}
         heads_of: dict[int, tuple[str, ...]] = {E: FILTERS}
         if assistant is not None:
@@ -207,6 +223,51 @@ def _of_pair(
         )
         yield "dense_matmul", {"N": target.num_experts, "K": E, "dtype": "float32"}, {}
     yield from _sampling(V, target.softcap)
+
+
+def _of_dflash(
+    config: DFlashConfig, packings: set[Packing], dtype: str, limits: Limits
+) -> Iterator[Found]:
+    """What a DFlash drafter calls, the target's head for all rows of a block among it."""
+    E, H, layers = config.hidden_size, config.num_heads, dict.fromkeys(config.layers)
+    yield "rms_norm", {"D": E, "heads": 1, "dtype": dtype}, {}
+    matrices = [(len(config.taps) * E, E), (E, config.vocab_size)]
+    apart = []
+    for layer in layers:
+        D, K, F = layer.head_dim, layer.num_kv_heads, layer.ffn_width
+        window, length = None, FULL_LENGTH
+        heads = H * config.block_size  # of a block whose rows see all of it: as one row
+        if layer.sliding:
+            window, length = config.window, config.window + 37
+            heads = H if config.is_causal else heads
+        matrices += [(H * D, E), (F, E)]
+        apart += [(E, F), (E, H * D), (E, K * D)]
+        own: Settings = {"K": K, "D": D, "dtype": dtype}
+        yield "copy_pages", own, {}
+        yield "prepare_qkv", {"H": H, "same": False, **own, "norm_values": False}, {}
+        yield "block_attention", {"H": heads, "window": window, "length": length, **own}, {}
+        yield "glu", {"F": F, "dtype": dtype, "activation": "silu"}, {}
+        for packing in _sorted(packings - {None}):
+            assert packing is not None
+            options = {"group": packing[0], "bits": packing[1], "dtype": dtype}
+            for true in ([H * D, K * D, K * D], [K * D, K * D]):  # of a block, and of the context
+                yield _together(E, true, packing, dtype, limits)
+            fit = limits.fitting(F, 2 * _row_bytes(E, packing))
+            gated: Settings = {"N": fit, "K": E, **options, "activation": "silu"}
+            yield "quantized_gated_matmul", gated, _scaled("N", F, fit)
+    yield from _matrices(matrices, packings - {None}, dtype, limits)
+    if None in packings:
+        yield from _matrices(matrices + apart, {None}, dtype, limits)
+
+
+def _together(E: int, true: list[int], packing: Packing, dtype: str, limits: Limits) -> Found:
+    """Matrices of so many columns each, on the same rows."""
+    assert packing is not None
+    share = limits.fitting(sum(true), _row_bytes(E, packing)) / sum(true)
+    columns = true if share == 1 else [max(64, int(n * share) // 64 * 64) for n in true]
+    settings: Settings = {"K": E, "columns": columns}
+    settings |= {"group": packing[0], "bits": packing[1], "dtype": dtype}
+    return "quantized_matmuls", settings, _scaled("columns", sum(true), sum(columns))
 
 
 def _geometry(layer: LayerConfig, i: int) -> tuple[bool, int, int, bool, bool]:

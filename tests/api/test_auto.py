@@ -90,7 +90,7 @@ def test_where_a_text_can_tell_it_is_one_number_that_is_told(
         assert auto.stats.block_size == default_block_size(pair) == 4
         assert auto.tokens == generate(PROMPTS[0], sampling=sampling, block_size=4, **ask).tokens
         with monkeypatch.context() as patch:
-            patch.setattr(profile, "ready", lambda pair: known)
+            patch.setattr(profile, "ready", lambda pair, drafter: known)
             other = generate(PROMPTS[0], sampling=sampling, **ask)
         size = known.best_block
         assert other.stats.block_size == size != 4

@@ -160,6 +160,30 @@ def test_a_wrong_name_is_told_before_the_weights_are_read(
     )
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["generate"], ["chat"], ["serve"], *(["bench", b] for b in ("gemma-mtp", "sweep", "streams"))],
+    ids=" ".join,
+)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--assistant", "b"], None),
+        (["--drafter", "lookup"], "lookup"),
+        (["--drafter", "assistant+lookup"], "assistant+lookup"),
+    ],
+)
+def test_a_dflash_that_nobody_would_use_is_not_read(
+    command: list[str], words: list[str], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.common, "load_pair", lambda *_: pytest.fail("weights were read"))
+    given = [*command, "--target", "a", "--dflash", "c", *words]
+    done = CliRunner().invoke(cli.app, given, input="fox\n")
+    said = said or ("assistant,lookup" if "sweep" in command else "assistant")
+    message = f"[load] --dflash must go with --drafter dflash but got {said}."
+    assert done.exit_code == 2 and message in done.stderr, done.output
+
+
 def test_the_bench_compares_drafters(scripted: Any, tmp_path: Path) -> None:
     suite, out = tmp_path / "suite.jsonl", tmp_path / "out.json"
     case = {"id": "one", "category": "chat", "prompt": "fox", "max_tokens": 24}

@@ -10,6 +10,8 @@ import pytest
 
 import pyengine
 from pyengine import Sampling, generate
+from pyengine.bench.streams import bench_streams
+from pyengine.bench.suite import Case
 from pyengine.checkpoint.pair import Pair
 from pyengine.model.dflash import DFlash
 
@@ -41,6 +43,33 @@ def test_no_text_depends_on_it(pair: Pair, sampling: Sampling) -> None:
     drafted = generate(PROMPT, drafter="dflash", **ask)
     assert drafted.tokens == plain.tokens
     assert drafted.stats.accepted > 0
+
+
+def test_without_an_assistant_it_is_the_pairs_own(pair: Pair) -> None:
+    alone = dataclasses.replace(pair, assistant=None)
+    ask = ASK | {"pair": alone, "sampling": Sampling(temperature=0.0), "block_size": "auto"}
+    told = generate(PROMPT, **ask)
+    assert told.stats.accepted > 0 and told.stats.block_size == "auto"
+    assert told.tokens == generate(PROMPT, **(ask | {"block_size": 1})).tokens
+    assert generate(PROMPT, **(ask | {"sampling": Sampling(seed=1)})).stats.block_size == 8
+
+
+def test_streams_are_timed_with_its_drafts(pair: Pair) -> None:
+    cases, asked = [Case("one", "code", PROMPT, 9)], {"streams": [2], "block_sizes": [4]}
+    rows = {
+        drafter: bench_streams(
+            pair,
+            cases,
+            **asked,
+            max_tokens=40,
+            sampling=Sampling(seed=4, verify="coupled"),
+            repeats=1,
+            drafter=drafter,
+        )[0]
+        for drafter in ("assistant", "dflash")
+    }
+    assert all(row["texts_equal_to_alone"] for row in rows.values())
+    assert 0 < rows["dflash"]["acceptance"] < rows["assistant"]["acceptance"]
 
 
 def test_what_it_knows_of_the_text_is_what_it_drafts_by(

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from models import decode
 from typer.testing import CliRunner
 
 from pyengine import cli
 from pyengine.bench import bandwidth, generated, model, traffic
 from pyengine.checkpoint import memory, published
-from pyengine.checkpoint.weights import assistant_layout, target_layout
+from pyengine.checkpoint.published import check_dflash
+from pyengine.checkpoint.weights import assistant_layout, dflash_layout, target_layout
+from pyengine.engine.loop import decode
 from pyengine.engine.rounds import Rounds
-from pyengine.engine.sequence import TokenSequence
+from pyengine.ops import dispatch
+from pyengine.sampling.settings import Sampling
 
 # The published pairs' layers and heads in narrow matrices, so that a test makes one in no time
 NARROW = {
@@ -30,6 +33,7 @@ NARROW = {
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, sizes in NARROW.items():
         monkeypatch.setitem(published.PUBLISHED, name, sizes)
+    monkeypatch.setitem(published.DFLASH, "31B", (8, 256, (1, 12, 23, 35, 46, 57)))
     monkeypatch.setattr(published, "VOCABULARY", 2048)
     monkeypatch.setattr(published, "EXPERT_WIDTH", 64)
     monkeypatch.setattr(
@@ -98,14 +102,48 @@ def test_what_has_no_such_shape_is_refused(shape: str, layers: int | None, messa
 
 
 @pytest.mark.parametrize(
-    ("shape", "layers", "bits"), [("e2b", 35, 8), ("26b", 6, 4), ("31b", 6, 6)]
+    ("shape", "layers", "drafters", "message"),
+    [
+        ("e4b", None, "dflash", r"--shape must be of 12b, 26b, 31b for dflash but got 'e4b'\."),
+        ("31b", 6, "early:6", r"--drafter must leave a layer of the target's 6 out but got early"),
+    ],
+)
+def test_a_drafter_that_a_shape_has_not_is_refused(
+    shape: str, layers: int | None, drafters: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        generated.plan(shape, layers, 8, (drafters,))
+
+
+def test_a_cut_target_is_tapped_where_it_has_layers() -> None:
+    whole = generated.plan("31b", None, 8, ("dflash",)).dflash
+    assert whole is not None and whole.taps == (1, 12, 23, 35, 46, 57)
+    for count, taps in ((6, (0, 1, 2, 3, 4, 5)), (12, (0, 2, 4, 6, 8, 10))):
+        plan = generated.plan("31b", count, 8, ("assistant", "dflash"))
+        assert plan.dflash is not None and plan.dflash.taps == taps
+        check_dflash(plan.target, plan.dflash)
+    assert generated.plan("31b", 6).dflash is None
+
+
+def test_the_12bs_dflash_has_the_size_of_its_file() -> None:
+    """Its config was not seen; 727,496,960 numbers and a header are the file."""
+    layout = dflash_layout(published.published_dflash("12B"))
+    shapes = [*layout.matrices.values(), *layout.vectors.values()]
+    assert len(shapes) == 58 and sum(map(prod, shapes)) == 727_496_960
+
+
+@pytest.mark.parametrize(
+    ("shape", "layers", "bits", "drafters"),
+    [("e2b", 35, 8, "assistant"), ("26b", 6, 4, "lookup"), ("31b", 6, 6, "dflash,assistant")],
 )
 def test_a_pair_takes_the_memory_that_was_said(
-    narrow: None, shape: str, layers: int, bits: int
+    narrow: None, shape: str, layers: int, bits: int, drafters: str
 ) -> None:
-    plan, told = generated.plan(shape, layers, bits), []
+    plan, told = generated.plan(shape, layers, bits, tuple(drafters.split(","))), []
     pair = generated.make(plan, 64, 4, lambda *now: told.append(now))
-    layouts = target_layout(plan.target), assistant_layout(plan.assistant)
+    layouts = [target_layout(plan.target), assistant_layout(plan.assistant)]
+    if "dflash" in drafters:
+        layouts.append(dflash_layout(published.published_dflash(plan.name)))
     assert told[-1] == (len(told) - 1, len(told) - 1, "done")
     assert len(told) - 1 == sum(len(layout.matrices) for layout in layouts)
     words = mx.zeros(8, mx.uint32)
@@ -142,20 +180,50 @@ def test_what_does_not_fit_is_refused_with_a_way_out(
         generated.check_memory(plan, 512, 6)
 
 
-@pytest.mark.parametrize(("shape", "layers"), [("e2b", 10), ("26b", 6), ("31b", 6)])
-def test_rounds_in_parts_are_the_rounds(narrow: None, shape: str, layers: int) -> None:
-    """Token for token: what is timed in parts is what a generation does."""
-    pair = generated.make(generated.plan(shape, layers), 64, 4)
-    prompt = [5, 1, 4, 3, 2]
-    for sampling in (model.SAMPLING, replace(model.SAMPLING, temperature=0.0)):
-        told = list(
-            decode(
-                pair.target, pair.assistant, prompt, sampling=sampling, block_size=4, max_tokens=20
-            )
+@pytest.mark.parametrize(
+    ("shape", "layers", "drafter", "name"),
+    [
+        ("e2b", 10, "assistant", "native"),
+        ("26b", 6, "assistant", "native"),
+        ("31b", 6, "assistant", "native"),
+        ("31b", 6, "dflash", "native"),
+        ("31b", 6, "dflash", "reference"),
+        ("26b", 6, "early:2", "native"),
+        ("31b", 6, "lookup", "native"),
+    ],
+)
+def test_rounds_in_parts_are_the_rounds(
+    narrow: None,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: str,
+    layers: int,
+    drafter: str,
+    name: str,
+) -> None:
+    """Token for token: what is timed in parts is what a generation does. Of the two rules one has a
+    text that tells what was drafted. Caches are written in place, and by the reference are not."""
+    pair = generated.make(generated.plan(shape, layers, 8, (drafter,)), 64, 4)
+    monkeypatch.setattr(dispatch, "_chosen", name)
+
+    def played(sampling: Sampling, rounds: Rounds | None) -> list[tuple[list[int], int, int]]:
+        """Tokens of each round, its drafts, and how many of them were kept."""
+        told = decode(
+            pair.target,
+            model.drafter_of(drafter, pair),
+            [5, 1, 4, 3, 2],
+            sampling=sampling,
+            block_size=4,
+            max_tokens=20 if name == "native" else 4,
+            rounds=rounds,
         )
-        want = [token for done in told for token in done.tokens]
+        return [(done.tokens, done.num_drafted, done.num_accepted) for done in told]
+
+    greedy = replace(model.SAMPLING, temperature=0.0)
+    for sampling in (model.SAMPLING, greedy) if name == "native" else (model.SAMPLING,):
+        want = played(sampling, None)
+        assert {drafted for _, drafted, _ in want[1:]} == {3}
         for rounds in (model.WholeRounds(), model.PartedRounds()):
-            assert _text(rounds, pair, prompt, sampling) == want, type(rounds)
+            assert played(sampling, rounds) == want, type(rounds)
             if isinstance(rounds, model.PartedRounds):
                 assert list(rounds.seconds) == list(model.PARTS)
                 assert all(took > 0 for took in rounds.seconds.values())
@@ -163,31 +231,26 @@ def test_rounds_in_parts_are_the_rounds(narrow: None, shape: str, layers: int) -
                 assert rounds.device_s > 0
 
 
-def _text(rounds: Rounds, pair: Any, prompt: list[int], sampling: Any) -> list[int]:
-    from pyengine.drafters import new_drafter
-
-    sequence = TokenSequence(
-        pair.target,
-        new_drafter("assistant", pair.target, pair.assistant),
-        prompt,
-        sampling=sampling,
-        block_size=4,
-        max_tokens=20,
-    )
-    tokens = [token for done in sequence.prefill() for token in done.tokens]
-    while sequence.finish_reason is None:
-        [done] = rounds.play([sequence])
-        assert not isinstance(done, Exception)
-        tokens += done.tokens
-    return tokens
+def test_lookup_has_drafts_where_nothing_matches() -> None:
+    drafter = model.Matching()
+    assert drafter.find([7, 8, 9], 5) == [7, 8, 9, 7, 8]
+    assert drafter.find([7, 8, 9, 7, 8, 9, 7, 8, 9], 4) == [7, 8, 9, 7]
+    assert drafter.wants_to_draft([1, 2, 3, 4], 2) and drafter.arrays[0].tolist() == [1, 2]
 
 
 def test_turns_are_counted(narrow: None) -> None:
-    pair, told = generated.make(generated.plan("e2b", 5), 64, 4), []
+    drafters, told = ("dflash", "early:3"), []
+    pair = generated.make(generated.plan("31b", 6, 8, drafters), 64, 4)
     measured = model.measure(
-        pair, prompt_tokens=9, block_sizes=[3, 2], rounds=2, on_run=lambda *now: told.append(now)
+        pair,
+        prompt_tokens=9,
+        block_sizes=[3, 2],
+        rounds=2,
+        drafters=drafters,
+        on_run=lambda *now: told.append(now),
     )
-    assert {block: len(own.whole) for block, own in measured.times.items()} == {1: 2, 3: 2, 2: 2}
+    assert list(measured.times) == [(None, 1)] + [(d, b) for d in drafters for b in (3, 2)]
+    assert {len(own.whole) for own in measured.times.values()} == {2}
     for own in measured.times.values():
         assert len(own.host) == len(own.parts) == 2
         assert all(0 < host < took for host, took in zip(own.host, own.whole, strict=True))
@@ -207,8 +270,10 @@ def test_figures_by_hand() -> None:
         512,
         10.0,
         {
-            1: model.Times([0.08, 0.5, 0.07], [0.002, 0.001, 0.1], [plain] * 3),
-            6: model.Times([0.1, 0.12, 0.3], [0.003] * 3, [{**parts, "layers": 9.9}, parts, parts]),
+            model.PLAIN: model.Times([0.08, 0.5, 0.07], [0.002, 0.001, 0.1], [plain] * 3),
+            model.Setting("assistant", 6): model.Times(
+                [0.1, 0.12, 0.3], [0.003] * 3, [{**parts, "layers": 9.9}, parts, parts]
+            ),
         },
         600,
         1,
@@ -233,6 +298,28 @@ def test_figures_by_hand() -> None:
     assert row["whole_model"]["round_cost_in_plain_steps"] == pytest.approx(660 / 620)
     assert row["whole_model"]["tok_s"]["1"] == pytest.approx(6 / 0.66)
     assert [len(line) for line in model.cells([first, row])] == [len(model.HEADS)] * 2
+    assert [line[0] for line in model.cells([first, row])] == ["plain", "6 assistant"]
+
+
+@pytest.mark.parametrize("drafter", ["dflash", "early:2", "lookup"])
+def test_bytes_of_each_drafters_rounds_by_hand(drafter: str) -> None:
+    plan = generated.plan("31b", 6, 8, (drafter,))
+    parts = dict.fromkeys(model.PARTS, 0.01)
+    times = {
+        one: model.Times([0.1], [0.1], [parts]) for one in (model.PLAIN, model.Setting(drafter, 6))
+    }
+    measured = model.Measured(16, 1.0, times, 600, 1, 2, 3)
+    first, row = model.rows_of(plan, measured, [0.5], 50.0)
+    head, whole = traffic.head_bytes(plan.target, 8), traffic.target_bytes(plan.whole, 8)
+    own = {
+        # All of it once, keys' and values' matrices twice, the target's head
+        "dflash": (1_535_967_488 + 10 * 1024 * 5376 + 262_144 * 5376) * (1 + 4 / 64),
+        "early:2": 5 * ((whole - head) * 2 / 60 + head),  # a full layer is a little larger
+        "lookup": 0,
+    }
+    assert first["bytes"] == traffic.step_bytes(plan.target, 8, 600, 1)
+    verify = traffic.step_bytes(plan.target, 8, 600, 6)
+    assert row["bytes"] - verify == pytest.approx(own[drafter], rel=0.03)  # and the caches
 
 
 def run(words: str) -> Any:
@@ -265,6 +352,9 @@ def test_the_command_reports(narrow: None) -> None:
         ("--prompt-tokens 0", "--prompt-tokens must be at least 1 but got 0."),
         ("--rounds 0", "--rounds must be at least 1 but got 0."),
         ("--block-sizes 1,2", "--block-sizes must be 2 to 128 but got 1."),
+        ("--drafter lookup,lookup", "--drafter must name each once but got"),
+        ("--drafter assistant+lookup", "--drafter must be of assistant, dflash, lookup, early:N"),
+        ("--drafter dflash", "--shape must be of 12b, 26b, 31b for dflash but got 'e2b'."),
         ("--block-sizes 2,2", "--block-sizes must name each once but got [2, 2]."),
         ("--block-sizes two", "--block-sizes must be whole numbers like 2,4,6 but got 'two'."),
         ("--acceptance 1.5", "--acceptance must be 0 to 1 but got 1.5."),

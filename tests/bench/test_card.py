@@ -96,6 +96,7 @@ def card(whole: dict[str, Any]) -> dict[str, Any]:
 
 def test_every_field_of_a_card(card: dict[str, Any], whole: dict[str, Any]) -> None:
     plain, block = card.pop("decoding")
+    assert card.pop("dflash") == []
     assert card == {
         "card": "pyengine",
         "card_version": 1,
@@ -406,6 +407,9 @@ def test_the_command_writes_both_files(
     assert picture.draw(card) == png.read_bytes()
     assert card["command"] == typed(sys.argv[1:]) and card["settings"]["quick"]
     assert [line["block_size"] for line in card["decoding"]] == [1, 2, 3]
+    assert [line["block_size"] for line in card["dflash"]] == [2, 3]
+    for line, other in zip(card["dflash"], card["decoding"][1:], strict=True):
+        assert line["tok_s"] > 0 and line["drafted_by_depth"] != [] and line != other
     assert card["pair"]["embedded"] and card["kernel_shapes"] == "E2B, 8 bit"
     assert card["settings"]["max_tokens"] == 3 and len(card["prompts"]) == 5
     assert f"Card: {path}" in done.stderr and f"Picture: {png}" in done.stderr
@@ -415,7 +419,7 @@ def test_without_a_picture(quick: None, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(picture, "available", lambda: False)
     done = run("--quick", "--no-plot", "--block-sizes", "2", "--output", str(tmp_path))
     assert done.exit_code == 0 and [p.suffix for p in tmp_path.iterdir()] == [".json"]
-    for word in ("all 5 prompts", "shapes of E2B, 8 bit", "measured: x", "down"):
+    for word in ("all 5 prompts", "2 dflash", "shapes of E2B, 8 bit", "measured: x", "down"):
         assert word in " ".join(done.stdout.split())
 
 

@@ -17,8 +17,8 @@ ASKED = ("Write a {} game.", "Create a {} game with canvas.", "Please build {}."
 QUICK = ("--temperature", "0", "--max-tokens", "8", "--layer", "6")
 
 
-def run(*arguments: Any) -> Any:
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+def run(*arguments: Any, stdin: str | None = None) -> Any:
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], input=stdin)
 
 
 @pytest.fixture
@@ -63,6 +63,36 @@ def test_a_certificate_is_made_and_used(suite: Path, tmp_path: Path) -> None:
     assert result["early_exit"]["label"] + "." == label
     assert sum(result["stats"]["exits"].values()) == 7
     assert result["stats"]["mean_layers"] < 24 and used.stdout.strip() in result["text"].strip()
+
+
+def test_a_chat_says_of_each_answer_that_it_is_approximate(suite: Path, tmp_path: Path) -> None:
+    out, saved, again = (tmp_path / name for name in ("exit.json", "chat.json", "again.json"))
+    assert run("calibrate", suite, *QUICK, "--lambdas", "0.9", "--output", out).exit_code == 0
+    ask = ("chat", "--early-exit", out, "--temperature", 0)
+    lines = f"Write a Pong game.\nNow Snake.\n/save {saved}\n"
+    done = run(*ask, stdin=lines)
+    assert done.exit_code == 0, done.output
+    label = json.loads(saved.read_text())["early_exit"]
+    assert label.startswith("approximate: on prompts like the 36 calibrated ones")
+    assert done.stderr.count(f"{label}.\n") == 2
+    alone = run("generate", "--early-exit", out, "--temperature", 0, "Write a Pong game.")
+    assert done.stdout.startswith(alone.stdout)
+    told = [json.loads(line) for line in run(*ask, "--json", stdin=lines).stdout.splitlines()]
+    assert [one["early_exit"]["label"] for one in told] == [label] * 2
+    assert all(one["stats"]["mean_layers"] < 24 for one in told)
+    # Text that was loaded stays what it was, whoever goes on
+    loaded = run("chat", "--max-tokens", 4, stdin=f"/load {saved}\nMore.\n/save {again}\n")
+    assert loaded.exit_code == 0 and f"{label}.\n" in loaded.stderr
+    assert json.loads(again.read_text())["early_exit"] == label
+    fresh = tmp_path / "fresh.json"
+    run("chat", "--max-tokens", 4, stdin=f"/load {saved}\n/new\nFox.\n/save {fresh}\n")
+    assert set(json.loads(fresh.read_text())) == {"model", "messages"}
+    for words, message in (
+        (("--drafter", "lookup"), "an early exit must go without drafts but some are asked for."),
+        (("--temperature", "1"), "temperature must be 0.0 as calibrated but got 1"),
+    ):
+        refused = run("chat", "--early-exit", out, *words, stdin="Fox.\n")
+        assert refused.exit_code == 2 and f"[early-exit] {message}" in refused.stderr
 
 
 def test_none_is_exit_code_1_and_no_file(suite: Path, tmp_path: Path) -> None:

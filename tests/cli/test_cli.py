@@ -80,9 +80,7 @@ def test_generate_options_reach_the_engine(pair: Any) -> None:
     done = run(
         *words("generate fox --json --max-tokens 9 --block-size 3 --system Brief. --stop jum"),
         *words("--temperature 0.5 --top-p 0.9 --top-k 5 --min-p 0.1 --seed 7 --verify block"),
-        *words(
-            "--target a --assistant b --dflash c --dtype float32 --position n-2 --ops reference"
-        ),
+        *words("--target a --assistant b --dtype float32 --position n-2 --ops reference"),
     )
     result = json.loads(done.stdout)
     assert result["finish_reason"] in ("stop", "length") and STORY.startswith(result["text"])
@@ -95,8 +93,10 @@ def test_generate_options_reach_the_engine(pair: Any) -> None:
         options.Dtype.float32,
         options.Position.before_last,
         options.Ops.reference,
-        "c",
+        None,
     ]
+    run("generate", "fox", *words("--target a --dflash c --drafter dflash+lookup"))
+    assert (pair.asked[0], pair.asked[-1]) == ("a", "c")
     assert run("generate", "fox", "--stop", "jumps", "--stop", "own").stdout == "the quick br\n"
     run("generate", "fox", "--raw")
     assert pair.target.prompt == pair.tokenizer.encode("fox", bos=True)

@@ -189,17 +189,31 @@ def test_the_published_shapes_are_the_pairs_own() -> None:
 
     target, assistant = published("31B")
     gates = {(x["N"], x["K"]) for x in settings("quantized_gated_matmul", "31B")}
-    assert gates == {(21504, 5376), (8192, 1024)}
+    assert gates == {(21504, 5376), (8192, 1024), (10752, 5376)}
     assert {(x["V"], x["K"]) for x in settings("quantized_filter_logits", "31B")} == {
         (target.vocab_size, target.hidden_size),
         (target.vocab_size, assistant.hidden_size),
     }
     columns = {tuple(x["columns"]) for x in settings("quantized_matmuls", "31B")}
-    assert columns == {(8192, 4096, 4096), (16384, 2048)}  # keys double as values in full layers
+    # Keys double as values in full layers; of DFlash a block's, and those of what it reads
+    dflash = {(8192, 1024, 1024), (1024, 1024)}
+    assert columns == {(8192, 4096, 4096), (16384, 2048), *dflash}
     widths = {(x["K"], x["N"]) for x in settings("quantized_matmul", "31B")}
     assert {(21504, 5376), (16384, 5376), (8192, 5376), (10752, 1024)} <= widths
+    assert {(6 * 5376, 5376), (10752, 5376), (5376, target.vocab_size)} <= widths  # of DFlash
     heads = {(x["H"], x["K"], x["D"], x["window"]) for x in settings("block_attention", "31B")}
-    assert heads == {(32, 16, 256, 1024), (32, 16, 256, 1023), (32, 4, 512, None)}
+    dflash_heads = {(64, 8, 128, 2048), (16 * 64, 8, 128, None)}  # a block of 16 as one row
+    assert heads == {(32, 16, 256, 1024), (32, 16, 256, 1023), (32, 4, 512, None), *dflash_heads}
+    silu = {
+        (case.op, name)
+        for case in cases
+        for name in case.where
+        if case.settings.get("activation") == "silu"
+    }
+    with_dflash = ("12B", "26B-A4B", "31B")
+    assert silu == {(op, name) for op in ("glu", "quantized_gated_matmul") for name in with_dflash}
+    unnormed = [x for x in settings("prepare_qkv", "31B") if x.get("norm_values") is False]
+    assert [(x["H"], x["K"], x["D"]) for x in unnormed] == [(64, 8, 128)]
     experts = {
         (x["X"], x["U"], x["N"], x["K"]) for x in settings("quantized_expert_matmul", "26B-A4B")
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,6 +14,7 @@ import pytest
 from pyengine.checkpoint.pair import load
 from pyengine.doctor import profile, quarantine
 from pyengine.doctor.profile import Profile
+from pyengine.drafters import new_drafter
 from pyengine.drafters.assistant import AssistantDrafter
 from pyengine.engine.controller import Acceptance, Controller, Known, Shape, Text
 from pyengine.engine.known import known_of
@@ -63,7 +65,7 @@ def test_it_is_measured_once_and_then_stays(
 ) -> None:
     made = []
 
-    def measured(pair: Any) -> Profile:
+    def measured(pair: Any, drafter: str) -> Profile:
         made.append(pair)
         return EXAMPLE
 
@@ -83,7 +85,7 @@ def test_it_is_measured_once_and_then_stays(
 
 def test_a_measurement_is_of_the_pair(pair: Any) -> None:
     seconds = itertools.count(0.0, 1e-3)  # however busy the machine is
-    found = profile.measured(pair, lambda: next(seconds))
+    found = profile.measured(pair, "assistant", lambda: next(seconds))
     assert found is not None and found.pair == pair.name
     assert len(found.round_s) == 8 and min(found.round_s) > 0 < found.draft_s
     assert found.drafted[0] >= 40 and 1 <= found.best_block <= 8
@@ -96,9 +98,9 @@ def test_what_is_too_slow_has_none_and_is_not_tried_again(
     folder: Path, pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = iter(range(0, 10_000, 6))
-    assert profile.measured(pair, lambda: float(next(seconds))) is None
+    assert profile.measured(pair, "assistant", lambda: float(next(seconds))) is None
     made: list[Any] = []
-    monkeypatch.setattr(profile, "measured", lambda pair: made.append(pair))
+    monkeypatch.setattr(profile, "measured", lambda pair, drafter: made.append(pair))
     for _ in range(3):
         assert profile.ready(pair) is None
         forget(monkeypatch)
@@ -125,22 +127,23 @@ def test_where_none_can_be_kept_none_is_made(
     ("damage", "why"),
     [
         (lambda value: "{", "JSON"),
-        (lambda value: "[]", "must have format 1"),
-        (lambda value: {**value, "format": 2}, "must have format 1"),
-        (lambda value: {**value, "key": {**value["key"], "pair": "0"}}, "of another pair, machine"),
+        (lambda value: "[]", "must have format 2"),
+        (lambda value: {**value, "format": 1}, "must have format 2"),
+        (lambda value: {**value, "key": {**value["key"], "pair": "0"}}, "of another pair, drafter"),
         (lambda value: {**value, "key": None}, "must have a key"),
         (lambda value: {**value, "profile": {}}, "must hold a profile"),
         (lambda value: changed(value, round_s=[1.0]), "`round_s` must hold 8 numbers"),
         (lambda value: changed(value, round_s=[0] * 8), "`round_s` must hold numbers that can be"),
         (lambda value: changed(value, accepted=["1"] * 7), "`accepted` must hold numbers that"),
         (lambda value: changed(value, accepted=[900] * 7), "`accepted` must be at most `drafted`"),
-        (lambda value: changed(value, draft_s=None), "`draft_s` a number"),
+        (lambda value: changed(value, drafter=3), "`pair` and `drafter` must be names"),
+        (lambda value: changed(value, draft_s=None), "`draft_s` must be a number"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_ignored_with_a_line(
     folder: Path, pair: Any, monkeypatch: pytest.MonkeyPatch, damage: Any, why: str
 ) -> None:
-    monkeypatch.setattr(profile, "measured", lambda pair: EXAMPLE)
+    monkeypatch.setattr(profile, "measured", lambda pair, drafter: EXAMPLE)
     profile.ready(pair)
     [file] = folder.iterdir()
     value = damage(json.loads(file.read_text()))
@@ -164,7 +167,7 @@ def test_pairs_have_profiles_of_their_own(
 ) -> None:
     other = load(dtype="float16")
     assert profile.path(pair) == profile.path(load()) != profile.path(other)
-    monkeypatch.setattr(profile, "measured", lambda pair: EXAMPLE)
+    monkeypatch.setattr(profile, "measured", lambda pair, drafter: EXAMPLE)
     profile.ready(pair)
     assert profile.kept(other) is None
     profile.ready(other)
@@ -175,13 +178,46 @@ def test_pairs_have_profiles_of_their_own(
     assert profile.ready(alone) is None  # without an assistant
 
 
+@pytest.mark.parametrize("drafter", ["dflash", "early:6"])
+def test_other_drafters_have_profiles_of_their_own(
+    folder: Path, pair: Any, monkeypatch: pytest.MonkeyPatch, drafter: str
+) -> None:
+    seconds = itertools.count(0.0, 1e-3)
+    found = profile.measured(pair, drafter, lambda: next(seconds))
+    assert found is not None and found.drafter == drafter and 1 <= found.best_block <= 8
+    assert found.drafted[0] >= 40 and found.accepted[0] > 10
+    # By the clock's steps a round takes as long with drafts as without
+    steps = 1 if drafter == "dflash" else 7
+    assert [t - v for t, v in zip(found.round_s, found.verify_s, strict=True)] == pytest.approx(
+        [min(k, steps) * found.draft_s for k in range(8)]
+    )
+    own = replace(EXAMPLE, drafter=drafter)
+    monkeypatch.setattr(profile, "measured", lambda pair, drafter: replace(own, drafter=drafter))
+    ask: dict[str, Any] = {"pair": pair, "max_tokens": 3, "sampling": Sampling(seed=1)}
+    assert generate("x", drafter=f"{drafter}+lookup", **ask).stats.block_size == own.best_block
+    assert profile.kept(pair, drafter=drafter) == own and profile.kept(pair) is None
+    assert profile.path(pair, drafter) != profile.path(pair)
+    assert profile.here() == [own]
+    assert own.line().startswith(f"block size 5 for 'a pair' with {drafter}: plain step")
+    assert (
+        len(
+            known_of(
+                pair.target, type(new_drafter(drafter, pair.target, None, pair.dflash))
+            ).costs.shapes
+        )
+        == 8
+    )
+    assert generate("x", drafter="lookup", **ask).stats.block_size == 8
+    assert len([*folder.iterdir()]) == 1  # of lookup there is none
+
+
 def test_a_controller_begins_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = Known()
     EXAMPLE.teach(known)
     [k] = Controller(known).choose([Text(Acceptance(known.acceptance))])
     assert k + 1 in (EXAMPLE.best_block - 1, EXAMPLE.best_block, EXAMPLE.best_block + 1)
     assert known.costs.estimate(Shape(1, 5, 5)) == pytest.approx(2.0, rel=0.1)
-    monkeypatch.setattr(profile, "measured", lambda pair: EXAMPLE)
+    monkeypatch.setattr(profile, "measured", lambda pair, drafter: EXAMPLE)
     own = load()
     profile.ready(own)
     assert len(known_of(own.target, AssistantDrafter).costs.shapes) == 8

@@ -19,6 +19,8 @@ from scipy import stats as scipy_stats
 from pyengine import ops
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.checkpoint.quantize import quantize_checkpoint
+from pyengine.drafters import new_drafter
+from pyengine.engine import loop
 from pyengine.engine.stats import Stats
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.ops.filter_logits import Filtered
@@ -257,6 +259,59 @@ def test_coupled_text_of_the_embedded_pair_two_hundred_times(embedded: Pair) -> 
     assert assert_coupled_is_plain(embedded, prompts, range(12), 40) >= 200
 
 
+# Every other drafter, on weights that were trained.
+
+OTHERS = ("dflash", "early:6", "lookup", "assistant+lookup", "dflash+lookup", "early:6+lookup")
+
+
+def drafted_text(
+    pair: Pair, drafter: str, prompt: list[int], block_size: int, count: int, sampling: Sampling
+) -> tuple[list[int], Stats]:
+    stats = Stats()
+    rounds = loop.decode(
+        pair.target,
+        new_drafter(drafter, pair.target, pair.assistant, pair.dflash),
+        prompt,
+        sampling=sampling,
+        block_size=block_size,
+        max_tokens=count,
+        stats=stats,
+    )
+    return [token for r in rounds for token in r.tokens], stats
+
+
+def assert_drafted_is_plain(pair: Pair, drafter: str, seeds: range, count: int) -> None:
+    """Greedily, and coupled by seed and temperature. What follows comes back to the prompt, so that
+    lookup has its rounds; of a mix both draft."""
+    start = pair.tokenizer.encode(STARTS[0], bos=True)
+    once, _ = text(pair, start, 1, count)
+    prompt, names, accepted = [*start, *once, *start], set[str](), 0
+    coupled = [
+        Sampling(temperature, top_k=0 if seed % 2 else 64, seed=seed, verify="coupled")
+        for seed in seeds
+        for temperature in (0.6, 1.0, 1.3)
+    ]
+    for s in (GREEDY, *coupled):
+        plain, _ = text(pair, prompt, 1, count, s)
+        for block_size in (2, 5, 17):
+            got, stats = drafted_text(pair, drafter, prompt, block_size, count, s)
+            assert got == plain, (s, block_size)
+            names |= set(stats.by_drafter)
+            accepted += stats.accepted
+    assert accepted > 0 and names == ({*drafter.split("+")} if "+" in drafter else set())
+
+
+@pytest.mark.parametrize("drafter", OTHERS)
+def test_text_of_every_drafter_is_plain_text(embedded: Pair, drafter: str) -> None:
+    assert_drafted_is_plain(embedded, drafter, range(1), 24)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("drafter", OTHERS)
+def test_text_of_every_drafter_is_plain_text_often(embedded: Pair, drafter: str) -> None:
+    assert_drafted_is_plain(embedded, drafter, range(12), 60)
+
+
 # The law of sampled text, token by token: where a token falls in the target's own distribution,
 # best candidate first, is uniform whatever the text before it was.
 
@@ -278,7 +333,9 @@ LAWS = {
 }
 
 
-def places(pair: Pair, s: Sampling, runs: int, count: int = 12) -> np.ndarray:
+def places(
+    pair: Pair, s: Sampling, runs: int, count: int = 12, drafter: str = "assistant"
+) -> np.ndarray:
     """Place in [0, 1) of every sampled token in the target's distribution: ``[runs, count]``.
 
     A token's own mass is filled with noise of its own, so that places are uniform exactly. A token
@@ -289,7 +346,7 @@ def places(pair: Pair, s: Sampling, runs: int, count: int = 12) -> np.ndarray:
     out = np.zeros((runs, count))
     for seed in range(runs):
         s = replace(s, seed=seed)
-        tokens, _ = text(pair, prompt, 4, count, s)
+        tokens, _ = drafted_text(pair, drafter, prompt, 4, count, s)
         logits = pair.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
         # All tokens of the text as drafts of one block: row t follows t of them
         drafts = mx.array(tokens[:-1], dtype=mx.int32)
@@ -331,6 +388,24 @@ def test_embedded_pair_samples_the_targets_law(embedded: Pair, rule: Rule) -> No
 def test_embedded_pair_samples_every_law(embedded: Pair, name: str, rule: Rule) -> None:
     """3600 places: 0.04 is found nine times in ten."""
     assert uniform_p_value(places(embedded, replace(LAWS[name], verify=rule), 300)) > 0.001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["residual", "block"])
+@pytest.mark.parametrize("drafter", ["dflash", "early:6"])
+def test_drafts_of_others_leave_the_targets_law(embedded: Pair, drafter: str, rule: Rule) -> None:
+    assert (
+        uniform_p_value(places(embedded, replace(PUBLISHED, verify=rule), 40, 12, drafter)) > 1e-3
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rule", ["residual", "block"])
+@pytest.mark.parametrize("drafter", OTHERS)
+def test_every_drafter_leaves_the_targets_law(embedded: Pair, drafter: str, rule: Rule) -> None:
+    """3600 places, as above."""
+    s = replace(PUBLISHED, verify=rule)
+    assert uniform_p_value(places(embedded, s, 300, 12, drafter)) > 0.001
 
 
 @pytest.mark.slow

@@ -51,6 +51,11 @@ def test_the_tables_of_drafters_are_computed() -> None:
     sweep = (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8")
     for table in (bounds.drafters_table(), bounds.long_blocks_table()):
         assert "\n".join(table) in sweep
+    page = (ROOT / "docs" / "drafters.md").read_text(encoding="utf-8")
+    assert "\n".join(bounds.rounds_table()) in page
+    # Of the mixture, two rows read the experts of both: 15.5 of 128 in each of 30 layers
+    more = bounds.verify_bytes(1, "26B-A4B") - bounds.verify_bytes(0, "26B-A4B")
+    assert more == pytest.approx(7.5 * 3 * 2816 * 704 * 30 * 8.5 / 8, rel=1e-3)
     # A verify call of 16 rows reads each weight once, one of 17 twice
     target, _ = published("31B")
     more = bounds.verify_bytes(16) - bounds.verify_bytes(15)
@@ -59,11 +64,11 @@ def test_the_tables_of_drafters_are_computed() -> None:
     assert bounds.verify_bytes(5) + drafts == bounds.round_bytes("31B", 8, 8192, 6)
     # 1.632 GB of the block model's own at 8 bit, of it 5 x 2 x 1024 x 5376 twice, a head of 262144
     # x 5376, and keys and values of 8192 positions in one layer and of 2047 in four
-    own = bounds.drafts_bytes("DFlash", 15)
+    own = bounds.drafts_bytes("dflash", 15)
     twice, kept = 5 * 2 * 1024 * 5376, 4096 * (8192 + 16 + 4 * (2047 + 16))
     weights = (1_535_967_488 + twice + 262_144 * 5376) * (1 + 4 / 64)
     assert own == pytest.approx(weights + kept, rel=1e-3)
-    assert bounds.drafts_bytes("DFlash", 16) is None and bounds.drafts_bytes("lookup", 9) == 0
+    assert bounds.drafts_bytes("dflash", 16) is None and bounds.drafts_bytes("lookup", 9) == 0
     layer = traffic.target_bytes(target, 8) - traffic.head_bytes(target, 8)
     early = bounds.drafts_bytes("early:12", 1) - traffic.head_bytes(target, 8)
     assert early == pytest.approx(layer * 12 / 60, rel=0.06)  # and keys and values

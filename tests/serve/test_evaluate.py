@@ -67,6 +67,10 @@ def test_generate_until(model: pyengine.evaluate.PyengineLM) -> None:
     texts = model.generate_until(requests("generate_until", *several), disable_tqdm=True)
     other = generate("import os\n", pair=model.pair, raw=True, max_tokens=9, sampling=GREEDY)
     assert texts == [want.text, other.text, want.text]
+    drafts = get_model("pyengine").create_from_arg_string("block_size=4,drafter=dflash")
+    assert drafts.generate_until(requests("generate_until", *several), disable_tqdm=True) == texts
+    with pytest.raises(ValueError, match=r"\[generate\] drafter must be assistant, dflash"):
+        get_model("pyengine").create_from_arg_string("drafter=best")
     chat = model.apply_chat_template([{"role": "user", "content": "Snake"}])
     assert (
         chat.startswith("<bos>") and model.tok_encode(chat).count(model.pair.tokenizer.bos_id) == 1
