@@ -246,7 +246,8 @@ def print_stats(result: Result, more: Mapping[str, str] | None = None) -> None:
                 f"{own['rounds']} rounds, {own['accepted']} of {own['drafted']} drafts kept"
             )
         by_depth = s.acceptance_by_depth if s.tree is None else s.kept_by_depth
-        rows["by depth"] = " ".join(f"{a:.2f}" for a in by_depth)
+        shares = " ".join(f"{a:.2f}" for a in by_depth)
+        rows["by depth"] = shares if s.tree is None else f"{shares} of the rounds"
     if s.mean_layers is not None:
         told = ", ".join(f"{count} behind layer {n}" for n, count in sorted(s.exits.items()))
         rows["exits"] = f"{told}; {s.mean_layers:.1f} layers per token"
