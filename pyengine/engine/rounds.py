@@ -190,6 +190,7 @@ class Rounds:
         assert first.tree is not None
         shape = first.k, first.tree, group, first.is_greedy
         key = self._key(going, self._groups)
+        self.recorded_now = (dispatch.chosen(), key) not in self._trees
         return _kept(self._trees, key, lambda: RecordedTree([s.parts for s in going], *shape))
 
     def _key(
