@@ -193,7 +193,7 @@ def test_a_prefix_has_what_was_moved() -> None:
 def test_a_text_is_what_it_is_alone() -> None:
     """Beside texts with other trees, with chains, other drafters and none, in one engine."""
     pair = with_ids("dense31")
-    prompts = [greedy_text("dense31")[:n] for n in (70, 9, 21, 66, 64, 30)]
+    prompts = [greedy_text("dense31")[:n] for n in (70, 9, 21, 66, 64, 30, 12, 17)]
     asked: list[dict[str, Any]] = [
         {"drafter": "dflash", "tree": 15},
         {"drafter": "dflash", "tree": 15},
@@ -201,26 +201,30 @@ def test_a_text_is_what_it_is_alone() -> None:
         {"drafter": "dflash", "tree": 7, "block_size": 4},
         {"block_size": 1},
         {"drafter": "dflash", "tree": 15},
+        {"drafter": "dflash", "tree": 15},
+        {"drafter": "dflash", "tree": 15},
     ]
     for n, ask in enumerate(asked):
         own = replace(FEW_COUPLED, seed=n, top_k=20 if n != 1 else 0)
-        ask["sampling"] = own if n != 5 else GREEDY
-        ask["max_tokens"] = 25 + 5 * n
+        ask["sampling"] = own if n < 6 else GREEDY
+        ask["max_tokens"] = 25 + 5 * (n % 5)
     alone = [generate(p, pair=pair, **ask) for p, ask in zip(prompts, asked, strict=True)]
     for n, ask in enumerate(asked):
         plain = {"sampling": ask["sampling"], "max_tokens": ask["max_tokens"], "block_size": 1}
         assert generate(prompts[n], pair=pair, **plain).tokens == alone[n].tokens
-    with Engine(pair, sequences=6) as engine:
-        for order in ([0, 1, 2, 3, 4, 5], [4, 3, 5, 1, 2, 0]):
+    with Engine(pair, sequences=8) as engine:
+        for order in ([0, 1, 2, 3, 4, 5, 6, 7], [4, 3, 5, 7, 1, 6, 2, 0]):
             requests = {n: engine.submit(prompts[n], **asked[n]) for n in order}
             while engine.step():
                 pass
             for n, request in requests.items():
                 assert request.result.tokens == alone[n].tokens, n
                 assert request.result.stats.accepted == alone[n].stats.accepted, n
-    assert all(alone[n].stats.accepted for n in (0, 1, 2, 3, 5))
-    together = generate(prompts[0], pair=pair, n=3, **asked[0])
-    assert together[0].tokens == alone[0].tokens and together[2].stats.tree == 15
+    assert all(alone[n].stats.accepted for n in (0, 1, 2, 3, 5, 6, 7))
+    for n, result in enumerate(generate(prompts[0], pair=pair, n=3, **asked[0])):
+        own = replace(FEW_COUPLED, seed=n, top_k=20)
+        one = generate(prompts[0], pair=pair, **(asked[0] | {"sampling": own}))
+        assert result.tokens == one.tokens and result.stats.accepted == one.stats.accepted
 
 
 @pytest.mark.native("plain MLX takes minutes")
