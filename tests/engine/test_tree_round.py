@@ -177,7 +177,8 @@ def test_a_prefix_has_what_was_moved() -> None:
         pair, prefix = dflash_pair(flavour, "bfloat16"), Prefix()
         with prefix.in_use():
             got, first = text(pair, "dflash", FEW_COUPLED, 8, 90, prefix=prefix, tree=15)
-        assert first.accepted > 0
+        plain, _ = text(pair, None, FEW_COUPLED, 1, 90)  # past the end of a page
+        assert got == plain and first.accepted > 0
         prompt = [*PROMPT, *got, 7, 8]
         fresh, alone = text(pair, "dflash", FEW_COUPLED, 8, 40, prompt, tree=15)
         for tree in (15, None):
@@ -225,6 +226,26 @@ def test_a_text_is_what_it_is_alone() -> None:
         own = replace(FEW_COUPLED, seed=n, top_k=20)
         one = generate(prompts[0], pair=pair, **(asked[0] | {"sampling": own}))
         assert result.tokens == one.tokens and result.stats.accepted == one.stats.accepted
+
+
+@pytest.mark.parametrize("broken", ["target", "dflash"])
+def test_logits_that_are_not_finite(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the target on the path that was kept, or of the drafter."""
+    pair = dflash_pair("dense31")
+    running = decode(
+        pair.target,
+        drafter_of(pair),
+        PROMPT,
+        sampling=GREEDY,
+        block_size=8,
+        max_tokens=20,
+        tree=7,
+    )
+    next(running)
+    model = getattr(pair, broken)
+    monkeypatch.setattr(model, "norm", model.norm * float("nan"))
+    with pytest.raises(RuntimeError, match=r"logits must be finite but got NaN or infinity"):
+        list(running)
 
 
 @pytest.mark.native("plain MLX takes minutes")
