@@ -44,6 +44,7 @@ class Asked(TypedDict, total=False):
     grammar: str | None
     regex: str | None
     early_exit: EarlyExit
+    tree: int | None
     prefix: Prefix | None
     sequences: int
 
@@ -78,6 +79,7 @@ def generate(
     grammar: str | None = None,
     regex: str | None = None,
     early_exit: EarlyExit = None,
+    tree: int | None = None,
     prefix: Prefix | None = None,
     n: int | None = None,
     sequences: int = 8,
@@ -131,6 +133,10 @@ def generate(
         early_exit: A certificate of ``pyengine calibrate``, or its file: tokens then leave after
             its layer where these are sure, and the text is approximate, as ``early_exit`` of the
             result says. One text at a time, without drafts, prefix or form; docs/early-exit.md.
+        tree: With the drafter "dflash", so many drafts of each round, 1 to 15, as a tree: several
+            may stand at one place, and the best paths of the block are verified at once. For greedy
+            texts and the rule ``coupled``, without penalties, grammar or other forms; no text
+            depends on it. ``block_size`` is then that of the block, 8 with "auto". None: no tree.
         prefix: Keys and values of earlier generations on this pair. Tokens at the beginning of the
             prompt that it holds are not processed again; the text is the same as without. Several
             texts take none.
@@ -164,6 +170,7 @@ def generate(
         "grammar": grammar,
         "regex": regex,
         "early_exit": early_exit,
+        "tree": tree,
     }
     batch = _is_batch(prompt)
     if n is None and not batch:
@@ -232,6 +239,7 @@ def stream(
     grammar: str | None = None,
     regex: str | None = None,
     early_exit: EarlyExit = None,
+    tree: int | None = None,
     prefix: Prefix | None = None,
 ) -> Stream:
     """Like :func:`generate`, but yield the text as it comes.
@@ -261,6 +269,7 @@ def stream(
         grammar=grammar,
         regex=regex,
         early_exit=early_exit,
+        tree=tree,
     )
     return Stream(task, prefix)
 

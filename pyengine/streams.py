@@ -198,7 +198,7 @@ class Engine:
                 is processed once.
             settings: ``max_tokens``, ``sampling``, ``block_size``, ``drafter``, ``stop``, ``raw``,
                 ``variables``, ``tools``, ``tool_choice``, ``parallel_tool_calls``,
-                ``response_format``, ``grammar`` and ``regex``, as
+                ``response_format``, ``grammar``, ``regex`` and ``tree``, as
                 :func:`pyengine.generate` takes them.
 
         Returns:
@@ -522,10 +522,14 @@ def stored_pages(
 
 def _groups(texts: Sequence[Request]) -> list[list[Request]]:
     """Texts that go into one round each. Those without grammars go first, by themselves: they do
-    not wait for masks."""
+    not wait for masks. Of them those with trees are played by themselves too."""
     free = [r for r in texts if r.task.grammar is None]
     guided = [r for r in texts if r.task.grammar is not None]
-    rows = [r.sequence.drafts + 1 for r in free if r.sequence is not None]
+    rows = [
+        r.task.most_rows if r.task.tree else r.sequence.drafts + 1
+        for r in free
+        if r.sequence is not None
+    ]
     each = ((free, rows), (guided, [r.task.most_rows for r in guided]))
     return [
         [kind[place] for place in places] for kind, own in each for places in schedule.groups(own)

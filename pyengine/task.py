@@ -22,14 +22,14 @@ from pyengine.engine.controller import AUTO_BLOCK
 from pyengine.engine.early_exit import EarlyRounds, Exit
 from pyengine.engine.idle import Left, idle_of
 from pyengine.engine.prefix import Prefix
-from pyengine.engine.sequence import Round, most_rows
+from pyengine.engine.sequence import Round, check_tree_sampling, most_rows
 from pyengine.engine.stats import Source, Stats
 from pyengine.grammar.asked import source_of
 from pyengine.grammar.tools import tools_source
 from pyengine.model.config import LayerConfig
 from pyengine.ops import dispatch
 from pyengine.sampling.sampler import Logprob
-from pyengine.sampling.settings import Sampling, seeded
+from pyengine.sampling.settings import MOST_NODES, Sampling, seeded
 from pyengine.text.output import Read, Reader, stop_strings
 from pyengine.text.prompt import Prompt, encode_prompt
 from pyengine.text.tool_calls import ToolCall
@@ -152,11 +152,12 @@ class Task:
     one_call: bool = False  # the text ends behind its first tool call
     grammar: Grammar | None = None
     early_exit: Certificate | None = None  # by which tokens leave early
+    tree: int | None = None  # drafts of each round's
 
     @property
     def most_rows(self) -> int:
         """Rows of a round's block at most."""
-        return most_rows(self.block_size, self.grammar is not None)
+        return most_rows(self.block_size, self.grammar is not None, self.tree)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -166,6 +167,7 @@ class Task:
             "sampling": self.sampling,
             "block_size": self.block_size,
             "auto": self.auto,
+            "tree": self.tree,
             "max_tokens": self.max_tokens,
             "stop_ids": frozenset((*own.generation.stop_ids, *own.tokenizer.answer_ends())),
         }
@@ -220,6 +222,7 @@ def new_task(
     grammar: str | None = None,
     regex: str | None = None,
     early_exit: EarlyExit = None,
+    tree: int | None = None,
 ) -> Task:
     """The arguments of :func:`pyengine.generate`, checked."""
     forked.check("generate")
@@ -228,6 +231,7 @@ def new_task(
     if certificate is not None:
         block_size = 1
     stops, form = stop_strings(stop), source_of(response_format, grammar, regex)
+    check_tree(tree, block_size, drafter)
     block, source = check_settings(pair, max_tokens, block_size, drafter)
     flag("generate", "raw", raw)
     check_variables(variables)
@@ -245,6 +249,13 @@ def new_task(
             f"{outside[0]}."
         )
     form = tools_source(use, pair.tokenizer, form)
+    if tree is not None:
+        check_tree_sampling("generate", settings)
+        if form is not None:
+            raise ValueError(
+                "[generate] the answer's form must be free with a tree but one is asked for."
+            )
+        pair.target.check_alone("tree")
     if certificate is not None:
         if form is not None:
             raise ValueError("[early-exit] the answer's form must be free but one is asked for.")
@@ -257,14 +268,28 @@ def new_task(
 
         compiled = compile_grammar(pair, form)
     first_use.ready(pair)
-    auto = block is None and follows_load(settings)
+    auto = block is None and tree is None and follows_load(settings)
     if auto:
         profile.kept(pair, drafter=first_of(source))  # which the first rounds go by
     if block is None:
-        block = AUTO_BLOCK if auto else fixed_block(pair, source)
+        if tree is not None:
+            block = default_block_size(pair, source)
+        else:
+            block = AUTO_BLOCK if auto else fixed_block(pair, source)
     one_call = not use.parallel
     return Task(
-        pair, ids, limit, settings, block, source, stops, auto, one_call, compiled, certificate
+        pair,
+        ids,
+        limit,
+        settings,
+        block,
+        source,
+        stops,
+        auto,
+        one_call,
+        compiled,
+        certificate,
+        tree,
     )
 
 
@@ -288,6 +313,25 @@ def early_exit_of(
             "[early-exit] an early exit must go without drafts but some are asked for."
         )
     return early_exit if isinstance(early_exit, Certificate) else read_certificate(Path(early_exit))
+
+
+def check_tree(tree: int | None, block_size: BlockSize, drafter: str | None) -> None:
+    """Refuse, before a pair is there, what a tree does not go with.
+
+    Raises:
+        ValueError: As said.
+    """
+    if tree is None:
+        return
+    if not 1 <= whole("generate", "tree", tree) <= MOST_NODES:
+        raise ValueError(f"[generate] tree must be 1 to {MOST_NODES} but got {tree}.")
+    if (name := check_drafter(drafter)) != "dflash":
+        raise ValueError(
+            "[generate] drafter must be dflash with a tree, for it judges all places of a block at "
+            f"once, but got {name}."
+        )
+    if check_numbers(None, block_size) == 1:
+        raise ValueError("[generate] block_size must be at least 2 with a tree but got 1.")
 
 
 class Answer:

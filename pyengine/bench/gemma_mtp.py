@@ -17,7 +17,7 @@ from pyengine.engine.stats import add_all
 from pyengine.generation import stream
 from pyengine.ops.accept_block import RULES, Rule
 from pyengine.risk import fixed_sequence, p_value
-from pyengine.sampling.settings import Sampling
+from pyengine.sampling.settings import MOST_NODES, Sampling
 from pyengine.task import Result
 
 if TYPE_CHECKING:
@@ -31,11 +31,13 @@ Row = dict[str, Any]
 
 
 class Setting(NamedTuple):
-    """What is compared: a block size, the rule that accepts its drafts, where these are from."""
+    """What is compared: a block size, the rule that accepts its drafts, where these are from, and
+    how many they are as a tree."""
 
     block_size: int | str
     verify: str  # a rule, or GREEDY
     drafter: str | None  # None for plain decoding
+    tree: int | None = None  # drafts of each round's
 
     def is_measured_by(self, plain: Setting) -> bool:
         """Whether that is the plain decoding it is compared with: at the same temperature."""
@@ -44,7 +46,8 @@ class Setting(NamedTuple):
     def __str__(self) -> str:
         if self.block_size == PLAIN:
             return "plain greedy" if self.verify == GREEDY else "plain"
-        name = f"block {self.block_size} {self.verify}".removesuffix(" residual")
+        first = f"block {self.block_size}" if self.tree is None else f"tree {self.tree}"
+        name = f"{first} {self.verify}".removesuffix(" residual")
         return f"{name} {self.drafter}".removesuffix(" assistant")
 
 
@@ -73,6 +76,7 @@ def gemma_mtp(
     repeats: int,
     rules: Sequence[str] = ("residual",),
     drafters: Sequence[str] = ("assistant",),
+    trees: Sequence[int] = (),
     on_run: Callable[[int, int, str], None] = lambda done, total, label: None,
     on_rows: Callable[[list[Row]], None] = lambda rows: None,
 ) -> tuple[list[Row], list[Row]]:
@@ -93,6 +97,7 @@ def gemma_mtp(
         rules: Rules that accept drafts, or "greedy" for temperature 0, which has plain runs of its
             own; every block size runs with each.
         drafters: Where drafts come from; every block size and rule runs with each.
+        trees: Drafts of trees, which run with each rule beside the block sizes.
         on_run: Called before each run with runs done, runs in all, and what comes next.
         on_rows: Called with the rows of each case once they are there. When a run fails or is
             interrupted, its case has rows too, of the repeats that every setting has finished.
@@ -103,9 +108,13 @@ def gemma_mtp(
     Raises:
         ValueError: A block size, a rule, a drafter, the repeats or a prompt is impossible.
     """
-    check_settings(block_sizes, repeats, max_tokens, rules, drafters)
+    check_settings(block_sizes, repeats, max_tokens, rules, drafters, trees)
     first_seed = sampling.seed or 0  # drawn ones would not give the same text tomorrow
-    every = [Setting(b, r, d) for d, r, b in itertools.product(drafters, rules, block_sizes)]
+    ways_to_draft = [*((b, None) for b in block_sizes), *(("auto", tree) for tree in trees)]
+    every = [
+        Setting(block, rule, drafter, tree)
+        for drafter, rule, (block, tree) in itertools.product(drafters, rules, ways_to_draft)
+    ]
     ways = dict.fromkeys(GREEDY if rule == GREEDY else sampling.verify for rule in rules)
     settings = [*(Setting(PLAIN, way, None) for way in ways), *every]
     total = len(settings) * (1 + repeats * len(cases))
@@ -197,6 +206,7 @@ def check_settings(
     max_tokens: int,
     rules: Sequence[str] = ("residual",),
     drafters: Sequence[str] = ("assistant",),
+    trees: Sequence[int] = (),
 ) -> None:
     """Refuse settings of :func:`gemma_mtp` before anything is loaded.
 
@@ -222,6 +232,21 @@ def check_settings(
             raise ValueError(f"[bench] drafter must be of {', '.join(NAMES)} but got {drafter!r}.")
     if len(set(drafters)) < len(drafters):
         raise ValueError(f"[bench] drafter must name one once but got {','.join(drafters)}.")
+    for tree in trees:
+        if not 1 <= tree <= MOST_NODES:
+            raise ValueError(f"[bench] tree must be 1 to {MOST_NODES} but got {tree}.")
+    if len(set(trees)) < len(trees):
+        raise ValueError(f"[bench] tree must name a number once but got {list(trees)}.")
+    if trees and (other := [name for name in drafters if name != "dflash"]):
+        raise ValueError(
+            "[bench] drafter must be dflash with a tree, for it judges all places of a block at "
+            f"once, but got {other[0]}."
+        )
+    if trees and (other := [rule for rule in rules if rule not in ("coupled", GREEDY)]):
+        raise ValueError(
+            f"[bench] verify must be coupled or {GREEDY} with a tree, whose drafts are ranked and "
+            f"not drawn, but got {other[0]}."
+        )
     if repeats < 1:
         raise ValueError(f"[bench] repeats must be at least 1 but got {repeats}.")
     if max_tokens < 2:  # the first token belongs to the prefill
@@ -229,7 +254,7 @@ def check_settings(
 
 
 def _setting(row: Row) -> Setting:
-    return Setting(row["block_size"], row["verify"], row["drafter"])
+    return Setting(*(row[name] for name in Setting._fields))
 
 
 def _under(sampling: Sampling, verify: str) -> Sampling:
@@ -248,6 +273,7 @@ def _time(pair: Pair, case: Case, setting: Setting, budget: int, sampling: Sampl
         sampling=sampling,
         block_size=setting.block_size,
         drafter=setting.drafter,
+        tree=setting.tree,
         raw=case.raw,
     )
     for _ in running:
@@ -293,6 +319,7 @@ def _row(
         "end_to_end_speedup_vs_ar": _ratio(whole, ar_whole),
         "verify_calls": stats.rounds,
         "tokens_per_round": _ratio(own[0].decode_tokens, stats.rounds),
+        "drafts_per_round": stats.drafts_per_round,
         "round_cost_in_plain_steps": _ratio(decode_s * ar_tok_s or None, stats.rounds),
         "drafted_tokens": stats.drafted,
         "accepted_drafts": stats.accepted,
@@ -301,6 +328,7 @@ def _row(
         "drafted_by_depth": stats.drafted_by_depth,
         "accepted_by_depth": stats.accepted_by_depth,
         "acceptance_by_depth": stats.acceptance_by_depth,
+        "kept_by_depth": stats.kept_by_depth,
         "by_drafter": stats.by_drafter,
         "bonus_tokens": stats.bonus_tokens,
         "correction_tokens": stats.correction_tokens,
@@ -345,6 +373,7 @@ def _summary(setting: Setting, rows: Sequence[Row]) -> Row:
         "tok_s": tok_s,
         "acceptance_rate": _ratio(total("accepted_drafts"), drafted),
         "tokens_per_round": _ratio(total("generated_tokens") - len(own), rounds),
+        "drafts_per_round": _ratio(drafted, rounds),
         "speedup_vs_ar": _ratio(tok_s, ar_tok_s),
         "round_cost_in_plain_steps": _ratio(
             total("decode_elapsed_s") * (ar_tok_s or 0) or None, rounds
@@ -352,6 +381,7 @@ def _summary(setting: Setting, rows: Sequence[Row]) -> Row:
         "drafted_by_depth": made,
         "accepted_by_depth": kept,
         "acceptance_by_depth": [a / d if d else None for a, d in zip(kept, made, strict=True)],
+        "kept_by_depth": [a / rounds for a in kept],
         "by_drafter": of_mix,
         "generated_tokens": int(total("generated_tokens")),
         "decode_elapsed_s": total("decode_elapsed_s"),

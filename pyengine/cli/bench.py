@@ -37,6 +37,7 @@ EXAMPLES = (
     "pyengine bench gemma-mtp",
     "pyengine bench gemma-mtp --target ./target --assistant ./assistant "
     "--prompt-suite prompts.jsonl --max-tokens 1000 --block-sizes 6 --output report.json",
+    "pyengine bench gemma-mtp --drafter dflash --verify coupled,greedy --block-sizes 4 --tree 7,15",
     "pyengine bench gemma-mtp --prompt-suite prompts.jsonl --certify --delta 0.1 --epsilon 0.05",
 )
 STREAMS_EXAMPLES = (
@@ -145,6 +146,15 @@ def gemma_mtp(
     seed: FirstSeed = 0,
     verify: Rules = "residual",
     drafter: Drafters = "assistant",
+    tree: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help="With --drafter dflash: trees of so many drafts, 1 to 15, beside the block sizes; "
+            "for --verify coupled and greedy.",
+            show_default="none",
+        ),
+    ] = None,
     repeats: Repeats = 3,
     certify: Annotated[
         bool,
@@ -181,6 +191,7 @@ def gemma_mtp(
             sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
             verify=verify,
             drafter=drafter,
+            trees=[] if tree is None else read_numbers("--tree", tree),
             repeats=repeats,
             allow_unverified_gemma=allow_unverified_gemma,
             output=output,
@@ -317,6 +328,7 @@ def compare(
     allow_unverified_gemma: bool,
     output: Path | None,
     as_json: bool,
+    trees: Sequence[int] = (),
     plot: Path | None = None,
     bounds: tuple[float, float] | None = None,
     show_more: Callable[[Console, list[Row]], None] = lambda out, summary: None,
@@ -327,6 +339,7 @@ def compare(
         name: Of the command.
         load: Reads the pair, once all else is known to be possible.
         prompt_suite, max_tokens, block_sizes, verify, drafter, repeats: As the options have them.
+        trees: Drafts of trees.
         allow_unverified_gemma, output, as_json: The same.
         sampling: Fields of the settings; the seed is that of the first prompt.
         plot: Where to draw a picture.
@@ -344,7 +357,7 @@ def compare(
     from pyengine.untrusted import write_whole
 
     rules, drafters = verify.split(","), drafter.split(",")
-    gemma_mtp.check_settings(blocks, repeats, max_tokens, rules, drafters)
+    gemma_mtp.check_settings(blocks, repeats, max_tokens, rules, drafters, trees)
     used = Sampling(**sampling)
     first = used.seed or 0
     cases = suite.load_suite(prompt_suite or suite.EMBEDDED)
@@ -380,6 +393,7 @@ def compare(
                 repeats=repeats,
                 rules=rules,
                 drafters=drafters,
+                trees=trees,
                 on_run=on_run,
                 on_rows=rows.extend,
             )
@@ -394,6 +408,7 @@ def compare(
         "draft_block_sizes": blocks,
         "verify": rules,
         "drafter": drafters,
+        "tree": list(trees),
         "repeats": repeats,
     }
     summary = gemma_mtp.summarise(rows)
@@ -471,7 +486,8 @@ def show_settings(out: Console, title: str, rows: Sequence[Row]) -> None:
     cells = []
     for row in rows:
         plain = row["block_size"] == PLAIN
-        block = f"{row['block_size']} {row['drafter']}".removesuffix(" assistant")
+        block = row["block_size"] if row["tree"] is None else f"tree {row['tree']}"
+        block = f"{block} {row['drafter']}".removesuffix(" assistant")
         cells.append(
             (
                 "plain" if plain else block,

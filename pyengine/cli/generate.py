@@ -40,6 +40,7 @@ from pyengine.cli.options import (
     Tools,
     TopK,
     TopP,
+    Tree,
     Verify,
     VerifyRule,
     check_limits,
@@ -61,6 +62,7 @@ EXAMPLES = (
     "pyengine generate --raw --block-size 1 --max-tokens 64 'import json'",
     'pyengine generate "Write a Snake game." --max-tokens 8 --json --logprobs 3',
     'pyengine generate "Rate Snake." --regex "[1-5] of 5"',
+    'pyengine generate "Write a Pong game." --drafter dflash --tree 7 --verify coupled --stats',
     'pyengine generate --early-exit exit.json "Write a Snake game."',
     'pyengine generate --bundle ./pair --tools weather.json "Shall I take an umbrella?"',
 )
@@ -90,6 +92,7 @@ def run(
     max_tokens: MaxTokens = None,
     block_size: BlockSize = AUTO,
     drafter: DrafterName = None,
+    tree: Tree = None,
     early_exit: EarlyExitFile = None,
     stop: Stop = None,
     stats: Annotated[
@@ -161,7 +164,7 @@ def run(
             logprobs=logprobs,
             as_json=as_json,
         )
-        check_limits(max_tokens, block_size, stop, drafter)
+        check_limits(max_tokens, block_size, stop, drafter, tree)
         certificate = early_exit_of(early_exit, block_size, drafter)
         asked = tools_given(tools, tool_choice) | form_given(json_schema, regex, grammar)
         common.check_dflash(dflash, assistant, drafter)
@@ -178,6 +181,7 @@ def run(
             raw=raw,
             variables=template_variables(pair, think),
             early_exit=certificate,
+            tree=tree,
             **asked,
         )
         if certificate is not None:
@@ -235,11 +239,15 @@ def print_stats(result: Result, more: Mapping[str, str] | None = None) -> None:
     }
     if s.drafted:
         rows["acceptance"] = f"{s.acceptance:.3f} of {s.drafted} drafts"
+        if s.tree is not None:
+            rows["tree"] = f"{s.drafts_per_round:.1f} drafts per round, of which one path is kept"
         for name, own in s.by_drafter.items():
             rows[f"of {name}"] = (
                 f"{own['rounds']} rounds, {own['accepted']} of {own['drafted']} drafts kept"
             )
-        rows["by depth"] = " ".join(f"{a:.2f}" for a in s.acceptance_by_depth)
+        by_depth = s.acceptance_by_depth if s.tree is None else s.kept_by_depth
+        shares = " ".join(f"{a:.2f}" for a in by_depth)
+        rows["by depth"] = shares if s.tree is None else f"{shares} of the rounds"
     if s.mean_layers is not None:
         told = ", ".join(f"{count} behind layer {n}" for n, count in sorted(s.exits.items()))
         rows["exits"] = f"{told}; {s.mean_layers:.1f} layers per token"

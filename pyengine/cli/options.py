@@ -142,6 +142,15 @@ DrafterName = Annotated[
         show_default="assistant",
     ),
 ]
+Tree = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="With --drafter dflash: each round's drafts are a tree of N, 1 to 15; several of them "
+        "may stand at one place. For --temperature 0 and --verify coupled.",
+        show_default="off",
+    ),
+]
 EarlyExitFile = Annotated[
     Path | None,
     typer.Option(
@@ -248,14 +257,19 @@ Logprobs = Annotated[
 
 
 def check_limits(
-    max_tokens: int | None, block_size: int | str, stop: list[str] | None, drafter: str | None
+    max_tokens: int | None,
+    block_size: int | str,
+    stop: list[str] | None,
+    drafter: str | None,
+    tree: int | None = None,
 ) -> None:
     """Refuse, before the weights are read, what no pair allows."""
-    from pyengine.task import check_drafter, check_numbers
+    from pyengine.task import check_drafter, check_numbers, check_tree
     from pyengine.text.output import stop_strings
 
     check_numbers(max_tokens, block_size)
     check_drafter(drafter)
+    check_tree(tree, block_size, drafter)
     stop_strings(stop)
 
 

@@ -86,6 +86,13 @@ class DFlashDrafter:
         return asked.filter(packed([own.arrays[0][i : i + 1] for own in drafters]))
 
     @classmethod
+    def propose_all(cls, drafters: Sequence[Self], asked: Asked) -> list[Filtered]:
+        """The distributions of all drafts, ``ks[n]`` rows of sequence n, behind one another: for
+        trees, whose drafts follow several others."""
+        cls._draft(0, drafters, asked, range(len(drafters)))
+        return asked.filter(packed([own.arrays[0] for own in drafters]))
+
+    @classmethod
     def _draft(cls, i: int, drafters: Sequence[Self], asked: Asked, places: Sequence[int]) -> None:
         """Make the logits of a block of those at these places."""
         model, ones = drafters[0]._model, [1] * len(places)

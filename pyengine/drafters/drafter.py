@@ -11,7 +11,7 @@ import mlx.core as mx
 from pyengine.model.cache import Arena, Cache
 from pyengine.model.config import LayerConfig
 from pyengine.model.head import Logits
-from pyengine.model.target import Reader
+from pyengine.model.target import Branches, Reader
 from pyengine.ops.filter_logits import Filtered
 
 if TYPE_CHECKING:
@@ -115,5 +115,9 @@ class TargetLike(Protocol):
     ) -> tuple[mx.array, mx.array]: ...
 
     def forward(
-        self, ids: Sequence[mx.array], caches: Sequence[Cache], taps: tuple[int, ...] = ()
+        self,
+        ids: Sequence[mx.array],
+        caches: Sequence[Cache],
+        taps: tuple[int, ...] = (),
+        branches: Branches | None = None,
     ) -> tuple[mx.array | Logits, mx.array]: ...

@@ -39,6 +39,7 @@ def decode(
     matcher: Matcher | None = None,
     rounds: Rounds | None = None,
     arena: Arena | None = None,
+    tree: int | None = None,
 ) -> Generator[Round, None, None]:
     """Generate tokens after ``prompt``, a round at a time. Evaluates once per round; with a matcher
     once more per draft that is drawn.
@@ -59,6 +60,8 @@ def decode(
         matcher: Says which tokens may come next; it has seen none.
         rounds: What plays the rounds, if it is to be others than the exact ones, or earlier texts'.
         arena: Where keys and values go if no prefix has them; None for one of its own.
+        tree: Each round's drafts are a tree of so many, 1 to 15, at most ``block_size - 1`` behind
+            one another. For DFlash drafters, greedy decoding and the rule ``coupled``.
 
     Yields:
         How far the prefill is, between its chunks; the first token after it; then what each round
@@ -83,6 +86,7 @@ def decode(
         prefix=prefix,
         matcher=matcher,
         arena=arena,
+        tree=tree,
     )
     mx.reset_peak_memory()
     rounds = Rounds() if rounds is None else rounds

@@ -25,7 +25,7 @@ from pyengine.engine.report import Report
 from pyengine.model.cache import Arena, Cache, Placed
 from pyengine.model.head import Logits, rows_at, whole
 from pyengine.model.rows import apart, packed, picked
-from pyengine.model.target import Processed
+from pyengine.model.target import Branches, Processed
 from pyengine.ops import dispatch
 from pyengine.ops.filter_logits import Filtered
 from pyengine.ops.recorded import recorded
@@ -369,14 +369,28 @@ def accept(
         )
     ]
     accepted, token = (packed(list(each)) for each in zip(*decided, strict=True))
+    return finish(texts, block, logits, hidden, [p.flags for p in ps], accepted, token)
+
+
+def finish(
+    texts: Texts,
+    block: Block,
+    logits: mx.array | Logits,
+    hidden: Sequence[mx.array],
+    flags: Sequence[mx.array],
+    accepted: mx.array,
+    token: mx.array,
+) -> Played:
+    """Commit so many drafts of each block and the token that follows them, int32 ``[Q]`` each;
+    ``flags`` are those of the target's distributions, of each group."""
     firsts = apart(token, [1] * len(texts.ks))
     kept = [n.squeeze() for n in apart(accepted, [1] * len(texts.ks))]
     commit(texts.each, hidden, kept, texts.counts)
     report = Report.pack(
         accepted,
         token,
-        packed([p.flags for p in ps]),
-        packed(drafts),
+        packed(list(flags)),
+        packed([texts.drafts(group, block.ids) for group in texts.groups]),
         [q.flags for q in block.qs if q is not None],
         _logprobs(texts, logits, block, kept, firsts),
     )
@@ -393,16 +407,22 @@ def verify(texts: Texts, block: Block) -> tuple[mx.array | Logits, list[mx.array
     return logits, hidden, target_rows(texts, block, logits)
 
 
-def run_target(texts: Texts, block: Block) -> tuple[mx.array | Logits, list[mx.array]]:
-    """The target's logits of all rows, and the hidden vectors of each sequence's.
+def run_target(
+    texts: Texts, block: Block, branches: Branches | None = None
+) -> tuple[mx.array | Logits, list[mx.array]]:
+    """The target's logits of all rows, and the hidden vectors of each sequence's; of trees with
+    ``branches``.
 
     Logits are made only where a sequence reports log-probabilities.
     """
     each = texts.each
+    forward = each[0].target.forward
+    if branches is not None:
+        forward = partial(forward, branches=branches)
     wanted = [() if parts.drafter is None else parts.drafter.taps for parts in each]
     taps = tuple(dict.fromkeys(tap for own in wanted for tap in own))
     caches = [parts.cache for parts in each]
-    logits, hidden = each[0].target.forward(apart(block.ids, texts.counts), caches, taps)
+    logits, hidden = forward(apart(block.ids, texts.counts), caches, taps)
     if any(parts.logprobs is not None for parts in each):
         logits = whole(logits)
     owns = zip(apart(hidden, texts.counts), wanted, strict=True)

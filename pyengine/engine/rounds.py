@@ -18,11 +18,13 @@ from pyengine.engine.controller import Controller, Known, Text
 from pyengine.engine.known import known_of
 from pyengine.engine.report import Report
 from pyengine.engine.sequence import Round, TokenSequence
+from pyengine.engine.stats import Nodes, nodes_of
 from pyengine.ops import dispatch
 from pyengine.sampling.sampler import Choices, Sampler
 
 if TYPE_CHECKING:  # what brings NumPy is imported where it is needed
     from pyengine.engine.guided import Step
+    from pyengine.engine.tree_round import RecordedTree
 
 T = TypeVar("T")
 
@@ -47,12 +49,14 @@ class Rounds:
         self._controllers: dict[Known, Controller] = {}
         self._choosing: dict[bool, Controller] = {}  # those that chose for the newest round
         self._steps: OrderedDict[Any, on_device.RecordedDraft] = OrderedDict()
+        self._trees: OrderedDict[Any, RecordedTree] = OrderedDict()
 
     def choose(self, sequences: Sequence[TokenSequence]) -> None:
         """Set the drafts of those whose block size is automatic, for a round of them all."""
         self._choosing = {}
         for guided in (False, True):
-            self._choose([s for s in sequences if s.is_guided == guided], guided)
+            own = [s for s in sequences if s.is_guided == guided and s.tree is None]
+            self._choose(own, guided)
 
     def _choose(self, sequences: Sequence[TokenSequence], guided: bool) -> None:
         chosen = [s for s in sequences if s.acceptance is not None]
@@ -91,19 +95,14 @@ class Rounds:
                 done[sequence] = error.with_traceback(None)  # which would hold the caches
         # In one order whoever came first, so that fewer graphs are recorded
         going = sorted((s for s in sequences if s not in done), key=self._rank)
-        for group in (
-            [s for s in going if s.guide is None],
-            [s for s in going if s.guide is not None],
-        ):
-            done |= self._play(group, start)
+        for make in sorted({s.make for s in going}):
+            done |= self._play([s for s in going if s.make == make], start)
         return [done[sequence] for sequence in sequences]
 
     def _play(
         self, going: Sequence[TokenSequence], start: float
     ) -> dict[TokenSequence, Round | Exception]:
-        """A round of sequences that are all free, or all guided by grammars."""
-        if not going:
-            return {}
+        """A round of sequences of one make (:attr:`TokenSequence.make`)."""
         done: dict[TokenSequence, Round | Exception] = {}
         played = self._played(going)
         for sequence, outcome in zip(going, played.outcomes, strict=True):
@@ -112,14 +111,17 @@ class Rounds:
         going[0].parts.cache.arena.take_results(played.arena)
         reports = Report.unpack(row, [s.k for s in going], [s.logprobs for s in going])
         seconds = time.perf_counter() - start
-        for sequence, report in zip(going, reports, strict=True):
-            sequence.count(report.accepted, seconds)
+        nodes: Sequence[Nodes | None] = [None] * len(going)
+        if is_tree := going[0].tree is not None:
+            nodes = nodes_of(row, len(going), going[0].k)
+        for sequence, report, own in zip(going, reports, nodes, strict=True):
+            sequence.count(report.accepted, seconds, own)
             try:
                 done[sequence] = sequence.commit(report)
             except RuntimeError as error:
                 done[sequence] = error.with_traceback(None)
         guided = going[0].is_guided
-        if guided in self._choosing:
+        if guided in self._choosing and not is_tree:
             drawn, kept = zip(*(s.drawn for s in going), strict=True)
             ks = [s.drafts for s in going] if guided else drawn
             free = [s.looks_up for s in going]
@@ -149,6 +151,8 @@ class Rounds:
 
     def _free(self, going: Sequence[TokenSequence], begin: on_device.Start) -> on_device.Played:
         """A round of sequences that no grammar guides, built."""
+        if going[0].tree is not None:
+            return self._tree(going).play(begin)
         return self._round(going, self._groups).together(begin)
 
     def _rank(self, sequence: TokenSequence) -> tuple[bool, int, int]:
@@ -175,10 +179,26 @@ class Rounds:
         self, going: Sequence[TokenSequence], groups: Sequence[on_device.Group]
     ) -> on_device.RecordedRound:
         each, ks = [s.parts for s in going], [s.k for s in going]
-        layers = len(each[0].cache.arena.arrays)  # a drafter may bring some
-        key = layers, *(form for _, form in groups), *(self._rank(one) for one in going)
+        key = self._key(going, groups)
         self.recorded_now = (dispatch.chosen(), key) not in self._recorded
         return _kept(self._recorded, key, lambda: on_device.RecordedRound(each, ks, groups))
+
+    def _tree(self, going: Sequence[TokenSequence]) -> RecordedTree:
+        from pyengine.engine.tree_round import RecordedTree
+
+        [group], first = self._groups, going[0]
+        assert first.tree is not None
+        shape = first.k, first.tree, group, first.is_greedy
+        key = self._key(going, self._groups)
+        self.recorded_now = (dispatch.chosen(), key) not in self._trees
+        return _kept(self._trees, key, lambda: RecordedTree([s.parts for s in going], *shape))
+
+    def _key(
+        self, going: Sequence[TokenSequence], groups: Sequence[on_device.Group]
+    ) -> tuple[Any, ...]:
+        """What a recorded round goes by."""
+        layers = len(going[0].parts.cache.arena.arrays)  # a drafter may bring some
+        return layers, *(form for _, form in groups), *(self._rank(one) for one in going)
 
     def _step(self, going: Sequence[TokenSequence], i: int) -> Step:
         from pyengine.engine.guided import masked

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from pyengine import mapped
 from pyengine.checkpoint import memory
+from pyengine.drafters.dflash import DFlashDrafter
 from pyengine.drafters.drafter import MAX_BLOCK, Drafter, TargetLike
 from pyengine.drafters.mixed import MixedDrafter, kind_of, looks_up, source_of
 from pyengine.engine import round as on_device
@@ -18,11 +19,11 @@ from pyengine.engine.known import known_of
 from pyengine.engine.prefill import Begun, Shared, prefill
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.report import NonFinite, Report
-from pyengine.engine.stats import Source, Stats, last_source
+from pyengine.engine.stats import Nodes, Source, Stats, last_source
 from pyengine.engine.turns import Turns
 from pyengine.model.cache import Arena, Cache
 from pyengine.sampling.sampler import Logprob, Sampler
-from pyengine.sampling.settings import Sampling, seeded
+from pyengine.sampling.settings import MOST_NODES, Sampling, seeded
 
 if TYPE_CHECKING:  # what brings NumPy is imported where it is needed
     from pyengine.engine.guided import Drafting, Guide, Matcher
@@ -72,8 +73,12 @@ class TokenSequence:
         shared: Shared | None = None,
         arena: Arena | None = None,
         matcher: Matcher | None = None,
+        tree: int | None = None,
     ) -> None:
         _check(target, drafter, prompt, block_size, max_tokens)
+        if tree is not None:
+            _check_tree(tree, drafter, sampling, block_size, auto, matcher)
+            block_size = min(block_size, tree + 1)
         self.stats = Stats() if stats is None else stats
         self.prompt, self.block_size = prompt, block_size
         self.drafts = block_size - 1  # of the next round, if its drafter has any
@@ -92,7 +97,8 @@ class TokenSequence:
         self._own: Cache | None = None  # where no prefix has it
         self._matcher = matcher
         self.guide: Guide | None = None  # once the prompt is processed, where there is a matcher
-        self._most_rows = most_rows(block_size, matcher is not None)
+        self._most_rows = most_rows(block_size, matcher is not None, tree)
+        self.tree = tree  # drafts of each round's
         room = target.context - len(prompt)
         self._room = room if max_tokens is None else min(max_tokens, room)
         self._text = list(prompt)
@@ -105,6 +111,7 @@ class TokenSequence:
             if isinstance(self._drafter, MixedDrafter) and not self.is_guided:
                 self._turns = Turns(target, self._drafter, self.acceptance)
         self.stats.block_size = "auto" if self.acceptance else block_size
+        self.stats.tree = tree
         self.stats.prompt_tokens = len(prompt)
         self.stats.seed = self._sampling.seed
 
@@ -116,7 +123,16 @@ class TokenSequence:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What a recorded round goes by, beside numbers of the settings."""
-        return self.block_size, kind_of(self._drafter), self.logprobs
+        tree = self.tree and (self.tree, self.is_greedy)
+        return self.block_size, kind_of(self._drafter), self.logprobs, tree
+
+    @property
+    def make(self) -> tuple[bool, int, int, bool, bool]:
+        """What sequences of one round must have in common: whether grammars guide it; of trees the
+        drafts, their depth, and how candidates are ranked."""
+        if self.tree is None:
+            return self.is_guided, 0, 0, False, False
+        return False, self.tree, self.block_size, self.is_greedy, self.is_dense
 
     @property
     def source(self) -> type[Drafter | None]:
@@ -147,6 +163,10 @@ class TokenSequence:
     @property
     def logprobs(self) -> int | None:
         return self._sampling.logprobs
+
+    @property
+    def is_greedy(self) -> bool:
+        return self._sampling.greedy
 
     @property
     def is_dense(self) -> bool:
@@ -256,14 +276,16 @@ class TokenSequence:
         self._primary = outcome.primary
         self.parts.take_results(outcome, self.k + 1)
 
-    def count(self, accepted: int, seconds: float) -> None:
-        """Note how many drafts a round kept, and what it took, whoever else was in it."""
+    def count(self, accepted: int, seconds: float, nodes: Nodes | None = None) -> None:
+        """Note how many drafts a round kept, and what it took, whoever else was in it; of a tree
+        what there is to know of it."""
         self.parts.cache.settle(len(self._text) + accepted)
         guide = self.guide
-        self._counts = (self.k, accepted, 0) if guide is None else guide.counts(accepted)
+        drafted = self.k if nodes is None else sum(nodes.by_depth)
+        self._counts = (drafted, accepted, 0) if guide is None else guide.counts(accepted)
         self._sources = ["draft"] * accepted if guide is None else guide.sources(accepted)
-        self._sources.append(last_source(*self._counts[:2]))
-        self.stats.count_round(*self._counts, self.turn)
+        self._sources.append(last_source(*self._counts[:2], nodes))
+        self.stats.count_round(*self._counts, self.turn, nodes)
         if self.acceptance is not None and not self.looks_up:
             self.acceptance.note(*self.drawn)
         self.stats.decode_s += seconds
@@ -304,9 +326,53 @@ def _cut(tokens: list[int], room: int, stop_ids: frozenset[int]) -> tuple[list[i
     return tokens[:room], "length" if len(tokens) >= room else None
 
 
-def most_rows(block_size: int, guided: bool) -> int:
-    """Rows of a round's block at most; a grammar may lengthen a block, but not plain decoding."""
+def most_rows(block_size: int, guided: bool, tree: int | None = None) -> int:
+    """Rows of a round's block at most, or of a tree of so many drafts; a grammar may lengthen a
+    block, but not plain decoding."""
+    if tree is not None:
+        return tree + 1
     return max(block_size, 1 + MOST_FORCED) if guided and block_size > 1 else block_size
+
+
+def _check_tree(
+    tree: int,
+    drafter: Drafter | None,
+    sampling: Sampling,
+    block_size: int,
+    auto: bool,
+    matcher: Matcher | None,
+) -> None:
+    if not 1 <= tree <= MOST_NODES:
+        raise ValueError(f"[decode] a tree must be of 1 to {MOST_NODES} drafts but got {tree}.")
+    if not isinstance(drafter, DFlashDrafter):
+        raise ValueError(
+            "[decode] a tree's drafter must judge all places of a block at once but got "
+            f"{type(drafter).__name__}."
+        )
+    if block_size < 2 or auto or matcher is not None:
+        raise ValueError(
+            "[decode] a tree must have blocks of one size, 2 or more, and no grammar but has not."
+        )
+    check_tree_sampling("decode", sampling)
+
+
+def check_tree_sampling(what: str, sampling: Sampling) -> None:
+    """Refuse settings under which no tree can be verified.
+
+    Raises:
+        ValueError: The rule compares probabilities, which a draft chosen by rank does not have; or
+            logits depend on the tokens before, which are others on every path.
+    """
+    if not (sampling.greedy or sampling.verify == "coupled"):
+        raise ValueError(
+            f"[{what}] verify must be coupled, or temperature 0, with a tree, whose drafts are "
+            f"ranked and not drawn, but got {sampling.verify}."
+        )
+    if sampling.penalises:
+        raise ValueError(
+            f"[{what}] penalties must be off with a tree, whose paths differ in the tokens that "
+            "they count, but are on."
+        )
 
 
 def _check(

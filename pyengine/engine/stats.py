@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 # Where a token comes from: the prefill, a kept draft, a grammar that allows nothing else, the
 # target behind a block that was kept whole, in place of a draft, and where there was no draft.
 Source = Literal["first", "draft", "forced", "bonus", "correction", "plain"]
 
 
-def last_source(drafted: int, accepted: int) -> Source:
+class Nodes(NamedTuple):
+    """What there is to know of a round's tree."""
+
+    by_depth: list[int]  # drafts, down to where it ends
+    ended: bool  # whether none of them followed the last that was kept
+
+
+def nodes_of(row: Sequence[int], Q: int, k: int) -> list[Nodes]:
+    """What a round's row of numbers says of Q trees of depth k: its end."""
+    told = row[len(row) - Q * (k + 1) :]
+    each = [told[n * (k + 1) : (n + 1) * (k + 1)] for n in range(Q)]
+    return [Nodes([count for count in own[:k] if count], bool(own[k])) for own in each]
+
+
+def last_source(drafted: int, accepted: int, nodes: Nodes | None = None) -> Source:
     """What a round's last token is, of whose drafts so many were judged and kept."""
     if not drafted:
         return "plain"
-    return "bonus" if accepted == drafted else "correction"
+    whole = accepted == drafted if nodes is None else nodes.ended
+    return "bonus" if whole else "correction"
 
 
 @dataclass
@@ -24,7 +40,8 @@ class Stats:
     ``decode_s`` and ``tok_s`` are decode only: the first token belongs to the prefill. ``seed`` and
     ``block_size`` are those that were used, given or not; "auto" says that each round had a block
     size of its own, on which no text depends. What a round committed behind a stop string
-    counts too. ``forced`` tokens are those that a grammar left no choice about and that cost no
+    counts too. Of ``tree`` drafts that are a tree, several are at one depth, of which at most one
+    is kept. ``forced`` tokens are those that a grammar left no choice about and that cost no
     draft: they are neither drafted nor accepted here, and ``tokens_per_round`` has them.
     ``by_drafter`` has rounds, drafted and accepted of each drafter of a mix; nothing for others.
     With an early exit ``exits`` has by layers how many tokens left behind so many, of those after
@@ -49,6 +66,7 @@ class Stats:
     peak_memory_bytes: int = 0
     by_drafter: dict[str, dict[str, int]] = field(default_factory=dict)
     exits: dict[int, int] = field(default_factory=dict)
+    tree: int | None = None
 
     @property
     def tok_s(self) -> float:
@@ -71,27 +89,42 @@ class Stats:
         return [a / d for a, d in zip(self.accepted_by_depth, self.drafted_by_depth, strict=True)]
 
     @property
+    def kept_by_depth(self) -> list[float]:
+        """Of the rounds, the share that kept a draft at each depth."""
+        return [a / self.rounds for a in self.accepted_by_depth]
+
+    @property
+    def drafts_per_round(self) -> float:
+        return self.drafted / self.rounds if self.rounds else 0.0
+
+    @property
     def tokens_per_round(self) -> float:
         return (self.generated_tokens - 1) / self.rounds if self.rounds else 0.0
 
     def count_round(
-        self, drafted: int, accepted: int, forced: int = 0, drafter: str | None = None
+        self,
+        drafted: int,
+        accepted: int,
+        forced: int = 0,
+        drafter: str | None = None,
+        nodes: Nodes | None = None,
     ) -> None:
         """A round of so many drafts of a drafter, of which so many were kept, and forced tokens;
-        the drafter's name where a mix has several."""
+        the drafter's name where a mix has several; where the drafts are where they are a tree."""
         self.rounds += 1
         self.drafted += drafted
         self.accepted += accepted
         self.forced += forced
-        grow = drafted - len(self.drafted_by_depth)
+        each = [1] * drafted if nodes is None else nodes.by_depth
+        grow = len(each) - len(self.drafted_by_depth)
         self.drafted_by_depth += [0] * grow
         self.accepted_by_depth += [0] * grow
-        for depth in range(drafted):
-            self.drafted_by_depth[depth] += 1
+        for depth, count in enumerate(each):
+            self.drafted_by_depth[depth] += count
             self.accepted_by_depth[depth] += depth < accepted
         if drafter is not None:
             add_counts(self.by_drafter, drafter, drafted, accepted)
-        last = last_source(drafted, accepted)
+        last = last_source(drafted, accepted, nodes)
         self.bonus_tokens += last == "bonus"
         self.correction_tokens += last == "correction"
 
@@ -107,11 +140,20 @@ class Stats:
 
     def to_dict(self) -> dict[str, Any]:
         """Counts, seconds and the ratios made of them, ready for JSON."""
-        ratios = ("tok_s", "prefill_tok_s", "acceptance", "acceptance_by_depth", "tokens_per_round")
+        ratios = (
+            "tok_s",
+            "prefill_tok_s",
+            "acceptance",
+            "acceptance_by_depth",
+            "kept_by_depth",
+            "drafts_per_round",
+            "tokens_per_round",
+            "mean_layers",
+        )
         return {
             **self.__dict__,
             "exits": {str(layers): count for layers, count in self.exits.items()},
-            **{name: getattr(self, name) for name in (*ratios, "mean_layers")},
+            **{name: getattr(self, name) for name in ratios},
         }
 
 

@@ -123,7 +123,7 @@ class LeaderTarget(SharedTarget):
         rows: Rows,
         left: list[mx.array],
     ) -> mx.array:
-        assert rows.branches is None  # no round has trees
+        assert rows.branches is None  # trees are refused where ranks share the target
         batch = rows.batch
         full, sliding = batch.tables[False], batch.tables[True]
         parts = [batch.arena.identity, mx.array(list(rows.counts), dtype=mx.int32), batch.lengths]

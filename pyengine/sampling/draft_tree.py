@@ -22,7 +22,6 @@ from pyengine.ops.filter_logits import Filtered
 from pyengine.ops.random_uniform import Purpose
 
 LEAST_TIME = 1e-30  # whose logarithm is finite
-MOST_NODES = 15  # with the primary token, what one launch of an op takes
 
 
 class DraftTree(NamedTuple):

@@ -279,10 +279,27 @@ class Chooser:
         shape = (R, ids.shape[1])
         return Edits(ids, mx.broadcast_to(factors, shape), mx.broadcast_to(deltas, shape))
 
-    def draw(self, rows: Filtered, position: mx.array, index: int = 0) -> mx.array:
-        """Draw each text's token for the absolute position ``position + index``, as plain decoding
-        does: int32 ``[Q]``."""
+    def ranking(self, width: int) -> Chooser:
+        """The same without temperature and cuts: so many candidates of each row, best first."""
+        settings = self.choices.settings
+        one = mx.ones(settings.seed.shape)
+        cut = {"top_k": mx.full(one.shape, width, mx.int32), "top_p": one, "min_p": 0 * one}
+        settings = settings._replace(temperature=one, **cut)
+        choices = self.choices._replace(settings=settings)
+        return replace(self, form=self.form._replace(width=width), choices=choices)
+
+    def draw(
+        self,
+        rows: Filtered,
+        position: mx.array,
+        index: int = 0,
+        owner: Sequence[int] | None = None,
+    ) -> mx.array:
+        """Draw each row's token for its absolute position ``position + index``, as plain decoding
+        does: int32 ``[R]``. Row n is text n's, or that of text ``owner[n]``."""
         seed = self.choices.settings.seed
+        if owner is not None:
+            seed = picked(seed, owner)
         return _drawn(rows, position, index, seed, mx.full(seed.shape, True))
 
     def draw_drafts(

@@ -18,6 +18,7 @@ MAX_SEED = 2**32 - 1
 # With these, edited logits divided by the temperature are still float32's
 MAX_EDIT = 1e9
 MIN_TEMPERATURE = 1e-20
+MOST_NODES = 15  # drafts of a tree: with the primary token, what one launch of an op takes
 
 
 @dataclass(frozen=True)

@@ -86,3 +86,44 @@ def test_what_it_knows_of_the_text_is_what_it_drafts_by(
     monkeypatch.setattr(DFlash, "read", read_nothing)
     ask["pair"] = dataclasses.replace(pair)  # for which nothing was recorded
     assert kept > 0.5 and kept > 2 * generate(PROMPT, **ask).stats.acceptance
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=0.0), Sampling(seed=4, verify="coupled")],
+    ids=["greedy", "T1"],
+)
+def test_no_text_depends_on_its_trees(pair: Pair, sampling: Sampling) -> None:
+    """Nor where it ends: at a stop string within a path, or at the budget."""
+    ask: dict[str, Any] = {"pair": pair, "sampling": sampling, "max_tokens": 80}
+    plain = generate(PROMPT, block_size=1, **ask)
+    drawn = {"drafter": "dflash"}
+    trees = {n: generate(PROMPT, tree=n, **drawn, **ask) for n in (3, 15)}
+    for n, result in trees.items():
+        assert result.tokens == plain.tokens and result.text == plain.text
+        assert result.stats.tree == n and result.stats.drafts_per_round == n
+    chain = generate(PROMPT, block_size=8, **drawn, **ask)
+    assert trees[15].stats.tokens_per_round > chain.stats.tokens_per_round > 2
+    for word in (plain.text[70:73], plain.text[101:105]):
+        stopped = generate(PROMPT, tree=15, stop=word, **drawn, **ask)
+        assert stopped.text == plain.text[: plain.text.index(word)]
+        assert stopped.finish_reason == "stop"
+    for count in (9, 10, 11):
+        cut = generate(PROMPT, tree=15, **drawn, **(ask | {"max_tokens": count}))
+        assert cut.tokens == plain.tokens[:count] and cut.finish_reason == "length"
+
+
+def test_a_conversation_by_trees(pair: Pair) -> None:
+    """A turn behind one that trees made: reused, and the text that it is anew."""
+    prefix = pyengine.Prefix()
+    ask: dict[str, Any] = {"pair": pair, "drafter": "dflash", "tree": 9}
+    ask["sampling"] = Sampling(seed=2, verify="coupled")
+    first = generate("Write a Pong game.", max_tokens=60, prefix=prefix, **ask)
+    turns = [
+        {"role": "user", "content": "Write a Pong game."},
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "Now Snake."},
+    ]
+    again = generate(turns, max_tokens=40, prefix=prefix, **ask)
+    assert again.stats.reused_tokens > 60
+    assert again.tokens == generate(turns, max_tokens=40, **ask).tokens

@@ -38,6 +38,7 @@ ROWS: dict[str, list[Any]] = {
     "block_size": [1, 3, 3, 1, 3, 3],
     "verify": ["residual", "block", "coupled"] * 2,
     "drafter": [None, "assistant", "assistant"] * 2,
+    "tree": [None] * 6,
     "token_budget": [20, 20, 20, 9, 9, 9],
     "hit_token_budget": [False, False, True, False, True, False],
     "finish_reason": ["stop", "stop", "length", "stop", "length", "stop"],
@@ -54,6 +55,7 @@ ROWS: dict[str, list[Any]] = {
     "end_to_end_speedup_vs_ar": [1.0, 2.0, 0.5, 1.0, 1.5, 0.2],
     "verify_calls": [8, 5, 4, 2, 5, 2],
     "tokens_per_round": [1.25, 2.4, 4.75, 2.0, 1.6, 2.0],
+    "drafts_per_round": [0.0, 2.0, 4.0, 0.0, 4.0, 2.5],
     "round_cost_in_plain_steps": [1.25, 0.75, 5.9375, 2.0, 0.4, 16.0],
     "drafted_tokens": [0, 10, 16, 0, 20, 5],
     "accepted_drafts": [0, 7, 4, 0, 15, 1],
@@ -62,6 +64,7 @@ ROWS: dict[str, list[Any]] = {
     "drafted_by_depth": [[], [5, 5], [8, 8], [], [10, 10], [4, 2]],
     "accepted_by_depth": [[], [4, 3], [4, 0], [], [9, 6], [1, 0]],
     "acceptance_by_depth": [[], [0.8, 0.6], [0.5, 0.0], [], [0.9, 0.6], [0.25, 0.0]],
+    "kept_by_depth": [[], [0.8, 0.6], [1.0, 0.0], [], [1.8, 1.2], [0.5, 0.0]],
     "by_drafter": [{}, {}, {}, {}, {}, {}],
     "bonus_tokens": [0, 3, 1, 0, 2, 4],
     "correction_tokens": [0, 2, 6, 0, 3, 7],
@@ -105,14 +108,17 @@ SUMMARY: dict[str, list[Any]] = {
     "block_size": [1, 3, 3],
     "verify": ["residual", "block", "coupled"],
     "drafter": [None, "assistant", "assistant"],
+    "tree": [None, None, None],
     "tok_s": [2.8, 10.0, 46 / 35],
     "acceptance_rate": [None, 11 / 15, 5 / 21],
     "tokens_per_round": [1.4, 2.0, 23 / 6],
+    "drafts_per_round": [0.0, 3.0, 3.5],
     "speedup_vs_ar": [1.0, 25 / 7, 23 / 49],
     "round_cost_in_plain_steps": [1.4, 0.56, 49 / 6],
     "drafted_by_depth": [[], [15, 15], [12, 10]],
     "accepted_by_depth": [[], [13, 9], [5, 0]],
     "acceptance_by_depth": [[], [13 / 15, 9 / 15], [5 / 12, 0.0]],
+    "kept_by_depth": [[], [1.3, 0.9], [5 / 6, 0.0]],
     "by_drafter": [{}, {}, {}],
     "generated_tokens": [16, 22, 25],
     "decode_elapsed_s": [5.0, 2.0, 17.5],
@@ -170,6 +176,7 @@ def test_every_run_is_asked_for_with_its_own_settings(stage: Stage) -> None:
             "sampling": Sampling(0.5, 0.75, 3, seed=seed, verify=rule),
             "block_size": block,
             "drafter": None if block == 1 else "assistant",
+            "tree": None,
             "raw": raw,
         }
 
@@ -221,6 +228,49 @@ def test_drafters_stand_side_by_side(stage: Stage) -> None:
         "block 4 coupled lookup",
         "block 2",
     ]
+
+
+def test_trees_stand_behind_the_block_sizes(stage: Stage) -> None:
+    """With each rule. Of 7 and of 3 drafts, at depths from 1 on, and what was kept of them."""
+    seven = {"depths": ([8, 12, 8], [4, 3, 1]), "drafts": (28, 8), "rounds": 4}
+    three = {"depths": ([9, 6], [5, 2]), "drafts": (15, 7), "rounds": 5}
+    told: dict[str, Any] = {"prompt": 1, "peak": 1}
+    seconds = (1.0, 1.0, 1.0)
+    for prompt, rule in itertools.product(("fox", "the"), ("coupled", "residual")):
+        stage.runs[prompt, 1, rule] = [run(1, 9, seconds, 8, **told) for _ in range(4)]
+        stage.runs[prompt, 2, rule] = [run(1, 9, seconds, 8, **told) for _ in range(2)]
+        both = [run(1, 13, seconds, **seven, **told), run(1, 13, seconds, **three, **told)]
+        stage.runs[prompt, "auto", rule] = both * (2 if prompt == "fox" else 1)
+    settings = {**SETTINGS, "block_sizes": [2], "repeats": 1, "rules": ["coupled", "greedy"]}
+    rows, summary = gemma_mtp.gemma_mtp(PAIR, CASES, drafters=["dflash"], trees=[7, 3], **settings)
+    order = [(2, None), ("auto", 7), ("auto", 3)]
+    asked = [(kw["block_size"], kw["tree"]) for _, kw in stage.asked]
+    assert asked == [(1, None), (1, None), *order, *order] * 3
+    assert [(row["block_size"], row["tree"]) for row in summary[2:]] == order * 2
+    for row in (rows[3], rows[6], rows[11]):
+        assert (row["tree"], row["drafts_per_round"], row["tokens_per_round"]) == (7, 7.0, 3.0)
+        assert row["acceptance_by_depth"] == [0.5, 0.25, 0.125]
+        assert row["kept_by_depth"] == [1.0, 0.75, 0.25]
+    for line in (summary[4], summary[7]):
+        assert (line["tree"], line["drafts_per_round"], line["tokens_per_round"]) == (3, 3.0, 2.4)
+        assert line["kept_by_depth"] == [1.0, 0.4] and line["acceptance_rate"] == 7 / 15
+    assert str(gemma_mtp.Setting("auto", "coupled", "dflash", 7)) == "tree 7 coupled dflash"
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"trees": [16]}, r"\[bench\] tree must be 1 to 15 but got 16\."),
+        ({"trees": [0]}, r"\[bench\] tree must be 1 to 15 but got 0\."),
+        ({"trees": [7, 7]}, r"\[bench\] tree must name a number once but got \[7, 7\]\."),
+        ({"drafters": ["dflash", "lookup"]}, r"drafter must be dflash with a tree.* got lookup\."),
+        ({"rules": ["greedy", "block"]}, r"verify must be coupled or greedy with.* got block\."),
+    ],
+)
+def test_what_a_tree_does_not_go_with(more: dict[str, Any], told: str) -> None:
+    asked = {"rules": ["coupled"], "drafters": ["dflash"], "trees": [7]}
+    with pytest.raises(ValueError, match=told):
+        gemma_mtp.check_settings([4], 1, 8, **{**asked, **more})
 
 
 @pytest.mark.parametrize(("seed", "seeds"), [(None, [0, 0, 1]), (0, [0, 0, 1]), (7, [7, 7, 8])])

@@ -203,6 +203,7 @@ def test_the_report_holds_what_was_measured(
             "draft_block_sizes": [3],
             "verify": ["block", "coupled"],
             "drafter": ["assistant"],
+            "tree": [],
             "repeats": 3,
         },
         "complete": True,

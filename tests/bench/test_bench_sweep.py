@@ -169,7 +169,7 @@ def test_no_run_begins_without_what_draws_its_picture(
 
 def row(block: Any, drafter: str | None, verify: str, **more: Any) -> dict[str, Any]:
     figures = dict.fromkeys((key for key, _, _ in sweep_picture.PLOTS), 0.5)
-    named = {"block_size": block, "drafter": drafter, "verify": verify}
+    named = {"block_size": block, "drafter": drafter, "verify": verify, "tree": None}
     return {**figures, **named, "acceptance_by_depth": [0.5, 0.25], **more}
 
 

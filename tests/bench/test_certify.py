@@ -26,6 +26,7 @@ def rows(slower: dict[int, int], n: int) -> list[dict[str, Any]]:
                     "block_size": block,
                     "verify": "residual",
                     "drafter": None if block == 1 else "assistant",
+                    "tree": None,
                     "tok_s": 10.0 if fast else 9.0,
                     "ar_tok_s": 10.0,
                 }
@@ -75,6 +76,7 @@ def test_the_table_and_the_report_say_it(stage: Stage, pair: Any, tmp_path: Path
                 "block_size": 3,
                 "verify": "block",
                 "drafter": "assistant",
+                "tree": None,
                 "slower": 0,
                 "p_value": pytest.approx(0.25),
                 "certified": True,
@@ -83,6 +85,7 @@ def test_the_table_and_the_report_say_it(stage: Stage, pair: Any, tmp_path: Path
                 "block_size": 3,
                 "verify": "coupled",
                 "drafter": "assistant",
+                "tree": None,
                 "slower": 2,
                 "p_value": 1.0,
                 "certified": False,

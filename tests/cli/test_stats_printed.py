@@ -32,8 +32,9 @@ WHOLE = [
     " block size   4",
     " rounds       8, 3.75 tokens each",
     " acceptance   0.640 of 25 drafts",
+    " tree         3.1 drafts per round, of which one path is kept",
     " of lookup    2 rounds, 7 of 9 drafts kept",
-    " by depth     0.90 0.25 0.75",
+    " by depth     1.12 0.25 0.38 of the rounds",
     " exits        20 behind layer 6, 10 behind layer 24; 12.0 layers per token",
     " forced       3 tokens by the grammar, without a draft",
     " peak memory  123 MB",
@@ -83,6 +84,13 @@ def test_every_line_of_stats(capsys: pytest.CaptureFixture[str]) -> None:
     print_stats(Result("text", [1, 2, 3], "length", STATS))
     said = capsys.readouterr()
     assert said.out == "" and said.err.splitlines() == WHOLE
+
+
+def test_stats_of_chains_tell_of_no_tree(capsys: pytest.CaptureFixture[str]) -> None:
+    print_stats(Result("text", [1, 2, 3], "length", replace(STATS, tree=None)))
+    wanted = [line for line in WHOLE if not line.startswith((" tree", " by depth"))]
+    wanted.insert(8, " by depth     0.90 0.25 0.75")
+    assert capsys.readouterr().err.splitlines() == wanted
 
 
 def test_stats_of_plain_decoding_tell_no_acceptance(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ ROWS = [
         "block_size": block,
         "verify": "residual",
         "drafter": "lookup",
+        "tree": None,
         "tok_s": 1234.56 / block,
         "acceptance_rate": 0.8761 if block > 1 else None,
         "tokens_per_round": 12.345 + block,

@@ -10,7 +10,8 @@ import pytest
 
 from pyengine import ops
 from pyengine.ops.filter_logits import Filtered
-from pyengine.sampling.draft_tree import MOST_NODES, build, raced, ranked, walk
+from pyengine.sampling.draft_tree import build, raced, ranked, walk
+from pyengine.sampling.settings import MOST_NODES
 
 
 def by_heap(scores: np.ndarray, nodes: int) -> list[tuple[int, int, int]]:

@@ -17,7 +17,7 @@ from tiny_pairs import tiny_pair
 
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.sequence import Round
-from pyengine.engine.stats import Stats
+from pyengine.engine.stats import Nodes, Stats, nodes_of
 from pyengine.generation import generate
 from pyengine.model.target import Processed, Reader
 from pyengine.sampling.settings import Sampling
@@ -42,6 +42,7 @@ STATS = Stats(
     peak_memory_bytes=123_456_789,
     by_drafter={"lookup": {"rounds": 2, "drafted": 9, "accepted": 7}},
     exits={6: 20, 24: 10},
+    tree=15,
 )
 TOLD = {
     "block_size": 4,
@@ -62,6 +63,7 @@ TOLD = {
     "peak_memory_bytes": 123_456_789,
     "by_drafter": {"lookup": {"rounds": 2, "drafted": 9, "accepted": 7}},
     "exits": {"6": 20, "24": 10},
+    "tree": 15,
     # 20 of 6 layers and 10 of 24
     "mean_layers": 12.0,
     # 30 tokens after the first in 12 s; 100 new ones in half a second; 16 of 25; 30 in 8 rounds
@@ -69,6 +71,10 @@ TOLD = {
     "prefill_tok_s": 200.0,
     "acceptance": 0.64,
     "acceptance_by_depth": [0.9, 0.25, 0.75],
+    # Of 8 rounds
+    "kept_by_depth": [1.125, 0.25, 0.375],
+    # 25 in 8 rounds
+    "drafts_per_round": 3.125,
     "tokens_per_round": 3.75,
 }
 
@@ -83,18 +89,19 @@ def test_every_field_and_ratio_is_told() -> None:
 
 def test_a_generation_begins_with_nothing() -> None:
     """Plain decoding, no seed yet, and every count and second 0; lists of its own."""
-    lists = ("drafted_by_depth", "accepted_by_depth", "acceptance_by_depth")
+    each = ("drafted", "accepted", "acceptance", "kept")
+    lists = [f"{name}_by_depth" for name in each]
     none: dict[str, Any] = dict.fromkeys(TOLD, 0) | {name: [] for name in lists}
-    others: dict[str, Any] = {"exits": {}, "mean_layers": None, "by_drafter": {}}
+    others: dict[str, Any] = {"exits": {}, "mean_layers": None, "by_drafter": {}, "tree": None}
     assert Stats().to_dict() == {**none, **others, "block_size": 1, "seed": None}
     assert Stats().drafted_by_depth is not Stats().drafted_by_depth
 
 
 def test_nothing_measured_divides_by_nothing() -> None:
     none = Stats(prompt_tokens=5, generated_tokens=1)
-    ratios = ("tok_s", "prefill_tok_s", "acceptance", "tokens_per_round")
-    assert [getattr(none, name) for name in ratios] == [0.0] * 4
-    assert none.acceptance_by_depth == []
+    ratios = ("tok_s", "prefill_tok_s", "acceptance", "tokens_per_round", "drafts_per_round")
+    assert [getattr(none, name) for name in ratios] == [0.0] * 5
+    assert none.acceptance_by_depth == none.kept_by_depth == []
     assert Stats(generated_tokens=1, decode_s=2.0, rounds=3).tok_s == 0.0
     assert Stats(drafted=3).acceptance == 0.0
     half = Stats(prompt_tokens=8, reused_tokens=8, prefill_s=4.0)
@@ -120,6 +127,30 @@ def test_rounds_are_counted(rounds: list[tuple[int, int]], told: tuple[Any, ...]
     counts = (s.rounds, s.drafted, s.accepted, s.drafted_by_depth, s.accepted_by_depth)
     assert (*counts, s.bonus_tokens, s.correction_tokens) == told
     assert s.by_drafter == {}
+
+
+def test_rounds_of_trees_are_counted() -> None:
+    """Three trees of 7: a path of two drafts whose end is a leaf, one that is not gone on from
+    though it could be, and none; then a tree that is deeper."""
+    s = Stats()
+    for accepted, nodes in (
+        (2, Nodes([4, 3], True)),
+        (1, Nodes([2, 4, 1], False)),
+        (0, Nodes([3, 2, 2], False)),
+        (4, Nodes([1, 2, 3, 1], True)),
+    ):
+        s.count_round(7, accepted, nodes=nodes)
+    assert (s.rounds, s.drafted, s.accepted) == (4, 28, 7)
+    assert s.drafted_by_depth == [10, 11, 6, 1] and s.accepted_by_depth == [3, 2, 1, 1]
+    assert s.acceptance_by_depth == [0.3, 2 / 11, 1 / 6, 1.0]
+    assert s.kept_by_depth == [0.75, 0.5, 0.25, 0.25] and s.drafts_per_round == 7.0
+    assert (s.bonus_tokens, s.correction_tokens) == (2, 2)
+
+
+def test_a_rounds_numbers_of_trees() -> None:
+    """Behind what else a round tells: of each of two trees three depths, and how it ended."""
+    row = [9, 9, 9, 2, 3, 2, 0, 7, 0, 0, 1]
+    assert nodes_of(row, 2, 3) == [Nodes([2, 3, 2], False), Nodes([7], True)]
 
 
 def test_rounds_of_a_mix_are_counted_by_drafter() -> None:
@@ -262,11 +293,14 @@ def test_counts_and_clocks_of_a_generation(clock: Clock) -> None:
         "correction_tokens": 3,
         "by_drafter": {},
         "exits": {},
+        "tree": None,
         "mean_layers": None,
         "tok_s": 2.0,
         "prefill_tok_s": pytest.approx(2 / 3.375),
         "acceptance": 0.6,
         "acceptance_by_depth": [0.8, 0.6, 0.4],
+        "kept_by_depth": [0.8, 0.6, 0.4],
+        "drafts_per_round": 3.0,
         "tokens_per_round": 2.4,
     }
 
