@@ -16,7 +16,7 @@ from types import ModuleType
 import mlx.core as mx
 import pytest
 
-from pyengine import _ext, ops
+from pyengine import ops
 from pyengine.checkpoint.published import PUBLISHED
 
 TESTS = Path(__file__).parents[1]
