@@ -13,8 +13,7 @@ import json
 from typing import Any, NamedTuple
 
 from pyengine.checkpoint.published import PUBLISHED, published
-from pyengine.ranks.group import HEADER
-from pyengine.ranks.split import shares
+from pyengine.ranks.cost import messages
 
 SIZES = (2, 4)
 
@@ -33,22 +32,17 @@ LINKS = (Link("Thunderbolt 5, RDMA", 8e9, 10e-6), Link("10 GbE, TCP", 1.1e9, 60e
 def row(name: str, size: int, rows: int) -> dict[str, Any]:
     """Of one target call of a round, and its logits."""
     target, _ = published(name)
-    E, V = target.hidden_size, target.vocab_size
-    sums = len(shares(target, 0, size).summed)
-    stream = rows * (E + len(target.layers) * target.per_layer_width) * 2
-    # Header and place of the call, its rows; header and rows of the head; then what is gathered
-    told = 2 * 4 * HEADER + 4 * (3 + 2 + 256) + stream + rows * E * 2
-    gathered = (size - 1) * (sums * rows * E * 4 + rows * V * 4 // size)
+    own = messages(target, size, rows)
     found: dict[str, Any] = {
         "target": name,
         "ranks": size,
-        "sums": sums,
-        "messages": sums + 1 + 5,
-        "bytes": gathered + told,
+        "gathers": own.gathers,
+        "messages": own.gathers + own.told,
+        "bytes": own.nbytes,
     }
     for link in LINKS:
-        steps = (sums + 1) * (size - 1) + 5 * 2 * (size - 1)
-        seconds = found["bytes"] / link.bandwidth + steps * link.latency
+        steps = (own.gathers + 2 * own.told) * (size - 1)
+        seconds = own.nbytes / link.bandwidth + steps * link.latency
         found[link.name] = seconds
     return found
 

@@ -20,7 +20,7 @@ def start_on(path: str | None) -> str | None:
 
     On these hosts the command runs as it stands, without the option.
     """
-    from pyengine.ranks.group import is_started
+    from pyengine.ranks.launched import is_started
 
     if path is None or is_started():
         return path

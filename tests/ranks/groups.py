@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
+
 PROGRAM = Path(__file__).with_name("rank.py")
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+SECONDS = 300.0  # a group on a busy machine
 
 
 def free_ports(count: int) -> list[int]:
@@ -56,3 +61,14 @@ def finish(started: list[subprocess.Popen[str]], seconds: float) -> list[tuple[i
             process.kill()
             process.wait()
     return found
+
+
+def changed_weights(pair: Path, changed: Path) -> None:
+    """A copy of a pair with one norm of the target doubled."""
+    shutil.copytree(pair, changed)
+    file = changed / "target/model.safetensors"
+    tensors = mx.load(str(file))
+    assert isinstance(tensors, dict)
+    [norm] = [name for name in tensors if name.endswith("language_model.norm.weight")]
+    tensors[norm] = tensors[norm] * 2
+    mx.save_safetensors(str(file), tensors)
