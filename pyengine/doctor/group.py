@@ -26,6 +26,7 @@ from pyengine.doctor import machine
 from pyengine.ranks import cost
 from pyengine.ranks.group import HEADER, Ranks
 from pyengine.ranks.launched import backend
+from pyengine.ranks.start import begin
 
 SAME = ("pyengine", "mlx", "sources", "weights")  # on every rank, or loading is refused
 RUNS = 50  # of small messages
@@ -44,15 +45,18 @@ def examine(ranks: Ranks, bundle: Path, bandwidth: Bandwidth, tell: Tell) -> dic
         ranks: The group.
         bundle: A pair's folder, on each host.
         bandwidth: GB/s of a chip's memory, whether its maker says so, and where that is from.
-        tell: Called with what begins.
+        tell: Called with what begins, on rank 0.
 
     Returns:
         ``backend``, ``ranks``; ``hosts`` by rank; ``link``: what messages took here; ``bounds`` of
         tok/s, where all hosts have the pair; ``problems`` and ``hints``, each a sentence.
     """
-    tell("hosts")
+    begin(ranks)
+    if ranks.leads:
+        tell("hosts")
     hosts = [json.loads(text) for text in ranks.said(json.dumps(facts(bundle, bandwidth)))]
-    tell("messages")
+    if ranks.leads:
+        tell("messages")
     link = measure(ranks)
     report: dict[str, Any] = {
         "backend": backend(),

@@ -140,7 +140,7 @@ class Ranks:
 
     def _give_up(self, why: str) -> NoReturn:
         line = f"pyengine: [ranks] {why}; rank {self.rank} of {self.size} ends."
-        print(line, file=sys.stderr, flush=True)
+        print(line, file=sys.__stderr__, flush=True)  # the command's own may be silent
         os._exit(ENDED)
 
 

@@ -5,6 +5,7 @@ python -m pyengine.ranks.launch --hostfile hosts.json -- -m pyengine generate ".
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -30,10 +31,14 @@ def main() -> NoReturn:
             return code, was_killed
 
     launch.RemoteProcess = Noted  # type: ignore[misc]
+    # Which rank had which code: they have said why
+    launch.log_warning = lambda *said: None  # type: ignore[attr-defined]
     try:
         launch.main()  # type: ignore[no-untyped-call]
     except KeyboardInterrupt:  # reaches every process of the terminal, each of which ends by itself
         raise SystemExit(130) from None
+    if codes and all(code is not None and code <= 0 for code in codes) and any(codes):
+        print("pyengine: [ranks] a rank was ended by a signal.", file=sys.stderr)
     raise SystemExit(code_of(codes))
 
 

@@ -36,13 +36,61 @@ def test_the_answer_is_written_once_and_is_that_of_one_host(tmp_path: Path) -> N
     assert json.loads(shared.stdout)["text"] == json.loads(alone.stdout)["text"]
 
 
+ONCE = {
+    "a setting": (
+        ("--temperature", "-1"),
+        "[sampling] temperature must be 0 or more but got -1.0.",
+    ),
+    "an option's form": (("--max-tokens", "abc"), "Invalid value for '--max-tokens'"),
+    "a bundle": (("--bundle", "/nowhere"), "[load] bundle must be a folder but got /nowhere."),
+}
+
+
 @pytest.mark.ranks
-def test_a_command_that_fails_fails_everywhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ONCE)
+def test_what_all_refuse_is_said_once(what: str, tmp_path: Path) -> None:
+    words, said = ONCE[what]
     file = tmp_path / "hosts.json"
     file.write_text(json.dumps(2 * [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]))
-    done = run("generate", "x", "--temperature", "-1", "--hostfile", str(file))
+    done = run("generate", "x", "--hostfile", str(file), *words)
     assert done.returncode == 2 and done.stdout == ""
-    assert "[sampling] temperature must be 0 or more but got -1.0." in done.stderr
+    assert done.stderr.count(said) == 1
+    if said.startswith("["):
+        assert done.stderr == f"pyengine: {said}\n"
+
+
+@pytest.mark.ranks
+def test_help_is_printed_once(tmp_path: Path) -> None:
+    file = tmp_path / "hosts.json"
+    file.write_text(json.dumps(2 * [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]))
+    done = run("generate", "--hostfile", str(file), "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.count("Usage: ") == 1
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_host_lacks_is_said_once(rank: int, tmp_path: Path) -> None:
+    """Its pair is missing there alone."""
+    file = tmp_path / "hosts.json"
+    file.write_text(json.dumps(2 * [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]))
+    program = (
+        "import os, sys; from pyengine.__main__ import main; "
+        f"sys.argv[1:] = ['generate', 'x', '--max-tokens', '4'] + {['--bundle', '/nowhere']!r} "
+        f"* (os.environ['MLX_RANK'] == '{rank}'); main()"
+    )
+    launcher = ["-m", "pyengine.ranks.launch", "--hostfile", str(file), "--python", sys.executable]
+    done = subprocess.run(
+        [sys.executable, *launcher, "--", "-c", program],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    named = "" if rank == 0 else "[ranks] rank 1 of 2: "
+    assert done.stderr == f"pyengine: {named}[load] bundle must be a folder but got /nowhere.\n"
 
 
 def test_how_a_run_ended() -> None:
