@@ -222,8 +222,8 @@ def lines(report: dict[str, Any]) -> list[str]:
             + f"{own['gb_s']:.1f} GB/s, {own['source']}"
         )
     said.append(
-        f"link: {_us(link, 'gather')}, {_us(link, 'told')}, {link['gb_s']['median']:.2f} GB/s per "
-        f"rank, at most {link['gb_s']['most']:.2f} [{link['clock']}]"
+        f"link: {_us(link, 'gather')}, {_us(link, 'told')}, {1e3 * link['gb_s']['median']:.0f} MB/s "
+        f"per rank, at most {1e3 * link['gb_s']['most']:.0f} [{link['clock']}]"
     )
     for step in report.get("bounds", {}).get("steps", ()):
         name = "plain step" if step["rows"] == 1 else f"round of block {step['rows']}"

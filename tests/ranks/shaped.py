@@ -81,7 +81,7 @@ def link(delay_s: float, rate: str) -> Iterator[tuple[Side, Side]]:
             inside = *side.inside, "ip"
             _run(*inside, "link", "set", "lo", "up")
             _run(*inside, "addr", "add", f"{side.address}/24", "dev", DEVICE)
-            _run(*inside, "link", "set", DEVICE, "up")
+            _run(*inside, "link", "set", DEVICE, "mtu", "9000", "up")
             shaped = "rate", rate, "burst", "64kb", "latency", "1s"
             _run(*side.inside, "tc", "qdisc", "add", "dev", DEVICE, "root", "tbf", *shaped)
         yield sides

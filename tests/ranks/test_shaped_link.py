@@ -11,7 +11,7 @@ import pytest
 from groups import FIXTURES, SECONDS, finish, start
 from shaped import Side, lacking, link
 
-DELAY_S, RATE, RATE_GB_S = 0.001, "400mbit", 0.05
+DELAY_S, RATE, RATE_GB_S = 0.001, "80mbit", 0.01
 
 pytestmark = pytest.mark.ranks
 
