@@ -221,9 +221,10 @@ def lines(report: dict[str, Any]) -> list[str]:
             + ("" if free is None else f"{free / 1e9:.1f} GB free, ")
             + f"{own['gb_s']:.1f} GB/s, {own['source']}"
         )
+    rate, most = (1e3 * link["gb_s"][which] for which in ("median", "most"))
     said.append(
-        f"link: {_us(link, 'gather')}, {_us(link, 'told')}, {1e3 * link['gb_s']['median']:.0f} MB/s "
-        f"per rank, at most {1e3 * link['gb_s']['most']:.0f} [{link['clock']}]"
+        f"link: {_us(link, 'gather')}, {_us(link, 'told')}, {rate:.0f} MB/s per rank, at most "
+        f"{most:.0f} [{link['clock']}]"
     )
     for step in report.get("bounds", {}).get("steps", ()):
         name = "plain step" if step["rows"] == 1 else f"round of block {step['rows']}"
