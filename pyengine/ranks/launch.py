@@ -5,11 +5,14 @@ python -m pyengine.ranks.launch --hostfile hosts.json -- -m pyengine generate ".
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
 from mlx._distributed_utils import launch
+
+PATIENCE = 5.0  # seconds that a process has to end when another has failed
 
 
 def code_of(codes: Iterable[int | None]) -> int:
@@ -29,6 +32,14 @@ def main() -> NoReturn:
             code, was_killed = super().exit_status
             codes.append(code)
             return code, was_killed
+
+        def terminate(self) -> None:
+            self.process.terminate()
+            try:
+                self.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:  # the launcher would wait for it for ever
+                self.process.kill()
+            super().terminate()  # type: ignore[no-untyped-call]
 
     launch.RemoteProcess = Noted  # type: ignore[misc]
     # Which rank had which code: they have said why
