@@ -19,7 +19,7 @@ pytestmark = pytest.mark.ranks
 @pytest.fixture
 def sides() -> Iterator[tuple[Side, Side]]:
     if (what := lacking()) is not None:
-        pytest.skip(what)
+        pytest.skip(f"no two namespaces here: {what}")
     with link(DELAY_S, RATE) as both:
         yield both
 
