@@ -116,6 +116,7 @@ def unlike(hosts: list[dict[str, Any]]) -> list[str]:
 def measure(ranks: Ranks) -> dict[str, Any]:
     """Messages between the processes: medians, as this rank sees them. Evaluates."""
 
+    # As many in a row as there are ranks: of one that is ahead a single message may come early
     def took(message: Callable[[], Any], runs: int, count: int) -> list[float]:
         times = []
         for _ in range(runs + 1):
@@ -127,7 +128,7 @@ def measure(ranks: Ranks) -> dict[str, Any]:
         return times[1:]
 
     def us(message: Callable[[], Any]) -> dict[str, float]:
-        times = took(message, RUNS, ranks.size)  # so many in a row: some rank may be ahead
+        times = took(message, RUNS, ranks.size)
         return {"median": 1e6 * statistics.median(times), "least": 1e6 * min(times)}
 
     small, header = mx.zeros(64), mx.zeros(HEADER, mx.int32)
@@ -136,7 +137,8 @@ def measure(ranks: Ranks) -> dict[str, Any]:
     gathered, told = us(lambda: ranks.gathered(small)), us(lambda: ranks.told(header))
     passed = (ranks.size - 1) * large.nbytes  # what a rank sends of its own and of others
     rates = [
-        passed / seconds / 1e9 for seconds in took(lambda: ranks.gathered(large), LARGE_RUNS, 1)
+        passed / seconds / 1e9
+        for seconds in took(lambda: ranks.gathered(large), LARGE_RUNS, ranks.size)
     ]
     return {
         "gather_us": gathered,

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 TUN = "/dev/net/tun"
@@ -65,6 +65,7 @@ def link(delay_s: float, rate: str) -> Iterator[tuple[Side, Side]]:
     stem = f"pyengine-{uuid.uuid4().hex[:8]}"
     sides = Side(f"{stem}-a", "10.77.0.1"), Side(f"{stem}-b", "10.77.0.2")
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    started = []
     with ExitStack() as undo:
         for side, end in zip(sides, ends, strict=True):
             undo.callback(end.close)
@@ -73,8 +74,10 @@ def link(delay_s: float, rate: str) -> Iterator[tuple[Side, Side]]:
             passing = subprocess.Popen(
                 [*side.inside, sys.executable, __file__, str(end.fileno()), str(delay_s)],
                 pass_fds=[end.fileno()],
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
             )
+            started.append(passing)
             undo.callback(passing.wait)
             undo.callback(passing.kill)
             assert passing.stdout is not None and passing.stdout.readline() == b"ready\n"
@@ -84,6 +87,10 @@ def link(delay_s: float, rate: str) -> Iterator[tuple[Side, Side]]:
             _run(*inside, "link", "set", DEVICE, "mtu", "9000", "up")
             shaped = "rate", rate, "burst", "64kb", "latency", "1s"
             _run(*side.inside, "tc", "qdisc", "add", "dev", DEVICE, "root", "tbf", *shaped)
+        for passing in started:
+            assert passing.stdin is not None
+            passing.stdin.write(b"go\n")
+            passing.stdin.flush()
         yield sides
 
 
@@ -97,6 +104,7 @@ def pass_on(other: socket.socket, delay_s: float) -> None:
     name = struct.pack("16sH", DEVICE.encode(), IFF_TUN | IFF_NO_PI)
     fcntl.ioctl(device, TUNSETIFF, name.ljust(40, b"\0"))
     print("ready", flush=True)
+    sys.stdin.readline()  # both are up: one that is not takes no packet
 
     def outwards() -> None:
         while True:
@@ -107,8 +115,7 @@ def pass_on(other: socket.socket, delay_s: float) -> None:
     while message := other.recv(LARGEST + 8):
         (due,) = struct.unpack("d", message[:8])
         time.sleep(max(0.0, due - time.monotonic()))
-        with suppress(OSError):  # before the device is up
-            os.write(device, message[8:])
+        os.write(device, message[8:])
 
 
 if __name__ == "__main__":
