@@ -35,6 +35,7 @@ from pyengine.model.config import (
     TextConfig,
 )
 from pyengine.model.memory import cache_bytes, prompt_bytes
+from pyengine.ranks.cost import kept
 from pyengine.ranks.split import shares
 from pyengine.text.tokenizer import load_tokenizer
 from pyengine.untrusted import optional
@@ -242,10 +243,8 @@ def _of_ranks(
     number, context = 4 if storage == "float32" else 2, report["memory"]["context"]
     found = []
     for rank in range(size):
-        own = shares(target, rank, size)
-        parts = (round(n * own.cuts[p].share) if p in own.cuts else n for p, n in nbytes.items())
-        weights = other + sum(parts) + (0 if rank else assistant)
-        cache = cache_bytes(own.config, context, BLOCK, number)
+        weights = kept(target, rank, size, nbytes, other).held + (0 if rank else assistant)
+        cache = cache_bytes(shares(target, rank, size).config, context, BLOCK, number)
         found.append({"rank": rank, "weights": weights, "cache": cache})
     return found
 

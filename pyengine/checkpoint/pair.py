@@ -41,9 +41,9 @@ from pyengine.model.head import candidates
 from pyengine.model.linear import Weights
 from pyengine.model.memory import cache_bytes
 from pyengine.model.target import Target, check_ids
-from pyengine.ranks.group import is_started, joined
+from pyengine.ranks.group import joined
 from pyengine.ranks.split import shares
-from pyengine.ranks.start import check_same, share_target
+from pyengine.ranks.start import begin, check_same, share_target
 from pyengine.text.tokenizer import Tokenizer, load_tokenizer
 from pyengine.untrusted import shown
 
@@ -242,9 +242,10 @@ def load(
         read += count
         on_progress(read, needed)
 
-    ranks = joined() if is_started() else None
+    ranks = joined()
     share = None if ranks is None else shares(target_config, ranks.rank, ranks.size)
     if ranks is not None:
+        begin(ranks)
         check_same(ranks, sampled(target_path))
     part = (lambda path, matrix: matrix) if share is None else share.part
     weights = load_target_weights(target_path, target_config, dtype, on_read, part)

@@ -24,6 +24,7 @@ from pyengine.cli import (
     convert,
     doctor,
     generate,
+    hosts,
     inspect,
     model,
     serve,
@@ -99,8 +100,9 @@ def pyengine(
 def run() -> None:
     """What :func:`pyengine.__main__.main` runs."""
     common.open_streams()
-    try:
-        with common.sentences():  # also for what is said before and after a command
-            app()
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
+    with hosts.one_voice():
+        try:
+            with common.sentences():  # also for what is said before and after a command
+                app()
+        except typer.Exit as end:
+            sys.exit(end.exit_code)

@@ -15,12 +15,14 @@ from typing import Annotated, Any
 import typer
 
 from pyengine.cli import common
+from pyengine.cli.hosts import HostFile
 from pyengine.cli.output import check_output
 
 EXAMPLES = (
     "pyengine doctor",
     "pyengine doctor --quick --json",
     "pyengine doctor --op block_attention --op copy_pages --output attention.json",
+    "pyengine doctor --hostfile hosts.json --bundle ./gemma-4-31B-pair",
 )
 # Extra of pyproject.toml, the modules it brings, and what they serve.
 EXTRAS = {
@@ -59,6 +61,15 @@ def run(
             show_default="what the ops run on",
         ),
     ] = None,
+    hostfile: HostFile = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="With ranks: the pair that they are to share.",
+            show_default="the embedded pair",
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option(metavar="FILE", help="Where to write the whole report, as JSON.")
     ] = Path("pyengine-doctor.json"),
@@ -74,15 +85,36 @@ def run(
 
     Prints at most forty lines for a bug report and writes the whole as JSON. Exit code 1 if an op
     fails or the embedded pair does not run.
+
+    With --hostfile, and under mlx.launch, it examines the group in place of the ops: versions and
+    weights on each host, what messages between them take, and what that bounds. Exit code 1 if
+    ranks could not share the pair.
     """
     with common.sentences():
-        check_output("doctor", output)
-        report = examine(
-            quick=quick, only=op or [], device=None if device is None else device.value
-        )
-        from pyengine.doctor.report import lines
+        from pyengine.checkpoint.manifest import check_folder
+        from pyengine.ranks.launched import follows, is_started
         from pyengine.untrusted import write_whole
 
+        if bundle is not None and not is_started():
+            raise ValueError("[doctor] --bundle must come with --hostfile but stands alone.")
+        if not follows():
+            check_output("doctor", output)
+            if bundle is not None:
+                check_folder(bundle, "bundle")
+        if is_started():
+            if quick or op or device:
+                raise ValueError(
+                    "[doctor] --quick, --op and --device must be left out where ranks are examined."
+                )
+            report = examine_group(bundle)
+            from pyengine.doctor.group import lines
+        else:
+            report = examine(
+                quick=quick, only=op or [], device=None if device is None else device.value
+            )
+            from pyengine.doctor.report import lines
+        if follows():
+            raise typer.Exit(0 if report["ok"] else common.BROKEN)
         write_whole(output, json.dumps(report, indent=1) + "\n")
         if as_json:
             typer.echo(json.dumps(report))
@@ -92,6 +124,30 @@ def run(
         typer.echo(f"Report: {output}", err=True)
         if not report["ok"]:
             raise typer.Exit(common.BROKEN)
+
+
+def examine_group(bundle: Path | None) -> dict[str, Any]:
+    """Every rank's host, the messages between them, and what these bound; on each rank. Evaluates.
+
+    Returns:
+        A report ready for JSON; ``ok`` says that the ranks could share the pair.
+
+    Raises:
+        RuntimeError: The others cannot be reached.
+    """
+    import pyengine
+    from pyengine.bench.bandwidth import bandwidth
+    from pyengine.doctor import group
+    from pyengine.ranks.group import joined
+
+    ranks = joined()
+    if ranks is None:
+        raise ValueError("[doctor] the group must have two ranks or more but has one.")
+    path = Path(pyengine.__file__).parent / "nano" if bundle is None else bundle
+    report = group.examine(
+        ranks, path, bandwidth, lambda what: typer.echo(f"Examining {what}", err=True)
+    )
+    return {**report, "ok": not report["problems"]}
 
 
 def examine(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +15,8 @@ import typer
 from pyengine.cli import common
 
 OPTION = "--hostfile"
+SAID = "it has said why."
+SHARING = (["generate"], ["chat"], ["serve"], ["doctor"], ["bench", "gemma-mtp"])
 
 
 def start_on(path: str | None) -> str | None:
@@ -20,7 +24,7 @@ def start_on(path: str | None) -> str | None:
 
     On these hosts the command runs as it stands, without the option.
     """
-    from pyengine.ranks.group import is_started
+    from pyengine.ranks.launched import is_started
 
     if path is None or is_started():
         return path
@@ -30,6 +34,55 @@ def start_on(path: str | None) -> str | None:
     command = ["-m", "pyengine", *without_option(sys.argv[1:])]
     launcher = ["-m", "pyengine.ranks.launch", "--hostfile", path, "--python", sys.executable]
     os.execv(sys.executable, [sys.executable, *launcher, "--", *command])
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Around a command: where several hosts run it with the same arguments, rank 0 alone speaks.
+
+    What keeps another rank from beginning is told to rank 0, and is its sentence then.
+    """
+    from pyengine.ranks.launched import follows, is_started
+
+    words = sys.argv[1:3]
+    if not is_started() or (words[:1] not in SHARING and words not in SHARING):
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with ExitStack() as silent:
+            if follows():
+                nowhere = silent.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                silent.enter_context(redirect_stdout(nowhere))
+                silent.enter_context(redirect_stderr(said))
+            yield
+    except SystemExit as end:
+        if end.code in (common.USER_ERROR, common.BROKEN):
+            lines = [line.strip(" \u2502") for line in said.getvalue().splitlines()]
+            own = [line for line in lines if any(c.isalpha() for c in line)]
+            fault = own[-1].removeprefix("pyengine: ") if own else ""
+            # What ranks have found together is rank 0's to say
+            known = end.code == common.USER_ERROR and fault.startswith("[ranks] ")
+            if not (known or _others_know(fault or SAID)) and fault:
+                typer.echo(f"pyengine: {fault}", err=True)
+        raise
+
+
+def _others_know(fault: str) -> bool:
+    """Whether the others end with this rank. Waits for them."""
+    from pyengine.ranks import start
+    from pyengine.ranks.group import joined
+
+    if start.begun:
+        return False
+    try:
+        if (ranks := joined()) is not None:
+            start.begin(ranks, fault)
+    except ValueError:
+        return True
+    except RuntimeError:
+        pass  # they are gone
+    return False
 
 
 def check(path: Path) -> None:

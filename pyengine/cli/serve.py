@@ -183,7 +183,7 @@ def run(
             )
         if max_tokens < 1:
             raise ValueError(f"[serve] max_tokens must be at least 1 but got {max_tokens}.")
-        from pyengine.ranks.group import follows
+        from pyengine.ranks.launched import follows
         from pyengine.serve.access import check_key, check_origins
         from pyengine.serve.front import allowed_names, is_loopback
         from pyengine.serve.http import Server, open_files

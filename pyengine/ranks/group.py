@@ -16,11 +16,11 @@ from typing import NoReturn, cast
 
 import mlx.core as mx
 
-# What MLX's own launcher sets for each backend that it starts; read by `mx.distributed.init` too
-STARTED = (("MLX_RANK", "MLX_HOSTFILE"), ("MLX_RANK", "MLX_IBV_DEVICES"))
-OPEN_MPI = "OMPI_COMM_WORLD_SIZE"
+from pyengine.ranks.launched import backend
+
 MAGIC = 0x67656D61
 HEADER = 8  # numbers
+TEXT = 4096  # bytes
 TIMEOUT = 60.0  # seconds that a rank waits for the others within a call
 WATCH = 0.25  # seconds between two looks at them
 GONE = (errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT)
@@ -64,6 +64,14 @@ class Ranks:
         rows = part.reshape(1, *part.shape)
         every = mx.distributed.all_gather(rows, group=self._group)
         return [every[r] for r in range(self.size)]
+
+    def said(self, text: str) -> list[str]:
+        """Every rank's text, by rank, cut to 4096 bytes. Waits for the others."""
+        own = text.encode()[:TEXT].ljust(TEXT, b"\0")
+        with self.waiting():
+            every = self.gathered(mx.array(list(own), dtype=mx.uint8))
+            mx.eval(every)
+        return [bytes(cast("list[int]", a.tolist())).rstrip(b"\0").decode() for a in every]
 
     def told(self, value: mx.array) -> mx.array:
         """Rank 0's array, on every rank; the others give zeros of its shape and dtype."""
@@ -132,7 +140,7 @@ class Ranks:
 
     def _give_up(self, why: str) -> NoReturn:
         line = f"pyengine: [ranks] {why}; rank {self.rank} of {self.size} ends."
-        print(line, file=sys.stderr, flush=True)
+        print(line, file=sys.__stderr__, flush=True)  # the command's own may be silent
         os._exit(ENDED)
 
 
@@ -162,18 +170,6 @@ def _open_sockets() -> set[int]:
     return found
 
 
-def is_started(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher started this process as one of several."""
-    mpi = environ.get(OPEN_MPI, "1")
-    return any(all(name in environ for name in names) for names in STARTED) or mpi != "1"
-
-
-def follows(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether it was started as another than the first."""
-    own = environ.get("MLX_RANK", environ.get("OMPI_COMM_WORLD_RANK", "0"))
-    return is_started(environ) and own != "0"
-
-
 @cache
 def joined() -> Ranks | None:
     """The group that a launcher started this process in; None for a process of its own.
@@ -181,11 +177,12 @@ def joined() -> Ranks | None:
     Raises:
         RuntimeError: The others cannot be reached.
     """
-    if not is_started():
+    name = backend()
+    if name is None:
         return None
     before = _open_sockets()
     try:
-        group = mx.distributed.init(strict=True)
+        group = mx.distributed.init(strict=True, backend=name)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().rstrip(".")
         raise RuntimeError(f"[ranks] the group of processes cannot be joined: {reason}.") from error

@@ -5,10 +5,14 @@ python -m pyengine.ranks.launch --hostfile hosts.json -- -m pyengine generate ".
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
 from mlx._distributed_utils import launch
+
+PATIENCE = 5.0  # seconds that a process has to end when another has failed
 
 
 def code_of(codes: Iterable[int | None]) -> int:
@@ -29,11 +33,23 @@ def main() -> NoReturn:
             codes.append(code)
             return code, was_killed
 
+        def terminate(self) -> None:
+            self.process.terminate()
+            try:
+                self.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:  # the launcher would wait for it for ever
+                self.process.kill()
+            super().terminate()  # type: ignore[no-untyped-call]
+
     launch.RemoteProcess = Noted  # type: ignore[misc]
+    # Which rank had which code: they have said why
+    launch.log_warning = lambda *said: None  # type: ignore[attr-defined]
     try:
         launch.main()  # type: ignore[no-untyped-call]
     except KeyboardInterrupt:  # reaches every process of the terminal, each of which ends by itself
         raise SystemExit(130) from None
+    if codes and all(code is not None and code <= 0 for code in codes) and any(codes):
+        print("pyengine: [ranks] a rank was ended by a signal.", file=sys.stderr)
     raise SystemExit(code_of(codes))
 
 

@@ -18,6 +18,25 @@ from pyengine.ranks.group import ENDED, Ranks
 from pyengine.ranks.split import Shares
 from pyengine.ranks.target import END, Follower, LeaderTarget, SharedTarget
 
+begun = False  # whether this process has taken part in the group's first exchange
+
+
+def begin(ranks: Ranks, fault: str = "") -> None:
+    """The first exchange: where one rank cannot go on none does. Waits for the others.
+
+    Args:
+        ranks: The group.
+        fault: What keeps this rank from it, as a sentence.
+
+    Raises:
+        ValueError: A rank cannot go on; the first of them is named.
+    """
+    global begun
+    begun = True
+    for rank, text in enumerate(ranks.said(fault)):
+        if text:
+            raise ValueError(f"[ranks] rank {rank} of {ranks.size}: {text}")
+
 
 def check_same(ranks: Ranks, weights: str) -> None:
     """Refuse to share a target that is not the same everywhere. Waits for the others.
@@ -62,11 +81,15 @@ def follow(target: SharedTarget) -> NoReturn:
         code = 130
     except RuntimeError as error:
         ranks = target.ranks
-        print(f"pyengine: [ranks] rank {ranks.rank} of {ranks.size} ends: {error}", file=sys.stderr)
+        print(
+            f"pyengine: [ranks] rank {ranks.rank} of {ranks.size} ends: {error}",
+            file=sys.__stderr__,
+        )
         code = ENDED
     else:
         code = 0
-    sys.stderr.flush()
+    if sys.__stderr__ is not None:
+        sys.__stderr__.flush()
     os._exit(code)  # MLX's threads may wait for others that are gone
 
 

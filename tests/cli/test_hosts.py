@@ -27,6 +27,18 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def launched(file: Path, program: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "pyengine.ranks.launch", "--hostfile", str(file), "--python", sys.executable]
+    return subprocess.run(
+        [sys.executable, *launcher, "--", "-c", program],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
 @pytest.mark.ranks
 def test_the_answer_is_written_once_and_is_that_of_one_host(tmp_path: Path) -> None:
     file = tmp_path / "hosts.json"
@@ -36,19 +48,71 @@ def test_the_answer_is_written_once_and_is_that_of_one_host(tmp_path: Path) -> N
     assert json.loads(shared.stdout)["text"] == json.loads(alone.stdout)["text"]
 
 
+ONCE = {
+    "a setting": (
+        ("--temperature", "-1"),
+        "[sampling] temperature must be 0 or more but got -1.0.",
+    ),
+    "an option's form": (("--max-tokens", "abc"), "Invalid value for '--max-tokens'"),
+    "a bundle": (("--bundle", "/nowhere"), "[load] bundle must be a folder but got /nowhere."),
+}
+
+
 @pytest.mark.ranks
-def test_a_command_that_fails_fails_everywhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ONCE)
+def test_what_all_refuse_is_said_once(what: str, tmp_path: Path) -> None:
+    words, said = ONCE[what]
     file = tmp_path / "hosts.json"
     file.write_text(json.dumps(2 * [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]))
-    done = run("generate", "x", "--temperature", "-1", "--hostfile", str(file))
+    done = run("generate", "x", "--hostfile", str(file), *words)
     assert done.returncode == 2 and done.stdout == ""
-    assert "[sampling] temperature must be 0 or more but got -1.0." in done.stderr
+    assert done.stderr.count(said) == 1
+    if said.startswith("["):
+        assert done.stderr == f"pyengine: {said}\n"
+
+
+@pytest.mark.ranks
+def test_help_is_printed_once(tmp_path: Path) -> None:
+    file = tmp_path / "hosts.json"
+    file.write_text(json.dumps(2 * [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]))
+    done = run("generate", "--hostfile", str(file), "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.count("Usage: ") == 1
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_host_lacks_is_said_once(rank: int, tmp_path: Path) -> None:
+    """Its pair is missing there alone."""
+    file = tmp_path / "hosts.json"
+    file.write_text(json.dumps(2 * [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]))
+    program = (
+        "import os, sys; from pyengine.__main__ import main; "
+        f"sys.argv[1:] = ['generate', 'x', '--max-tokens', '4'] + {['--bundle', '/nowhere']!r} "
+        f"* (os.environ['MLX_RANK'] == '{rank}'); main()"
+    )
+    done = launched(file, program)
+    assert done.returncode == 2 and done.stdout == ""
+    named = "" if rank == 0 else "[ranks] rank 1 of 2: "
+    assert done.stderr == f"pyengine: {named}[load] bundle must be a folder but got /nowhere.\n"
 
 
 def test_how_a_run_ended() -> None:
     assert code_of([0, 0]) == code_of([]) == 0
     assert code_of([2, -15]) == code_of([-15, 2]) == code_of([0, 2]) == 2
     assert code_of([0, -9]) == 1
+
+
+def test_a_process_that_does_not_end_is_killed(tmp_path: Path) -> None:
+    """The first has failed, the other stands still and takes no signal but that."""
+    file = tmp_path / "hosts.json"
+    file.write_text(json.dumps(2 * [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]))
+    program = (
+        "import os, signal, sys; "
+        "os.environ['MLX_RANK'] == '1' and os.kill(os.getpid(), signal.SIGSTOP); sys.exit(3)"
+    )
+    done = launched(file, program)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
 
 
 @pytest.mark.parametrize(

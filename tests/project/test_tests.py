@@ -23,12 +23,14 @@ SLEEPS = {
     "api/test_kept_prompts.py": "an engine that is idle gives no sign of having written",
     "mutate.py": "a child with a time limit is looked for",
     "ops/test_extension.py": "idle threads give no sign of having fallen asleep",
+    "ranks/shaped.py": "a link of two namespaces, whose packets wait",
 }
 # Times are compared with each other, or bounded loosely where cost is the subject
 CLOCKS = {
     "api/test_kept_prompts.py": "the deadline of an engine that writes when it is idle",
     "grammar/test_compiled.py": "the cost of hostile grammars is the subject; generous",
     "fuzz/fuzz_ops.py": "a command that runs for so long",
+    "ranks/shaped.py": "a link of two namespaces, whose packets wait",
     "mutate.py": "a command that stops tests which a mutant made endless",
     "text/test_template_operations.py": "the cost of hostile templates is the subject; generous",
     "cli/test_chat_terminal.py": "the deadline of a terminal that says nothing",

@@ -6,7 +6,6 @@ Processes of MLX's ring wait by spinning, so groups are slow beside anything els
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,18 +18,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from groups import finish, start
+from groups import FIXTURES, SECONDS, changed_weights, finish, start
 
 from pyengine.checkpoint.config_json import read_target_config
 from pyengine.checkpoint.inspect import inspect
 from pyengine.checkpoint.weights import load_target_weights
-from pyengine.ranks.group import ENDED, follows, is_started
+from pyengine.ranks.group import ENDED
+from pyengine.ranks.launched import backend, follows, is_started
 from pyengine.ranks.split import cut, lengths, shares
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 NANO = Path(__file__).parents[2] / "pyengine/nano"
 FLAVOURS = ("dense31", "uni12", "moe26", "e2b")
-SECONDS = 300.0  # a group on a busy machine
 
 
 def place_of(name: str) -> str:
@@ -163,13 +161,7 @@ def test_a_rank_that_is_gone_ends_the_others_with_one_sentence(how: str, tmp_pat
 @pytest.mark.ranks
 def test_other_weights_are_refused_on_every_rank(tmp_path: Path) -> None:
     changed = tmp_path / "dense31"
-    shutil.copytree(FIXTURES / "dense31", changed)
-    file = changed / "target/model.safetensors"
-    tensors = mx.load(str(file))
-    assert isinstance(tensors, dict)
-    [norm] = [name for name in tensors if name.endswith("language_model.norm.weight")]
-    tensors[norm] = tensors[norm] * 2
-    mx.save_safetensors(str(file), tensors)
+    changed_weights(FIXTURES / "dense31", changed)
     program = (
         "import os, sys, runpy; sys.argv[1:] = [sys.argv[1 + int(os.environ['MLX_RANK'])]]; "
         f"sys.path.insert(0, {str(Path(__file__).parent)!r}); "
@@ -187,6 +179,9 @@ def test_a_process_of_its_own_is_in_no_group() -> None:
     assert is_started({"MLX_RANK": "0", "MLX_HOSTFILE": "x"})
     assert is_started({"OMPI_COMM_WORLD_SIZE": "2"})
     assert not is_started({"OMPI_COMM_WORLD_SIZE": "1"})
+    assert backend({"MLX_RANK": "0", "MLX_HOSTFILE": "x"}) == "ring" and backend({}) is None
+    assert backend({"MLX_RANK": "1", "MLX_IBV_DEVICES": "x"}) == "jaccl"
+    assert backend({"OMPI_COMM_WORLD_SIZE": "2"}) == "mpi"
     assert not follows({}) and not follows({"MLX_RANK": "0", "MLX_HOSTFILE": "x"})
     assert follows({"MLX_RANK": "1", "MLX_HOSTFILE": "x"})
     assert follows({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"})
