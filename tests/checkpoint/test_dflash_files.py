@@ -335,20 +335,14 @@ def test_commands(tmp_path: Path) -> None:
     assert done.exit_code == 0 and json.loads(done.stdout)["kind"] == "pair"
     done = CliRunner().invoke(cli.app, ["inspect", dflash])
     assert done.exit_code == 0 and "mask token" in done.stdout
-    done = CliRunner().invoke(
-        cli.app,
-        [
-            "generate",
-            "x",
-            "--target",
-            target,
-            "--assistant",
-            str(PAIR / "assistant"),
-            "--dflash",
-            "nowhere",
-        ],
-    )
-    assert done.exit_code == 2 and "[load] dflash must be a folder but got nowhere." in done.stderr
+    words = ["generate", "x", "--target", target, "--assistant", str(PAIR / "assistant")]
+    words += ["--dflash", "nowhere"]
+    for drafter, told in (
+        ("dflash", "[load] dflash must be a folder but got nowhere."),
+        ("assistant", "[load] --dflash must go with --drafter dflash but got assistant."),
+    ):
+        done = CliRunner().invoke(cli.app, [*words, "--drafter", drafter])
+        assert done.exit_code == 2 and told in done.stderr
 
 
 def test_pages_of_full_layers_are_what_they_need() -> None:
