@@ -71,7 +71,8 @@ class Ranks:
         with self.waiting():
             every = self.gathered(mx.array(list(own), dtype=mx.uint8))
             mx.eval(every)
-        return [bytes(cast("list[int]", a.tolist())).rstrip(b"\0").decode() for a in every]
+        found = [bytes(cast("list[int]", a.tolist())).rstrip(b"\0") for a in every]
+        return [own.decode("utf-8", "replace") for own in found]  # a cut one may end amid a letter
 
     def told(self, value: mx.array) -> mx.array:
         """Rank 0's array, on every rank; the others give zeros of its shape and dtype."""
