@@ -162,7 +162,8 @@ def test_ctrl_c_ends_it_and_its_workers(tmp_path: Path) -> None:
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
     )
     assert process.stderr is not None
-    assert process.stderr.readline() == "[1/22] accept_block\n"  # a worker is under way
+    count = sum(f"{name}_reference" in ops.__all__ for name in ops.__all__)
+    assert process.stderr.readline() == f"[1/{count}] accept_block\n"  # a worker is under way
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     pids = children.read_text().split() if children.exists() else []
     workers = [os.pidfd_open(int(pid)) for pid in pids]
