@@ -262,6 +262,7 @@ def test_coupled_text_of_the_embedded_pair_two_hundred_times(embedded: Pair) -> 
 # Every other drafter, on weights that were trained.
 
 OTHERS = ("dflash", "early:6", "lookup", "assistant+lookup", "dflash+lookup", "early:6+lookup")
+FIRST = OTHERS[:4]  # the other mixes by request
 
 
 def drafted_text(
@@ -301,7 +302,7 @@ def assert_drafted_is_plain(pair: Pair, drafter: str, seeds: range, count: int) 
     assert accepted > 0 and names == ({*drafter.split("+")} if "+" in drafter else set())
 
 
-@pytest.mark.parametrize("drafter", OTHERS)
+@pytest.mark.parametrize("drafter", FIRST)
 def test_text_of_every_drafter_is_plain_text(embedded: Pair, drafter: str) -> None:
     assert_drafted_is_plain(embedded, drafter, range(1), 24)
 
