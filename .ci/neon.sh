@@ -2,16 +2,20 @@
 # Builds the extension for Linux on arm64 and runs the ops' tests on it, under qemu: NEON's kernels
 # against the definitions, row by row, and against the bits of AVX2.
 #
-#   .ci/neon.sh [WORK] [TESTS...]     WORK: where to build; TESTS: tests/ops by default
+#   .ci/neon.sh [WORK [TESTS...]]     WORK: where to build, a temporary directory by default;
+#                                     TESTS: tests/ops by default
 #
 # Takes a Debian's Python and headers for arm64 from a Debian mirror and wheels for arm64 from PyPI.
 # Not part of .ci/run: the tests take hours. Needs root for apt-get where a tool is missing, and an
 # x86_64 Debian with Python 3.11.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
-work=${1:-$(mktemp -d)}
-shift $(($# > 0 ? 1 : 0))
-tests=("$@")
+work=${1:-}
+if [ -z "$work" ]; then
+  work=$(mktemp -d)
+  trap 'rm -rf "$work"' EXIT
+fi
+tests=("${@:2}")
 [ ${#tests[@]} -gt 0 ] || tests=(tests/ops)
 mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_QUIET=1
