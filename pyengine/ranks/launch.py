@@ -8,11 +8,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NoReturn
 
 from mlx._distributed_utils import launch
 
+from pyengine.untrusted import shown
+
 PATIENCE = 5.0  # seconds that a process has to end when another has failed
+UNREACHED = (127, 255)  # there is no ssh here; ssh has failed by itself
 
 
 def code_of(codes: Iterable[int | None]) -> int:
@@ -25,12 +29,15 @@ def code_of(codes: Iterable[int | None]) -> int:
 def main() -> NoReturn:
     """Run the launcher on this process's arguments."""
     codes: list[int | None] = []
+    unreached: dict[str, int] = {}  # hosts, with ssh's exit code
 
     class Noted(launch.RemoteProcess):
         @property
         def exit_status(self) -> tuple[int | None, bool]:
             code, was_killed = super().exit_status
             codes.append(code)
+            if code in UNREACHED and not self._is_local:
+                unreached[self._host] = code
             return code, was_killed
 
         def terminate(self) -> None:
@@ -39,7 +46,9 @@ def main() -> NoReturn:
                 self.process.wait(PATIENCE)
             except subprocess.TimeoutExpired:  # the launcher would wait for it for ever
                 self.process.kill()
-            super().terminate()  # type: ignore[no-untyped-call]
+            if self._pidfile is not None:  # else nothing has begun there
+                with suppress(subprocess.CalledProcessError):  # its host is gone too
+                    super().terminate()  # type: ignore[no-untyped-call]
 
     launch.RemoteProcess = Noted  # type: ignore[misc]
     # Which rank had which code: they have said why
@@ -48,6 +57,11 @@ def main() -> NoReturn:
         launch.main()  # type: ignore[no-untyped-call]
     except KeyboardInterrupt:  # reaches every process of the terminal, each of which ends by itself
         raise SystemExit(130) from None
+    if unreached:
+        host, code = next(iter(unreached.items()))
+        line = f"ssh must reach {shown(host)} and ask for nothing but ended with code {code}."
+        print(f"pyengine: [ranks] {line}", file=sys.stderr)
+        raise SystemExit(1)
     if codes and all(code is not None and code <= 0 for code in codes) and any(codes):
         print("pyengine: [ranks] a rank was ended by a signal.", file=sys.stderr)
     raise SystemExit(code_of(codes))

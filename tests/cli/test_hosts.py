@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,32 @@ def launched(file: Path, program: str) -> subprocess.CompletedProcess[str]:
         timeout=240,
         check=False,
     )
+
+
+@pytest.mark.parametrize("code", [255, 127])
+@pytest.mark.parametrize("words", [("generate", "x"), ("doctor",)], ids=["generate", "doctor"])
+def test_a_host_that_ssh_does_not_reach_is_named(
+    tmp_path: Path, words: tuple[str, ...], code: int
+) -> None:
+    """By one sentence, whoever else is on the list."""
+    ssh, file = tmp_path / "ssh", tmp_path / "hosts.json"
+    ssh.write_text(f"#!/bin/sh\nexit {code}\n")
+    ssh.chmod(0o755)
+    names = ("127.0.0.1", "studio-2.local")
+    file.write_text(json.dumps([{"ssh": name, "ips": ["127.0.0.1"]} for name in names]))
+    done = subprocess.run(
+        [sys.executable, "-m", "pyengine", *words, "--hostfile", str(file)],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    said = f"ssh must reach 'studio-2.local' and ask for nothing but ended with code {code}."
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == f"pyengine: [ranks] {said}"  # MLX's ring may have begun
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.ranks
