@@ -212,3 +212,12 @@ def test_another_drafter_s_layers_ask_for_another_arena(pair: Pair) -> None:
         assert second.arena is first.arena and second.rounds is first.rounds
     with own.work(pair.target, layers) as third:
         assert third.arena is not first.arena and third.rounds is first.rounds
+
+
+def test_an_arena_is_left_with_nothing_under_way(pair: Pair) -> None:
+    """What another thread could not evaluate."""
+    own = Idle()
+    with own.work(pair.target, ()) as left:
+        assert left.arena is not None
+        left.arena.note_read(mx.ones(2) + 1)
+    assert left.arena._reads == []
