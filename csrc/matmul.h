@@ -30,19 +30,23 @@ inline mx::Dtype check_out_dtype(
   return dtype;
 }
 
+// Rows that are made ready together: a group of columns comes from memory once
+// for all of them. The rows stay in the second cache or near it.
+constexpr int rows_together = 8 * max_rows;
+
 // Groups of weights small enough for threads to finish together and to stay in
 // a cache while the rows take turns, large enough to be worth handing out.
 inline Plan matmul_plan(int M, int N, int K, int64_t row_bytes) {
   int rows = std::min(M, max_rows);
   int64_t bytes = std::clamp<int64_t>(N * row_bytes / 16, 1 << 14, 1 << 18);
-  int64_t columns = bytes / std::max<int64_t>(row_bytes, 16) / 8 * 8;
+  int64_t columns = bytes / std::max<int64_t>(row_bytes, 16) / 32 * 32;
   Plan plan;
   plan.slices = (M + max_rows - 1) / max_rows;
-  plan.columns = int(std::max<int64_t>(columns, 8));
+  plan.columns = int(std::max<int64_t>(columns, 32));
   plan.groups = (N + plan.columns - 1) / plan.columns;
   plan.scratch = size_t(rows) * padded_width(K);
   plan.group_scratch = size_t(rows) * plan.columns;
-  plan.work = int64_t(rows) * N * K;
+  plan.work = int64_t(std::min(M, rows_together)) * N * K;
   return plan;
 }
 
@@ -72,8 +76,8 @@ class Rows {
     return count_;
   }
 
-  // Row `row` into the scratch of a slice of `rows` rows (rows_cpu.h).
-  void load(int row, Order order, int rows, float* to) const {
+  // Row `row` as row `m` of a slice of `rows` rows in scratch (rows_cpu.h).
+  void load(int row, Order order, int rows, int m, float* x) const {
     int64_t offset = 0;
     for (size_t axis = shape_.size(); axis-- > 0;) {
       offset += row % shape_[axis] * strides_[axis];
@@ -87,7 +91,8 @@ class Rows {
      width_,
      order,
      rows,
-     to);
+     m,
+     x);
   }
 
  private:
@@ -126,10 +131,10 @@ Args at_rows(Args args, int first, int count, const float* x) {
   return args;
 }
 
-// Calls work(first row, rows, x, begin, end, scratch) for all slices and, in
-// each, all groups of columns [begin, end). Called on the stream's thread;
-// scratch belongs to the threads and stays, so a matmul allocates nothing once
-// its largest has run.
+// Calls work(first row, rows, x, begin, end, scratch) for all slices and all
+// groups of columns [begin, end). Called on the stream's thread; scratch
+// belongs to the threads and stays, so a matmul allocates nothing once its
+// largest has run.
 template <typename Work>
 void run_slices(
     const Rows& rows,
@@ -138,18 +143,30 @@ void run_slices(
     Order order,
     const Work& work) {
   static thread_local Scratch of_slice;
-  float* x = of_slice.floats(plan.scratch);
-  for (int slice = 0; slice < plan.slices; ++slice) {
-    int first = slice * max_rows;
-    int count = std::min(rows.count() - first, max_rows);
-    for (int row = 0; row < count; ++row) {
-      rows.load(first + row, order, count, x + 16 * row);
-    }
+  int most = std::min(plan.slices, rows_together / max_rows);
+  float* x = of_slice.floats(plan.scratch * most);
+  for (int from = 0; from < rows.count(); from += rows_together) {
+    int to = std::min(rows.count(), from + rows_together);
+    auto for_slices = [&](const auto& slice) {
+      float* at = x;
+      for (int first = from; first < to; first += max_rows) {
+        slice(first, std::min(to - first, max_rows), at);
+        at += plan.scratch;
+      }
+    };
+    for_slices([&](int first, int count, float* x) {
+      for (int row = 0; row < count; ++row) {
+        rows.load(first + row, order, count, row, x);
+      }
+    });
     run_groups(plan, [&](int group) {
       static thread_local Scratch of_group;
       int begin = group * plan.columns;
       int end = std::min(begin + plan.columns, N);
-      work(first, count, x, begin, end, of_group.floats(plan.group_scratch));
+      float* scratch = of_group.floats(plan.group_scratch);
+      for_slices([&](int first, int count, const float* x) {
+        work(first, count, x, begin, end, scratch);
+      });
     });
   }
 }

@@ -89,14 +89,14 @@ inline void check_quantized(
 
 // The order in which a row lies beside weights of this width.
 inline Order quantized_order(int bits) {
-  return bits == 8 ? Order::plain : bits == 6 ? Order::quads : Order::pairs;
+  return bits == 8 ? Order::bytes : bits == 6 ? Order::quads : Order::pairs;
 }
 
 // How threads share a matrix: beside its sums a group keeps its factors.
 inline Plan
 quantized_matmul_plan(int M, int N, int K, int group_size, int bits) {
   Plan plan = matmul_plan(M, N, K, int64_t(K) * bits / 8);
-  plan.group_scratch += 2 * size_t(plan.columns) * (K / group_size);
+  plan.group_scratch += factors_of(plan.columns, K, group_size);
   return plan;
 }
 

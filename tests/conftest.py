@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 os.environ.pop("PYENGINE_OPS", None)  # `--ops` is what chooses here
+os.environ.pop("PYENGINE_INSTRUCTIONS", None)
 
 from pyengine import ops
 from pyengine.doctor import first_use, quarantine

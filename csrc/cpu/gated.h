@@ -14,7 +14,7 @@ namespace pyengine {
 inline size_t
 gated_scratch(int rows, int columns, int K, int group_size, bool gated) {
   size_t sums = size_t(rows) * columns;
-  return (gated ? 3 : 2) * sums + 2 * size_t(columns) * (K / group_size);
+  return (gated ? 3 : 2) * sums + factors_of(columns, K, group_size);
 }
 
 // The same matrix from row `begin` on.

@@ -26,7 +26,7 @@ constexpr int max_rows = 16;
   namespace PYENGINE_ISA {                 \
   void name(__VA_ARGS__);                  \
   }
-#elif defined(PYENGINE_HAS_avx512)
+#elif defined(PYENGINE_HAS_amx)
 #define PYENGINE_DECLARE_KERNEL(name, ...) \
   namespace portable {                     \
   void name(__VA_ARGS__);                  \
@@ -36,9 +36,12 @@ constexpr int max_rows = 16;
   }                                        \
   namespace avx512 {                       \
   void name(__VA_ARGS__);                  \
+  }                                        \
+  namespace amx {                          \
+  void name(__VA_ARGS__);                  \
   }
 #define PYENGINE_PICK_KERNEL(name) \
-  pyengine::pick(portable::name, avx2::name, avx512::name)
+  pyengine::pick(portable::name, avx2::name, avx512::name, amx::name)
 #elif defined(PYENGINE_HAS_avx2)
 #define PYENGINE_DECLARE_KERNEL(name, ...) \
   namespace portable {                     \

@@ -13,16 +13,16 @@
 namespace pyengine {
 
 struct Plan {
-  // Slices of at most max_rows rows, run one after the other.
+  // Slices of at most max_rows rows.
   int slices = 1;
-  // Independent groups per slice. Each owns `columns` output columns, the last
+  // Independent groups. Each owns `columns` output columns, the last
   // one what is left: nothing is summed across groups.
   int groups = 1;
   int columns = 1;
   // Floats of scratch that the groups of a slice share, and of each its own.
   size_t scratch = 0;
   size_t group_scratch = 0;
-  // Multiply-adds of one slice.
+  // Multiply-adds of the slices that run together.
   int64_t work = 0;
 };
 
@@ -30,7 +30,7 @@ struct Plan {
 // second thread has helped much: a small model's steps stay on one.
 constexpr int64_t work_worth_sharing = 1 << 20;
 
-// Calls work(group) for all groups of one slice.
+// Calls work(group) for all groups.
 template <typename Work>
 void run_groups(const Plan& plan, const Work& work) {
   if (plan.work < work_worth_sharing) {

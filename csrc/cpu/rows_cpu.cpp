@@ -3,6 +3,7 @@
 #include "cpu/rows_cpu.h"
 
 #include "cpu/lanes.h"
+#include "cpu/planes.h"
 
 namespace pyengine::PYENGINE_ISA {
 
@@ -23,20 +24,20 @@ gather(const T* from, int64_t stride, int width, int k, int step) {
   return load(values);
 }
 
-template <typename T>
-void load_row(
-    const T* from,
-    int64_t stride,
-    int width,
-    int step,
-    int rows,
-    float* to) {
-  // A run of 16 * step elements gives every first, then every second, ...
+// Calls put(sixteen) for the row in this order: a run of 16 * step elements
+// gives every first, then every second, ...
+template <typename T, typename Put>
+PYENGINE_INLINE void
+walk_row(const T* from, int64_t stride, int width, int step, const Put& put) {
   for (int k = 0; k < padded_width(width); k += lanes * step) {
-    for (int i = 0; i < step; ++i, to += lanes * rows) {
-      store(to, gather(from, stride, width, k + i, step));
+    for (int i = 0; i < step; ++i) {
+      put(gather(from, stride, width, k + i, step));
     }
   }
+}
+
+constexpr int step_of(Order order) {
+  return order == Order::quads ? 4 : order == Order::pairs ? 2 : 1;
 }
 
 } // namespace
@@ -48,9 +49,28 @@ void load_row(
     int width,
     Order order,
     int rows,
-    float* to) {
+    int row,
+    float* x) {
   with_storage(storage, [&]<typename T>(T*) {
-    load_row(static_cast<const T*>(from), stride, width, int(order), rows, to);
+    auto* values = static_cast<const T*>(from);
+#if defined(__AMX_INT8__)
+    if (order != Order::dense && takes_planes(storage)) {
+      Planes planes(x, rows, row);
+      int step = order == Order::pairs ? 2 : 1; // six bits unpack in order
+      auto walk = [&](const auto& put) {
+        walk_row(values, stride, width, step, put);
+      };
+      walk([&](F32x16 a) { planes.measure(a); });
+      planes.scale();
+      walk([&](F32x16 a) { planes.put(a); });
+      return;
+    }
+#endif
+    float* to = x + lanes * row;
+    walk_row(values, stride, width, step_of(order), [&](F32x16 a) {
+      store(to, a);
+      to += lanes * rows;
+    });
   });
 }
 

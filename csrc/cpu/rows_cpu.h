@@ -6,19 +6,21 @@
 
 namespace pyengine {
 
-// How many consecutive elements a byte group of packed weights holds. Unpacking
-// it gives every first element, then every second, and so on; permuting x once
-// is cheaper than permuting every weight.
-enum class Order : uint8_t { plain = 1, pairs = 2, quads = 4 };
+// The weights that a row is multiplied with, which say how it lies in scratch.
+// Unpacking groups of bytes that hold two or four weights gives every first
+// weight, then every second, and so on; permuting x once is cheaper than
+// permuting every weight.
+enum class Order : uint8_t { dense, bytes, pairs, quads };
 
 // Scratch holds whole chunks of 64 elements, the rest of the last one 0.
 constexpr int padded_width(int width) {
   return (width + 63) / 64 * 64;
 }
 
-// Writes a row as float32 for a slice of `rows` rows: 16 elements, then a gap
-// for those of the other rows. So a kernel that takes 16 elements of each row
-// at a time walks through scratch in one line.
+// Writes row `row` of a slice of `rows` rows to x as float32: 16 elements, then
+// a gap for those of the other rows. So a kernel that takes 16 elements of each
+// row at a time walks through scratch in one line. `amx` writes rows of 16-bit
+// floats beside quantised weights as planes of bytes (planes.h).
 PYENGINE_DECLARE_KERNEL(
     load_row,
     const void* from,
@@ -27,7 +29,8 @@ PYENGINE_DECLARE_KERNEL(
     int width,
     Order order,
     int rows,
-    float* to)
+    int row,
+    float* x)
 
 // NaN in elements [at, at + count): what rows without a meaning give.
 PYENGINE_DECLARE_KERNEL(

@@ -59,7 +59,7 @@ struct DenseMatmul {
     auto plan = dense_matmul_plan(rows.count(), args.N, args.K, w.itemsize());
     return [rows = std::move(rows), plan, args] {
       auto kernel = PYENGINE_PICK_KERNEL(dense_matmul_columns);
-      run_matmul(rows, plan, args, Order::plain, kernel);
+      run_matmul(rows, plan, args, Order::dense, kernel);
     };
   }
 };

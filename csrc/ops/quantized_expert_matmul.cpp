@@ -72,7 +72,7 @@ void run_expert(
       (args.gated ? 2 : 1) * (int64_t(K) * args.matrix.bits / 8));
   float* x = of_slice.floats(plan.scratch);
   for (int m = 0; m < count; ++m) {
-    rows.load(pairs[m] / args.per_row, args.order, count, x + 16 * m);
+    rows.load(pairs[m] / args.per_row, args.order, count, m, x);
   }
   auto matrix_of = [&](const QuantizedMatmulArgs& stack) {
     auto matrix = from_row(stack, int64_t(expert) * args.N);

@@ -167,7 +167,7 @@ struct QuantizedFilterLogits {
         args.first = slice * max_rows;
         args.matmul.M = std::min(rows.count() - args.first, max_rows);
         for (int m = 0; m < args.matmul.M; ++m) {
-          rows.load(args.first + m, order, args.matmul.M, x + 16 * m);
+          rows.load(args.first + m, order, args.matmul.M, m, x);
         }
         run_slice(plan, args);
       }

@@ -12,6 +12,7 @@
 
 #include "cpu/blocked.h"
 #include "cpu/lanes.h"
+#include "cpu/planes.h"
 #include "cpu/rows_cpu.h"
 #include "cpu/tiles.h"
 
@@ -227,6 +228,55 @@ void multiply(const QuantizedMatmulArgs& args, const Group& group) {
   });
 }
 
+#if defined(__AMX_INT8__)
+// Columns [begin, end) of all rows of planes to sums [M, end - begin], which
+// has room for the factors of 32 columns behind it.
+template <int bits>
+void multiply_tiles(
+    const QuantizedMatmulArgs& args,
+    int begin,
+    int end,
+    float* sums) {
+  int pitch = end - begin, groups = args.K / args.group_size;
+  float* factors = sums + args.M * pitch;
+  int64_t w_pitch = int64_t(args.K) * bits / 8;
+  PlanesAt x = {
+      const_cast<char*>(reinterpret_cast<const char*>(args.x)), args.M};
+  // Where columns do not fill the last tile, it takes some of them again.
+  int columns = pitch < tile_n ? pitch : tile_n;
+  TileArgs common = {w_pitch, args.K, args.group_size, x, columns, pitch};
+  TileShapes shapes(
+      columns, args.group_size < tile_k ? args.group_size : tile_k, x.pitch());
+  auto tile = [&](int n, float* scales) {
+    n = n + columns < end ? n : end - columns;
+    float* biases = scales + lanes * groups;
+    int64_t first = int64_t(n) * groups;
+    with_storage(args.storage, [&]<typename T>(T*) {
+      if constexpr (sizeof(T) == 2) {
+        auto* from = static_cast<const T*>(args.scales) + first;
+        turn_factors(from, columns, groups, scales);
+        from = static_cast<const T*>(args.biases) + first;
+        turn_factors(from, columns, groups, biases);
+      }
+    });
+    return TileColumns{args.w + n * w_pitch, scales, biases, sums + n - begin};
+  };
+  with_constant<max_rows>(args.M, [&](auto rows) {
+    constexpr int together = tiles_together(rows.value);
+    for (int n = begin; n < end; n += together * tile_n) {
+      if constexpr (together == 2) {
+        multiply_planes<bits, rows.value>(
+            common,
+            {tile(n, factors), tile(n + tile_n, factors + 2 * lanes * groups)});
+      } else {
+        multiply_planes<bits, rows.value>(common, {tile(n, factors)});
+      }
+    }
+  });
+  _tile_release();
+}
+#endif
+
 } // namespace
 
 void quantized_matmul_sums(
@@ -234,6 +284,18 @@ void quantized_matmul_sums(
     int begin,
     int end,
     float* scratch) {
+#if defined(__AMX_INT8__)
+  if (takes_planes(args.storage)) {
+    switch (args.bits) {
+      case 8:
+        return multiply_tiles<8>(args, begin, end, scratch);
+      case 6:
+        return multiply_tiles<6>(args, begin, end, scratch);
+      case 4:
+        return multiply_tiles<4>(args, begin, end, scratch);
+    }
+  }
+#endif
   int columns = end - begin;
   int64_t per_column = args.K / args.group_size;
   float* scales = scratch + args.M * columns;

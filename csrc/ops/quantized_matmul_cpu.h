@@ -1,6 +1,8 @@
 #pragma once
 // quantized_matmul_cpu.h: arguments of the processor kernel.
 
+#include <cstddef>
+
 #include "cpu/kernel.h"
 
 namespace pyengine {
@@ -20,8 +22,14 @@ struct QuantizedMatmulArgs {
   int bits;
 };
 
+// Scales and biases that a kernel keeps for `columns` columns: of 32 at least,
+// which `amx` takes together.
+constexpr size_t factors_of(int columns, int K, int group_size) {
+  return size_t(2) * (columns < 32 ? 32 : columns) * (K / group_size);
+}
+
 // Columns [begin, end) of every row into scratch, [M, end - begin]. Behind them
-// it holds, for each of these columns, K / group_size scales and biases.
+// it holds factors_of these columns.
 PYENGINE_DECLARE_KERNEL(
     quantized_matmul_sums,
     const QuantizedMatmulArgs& args,

@@ -17,6 +17,7 @@ Implementation = Literal["native", "mlx", "reference", "workbench"]
 Result = TypeVar("Result")
 
 VARIABLE = "PYENGINE_OPS"  # of the environment: what runs until `use` says otherwise
+INSTRUCTIONS = "PYENGINE_INSTRUCTIONS"  # likewise: the set that a processor's kernels use
 _IMPLEMENTATIONS = ("native", "mlx", "reference", "workbench")
 _gpu_rules = False  # set by tests: a processor then calls what a GPU would
 
@@ -36,15 +37,25 @@ def _from_environment() -> Implementation:
     Raises:
         ValueError: It names none that a user may want.
     """
-    offered = ("native", "mlx", "reference")
-    name = os.environ.get(VARIABLE) or "native"
-    if name not in offered:
+    return cast(Implementation, _one_of(VARIABLE, ("native", "mlx", "reference")) or "native")
+
+
+def _one_of(variable: str, offered: Sequence[str]) -> str | None:
+    """What a variable of the environment names, None where it is not set.
+
+    Raises:
+        ValueError: It names something else.
+    """
+    name = os.environ.get(variable)
+    if name and name not in offered:
         raise ValueError(
-            f"[use] {VARIABLE} must be one of {', '.join(offered)} but got {shown(name)}."
+            f"[use] {variable} must be one of {', '.join(offered)} but got {shown(name)}."
         )
-    return cast(Implementation, name)
+    return name or None
 
 
+if _set := _one_of(INSTRUCTIONS, _ext.instruction_sets()):
+    _ext.use_instruction_set(_set)
 _chosen: Implementation = _from_environment()
 _aside: frozenset[str] = frozenset()  # of native ops, those that run MLX's own
 

@@ -147,6 +147,20 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.returncode == 2 and done.stderr == f"pyengine: [use] {rule} but got 'fast'.\n"
 
 
+def test_the_environment_chooses_an_instruction_set() -> None:
+    script = "from pyengine import ops; print(ops.status()[0]['kernel'])"
+    offered = _ext.instruction_sets()
+    for name in ("", *offered):
+        env = {**os.environ, "PYENGINE_INSTRUCTIONS": name}
+        told = subprocess.check_output([sys.executable, "-c", script], env=env, text=True)
+        assert told == f"SIMD ({name or offered[-1]})\n"
+    words = [sys.executable, "-m", "pyengine", "generate", "x"]
+    env = {**os.environ, "PYENGINE_INSTRUCTIONS": "z80"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    rule = f"PYENGINE_INSTRUCTIONS must be one of {', '.join(offered)} but got 'z80'."
+    assert done.returncode == 2 and done.stderr == f"pyengine: [use] {rule}\n"
+
+
 def test_results_of_another_dtype_or_shape_are_other_nodes() -> None:
     """mx.compile makes one of equivalent nodes, and does not look at what they give."""
     x, w = mx.random.normal((2, 64)).astype(mx.bfloat16), mx.ones((300, 64), mx.bfloat16)
