@@ -265,7 +265,6 @@ def new_task(
     if certificate is not None:
         if form is not None:
             raise ValueError("[early-exit] the answer's form must be free but one is asked for.")
-        pair.target.check_alone("early_exit")
         certificate.check_pair(pair)
         limit = certificate.check_settings(settings, limit, bool(stops))
     compiled = None
