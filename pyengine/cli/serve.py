@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "pyengine serve --bundle ./pair",
     "pyengine serve --port 0 --json",
+    "pyengine serve --early-exit exit.json",
     "curl -H 'content-type: application/json' http://127.0.0.1:8080/v1/chat/completions "
     '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'',
 )

@@ -12,8 +12,10 @@ from typing import Any
 import httpx
 import pytest
 from exits import passed, trial
-from serving import CHAT, GAME, Server
+from serving import CHAT, GAME, Server, command
+from typer.testing import CliRunner
 
+from pyengine import cli
 from pyengine.generation import generate
 from pyengine.sampling.settings import Sampling
 from pyengine.serve.protocols.ask import Limits
@@ -252,3 +254,56 @@ def test_limits_that_do_not_go_with_it(limits: dict[str, Any], message: str) -> 
 def test_a_lower_limit_of_the_server_holds() -> None:
     assert Limits(early_exit=CERTIFICATE, max_tokens=9).length == 9
     assert Limits(early_exit=CERTIFICATE).length == 24 and Limits().length == 8192
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    CERTIFICATE.write(tmp_path / "exit.json")
+    return str(tmp_path / "exit.json")
+
+
+def test_the_command_says_so_when_it_starts(file: str) -> None:
+    """And serves what `pyengine generate --early-exit` gives."""
+    with command("--early-exit", file, "--port", "0", "--json") as process:
+        assert process.stdout is not None and process.stderr is not None
+        started = json.loads(process.stdout.readline())
+        assert started["early_exit"] == TOLD
+        assert [process.stderr.readline() for _ in range(2)][1] == f"{LABEL}.\n"
+        ask = {"messages": GAME, "seed": 5}
+        said = httpx.post(f"{started['url']}/chat/completions", json=ask, timeout=60).json()
+    words = ["--temperature", "0.8", "--top-p", "0.9", "--seed", "5", "--json"]
+    alone = CliRunner().invoke(
+        cli.app, ["generate", "--early-exit", file, *words, GAME[0]["content"]]
+    )
+    told = json.loads(alone.stdout)
+    assert said["choices"][0]["message"]["content"] == told["text"]
+    assert said["early_exit"] == told["early_exit"] == TOLD
+    assert said["usage"]["mean_layers"] == told["stats"]["mean_layers"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--drafter", "lookup"], "[early-exit] an early exit must go without drafts but some are"),
+        (["--cache-dir", "x"], "[serve] --cache-dir must be left out with --early-exit, which"),
+    ],
+)
+def test_what_does_not_go_with_it_is_told_before_weights_are_read(
+    file: str, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.common, "load_pair", None)  # which would be a TypeError
+    done = CliRunner().invoke(cli.app, ["serve", "--early-exit", file, *words])
+    assert done.exit_code == 2 and done.stderr.startswith(f"pyengine: {message}"), done.output
+
+
+def test_a_certificate_of_another_pair_is_refused_at_the_start(tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    replace(CERTIFICATE, target="0" * 64).write(other)
+    done = CliRunner().invoke(cli.app, ["serve", "--early-exit", str(other), "--port", "0"])
+    assert done.exit_code == 2, done.output
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(
+        "pyengine: [early-exit] target must be the calibrated one, 000000000000,"
+    )
+    done = CliRunner().invoke(cli.app, ["serve", "--early-exit", str(tmp_path / "none.json")])
+    assert done.exit_code == 2 and "none.json cannot be read" in done.stderr, done.output
