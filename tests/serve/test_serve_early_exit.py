@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -268,9 +269,11 @@ def test_the_command_says_so_when_it_starts(file: str) -> None:
         assert process.stdout is not None and process.stderr is not None
         started = json.loads(process.stdout.readline())
         assert started["early_exit"] == TOLD
-        assert [process.stderr.readline() for _ in range(2)][1] == f"{LABEL}.\n"
         ask = {"messages": GAME, "seed": 5}
         said = httpx.post(f"{started['url']}/chat/completions", json=ask, timeout=60).json()
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=20)
+        assert process.stderr.read().splitlines()[1] == f"{LABEL}."
     words = ["--temperature", "0.8", "--top-p", "0.9", "--seed", "5", "--json"]
     alone = CliRunner().invoke(
         cli.app, ["generate", "--early-exit", file, *words, GAME[0]["content"]]
@@ -299,11 +302,9 @@ def test_what_does_not_go_with_it_is_told_before_weights_are_read(
 def test_a_certificate_of_another_pair_is_refused_at_the_start(tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     replace(CERTIFICATE, target="0" * 64).write(other)
-    done = CliRunner().invoke(cli.app, ["serve", "--early-exit", str(other), "--port", "0"])
-    assert done.exit_code == 2, done.output
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith(
-        "pyengine: [early-exit] target must be the calibrated one, 000000000000,"
-    )
+    with command("--early-exit", str(other), "--port", "0") as process:
+        _, said = process.communicate(timeout=60)
+    line = "pyengine: [early-exit] target must be the calibrated one, 000000000000, but got"
+    assert process.returncode == 2 and said.startswith(line) and said.count("\n") == 1, said
     done = CliRunner().invoke(cli.app, ["serve", "--early-exit", str(tmp_path / "none.json")])
     assert done.exit_code == 2 and "none.json cannot be read" in done.stderr, done.output
