@@ -132,7 +132,7 @@ def generate(
         regex: The same as a regular expression of the whole answer.
         early_exit: A certificate of ``pyengine calibrate``, or its file: tokens then leave after
             its layer where these are sure, and the text is approximate, as ``early_exit`` of the
-            result says. One text at a time, without drafts, prefix or form; docs/early-exit.md.
+            result says. Without drafts, prefix or form; docs/early-exit.md.
         tree: With the drafter "dflash", so many drafts of each round, 1 to 15, as a tree: several
             may stand at one place, and the best paths of the block are verified at once. For greedy
             texts and the rule ``coupled``, without penalties, grammar or other forms; no text
@@ -181,10 +181,6 @@ def generate(
         return running.result
     if prefix is not None:
         raise ValueError("[generate] prefix must be None with several prompts or n.")
-    if early_exit is not None:
-        raise ValueError(
-            "[early-exit] one text must be generated at a time but several prompts or n are given."
-        )
     prompts: Any = prompt if batch else [prompt]
     settings = _each(sampling, len(prompts))
     with Engine(pair, sequences=sequences) as engine:

@@ -19,6 +19,7 @@ from pyengine.checkpoint import memory
 from pyengine.checkpoint.fingerprint import fingerprint
 from pyengine.engine import schedule
 from pyengine.engine.beginnings import Beginnings
+from pyengine.engine.early_exit import EarlyRounds, Exit
 from pyengine.engine.page_files import PageFiles
 from pyengine.engine.prefill import Shared
 from pyengine.engine.prefix import Prefix
@@ -171,6 +172,7 @@ class Engine:
             self.pair.target.check_alone("cache_dir")
             stored = stored_pages(self.pair, cache_dir, cache_dir_bytes)
         self._rounds, self._known = Rounds(), Beginnings(self._arena, stored)
+        self._early: dict[Exit, EarlyRounds] = {}
         self._incoming: deque[Request] = deque()  # from any thread
         self._waiting: deque[Request] = deque()  # by who steps, as all below
         self._active: list[Request] = []
@@ -198,7 +200,7 @@ class Engine:
                 is processed once.
             settings: ``max_tokens``, ``sampling``, ``block_size``, ``drafter``, ``stop``, ``raw``,
                 ``variables``, ``tools``, ``tool_choice``, ``parallel_tool_calls``,
-                ``response_format``, ``grammar``, ``regex`` and ``tree``, as
+                ``response_format``, ``grammar``, ``regex``, ``early_exit`` and ``tree``, as
                 :func:`pyengine.generate` takes them.
 
         Returns:
@@ -397,17 +399,18 @@ class Engine:
         if budget is not None:
             promised = sum(r.needs for r in self._active) + request.needs
             self._known.shrink(max(0, budget - promised))
-        request.prefix = prefix = Prefix(self._known)
-        request.at_end.enter_context(prefix.in_use())
-        self._active.append(request)
         task, pair = request.task, self.pair
+        if task.exit is None:  # else others would get what its early tokens left
+            request.prefix = Prefix(self._known)
+            request.at_end.enter_context(request.prefix.in_use())
+        self._active.append(request)
         request.sequence = TokenSequence(
             pair.target,
             task.new_drafter(),
             task.ids,
             **task.arguments,
             stats=request.answer.stats,
-            prefix=prefix,
+            prefix=request.prefix,
             shared=request.shared,
             arena=self._arena,
             matcher=task.new_matcher(),
@@ -434,10 +437,12 @@ class Engine:
     def _round(self) -> None:
         """A round of every text that can have one; more than fit one call go in groups."""
         start, texts = time.perf_counter(), self._texts()
-        self._rounds.choose([r.sequence for r in texts if r.sequence is not None])
-        for group in _groups(texts):
+        exact = [r for r in texts if r.task.exit is None]
+        self._rounds.choose([r.sequence for r in exact if r.sequence is not None])
+        for group in [*_groups(exact), *([r] for r in texts if r.task.exit is not None)]:
+            rounds = self._rounds_of(group[0])
             try:
-                each = self._rounds.play([r.sequence for r in group if r.sequence is not None])
+                each = rounds.play([r.sequence for r in group if r.sequence is not None])
             except BaseException as error:  # nobody knows what became of theirs
                 for request in group:
                     self._fail(request, error, again=request is group[-1])
@@ -456,6 +461,14 @@ class Engine:
                         add_counts(of_all, name, done.num_drafted, done.num_accepted)
                     self._note(request, done)
         self._rounds_s += time.perf_counter() - start
+
+    def _rounds_of(self, request: Request) -> Rounds:
+        """What plays its rounds."""
+        if (exit := request.task.exit) is None:
+            return self._rounds
+        if exit not in self._early:
+            self._early[exit] = EarlyRounds(exit, waits=True)
+        return self._early[exit]
 
     def _note(self, request: Request, done: Round) -> None:
         request.unheard.append(step := request.answer.add(done))

@@ -190,13 +190,19 @@ class Task:
 
         return GrammarMatcher(self.grammar, self.pair.tokenizer, self.ids)
 
-    def at_work(self) -> AbstractContextManager[Left]:
-        """What plays the rounds of one text, and where its keys and values go."""
+    @property
+    def exit(self) -> Exit | None:
+        """Where its tokens may leave; None where they may not."""
         own = self.early_exit
         if own is None or own.threshold is None:
+            return None
+        return Exit(own.layer, own.threshold, own.decay, own.max_tokens)
+
+    def at_work(self) -> AbstractContextManager[Left]:
+        """What plays the rounds of one text, and where its keys and values go."""
+        if self.exit is None:
             return idle_of(self.pair).work(self.pair.target, self.layers)
-        exit = Exit(own.layer, own.threshold, own.decay, own.max_tokens)
-        return nullcontext(Left(EarlyRounds(exit), None))
+        return nullcontext(Left(EarlyRounds(self.exit), None))
 
     def check_memory(self, prefix: Prefix | None, there: int | None = None) -> None:
         """Refuse a prompt that does not fit the memory, see :func:`memory.check_prompt`."""
@@ -259,7 +265,6 @@ def new_task(
     if certificate is not None:
         if form is not None:
             raise ValueError("[early-exit] the answer's form must be free but one is asked for.")
-        pair.target.check_alone("early_exit")
         certificate.check_pair(pair)
         limit = certificate.check_settings(settings, limit, bool(stops))
     compiled = None

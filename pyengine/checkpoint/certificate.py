@@ -136,12 +136,14 @@ class Certificate:
         """Write it as JSON: whole or not at all."""
         write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
-    def check_pair(self, pair: Pair) -> None:
+    def check_pair(self, pair: Pair, on_progress: OnBytes = lambda done, total: None) -> None:
         """Refuse another pair. Reads its files, once for a pair.
 
         Raises:
-            ValueError: Weights, dtype or tokenizer are others than those that were calibrated.
+            ValueError: Weights, dtype or tokenizer are others than those that were calibrated, or
+                other processes have a part of the target.
         """
+        pair.target.check_alone("early_exit")
         layers = len(pair.target.layers)
         if self.layer >= layers:
             raise ValueError(
@@ -149,7 +151,7 @@ class Certificate:
                 f"{self.layer}."
             )
         for name in ("target", "dtype", "tokenizer"):
-            wanted, got = getattr(self, name), bound(pair)[name]
+            wanted, got = getattr(self, name), bound(pair, on_progress)[name]
             if got != wanted:
                 raise ValueError(
                     f"[early-exit] {name} must be the calibrated one, {wanted[:12]}, but got "

@@ -23,6 +23,7 @@ from pyengine.cli.options import (
     BundleDir,
     DFlashDir,
     DrafterName,
+    EarlyExitFile,
     OpsName,
     Position,
     Storage,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "pyengine serve --bundle ./pair",
     "pyengine serve --port 0 --json",
+    "pyengine serve --early-exit exit.json",
     "curl -H 'content-type: application/json' http://127.0.0.1:8080/v1/chat/completions "
     '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'',
 )
@@ -67,7 +69,7 @@ def run(
         typer.Option(help="Maximum number of new tokens per request, and the default."),
     ] = 8192,
     drafter: DrafterName = None,
-    early_exit: Annotated[Path | None, typer.Option("--early-exit", hidden=True)] = None,
+    early_exit: EarlyExitFile = None,
     streams: Annotated[
         int,
         typer.Option(
@@ -168,6 +170,9 @@ def run(
     Whatever prompts begin alike share what was processed of them, within the memory that running
     texts leave; `--cache-dir` keeps it for the next start. `cached_tokens` and the time to the
     first token tell a client whether somebody else's prompt began like its own.
+
+    With `--early-exit` every answer is approximate and says so in `early_exit`. The certificate's
+    sampler and length are the defaults, other ones get 400, and nothing is drafted or shared.
     """
     with common.sentences():
         for module in ("fastapi", "uvicorn"):
@@ -176,11 +181,6 @@ def run(
                     f"[serve] {module} must be installed but is not; run: {sys.executable} -m pip "
                     'install "pyengine-mlx[serve]"'
                 )
-        if early_exit is not None:
-            raise ValueError(
-                "[serve] --early-exit must be left out: texts leave at different tokens, so each "
-                "would need steps of its own and N texts would read the weights N times per token."
-            )
         if max_tokens < 1:
             raise ValueError(f"[serve] max_tokens must be at least 1 but got {max_tokens}.")
         from pyengine.ranks.launched import follows
@@ -189,7 +189,7 @@ def run(
         from pyengine.serve.http import Server, open_files
         from pyengine.serve.protocols.ask import Limits
         from pyengine.serve.server import make_app
-        from pyengine.task import check_drafter
+        from pyengine.task import check_drafter, early_exit_of
 
         for name, size in (("--cache-gb", cache_gb), ("--cache-dir-gb", cache_dir_gb)):
             if size is not None and not 0.001 <= size <= 1e6:
@@ -198,6 +198,19 @@ def run(
         # Before the weights are read, so that a wrong argument is told early
         open_files()
         check_drafter(drafter)
+        certificate = early_exit_of(early_exit, None, drafter)
+        limits = Limits(
+            waiting=waiting,
+            streams=streams,
+            cache_bytes=None if cache_gb is None else int(cache_gb * 1e9),
+            cache_dir=cache_dir,
+            cache_dir_bytes=int(cache_dir_gb * 1e9),
+            max_tokens=max_tokens,
+            any_model=any_model,
+            cached_tokens=not no_cached_tokens,
+            drafter=drafter,
+            early_exit=certificate,
+        )
         common.check_dflash(dflash, assistant, drafter)
         allowed_names(allow_host or [])
         check_key(api_key)
@@ -223,17 +236,9 @@ def run(
 
             with common.waiting("Hashing the weights") as tell:
                 fingerprint(pair, cache_dir, tell)
-        limits = Limits(
-            waiting=waiting,
-            streams=streams,
-            cache_bytes=None if cache_gb is None else int(cache_gb * 1e9),
-            cache_dir=cache_dir,
-            cache_dir_bytes=int(cache_dir_gb * 1e9),
-            max_tokens=max_tokens,
-            any_model=any_model,
-            cached_tokens=not no_cached_tokens,
-            drafter=drafter,
-        )
+        if certificate is not None:
+            with common.waiting("Hashing the weights") as tell:
+                certificate.check_pair(pair, tell)
         app = make_app(
             pair,
             limits=limits,
@@ -247,9 +252,12 @@ def run(
         with sock:
             at = f"http://{f'[{host}]' if ':' in host else host}:{number}/v1"
             if as_json:
-                typer.echo(json.dumps({"model": pair.name, "url": at}))
+                mode = {} if certificate is None else {"early_exit": certificate.told()}
+                typer.echo(json.dumps({"model": pair.name, "url": at, **mode}))
             chat = "" if no_page else f", chat page at {at.removesuffix('v1')}"
             typer.echo(f"{pair.name} at {at}{chat}; Ctrl-C ends it.", err=True)
+            if certificate is not None:
+                typer.echo(f"{certificate.label}.", err=True)
             if not alone and api_key is None:
                 typer.echo(
                     f"Warning: anybody who can reach {host} can use the server: there is no key "

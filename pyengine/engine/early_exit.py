@@ -15,6 +15,7 @@ answer, state propagation.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ import mlx.core as mx
 
 from pyengine import ops
 from pyengine.engine import round as on_device
-from pyengine.engine.rounds import Rounds
+from pyengine.engine.rounds import Rounds, kept
 from pyengine.engine.sequence import TokenSequence
 from pyengine.model.cache import Cache
 from pyengine.model.head import Logits, whole
@@ -87,16 +88,22 @@ class Looked(NamedTuple):
 
 
 class EarlyRounds(Rounds):
-    """Rounds of one plain text whose tokens may leave early.
+    """Rounds of plain texts whose tokens may leave early, each of one text: another's would leave
+    at other tokens.
+
+    Args:
+        exit: Where tokens leave.
+        waits: A round ends when all that a token left is written, so that another thread may play
+            the next one; else it may be under way while the host does something else.
 
     Raises:
         RuntimeError: A round of several texts, or of one that drafts.
     """
 
-    def __init__(self, exit: Exit) -> None:
+    def __init__(self, exit: Exit, waits: bool = False) -> None:
         super().__init__()
-        self._exit = exit
-        self._graphs: dict[Any, Graphs] = {}
+        self._exit, self._waits = exit, waits
+        self._graphs: OrderedDict[Any, Graphs] = OrderedDict()
 
     def _free(self, going: Sequence[TokenSequence], begin: on_device.Start) -> on_device.Played:
         if len(going) != 1 or going[0].k:
@@ -119,15 +126,18 @@ class EarlyRounds(Rounds):
             return looked.played
         written = graphs.skip(begin, looked.stream)
         # Queued now, so that it comes before whatever moves the pages; the next look waits for both
-        mx.async_eval(written)  # type: ignore[no-untyped-call]
+        if self._waits:
+            mx.eval(written)
+        else:
+            mx.async_eval(written)  # type: ignore[no-untyped-call]
         return looked.played._replace(arena=[] if dispatch.in_place() else written)
 
     def _recorded_of(self, sequence: TokenSequence) -> Graphs:
-        key = dispatch.chosen(), self._groups
-        if key not in self._graphs:  # room for edits grew, which is seldom
+        def record() -> Graphs:
             opened = on_device.RecordedRound([sequence.parts], [0], self._groups).open_texts
-            self._graphs = {key: Graphs(self._exit.layer, opened)}
-        return self._graphs[key]
+            return Graphs(self._exit.layer, opened)
+
+        return kept(self._graphs, self._key([sequence], self._groups), record)
 
 
 OpenTexts = Callable[[on_device.Start], on_device.Texts]

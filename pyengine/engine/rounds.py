@@ -181,7 +181,7 @@ class Rounds:
         each, ks = [s.parts for s in going], [s.k for s in going]
         key = self._key(going, groups)
         self.recorded_now = (dispatch.chosen(), key) not in self._recorded
-        return _kept(self._recorded, key, lambda: on_device.RecordedRound(each, ks, groups))
+        return kept(self._recorded, key, lambda: on_device.RecordedRound(each, ks, groups))
 
     def _tree(self, going: Sequence[TokenSequence]) -> RecordedTree:
         from pyengine.engine.tree_round import RecordedTree
@@ -191,7 +191,7 @@ class Rounds:
         shape = first.k, first.tree, group, first.is_greedy
         key = self._key(going, self._groups)
         self.recorded_now = (dispatch.chosen(), key) not in self._trees
-        return _kept(self._trees, key, lambda: RecordedTree([s.parts for s in going], *shape))
+        return kept(self._trees, key, lambda: RecordedTree([s.parts for s in going], *shape))
 
     def _key(
         self, going: Sequence[TokenSequence], groups: Sequence[on_device.Group]
@@ -209,7 +209,7 @@ class Rounds:
         key = (i, len(arena.arrays), *(form for _, form in groups))
         key = *key, *(self._rank(s)[::2] for s in going)
         placed = arena.place([parts.cache for parts in each])
-        step = _kept(self._steps, key, lambda: on_device.RecordedDraft(each, i, groups))
+        step = kept(self._steps, key, lambda: on_device.RecordedDraft(each, i, groups))
 
         def draw(
             states: tuple[on_device.State, ...], masks: Sequence[mx.array], before: mx.array
@@ -220,7 +220,7 @@ class Rounds:
         return draw
 
 
-def _kept(recorded: OrderedDict[Any, T], key: Any, record: Callable[[], T]) -> T:
+def kept(recorded: OrderedDict[Any, T], key: Any, record: Callable[[], T]) -> T:
     """What was recorded under that key and the ops in use; recorded now where nothing was."""
     key = dispatch.chosen(), key
     if key not in recorded:

@@ -83,6 +83,7 @@ def make_app(
     check_key(key)
     check_origins(origins)
     limits, names = limits or Limits(), allowed_names(hosts)
+    mode = {} if limits.early_exit is None else {"early_exit": limits.early_exit.told()}
     worker = Worker(
         pair,
         limits.streams,
@@ -108,7 +109,7 @@ def make_app(
         counts["streams"] = worker.streams
         memory = {"cache_bytes": worker.cache_bytes, "pages": worker.pages}
         speeds = {"tok_s": worker.speed.tok_s, "acceptance": worker.totals.acceptance}
-        return JSONResponse({"status": "ok", **counts, **memory, **speeds})
+        return JSONResponse({"status": "ok", **counts, **memory, **speeds, **mode})
 
     async def figures(request: Request) -> Response:
         if metrics is None:

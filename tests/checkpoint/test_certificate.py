@@ -10,47 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from exits import passed, trial
 from typer.testing import CliRunner
 
 import pyengine
-from pyengine import Prefix, Sampling, cli, generate
+from pyengine import Prefix, cli, generate
 from pyengine.checkpoint.certificate import (
     MAX_BYTES,
     MOST_TESTED,
     Certificate,
-    Trial,
     bound,
     read_certificate,
 )
 from pyengine.checkpoint.pair import Pair, load
-from pyengine.risk import p_value
 from pyengine.task import embedded_pair
 
 PROMPT = "Write a Snake game."
 GREEDY = {"temperature": 0.0}
-N, DELTA = 40, 0.1
-
-
-def trial(threshold: float, total: float) -> Trial:
-    return Trial(threshold, total, p_value(total, N, DELTA, True), 8.5)
 
 
 @pytest.fixture(scope="module")
 def certificate() -> Certificate:
-    """One that passed down to .5, of greedy answers of 24 tokens."""
-    return Certificate(
-        **bound(embedded_pair()),
-        prompts="0" * 64,
-        sampling=Sampling(temperature=0.0),
-        max_tokens=24,
-        layer=6,
-        decay=4.0,
-        n=N,
-        delta=DELTA,
-        epsilon=0.05,
-        metric="differs",
-        tested=(trial(0.9, 0), trial(0.5, 0), trial(0.1, 7)),
-    )
+    return passed()
 
 
 @pytest.fixture
@@ -132,7 +113,6 @@ def test_an_answer_says_what_it_is(certificate: Certificate, file: Path) -> None
         ({"sampling": GREEDY, "drafter": "lookup"}, "an early exit must go without drafts but "),
         ({"sampling": GREEDY, "drafter": "assistant", "block_size": 1}, "must go without drafts"),
         ({"sampling": GREEDY, "prefix": Prefix()}, "prefix must be None but got one."),
-        ({"sampling": GREEDY, "n": 2}, "one text must be generated at a time but several "),
         ({"sampling": GREEDY, "regex": "a+"}, "the answer's form must be free but one is asked "),
     ],
 )
@@ -144,9 +124,7 @@ def test_what_was_not_calibrated_is_refused(
     assert str(error.value).startswith("[early-exit] ") and message in str(error.value)
 
 
-def test_several_prompts_are_refused(certificate: Certificate) -> None:
-    with pytest.raises(ValueError, match="one text must be generated at a time but several"):
-        generate([PROMPT, PROMPT], early_exit=certificate, sampling=GREEDY)
+def test_what_is_no_certificate_is_refused() -> None:
     with pytest.raises(ValueError, match=r"early_exit must be a certificate or its file but got 3"):
         generate(PROMPT, early_exit=3, sampling=GREEDY)  # type: ignore[call-overload]
 

@@ -159,9 +159,3 @@ def test_bad_prompts(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("{}\n")
     done = run("calibrate", tmp_path / "x.jsonl", "--layer", 6, "--output", tmp_path / "exit.json")
     assert done.exit_code == 2 and "x.jsonl line 1: must have 'id' but lacks it." in done.stderr
-
-
-def test_the_server_says_why_not() -> None:
-    done = run("serve", "--early-exit", "exit.json")
-    assert done.exit_code == 2
-    assert "[serve] --early-exit must be left out: texts leave at different tokens" in done.stderr

@@ -11,7 +11,8 @@ import pytest
 from models import broken
 from tiny_pairs import FLAVOURS, FORMS, bits, tiny_pair
 
-from pyengine.engine.early_exit import EarlyRounds, Exit, confidence
+from pyengine.engine import early_exit
+from pyengine.engine.early_exit import EarlyRounds, Exit, Graphs, confidence
 from pyengine.engine.loop import decode
 from pyengine.engine.rounds import Rounds
 from pyengine.engine.sequence import TokenSequence
@@ -39,12 +40,16 @@ def an_exit(layer: int, threshold: float, length: int = 40) -> Exit:
 
 
 def text(
-    target: Any, exit: Exit | None, sampling: Sampling, count: int = 40
+    target: Any,
+    exit: Exit | None,
+    sampling: Sampling,
+    count: int = 40,
+    prompt: list[int] = PROMPT,
 ) -> tuple[list[int], Stats]:
     stats = Stats()
     rounds = None if exit is None else EarlyRounds(exit)
     ask: dict[str, Any] = {"sampling": sampling, "block_size": 1, "max_tokens": count}
-    played = decode(target, None, PROMPT, **ask, stats=stats, rounds=rounds)
+    played = decode(target, None, prompt, **ask, stats=stats, rounds=rounds)
     return [token for done in played for token in done.tokens], stats
 
 
@@ -297,7 +302,42 @@ def test_what_is_not_finite_is_no_text(where: str) -> None:
             text(other, an_exit(1, NEVER), GREEDY, 8)
 
 
-def test_several_texts_are_refused() -> None:
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "flavour", [pytest.param(f, marks=[pytest.mark.short] * (f == "uni12")) for f in FLAVOURS]
+)
+def test_texts_that_take_turns_are_those_alone(
+    flavour: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one arena, of unlike settings and lengths; a graph of each make is recorded once."""
+    target, native = tiny_pair(flavour, "bfloat16-q8").target, implementation == "native"
+    exit, count = an_exit(len(target.layers) // 2, 0.03), 40 if native else 5
+    prompts = [PROMPT[n:] + PROMPT[:n] * 3 for n in range(4 if native else 2)]
+    cases = [(p, SETTINGS[n % 3], count - 2 * n) for n, p in enumerate(prompts)]
+    want = [text(target, exit, sampling, most, p) for p, sampling, most in cases]
+    made: list[Any] = []
+    monkeypatch.setattr(
+        early_exit, "Graphs", lambda *args, own=Graphs: made.append(args) or own(*args)
+    )
+    arena, rounds = target.new_arena(sequences=len(cases)), EarlyRounds(exit, waits=True)
+    sequences, got = [], [list[int]() for _ in cases]
+    for n, (prompt, sampling, most) in enumerate(cases):
+        ask: dict[str, Any] = {"sampling": sampling, "block_size": 1, "max_tokens": most}
+        sequences.append(TokenSequence(target, None, prompt, **ask, arena=arena))
+        got[n] += [token for done in sequences[n].prefill() for token in done.tokens]
+    while going := [n for n, s in enumerate(sequences) if s.finish_reason is None]:
+        for n in going:
+            [done] = rounds.play([sequences[n]])
+            assert not isinstance(done, Exception)
+            got[n] += done.tokens
+    assert got == [tokens for tokens, _ in want]
+    assert [s.stats.exits for s in sequences] == [stats.exits for _, stats in want]
+    assert len(made) == min(3, len(cases))
+    if native:
+        assert len({layer for s in sequences for layer in s.stats.exits}) == 2
+
+
+def test_several_texts_in_one_round_are_refused() -> None:
     target = tiny_pair("dense31", "bfloat16-q8").target
     arena = target.new_arena(sequences=2)
     ask: dict[str, Any] = {"sampling": GREEDY, "block_size": 1, "max_tokens": 9, "arena": arena}

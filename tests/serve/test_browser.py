@@ -13,10 +13,12 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra browser")
 
+from exits import passed  # noqa: E402
 from serving import Server  # noqa: E402
 from teller import telling, thinking_tokenizer  # noqa: E402
 
 from pyengine.checkpoint.pair import load  # noqa: E402
+from pyengine.serve.protocols.ask import Limits  # noqa: E402
 
 pytestmark = pytest.mark.browser
 
@@ -221,6 +223,15 @@ def test_thoughts_are_folded_and_apart(browser: Any, tmp_path: Path) -> None:
         reader.page.get_by_text("Thoughts").click()
         playwright.expect(thoughts).to_be_visible()
         assert reader.text(".thoughts > .content").strip() == "a <b>dog"
+
+
+def test_an_approximate_answer_says_so(browser: Any) -> None:
+    limits = Limits(early_exit=passed())
+    with Server(load(), limits) as server, reading(browser, server) as reader:
+        reader.ask("Write a Snake game.")
+        reader.ended()
+        label = reader.text(".answer > .warning")
+        assert label.startswith("approximate: on prompts like the 40 calibrated ones, answers")
 
 
 def test_the_key_is_asked_for_and_kept_in_memory_alone(browser: Any, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ class Answer {
     this.reason = null;
     this.usage = null;
     this.warning = null;
+    this.label = null;
     this.begun = 0;
   }
 
@@ -68,6 +69,7 @@ class Answer {
     if (choice?.delta.content) this.say(choice.delta.content);
     if (choice?.finish_reason) this.reason = choice.finish_reason;
     if (choice?.warning) this.warning = choice.warning;
+    if (chunk.early_exit) this.label = chunk.early_exit.label;
     if (chunk.usage) this.usage = chunk.usage;
   }
 
@@ -116,7 +118,9 @@ class Answer {
     if (this.usage) parts.push(`seed ${this.usage.seed}`);
     this.foot.replaceChildren(make("span", "", [how, ...parts].filter(Boolean).join(" · ")));
     if (navigator.clipboard && this.said.text) this.foot.append(this.copyButton());
-    if (this.warning) this.node.append(make("p", "warning", this.warning));
+    for (const said of [this.warning, this.label].filter(Boolean)) {
+      this.node.append(make("p", "warning", said));
+    }
   }
 
   copyButton() {

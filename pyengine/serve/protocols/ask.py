@@ -16,12 +16,13 @@ from pyengine.arguments import TooLong
 from pyengine.engine.score import prompt_logprobs
 from pyengine.sampling.settings import MAX_SEED, Sampling
 from pyengine.streams import CACHE_DIR_BYTES
-from pyengine.task import Result, Step, Task, new_task, resolve_sampling
+from pyengine.task import Result, Step, Task, early_exit_of, new_task, resolve_sampling
 from pyengine.text.output import Reader
 from pyengine.text.prompt import Prompt
 from pyengine.untrusted import shown
 
 if TYPE_CHECKING:
+    from pyengine.checkpoint.certificate import Certificate
     from pyengine.checkpoint.pair import Pair
 
 MAX_STOPS = 16
@@ -62,6 +63,7 @@ class Limits:
         cached_tokens: Tell how many of a prompt's tokens were known from earlier requests.
         keep_alive_s: A stream that has nothing to say for so long sends a comment.
         drafter: Where drafts come from, for all requests; None for the assistant.
+        early_exit: By which tokens of all texts leave early, which are approximate then.
         streams: Texts that are made at once; the memory may allow fewer.
         cache_bytes: Memory of keys and values; None for what is free.
         cache_dir: Where pages of prompts are kept for the next process; None for nowhere.
@@ -69,6 +71,9 @@ class Limits:
         texts: Texts of one request: its prompts times ``n``.
         kept: Answers of the Responses API that are kept for those that follow on them.
         kept_bytes: Bytes of their conversations; the oldest are forgotten.
+
+    Raises:
+        ValueError: An early exit does not go with the rest.
     """
 
     waiting: int = 16
@@ -80,6 +85,7 @@ class Limits:
     cached_tokens: bool = True
     keep_alive_s: float = 5.0
     drafter: str | None = None
+    early_exit: Certificate | None = None
     streams: int = 8
     cache_bytes: int | None = None
     cache_dir: Path | None = None
@@ -87,6 +93,27 @@ class Limits:
     texts: int = 32
     kept: int = 1_000
     kept_bytes: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        own = early_exit_of(self.early_exit, None, self.drafter)
+        if own is None:
+            return
+        if own.metric != "differs" and self.max_tokens < own.max_tokens:
+            raise ValueError(
+                f"[serve] max_tokens must be at least {own.max_tokens} under {own.metric}, which "
+                f"judged whole answers, but got {self.max_tokens}."
+            )
+        if self.cache_dir is not None:
+            raise ValueError(
+                "[serve] --cache-dir must be left out with --early-exit, which processes every "
+                "prompt for itself."
+            )
+
+    @property
+    def length(self) -> int:
+        """New tokens of one request: no more than were calibrated."""
+        own = self.early_exit
+        return self.max_tokens if own is None else min(self.max_tokens, own.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -223,12 +250,17 @@ def admit(pair: Pair, wish: Wish, limits: Limits) -> Ask:
             400,
             f"[serve] n times the number of prompts must be 1 to {limits.texts} but got {count}.",
         )
-    if wish.max_tokens is not None and wish.max_tokens > limits.max_tokens:
-        raise Refused(400, f"[serve] max_tokens must be at most {limits.max_tokens} here.")
+    if wish.max_tokens is not None and wish.max_tokens > limits.length:
+        here = "here" if limits.length == limits.max_tokens else "as calibrated"
+        raise Refused(400, f"[serve] max_tokens must be at most {limits.length} {here}.")
     budget = wish.thinking_budget
     if budget is not None and budget < 1:
         raise Refused(400, f"[serve] the thinking budget must be at least 1 but got {budget}.")
-    sampling = _sampling(pair, wish)
+    if budget is not None and limits.early_exit is not None:
+        raise Refused(
+            400, f"[early-exit] the thinking budget must be none, as calibrated, but got {budget}."
+        )
+    sampling = _sampling(pair, wish, limits)
     if budget is not None and sampling.logprobs is not None:
         # The mark that closes the thoughts is not drawn: it has no probability
         raise Refused(400, "[serve] logprobs must not go with a thinking budget.")
@@ -240,7 +272,7 @@ def admit(pair: Pair, wish: Wish, limits: Limits) -> Ask:
 def _ask(pair: Pair, wish: Wish, limits: Limits, prompt: Prompt, sampling: Sampling) -> Ask:
     """What is asked behind one prompt."""
     _check_size(pair, wish, limits, prompt)
-    max_tokens = limits.max_tokens if wish.max_tokens is None else wish.max_tokens
+    max_tokens = limits.length if wish.max_tokens is None else wish.max_tokens
     is_text = wish.raw and isinstance(prompt, str)
     try:
         task = new_task(
@@ -256,6 +288,8 @@ def _ask(pair: Pair, wish: Wish, limits: Limits, prompt: Prompt, sampling: Sampl
             tools=wish.tools or None,
             tool_choice=wish.tool_choice,
             parallel_tool_calls=wish.parallel_tool_calls,
+            # A prompt that only comes back is the full model's to score
+            early_exit=limits.early_exit if max_tokens else None,
             **wish.form,
         )
     except TooLong as error:
@@ -347,14 +381,16 @@ def _chars(value: Any) -> int:
     return count
 
 
-def _sampling(pair: Pair, wish: Wish) -> Sampling:
-    """The pair's settings with the request's; without a seed, another text each time.
+def _sampling(pair: Pair, wish: Wish, limits: Limits) -> Sampling:
+    """The pair's settings, or those that were calibrated, with the request's; without a seed,
+    another text each time.
 
     The rule is ``coupled`` where none is named: then seed and settings alone give the text,
     whatever the block size.
     """
     drawn = {"verify": "coupled", "seed": secrets.randbelow(MAX_SEED + 1)}
-    return replace(resolve_sampling(pair, None), **{**drawn, **wish.sampling})
+    own = None if limits.early_exit is None else limits.early_exit.sampling
+    return replace(resolve_sampling(pair, own), **{**drawn, **wish.sampling})
 
 
 def _stop(stop: Any) -> str | Sequence[str]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import field_validator
 
-from pyengine.engine.stats import add_all
+from pyengine.engine.stats import Stats, add_all
 from pyengine.sampling.sampler import Logprob
 from pyengine.serve.protocols.ask import Ask, Refused
-from pyengine.serve.protocols.faces import data_event
+from pyengine.serve.protocols.faces import approximate, data_event
 from pyengine.serve.protocols.fields import Bias, Body, Object, only, wrong
 from pyengine.task import Result, Step
 
@@ -86,7 +87,8 @@ class Choice(ABC):
 
 
 class ChoicesReply:
-    """The objects for one request, of one text or several."""
+    """The objects for one request, of one text or several. Of approximate texts a stream's first
+    chunk says so, since it may be the last, and the last one of each."""
 
     prefix: ClassVar[str]
     whole_name: ClassVar[str]
@@ -103,6 +105,7 @@ class ChoicesReply:
             "model": ask.pair.name,
         }
         self.choices = [self.choice(one, index) for index, one in enumerate(ask.all)]
+        self._approximate, self._begun = approximate(ask), False
 
     def whole(self, echoed: Mapping[int, Step], results: Sequence[Result]) -> dict[str, Any]:
         choices = [
@@ -110,7 +113,13 @@ class ChoicesReply:
             for choice, result in zip(self.choices, results, strict=True)
         ]
         usage = usage_of(self.ask, results)
-        return {**self.head, "object": self.whole_name, "choices": choices, "usage": usage}
+        return {
+            **self.head,
+            "object": self.whole_name,
+            "choices": choices,
+            "usage": usage,
+            **self._approximate,
+        }
 
     def start(self) -> Iterator[dict[str, Any]]:
         return iter(())
@@ -119,7 +128,7 @@ class ChoicesReply:
         return map(self._chunk, self.choices[index].parts(step))
 
     def end(self, index: int, result: Result) -> Iterator[dict[str, Any]]:
-        yield self._chunk(self.choices[index].end(result))
+        yield {**self._chunk(self.choices[index].end(result)), **self._approximate}
 
     def close(self, results: Sequence[Result]) -> Iterator[dict[str, Any]]:
         """The usage, where it is wanted."""
@@ -131,7 +140,9 @@ class ChoicesReply:
 
     def _chunk(self, *choices: dict[str, Any]) -> dict[str, Any]:
         usage = {"usage": None} if self.ask.with_usage else {}
-        return {**self.head, "object": self.chunk_name, "choices": list(choices), **usage}
+        first = {} if self._begun else self._approximate
+        self._begun = True
+        return {**self.head, "object": self.chunk_name, "choices": list(choices), **usage, **first}
 
 
 def spelled(ask: Ask, rows: Sequence[Logprob]) -> list[dict[str, Any]]:
@@ -180,6 +191,7 @@ def own_usage(ask: Ask, results: Sequence[Result]) -> dict[str, Any]:
     of_mix: dict[str, dict[str, int]] = {}
     for own in stats:
         add_all(of_mix, own.by_drafter)
+    exits = sum((Counter(own.exits) for own in stats), Counter[int]())
     return {
         "seed": ask.sampling.seed,
         "block_size": stats[0].block_size,
@@ -188,6 +200,7 @@ def own_usage(ask: Ask, results: Sequence[Result]) -> dict[str, Any]:
         "acceptance": accepted / drafted if drafted else 0.0,
         "tok_s": sum(s.tok_s for s in stats),
         **({"by_drafter": of_mix} if of_mix else {}),
+        **({"mean_layers": Stats(exits=exits).mean_layers} if exits else {}),
     }
 
 

@@ -54,6 +54,13 @@ class Protocol(Face):
         """Tells what became of it."""
 
 
+def approximate(ask: Ask) -> dict[str, Any]:
+    """What an answer has beside its text where tokens may leave early: what bounds its error.
+    Nothing where they may not."""
+    certificate = ask.task().early_exit
+    return {} if certificate is None else {"early_exit": certificate.told()}
+
+
 def data_event(event: dict[str, Any]) -> str:
     """A server-sent event without a name."""
     return f"data: {json.dumps(event)}\n\n"

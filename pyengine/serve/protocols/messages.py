@@ -12,7 +12,7 @@ from pydantic import Field
 
 from pyengine.serve.protocols.ask import Ask, Limits, Refused, Wish, admit
 from pyengine.serve.protocols.choices import cached_tokens, own_usage
-from pyengine.serve.protocols.faces import named_event
+from pyengine.serve.protocols.faces import approximate, named_event
 from pyengine.serve.protocols.fields import Body, Object, Part, checked, only
 from pyengine.task import Result, Step
 from pyengine.text.tool_calls import ToolCall
@@ -121,7 +121,7 @@ class Messages:
             place="messages",
             sampling=body.sampling(),
             # It must be given, so clients name the most of the model that they have in mind
-            max_tokens=min(body.max_tokens or 0, self._limits.max_tokens),
+            max_tokens=min(body.max_tokens or 0, self._limits.length),
             stop=body.stop_sequences,
             block_size=body.block_size,
             streamed=body.stream,
@@ -301,7 +301,8 @@ class MessageReply:
             yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
         yield from self._stop()
         end = self._end(result)
-        delta = {"type": "message_delta", "delta": end, "usage": usage_of(self.ask, result)}
+        usage = usage_of(self.ask, result)
+        delta = {"type": "message_delta", "delta": end, "usage": usage, **approximate(self.ask)}
         if result.warning is not None:
             delta["warning"] = end.pop("warning")
         yield delta
@@ -322,6 +323,7 @@ class MessageReply:
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
+            **approximate(self.ask),
         }
 
     def _end(self, result: Result) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pyengine.serve.protocols.ask import (
     wants_thoughts,
 )
 from pyengine.serve.protocols.choices import cached_tokens, own_usage
-from pyengine.serve.protocols.faces import named_event
+from pyengine.serve.protocols.faces import approximate, named_event
 from pyengine.serve.protocols.fields import Body, Object, Part, checked, only
 from pyengine.serve.protocols.kept import Store
 from pyengine.serve.protocols.response_items import (
@@ -380,6 +380,7 @@ class ResponseReply:
             "truncation": "disabled",
             "usage": None,
             "user": body.user,
+            **approximate(self.ask),
             **fields,
         }
 
