@@ -144,29 +144,31 @@ void run_slices(
     const Work& work) {
   static thread_local Scratch of_slice;
   int most = std::min(plan.slices, rows_together / max_rows);
-  float* x = of_slice.floats(plan.scratch * most);
+  float* staged = of_slice.floats(plan.scratch * most);
   for (int from = 0; from < rows.count(); from += rows_together) {
-    int to = std::min(rows.count(), from + rows_together);
-    auto for_slices = [&](const auto& slice) {
-      float* at = x;
-      for (int first = from; first < to; first += max_rows) {
-        slice(first, std::min(to - first, max_rows), at);
-        at += plan.scratch;
-      }
+    int slices = std::min(plan.slices - from / max_rows, most);
+    auto with_slice = [&](int slice, const auto& call) {
+      int first = from + slice * max_rows;
+      int count = std::min(rows.count() - first, max_rows);
+      call(first, count, staged + slice * plan.scratch);
     };
-    for_slices([&](int first, int count, float* x) {
-      for (int row = 0; row < count; ++row) {
-        rows.load(first + row, order, count, row, x);
-      }
+    run_pieces(plan, slices, [&](int slice) {
+      with_slice(slice, [&](int first, int count, float* x) {
+        for (int row = 0; row < count; ++row) {
+          rows.load(first + row, order, count, row, x);
+        }
+      });
     });
-    run_groups(plan, [&](int group) {
+    run_pieces(plan, plan.groups, [&](int group) {
       static thread_local Scratch of_group;
       int begin = group * plan.columns;
       int end = std::min(begin + plan.columns, N);
       float* scratch = of_group.floats(plan.group_scratch);
-      for_slices([&](int first, int count, const float* x) {
-        work(first, count, x, begin, end, scratch);
-      });
+      for (int slice = 0; slice < slices; ++slice) {
+        with_slice(slice, [&](int first, int count, const float* x) {
+          work(first, count, x, begin, end, scratch);
+        });
+      }
     });
   }
 }

@@ -30,15 +30,15 @@ struct Plan {
 // second thread has helped much: a small model's steps stay on one.
 constexpr int64_t work_worth_sharing = 1 << 20;
 
-// Calls work(group) for all groups.
+// Calls work(piece) for some pieces of it, its groups for example.
 template <typename Work>
-void run_groups(const Plan& plan, const Work& work) {
+void run_pieces(const Plan& plan, int pieces, const Work& work) {
   if (plan.work < work_worth_sharing) {
-    for (int group = 0; group < plan.groups; ++group) {
-      work(group);
+    for (int piece = 0; piece < pieces; ++piece) {
+      work(piece);
     }
   } else {
-    Pool::shared().run(plan.groups, work);
+    Pool::shared().run(pieces, work);
   }
 }
 
