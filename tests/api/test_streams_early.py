@@ -19,7 +19,7 @@ from pyengine.task import Result
 pytestmark = pytest.mark.native("the embedded pair takes plain MLX minutes")
 
 PROMPTS = ("Write a Snake game.", "import os\n", "def fib(n):", "Pong!", "x = [")
-SAMPLED = Sampling(temperature=0.8, repetition_penalty=1.1)
+SAMPLED = Sampling(temperature=1.3, repetition_penalty=1.1)
 ASKED: dict[str, Any] = {
     "max_tokens": 24,
     "early_exit": passed(sampling=SAMPLED, tested=(trial(0.9, 0), trial(0.1, 0))),
@@ -181,7 +181,7 @@ def test_what_was_not_calibrated_is_refused() -> None:
     with Engine() as engine:
         for changed, message in (
             ({"max_tokens": 25}, "max_tokens must be at most 24 as calibrated but got 25."),
-            ({"sampling": EXACT["sampling"]}, "temperature must be 0.8 as calibrated but got 0.0."),
+            ({"sampling": EXACT["sampling"]}, "temperature must be 1.3 as calibrated but got 0.0."),
             ({"drafter": "lookup"}, "an early exit must go without drafts but some are asked for."),
             ({"regex": "a"}, "the answer's form must be free but one is asked for."),
         ):
