@@ -1,14 +1,16 @@
-// The quantised matmul of two trees, in turns on one thread. matmul_kernels.py
-// compiles and runs it, and says what is printed.
+// The quantised matmul of two trees, in turns. matmul_kernels.py compiles and
+// runs it, and says what is printed.
 
 #include <time.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
+#include <thread>
 #include <vector>
 
 #define PYENGINE_ISA before
@@ -52,19 +54,55 @@ struct Kernels {
   decltype(&before::quantized_matmul_columns) columns;
 };
 
+// What the weights of a piece take to read, and nothing else.
+void read(const uint8_t* from, size_t count) {
+  using Vector = uint64_t __attribute__((vector_size(64), aligned(1)));
+  Vector sums[4] = {};
+  for (size_t i = 0; i + 256 <= count; i += 256) {
+    for (int j = 0; j < 4; ++j) {
+      __builtin_prefetch(from + i + 64 * j + 4096, 0, 2);
+      sums[j] += *reinterpret_cast<const Vector*>(from + i + 64 * j);
+    }
+  }
+  __asm__ volatile("" : : "m"(sums));
+}
+
+// Calls work(piece) for all pieces, on some threads.
+template <typename Work>
+void share(int threads, int pieces, const Work& work) {
+  std::atomic<int> next{0};
+  auto take = [&] {
+    for (int piece; (piece = next++) < pieces;) {
+      work(piece);
+    }
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) {
+    others.emplace_back(take);
+  }
+  take();
+  for (auto& other : others) {
+    other.join();
+  }
+}
+
 } // namespace
 
 int main(int argc, char** argv) {
-  int numbers[6];
-  for (int i = 0; i < 6; ++i) {
+  int numbers[8];
+  for (int i = 0; i < 8; ++i) {
     numbers[i] = atoi(argv[1 + i]);
   }
-  auto [N, K, bits, group_size, rows, repeats] = numbers;
+  auto [N, K, bits, group_size, rows, repeats, threads, matrices] = numbers;
   size_t nbytes = size_t(N) * K * bits / 8,
          factors = size_t(N) * K / group_size;
   std::mt19937 random(1);
-  auto w = allocate<uint32_t>(nbytes / 4);
+  // Copies of one matrix: enough of them and no turn finds it in a cache.
+  auto w = allocate<uint32_t>(nbytes / 4 * matrices);
   std::generate_n(w.get(), nbytes / 4, std::ref(random));
+  for (int i = 1; i < matrices; ++i) {
+    memcpy(w.get() + nbytes / 4 * i, w.get(), nbytes);
+  }
   auto scales = allocate<uint16_t>(factors),
        biases = allocate<uint16_t>(factors);
   std::generate_n(scales.get(), factors, [&] {
@@ -86,8 +124,6 @@ int main(int argc, char** argv) {
   int groups = (N + columns - 1) / columns;
   int slices = (rows + max_rows - 1) / max_rows;
   auto staged = allocate<float>(max_rows * padded_width(K));
-  auto scratch =
-      allocate<float>(columns * (max_rows + 2 * size_t(K / group_size)) + 16);
   Order order = bits == 8 ? Order::plain
       : bits == 6         ? Order::quads
                           : Order::pairs;
@@ -95,13 +131,18 @@ int main(int argc, char** argv) {
       {before::load_row, before::quantized_matmul_columns},
       {after::load_row, after::quantized_matmul_columns}};
   std::vector<float> out[2];
-  std::vector<double> least[2];
-  for (int i = 0; i < 2; ++i) {
-    out[i].resize(size_t(rows) * N);
-    least[i].assign(size_t(slices) * groups, 1e9);
+  std::vector<std::vector<float>> times[3];
+  for (auto& result : out) {
+    result.resize(size_t(rows) * N);
   }
-  for (int turn = 0; turn < 2 * repeats; ++turn) {
-    auto kernel = kernels[turn % 2];
+  for (auto& pieces : times) {
+    pieces.resize(size_t(slices) * groups);
+  }
+  for (int turn = 0; turn < 3 * repeats; ++turn) {
+    int kind = turn % 3; // before, after, read
+    auto kernel = kernels[kind % 2];
+    auto* matrix =
+        reinterpret_cast<uint8_t*>(w.get()) + turn % matrices * nbytes;
     for (int slice = 0; slice < slices; ++slice) {
       int first = slice * max_rows, M = std::min(rows - first, max_rows);
       for (int m = 0; m < M; ++m) {
@@ -110,11 +151,11 @@ int main(int argc, char** argv) {
         kernel.load(row, Storage::float32, 1, K, order, M, to);
       }
       QuantizedMatmulArgs args = {};
-      args.w = reinterpret_cast<uint8_t*>(w.get());
+      args.w = matrix;
       args.scales = scales.get();
       args.biases = biases.get();
       args.x = staged.get();
-      args.out = &out[turn % 2][size_t(first) * N];
+      args.out = &out[kind % 2][size_t(first) * N];
       args.storage = Storage::bfloat16;
       args.out_storage = Storage::float32;
       args.M = M;
@@ -122,21 +163,28 @@ int main(int argc, char** argv) {
       args.K = K;
       args.group_size = group_size;
       args.bits = bits;
-      for (int group = 0; group < groups; ++group) {
+      share(threads, groups, [&](int group) {
+        static thread_local auto scratch = allocate<float>(
+            columns * (max_rows + 2 * size_t(K / group_size)) + 16);
         int begin = group * columns, end = std::min(N, begin + columns);
         double start = processor_time();
-        kernel.columns(args, begin, end, scratch.get());
-        double& best = least[turn % 2][slice * groups + group];
-        best = std::min(best, processor_time() - start);
-      }
+        if (kind == 2) {
+          read(matrix + begin * row_bytes, (end - begin) * row_bytes);
+        } else {
+          kernel.columns(args, begin, end, scratch.get());
+        }
+        times[kind][slice * groups + group].push_back(processor_time() - start);
+      });
     }
   }
-  double seconds[2] = {};
-  for (int i = 0; i < 2; ++i) {
-    for (double piece : least[i]) {
-      seconds[i] += piece;
+  double seconds[3] = {};
+  for (int kind = 0; kind < 3; ++kind) {
+    for (auto& piece : times[kind]) {
+      auto middle = piece.begin() + piece.size() / 4;
+      std::nth_element(piece.begin(), middle, piece.end());
+      seconds[kind] += *middle / threads;
     }
   }
   bool same = !memcmp(out[0].data(), out[1].data(), 4 * out[0].size());
-  printf("%g %g %d\n", seconds[0], seconds[1], same);
+  printf("%g %g %g %d\n", seconds[0], seconds[1], seconds[2], same);
 }

@@ -1,12 +1,14 @@
-"""The quantised matmul's processor kernel in this tree against another tree's, on one thread.
+"""The quantised matmul's processor kernel in this tree against another tree's.
 
 Both are compiled for one instruction set into one program (g++), and take turns on the same
-weights. A piece is a group of columns, as threads are handed them; its time is the least processor
-time of all turns, and a figure is the sum over all pieces: so a busy machine adds little, and two
-figures of one line stand beside the same neighbours. Equal bits are checked.
+weights, together with a loop that only reads these. A piece is a group of columns, as threads are
+handed them; its time is the lower quartile of its processor times, and a figure is the sum over all
+pieces by the number of threads: so a busy machine adds little, and the figures of one line stand
+beside the same neighbours. Copies of the matrix that no cache holds together (a gigabyte) stand for
+a model. Equal bits are checked.
 
 Run: python bench/matmul_kernels.py OLD_TREE [--shape 14336x4096] [--rows 1,2,4,6,8,16,512]
-         [--bits 8] [--group-size 64] [--isa avx2] [--turns 10]
+         [--bits 8] [--group-size 64] [--isa avx2] [--turns 10] [--threads 1] [--matrices 1]
 """
 
 import argparse
@@ -37,7 +39,7 @@ def build(old: Path, isa: str, folder: Path) -> Path:
             subprocess.run(["g++", *options, *source, "-o", objects[-1]], check=True)
     program = folder / "matmul_kernels"
     main = [f"-I{TREE / 'csrc'}", str(TREE / "bench/matmul_kernels.cpp")]
-    subprocess.run(["g++", *FLAGS, *main, *objects, "-o", str(program)], check=True)
+    subprocess.run(["g++", *FLAGS, "-pthread", *main, *objects, "-o", str(program)], check=True)
     return program
 
 
@@ -50,22 +52,27 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--isa", default="avx2")
     parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--matrices", type=int, default=1, help="copies that turns go through")
     options = parser.parse_args()
     N, K = map(int, options.shape.split("x"))
     nbytes = N * K * options.bits // 8 + 2 * N * K // options.group_size * 2
-    print("rows  old ms  new ms  GFLOPS  GB/s  new / old  new / new at the first rows")
+    print("rows  old ms  new ms read ms  GFLOPS    GB/s  new/old  new / new at the first rows")
     with tempfile.TemporaryDirectory() as folder:
         program = build(options.old.resolve(), options.isa, Path(folder))
         first = 0.0
         for rows in map(int, options.rows.split(",")):
             turns = max(2, options.turns * 16 // max(16, rows))
-            numbers = map(str, (N, K, options.bits, options.group_size, rows, turns))
+            shared = (options.threads, options.matrices)
+            numbers = map(str, (N, K, options.bits, options.group_size, rows, turns, *shared))
             done = subprocess.run([program, *numbers], text=True, capture_output=True, check=True)
-            old, new, same = map(float, done.stdout.split())
+            old, new, read, same = map(float, done.stdout.split())
             assert same, f"the bits of {rows} rows differ"
             first = first or new
-            figures = (old * 1e3, new * 1e3, 2e-9 * rows * N * K / new, nbytes / new / 1e9)
-            print(f"{rows:4}", *(f"{x:7.2f}" for x in (*figures, new / old, new / first)))
+            times = (old * 1e3, new * 1e3, read * 1e3)
+            rates = (2e-9 * rows * N * K / new, nbytes / new / 1e9)
+            ratios = (new / old, new / first)
+            print(f"{rows:4}", *(f"{x:7.2f}" for x in (*times, *rates, *ratios)))
 
 
 if __name__ == "__main__":

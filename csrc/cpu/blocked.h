@@ -13,9 +13,10 @@
 
 namespace pyengine::PYENGINE_ISA {
 
-// 16 rows of x take 16 KB of the first cache, a panel of weights 4 KB. The
+// 16 rows of x take 16 KB of the first cache, a panel of weights 4 KB; twice
+// that fits where AVX-512 is, and sets of lanes are written half as often. The
 // lanes of a block of columns stay in the second.
-constexpr int block_k = 256;
+constexpr int block_k = native == 16 ? 512 : 256;
 constexpr int block_columns = 32;
 constexpr int panel_columns = 4;
 
@@ -56,8 +57,10 @@ PYENGINE_INLINE void multiply_panel(
       NativeFloat row[rows];
       PYENGINE_UNROLL
       for (int r = 0; r < rows; ++r) {
-        row[r] = detail::load_part(values + lanes * r);
-        detail::pin_part(row[r]);
+        // Pinned in the array, gcc would also write it to memory.
+        NativeFloat value = detail::load_part(values + lanes * r);
+        detail::pin_part(value);
+        row[r] = value;
       }
       PYENGINE_UNROLL
       for (int c = 0; c < panel_columns; ++c) {
@@ -82,9 +85,10 @@ PYENGINE_INLINE void multiply_panel(
 }
 
 // Sums of M rows and columns [begin, end) to `sums` [M, end - begin].
-// unpack(n, k, count, panel) writes weights [k, k + count) of column n as
-// float32, every sixteen of them panel_columns * 16 floats after the last, and
-// returns how many times sixteen these are.
+// unpack(n, k, count, ahead, panel) writes weights [k, k + count) of column n
+// as float32, every sixteen of them panel_columns * 16 floats after the last,
+// and returns how many times sixteen these are. It prefetches what lies `ahead`
+// weights further on.
 template <typename Unpack>
 PYENGINE_INLINE void multiply_blocks(
     int M,
@@ -96,7 +100,11 @@ PYENGINE_INLINE void multiply_blocks(
     const Unpack& unpack) {
   alignas(64) float panel[panel_columns * block_k];
   alignas(64) float acc[block_columns * max_rows * lanes];
+  // Shorter tiles, then from a row on some that are one row taller. Divided
+  // here: within the loops a division holds up all that follows it.
   int tiles = (M + panel_rows - 1) / panel_rows;
+  int shorter = M / tiles;
+  int taller_from = shorter * (tiles - M % tiles);
   int wide = end - begin;
   for (int from = begin; from < end; from += block_columns) {
     int columns = end - from < block_columns ? end - from : block_columns;
@@ -106,17 +114,21 @@ PYENGINE_INLINE void multiply_blocks(
     }
     for (int k = 0; k < K; k += block_k) {
       int count = K - k < block_k ? K - k : block_k;
+      // The column's next block, or the first one of a column that follows, is
+      // due when this one has been multiplied with all rows, and so have those
+      // of the other columns.
+      int64_t ahead =
+          k + block_k < K ? block_k : block_columns * int64_t(K) - k;
       for (int p = 0; p < panels; ++p) {
         int steps = 0;
         PYENGINE_UNROLL
         for (int c = 0; c < panel_columns; ++c) {
           int n = from + p * panel_columns + c;
           n = n < end ? n : end - 1;
-          steps = unpack(n, k, count, panel + lanes * c);
+          steps = unpack(n, k, count, ahead, panel + lanes * c);
         }
-        for (int tile = 0; tile < tiles; ++tile) {
-          int m = M * tile / tiles;
-          int rows = M * (tile + 1) / tiles - m;
+        for (int m = 0, rows; m < M; m += rows) {
+          rows = m < taller_from ? shorter : shorter + 1;
           with_constant<panel_rows>(rows, [&](auto constant) {
             multiply_panel<constant.value>(
                 panel,

@@ -8,7 +8,7 @@ namespace pyengine::PYENGINE_ISA {
 
 // Rows that are multiplied with a weight in the register it was unpacked in,
 // while the columns stream past. More rows go block by block (blocked.h).
-constexpr int tile_rows = 4;
+constexpr int tile_rows = native == 16 ? 6 : 4;
 constexpr int tile_columns(int rows) {
   return native == 16 ? 4 : native == 8 && rows <= 2 ? 2 : 1;
 }

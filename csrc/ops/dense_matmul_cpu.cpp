@@ -70,9 +70,10 @@ void multiply_tile(const DenseMatmulArgs& args, const Group& group, int n) {
 
 // Weights [k, k + count) of one column for multiply_blocks().
 template <typename T>
-PYENGINE_INLINE int widen_column(const T* from, int count, float* to) {
+PYENGINE_INLINE int
+widen_column(const T* from, int count, int64_t ahead, float* to) {
   for_lanes(count, [&](int64_t i, int some) {
-    prefetch(from + i + block_k); // as quantized_matmul_cpu.cpp does
+    prefetch(from + i + ahead);
     store(to, load_some(from + i, some));
     to += lanes * panel_columns;
   });
@@ -97,8 +98,8 @@ void dense_matmul_columns(
           begin,
           end,
           scratch,
-          [&](int n, int k, int count, float* to) {
-            return widen_column(w + n * int64_t(args.K) + k, count, to);
+          [&](int n, int k, int count, int64_t ahead, float* to) {
+            return widen_column(w + n * int64_t(args.K) + k, count, ahead, to);
           });
     }
     for_tiles(args.M, begin, end, [&](auto tile, int n) {

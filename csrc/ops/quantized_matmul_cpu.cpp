@@ -170,6 +170,7 @@ PYENGINE_INLINE int unpack_column(
     int n,
     int k,
     int count,
+    int64_t ahead,
     float* to) {
   constexpr int chunk_bytes = chunk * bits / 8;
   int64_t factors = (n - group.begin) * int64_t(args.K / args.group_size);
@@ -191,9 +192,7 @@ PYENGINE_INLINE int unpack_column(
   int done = 0;
   for (; done + chunk <= count; done += chunk) {
     one(w, second);
-    // The column's next block, which is due when this one has been multiplied
-    // with all rows, and so have those of the other columns.
-    prefetch(w + block_k * bits / 8);
+    prefetch(w + ahead * bits / 8);
     int step = args.group_size == 128 ? done / chunk % 2 : 1 + second;
     w += chunk_bytes;
     scales += step;
@@ -219,8 +218,8 @@ void multiply(const QuantizedMatmulArgs& args, const Group& group) {
         group.begin,
         group.end,
         group.sums,
-        [&](int n, int k, int count, float* to) {
-          return unpack_column<bits>(args, group, n, k, count, to);
+        [&](int n, int k, int count, int64_t ahead, float* to) {
+          return unpack_column<bits>(args, group, n, k, count, ahead, to);
         });
   }
   for_tiles(args.M, group.begin, group.end, [&](auto tile, int n) {
