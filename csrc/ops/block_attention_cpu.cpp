@@ -18,7 +18,16 @@ constexpr int tile = 4; // rows that share each load of a key or value
 // Keys per pass over D and vectors of D per pass over keys: as many
 // accumulators as the registers hold. Neither changes an order of summation.
 constexpr int tile_keys = parts == 1 ? 4 : 1;
-constexpr int tile_vectors = parts == 1 ? 4 : 1;
+template <int ROWS>
+constexpr int tile_vectors = parts > 1 ? 1
+    : ROWS == 1                        ? 16
+    : ROWS == 2                        ? 8
+                                       : 4;
+
+// Keys and values of many sequences come from memory, and several rows of a
+// page are read at a time, which no processor foresees. So each is asked for
+// this many rows before its turn.
+constexpr int ahead = 8;
 
 struct State {
   float* largest; // [R]
@@ -36,6 +45,14 @@ struct Range {
   int begin;
   int end;
 };
+
+template <typename T>
+PYENGINE_INLINE void prefetch(const T* from, int count) {
+  constexpr int line = 64 / sizeof(T);
+  for (int d = 0; d < count; d += line) {
+    __builtin_prefetch(from + d);
+  }
+}
 
 // scores[r, j] = scale * q[r] . keys[j]; one accumulator for each, lane by lane
 // over D.
@@ -81,6 +98,10 @@ void score_rows(
     float* scores) {
   int j = range.begin;
   for (; j + tile_keys <= range.end; j += tile_keys) {
+    int next = j + ahead;
+    for (int i = next; i < next + tile_keys && i < range.end; ++i) {
+      prefetch(keys[i], D);
+    }
     score_tile<ROWS, tile_keys>(q, keys + j, D, scale, scores + j);
   }
   for (; j < range.end; ++j) {
@@ -106,6 +127,9 @@ PYENGINE_INLINE void weigh_tile(
     }
   }
   for (int j = range.begin; j < range.end; ++j) {
+    if (j + ahead < range.end) {
+      prefetch(v[j + ahead] + d, VECTORS * lanes);
+    }
     F32x16 value[VECTORS];
     PYENGINE_UNROLL
     for (int i = 0; i < VECTORS; ++i) {
@@ -139,9 +163,10 @@ void weigh_rows(
   if (range.begin >= range.end) {
     return;
   }
+  constexpr int vectors = tile_vectors<ROWS>;
   int d = 0;
-  for (; d + tile_vectors * lanes <= D; d += tile_vectors * lanes) {
-    weigh_tile<ROWS, tile_vectors>(weights, v, range, d, D, values);
+  for (; d + vectors * lanes <= D; d += vectors * lanes) {
+    weigh_tile<ROWS, vectors>(weights, v, range, d, D, values);
   }
   for (; d < D; d += lanes) {
     weigh_tile<ROWS, 1>(weights, v, range, d, D, values);
