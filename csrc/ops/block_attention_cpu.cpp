@@ -81,9 +81,18 @@ PYENGINE_INLINE void score_tile(
   }
   PYENGINE_UNROLL
   for (int r = 0; r < ROWS; ++r) {
+    float sums[KEYS];
+    if constexpr (KEYS == 4) {
+      sum(dot[r][0], dot[r][1], dot[r][2], dot[r][3], sums);
+    } else {
+      PYENGINE_UNROLL
+      for (int j = 0; j < KEYS; ++j) {
+        sums[j] = sum(dot[r][j]);
+      }
+    }
     PYENGINE_UNROLL
     for (int j = 0; j < KEYS; ++j) {
-      scores[r * chunk + j] = scale * sum(dot[r][j]);
+      scores[r * chunk + j] = scale * sums[j];
     }
   }
 }
@@ -369,14 +378,17 @@ void attend_span(
       continue; // its page may be none
     }
     Chunk<T> from;
-    auto point = [&](int j, int64_t slot) {
-      int64_t page = rows.table[slot / chunk % args.N], place = slot % chunk;
+    auto point = [&](int j, int64_t page, int64_t place) {
       from.k[j] = k + page * args.k_strides[0] + place * args.k_strides[2];
       from.v[j] = v + page * args.v_strides[0] + place * args.v_strides[2];
     };
+    auto page_of = [&](int64_t slot) {
+      return rows.table[slot / chunk % args.N];
+    };
     if (!rows.depths || at + chunk <= rows.position) {
+      int64_t page = page_of(at);
       for (int j = begin; j < end; ++j) {
-        point(j, at + j);
+        point(j, page, j);
       }
       attend_chunk(args, rows, q32, from, state, at, 0, R);
       continue;
@@ -387,7 +399,8 @@ void attend_span(
       Range seen =
           visible(args, position_of(args, rows, i * G), at, at + chunk);
       for (int j = seen.begin; j < seen.end; ++j) {
-        point(j, slot_of(rows, i, at + j));
+        int64_t slot = slot_of(rows, i, at + j);
+        point(j, page_of(slot), slot % chunk);
       }
       attend_chunk(args, rows, q32, from, state, at, i * G, (i + 1) * G);
     }
