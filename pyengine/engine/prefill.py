@@ -1,9 +1,10 @@
-"""A prompt on its way into a cache, and one that several texts begin with."""
+"""Prompts on their way into a cache, alone or together, and one that several texts begin with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
@@ -12,7 +13,62 @@ from pyengine.drafters.drafter import TargetLike
 from pyengine.engine.prefix import Prefix
 from pyengine.model.cache import Cache
 from pyengine.model.plan import chunk_end, last_chunk
-from pyengine.model.target import Reader
+from pyengine.model.target import Part, Reader
+
+if TYPE_CHECKING:
+    from pyengine.engine.sequence import Round, TokenSequence
+
+
+class Reading:
+    """A prompt on its way into a cache, a part at a time. A part ends with a chunk or the prompt.
+
+    A prefix gets its marks: where prompts part, where no more than a chunk is left, at the end.
+
+    Args:
+        ids: Its tokens.
+        cache: Holds the first ``known`` of them.
+        known: How many.
+        prefix: Whose cache that is, if it is one's.
+        reader: Is told of every row.
+    """
+
+    def __init__(
+        self,
+        ids: list[int],
+        cache: Cache,
+        known: int,
+        prefix: Prefix | None = None,
+        reader: Reader | None = None,
+    ) -> None:
+        self.ids, self.cache, self.done = ids, cache, known
+        self._prefix, self._reader = prefix, reader
+        self._parting = 0 if prefix is None else prefix.parting
+        self._last = last_chunk(known, len(ids))
+
+    @property
+    def next_end(self) -> int:
+        """Where the next part ends."""
+        end = chunk_end(self.done, len(self.ids))
+        return self._parting if self.done < self._parting < end else end
+
+    def part(self) -> Part:
+        """The next part.
+
+        Raises:
+            RuntimeError: The process was forked from one that had used MLX.
+        """
+        forked.check("generate")
+        if self._prefix is not None and self.done in (self._parting, self._last):
+            self._prefix.mark(self.done)
+        return Part(self.ids[self.done : self.next_end], self.cache, self._reader)
+
+    def note(self) -> bool:
+        """Note that the next part was processed; whether it was the last one."""
+        self.done = self.next_end
+        is_whole = self.done == len(self.ids)
+        if self._prefix is not None and is_whole:
+            self._prefix.mark(self.done)
+        return is_whole
 
 
 class Prefilled(NamedTuple):
@@ -25,30 +81,20 @@ class Prefilled(NamedTuple):
 
 def prefill(
     target: TargetLike,
-    prompt: list[int],
+    ids: list[int],
     cache: Cache,
     known: int,
     prefix: Prefix | None = None,
     reader: Reader | None = None,
 ) -> Iterator[Prefilled]:
-    """Process a prompt from place ``known`` on, a chunk at a time. Evaluates once per chunk.
-
-    A prefix gets its marks: where prompts part, where no more than a chunk is left, at the end.
-    """
-    parting, done = 0 if prefix is None else prefix.parting, known
-    last = last_chunk(known, len(prompt))
-    while done < len(prompt):
-        forked.check("generate")
-        end = chunk_end(done, len(prompt))
-        if done < parting < end:
-            end = parting
-        if prefix is not None and done in (parting, last):
-            prefix.mark(done)
-        logits, hidden = target.prefill(prompt[done:end], cache, reader=reader)
-        done = end
-        if prefix is not None and done == len(prompt):
-            prefix.mark(done)
-        yield Prefilled(done, logits, hidden)
+    """Process a prompt by itself, a part at a time; arguments as :class:`Reading`. Evaluates once
+    per part."""
+    reading = Reading(ids, cache, known, prefix, reader)
+    while reading.done < len(ids):
+        part = reading.part()
+        made = target.prefill(part.ids, part.cache, reader=part.reader)
+        reading.note()
+        yield Prefilled(reading.done, *made)
 
 
 class Begun(NamedTuple):
@@ -99,3 +145,31 @@ def _copied(begun: Begun) -> Begun:
     """What a text may write to, apart."""
     carried = [a * 1 for a in begun.drafter]
     return begun._replace(cache=begun.cache.fork(begun.cache.committed), drafter=carried)
+
+
+def process(sequences: Sequence[TokenSequence]) -> list[Round | Exception]:
+    """The next part of each prompt, in one call of the target; by sequence what it came to, or why
+    it failed: a sequence that fails takes no other with it. Evaluates.
+
+    They are of one target and arena, and have no more rows together than one call may have.
+    """
+    start = time.perf_counter()
+    parts: dict[TokenSequence, Part | None] = {}
+    done: dict[TokenSequence, Round | Exception] = {}
+    for sequence in sequences:
+        try:
+            part = sequence.next_part()
+            if part is not None and len(sequences) > 1:  # who finds no room must not fail in a call
+                part.cache.reserve(len(part.ids))
+            parts[sequence] = part
+        except Exception as error:
+            done[sequence] = error.with_traceback(None)  # which would hold the caches
+    going = {sequence: part for sequence, part in parts.items() if part is not None}
+    made = sequences[0].target.prefill_together([*going.values()]) if going else []
+    found = dict(zip(going, made, strict=True))
+    for sequence in parts:
+        try:
+            done[sequence] = sequence.take_part(found.get(sequence), start)
+        except Exception as error:
+            done[sequence] = error.with_traceback(None)
+    return [done[sequence] for sequence in sequences]
