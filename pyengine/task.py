@@ -387,8 +387,8 @@ class Answer:
             reads.append(read := self._reader.finish())
             found = read.found
         step = Step(
-            "".join(read.text for read in reads),
-            "".join(read.thought for read in reads),
+            "".join([read.text for read in reads]),
+            "".join([read.thought for read in reads]),
             tokens[:count],
             [] if done.logprobs is None else done.logprobs[:count],
             tool_calls=[read.call for read in reads if read.call],
