@@ -20,8 +20,9 @@ from pyengine.checkpoint.fingerprint import fingerprint
 from pyengine.engine import schedule
 from pyengine.engine.beginnings import Beginnings
 from pyengine.engine.page_files import PageFiles
-from pyengine.engine.prefill import Shared, process
+from pyengine.engine.prefill import Shared
 from pyengine.engine.prefix import Prefix
+from pyengine.engine.prompts import process
 from pyengine.engine.rounds import Rounds
 from pyengine.engine.sequence import Round, TokenSequence
 from pyengine.engine.stats import Totals, add_counts

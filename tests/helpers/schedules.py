@@ -15,7 +15,7 @@ import pytest
 
 from pyengine.drafters import new_drafter
 from pyengine.engine import round as on_device
-from pyengine.engine.prefill import process
+from pyengine.engine.prompts import process
 from pyengine.engine.rounds import Rounds
 from pyengine.engine.sequence import Round, TokenSequence
 from pyengine.model.cache import Arena
