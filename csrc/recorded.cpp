@@ -70,15 +70,17 @@ class Played : public mx::Primitive {
   void eval_cpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override {
+    auto& encoder = mx::cpu::get_command_encoder(stream());
     try {
       if (!play_program(inputs, outputs)) {
-        play_nodes(inputs, outputs);
+        play_nodes(with_constants(inputs), outputs);
       }
     } catch (...) {
       // Tasks under way still read these
-      mx::cpu::get_command_encoder(stream()).dispatch([inputs] {});
+      encoder.dispatch([inputs, graph = graph_] {});
       throw;
     }
+    encoder.dispatch([graph = graph_] {}); // whose constants they read
   }
 
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&)
@@ -94,6 +96,12 @@ class Played : public mx::Primitive {
   static constexpr size_t release = 32; // arrays freed together
   static constexpr int most_active_tasks = 10; // of ten dispatches each
 
+  std::vector<mx::array> with_constants(std::vector<mx::array> inputs) {
+    const auto& constants = graph_->constants;
+    inputs.insert(inputs.end(), constants.begin(), constants.end());
+    return inputs;
+  }
+
   bool play_program(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) {
@@ -105,7 +113,8 @@ class Played : public mx::Primitive {
     }
     kept_->tries &= Program::pays(*graph_);
     if (kept_->tries) {
-      program = Program::make(*graph_, inputs, outputs, stream());
+      program =
+          Program::make(*graph_, with_constants(inputs), outputs, stream());
       kept_->tries = program != nullptr;
       kept_->made += kept_->tries;
     }
@@ -113,10 +122,11 @@ class Played : public mx::Primitive {
   }
 
   void play_nodes(
-      const std::vector<mx::array>& inputs,
+      std::vector<mx::array> values,
       std::vector<mx::array>& outputs) {
     auto& encoder = mx::cpu::get_command_encoder(stream());
-    std::vector<mx::array> values = inputs, unused;
+    int given = int(values.size());
+    std::vector<mx::array> unused;
     values.reserve(graph_->count);
     try {
       for (const auto& node : graph_->nodes) {
@@ -140,7 +150,7 @@ class Played : public mx::Primitive {
     encoder.add_temporaries(std::move(unused));
     size_t next = 0;
     for (int output : graph_->outputs) {
-      if (output >= int(inputs.size())) {
+      if (output >= given) {
         outputs[next++].copy_shared_buffer(values[output]);
       }
     }
@@ -242,6 +252,9 @@ Tape::Tape(const ArrayFunction& function, const std::vector<mx::array>& inputs)
     as_one_ &= a.primitive().stream() == stream_;
     nodes.push_back(std::move(node));
   }
+  if (as_one_) {
+    mx::eval(graph.constants); // which MLX does not know it reads
+  }
   for (const auto& result : results) {
     graph.outputs.push_back(number.at(result.id()));
     if (graph.outputs.back() >= given) {
@@ -286,11 +299,13 @@ bool Tape::fits(const std::vector<mx::array>& inputs) const {
 }
 
 std::vector<mx::array> Tape::play(const std::vector<mx::array>& inputs) const {
+  if (as_one_) {
+    return play_as_one(inputs);
+  }
   std::vector<mx::array> values = inputs;
   values.insert(
       values.end(), graph_->constants.begin(), graph_->constants.end());
-  return as_one_ ? play_as_one(std::move(values))
-                 : play_nodes(std::move(values));
+  return play_nodes(std::move(values));
 }
 
 std::vector<mx::array> Tape::play_nodes(std::vector<mx::array> values) const {
@@ -318,17 +333,24 @@ std::vector<mx::array> Tape::play_nodes(std::vector<mx::array> values) const {
   return results;
 }
 
-std::vector<mx::array> Tape::play_as_one(std::vector<mx::array> values) const {
+std::vector<mx::array> Tape::play_as_one(
+    const std::vector<mx::array>& inputs) const {
   std::vector<mx::array> made;
   if (!shapes_.empty()) {
+    // Constants are the graph's: MLX would note some hundred weights, and hold
+    // their memory, for every result of every round
     auto played = std::make_shared<Played>(stream_, graph_, kept_);
-    made = mx::array::make_arrays(shapes_, dtypes_, played, values);
+    made = mx::array::make_arrays(shapes_, dtypes_, played, inputs);
   }
   std::vector<mx::array> results;
+  int count = int(inputs.size());
+  int given = count + int(graph_->constants.size());
   size_t next = 0;
   for (int output : graph_->outputs) {
-    bool given = output < int(values.size());
-    results.push_back(given ? values[output] : made[next++]);
+    results.push_back(
+        output < count       ? inputs[output]
+            : output < given ? graph_->constants[output - count]
+                             : made[next++]);
   }
   return results;
 }

@@ -71,7 +71,8 @@ class Tape {
 
  private:
   std::vector<mx::array> play_nodes(std::vector<mx::array> values) const;
-  std::vector<mx::array> play_as_one(std::vector<mx::array> values) const;
+  std::vector<mx::array> play_as_one(
+      const std::vector<mx::array>& inputs) const;
 
   mx::Stream stream_;
   std::shared_ptr<Graph> graph_ = std::make_shared<Graph>();

@@ -23,10 +23,13 @@ from pyengine.engine.early_exit import EarlyRounds, Exit
 from pyengine.engine.page_files import PageFiles
 from pyengine.engine.prefill import Shared
 from pyengine.engine.prefix import Prefix
+from pyengine.engine.prompts import process
 from pyengine.engine.rounds import Rounds
 from pyengine.engine.sequence import Round, TokenSequence
 from pyengine.engine.stats import Totals, add_counts
 from pyengine.engine.stored import Stored
+from pyengine.model.plan import most_together
+from pyengine.ops.dispatch import borrows
 from pyengine.sampling.settings import MAX_SEED
 from pyengine.task import Answer, Result, Step, Task, embedded_pair, new_task
 from pyengine.text.prompt import Prompt
@@ -59,7 +62,6 @@ class Request(Iterator[str]):
         self.ended = False
         self.cancelled = False
         self.sequence: TokenSequence | None = None  # once it has joined
-        self.chunks: Iterator[Round] | None = None  # while its prompt is under way
         self.prefix: Prefix | None = None  # while it is active
         self.shared: Shared | None = None  # its prompt, where other texts begin with it
         self.at_end = ExitStack()
@@ -97,6 +99,11 @@ class Request(Iterator[str]):
         return self.answer.result
 
     @property
+    def reads(self) -> bool:
+        """Whether it has joined and its prompt is under way."""
+        return self.sequence is not None and self.sequence.reads
+
+    @property
     def is_held(self) -> bool:
         """Whether it waits for its reader."""
         return self.most_unheard is not None and len(self.unheard) >= self.most_unheard
@@ -125,8 +132,9 @@ class Engine:
     A round processes a block of every text under way; target and assistant are read once for all.
     Requests are served in the order of arrival, as many at once as ``sequences`` and the memory
     allow: a request joins when all that it may need at worst is free. Prompts are processed chunk
-    by chunk between rounds, and slow running texts to a half at most. What a request asks and gets
-    is as with :func:`pyengine.generate`: settings and seed give the text, whoever else is there.
+    by chunk between rounds, short ones together, and slow running texts to a half at most. What a
+    request asks and gets is as with :func:`pyengine.generate`: settings and seed give the text,
+    whoever else is there.
 
     Without :meth:`start` nothing runs by itself: whoever iterates over a request, or calls
     :meth:`step`, moves all. Requests may come from several threads, and be cancelled from any.
@@ -382,7 +390,7 @@ class Engine:
             places=self._places - len(self._active),
             free=None if budget is None else budget - sum(r.needs for r in self._active),
             active=len(self._active),
-            prompts=sum(request.chunks is not None for request in self._active),
+            prompts=sum(request.reads for request in self._active),
             texts=len(self._texts()),
             chunk_s=self._chunk_s,
             rounds_s=self._rounds_s,
@@ -390,7 +398,7 @@ class Engine:
 
     def _texts(self) -> list[Request]:
         """Those that can have a round."""
-        return [r for r in self._active if r.chunks is None and not r.is_held]
+        return [r for r in self._active if not r.reads and not r.is_held]
 
     def _join(self, request: Request) -> None:
         if not self._active:
@@ -416,23 +424,46 @@ class Engine:
             matcher=task.new_matcher(),
         )
         request.at_end.callback(request.sequence.release)
-        request.chunks = request.sequence.prefill()
 
     def _chunk(self) -> None:
-        """The next chunk of the prompt that came first."""
-        request = next(r for r in self._active if r.chunks is not None)
-        assert request.chunks is not None
-        start = time.perf_counter()
+        """The next chunk of the prompt that came first, and those of others that fit one call."""
+        start, requests = time.perf_counter(), self._prompts()
         try:
-            done = next(request.chunks)
-            if done.prompt_done is None:
-                request.chunks = None
-                self.totals.prompt_tokens += len(request.task.ids)
-                self.totals.reused_tokens += request.answer.stats.reused_tokens
-            self._note(request, done)
-        except BaseException as error:
-            self._fail(request, error)
+            each = process([r.sequence for r in requests if r.sequence is not None])
+        except BaseException as error:  # nobody knows what became of theirs
+            for request in requests:
+                self._fail(request, error, again=request is requests[-1])
+        else:
+            for request, done in zip(requests, each, strict=True):
+                if isinstance(done, Exception):
+                    self._fail(request, done)
+                    continue
+                if done.prompt_done is None:
+                    self.totals.prompt_tokens += len(request.task.ids)
+                    self.totals.reused_tokens += request.answer.stats.reused_tokens
+                self._note(request, done)
         self._chunk_s, self._rounds_s = time.perf_counter() - start, 0.0
+
+    def _prompts(self) -> list[Request]:
+        """Prompts whose next parts fit one call, in the order of arrival."""
+        taken: list[Request] = []
+        others: list[TokenSequence] = []
+        room = most_together(borrows())
+        for request in [r for r in self._active if r.reads]:
+            sequence = request.sequence
+            assert sequence is not None
+            try:
+                if any(sequence.waits_for(other) for other in others):
+                    continue  # it will begin with what that one leaves
+                room -= sequence.next_rows()
+            except BaseException as error:
+                self._fail(request, error)
+                continue
+            if room < 0 and taken:
+                break  # nobody overtakes
+            taken.append(request)
+            others.append(sequence)
+        return taken
 
     def _round(self) -> None:
         """A round of every text that can have one; more than fit one call go in groups."""
@@ -489,7 +520,7 @@ class Engine:
     def _end(self, request: Request) -> None:
         self._active.remove(request)
         request.at_end.close()
-        request.sequence = request.chunks = request.prefix = None
+        request.sequence = request.prefix = None
         request.ended = True
         budget = self._budget()
         if budget is not None:

@@ -373,17 +373,12 @@ class Answer:
         """What a round says, noted in the result; ``finish_reason`` is set where it ends."""
         if done.prompt_done is not None:
             return Step("", "", [], [], done.prompt_done)
-        step, self.finish_reason = self._read(done.tokens, done.logprobs or [], done.finish_reason)
-        return step._replace(
-            drafted=done.num_drafted,
-            accepted=done.num_accepted,
-            sources=done.sources[: len(step.tokens)],
-        )
+        step, self.finish_reason = self._read(done)
+        return step
 
-    def _read(
-        self, tokens: list[int], logprobs: list[Logprob], reason: str | None
-    ) -> tuple[Step, str | None]:
+    def _read(self, done: Round) -> tuple[Step, str | None]:
         """What a round's tokens say, noted in the result, and why the text ends with them."""
+        tokens, reason = done.tokens, done.finish_reason
         reads, count, found = [], 0, False
         for count, token in enumerate(tokens, 1):
             if reason == "stop" and count == len(tokens):
@@ -397,12 +392,15 @@ class Answer:
             reads.append(read := self._reader.finish())
             found = read.found
         step = Step(
-            "".join(read.text for read in reads),
-            "".join(read.thought for read in reads),
+            "".join([read.text for read in reads]),
+            "".join([read.thought for read in reads]),
             tokens[:count],
-            logprobs[:count],
+            [] if done.logprobs is None else done.logprobs[:count],
             tool_calls=[read.call for read in reads if read.call],
             pieces=_pieces(reads, count),
+            drafted=done.num_drafted,
+            accepted=done.num_accepted,
+            sources=done.sources[:count],
         )
         self._text.append(step.text)
         self._thoughts.append(step.thinking)

@@ -18,7 +18,16 @@ constexpr int tile = 4; // rows that share each load of a key or value
 // Keys per pass over D and vectors of D per pass over keys: as many
 // accumulators as the registers hold. Neither changes an order of summation.
 constexpr int tile_keys = parts == 1 ? 4 : 1;
-constexpr int tile_vectors = parts == 1 ? 4 : 1;
+template <int ROWS>
+constexpr int tile_vectors = parts > 1 ? 1
+    : ROWS == 1                        ? 16
+    : ROWS == 2                        ? 8
+                                       : 4;
+
+// Keys and values of many sequences come from memory, and several rows of a
+// page are read at a time, which no processor foresees. So each is asked for
+// this many rows before its turn.
+constexpr int ahead = 8;
 
 struct State {
   float* largest; // [R]
@@ -36,6 +45,14 @@ struct Range {
   int begin;
   int end;
 };
+
+template <typename T>
+PYENGINE_INLINE void prefetch(const T* from, int count) {
+  constexpr int line = 64 / sizeof(T);
+  for (int d = 0; d < count; d += line) {
+    __builtin_prefetch(from + d);
+  }
+}
 
 // scores[r, j] = scale * q[r] . keys[j]; one accumulator for each, lane by lane
 // over D.
@@ -64,9 +81,18 @@ PYENGINE_INLINE void score_tile(
   }
   PYENGINE_UNROLL
   for (int r = 0; r < ROWS; ++r) {
+    float sums[KEYS];
+    if constexpr (KEYS == 4) {
+      sum(dot[r][0], dot[r][1], dot[r][2], dot[r][3], sums);
+    } else {
+      PYENGINE_UNROLL
+      for (int j = 0; j < KEYS; ++j) {
+        sums[j] = sum(dot[r][j]);
+      }
+    }
     PYENGINE_UNROLL
     for (int j = 0; j < KEYS; ++j) {
-      scores[r * chunk + j] = scale * sum(dot[r][j]);
+      scores[r * chunk + j] = scale * sums[j];
     }
   }
 }
@@ -81,6 +107,10 @@ void score_rows(
     float* scores) {
   int j = range.begin;
   for (; j + tile_keys <= range.end; j += tile_keys) {
+    int next = j + ahead;
+    for (int i = next; i < next + tile_keys && i < range.end; ++i) {
+      prefetch(keys[i], D);
+    }
     score_tile<ROWS, tile_keys>(q, keys + j, D, scale, scores + j);
   }
   for (; j < range.end; ++j) {
@@ -106,6 +136,9 @@ PYENGINE_INLINE void weigh_tile(
     }
   }
   for (int j = range.begin; j < range.end; ++j) {
+    if (j + ahead < range.end) {
+      prefetch(v[j + ahead] + d, VECTORS * lanes);
+    }
     F32x16 value[VECTORS];
     PYENGINE_UNROLL
     for (int i = 0; i < VECTORS; ++i) {
@@ -139,9 +172,10 @@ void weigh_rows(
   if (range.begin >= range.end) {
     return;
   }
+  constexpr int vectors = tile_vectors<ROWS>;
   int d = 0;
-  for (; d + tile_vectors * lanes <= D; d += tile_vectors * lanes) {
-    weigh_tile<ROWS, tile_vectors>(weights, v, range, d, D, values);
+  for (; d + vectors * lanes <= D; d += vectors * lanes) {
+    weigh_tile<ROWS, vectors>(weights, v, range, d, D, values);
   }
   for (; d < D; d += lanes) {
     weigh_tile<ROWS, 1>(weights, v, range, d, D, values);
@@ -344,14 +378,17 @@ void attend_span(
       continue; // its page may be none
     }
     Chunk<T> from;
-    auto point = [&](int j, int64_t slot) {
-      int64_t page = rows.table[slot / chunk % args.N], place = slot % chunk;
+    auto point = [&](int j, int64_t page, int64_t place) {
       from.k[j] = k + page * args.k_strides[0] + place * args.k_strides[2];
       from.v[j] = v + page * args.v_strides[0] + place * args.v_strides[2];
     };
+    auto page_of = [&](int64_t slot) {
+      return rows.table[slot / chunk % args.N];
+    };
     if (!rows.depths || at + chunk <= rows.position) {
+      int64_t page = page_of(at);
       for (int j = begin; j < end; ++j) {
-        point(j, at + j);
+        point(j, page, j);
       }
       attend_chunk(args, rows, q32, from, state, at, 0, R);
       continue;
@@ -362,7 +399,8 @@ void attend_span(
       Range seen =
           visible(args, position_of(args, rows, i * G), at, at + chunk);
       for (int j = seen.begin; j < seen.end; ++j) {
-        point(j, slot_of(rows, i, at + j));
+        int64_t slot = slot_of(rows, i, at + j);
+        point(j, page_of(slot), slot % chunk);
       }
       attend_chunk(args, rows, q32, from, state, at, i * G, (i + 1) * G);
     }

@@ -11,7 +11,7 @@ import mlx.core as mx
 from pyengine.model.cache import Arena, Cache
 from pyengine.model.config import LayerConfig
 from pyengine.model.head import Logits
-from pyengine.model.target import Branches, Reader
+from pyengine.model.target import Branches, Part, Reader
 from pyengine.ops.filter_logits import Filtered
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ class TargetLike(Protocol):
     def prefill(
         self, ids: list[int], cache: Cache, *, reader: Reader | None = None
     ) -> tuple[mx.array, mx.array]: ...
+
+    def prefill_together(self, parts: Sequence[Part]) -> list[tuple[mx.array, mx.array]]: ...
 
     def forward(
         self,

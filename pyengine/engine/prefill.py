@@ -12,7 +12,59 @@ from pyengine.drafters.drafter import TargetLike
 from pyengine.engine.prefix import Prefix
 from pyengine.model.cache import Cache
 from pyengine.model.plan import chunk_end, last_chunk
-from pyengine.model.target import Reader
+from pyengine.model.target import Part, Reader
+
+
+class Reading:
+    """A prompt on its way into a cache, a part at a time. A part ends with a chunk or the prompt.
+
+    A prefix gets its marks: where prompts part, where no more than a chunk is left, at the end.
+
+    Args:
+        ids: Its tokens.
+        cache: Holds the first ``known`` of them.
+        known: How many.
+        prefix: Whose cache that is, if it is one's.
+        reader: Is told of every row.
+    """
+
+    def __init__(
+        self,
+        ids: list[int],
+        cache: Cache,
+        known: int,
+        prefix: Prefix | None = None,
+        reader: Reader | None = None,
+    ) -> None:
+        self.ids, self.cache, self.done = ids, cache, known
+        self._prefix, self._reader = prefix, reader
+        self._parting = 0 if prefix is None else prefix.parting
+        self._last = last_chunk(known, len(ids))
+
+    @property
+    def next_end(self) -> int:
+        """Where the next part ends."""
+        end = chunk_end(self.done, len(self.ids))
+        return self._parting if self.done < self._parting < end else end
+
+    def part(self) -> Part:
+        """The next part.
+
+        Raises:
+            RuntimeError: The process was forked from one that had used MLX.
+        """
+        forked.check("generate")
+        if self._prefix is not None and self.done in (self._parting, self._last):
+            self._prefix.mark(self.done)
+        return Part(self.ids[self.done : self.next_end], self.cache, self._reader)
+
+    def note(self) -> bool:
+        """Note that the next part was processed; whether it was the last one."""
+        self.done = self.next_end
+        is_whole = self.done == len(self.ids)
+        if self._prefix is not None and is_whole:
+            self._prefix.mark(self.done)
+        return is_whole
 
 
 class Prefilled(NamedTuple):
@@ -25,30 +77,20 @@ class Prefilled(NamedTuple):
 
 def prefill(
     target: TargetLike,
-    prompt: list[int],
+    ids: list[int],
     cache: Cache,
     known: int,
     prefix: Prefix | None = None,
     reader: Reader | None = None,
 ) -> Iterator[Prefilled]:
-    """Process a prompt from place ``known`` on, a chunk at a time. Evaluates once per chunk.
-
-    A prefix gets its marks: where prompts part, where no more than a chunk is left, at the end.
-    """
-    parting, done = 0 if prefix is None else prefix.parting, known
-    last = last_chunk(known, len(prompt))
-    while done < len(prompt):
-        forked.check("generate")
-        end = chunk_end(done, len(prompt))
-        if done < parting < end:
-            end = parting
-        if prefix is not None and done in (parting, last):
-            prefix.mark(done)
-        logits, hidden = target.prefill(prompt[done:end], cache, reader=reader)
-        done = end
-        if prefix is not None and done == len(prompt):
-            prefix.mark(done)
-        yield Prefilled(done, logits, hidden)
+    """Process a prompt by itself, a part at a time; arguments as :class:`Reading`. Evaluates once
+    per part."""
+    reading = Reading(ids, cache, known, prefix, reader)
+    while reading.done < len(ids):
+        part = reading.part()
+        made = target.prefill(part.ids, part.cache, reader=part.reader)
+        reading.note()
+        yield Prefilled(reading.done, *made)
 
 
 class Begun(NamedTuple):

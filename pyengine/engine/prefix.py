@@ -130,6 +130,11 @@ class Prefix:
         self.parting = parting if parting - self.reused >= WORTH_A_MARK else 0
         return self._cache, self.reused
 
+    def shared(self, prompt: Sequence[int], layers: tuple[LayerConfig, ...] = ()) -> int:
+        """How many tokens a prompt has in common with what is known, whether or not a text can go
+        on from there."""
+        return 0 if self._known is None else self._known.tree.shared(_named(prompt, bool(layers)))
+
     def mark(self, length: int) -> None:
         """Keep what is there after ``length`` positions, so that a later prompt can begin there."""
         assert self._cache is not None and self._known is not None
@@ -137,10 +142,8 @@ class Prefix:
             self._known.note(self._named(length), self._cache, min(self._borrowed, length))
 
     def _named(self, length: int | None = None) -> list[int]:
-        """The newest text's first tokens as the tree knows them: where pages hold a drafter's keys
-        and values too, by their complements, so that no text without these begins alike."""
-        ids = self._ids[:length]
-        return [~token for token in ids] if self._has_drafters else ids
+        """The newest text's first tokens as the tree knows them."""
+        return _named(self._ids[:length], self._has_drafters)
 
     def keep(self, tokens: Sequence[int]) -> None:
         """The cache holds these tokens, and perhaps more behind them."""
@@ -178,6 +181,12 @@ class Prefix:
             pages = 2 * -(-length // PAGE)
             known.shrink(pages * arena.page_bytes(False) + windows * arena.page_bytes(True))
             known.trim()
+
+
+def _named(ids: Sequence[int], has_drafters: bool) -> list[int]:
+    """Tokens as the tree knows them: where pages hold a drafter's keys and values too, by their
+    complements, so that no text without these begins alike."""
+    return [~token for token in ids] if has_drafters else list(ids)
 
 
 def check_prefix(op: str, prefix: Any) -> None:

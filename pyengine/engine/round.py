@@ -25,7 +25,7 @@ from pyengine.engine.report import Report
 from pyengine.model.cache import Arena, Cache, Placed
 from pyengine.model.head import Logits, rows_at, whole
 from pyengine.model.rows import apart, packed, picked
-from pyengine.model.target import Branches, Processed
+from pyengine.model.target import Branches, Processed, tapped_at, tell
 from pyengine.ops import dispatch
 from pyengine.ops.filter_logits import Filtered
 from pyengine.ops.recorded import recorded
@@ -426,7 +426,7 @@ def run_target(
     if any(parts.logprobs is not None for parts in each):
         logits = whole(logits)
     owns = zip(apart(hidden, texts.counts), wanted, strict=True)
-    return logits, [_tapped(own, taps, theirs) for own, theirs in owns]
+    return logits, [tapped_at(own, taps, theirs) for own, theirs in owns]
 
 
 def target_rows(texts: Texts, block: Block, logits: mx.array | Logits) -> list[Filtered]:
@@ -456,14 +456,6 @@ def _filter_rows(
     return chooser.filter(rows_at(logits, texts.rows(group)), owner, drafts, before)
 
 
-def _tapped(hidden: mx.array, taps: tuple[int, ...], wanted: tuple[int, ...]) -> mx.array:
-    """Hidden vectors with the tapped layers that are wanted, of those with all ``taps``."""
-    if wanted == taps:
-        return hidden
-    last, *layers = mx.split(hidden, 1 + len(taps), axis=-1)
-    return mx.concatenate([last, *(layers[taps.index(tap)] for tap in wanted)], axis=-1)
-
-
 def commit(
     each: Sequence[Parts],
     hidden: Sequence[mx.array],
@@ -472,12 +464,9 @@ def commit(
 ) -> None:
     """Keep the primary token and the accepted drafts, int32 [], of each block of so many rows;
     drafters of one kind read together."""
-    for kind in dict.fromkeys(type(parts.drafter) for parts in each):
-        own = [n for n, parts in enumerate(each) if type(parts.drafter) is kind]
-        drafters = [drafter for n in own if (drafter := each[n].drafter) is not None]
-        if drafters:
-            rows = [Processed(hidden[n], accepted[n], each[n].cache) for n in own]
-            drafters[0].read(drafters, rows)
+    own = zip(hidden, accepted, each, strict=True)
+    rows = [Processed(vectors, count, parts.cache) for vectors, count, parts in own]
+    tell([parts.drafter for parts in each], rows)
     for parts, count, most in zip(each, accepted, counts, strict=True):
         parts.cache.commit(count + 1, parts.cache.length_limit + most)
 

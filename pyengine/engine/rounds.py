@@ -95,8 +95,11 @@ class Rounds:
                 done[sequence] = error.with_traceback(None)  # which would hold the caches
         # In one order whoever came first, so that fewer graphs are recorded
         going = sorted((s for s in sequences if s not in done), key=self._rank)
-        for make in sorted({s.make for s in going}):
-            done |= self._play([s for s in going if s.make == make], start)
+        makes: dict[Any, list[TokenSequence]] = {}
+        for sequence in going:
+            makes.setdefault(sequence.make, []).append(sequence)
+        for make in sorted(makes):
+            done |= self._play(makes[make], start)
         return [done[sequence] for sequence in sequences]
 
     def _play(

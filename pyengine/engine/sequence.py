@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import takewhile
+from operator import eq
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
@@ -16,12 +18,16 @@ from pyengine.drafters.mixed import MixedDrafter, kind_of, looks_up, source_of
 from pyengine.engine import round as on_device
 from pyengine.engine.controller import Acceptance, Text
 from pyengine.engine.known import known_of
-from pyengine.engine.prefill import Begun, Shared, prefill
+from pyengine.engine.prefill import Begun, Reading, Shared
 from pyengine.engine.prefix import Prefix
 from pyengine.engine.report import NonFinite, Report
 from pyengine.engine.stats import Nodes, Source, Stats, last_source
 from pyengine.engine.turns import Turns
+from pyengine.model import plan
 from pyengine.model.cache import Arena, Cache
+from pyengine.model.target import Part
+from pyengine.ops.dispatch import borrows
+from pyengine.ops.prepare_qkv import PAGE
 from pyengine.sampling.sampler import Logprob, Sampler
 from pyengine.sampling.settings import MOST_NODES, Sampling, seeded
 
@@ -86,7 +92,7 @@ class TokenSequence:
         self.acceptance: Acceptance | None = None  # where each round's block size is chosen
         self._turns: Turns | None = None  # and who drafts
         self.finish_reason: str | None = None
-        self._target, self._drafter = target, drafter if block_size > 1 else None
+        self.target, self._drafter = target, drafter if block_size > 1 else None
         self._sampling = seeded(sampling)
         self._stop_ids = stop_ids
         self._layers = () if self._drafter is None else self._drafter.layers
@@ -95,6 +101,9 @@ class TokenSequence:
         self._prefix = None if tapped else prefix
         self._shared, self._arena = shared, arena
         self._own: Cache | None = None  # where no prefix has it
+        self._reads = True  # until its prompt is processed
+        self._reading: Reading | None = None  # once it is begun
+        self._begun: Begun | None = None  # a prompt that another text has processed
         self._matcher = matcher
         self.guide: Guide | None = None  # once the prompt is processed, where there is a matcher
         self._most_rows = most_rows(block_size, matcher is not None, tree)
@@ -180,42 +189,89 @@ class TokenSequence:
 
     def prefill(self) -> Iterator[Round]:
         """Process the prompt; the last round that is yielded has the first token. Evaluates."""
-        stats, prompt = self.stats, self.prompt
-        start = time.perf_counter()
+        while self.reads:
+            start, part, made = time.perf_counter(), self.next_part(), None
+            if part is not None:
+                made = self.target.prefill(part.ids, part.cache, reader=part.reader)
+            yield self.take_part(made, start)
+
+    @property
+    def reads(self) -> bool:
+        """Whether its prompt is not wholly processed."""
+        return self._reads
+
+    def waits_for(self, other: TokenSequence) -> bool:
+        """Whether its prompt saves a page or more if the other's, which is under way, is processed
+        first."""
+        if self._shared is not None and self._shared is other._shared:
+            return True
+        if self._prefix is None or self._layers != other._layers:
+            return False
+        alike = sum(1 for _ in takewhile(bool, map(eq, self.prompt, other.prompt)))
+        alike = plan.border(alike, len(self.prompt), borrows())
+        if alike < PAGE:
+            return False
+        read = self._reading
+        known = self._prefix.shared(self.prompt, self._layers) if read is None else read.done
+        return alike - known >= PAGE
+
+    def next_rows(self) -> int:
+        """Rows of the prompt's next part; 0 where another text has processed it. Evaluates."""
+        if self._begun is None and self._reading is None:
+            self._open()
+        return 0 if self._reading is None else self._reading.next_end - self._reading.done
+
+    def next_part(self) -> Part | None:
+        """The next part of its prompt; None where another text has processed it. Evaluates."""
+        self.next_rows()
+        return None if self._reading is None else self._reading.part()
+
+    def take_part(self, made: tuple[mx.array, mx.array] | None, start: float) -> Round:
+        """Go on with what the target made of the next part, None where there was none; the last one
+        gives the first token. Evaluates then.
+
+        Args:
+            made: Logits [V] and hidden vector [1, E] of its last row.
+            start: When its call began, in seconds.
+        """
+        if self._reading is not None and made is not None:
+            if not self._reading.note():
+                self.stats.prefill_s += time.perf_counter() - start
+                return Round([], None, 0, 0, None, self._reading.done)
+            carried = [] if self._drafter is None else self._drafter.arrays
+            self._begun = Begun(self._reading.cache, *made, carried)
+            if self._shared is not None:
+                self._shared.leave(self._begun)
+        assert self._begun is not None
+        begun, self._begun, self._reading, self._reads = self._begun, None, None, False
+        return self._begin(begun, start)
+
+    def _open(self) -> None:
+        """Find what is known of the prompt. Evaluates."""
         begun = None if self._shared is None else self._shared.take()
         if begun is not None:
             self._prefix = None  # which holds another cache
-            self._own = begun.cache
-            stats.reused_tokens = len(prompt)
+            self._begun, self._own = begun, begun.cache
+            self.stats.reused_tokens = len(self.prompt)
             if self._drafter is not None:
                 self._drafter.take_results(begun.drafter)
-            yield self._begin(begun, start)
             return
         if self._prefix is None:
             arena = self._arena
-            cache = self._target.new_cache() if arena is None else arena.new_cache()
+            cache = self.target.new_cache() if arena is None else arena.new_cache()
             self._own, known = cache, 0
             if self._layers:
                 cache.arena.extend(self._layers)
         else:
-            cache, known = self._prefix.open(self._target, prompt, layers=self._layers)
-            stats.reused_tokens = known
-        for chunk in prefill(self._target, prompt, cache, known, self._prefix, self._drafter):
-            if chunk.done < len(prompt):
-                stats.prefill_s += time.perf_counter() - start
-                yield Round([], None, 0, 0, None, chunk.done)
-                start = time.perf_counter()
-        carried = [] if self._drafter is None else self._drafter.arrays
-        begun = Begun(cache, chunk.logits, chunk.hidden, carried)
-        if self._shared is not None:
-            self._shared.leave(begun)
-        yield self._begin(begun, start)
+            cache, known = self._prefix.open(self.target, self.prompt, layers=self._layers)
+            self.stats.reused_tokens = known
+        self._reading = Reading(self.prompt, cache, known, self._prefix, self._drafter)
 
     def _begin(self, begun: Begun, start: float) -> Round:
         """The first token, behind a prompt that was processed. Evaluates."""
         vocab = begun.logits.shape[-1]
         self.sampler = Sampler(self._sampling, self.prompt, vocab)
-        self.parts = on_device.Parts(self._target, self._drafter, begun.cache, vocab, self.logprobs)
+        self.parts = on_device.Parts(self.target, self._drafter, begun.cache, vocab, self.logprobs)
         masks = None
         if self._matcher is not None:
             from pyengine.engine.guided import Guide

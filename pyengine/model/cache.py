@@ -209,6 +209,11 @@ class Arena:
         self.layers = (*self.config.layers, *layers)
         self._page_bytes[False] += size
 
+    @property
+    def is_growing(self) -> bool:
+        """Whether somebody has broken off its growth."""
+        return bool(self._growing)
+
     def new_cache(self) -> Cache:
         """A sequence without positions."""
         return Cache(self)
@@ -302,7 +307,7 @@ class Arena:
             for i, a in enumerate(arrays):
                 if a is not None and self.layers[i].sliding == sliding:
                     more = mx.zeros((count - a.shape[0], *a.shape[1:]), a.dtype)
-                    arrays[i] = a = mx.concatenate([a, more])
+                    arrays[i] = a = mx.concatenate([a, more]) if a.size else more
                     mx.eval(a)
         pages = self.pages(sliding)
         pages.add(count - pages.count)
@@ -538,7 +543,7 @@ class Cache:
     def growth(self, count: int) -> int:
         """Bytes that :meth:`reserve` will add to the arena."""
         full, sliding = self._missing(count)
-        return self.arena.growth(len(full), len(sliding))
+        return self.arena.growth(len(full), len(sliding)) if full or sliding else 0
 
     def reserve(self, count: int) -> None:
         """Have pages for ``count`` positions more; they are written next. Evaluates if the arena
@@ -550,6 +555,8 @@ class Cache:
         if self.place >= 0:  # whoever plays a round has made room for it
             return
         full, sliding = self._missing(count)
+        if not (full or sliding or self.arena.is_growing):
+            return
         self.arena.make_room(len(full), len(sliding))
         for _ in full:
             self.full.append(self.arena.full.take())

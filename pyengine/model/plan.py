@@ -52,6 +52,11 @@ def chunk_end(start: int, stop: int) -> int:
     return min(start - start % CHUNK + CHUNK, stop)
 
 
+def most_together(borrows: bool) -> int:
+    """How many positions one call may process of several prompts: all by kernels of ours."""
+    return ROWS if borrows else CHUNK
+
+
 def last_chunk(start: int, stop: int) -> int:
     """Where, from ``start`` on, no more than a chunk of a prompt is left."""
     return start if stop - start <= CHUNK else (stop - 1) // CHUNK * CHUNK

@@ -23,7 +23,7 @@ from pyengine.model.head import Logits
 from pyengine.model.layers import MLP, residual
 from pyengine.model.linear import Linear, Weights, side_by_side
 from pyengine.model.plan import ROWS, plan
-from pyengine.model.rows import packed
+from pyengine.model.rows import apart, packed, picked
 from pyengine.ops.dispatch import borrows
 
 if TYPE_CHECKING:
@@ -123,6 +123,32 @@ class Reader(Protocol):
         ...
 
 
+def tell(readers: Sequence[Reader | None], rows: Sequence[Processed]) -> None:
+    """Have each reader read the rows of its sequence; those of one kind read together."""
+    for kind in dict.fromkeys(type(reader) for reader in readers):
+        own = [n for n, reader in enumerate(readers) if type(reader) is kind]
+        theirs = [reader for n in own if (reader := readers[n]) is not None]
+        if theirs:
+            theirs[0].read(theirs, [rows[n] for n in own])
+
+
+def tapped_at(hidden: mx.array, taps: tuple[int, ...], wanted: tuple[int, ...]) -> mx.array:
+    """Hidden vectors with the tapped layers that are wanted, of those with all ``taps``."""
+    if wanted == taps:
+        return hidden
+    last, *layers = mx.split(hidden, 1 + len(taps), axis=-1)
+    return mx.concatenate([last, *(layers[taps.index(tap)] for tap in wanted)], axis=-1)
+
+
+class Part(NamedTuple):
+    """What comes next of a prompt: ids behind the positions that a cache has, and who is told of
+    their rows."""
+
+    ids: list[int]
+    cache: Cache
+    reader: Reader | None = None
+
+
 class Target:
     """A Gemma 4 target model. The T rows of a sequence are T consecutive positions of it."""
 
@@ -209,6 +235,27 @@ class Target:
             hidden = rows.hidden[-1:]
         return self._head(hidden).array[0], hidden
 
+    def prefill_together(self, parts: Sequence[Part]) -> list[tuple[mx.array, mx.array]]:
+        """Process and commit the next parts of several prompts, whose caches share an arena.
+        Evaluates.
+
+        One call does it where there are several, so these have at most as many ids as
+        :func:`pyengine.model.plan.most_together` says.
+
+        Returns:
+            Of each what :meth:`prefill` gives: the bits do not depend on the others.
+        """
+        if len(parts) == 1:
+            [(ids, cache, reader)] = parts
+            return [self.prefill(ids, cache, reader=reader)]
+        for ids, _, _ in parts:
+            check_ids("prefill", ids, self.config.vocab_size)
+        hidden = self._process(parts)
+        ends = [sum(len(ids) for ids, _, _ in parts[: n + 1]) - 1 for n in range(len(parts))]
+        lasts = picked(hidden, ends)
+        logits = self._head(lasts).array
+        return [(logits[n], lasts[n : n + 1]) for n in range(len(parts))]
+
     def rows(
         self,
         ids: list[int],
@@ -225,23 +272,37 @@ class Target:
         first = cast(int, cache.length.item())
         cache.settle(first)
         for start, rows, _ in plan(first, first + len(ids), borrows(), chunk):
-            part = mx.array(ids[start - first : start - first + rows], dtype=mx.int32)
-            cache.reserve(rows)  # an arena that grows has other arrays then
-            arrays = cache.arena.arrays
-            try:
-                taps = () if reader is None else reader.taps
-                hidden, tapped = self._hidden([part], [cache], taps)
-                if reader is not None:  # before the length is another
-                    last = mx.array(rows - 1, dtype=mx.int32)
-                    reader.read([reader], [Processed(tapped, last, cache)])
-                cache.settle(start + rows)
-                with self.waiting():
-                    mx.eval(hidden, tapped, cache.arrays)
-                mapped.check("prefill")
-            except Exception:  # what failed would fail again, and others have pages there
-                cache.arena.take_results(arrays)
-                raise
-            yield self._head(hidden)
+            part = ids[start - first : start - first + rows]
+            yield self._head(self._process([Part(part, cache, reader)]))
+
+    def _process(self, parts: Sequence[Part]) -> mx.array:
+        """Process and commit parts of prompts in one call: hidden vectors [R, E]. Evaluates."""
+        caches = [part.cache for part in parts]
+        counts = [len(part.ids) for part in parts]
+        for cache, count in zip(caches, counts, strict=True):
+            cache.reserve(count)  # an arena that grows has other arrays then
+        arena = caches[0].arena
+        arrays = arena.arrays
+        try:
+            wanted = [() if part.reader is None else part.reader.taps for part in parts]
+            taps = tuple(dict.fromkeys(tap for own in wanted for tap in own))
+            each = [mx.array(part.ids, dtype=mx.int32) for part in parts]
+            hidden, tapped = self._hidden(each, caches, taps)
+            owns = apart(tapped, counts)
+            read = [
+                Processed(tapped_at(own, taps, theirs), mx.array(count - 1, dtype=mx.int32), cache)
+                for own, theirs, count, cache in zip(owns, wanted, counts, caches, strict=True)
+            ]
+            tell([part.reader for part in parts], read)  # before the lengths are others
+            for cache, count in zip(caches, counts, strict=True):
+                cache.settle(cache.committed + count)
+            with self.waiting():
+                mx.eval(hidden, tapped, arena.arrays, [cache.length for cache in caches])
+            mapped.check("prefill")
+        except Exception:  # what failed would fail again, and others have pages there
+            arena.take_results(arrays)
+            raise
+        return hidden
 
     def forward(
         self,

@@ -116,13 +116,15 @@ class StopScanner:
 
     def add(self, piece: str) -> tuple[str, bool]:
         """Text that is certain, and whether a stop string came up; nothing follows then."""
+        if not self._stops:
+            return piece, False
         text = self._held + piece
         starts = [(text.find(stop), stop) for stop in self._stops]
         found = [(at + len(stop), at) for at, stop in starts if at >= 0]
         if found:
             self._held = ""
             return text[: min(found)[1]], True
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        keep = max(_overlap(text, stop) for stop in self._stops)
         cut = len(text) - keep
         self._held = text[cut:]
         return text[:cut], False

@@ -137,7 +137,7 @@ def test_cancelled_ones_keep_what_there_is_and_leave_the_others(pair: Any, alone
 def test_one_that_fails_fails_alone(pair: Any, alone: Any, prompts_first: None) -> None:
     with Engine(pair, sequences=3) as engine:
         requests = submitted(engine)
-        while requests[1].sequence is None or requests[1].chunks is not None:
+        while requests[1].sequence is None or requests[1].reads:
             engine.step()
         spoil(requests[1].sequence.parts.cache)
         engine._known.shrink(0)  # nobody else begins with what was spoiled
@@ -157,7 +157,7 @@ def test_a_round_that_raises_fails_its_requests_and_the_engine_lives(
 ) -> None:
     with Engine(pair, sequences=2) as engine:
         requests, read = submitted(engine), on_device.read
-        while requests[1].chunks is not None or requests[1].sequence is None:
+        while requests[1].sequence is None or requests[1].reads:
             engine.step()
 
         def fail(*_: Any) -> Any:

@@ -77,7 +77,7 @@ def test_texts_are_those_of_generate(sequences: int, alone: Any) -> None:
 def test_none_waits_for_another_text_to_end(prompts_first: None) -> None:
     with Engine() as engine:
         requests = submitted(engine)
-        while any(r.sequence is None or r.chunks is not None for r in requests):
+        while any(r.sequence is None or r.reads for r in requests):
             engine.step()
         before = [len(request.result.tokens) for request in requests]
         for _ in range(5):
@@ -155,7 +155,7 @@ def test_one_that_is_cancelled_or_fails_leaves_the_others(
 ) -> None:
     with Engine() as engine:
         requests = submitted(engine)
-        while any(r.sequence is None or r.chunks is not None for r in requests):
+        while any(r.sequence is None or r.reads for r in requests):
             engine.step()
         requests[0].cancel()
         broken = requests[2].sequence

@@ -15,6 +15,7 @@ import pytest
 
 from pyengine.drafters import new_drafter
 from pyengine.engine import round as on_device
+from pyengine.engine.prompts import process
 from pyengine.engine.rounds import Rounds
 from pyengine.engine.sequence import Round, TokenSequence
 from pyengine.model.cache import Arena
@@ -174,7 +175,10 @@ def together(
         while waiting and len(active) < most and (not active or rng.random() < 0.5):
             number = waiting.pop(0)
             active[number] = cases[number].begin(pair, arena)
-            stories[number].rounds += active[number].prefill()
+        while reading := [n for n, sequence in active.items() if sequence.reads]:
+            for number, done in zip(reading, process([active[n] for n in reading]), strict=True):
+                assert isinstance(done, Round), done
+                stories[number].rounds.append(done)
         for number in [n for n, s in active.items() if s.finish_reason or rng.random() < leave]:
             active.pop(number).release()
         order = list(active)

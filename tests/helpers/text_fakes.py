@@ -18,7 +18,7 @@ import tokenizers
 
 from pyengine.model.cache import Placed
 from pyengine.model.pages import Pages
-from pyengine.model.target import Processed, Reader
+from pyengine.model.target import Part, Processed, Reader
 from pyengine.text.tokenizer import Tokenizer
 
 MARKS = ["<|turn>", "<turn|>", "<|channel>", "<channel|>", '<|"|>', "<|think|>"]
@@ -263,6 +263,9 @@ class ScriptTarget:
         if reader is not None:
             reader.read([reader], [Processed(hidden, mx.array(0, mx.int32), cache)])
         return self.rows[0], hidden
+
+    def prefill_together(self, parts: Sequence[Part]) -> list[tuple[mx.array, mx.array]]:
+        return [self.prefill(ids, cache, reader=reader) for ids, cache, reader in parts]  # type: ignore[arg-type]
 
     def forward(
         self, ids: list[mx.array], caches: list[LengthCache], taps: tuple[int, ...] = ()

@@ -470,6 +470,34 @@ def test_a_call_that_fails_leaves_the_pages_of_others_as_they_were(
         assert_same(follow_up(model, other.fork(30)), want)
 
 
+def test_whoever_comes_next_ends_a_growth_that_was_broken_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By Ctrl-C, say; also one that has all the pages it needs."""
+    model = tiny_pair("dense31").target
+    arena = model.new_arena()
+    cache, other = arena.new_cache(), arena.new_cache()
+    model.prefill(long_text(30), cache)
+    real, left = mx.eval, [1]
+
+    def broken_off(*args: Any) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "eval", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            other.reserve(PAGE * arena.full.count)
+    assert arena.is_growing
+    cache.reserve(1)
+    for arrays in (arena.keys, arena.values):
+        for a, layer in zip(arrays, arena.layers, strict=True):
+            assert a is None or a.shape[0] == arena.pages(layer.sliding).count
+    assert not arena.is_growing
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_round_gets_lengths_and_tables_of_all(count: int) -> None:
     model, arena = tiny_pair("dense31").target, tiny_pair("dense31").target.new_arena()

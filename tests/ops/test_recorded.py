@@ -112,6 +112,21 @@ def test_a_graph_is_one_node_on_a_processor(tmp_path):
     assert play.nodes == ["Multiply", "Add", "Multiply"]
 
 
+def test_a_graph_keeps_what_is_its_own_to_itself(tmp_path):
+    """Some hundred weights of a round: MLX would note each of them for every result."""
+    weights = [mx.arange(3) * n for n in range(20)]  # not evaluated
+    play = recorded(lambda arrays: [arrays[0] + weight for weight in weights])
+    for start in (1, 2):
+        x = mx.array([start, start + 1, start + 2])
+        made = play([x])
+        mx.export_to_dot(str(tmp_path / "graph"), *made)
+        assert (tmp_path / "graph").read_text().count("->") == 1 + len(made)
+        assert [a.tolist() for a in made] == [
+            [start + i + i * n for i in range(3)] for n in range(20)
+        ]
+        weights = []  # nobody else has them
+
+
 def test_operations_of_mlx_run_within_it():
     """Copies, reductions, sorts, scatters, gathers, products: what the definitions are made of."""
 
