@@ -451,7 +451,12 @@ constexpr int tiles_together(int rows) {
   return share_tile(rows) ? 1 : 2;
 }
 
-constexpr int prefetched_bytes = 512;
+// How far ahead weights are asked for. Short columns end before the machine
+// notices that they are streams, so the next tiles' are; of long ones it keeps
+// up with few rows' work, and more hides the wait only if it is asked early.
+constexpr int64_t bytes_ahead(int64_t w_pitch, int tiles, bool shared) {
+  return w_pitch <= 2048 ? tiles * tile_n * w_pitch : shared ? 0 : 512;
+}
 
 template <int bits, int rows, int tiles>
 void multiply_planes(const TileArgs& args, const TileColumns (&of)[tiles]) {
@@ -463,6 +468,7 @@ void multiply_planes(const TileArgs& args, const TileColumns (&of)[tiles]) {
   const unsigned steps = group_size / step;
   const unsigned turns = args.K / group_size * tiles;
   const int64_t x_pitch = args.x.pitch(), x_plane = args.x.plane();
+  const int64_t ahead = bytes_ahead(args.w_pitch, tiles, shared);
   const __mmask16 all = __mmask16((1u << rows) - 1);
   __m512 sums[tiles][rows] = {};
 
@@ -473,11 +479,10 @@ void multiply_planes(const TileArgs& args, const TileColumns (&of)[tiles]) {
     const char* x = args.x.x + k / tile_k * args.x.piece();
     x += k % tile_k / 4 * x_pitch; // with groups of 32
     for (unsigned s = 0; s < steps; ++s) {
-      if constexpr (!shared) {
-        // Work hides the wait for memory only if it is asked early.
+      if (ahead > 0) {
         PYENGINE_UNROLL
         for (int n = 0; n < tile_n; ++n) {
-          prefetch(w + n * args.w_pitch + prefetched_bytes);
+          prefetch(w + n * args.w_pitch + ahead);
         }
       }
       if constexpr (bits == 8) {
