@@ -17,6 +17,8 @@ from pyengine.task import (
     Result,
     Step,
     check_settings,
+    check_tree,
+    check_tree_round,
     check_variables,
     early_exit_of,
     prompt_ids,
@@ -55,6 +57,8 @@ class Chat:
     whole conversation again. What is promised is of prompts like the calibrated ones: of later
     turns, and of a first one behind other messages, only if those were such conversations.
 
+    With ``tree`` each round's drafts are a tree of so many; no answer depends on it.
+
     Raises:
         ValueError: The pair has no chat template, or a setting is impossible.
     """
@@ -72,16 +76,21 @@ class Chat:
         variables: Mapping[str, Any] | None = None,
         tools: Sequence[Tool] | None = None,
         early_exit: EarlyExit = None,
+        tree: int | None = None,
     ) -> None:
+        check_tree(tree, block_size, drafter)
         self.early_exit = early_exit_of(early_exit, block_size, drafter)
         check_settings(pair, max_tokens, block_size, drafter)
         if not pair.tokenizer.has_chat_template:
             raise ValueError("[chat] the checkpoint must have a chat template but has none.")
-        resolve_sampling(pair, sampling)
+        settings = resolve_sampling(pair, sampling)
         check_variables(variables)
-        self.tools = tool_use(tools, "auto", True).shown
+        use = tool_use(tools, "auto", True)
+        self.tools = use.shown
         if self.tools:
             check_shows_tools(pair.tokenizer)
+        if tree is not None:
+            check_tree_round(pair, settings, bool(use.strict))
         if not isinstance(system, (str, NoneType)):
             raise ValueError(f"[chat] system must be text or None but got {shown(system)}.")
         self.pair = pair
@@ -89,6 +98,7 @@ class Chat:
         self.sampling = sampling
         self.block_size = block_size
         self.drafter = drafter
+        self.tree = tree
         self.stop = stop_strings(stop)
         self.variables = variables
         self.prefix = Prefix()
@@ -152,6 +162,7 @@ class Chat:
             variables=self.variables,
             tools=self.tools,
             early_exit=self.early_exit,
+            tree=self.tree,
             prefix=None if self.early_exit else self.prefix,
         )
         with self._running as running:

@@ -246,7 +246,12 @@ def new_task(
     ids = prompt_ids(pair, prompt, raw=raw, variables=variables, tools=use.shown)
     settings = seeded(resolve_sampling(pair, sampling))
     if use.choice == "none":
-        settings = without_calls(pair, settings)
+        free, settings = settings, without_calls(pair, settings)
+        if certificate is not None and settings != free:
+            raise ValueError(
+                "[early-exit] tool_choice must be auto, since no answer was calibrated with tokens "
+                "suppressed, but got none."
+            )
     vocab = pair.target.config.vocab_size
     outside = [i for i in (*settings.suppress_tokens, *settings.logit_bias) if i >= vocab]
     if outside:
@@ -256,12 +261,7 @@ def new_task(
         )
     form = tools_source(use, pair.tokenizer, form)
     if tree is not None:
-        check_tree_sampling("generate", settings)
-        if form is not None:
-            raise ValueError(
-                "[generate] the answer's form must be free with a tree but one is asked for."
-            )
-        pair.target.check_alone("tree")
+        check_tree_round(pair, settings, form is not None)
     if certificate is not None:
         if form is not None:
             raise ValueError("[early-exit] the answer's form must be free but one is asked for.")
@@ -337,6 +337,21 @@ def check_tree(tree: int | None, block_size: BlockSize, drafter: str | None) -> 
         )
     if check_numbers(None, block_size) == 1:
         raise ValueError("[generate] block_size must be at least 2 with a tree but got 1.")
+
+
+def check_tree_round(pair: Pair, settings: Sampling, has_form: bool) -> None:
+    """Refuse a pair or settings whose rounds can have no tree.
+
+    Raises:
+        ValueError: Other processes share the target, no tree can be verified under the settings, or
+            the answer has a form.
+    """
+    check_tree_sampling("generate", settings)
+    if has_form:
+        raise ValueError(
+            "[generate] the answer's form must be free with a tree but one is asked for."
+        )
+    pair.target.check_alone("tree")
 
 
 class Answer:

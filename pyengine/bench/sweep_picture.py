@@ -21,7 +21,7 @@ PLOTS = (
     ("tokens_per_round", "Tokens per round", "kept drafts and one more"),
     ("acceptance_rate", "Acceptance", "drafts kept of all that were made"),
 )
-Line = tuple[str, str]  # a drafter and a rule
+Line = tuple[str, str]  # a drafter, or its trees, and a rule
 
 
 def draw(report: dict[str, Any]) -> bytes:
@@ -65,17 +65,31 @@ def draw(report: dict[str, Any]) -> bytes:
 
 
 def lines(summary: Sequence[Row]) -> dict[Line, list[Row]]:
-    """Rows of each drafter and rule by rising block size; those whose size is "auto" are no
-    points of a line."""
+    """Rows of each drafter and rule by rising block size, those of trees apart; chains whose size
+    is "auto" are no points of a line."""
     found: dict[Line, list[Row]] = {}
     for row in summary:
-        if row["block_size"] != PLAIN and isinstance(row["block_size"], int):
+        if row["tree"] is not None:
+            found.setdefault((f"trees of {row['drafter']}", row["verify"]), []).append(row)
+        elif row["block_size"] != PLAIN and isinstance(row["block_size"], int):
             found.setdefault((row["drafter"], row["verify"]), []).append(row)
-    return {line: sorted(own, key=lambda row: row["block_size"]) for line, own in found.items()}
+    return {line: sorted(own, key=size) for line, own in found.items()}
+
+
+def size(row: Row) -> int:
+    """Rows that a round of it verifies: its block, or a tree's drafts and the primary token."""
+    return int(row["block_size"] if row["tree"] is None else row["tree"] + 1)
+
+
+def by_depth(row: Row) -> list[float | None]:
+    """Of the drafts at each depth the part that was kept; of a tree, which has several there and
+    keeps at most one, the part of the rounds that kept one."""
+    key = "acceptance_by_depth" if row["tree"] is None else "kept_by_depth"
+    return list(row[key])
 
 
 def longest(summary: Sequence[Row]) -> list[Row]:
-    """Of each drafter and rule the row of the longest block."""
+    """Of each drafter and rule the row of the longest block, and that of the largest tree."""
     return [own[-1] for own in lines(summary).values()]
 
 
@@ -91,10 +105,10 @@ def _look(line: Line, every: Sequence[Line]) -> dict[str, Any]:
 def _by_block(axes: Axes, summary: Sequence[Row], key: str, title: str, explained: str) -> None:
     picture.style_axes(axes, title, explained, "y")
     every = lines(summary)
-    sizes = sorted({row["block_size"] for own in every.values() for row in own})
+    sizes = sorted({size(row) for own in every.values() for row in own})
     most = 1e-9
     for line, own in every.items():
-        points = [(row["block_size"], row[key]) for row in own if row[key] is not None]
+        points = [(size(row), row[key]) for row in own if row[key] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), **_look(line, list(every)))
             most = max(most, *(value for _, value in points))
@@ -118,8 +132,8 @@ def _by_depth(axes: Axes, summary: Sequence[Row]) -> None:
     picture.style_axes(axes, "Acceptance by draft", explained, "y")
     every, deepest = lines(summary), 2
     for line, own in every.items():
-        rates = own[-1]["acceptance_by_depth"]
-        points = [(depth, rate) for depth, rate in enumerate(rates, 1) if rate is not None]
+        rates = enumerate(by_depth(own[-1]), 1)
+        points = [(depth, rate) for depth, rate in rates if rate is not None]
         if points:
             axes.plot(*zip(*points, strict=True), **{**_look(line, list(every)), "marker": ""})
             deepest = max(deepest, points[-1][0])

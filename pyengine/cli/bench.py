@@ -93,6 +93,16 @@ Drafters = Annotated[
         help="Where drafts come from, to compare: assistant,dflash,lookup,early:6,assistant+lookup."
     ),
 ]
+Trees = Annotated[
+    str | None,
+    typer.Option(
+        "--tree",
+        metavar="N,...",
+        help="With --drafter dflash: trees of so many drafts, 1 to 15, beside the block sizes; "
+        "for --verify coupled and greedy.",
+        show_default="none",
+    ),
+]
 Repeats = Annotated[
     int, typer.Option(help="Timed runs per prompt and setting; figures are their medians.")
 ]
@@ -146,15 +156,7 @@ def gemma_mtp(
     seed: FirstSeed = 0,
     verify: Rules = "residual",
     drafter: Drafters = "assistant",
-    tree: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N,...",
-            help="With --drafter dflash: trees of so many drafts, 1 to 15, beside the block sizes; "
-            "for --verify coupled and greedy.",
-            show_default="none",
-        ),
-    ] = None,
+    tree: Trees = None,
     repeats: Repeats = 3,
     certify: Annotated[
         bool,
@@ -191,7 +193,7 @@ def gemma_mtp(
             sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
             verify=verify,
             drafter=drafter,
-            trees=[] if tree is None else read_numbers("--tree", tree),
+            tree=tree,
             repeats=repeats,
             allow_unverified_gemma=allow_unverified_gemma,
             output=output,
@@ -328,7 +330,7 @@ def compare(
     allow_unverified_gemma: bool,
     output: Path | None,
     as_json: bool,
-    trees: Sequence[int] = (),
+    tree: str | None = None,
     plot: Path | None = None,
     bounds: tuple[float, float] | None = None,
     show_more: Callable[[Console, list[Row]], None] = lambda out, summary: None,
@@ -338,8 +340,8 @@ def compare(
     Args:
         name: Of the command.
         load: Reads the pair, once all else is known to be possible.
-        prompt_suite, max_tokens, block_sizes, verify, drafter, repeats: As the options have them.
-        trees: Drafts of trees.
+        prompt_suite, max_tokens, block_sizes, verify, drafter, tree, repeats: As the options have
+            them.
         allow_unverified_gemma, output, as_json: The same.
         sampling: Fields of the settings; the seed is that of the first prompt.
         plot: Where to draw a picture.
@@ -351,6 +353,7 @@ def compare(
             run ended early; rows that are finished then are shown and written first.
     """
     blocks = read_blocks(block_sizes)
+    trees = [] if tree is None else read_numbers("--tree", tree)
     from pyengine.bench import gemma_mtp, picture, report, suite, sweep_picture
     from pyengine.risk import check_bounds, too_few
     from pyengine.sampling.settings import MAX_SEED, Sampling
@@ -408,7 +411,7 @@ def compare(
         "draft_block_sizes": blocks,
         "verify": rules,
         "drafter": drafters,
-        "tree": list(trees),
+        "tree": trees,
         "repeats": repeats,
     }
     summary = gemma_mtp.summarise(rows)
@@ -486,8 +489,7 @@ def show_settings(out: Console, title: str, rows: Sequence[Row]) -> None:
     cells = []
     for row in rows:
         plain = row["block_size"] == PLAIN
-        block = row["block_size"] if row["tree"] is None else f"tree {row['tree']}"
-        block = f"{block} {row['drafter']}".removesuffix(" assistant")
+        block = f"{drafts_of(row)} {row['drafter']}".removesuffix(" assistant")
         cells.append(
             (
                 "plain" if plain else block,
@@ -500,6 +502,11 @@ def show_settings(out: Console, title: str, rows: Sequence[Row]) -> None:
             )
         )
     tables.show(out, title, HEADS, cells, right=True)
+
+
+def drafts_of(row: Row) -> str:
+    """A row's block size, or its tree."""
+    return str(row["block_size"]) if row["tree"] is None else f"tree {row['tree']}"
 
 
 def _verdict(one: Certified) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from pyengine.cli.options import (
     Tools,
     TopK,
     TopP,
+    Tree,
     Verify,
     VerifyRule,
     check_limits,
@@ -60,6 +61,7 @@ EXAMPLES = (
     "pyengine chat --early-exit exit.json",
     "pyengine chat",
     'pyengine chat --bundle ./pair --system "Answer in one sentence." --temperature 0',
+    "pyengine chat --drafter dflash --tree 7 --verify coupled",
     "printf 'Write Pong.\\nNow Snake.\\n' | pyengine chat --json",
 )
 COMMANDS = {
@@ -89,6 +91,7 @@ def run(
     max_tokens: MaxTokens = None,
     block_size: BlockSize = AUTO,
     drafter: DrafterName = None,
+    tree: Tree = None,
     early_exit: EarlyExitFile = None,
     stop: Stop = None,
     as_json: Annotated[
@@ -140,7 +143,7 @@ def run(
             logprobs=logprobs,
             as_json=as_json,
         )
-        check_limits(max_tokens, block_size, stop, drafter)
+        check_limits(max_tokens, block_size, stop, drafter, tree)
         certificate = early_exit_of(early_exit, block_size, drafter)
         asked = tools_given(tools, None)
         common.check_dflash(dflash, assistant, drafter)
@@ -157,6 +160,7 @@ def run(
             variables=template_variables(pair, think),
             tools=asked.get("tools"),
             early_exit=certificate,
+            tree=tree,
         )
         terminal = sys.stdin.isatty()
         if terminal:

@@ -261,7 +261,7 @@ def check_limits(
     block_size: int | str,
     stop: list[str] | None,
     drafter: str | None,
-    tree: int | None = None,
+    tree: int | None,
 ) -> None:
     """Refuse, before the weights are read, what no pair allows."""
     from pyengine.task import check_drafter, check_numbers, check_tree

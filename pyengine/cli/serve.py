@@ -28,6 +28,7 @@ from pyengine.cli.options import (
     Position,
     Storage,
     TargetDir,
+    Tree,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ EXAMPLES = (
     "pyengine serve --bundle ./pair",
     "pyengine serve --port 0 --json",
     "pyengine serve --early-exit exit.json",
+    "pyengine serve --drafter dflash --tree 7",
     "curl -H 'content-type: application/json' http://127.0.0.1:8080/v1/chat/completions "
     '-d \'{"messages": [{"role": "user", "content": "Hello"}]}\'',
 )
@@ -69,6 +71,7 @@ def run(
         typer.Option(help="Maximum number of new tokens per request, and the default."),
     ] = 8192,
     drafter: DrafterName = None,
+    tree: Tree = None,
     early_exit: EarlyExitFile = None,
     streams: Annotated[
         int,
@@ -171,6 +174,9 @@ def run(
     texts leave; `--cache-dir` keeps it for the next start. `cached_tokens` and the time to the
     first token tell a client whether somebody else's prompt began like its own.
 
+    With `--tree` the drafts of every round are a tree, and no text differs. A request that no tree
+    goes with gets 400: another rule than coupled, penalties, a form of the answer.
+
     With `--early-exit` every answer is approximate and says so in `early_exit`. The certificate's
     sampler and length are the defaults, other ones get 400, and nothing is drafted or shared.
     """
@@ -209,6 +215,7 @@ def run(
             any_model=any_model,
             cached_tokens=not no_cached_tokens,
             drafter=drafter,
+            tree=tree,
             early_exit=certificate,
         )
         common.check_dflash(dflash, assistant, drafter)

@@ -21,7 +21,9 @@ from pyengine.cli.bench import (
     Tokens,
     TopK,
     TopP,
+    Trees,
     compare,
+    drafts_of,
 )
 from pyengine.cli.options import AssistantDir, BundleDir, DFlashDir, OpsName, Position, TargetDir
 
@@ -34,6 +36,7 @@ EXAMPLES = (
     "pyengine bench sweep --plot sweep.png",
     "pyengine bench sweep --drafter assistant,early:6 --block-sizes 4,16,64,100 --verify coupled",
     "pyengine bench sweep --bundle ./pair --drafter assistant,lookup,assistant+lookup",
+    "pyengine bench sweep --drafter dflash --verify greedy --block-sizes 2,4,8 --tree 3,7,15",
 )
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 99, 127)  # drafts that the table of depths has
 
@@ -48,6 +51,7 @@ def run(
     block_sizes: Annotated[
         str, typer.Option(help="Block sizes to compare with plain decoding, 2 to 128.")
     ] = "2,4,6,8,12,16,32,64,100,128",
+    tree: Trees = None,
     verify: Rules = "residual",
     prompt_suite: PromptSuite = None,
     max_tokens: Tokens = 256,
@@ -67,7 +71,8 @@ def run(
     all settings by turns, medians, greedy and coupled texts compared with plain ones. --plot draws
     tokens per second, the multiple of plain decoding, a round's cost, tokens per round and
     acceptance by block size, and acceptance by draft. Longer blocks draft more, of which ever fewer
-    are kept, and cost more. Ctrl-C keeps the finished rows, and draws them.
+    are kept, and cost more. --tree adds trees of drafts, drawn as lines of their own, by the rows
+    that they verify. Ctrl-C keeps the finished rows, and draws them.
     """
     with common.sentences():
         common.check_dflash(dflash, assistant, drafter)
@@ -80,6 +85,7 @@ def run(
             sampling={"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed},
             verify=verify,
             drafter=drafter,
+            tree=tree,
             repeats=repeats,
             allow_unverified_gemma=allow_unverified_gemma,
             output=output,
@@ -92,16 +98,19 @@ def run(
 
 
 def _show_depths(out: Console, summary: list[Row]) -> None:
-    """Acceptance by draft, of the longest block of each drafter and rule."""
-    from pyengine.bench.sweep_picture import longest
+    """Acceptance by draft, of the longest block of each drafter and rule, and the largest tree."""
+    from pyengine.bench.sweep_picture import by_depth, longest
 
     rows = longest(summary)
-    deepest = max((len(row["acceptance_by_depth"]) for row in rows), default=0)
+    deepest = max((len(by_depth(row)) for row in rows), default=0)
     depths = [depth for depth in DEPTHS if depth <= deepest]
     cells = []
     for row in rows:
-        rates = [row["acceptance_by_depth"][depth - 1 : depth] for depth in depths]
+        rates = [by_depth(row)[depth - 1 : depth] for depth in depths]
         said = ["-" if not rate or rate[0] is None else f"{rate[0]:.2f}" for rate in rates]
-        cells.append((f"{row['block_size']} {row['drafter']}", row["verify"], *said))
+        cells.append((f"{drafts_of(row)} {row['drafter']}", row["verify"], *said))
     heads = ("block", "verify", *map(str, depths))
-    tables.show(out, "acceptance by draft, longest block of each", heads, cells, right=True)
+    title = "acceptance by draft, longest block of each"
+    if any(row["tree"] is not None for row in rows):
+        title += "; of trees, rounds that kept one there"
+    tables.show(out, title, heads, cells, right=True)

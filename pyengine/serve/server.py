@@ -78,11 +78,14 @@ def make_app(
         thread.
 
     Raises:
-        ValueError: One of ``hosts`` or ``origins`` is none, or ``key`` cannot be one.
+        ValueError: One of ``hosts`` or ``origins`` is none, ``key`` cannot be one, or trees are
+            asked of a target that other processes share.
     """
     check_key(key)
     check_origins(origins)
     limits, names = limits or Limits(), allowed_names(hosts)
+    if limits.tree is not None:
+        pair.target.check_alone("tree")
     mode = {} if limits.early_exit is None else {"early_exit": limits.early_exit.told()}
     worker = Worker(
         pair,

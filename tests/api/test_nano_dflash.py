@@ -12,11 +12,13 @@ import pyengine
 from pyengine import Sampling, generate
 from pyengine.bench.streams import bench_streams
 from pyengine.bench.suite import Case
+from pyengine.chat import Chat
 from pyengine.checkpoint.pair import Pair
 from pyengine.model.dflash import DFlash
 
 PROMPT = "Write a Snake game in one HTML file"
 ASK: dict[str, Any] = {"max_tokens": 80, "block_size": 4}
+STRICT = {"type": "function", "function": {"name": "weather", "strict": True}}
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +129,25 @@ def test_a_conversation_by_trees(pair: Pair) -> None:
     again = generate(turns, max_tokens=40, prefix=prefix, **ask)
     assert again.stats.reused_tokens > 60
     assert again.tokens == generate(turns, max_tokens=40, **ask).tokens
+    talk = Chat(max_tokens=20, **ask)
+    said = ["".join(talk.ask(text)) for text in ("Write a Pong game.", "Now Snake.")]
+    assert talk.result.stats.tree == 9 and talk.result.stats.drafts_per_round == 9
+    assert talk.result.stats.reused_tokens > 20
+    plain = Chat(pair, max_tokens=20, sampling=ask["sampling"], block_size=1)
+    assert said == ["".join(plain.ask(text)) for text in ("Write a Pong game.", "Now Snake.")]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"drafter": "assistant"}, "drafter must be dflash with a tree"),
+        ({"sampling": {"verify": "residual"}}, "verify must be coupled, or temperature 0, with a"),
+        ({"tools": [STRICT]}, "the answer's form must be free with a tree"),
+    ],
+)
+def test_a_conversation_refuses_its_trees_before_the_first_turn(
+    pair: Pair, more: dict[str, Any], told: str
+) -> None:
+    ask: dict[str, Any] = {"drafter": "dflash", "sampling": {"verify": "coupled"}}
+    with pytest.raises(ValueError, match=rf"\[generate\] {told}"):
+        Chat(pair, tree=7, **(ask | more))

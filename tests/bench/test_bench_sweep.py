@@ -107,6 +107,35 @@ def test_the_command_shows_writes_and_draws(pair: Any, tmp_path: Path) -> None:
     assert "Picture: " in done.stderr and not list(tmp_path.glob("*.tmp*"))
 
 
+@pytest.mark.native("the embedded pair takes plain MLX minutes")
+def test_trees_stand_beside_the_chains(tmp_path: Path) -> None:
+    """Of the embedded pair: in the tables, the report and the picture."""
+    out, png = tmp_path / "out.json", tmp_path / "out.png"
+    words = "--drafter dflash --verify greedy --block-sizes 2,4 --tree 7,3 --max-tokens 12"
+    suite = tmp_path / "one.jsonl"
+    one = {"id": "one", "category": "page", "prompt": "Write Pong.", "max_tokens": 12}
+    suite.write_text(json.dumps(one))
+    ask = ["bench", "sweep", *words.split(), "--repeats", "1", "--prompt-suite", str(suite)]
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(
+        cli.app, [*ask, "--output", str(out), "--plot", str(png)]
+    )
+    assert done.exit_code == 0, done.output
+    report = json.loads(out.read_text())
+    named = [(row["block_size"], row["tree"]) for row in report["summary"]]
+    assert named == [(1, None), (2, None), (4, None), ("auto", 7), ("auto", 3)]
+    assert report["settings"]["tree"] == [7, 3]
+    assert all(row["exact_match"] for row in report["summary"])
+    lines = done.stdout.splitlines()
+    title = "acceptance by draft, longest block of each; of trees, rounds that kept one there"
+    *_, chain, tree = [line.split() for line in lines[lines.index(title) :] if line.strip()]
+    assert chain[:3] == ["4", "dflash", "greedy"] and tree[:4] == ["tree", "7", "dflash", "greedy"]
+    kept = report["summary"][3]["kept_by_depth"]
+    assert tree[4:] == [f"{kept[depth - 1]:.2f}" for depth in (1, 2, 4)]
+    assert png.read_bytes() == sweep_picture.draw(report)
+    without = {**report, "summary": report["summary"][:3]}
+    assert png.read_bytes() != sweep_picture.draw(without)
+
+
 def end_at(monkeypatch: pytest.MonkeyPatch, run: int) -> None:
     """Ctrl-C before a run, counted from 0."""
     whole = gemma_mtp.gemma_mtp
@@ -190,6 +219,20 @@ def test_lines_are_drafters_and_rules_by_block_size() -> None:
     }
     assert named == {("lookup", "residual"): [2, 16], ("a+b: $x$", "greedy"): [4]}
     assert [row["block_size"] for row in sweep_picture.longest(SUMMARY)] == [16, 4]
+
+
+def test_trees_are_lines_of_their_own_by_the_rows_they_verify() -> None:
+    trees = [row("auto", "dflash", "greedy", tree=n, kept_by_depth=[0.9, n / 16]) for n in (15, 3)]
+    chain = row(8, "dflash", "greedy")
+    found = sweep_picture.lines([SUMMARY[1], chain, *trees])
+    assert found == {
+        ("dflash", "greedy"): [chain],
+        ("trees of dflash", "greedy"): [trees[1], trees[0]],
+    }
+    assert [[sweep_picture.size(one) for one in own] for own in found.values()] == [[8], [4, 16]]
+    assert sweep_picture.longest([chain, *trees]) == [chain, trees[0]]
+    assert sweep_picture.by_depth(trees[0]) == [0.9, 15 / 16]
+    assert sweep_picture.by_depth(chain) == [0.5, 0.25]
 
 
 def test_the_picture_is_a_png_of_its_report() -> None:

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from pyengine import cli
 
 
-def run(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.app, list(arguments))
+def run(*arguments: str, given: str = "") -> Any:
+    return CliRunner().invoke(cli.app, list(arguments), input=given)
 
 
 def test_a_text_and_its_statistics() -> None:
@@ -29,6 +29,20 @@ def test_a_text_and_its_statistics() -> None:
     assert f" by depth     {by_depth} of the rounds\n" in tree.stderr
 
 
+def test_a_conversation_and_its_statistics() -> None:
+    ask = ("chat", "--temperature", "0", "--max-tokens", "12")
+    lines = "Write Pong.\nNow Snake.\n/stats\n"
+    plain = run(*ask, "--block-size", "1", given=lines)
+    tree = run(*ask, "--drafter", "dflash", "--tree", "5", given=lines)
+    assert plain.exit_code == tree.exit_code == 0
+    assert tree.stdout == plain.stdout
+    assert " tree         5.0 drafts per round, of which one path is kept\n" in tree.stderr
+    refused = run("chat", "--drafter", "dflash", "--tree", "5", "--json", given="x\n")
+    told = "pyengine: [generate] verify must be coupled, or temperature 0, with a tree, whose "
+    assert refused.exit_code == 2 and refused.stderr.startswith(told) and not refused.stdout
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -45,13 +59,14 @@ def test_a_text_and_its_statistics() -> None:
     ],
 )
 def test_no_weights_are_read_for_nothing(
-    arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+    command: str, arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(cli.common, "load_pair")
-    done = run("generate", "Write Pong.", *arguments)
+    done = run(command, *arguments, given="Write Pong.\n")
     assert (done.exit_code, done.stderr) == (2, f"pyengine: {told}\n")
 
 
+@pytest.mark.parametrize("command", ["gemma-mtp", "sweep"])
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -62,8 +77,8 @@ def test_no_weights_are_read_for_nothing(
     ],
 )
 def test_a_bench_refuses_it_too(
-    arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+    command: str, arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(cli.common, "load_pair")
-    done = run("bench", "gemma-mtp", *arguments)
+    done = run("bench", command, "--drafter", "assistant", *arguments)
     assert done.exit_code == 2 and told in done.stderr and done.stderr.count("\n") == 1

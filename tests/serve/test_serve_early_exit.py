@@ -31,6 +31,7 @@ LABEL = (
     "approximate: on prompts like the 40 calibrated ones, answers differ from the full model's by "
     "at most 0.1 on average, with confidence 0.95"
 )
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "of a town"}}
 TOLD = {
     "label": LABEL,
     **{"delta": 0.1, "epsilon": 0.05, "n": 40, "metric": "differs"},
@@ -192,6 +193,11 @@ def test_the_state_of_the_server_says_so(server: Server) -> None:
             "[early-exit] the answer's form must be free but one is asked for.",
         ),
         (
+            {"tool_choice": "none", "tools": [WEATHER]},
+            "[early-exit] tool_choice must be auto, since no answer was calibrated with tokens "
+            "suppressed, but got none.",
+        ),
+        (
             {"thinking_budget": 4},
             "[early-exit] the thinking budget must be none, as calibrated, but got 4.",
         ),
@@ -207,6 +213,11 @@ def test_what_is_named_as_calibrated_is_served(server: Server) -> None:
     own = {"temperature": 0.8, "top_p": 0.9, "max_tokens": 24, "block_size": 1, "verify": "block"}
     said = asked(server, CHAT, messages=GAME, seed=5, **own)
     assert said["choices"][0]["message"]["content"] == wanted(GAME, 5).text
+    tools = {"tools": [WEATHER], "tool_choice": "auto"}
+    said = asked(server, CHAT, messages=GAME, seed=5, max_tokens=9, **tools)
+    assert said["usage"]["completion_tokens"] == len(
+        wanted(GAME, 5, max_tokens=9, tools=[WEATHER]).tokens
+    )
 
 
 def test_a_prompt_that_only_comes_back_is_scored_by_the_full_model(server: Server) -> None:

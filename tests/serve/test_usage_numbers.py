@@ -34,6 +34,7 @@ USAGE = {
     "tok_s": 2.5,
     "by_drafter": STATS.by_drafter,
     "mean_layers": 12.0,
+    "tree": 15,
 }
 
 
@@ -52,8 +53,8 @@ def test_every_field_of_the_usage(pair: Any) -> None:
     assert usage_of(ask(pair), [RESULT]) == USAGE
     two = {"lookup": {"rounds": 4, "drafted": 18, "accepted": 14}}
     assert usage_of(ask(pair, n=2), [RESULT, RESULT])["by_drafter"] == two
-    one_drafter = replace(RESULT, stats=replace(STATS, by_drafter={}, exits={}))
-    assert not {"by_drafter", "mean_layers"} & usage_of(ask(pair), [one_drafter]).keys()
+    one_drafter = replace(RESULT, stats=replace(STATS, by_drafter={}, exits={}, tree=None))
+    assert not {"by_drafter", "mean_layers", "tree"} & usage_of(ask(pair), [one_drafter]).keys()
     deeper = replace(RESULT, stats=replace(STATS, exits={24: 30}))
     assert usage_of(ask(pair, n=2), [RESULT, deeper])["mean_layers"] == 18
 

@@ -16,7 +16,15 @@ from pyengine.arguments import TooLong
 from pyengine.engine.score import prompt_logprobs
 from pyengine.sampling.settings import MAX_SEED, Sampling
 from pyengine.streams import CACHE_DIR_BYTES
-from pyengine.task import Result, Step, Task, early_exit_of, new_task, resolve_sampling
+from pyengine.task import (
+    Result,
+    Step,
+    Task,
+    check_tree,
+    early_exit_of,
+    new_task,
+    resolve_sampling,
+)
 from pyengine.text.output import Reader
 from pyengine.text.prompt import Prompt
 from pyengine.untrusted import shown
@@ -63,6 +71,7 @@ class Limits:
         cached_tokens: Tell how many of a prompt's tokens were known from earlier requests.
         keep_alive_s: A stream that has nothing to say for so long sends a comment.
         drafter: Where drafts come from, for all requests; None for the assistant.
+        tree: Drafts of each round of every text, as a tree; None for no trees.
         early_exit: By which tokens of all texts leave early, which are approximate then.
         streams: Texts that are made at once; the memory may allow fewer.
         cache_bytes: Memory of keys and values; None for what is free.
@@ -73,7 +82,7 @@ class Limits:
         kept_bytes: Bytes of their conversations; the oldest are forgotten.
 
     Raises:
-        ValueError: An early exit does not go with the rest.
+        ValueError: An early exit or a tree does not go with the rest.
     """
 
     waiting: int = 16
@@ -85,6 +94,7 @@ class Limits:
     cached_tokens: bool = True
     keep_alive_s: float = 5.0
     drafter: str | None = None
+    tree: int | None = None
     early_exit: Certificate | None = None
     streams: int = 8
     cache_bytes: int | None = None
@@ -95,6 +105,7 @@ class Limits:
     kept_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
+        check_tree(self.tree, None, self.drafter)
         own = early_exit_of(self.early_exit, None, self.drafter)
         if own is None:
             return
@@ -282,6 +293,7 @@ def _ask(pair: Pair, wish: Wish, limits: Limits, prompt: Prompt, sampling: Sampl
             sampling=sampling,
             block_size=wish.block_size,
             drafter=limits.drafter,
+            tree=limits.tree,
             stop=_stop(wish.stop),
             raw=is_text,
             variables=_variables(wish),

@@ -200,6 +200,7 @@ def own_usage(ask: Ask, results: Sequence[Result]) -> dict[str, Any]:
         "acceptance": accepted / drafted if drafted else 0.0,
         "tok_s": sum(s.tok_s for s in stats),
         **({"by_drafter": of_mix} if of_mix else {}),
+        **({"tree": stats[0].tree} if stats[0].tree is not None else {}),
         **({"mean_layers": Stats(exits=exits).mean_layers} if exits else {}),
     }
 
