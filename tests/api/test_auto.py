@@ -135,7 +135,7 @@ def test_few_graphs_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
         for request in [engine.submit(PROMPTS[0], **ask) for _ in range(4)]:
             for _ in request.steps():
                 pass
-        assert engine.totals.rounds > 15
+        assert engine.totals.rounds >= 120 // AUTO_BLOCK  # four texts whose rounds are shared
         assert len(made) == len({*made}) <= 16
 
 
