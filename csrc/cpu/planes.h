@@ -1,6 +1,7 @@
 #pragma once
 // planes.h: quantised weights times rows of 16-bit floats, in whole numbers on
-// the tiles of AMX.
+// the tiles of AMX (Intel 64 and IA-32 Architectures Software Developer's
+// Manual, volume 2: TDPBUSD).
 //
 // A row of x becomes whole numbers of 22 bits and a sign, fixed point under its
 // largest magnitude, cut into three planes of signed bytes. A tile instruction

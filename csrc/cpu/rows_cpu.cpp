@@ -55,6 +55,9 @@ void load_row(
     auto* values = static_cast<const T*>(from);
 #if defined(__AMX_INT8__)
     if (order != Order::dense && takes_planes(storage)) {
+      if (width == 0) { // no scratch
+        return;
+      }
       Planes planes(x, rows, row);
       int step = order == Order::pairs ? 2 : 1; // six bits unpack in order
       auto walk = [&](const auto& put) {

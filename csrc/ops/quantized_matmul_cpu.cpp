@@ -237,6 +237,10 @@ void multiply_tiles(
     int end,
     float* sums) {
   int pitch = end - begin, groups = args.K / args.group_size;
+  if (groups == 0) { // sums of nothing
+    memset(sums, 0, args.M * pitch * sizeof(float));
+    return;
+  }
   float* factors = sums + args.M * pitch;
   int64_t w_pitch = int64_t(args.K) * bits / 8;
   PlanesAt x = {

@@ -147,6 +147,14 @@ def test_where_a_row_or_a_column_stands_changes_nothing(group_size, bits):
     assert mx.array_equal(several[0], alone) and mx.array_equal(several[1], alone[:, 5:60])
 
 
+@pytest.mark.parametrize("M", [1, 5, 16])
+def test_a_sum_of_nothing(M):
+    q, _, _ = matrix(13, 40, 64, 64, 8, mx.bfloat16)
+    x = mx.zeros((M, 0), mx.bfloat16)
+    out = quantized_matmul(x, *(a[:, :0] for a in q), 64, 8)
+    assert out.shape == (M, 40) and not np.any(np.array(out.astype(mx.float32)))
+
+
 def test_strided_rows():
     q, _, _ = matrix(9, 33, 128, 64, 4, mx.bfloat16)
     base = rows_of(10, 24, 256, mx.bfloat16).reshape(4, 6, 256)
