@@ -193,6 +193,7 @@ def test_texts_of_one_prompt_wait_however_short_it_is(pair: Any, calls: list[lis
         assert len(other.result.tokens) == 4
 
 
+@pytest.mark.native("the limits of our kernels hold where these are chosen")
 def test_a_gpu_takes_fewer_and_whole_chunks_alone(
     pair: Any, calls: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
