@@ -20,6 +20,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 # Events are waited for, not times
 SLEEPS = {
+    "serve/test_browser.py": "a server that is slow enough for a page to stop it",
     "api/test_kept_prompts.py": "an engine that is idle gives no sign of having written",
     "mutate.py": "a child with a time limit is looked for",
     "ops/test_extension.py": "idle threads give no sign of having fallen asleep",

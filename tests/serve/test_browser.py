@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from exits import passed  # noqa: E402
 from serving import Server  # noqa: E402
 from teller import telling, thinking_tokenizer  # noqa: E402
 
+from pyengine import Engine  # noqa: E402
 from pyengine.checkpoint.pair import load  # noqa: E402
 from pyengine.serve.protocols.ask import Limits  # noqa: E402
 
@@ -173,9 +175,18 @@ def test_a_phone(browser: Any, server: Server, scheme: Any) -> None:
         reader.picture(f"phone-rounds-{scheme}")
 
 
-def test_stop_ends_the_generation_on_the_server(browser: Any, server: Server) -> None:
+def test_stop_ends_the_generation_on_the_server(
+    browser: Any, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Engine.step
+
+    def slow(engine: Engine) -> bool:  # so that no text ends before the page is told to stop
+        time.sleep(0.02)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", slow)
     with reading(browser, server) as reader:
-        reader.set(Temperature=1, Max_tokens=2000)
+        reader.set(Temperature=1, Max_tokens=2000, Block_size=1)
         for way in ("button", "Escape"):
             reader.ask("Create a single-file HTML5 canvas Snake game.")
             playwright.expect(reader.page.locator(".answer .token").first).to_be_visible()
