@@ -141,6 +141,14 @@ def test_blocks_of_k_and_of_columns(K, bits, restore):
         assert_rows_stable([4, 5, 7, 11, 16], x, q, 32, bits)
 
 
+def test_more_rows_than_are_made_ready_together(restore):
+    """128 rows share a reading of the weights; the rest of them come after."""
+    x, q = normal(26, 150, 128), quantized(27, 70, 128)
+    for name in _ext.instruction_sets():
+        _ext.use_instruction_set(name)
+        assert_rows_stable([127, 128, 129, 150], x, q, 64, 8)
+
+
 def test_threads_change_nothing(restore):
     x, q = normal(8, 20, 512), quantized(9, 301, 512)
     assert _ext.quantized_matmul_plan(20, 301, 512, 64, 8).groups > 4
