@@ -145,6 +145,8 @@ void run_slices(
   static thread_local Scratch of_slice;
   int most = std::min(plan.slices, rows_together / max_rows);
   float* staged = of_slice.floats(plan.scratch * most);
+  auto& pool = Pool::shared();
+  int threads = threads_for(plan.work);
   for (int from = 0; from < rows.count(); from += rows_together) {
     int slices = std::min(plan.slices - from / max_rows, most);
     auto with_slice = [&](int slice, const auto& call) {
@@ -152,14 +154,14 @@ void run_slices(
       int count = std::min(rows.count() - first, max_rows);
       call(first, count, staged + slice * plan.scratch);
     };
-    run_pieces(plan, slices, [&](int slice) {
+    auto load = [&](int slice) {
       with_slice(slice, [&](int first, int count, float* x) {
         for (int row = 0; row < count; ++row) {
           rows.load(first + row, order, count, row, x);
         }
       });
-    });
-    run_pieces(plan, plan.groups, [&](int group) {
+    };
+    auto multiply = [&](int group) {
       static thread_local Scratch of_group;
       int begin = group * plan.columns;
       int end = std::min(begin + plan.columns, N);
@@ -169,7 +171,9 @@ void run_slices(
           work(first, count, x, begin, end, scratch);
         });
       }
-    });
+    };
+    pool.run(slices, load, threads);
+    pool.run(plan.groups, multiply, threads);
   }
 }
 

@@ -11,6 +11,7 @@ import pytest
 
 os.environ.pop("PYENGINE_OPS", None)  # `--ops` is what chooses here
 os.environ.pop("PYENGINE_INSTRUCTIONS", None)
+os.environ.pop("PYENGINE_THREADS", None)
 # The references that torch computes were stored without AMX, whose bfloat16 rounds otherwise
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 

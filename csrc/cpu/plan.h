@@ -26,20 +26,21 @@ struct Plan {
   int64_t work = 0;
 };
 
-// Fewer multiply-adds than this, some tens of microseconds, are over before a
-// second thread has helped much: a small model's steps stay on one.
-constexpr int64_t work_worth_sharing = 1 << 20;
+// Multiply-adds, a microsecond or two, for which a thread is worth calling.
+constexpr int64_t work_worth_a_thread = 1 << 14;
 
-// Calls work(piece) for some pieces of it, its groups for example.
-template <typename Work>
-void run_pieces(const Plan& plan, int pieces, const Work& work) {
-  if (plan.work < work_worth_sharing) {
-    for (int piece = 0; piece < pieces; ++piece) {
-      work(piece);
-    }
-  } else {
-    Pool::shared().run(pieces, work);
+// Fewer than this, some tens of microseconds, are done sooner on one thread
+// than a thread comes back that the system has put aside in its middle.
+constexpr int64_t work_worth_a_delay = 1 << 20;
+
+// How many threads may share so many multiply-adds. Asked once for each kernel.
+inline int threads_for(int64_t work) {
+  auto& pool = Pool::shared();
+  if (work < work_worth_a_delay &&
+      (work < 2 * work_worth_a_thread || pool.was_late())) {
+    return 1;
   }
+  return int(std::min<int64_t>(pool.threads(), work / work_worth_a_thread));
 }
 
 } // namespace pyengine

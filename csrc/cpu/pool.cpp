@@ -3,6 +3,9 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <fstream>
 #include <thread>
 
 #include "check.h"
@@ -19,6 +22,14 @@ namespace {
 // pass, short enough not to matter to whoever else uses the machine.
 constexpr int spins_before_sleep = 400;
 
+// A small job's longest piece takes a few tens of microseconds, and the system
+// brings back a thread that it has put aside after milliseconds.
+constexpr auto late = std::chrono::microseconds(200);
+
+// So many small jobs are some thirty rounds of a small model: time lost by
+// trying again is a few percent of theirs.
+constexpr int jobs_alone_after_late = 1 << 12;
+
 std::atomic<bool> forked{false};
 
 inline void pause() {
@@ -27,6 +38,17 @@ inline void pause() {
 #elif defined(__aarch64__)
   __asm__ __volatile__("isb");
 #endif
+}
+
+// What this process may use: a container often has less than its machine.
+int processors() {
+  int count = std::max(1u, std::thread::hardware_concurrency());
+  std::ifstream limit("/sys/fs/cgroup/cpu.max"); // or its first word is "max"
+  double quota, period;
+  if (limit >> quota >> period && period > 0) {
+    count = std::clamp(int(std::ceil(quota / period)), 1, count);
+  }
+  return count;
 }
 
 } // namespace
@@ -39,12 +61,12 @@ Pool& Pool::shared() {
 Pool::Pool() {
   // Only the forking thread survives in a child: jobs run serially there.
   pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
-  set_threads(std::max(1u, std::thread::hardware_concurrency()));
+  set_threads(std::min(processors(), most_threads));
 }
 
 void Pool::set_threads(int threads) {
   check(
-      threads >= 1 && threads <= 256,
+      threads >= 1 && threads <= most_threads,
       "use",
       "threads",
       "be between 1 and 256",
@@ -65,8 +87,11 @@ void Pool::grow(int workers) {
   }
 }
 
-void Pool::share(int pieces, const void* context, Function function) {
-  int helpers = std::min(threads(), pieces) - 1;
+void Pool::share(
+    int pieces,
+    int helpers,
+    const void* context,
+    Function function) {
   grow(helpers);
   helpers_.store(helpers, std::memory_order_relaxed);
   function_ = function;
@@ -77,25 +102,38 @@ void Pool::share(int pieces, const void* context, Function function) {
   // Sequentially consistent, as is the sleepers' side: either this thread sees
   // a sleeper, or the sleeper sees the open job.
   state_.store(open);
-  if (sleepers_.load() > 0) {
+  if (int asleep = std::min(sleepers_.load(), helpers); asleep > 0) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
     }
-    wake_.notify_all();
+    for (int i = 0; i < asleep; ++i) {
+      wake_.notify_one();
+    }
   }
 
   take_pieces();
 
   // A worker that has not joined by now finds the job closed.
   state_.fetch_and(~open, std::memory_order_acq_rel);
-  for (int spin = 0; state_.load(std::memory_order_acquire) != 0; ++spin) {
-    if (spin < spins_before_sleep) {
-      pause();
-    } else {
-      std::this_thread::yield();
-    }
-  }
+  wait_for_workers();
   held_.store(false, std::memory_order_release);
+}
+
+void Pool::wait_for_workers() {
+  auto at_work = [this] { return state_.load(std::memory_order_acquire) != 0; };
+  for (int spin = 0; spin < spins_before_sleep && at_work(); ++spin) {
+    pause();
+  }
+  if (!at_work()) {
+    return;
+  }
+  auto start = std::chrono::steady_clock::now();
+  while (at_work()) {
+    std::this_thread::yield();
+  }
+  if (std::chrono::steady_clock::now() - start > late) {
+    alone_.store(jobs_alone_after_late, std::memory_order_relaxed);
+  }
 }
 
 void Pool::take_pieces() {

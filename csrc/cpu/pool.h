@@ -6,6 +6,7 @@
 // it. A forward pass starts a job every few microseconds, hence idle workers
 // spin a little before they sleep and a job allocates nothing.
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -15,6 +16,8 @@ namespace pyengine {
 
 class Pool {
  public:
+  static constexpr int most_threads = 256;
+
   // One pool per process; it is never destroyed, so no thread is joined while
   // the interpreter exits.
   static Pool& shared();
@@ -26,18 +29,31 @@ class Pool {
   // Threads per job, the caller included. For tests and benches.
   void set_threads(int threads);
 
-  // Calls work(piece) once for each piece in [0, pieces); returns when all are
-  // done. `work` must not throw. If another stream holds the pool, or in a
-  // forked child, the caller runs all pieces itself.
+  // Whether a worker kept a caller waiting not long ago, as one does that the
+  // system puts aside in the middle of its piece: small jobs then do better
+  // alone. Every call counts as one of them.
+  bool was_late() {
+    int left = alone_.load(std::memory_order_relaxed);
+    if (left > 0) {
+      alone_.store(left - 1, std::memory_order_relaxed);
+    }
+    return left > 0;
+  }
+
+  // Calls work(piece) once for each piece in [0, pieces), on at most so many
+  // threads; returns when all are done. `work` must not throw. If another
+  // stream holds the pool, or in a forked child, the caller runs all pieces
+  // itself.
   template <typename Work>
-  void run(int pieces, const Work& work) {
-    if (pieces <= 1 || threads() == 1 || !acquire()) {
+  void run(int pieces, const Work& work, int most = most_threads) {
+    most = std::min({most, pieces, threads()});
+    if (most <= 1 || !acquire()) {
       for (int piece = 0; piece < pieces; ++piece) {
         work(piece);
       }
       return;
     }
-    share(pieces, &work, [](const void* context, int piece) {
+    share(pieces, most - 1, &work, [](const void* context, int piece) {
       (*static_cast<const Work*>(context))(piece);
     });
   }
@@ -47,8 +63,9 @@ class Pool {
 
   Pool();
   bool acquire();
-  void share(int pieces, const void* context, Function function);
+  void share(int pieces, int helpers, const void* context, Function function);
   void take_pieces();
+  void wait_for_workers();
   void work_forever(int index);
   bool join();
   void grow(int workers);
@@ -67,6 +84,8 @@ class Pool {
   alignas(64) std::atomic<uint32_t> state_{0};
   alignas(64) std::atomic<int> next_{0};
   alignas(64) std::atomic<bool> held_{false};
+
+  std::atomic<int> alone_{0}; // small jobs to do without workers
 
   std::atomic<int> sleepers_{0};
   std::mutex mutex_;

@@ -214,14 +214,7 @@ void attend_all(const BlockAttentionArgs& args, std::vector<Item>& items) {
     work -= next++->work;
   }
   auto one = [&](int i) { attend(args, next[i].rows, 1); };
-  int left = int(end - next);
-  if (work >= work_worth_sharing) {
-    Pool::shared().run(left, one);
-  } else {
-    for (int i = 0; i < left; ++i) {
-      one(i);
-    }
-  }
+  Pool::shared().run(int(end - next), one, threads_for(work));
 }
 
 void run(

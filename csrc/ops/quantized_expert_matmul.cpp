@@ -83,7 +83,7 @@ void run_expert(
   auto matrix = matrix_of(args.matrix);
   auto up = args.gated ? matrix_of(args.up) : matrix;
   size_t size = matrix.out_storage == Storage::float32 ? 4 : 2;
-  run_pieces(plan, plan.groups, [&](int group) {
+  auto work = [&](int group) {
     static thread_local Scratch of_group;
     int begin = group * plan.columns;
     int columns = std::min(begin + plan.columns, args.N) - begin;
@@ -105,7 +105,8 @@ void run_expert(
           from + m * columns * size,
           columns * size);
     }
-  });
+  };
+  Pool::shared().run(plan.groups, work, threads_for(plan.work));
 }
 
 constexpr int max_launch_slots = 32; // experts of a token that a kernel lists

@@ -29,12 +29,10 @@ using Args = QuantizedFilterLogitsArgs;
 // Which groups these are is chance; what remains of all heaps is not.
 void run_slice(const Plan& plan, const Args& args) {
   int V = args.filter.V, M = args.matmul.M;
-  auto& pool = Pool::shared();
-  bool shares = plan.work >= work_worth_sharing;
-  int heaps = shares ? std::min(pool.threads(), plan.groups) : 1;
+  int heaps = std::min(threads_for(plan.work), plan.groups);
   std::vector<Kept> kept(size_t(heaps) * M);
   std::atomic<int> next{0};
-  pool.run(heaps, [&](int heap) {
+  Pool::shared().run(heaps, [&](int heap) {
     static thread_local Scratch of_group;
     float* scratch = of_group.floats(plan.group_scratch);
     for (int group; (group = next.fetch_add(1)) < plan.groups;) {

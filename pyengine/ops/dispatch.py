@@ -18,6 +18,7 @@ Result = TypeVar("Result")
 
 VARIABLE = "PYENGINE_OPS"  # of the environment: what runs until `use` says otherwise
 INSTRUCTIONS = "PYENGINE_INSTRUCTIONS"  # likewise: the set that a processor's kernels use
+THREADS = "PYENGINE_THREADS"  # likewise: how many threads share a processor's kernel, at most
 _IMPLEMENTATIONS = ("native", "mlx", "reference", "workbench")
 _gpu_rules = False  # set by tests: a processor then calls what a GPU would
 
@@ -56,6 +57,12 @@ def _one_of(variable: str, offered: Sequence[str]) -> str | None:
 
 if _set := _one_of(INSTRUCTIONS, _ext.instruction_sets()):
     _ext.use_instruction_set(_set)
+if _count := os.environ.get(THREADS):
+    if not _count.isdecimal() or not 1 <= int(_count[:9]) <= 256:
+        raise ValueError(
+            f"[use] {THREADS} must be a number between 1 and 256 but got {shown(_count)}."
+        )
+    _ext.set_threads(int(_count))
 _chosen: Implementation = _from_environment()
 _aside: frozenset[str] = frozenset()  # of native ops, those that run MLX's own
 

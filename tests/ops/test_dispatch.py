@@ -161,6 +161,22 @@ def test_the_environment_chooses_an_instruction_set() -> None:
     assert done.returncode == 2 and done.stderr == f"pyengine: [use] {rule}\n"
 
 
+def test_the_environment_chooses_the_number_of_threads() -> None:
+    script = "from pyengine import _ext, ops; print(_ext.threads())"
+    for number in ("1", "3", "256"):
+        env = {**os.environ, "PYENGINE_THREADS": number}
+        assert subprocess.check_output([sys.executable, "-c", script], env=env) == (
+            f"{number}\n".encode()
+        )
+    words = [sys.executable, "-m", "pyengine", "generate", "x"]
+    for number in ("0", "257", "-1", "1.5", "two", "9" * 5000):
+        env = {**os.environ, "PYENGINE_THREADS": number}
+        done = subprocess.run(words, env=env, capture_output=True, text=True)
+        rule = "pyengine: [use] PYENGINE_THREADS must be a number between 1 and 256 but got "
+        assert done.returncode == 2 and done.stderr.startswith(rule)
+        assert done.stderr.count("\n") == 1
+
+
 def test_results_of_another_dtype_or_shape_are_other_nodes() -> None:
     """mx.compile makes one of equivalent nodes, and does not look at what they give."""
     x, w = mx.random.normal((2, 64)).astype(mx.bfloat16), mx.ones((300, 64), mx.bfloat16)
