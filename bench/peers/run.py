@@ -58,6 +58,7 @@ def one_run(peer: Peer, job: Job, folder: Path, timeout: float) -> report.Outcom
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if peer.name == OURS:  # this checkout's, wherever the command was given
         environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+        environment["PYENGINE_THREADS"] = str(job.threads)
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
