@@ -9,8 +9,9 @@ namespace pyengine::PYENGINE_ISA {
 // Rows that are multiplied with a weight in the register it was unpacked in,
 // while the columns stream past. More rows go block by block (blocked.h).
 constexpr int tile_rows = native == 16 ? 6 : 4;
+// Sums, weights and one row have to fit the registers, with two to unpack in.
 constexpr int tile_columns(int rows) {
-  return native == 16 ? 4 : native == 8 && rows <= 2 ? 2 : 1;
+  return native == 16 ? (rows > 5 ? 3 : 4) : native == 8 && rows <= 2 ? 2 : 1;
 }
 
 template <int height, int width>
