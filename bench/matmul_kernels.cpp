@@ -120,11 +120,11 @@ int main(int argc, char** argv) {
   int64_t row_bytes = int64_t(K) * bits / 8;
   int64_t group_bytes =
       std::clamp<int64_t>(N * row_bytes / 16, 1 << 14, 1 << 18);
-  int columns = std::max<int>(8, group_bytes / row_bytes / 8 * 8);
+  int columns = std::max<int>(32, group_bytes / row_bytes / 32 * 32);
   int groups = (N + columns - 1) / columns;
   int slices = (rows + max_rows - 1) / max_rows;
   auto staged = allocate<float>(max_rows * padded_width(K));
-  Order order = bits == 8 ? Order::plain
+  Order order = bits == 8 ? Order::bytes
       : bits == 6         ? Order::quads
                           : Order::pairs;
   Kernels kernels[] = {
@@ -147,8 +147,7 @@ int main(int argc, char** argv) {
       int first = slice * max_rows, M = std::min(rows - first, max_rows);
       for (int m = 0; m < M; ++m) {
         auto* row = &x[size_t(first + m) * K];
-        auto* to = &staged[16 * m];
-        kernel.load(row, Storage::float32, 1, K, order, M, to);
+        kernel.load(row, Storage::float32, 1, K, order, M, m, staged.get());
       }
       QuantizedMatmulArgs args = {};
       args.w = matrix;
@@ -165,7 +164,7 @@ int main(int argc, char** argv) {
       args.bits = bits;
       share(threads, groups, [&](int group) {
         static thread_local auto scratch = allocate<float>(
-            columns * (max_rows + 2 * size_t(K / group_size)) + 16);
+            columns * max_rows + factors_of(columns, K, group_size) + 16);
         int begin = group * columns, end = std::min(N, begin + columns);
         double start = processor_time();
         if (kind == 2) {

@@ -148,9 +148,9 @@ def _ratio(value: Row | None) -> str:
     return "-" if value is None else "{median:.2f} ({least:.2f} to {greatest:.2f})".format(**value)
 
 
-def table(heads: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    """In Markdown; all but the first two columns to the right."""
-    rule = ["---" if place < 2 else "--:" for place in range(len(heads))]
+def table(heads: Sequence[str], cells: Iterable[Sequence[str]], names: int = 2) -> str:
+    """In Markdown; all columns but the first `names` to the right."""
+    rule = ["---" if place < names else "--:" for place in range(len(heads))]
     return "\n".join("| " + " | ".join(line) + " |" for line in (heads, rule, *cells))
 
 

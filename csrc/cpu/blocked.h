@@ -9,16 +9,27 @@
 // takes those of one register (all, half or a quarter of the sixteen) through
 // its block before it takes the next.
 
-#include "cpu/simd.h"
+#include "cpu/tiles.h"
 
 namespace pyengine::PYENGINE_ISA {
 
-// 16 rows of x take 16 KB of the first cache, a panel of weights 4 KB; twice
-// that fits where AVX-512 is, and sets of lanes are written half as often. The
-// lanes of a block of columns stay in the second.
-constexpr int block_k = native == 16 ? 512 : 256;
 constexpr int block_columns = 32;
 constexpr int panel_columns = 4;
+
+// A block of sixteen rows of x takes 16 KB of the first cache, a panel of
+// weights 4 KB; with AVX-512 twice that, for sets of lanes to be written half
+// as often. The lanes of a block of columns stay in the second. Zen 4
+// multiplies 512 bits once a cycle, not twice, and so the second cache keeps
+// up: many rows have longer blocks there.
+constexpr int most_block_k = native == 16 ? 4096 : 256;
+
+inline int block_k_of([[maybe_unused]] int M) {
+#if defined(__AVX512F__)
+  return M > max_rows / 2 && __builtin_cpu_is("amd") ? most_block_k : 512;
+#else
+  return most_block_k;
+#endif
+}
 
 // Rows of a tile: there is a register, of 32 or 16, for each of its sums, for
 // each row and for one weight.
@@ -27,6 +38,11 @@ constexpr int panel_rows = 6;
 #else
 constexpr int panel_rows = 3;
 #endif
+
+// Rows that are multiplied while a panel is unpacked: as many as leave
+// registers for that. They cost no more than without, for what converts and
+// stores works beside what multiplies.
+constexpr int first_rows = native == 16 ? 4 : 0;
 
 // Adds `steps` times 16 k to the lanes [rows, panel_columns, 16], or to 0.
 template <int rows>
@@ -84,11 +100,48 @@ PYENGINE_INLINE void multiply_panel(
   }
 }
 
+// Unpacks a panel for the other rows, and multiplies the first ones meanwhile.
+// Returns how many times sixteen k it has.
+template <int rows, typename Unpack>
+PYENGINE_INLINE int multiply_first(
+    const Unpack& unpack, // (take)
+    float* panel,
+    const float* x,
+    int pitch,
+    bool from_zero,
+    float* sums) {
+  constexpr int count = rows * panel_columns;
+  F32x16 acc[count > 0 ? count : 1] = {};
+  if (!from_zero) {
+    PYENGINE_UNROLL
+    for (int i = 0; i < count; ++i) {
+      acc[i] = load(sums + lanes * i);
+    }
+  }
+  int steps = 0;
+  unpack([&](const F32x16(&weights)[panel_columns]) {
+    PYENGINE_UNROLL
+    for (int c = 0; c < panel_columns; ++c) {
+      store(panel + lanes * c, weights[c]);
+    }
+    if constexpr (rows > 0) {
+      multiply_step<rows, panel_columns>(weights, x, acc);
+    }
+    panel += lanes * panel_columns;
+    x += pitch;
+    ++steps;
+  });
+  PYENGINE_UNROLL
+  for (int i = 0; i < count; ++i) {
+    store(sums + lanes * i, acc[i]);
+  }
+  return steps;
+}
+
 // Sums of M rows and columns [begin, end) to `sums` [M, end - begin].
-// unpack(n, k, count, ahead, panel) writes weights [k, k + count) of column n
-// as float32, every sixteen of them panel_columns * 16 floats after the last,
-// and returns how many times sixteen these are. It prefetches what lies `ahead`
-// weights further on.
+// unpack(n, k, count, ahead, take) hands take() weights [k, k + count) of
+// columns n[panel_columns] as float32, sixteen of each at a time. It prefetches
+// what lies `ahead` weights further on.
 template <typename Unpack>
 PYENGINE_INLINE void multiply_blocks(
     int M,
@@ -98,13 +151,17 @@ PYENGINE_INLINE void multiply_blocks(
     int end,
     float* sums,
     const Unpack& unpack) {
-  alignas(64) float panel[panel_columns * block_k];
+  alignas(64) float panel[panel_columns * most_block_k];
   alignas(64) float acc[block_columns * max_rows * lanes];
+  int block_k = block_k_of(M);
+  // 8 K weights or more
+  int panels_ahead = block_k > 512 ? 1 : block_columns / panel_columns;
   // Shorter tiles, then from a row on some that are one row taller. Divided
   // here: within the loops a division holds up all that follows it.
-  int tiles = (M + panel_rows - 1) / panel_rows;
-  int shorter = M / tiles;
-  int taller_from = shorter * (tiles - M % tiles);
+  int others = M - first_rows;
+  int tiles = (others + panel_rows - 1) / panel_rows;
+  int shorter = others / tiles;
+  int taller_from = M - others % tiles * (shorter + 1);
   int wide = end - begin;
   for (int from = begin; from < end; from += block_columns) {
     int columns = end - from < block_columns ? end - from : block_columns;
@@ -114,29 +171,37 @@ PYENGINE_INLINE void multiply_blocks(
     }
     for (int k = 0; k < K; k += block_k) {
       int count = K - k < block_k ? K - k : block_k;
-      // The column's next block, or the first one of a column that follows, is
-      // due when this one has been multiplied with all rows, and so have those
-      // of the other columns.
-      int64_t ahead =
-          k + block_k < K ? block_k : block_columns * int64_t(K) - k;
       for (int p = 0; p < panels; ++p) {
-        int steps = 0;
+        int n[panel_columns];
         PYENGINE_UNROLL
         for (int c = 0; c < panel_columns; ++c) {
-          int n = from + p * panel_columns + c;
-          n = n < end ? n : end - 1;
-          steps = unpack(n, k, count, ahead, panel + lanes * c);
+          n[c] = from + p * panel_columns + c;
+          n[c] = n[c] < end ? n[c] : end - 1;
         }
-        for (int m = 0, rows; m < M; m += rows) {
+        // What is due soon arrives while this panel is multiplied: one of these
+        // columns' other panels, or one of the next k or of the next columns.
+        int next = p + panels_ahead;
+        int64_t ahead = (next % panels - p) * panel_columns * int64_t(K);
+        if (next >= panels) {
+          ahead += k + block_k < K ? block_k : columns * int64_t(K) - k;
+        }
+        auto columns_of = [&](const auto& take) {
+          unpack(n, k, count, ahead, take);
+        };
+        const float* values = x + int64_t(k) * M;
+        float* at = acc + p * M * panel_columns * lanes;
+        int steps = multiply_first<first_rows>(
+            columns_of, panel, values, lanes * M, k == 0, at);
+        for (int m = first_rows, rows; m < M; m += rows) {
           rows = m < taller_from ? shorter : shorter + 1;
           with_constant<panel_rows>(rows, [&](auto constant) {
             multiply_panel<constant.value>(
                 panel,
-                x + (int64_t(k) * M + lanes * m),
+                values + lanes * m,
                 lanes * M,
                 steps,
                 k == 0,
-                acc + (p * M + m) * panel_columns * lanes);
+                at + m * panel_columns * lanes);
           });
         }
       }

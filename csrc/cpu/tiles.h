@@ -9,10 +9,10 @@ namespace pyengine::PYENGINE_ISA {
 // Rows that are multiplied with a weight in the register it was unpacked in,
 // while the columns stream past. More rows go block by block (blocked.h).
 constexpr int tile_rows = native == 16 ? 8 : 4;
-// As many columns as leave a register to each sum, each weight and one row.
+// Sums, weights and one row have to fit the registers, with two to unpack in.
 constexpr int tile_columns(int rows) {
   if (native == 16) {
-    return rows <= 6 ? 4 : 3;
+    return rows <= 5 ? 4 : 3;
   }
   return native == 8 && rows <= 2 ? 2 : 1;
 }

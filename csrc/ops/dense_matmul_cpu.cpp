@@ -68,16 +68,37 @@ void multiply_tile(const DenseMatmulArgs& args, const Group& group, int n) {
   }
 }
 
-// Weights [k, k + count) of one column for multiply_blocks().
-template <typename T>
-PYENGINE_INLINE int
-widen_column(const T* from, int count, int64_t ahead, float* to) {
-  for_lanes(count, [&](int64_t i, int some) {
-    prefetch(from + i + ahead);
-    store(to, load_some(from + i, some));
-    to += lanes * panel_columns;
-  });
-  return (count + lanes - 1) / lanes;
+// Weights [k, k + count) of some columns for multiply_blocks().
+template <typename T, typename Take>
+PYENGINE_INLINE void widen_columns(
+    const DenseMatmulArgs& args,
+    const int (&n)[panel_columns],
+    int k,
+    int count,
+    int64_t ahead,
+    const Take& take) {
+  const T* w[panel_columns];
+  PYENGINE_UNROLL
+  for (int c = 0; c < panel_columns; ++c) {
+    w[c] = static_cast<const T*>(args.w) + n[c] * int64_t(args.K) + k;
+  }
+  F32x16 weights[panel_columns];
+  int done = 0;
+  for (; done + lanes <= count; done += lanes) {
+    PYENGINE_UNROLL
+    for (int c = 0; c < panel_columns; ++c) {
+      weights[c] = load(w[c] + done);
+      prefetch(w[c] + done + ahead);
+    }
+    take(weights);
+  }
+  if (done < count) {
+    PYENGINE_UNROLL
+    for (int c = 0; c < panel_columns; ++c) {
+      weights[c] = load(w[c] + done, count - done);
+    }
+    take(weights);
+  }
 }
 
 } // namespace
@@ -90,16 +111,9 @@ void dense_matmul_columns(
   Group group = {begin, end, scratch};
   with_storage(args.storage, [&]<typename T>(T*) {
     if (args.M > tile_rows) {
-      auto* w = static_cast<const T*>(args.w);
       return multiply_blocks(
-          args.M,
-          args.K,
-          args.x,
-          begin,
-          end,
-          scratch,
-          [&](int n, int k, int count, int64_t ahead, float* to) {
-            return widen_column(w + n * int64_t(args.K) + k, count, ahead, to);
+          args.M, args.K, args.x, begin, end, scratch, [&](auto&&... block) {
+            widen_columns<T>(args, block...);
           });
     }
     for_tiles(args.M, begin, end, [&](auto tile, int n) {

@@ -54,8 +54,10 @@ void convert(
 
 // The factor of each lane. Groups of 32 have two factors per chunk, the second
 // `second` = 1 after the first; larger groups have one, and `second` is 0.
-template <int bits>
-PYENGINE_INLINE F32x16 spread(const float* factors, int second, int j) {
+// Known to the compiler, for to load a factor twice is what one row would wait
+// for.
+template <int bits, int second>
+PYENGINE_INLINE F32x16 spread(const float* factors, int j) {
   if constexpr (bits == 6) {
     return broadcast(factors[0], factors[second]);
   } else {
@@ -63,14 +65,45 @@ PYENGINE_INLINE F32x16 spread(const float* factors, int second, int j) {
   }
 }
 
-// The columns that a thread works on, [begin, end), and their numbers.
+// The columns that a thread works on, [begin, end).
 struct Group {
   int begin;
   int end;
   float* sums; // [M, end - begin]
-  const float* scales; // [end - begin, K / group_size]
+  float* factors; // room for theirs (factors_of)
+};
+
+// Those of columns from `first` on as float32, [columns, K / group_size].
+struct Factors {
+  int first;
+  const float* scales;
   const float* biases;
 };
+
+// Those of columns [begin, end) to `to`.
+Factors convert_factors(
+    const QuantizedMatmulArgs& args,
+    int begin,
+    int end,
+    float* to) {
+  int64_t per_column = args.K / args.group_size;
+  int64_t first = begin * per_column, count = (end - begin) * per_column;
+  convert(args.scales, args.storage, first, count, to);
+  convert(args.biases, args.storage, first, count, to + count);
+  return {begin, to, to + count};
+}
+
+void prefetch_factors(const QuantizedMatmulArgs& args, int begin, int end) {
+  int64_t size = args.storage == Storage::float32 ? 4 : 2;
+  int64_t bytes = args.K / args.group_size * size;
+  const void* const both[] = {args.scales, args.biases};
+  for (const void* of : both) {
+    const char* at = static_cast<const char*>(of) + begin * bytes;
+    for (int64_t i = 0; i < (end - begin) * bytes; i += 64) {
+      prefetch(at + i);
+    }
+  }
+}
 
 // Where the weights of some columns are, and their factors.
 template <int columns>
@@ -80,13 +113,9 @@ struct Cursor {
   const float* biases[columns];
 };
 
-// Adds one chunk of 64 to the sums.
-template <int bits, int rows, int columns>
-PYENGINE_INLINE void multiply_chunk(
-    const Cursor<columns>& at,
-    int second,
-    const float* x,
-    F32x16 (&acc)[rows * columns]) {
+// Hands take() one chunk of 64 of every column, sixteen k at a time.
+template <int bits, int second, int columns, typename Take>
+PYENGINE_INLINE void unpack_chunk(const Cursor<columns>& at, const Take& take) {
   PYENGINE_UNROLL
   for (int j = 0; j < 4; ++j) {
     F32x16 weights[columns];
@@ -94,42 +123,41 @@ PYENGINE_INLINE void multiply_chunk(
     for (int c = 0; c < columns; ++c) {
       weights[c] =
           fma(unpack<bits>(at.w[c], j),
-              spread<bits>(at.scales[c], second, j),
-              spread<bits>(at.biases[c], second, j));
+              spread<bits, second>(at.scales[c], j),
+              spread<bits, second>(at.biases[c], j));
+      pin(weights[c]);
     }
-    multiply_step<rows, columns>(weights, x, acc);
-    x += lanes * rows;
+    take(weights);
   }
 }
 
-// All rows of `columns` columns from n on. At the end of the group the last
-// column is computed again in place of those that are missing.
-template <int bits, int rows, int columns>
-void multiply_tile(const QuantizedMatmulArgs& args, const Group& group, int n) {
+// The same for all of weights [k, k + count) of some columns. Prefetches what
+// lies `ahead` weights further on.
+template <int bits, int second, int columns, typename Take>
+PYENGINE_INLINE void unpack_columns(
+    const QuantizedMatmulArgs& args,
+    const Factors& factors,
+    const int (&n)[columns],
+    int k,
+    int count,
+    int64_t ahead,
+    const Take& take) {
   constexpr int chunk_bytes = chunk * bits / 8;
-  int64_t factors = args.K / args.group_size;
-  int second = args.group_size == 32 ? 1 : 0;
-  const float* x = args.x;
-  int column[columns];
   Cursor<columns> at;
   PYENGINE_UNROLL
   for (int c = 0; c < columns; ++c) {
-    column[c] = (n + c < group.end ? n + c : group.end - 1) - group.begin;
-    at.w[c] = args.w + (group.begin + column[c]) * (int64_t(args.K) * bits / 8);
-    at.scales[c] = group.scales + column[c] * factors;
-    at.biases[c] = group.biases + column[c] * factors;
+    int64_t factor = (n[c] - factors.first) * int64_t(args.K / args.group_size);
+    factor += k / args.group_size;
+    at.w[c] = args.w + (n[c] * int64_t(args.K) + k) * bits / 8;
+    at.scales[c] = factors.scales + factor;
+    at.biases[c] = factors.biases + factor;
   }
-  // The next tile's weights arrive while this one is worked on: its columns are
-  // short streams, which the machine would notice too late.
-  bool more = n + 2 * columns <= group.end;
-  int64_t ahead = more ? columns * (int64_t(args.K) * bits / 8) : 0;
-  F32x16 acc[rows * columns] = {};
-
-  int k = 0;
-  for (; k + chunk <= args.K; k += chunk) {
-    multiply_chunk<bits, rows, columns>(at, second, x, acc);
+  ahead = ahead * bits / 8;
+  int done = 0;
+  for (; done + chunk <= count; done += chunk) {
+    unpack_chunk<bits, second>(at, take);
     // Groups of 128 move on with every second chunk.
-    int step = args.group_size == 128 ? k / chunk % 2 : 1 + second;
+    int step = args.group_size == 128 ? done / chunk % 2 : 1 + second;
     PYENGINE_UNROLL
     for (int c = 0; c < columns; ++c) {
       prefetch(at.w[c] + ahead);
@@ -137,9 +165,8 @@ void multiply_tile(const QuantizedMatmulArgs& args, const Group& group, int n) {
       at.scales[c] += step;
       at.biases[c] += step;
     }
-    x += 4 * lanes * rows;
   }
-  if (k < args.K) {
+  if (done < count) {
     // Half a chunk, one group of 32, is left: x is padded with zeros already.
     uint8_t padded[columns][chunk_bytes] = {};
     PYENGINE_UNROLL
@@ -147,70 +174,62 @@ void multiply_tile(const QuantizedMatmulArgs& args, const Group& group, int n) {
       memcpy(padded[c], at.w[c], chunk_bytes / 2);
       at.w[c] = padded[c];
     }
-    multiply_chunk<bits, rows, columns>(at, 0, x, acc);
+    unpack_chunk<bits, 0>(at, take);
   }
+}
+
+// All rows of `columns` columns from n on. At the end of the group the last
+// column is computed again in place of those that are missing.
+template <int bits, int second, int rows, int columns>
+void multiply_tile(
+    const QuantizedMatmulArgs& args,
+    const Group& group,
+    const Factors& factors,
+    int n) {
+  int column[columns];
+  PYENGINE_UNROLL
+  for (int c = 0; c < columns; ++c) {
+    column[c] = n + c < group.end ? n + c : group.end - 1;
+  }
+  // The next tile's weights arrive while this one is worked on: its columns are
+  // short streams, which the machine would notice too late.
+  bool more = n + 2 * columns <= group.end;
+  int64_t ahead = more ? columns * int64_t(args.K) : 0;
+  const float* x = args.x;
+  F32x16 acc[rows * columns] = {};
+  unpack_columns<bits, second>(
+      args,
+      factors,
+      column,
+      0,
+      args.K,
+      ahead,
+      [&](const F32x16(&weights)[columns]) {
+        multiply_step<rows, columns>(weights, x, acc);
+        x += lanes * rows;
+      });
 
   float results[rows * columns];
   sums(acc, results);
-  int wide = group.end - group.begin;
+  float* to = group.sums - group.begin;
   PYENGINE_UNROLL
   for (int r = 0; r < rows; ++r) {
     PYENGINE_UNROLL
     for (int c = 0; c < columns; ++c) {
-      group.sums[r * wide + column[c]] = results[r * columns + c];
+      to[r * (group.end - group.begin) + column[c]] = results[r * columns + c];
     }
   }
 }
 
-// Weights [k, k + count) of column n for multiply_blocks().
-template <int bits>
-PYENGINE_INLINE int unpack_column(
-    const QuantizedMatmulArgs& args,
-    const Group& group,
-    int n,
-    int k,
-    int count,
-    int64_t ahead,
-    float* to) {
-  constexpr int chunk_bytes = chunk * bits / 8;
-  int64_t factors = (n - group.begin) * int64_t(args.K / args.group_size);
-  const float* scales = group.scales + factors + k / args.group_size;
-  const float* biases = group.biases + factors + k / args.group_size;
-  const uint8_t* w = args.w + (n * int64_t(args.K) + k) * bits / 8;
-  int second = args.group_size == 32 ? 1 : 0;
-  auto one = [&](const uint8_t* from, int second) {
-    PYENGINE_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      F32x16 weights =
-          fma(unpack<bits>(from, j),
-              spread<bits>(scales, second, j),
-              spread<bits>(biases, second, j));
-      store(to, weights);
-      to += lanes * panel_columns;
-    }
-  };
-  int done = 0;
-  for (; done + chunk <= count; done += chunk) {
-    one(w, second);
-    prefetch(w + ahead * bits / 8);
-    int step = args.group_size == 128 ? done / chunk % 2 : 1 + second;
-    w += chunk_bytes;
-    scales += step;
-    biases += step;
-  }
-  if (done < count) {
-    // Half a chunk, one group of 32, is left: x is padded with zeros already.
-    uint8_t padded[chunk_bytes] = {};
-    memcpy(padded, w, chunk_bytes / 2);
-    one(padded, 0);
-    done += chunk;
-  }
-  return done / lanes;
-}
+// Tiles' factors are converted together until they are some cache lines: not
+// those of all columns before the first weight is asked for.
+constexpr int factors_together = 128;
 
-template <int bits>
+template <int bits, int second>
 void multiply(const QuantizedMatmulArgs& args, const Group& group) {
   if (args.M > tile_rows) {
+    Factors factors =
+        convert_factors(args, group.begin, group.end, group.factors);
     return multiply_blocks(
         args.M,
         args.K,
@@ -218,13 +237,39 @@ void multiply(const QuantizedMatmulArgs& args, const Group& group) {
         group.begin,
         group.end,
         group.sums,
-        [&](int n, int k, int count, int64_t ahead, float* to) {
-          return unpack_column<bits>(args, group, n, k, count, ahead, to);
+        [&](auto&&... block) {
+          unpack_columns<bits, second>(args, factors, block...);
         });
   }
+  int per_column = args.K / args.group_size;
+  Factors factors;
+  int known = group.begin; // columns before it have theirs
   for_tiles(args.M, group.begin, group.end, [&](auto tile, int n) {
-    multiply_tile<bits, tile.rows, tile.columns>(args, group, n);
+    if (n == known) {
+      int per_tile = per_column * tile.columns;
+      int ahead = per_tile < factors_together
+          ? factors_together / (per_tile + 1) * tile.columns
+          : tile.columns;
+      auto after = [&](int n) {
+        return n + ahead < group.end ? n + ahead : group.end;
+      };
+      known = after(n);
+      factors = convert_factors(args, n, known, group.factors);
+      prefetch_factors(args, known, after(known));
+    }
+    multiply_tile<bits, second, tile.rows, tile.columns>(
+        args, group, factors, n);
   });
+}
+
+// As groups of 32 or larger ones.
+template <int bits>
+void multiply_groups(const QuantizedMatmulArgs& args, const Group& group) {
+  if (args.group_size == 32) {
+    multiply<bits, 1>(args, group);
+  } else {
+    multiply<bits, 0>(args, group);
+  }
 }
 
 #if defined(__AMX_INT8__)
@@ -299,24 +344,16 @@ void quantized_matmul_sums(
     }
   }
 #endif
-  int columns = end - begin;
-  int64_t per_column = args.K / args.group_size;
-  float* scales = scratch + args.M * columns;
-  float* biases = scales + columns * per_column;
-  int64_t first = begin * per_column;
-  convert(args.scales, args.storage, first, columns * per_column, scales);
-  convert(args.biases, args.storage, first, columns * per_column, biases);
-
-  Group group = {begin, end, scratch, scales, biases};
+  Group group = {begin, end, scratch, scratch + args.M * (end - begin)};
   switch (args.bits) {
     case 8:
-      multiply<8>(args, group);
+      multiply_groups<8>(args, group);
       break;
     case 6:
-      multiply<6>(args, group);
+      multiply_groups<6>(args, group);
       break;
     case 4:
-      multiply<4>(args, group);
+      multiply_groups<4>(args, group);
       break;
   }
 }

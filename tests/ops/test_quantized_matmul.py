@@ -130,9 +130,9 @@ def test_rows_are_stable_in_every_instruction_set(bits, restore):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("K", [32, 224, 256, 288, 512, 544, 800])
+@pytest.mark.parametrize("K", [32, 224, 256, 288, 512, 544, 800, 4128])
 def test_blocks_of_k_and_of_columns(K, bits, restore):
-    """More rows than a register's worth go through blocks of 256 k and 32 columns."""
+    """More rows than a register's worth go through blocks of 32 columns and 256, 512 or 4096 k."""
     x, q = normal(20, 16, K), quantized(21, 71, K, 32, bits)
     expected = quantized_matmul_reference(x, *q, 32, bits)
     for name in _ext.instruction_sets():
