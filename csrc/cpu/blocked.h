@@ -1,7 +1,7 @@
 #pragma once
 // blocked.h: the processor's matmuls from a few rows on. A block of weights is
-// unpacked once, to float32, and then multiplied with all rows of the slice,
-// whose k of this block are in the first cache too.
+// unpacked once, to float32, and multiplied with all rows of the slice, whose k
+// of this block are in the first or the second cache too.
 //
 // The order of every sum is that of tiles.h: sixteen lanes over k in ascending
 // order, then a fixed tree. Only where the lanes wait differs: between two
