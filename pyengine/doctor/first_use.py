@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pyengine import ops
 from pyengine.doctor import device, quarantine, runner, shapes
+from pyengine.ops.example import Limits
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
@@ -43,7 +44,7 @@ def ready(
     kind = device.DEVICES[name]()
     new = name in EXAMINED_ON
     # Of the true shapes: how much is scaled down depends on the memory that is free
-    digest = _digest(shapes.of_loaded(pair, shapes.Limits(math.inf))) if new else ""
+    digest = _digest(shapes.of_loaded(pair, Limits(math.inf))) if new else ""
     with _lock:
         if f"{name} {digest}" in _asked:
             return

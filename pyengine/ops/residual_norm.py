@@ -1,8 +1,11 @@
+from collections.abc import Iterator
+
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, Results, Shape, Sizes, first, normal, rounded
 from .rms_norm import rms_norm, rms_norm_reference
 
 
@@ -81,3 +84,20 @@ def residual_norm_reference(
         total = total * scalar.astype(mx.float32)
     out = total.astype(h.dtype)
     return out, None if next_weight is None else rms_norm_reference(out, next_weight, eps)
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for E in sizes.streams:
+        yield {"E": E, "dtype": sizes.dtype}, {}
+
+
+def example(E: int, dtype: str) -> Call:
+    h, y = (normal(i, MOST, E, dtype=dtype) for i in (1, 2))
+    w, following, scalar = (normal(i, n, dtype=dtype) for i, n in ((3, E), (4, E), (5, 1)))
+
+    def run(b: int, e: int) -> Results:
+        total, x = residual_norm(h[b:e], y[b:e], w, scalar=scalar, next_weight=following)
+        assert x is not None
+        return [total, x]
+
+    return Call(run, first, rounded(2))

@@ -23,7 +23,8 @@ from pyengine import _ext, cli, generation, ops, task
 from pyengine.checkpoint.published import PUBLISHED, published
 from pyengine.cli import doctor
 from pyengine.cli.doctor import EXTRAS
-from pyengine.doctor import calls, checks, device, machine, report, runner, shapes
+from pyengine.doctor import checks, device, machine, report, runner, shapes
+from pyengine.ops.example import Limits
 
 
 def run(*arguments: str) -> Any:
@@ -180,7 +181,7 @@ def test_ctrl_c_ends_it_and_its_workers(tmp_path: Path) -> None:
 
 
 def test_the_published_shapes_are_the_pairs_own() -> None:
-    cases = shapes.real(shapes.Limits(1e12))
+    cases = shapes.real(Limits(1e12))
     assert not any(case.scaled for case in cases)
     assert {case.op for case in cases} == set(ops.dispatch.OPS)
     assert {name for case in cases for name in case.where} == set(PUBLISHED)
@@ -227,7 +228,7 @@ def test_the_published_shapes_are_the_pairs_own() -> None:
 
 
 def test_what_does_not_fit_is_scaled_and_says_so() -> None:
-    whole, small = (shapes.real(shapes.Limits(size)) for size in (1e12, 1e6))
+    whole, small = (shapes.real(Limits(size)) for size in (1e12, 1e6))
     assert {case.op for case in small} == {case.op for case in whole}
     heads = [case for case in small if case.op == "quantized_filter_logits"]
     assert heads and all(case.scaled == {"V": 262144} for case in heads)
@@ -239,7 +240,7 @@ def test_what_does_not_fit_is_scaled_and_says_so() -> None:
 
 def test_the_embedded_shapes_are_the_pairs_own() -> None:
     pair = task.embedded_pair()
-    limits = shapes.Limits(1e12)
+    limits = Limits(1e12)
     own = {case.name for case in shapes.of_loaded(pair, limits)}
     assert own and own < {case.name for case in shapes.embedded(limits)}
     assert {case.op for case in shapes.embedded(limits)} == set(ops.dispatch.OPS)
@@ -255,8 +256,8 @@ def metal(monkeypatch: pytest.MonkeyPatch) -> device.Metal:
 
 
 def call(op: str) -> Any:
-    (case, *_) = [case for case in shapes.embedded(shapes.Limits(1e9)) if case.op == op]
-    return calls.call(op, case.settings)
+    (case, *_) = [case for case in shapes.embedded(Limits(1e9)) if case.op == op]
+    return case.call
 
 
 def test_what_a_pipeline_allows_is_compared_with_what_is_started(
