@@ -41,7 +41,6 @@ def ready(
     if ops.dispatch.chosen() != "native":
         return
     name = device.default()
-    kind = device.DEVICES[name]()
     new = name in EXAMINED_ON
     # Of the true shapes: how much is scaled down depends on the memory that is free
     digest = _digest(shapes.of_loaded(pair, Limits(math.inf))) if new else ""
@@ -51,7 +50,7 @@ def ready(
         _asked.add(f"{name} {digest}")
         record = quarantine.read(name, tell)
         if new and digest not in record.checked:
-            cases = shapes.of_loaded(pair, kind.limits())
+            cases = shapes.of_loaded(pair, device.DEVICES[name]().limits())
             try:
                 rows = runner.examine(cases, name, timed=(), probes=False, shared=True, on_op=on_op)
             except (RuntimeError, OSError) as error:

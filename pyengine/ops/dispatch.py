@@ -102,7 +102,8 @@ def run(
             on a GPU past the limits of ours; the reference, if None.
         **kwargs: More of them.
     """
-    implementation = runs(reference.__name__.removesuffix("_reference"))
+    # A round is recorded by hundreds of calls
+    implementation = runs(reference.__name__.removesuffix("_reference")) if _aside else _chosen
     if implementation == "reference":
         return reference(*args, **kwargs)
     if implementation == "native" and not borrows():
