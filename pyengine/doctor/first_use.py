@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pyengine import ops
 from pyengine.doctor import device, quarantine, runner, shapes
-from pyengine.ops.example import Limits
+from pyengine.ops.sizes import Limits
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair

@@ -22,7 +22,8 @@ from pyengine.model.config import (
     TextConfig,
 )
 from pyengine.ops.dispatch import OPS
-from pyengine.ops.example import Attended, Call, Heads, Limits, Packing, Settings, Sizes, Stack
+from pyengine.ops.example import Call
+from pyengine.ops.sizes import Attended, Heads, Limits, Packing, Settings, Sizes, Stack
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair

@@ -9,8 +9,9 @@ from pyengine import _ext
 
 from .dispatch import run
 from .draw_token import draw_token_reference, exponential, invert, race, uniforms
-from .example import MOST, Call, Results, Shape, Sizes, candidates
+from .example import MOST, Call, Results, candidates
 from .random_uniform import Purpose
+from .sizes import Shape, Sizes
 
 Rule = Literal["residual", "block", "coupled"]
 RULES: tuple[Rule, ...] = ("residual", "block", "coupled")

@@ -7,8 +7,9 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import MOST, Call, Results, Shape, Sizes, first, normal, rounded
+from .example import MOST, Call, Results, first, normal, rounded
 from .prepare_qkv import PAGE
+from .sizes import Shape, Sizes
 
 MAX_POSITIONS = 1 << 30  # positions are below it; metal/positions.h has the same
 TILE = 512  # keys that a long piece's rows meet at a time

@@ -5,7 +5,8 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import MOST, Call, Shape, Sizes, absolute_sums, first, normal, of_sums, scaled
+from .example import MOST, Call, absolute_sums, first, normal, of_sums
+from .sizes import Shape, Sizes, scaled
 
 
 def dense_matmul(x: mx.array, w: mx.array, *, out_dtype: mx.Dtype | None = None) -> mx.array:

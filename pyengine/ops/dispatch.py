@@ -25,7 +25,7 @@ _gpu_rules = False  # set by tests: a processor then calls what a GPU would
 OPS = tuple(
     sorted(
         {path.stem for path in Path(__file__).parent.glob("*.py")}
-        - {"__init__", "dispatch", "example", "recorded", "workbench"}
+        - {"__init__", "dispatch", "example", "recorded", "sizes", "workbench"}
     )
 )
 WRITERS = {"copy_pages", "move_rows", "prepare_qkv"}  # which change an arena in place

@@ -5,8 +5,9 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import VOCABULARY, Call, Results, Shape, Sizes, candidates, first
+from .example import VOCABULARY, Call, Results, candidates, first
 from .random_uniform import Purpose, philox_uniform
+from .sizes import Shape, Sizes
 
 
 def draw_token(

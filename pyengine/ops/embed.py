@@ -6,8 +6,9 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import MOST, Call, Shape, Sizes, first, normal, packed, quantized, scaled
+from .example import MOST, Call, first, normal, quantized
 from .quantized_matmul import dequantized
+from .sizes import Shape, Sizes, packed, scaled
 
 
 def embed(

@@ -6,7 +6,8 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import MOST, Call, Shape, Sizes, first, normal, of_candidates
+from .example import MOST, Call, first, normal, of_candidates
+from .sizes import Shape, Sizes
 
 MAX_TOP_K = 256
 

@@ -7,7 +7,8 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import MOST, Call, Settings, Shape, Sizes, first, normal, rounded
+from .example import MOST, Call, first, normal, rounded
+from .sizes import Settings, Shape, Sizes
 
 Activation = Literal["gelu", "silu"]
 

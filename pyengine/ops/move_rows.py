@@ -5,8 +5,9 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import MOST, Call, Results, Shape, Sizes, copied, normal
+from .example import MOST, Call, Results, copied, normal
 from .prepare_qkv import PAGE
+from .sizes import Shape, Sizes
 
 
 def move_rows(

@@ -5,8 +5,9 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import MOST, Call, Shape, Sizes, first, frequencies, normal, of_rows, rounded
+from .example import MOST, Call, first, frequencies, normal, of_rows, rounded
 from .rms_norm import rms_norm
+from .sizes import Shape, Sizes
 
 
 def norm_rope(

@@ -5,21 +5,10 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import (
-    MOST,
-    Call,
-    Results,
-    Settings,
-    Shape,
-    Sizes,
-    copied,
-    frequencies,
-    normal,
-    of_rows,
-    rounded,
-)
+from .example import MOST, Call, Results, copied, frequencies, normal, of_rows, rounded
 from .norm_rope import norm_rope_reference
 from .rms_norm import rms_norm_reference
+from .sizes import Settings, Shape, Sizes
 
 PAGE = 64  # positions of a page: a chunk of block_attention's sums
 

@@ -5,22 +5,11 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import (
-    MOST,
-    Call,
-    Results,
-    Shape,
-    Sizes,
-    first,
-    normal,
-    of_sums,
-    packed,
-    quantized,
-    scaled,
-)
+from .example import MOST, Call, Results, first, normal, of_sums, quantized
 from .glu import glu
 from .quantized_gated_matmul import Matrix, gate_error, quantized_gated_matmul_reference
 from .quantized_matmul import absolute_products, quantized_matmul_reference
+from .sizes import Shape, Sizes, packed, scaled
 
 
 def quantized_expert_matmul(

@@ -7,19 +7,7 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import (
-    DTYPES,
-    MOST,
-    Call,
-    Results,
-    Shape,
-    Sizes,
-    first,
-    of_candidates,
-    packed,
-    quantized,
-    scaled,
-)
+from .example import DTYPES, MOST, Call, Results, first, of_candidates, quantized
 from .filter_logits import (
     EXAMPLES,
     Edits,
@@ -30,6 +18,7 @@ from .filter_logits import (
     settings_of,
 )
 from .quantized_matmul import quantized_matmul, quantized_matmul_reference
+from .sizes import Shape, Sizes, packed, scaled
 from .softcap import softcap as cap_logits
 from .softcap import softcap_reference
 

@@ -5,22 +5,10 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import (
-    MOST,
-    STEP,
-    Call,
-    Settings,
-    Shape,
-    Sizes,
-    first,
-    normal,
-    order_error,
-    packed,
-    quantized,
-    scaled,
-)
+from .example import MOST, STEP, Call, first, normal, order_error, quantized
 from .glu import Activation, glu, glu_reference
 from .quantized_matmul import absolute_products, quantized_matmul, quantized_matmul_reference
+from .sizes import Settings, Shape, Sizes, packed, scaled
 
 Matrix = tuple[mx.array, mx.array, mx.array]
 

@@ -7,19 +7,8 @@ from pyengine import _ext
 
 from .dense_matmul import product
 from .dispatch import run
-from .example import (
-    MOST,
-    Call,
-    Shape,
-    Sizes,
-    absolute_sums,
-    first,
-    normal,
-    of_sums,
-    packed,
-    quantized,
-    scaled,
-)
+from .example import MOST, Call, absolute_sums, first, normal, of_sums, quantized
+from .sizes import Shape, Sizes, packed, scaled
 
 
 def quantized_matmul(

@@ -5,22 +5,10 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import (
-    MOST,
-    Call,
-    Results,
-    Settings,
-    Shape,
-    Sizes,
-    first,
-    normal,
-    of_sums,
-    packed,
-    quantized,
-    scaled,
-)
+from .example import MOST, Call, Results, first, normal, of_sums, quantized
 from .quantized_gated_matmul import Matrix
 from .quantized_matmul import absolute_products, quantized_matmul, quantized_matmul_reference
+from .sizes import Settings, Shape, Sizes, packed, scaled
 
 
 def quantized_matmuls(

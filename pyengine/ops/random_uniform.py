@@ -6,7 +6,8 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import MOST, Call, Shape, Sizes, first
+from .example import MOST, Call, first
+from .sizes import Shape, Sizes
 
 
 class Purpose(IntEnum):

@@ -6,8 +6,9 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import MOST, Call, Results, Shape, Sizes, first, normal, rounded
+from .example import MOST, Call, Results, first, normal, rounded
 from .rms_norm import rms_norm, rms_norm_reference
+from .sizes import Shape, Sizes
 
 
 @overload

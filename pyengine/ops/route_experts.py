@@ -5,7 +5,8 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import MOST, Call, Shape, Sizes, first, normal, of_candidates
+from .example import MOST, Call, first, normal, of_candidates
+from .sizes import Shape, Sizes
 
 
 def route_experts(logits: mx.array, scales: mx.array, used: int) -> tuple[mx.array, mx.array]:

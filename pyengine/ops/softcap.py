@@ -5,7 +5,8 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import MOST, Call, Shape, Sizes, first, normal, rounded
+from .example import MOST, Call, first, normal, rounded
+from .sizes import Shape, Sizes
 
 
 def softcap(x: mx.array, cap: float) -> mx.array:

@@ -5,7 +5,8 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import DTYPES, MOST, Call, Shape, Sizes, first, normal
+from .example import DTYPES, MOST, Call, first, normal
+from .sizes import Shape, Sizes
 
 
 def weigh_experts(parts: mx.array, weights: mx.array, out_dtype: mx.Dtype) -> mx.array:

@@ -23,7 +23,7 @@ from pyengine import _ext, cli, generation, ops, task
 from pyengine.cli import doctor
 from pyengine.cli.doctor import EXTRAS
 from pyengine.doctor import checks, device, machine, report, runner, shapes
-from pyengine.ops.example import Limits
+from pyengine.ops.sizes import Limits
 
 
 def run(*arguments: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from pyengine import ops, task
 from pyengine.checkpoint.published import PUBLISHED, published
 from pyengine.doctor import shapes
-from pyengine.ops.example import Limits
+from pyengine.ops.sizes import Limits
 
 
 def test_the_published_shapes_are_the_pairs_own() -> None:
