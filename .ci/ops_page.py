@@ -20,7 +20,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pyengine/ops/__init__.py"
 PAGE = ROOT / "docs/ops.md"
-NOT_OPS = {"__init__", "dispatch", "recorded", "workbench"}  # of the package's files
 SECTOR = 32
 HEAD = """# Ops
 
@@ -46,7 +45,8 @@ A rule reads no draft after the one that it does not keep.
 
 
 def op_names() -> list[str]:
-    return sorted({path.stem for path in PACKAGE.parent.glob("*.py")} - NOT_OPS)
+    files = PACKAGE.parent.glob("*.py")
+    return sorted(p.stem for p in files if f"\ndef {p.stem}_reference(" in p.read_text())
 
 
 def package() -> str:

@@ -9,8 +9,10 @@ Run: pytest bench/bench_block_attention.py --benchmark-columns=median,iqr,rounds
 import math
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import timing
+from counted import Call, bfloat16
 
 from pyengine.ops import block_attention, block_attention_reference
 from pyengine.ops.prepare_qkv import PAGE
@@ -26,6 +28,7 @@ SHAPES = {
 STREAMS = (1, 4, 8)
 # The call of docs/ops.md
 SMALL = {"shape": "embedded_sliding", "T": 5, "Q": 4}
+TABLE = "attention"  # of bench/count.py
 
 
 def pieces(H, K, D, S, window, T, Q):
@@ -105,3 +108,21 @@ def test_pieces_against_calls(benchmark, shape, T, Q):
 
     assert mx.array_equal(together(*turns[0]), apart(*turns[0]))
     timing.compare(benchmark, together, apart, turns, nbytes=nbytes, shape=shape, T=T, Q=Q)
+
+
+def counted(geometries, rows, length):
+    """Key heads are independent of each other, so one is counted, with its query heads."""
+    for layer, G, D, window in geometries:
+        for T in rows:
+            seen = T + (length if window is None else min(length, window - 1))
+            first, behind = (length + T - seen) // PAGE, (length + T - 1) // PAGE + 1
+            N = behind - first
+            shapes = ((T, G, D), (N, 1, PAGE, D), (N, 1, PAGE, D))
+            draw = np.random.default_rng(T)
+            q, keys, values = (bfloat16(draw.normal(size=shape)) for shape in shapes)
+            table = np.zeros((1, N), np.int32)
+            table[0, np.arange(first, behind) % N] = draw.permutation(N)
+            where = mx.array([length]), mx.array(table), [T]
+            result = block_attention(q, keys, values, *where, window=window)
+            labels = {"layer": layer, "D": D, "M": T, "rows": T * G, "keys": seen}
+            yield Call("block_attention", result, labels, seen / (N * PAGE))

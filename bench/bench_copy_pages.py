@@ -6,11 +6,13 @@ Run: pytest bench/bench_copy_pages.py --benchmark-columns=median,iqr,rounds
 import mlx.core as mx
 import pytest
 import timing
+from counted import HEADS, Call, random
 
 from pyengine.ops import copy_pages, copy_pages_reference
 
 # The call of docs/ops.md
 SMALL = {"K": 2, "D": 256, "n": 2}
+TABLE = "layers"  # of bench/count.py
 P = 24  # pages of the arena
 
 
@@ -34,3 +36,10 @@ def test_copy_pages(benchmark, K, D, n):
         D=D,
         n=n,
     )
+
+
+def counted(T):
+    """One page of two."""
+    for _, K, D in HEADS if T == 1 else ():
+        result = copy_pages(random(7, 2, K, 64, D), mx.array([1]), mx.array([0]))
+        yield Call("copy_pages", result, {"M": 1, "shape": f"{K} of {D}"})

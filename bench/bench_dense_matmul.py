@@ -6,11 +6,13 @@ Run: pytest bench/bench_dense_matmul.py --benchmark-columns=median,iqr,rounds
 import mlx.core as mx
 import pytest
 import timing
+from counted import Call, random
 
 from pyengine.ops import dense_matmul, dense_matmul_reference
 
 # The call of docs/ops.md
 SMALL = {"N": 128, "K": 1536, "dtype": mx.bfloat16, "M": 6}
+TABLE = "matrices"  # of bench/count.py
 
 
 @pytest.mark.parametrize("M", [1, 2, 4, 6, 8, 16])
@@ -37,3 +39,8 @@ def test_dense_matmul(benchmark, N, K, dtype, M):
         dtype=str(dtype).removeprefix("mlx.core."),
         M=M,
     )
+
+
+def counted(M, N, K):
+    result = dense_matmul(random(0, M, K), random(3, N, K))
+    yield Call("dense_matmul", result, {"M": M, "N": N, "K": K})

@@ -6,11 +6,13 @@ Run: pytest bench/bench_draw_token.py --benchmark-columns=median,iqr,rounds
 import mlx.core as mx
 import pytest
 import timing
+from counted import Call
 
 from pyengine.ops import draw_token, draw_token_reference
 
 # The call of docs/ops.md
 SMALL = {"T": 6, "shared": True}
+TABLE = "rules"  # of bench/count.py
 N = 64  # candidates of a row
 
 
@@ -25,3 +27,9 @@ def test_draw_token(benchmark, T, shared):
     timing.check(draw_token(*turns[0]), draw_token_reference(*turns[0]))
     labels = {"T": T, "shared": shared}
     timing.compare(benchmark, draw_token, draw_token_reference, turns, nbytes=nbytes, **labels)
+
+
+def counted(rows, vocab):
+    at = mx.array([7], mx.int32), mx.array([1], mx.int32), mx.array([3], mx.uint32)
+    result = draw_token(*timing.candidates(0, 1, N), *at, mx.array([False]))
+    yield Call("draw_token", result, {"M": 1, "N": N})

@@ -4,13 +4,16 @@ Run: pytest bench/bench_filter_logits.py --benchmark-columns=median,iqr,rounds
 """
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import timing
+from counted import Call
 
 from pyengine.ops import filter_logits, filter_logits_reference
 
 # The call of docs/ops.md
 SMALL = {"V": 8192, "T": 6}
+TABLE = "rules"  # of bench/count.py
 TOP_K = 64
 
 
@@ -27,3 +30,11 @@ def test_filter_logits(benchmark, V, T):
     kernel, plain = of(filter_logits), of(filter_logits_reference)
     timing.check(kernel(*turns[0]), plain(*turns[0]), rtol=1e-4)
     timing.compare(benchmark, kernel, plain, turns, nbytes=nbytes, baseline_calls=8, V=V, T=T)
+
+
+def counted(rows, vocab):
+    draw = np.random.default_rng(0)
+    for T in rows:
+        logits = mx.array(draw.normal(0, 4, (T, vocab)).astype(np.float32))
+        result = filter_logits(logits, top_k=TOP_K, top_p=0.95)
+        yield Call("filter_logits", result, {"M": T, "N": vocab})

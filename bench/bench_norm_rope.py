@@ -6,11 +6,13 @@ Run: pytest bench/bench_norm_rope.py --benchmark-columns=median,iqr,rounds
 import mlx.core as mx
 import pytest
 import timing
+from counted import EPS, HEADS, Call, frequencies, random
 
 from pyengine.ops import norm_rope, norm_rope_reference
 
 # The call of docs/ops.md
 SMALL = {"H": 8, "D": 256, "R": 6}
+TABLE = "layers"  # of bench/count.py
 
 
 @pytest.mark.parametrize("R", [1, 6])
@@ -35,3 +37,10 @@ def test_norm_rope(benchmark, H, D, R):
     timing.check(kernel(*turns[0]), expected, rtol=2**-7, atol=2**-10)
     timing.check(mlx(*turns[0])[:, :, 0], expected, rtol=2**-6, atol=2**-4)
     timing.compare(benchmark, kernel, mlx, turns, nbytes=nbytes, H=H, D=D, R=R)
+
+
+def counted(T):
+    for H, _, D in HEADS:
+        x, positions = random(1, T, H, D), 4000 + mx.arange(T)
+        result = norm_rope(x, random(4, D), positions, frequencies(D), eps=EPS)
+        yield Call("norm_rope", result, {"M": T, "shape": f"{H} of {D}"})

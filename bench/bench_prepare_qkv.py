@@ -8,11 +8,13 @@ Run: pytest bench/bench_prepare_qkv.py --benchmark-columns=median,iqr,rounds
 import mlx.core as mx
 import pytest
 import timing
+from counted import EPS, HEADS, Call, frequencies, random
 
 from pyengine.ops import norm_rope, prepare_qkv, prepare_qkv_reference, rms_norm
 
 # The call of docs/ops.md
 SMALL = {"H": 8, "K": 2, "D": 256, "Q": 2, "R": 6}
+TABLE = "layers"  # of bench/count.py
 P = 16  # pages of an arena
 
 
@@ -62,3 +64,15 @@ def test_prepare_qkv(benchmark, H, K, D, Q, R):
         Q=Q,
         R=R,
     )
+
+
+def counted(T):
+    """A sequence per row, each with a page."""
+    for H, K, D in HEADS:
+        q, k, v = random(1, T, H * D), random(2, T, K * D), random(3, T, K * D)
+        norms = random(4, D), random(5, D), frequencies(D)
+        keys, values = random(6, T, K, 64, D), random(6, T, K, 64, D)
+        owners = mx.arange(T)
+        where = (keys, values, 4000 + owners, owners, owners[:, None])
+        result = prepare_qkv(q, k, v, *norms, *where, eps=EPS)[0]
+        yield Call("prepare_qkv", result, {"M": T, "shape": f"{H} + 2 * {K} of {D}"}, 1 / 64)

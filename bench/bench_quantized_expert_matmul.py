@@ -4,14 +4,17 @@ Run: pytest bench/bench_quantized_expert_matmul.py --benchmark-columns=median,iq
 """
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import timing
+from counted import BITS, EXPERTS, EXPERTS_USED, GROUP, Call, quantized, random
 
 from pyengine.ops import glu, quantized_expert_matmul, quantized_expert_matmul_reference
 
 # The call of docs/ops.md
 SMALL = {"N": 64, "K": 512, "T": 6}
-X, U, GROUP, BITS = 32, 8, 64, 8
+TABLE = "experts"  # of bench/count.py
+X, U = 32, 8
 
 
 @pytest.mark.parametrize("T", [1, 6])
@@ -38,3 +41,14 @@ def test_quantized_expert_matmul(benchmark, N, K, T):
     expected = quantized_expert_matmul_reference(x, gate, ids, GROUP, BITS, up=up)
     timing.check(kernel(gate, up), expected, rtol=2**-5, atol=8)
     timing.compare(benchmark, kernel, mlx, turns, nbytes=nbytes, baseline_calls=1, N=N, K=K, T=T)
+
+
+def counted(M, N, K):
+    """The gated form; needed are the weights of the experts that some token uses."""
+    draw = np.random.default_rng(M)
+    ids = np.stack([np.sort(draw.permutation(EXPERTS)[:EXPERTS_USED]) for _ in range(M)])
+    stack, up = (quantized(seed, EXPERTS, N, K) for seed in (1, 2))
+    at = mx.array(ids.astype(np.int32))
+    result = quantized_expert_matmul(random(0, M, K), stack, at, GROUP, BITS, up=up)
+    labels = {"M": M, "N": N, "K": K}
+    yield Call("quantized_expert_matmul", result, labels, len(np.unique(ids)) / EXPERTS)

@@ -6,12 +6,14 @@ Run: pytest bench/bench_quantized_filter_logits.py --benchmark-columns=median,iq
 import mlx.core as mx
 import pytest
 import timing
+from counted import BITS, GROUP, HEAD_WIDTH, Call, quantized, random
 
 from pyengine import ops
 
 # The call of docs/ops.md
 SMALL = {"V": 512, "E": 256, "T": 4}
-GROUP, TOP_K = 64, 64
+TABLE = "rules"  # of bench/count.py
+TOP_K = 64
 
 
 @pytest.mark.parametrize("T", [1, 4, 6, 16])
@@ -31,3 +33,14 @@ def test_quantized_filter_logits(benchmark, V, E, T):
 
     timing.check(kernel(*turns[0]), separate(*turns[0]))
     timing.compare(benchmark, kernel, separate, turns, nbytes=nbytes, rounds=15, V=V, E=E, T=T)
+
+
+def counted(rows, vocab):
+    """The vocabulary is scaled down."""
+    V = vocab // 32
+    head = quantized(1, V, HEAD_WIDTH)
+    settings = {"softcap": 30.0, "top_k": TOP_K, "top_p": 0.95}
+    for T in rows:
+        x = random(2, T, HEAD_WIDTH)
+        result = ops.quantized_filter_logits(x, *head, GROUP, BITS, **settings)
+        yield Call("quantized_filter_logits", result, {"M": T, "N": V, "K": HEAD_WIDTH})

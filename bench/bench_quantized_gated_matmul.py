@@ -5,6 +5,7 @@ Run: pytest bench/bench_quantized_gated_matmul.py --benchmark-columns=median,iqr
 
 import pytest
 import timing
+from counted import BITS, GROUP, Call, quantized, random
 
 from pyengine.ops import (
     glu,
@@ -15,7 +16,7 @@ from pyengine.ops import (
 
 # The call of docs/ops.md
 SMALL = {"N": 128, "K": 1536, "bits": 8, "M": 6}
-GROUP = 64
+TABLE = "matrices"  # of bench/count.py
 
 
 @pytest.mark.parametrize("M", [1, 6, 16])
@@ -38,3 +39,9 @@ def test_quantized_gated_matmul(benchmark, N, K, bits, M):
     timing.check(kernel(*turns[0]), expected, rtol=2**-5, atol=8)
     timing.check(separate(*turns[0]), kernel(*turns[0]))
     timing.compare(benchmark, kernel, separate, turns, nbytes=nbytes, N=N, K=K, bits=bits, M=M)
+
+
+def counted(M, N, K):
+    x, gate, up = random(0, M, K), quantized(1, N, K), quantized(2, N, K)
+    result = quantized_gated_matmul(x, gate, up, GROUP, BITS)
+    yield Call("quantized_gated_matmul", result, {"M": M, "N": N, "K": K})

@@ -3,12 +3,14 @@
 Run: pytest bench/bench_quantized_matmuls.py --benchmark-columns=median,iqr,rounds
 """
 
+from itertools import pairwise
+
 import pytest
 import timing
+from counted import BITS, GROUP, Call, quantized, random
 
 from pyengine.ops import quantized_matmul, quantized_matmuls, quantized_matmuls_reference
 
-GROUP, BITS = 64, 8
 # Columns of q, k and v, and K: the embedded pair's target, a sliding and a full layer of E2B.
 SHAPES = {
     "nano": ((256, 256, 256), 128),
@@ -17,6 +19,7 @@ SHAPES = {
 }
 # The call of docs/ops.md
 SMALL = {"shape": "nano", "M": 6}
+TABLE = "matrices"  # of bench/count.py
 
 
 @pytest.mark.parametrize("M", [1, 4, 6, 16])
@@ -39,3 +42,13 @@ def test_quantized_matmuls(benchmark, shape, M):
     timing.check(kernel(*turns[0]), expected, rtol=2**-6, atol=2)
     timing.check(separate(*turns[0]), kernel(*turns[0]))
     timing.compare(benchmark, kernel, separate, turns, nbytes=nbytes, shape=shape, M=M)
+
+
+def counted(M, N, K):
+    """q, k and v with the columns of one matrix between them, in E2B's proportions but for
+    rounding."""
+    w, scales, biases = quantized(1, N, K)
+    ends = (0, N // 2, 3 * N // 4, N)
+    parts = [(w[i:j], scales[i:j], biases[i:j]) for i, j in pairwise(ends)]
+    result = quantized_matmuls(random(0, M, K), parts, GROUP, BITS)
+    yield Call("quantized_matmuls", result, {"M": M, "N": N, "K": K})

@@ -6,11 +6,13 @@ Run: pytest bench/bench_residual_norm.py --benchmark-columns=median,iqr,rounds
 import mlx.core as mx
 import pytest
 import timing
+from counted import EPS, WIDTH, Call, random
 
 from pyengine.ops import residual_norm, residual_norm_reference
 
 # The call of docs/ops.md
 SMALL = {"E": 1536, "T": 6}
+TABLE = "layers"  # of bench/count.py
 
 
 @pytest.mark.parametrize("T", [1, 5])
@@ -33,3 +35,10 @@ def test_residual_norm(benchmark, E, T):
     timing.check(kernel(*turns[0]), expected, rtol=2**-7, atol=2**-7)
     timing.check(mlx(*turns[0]), expected, rtol=2**-5, atol=2**-3)
     timing.compare(benchmark, kernel, mlx, turns, nbytes=nbytes, E=E, T=T)
+
+
+def counted(T):
+    h, y, weight, following = (random(i, *n, WIDTH) for i, n in enumerate([(T,), (T,), (), ()]))
+    settings = {"scalar": random(5, 1), "next_weight": following, "eps": EPS}
+    result = residual_norm(h, y, weight, **settings)[0]
+    yield Call("residual_norm", result, {"M": T, "shape": f"{WIDTH}"})

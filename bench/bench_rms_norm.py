@@ -6,11 +6,13 @@ Run: pytest bench/bench_rms_norm.py --benchmark-columns=median,iqr,rounds
 import mlx.core as mx
 import pytest
 import timing
+from counted import WIDTH, Call, random
 
 from pyengine.ops import rms_norm, rms_norm_reference
 
 # The call of docs/ops.md
 SMALL = {"E": 1536, "T": 6}
+TABLE = "layers"  # of bench/count.py
 
 
 @pytest.mark.parametrize("T", [1, 6])
@@ -25,3 +27,8 @@ def test_rms_norm(benchmark, E, T):
     timing.check(rms_norm(*turns[0]), rms_norm_reference(*turns[0]), rtol=2**-7)
     timing.check(mlx(*turns[0]), rms_norm_reference(*turns[0]), rtol=2**-6)
     timing.compare(benchmark, rms_norm, mlx, turns, nbytes=nbytes, E=E, T=T)
+
+
+def counted(T):
+    labels = {"M": T, "shape": f"{WIDTH}"}
+    yield Call("rms_norm", rms_norm(random(0, T, WIDTH), random(0, WIDTH)), labels)

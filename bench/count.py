@@ -7,75 +7,47 @@ Run: python bench/count.py [--ops rms_norm glu] [--json]
 """
 
 import argparse
+import importlib
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import mlx.core as mx
-import numpy as np
+from counted import (
+    COLUMNS,
+    DRAFTS,
+    EVERY_ROW,
+    EVERY_ROW_WIDTH,
+    EXPERT_WIDTH,
+    GEOMETRIES,
+    LAYER_ROWS,
+    LENGTH,
+    ROWS,
+    TOP_K,
+    VOCAB,
+    WIDTHS,
+    Call,
+    Geometry,
+    MlxKernel,
+    Result,
+)
 
 from pyengine import _ext, ops
 from pyengine.drafters import new_drafter
 from pyengine.engine import loop
 from pyengine.engine import round as on_device
 from pyengine.ops import workbench
-from pyengine.ops.prepare_qkv import PAGE
 from pyengine.ops.recorded import Recorded
 from pyengine.sampling.settings import Sampling
 from pyengine.task import embedded_pair
 
 SECTOR = 32
-ROWS = (1, 6, 16)
-
-# Widths of 31B, 12B and E2B, each with that of its feed-forward layer. N is scaled down, which
-# leaves every ratio as it is for matrices of up to 8192 columns; above, tiles are twice as wide,
-# and up to 6 rows x is loaded half as often.
-MODEL_WIDTHS = (5376, 3840, 1536)
-WIDTHS = tuple(K for E in MODEL_WIDTHS for K in (E, 4 * E))
-COLUMNS = 128
-# The width that is counted at every number of rows: its rows of factors are the shortest, so the
-# most sectors belong to two of them.
-EVERY_ROW_WIDTH = 1536
-EVERY_ROW = tuple(range(1, 17))
-# An expert layer of 26B-A4B, likewise: of 16 experts here each token uses 8.
-EXPERTS, EXPERTS_USED, EXPERT_WIDTH = 16, 8, 2816
-GROUP_SIZE, BITS = 64, 8
-
-# 31B: the stream's width; queries and keys, and their width, of sliding and of full layers
-WIDTH = 5376
-HEADS = ((32, 16, 256), (32, 4, 512))
-LAYER_ROWS = (1, 6)
-EPS = 1e-6
-
-VOCAB, TOP_K, DRAFTS = 262144, 64, 5
-HEAD_WIDTH = 1536  # of E2B
-
-LENGTH = 1500  # positions before a piece
-
-
-class Geometry(NamedTuple):
-    """Heads of a kind of layer: H / K query heads per key head, head width, sliding window."""
-
-    name: str
-    group: int
-    D: int
-    window: int | None
-
-
-GEOMETRIES = (
-    Geometry("31B sliding", 2, 256, 1024),
-    Geometry("31B full", 8, 512, None),
-    Geometry("E2B sliding", 8, 256, 512),
-    Geometry("12B full", 16, 512, None),
-)
-
 # Buffers by what the kernels call them
 WEIGHTS = r"(.*_)?w"
 MATRICES = r"(.*_)?(w|scales|biases)"
@@ -135,16 +107,6 @@ class Count:
         return sum(getattr(b, what) for b in found)
 
 
-class MlxKernel(NamedTuple):
-    """A launch of one of MLX's own kernels, and its inputs by name."""
-
-    launch: Any
-    arrays: dict[str, np.ndarray]
-
-
-Result = mx.array | Sequence[mx.array] | MlxKernel
-
-
 def count(result: Result, needed: float = 1.0) -> Count:
     """Run the launches of an op's lazy result in count mode.
 
@@ -190,14 +152,12 @@ def launches_of(result: mx.array | Sequence[mx.array]) -> tuple[list[_ext.Launch
     return launches, inputs
 
 
-@dataclass(frozen=True)
-class Call:
-    """An op's lazy result and its place in a table; see :func:`count`."""
-
-    op: str
-    result: Result
-    labels: dict[str, Any]
-    needed: float = 1.0
+def benches(table: str) -> Iterator[Any]:
+    """The ops' benches that have calls for a table."""
+    for path in sorted(Path(__file__).parent.glob("bench_*.py")):
+        bench = importlib.import_module(path.stem)
+        if getattr(bench, "TABLE", None) == table:
+            yield bench
 
 
 def matrices() -> Iterator[Call]:
@@ -205,70 +165,17 @@ def matrices() -> Iterator[Call]:
         for M in EVERY_ROW if K == EVERY_ROW_WIDTH else ROWS:
             yield from matmuls(M, COLUMNS, K)
     for M in EVERY_ROW:
-        yield experts(M, COLUMNS // 2, EXPERT_WIDTH)
+        yield from experts(M, COLUMNS // 2, EXPERT_WIDTH)
 
 
 def matmuls(M: int, N: int, K: int) -> Iterator[Call]:
-    labels = {"M": M, "N": N, "K": K}
-    x = random(0, M, K)
-    gate, up = (quantized(seed, N, K) for seed in (1, 2))
-    result: Result = ops.quantized_matmul(x, *gate, GROUP_SIZE, BITS)
-    yield Call("quantized_matmul", result, labels)
-    # MLX's kernels load byte by byte: counting their longest rows would take minutes
-    if M in ROWS and K // 4 not in MODEL_WIDTHS:
-        # As MLX chooses them: qmv_fast where a simdgroup's steps divide K
-        narrow = "qmv_fast" if K % 512 == 0 else "qmv"
-        for name in (narrow, "qmv_wide") if M > 1 else (narrow,):
-            yield Call("quantized_matmul", mlx_kernel(name, x, *gate), labels)
-    # q, k and v with the columns of one matrix between them, in E2B's proportions but for rounding
-    w, scales, biases = gate
-    ends = (0, N // 2, 3 * N // 4, N)
-    parts = [(w[i:j], scales[i:j], biases[i:j]) for i, j in pairwise(ends)]
-    yield Call("quantized_matmuls", ops.quantized_matmuls(x, parts, GROUP_SIZE, BITS), labels)
-    result = ops.quantized_gated_matmul(x, gate, up, GROUP_SIZE, BITS)
-    yield Call("quantized_gated_matmul", result, labels)
-    yield Call("dense_matmul", ops.dense_matmul(x, random(3, N, K)), labels)
+    for bench in benches("matrices"):
+        yield from bench.counted(M, N, K)
 
 
-def experts(M: int, N: int, K: int) -> Call:
-    """The gated form; needed are the weights of the experts that some token uses."""
-    draw = np.random.default_rng(M)
-    ids = np.stack([np.sort(draw.permutation(EXPERTS)[:EXPERTS_USED]) for _ in range(M)])
-    stack, up = (quantized(seed, EXPERTS, N, K) for seed in (1, 2))
-    at = mx.array(ids.astype(np.int32))
-    result = ops.quantized_expert_matmul(random(0, M, K), stack, at, GROUP_SIZE, BITS, up=up)
-    labels = {"M": M, "N": N, "K": K}
-    return Call("quantized_expert_matmul", result, labels, len(np.unique(ids)) / EXPERTS)
-
-
-def mlx_kernel(
-    name: str, x: mx.array, w: mx.array, scales: mx.array, biases: mx.array
-) -> MlxKernel:
-    """One of MLX's kernels as its own code starts it."""
-    bench = workbench.load()
-    (M, K), N = x.shape, w.shape[0]
-    wide = name == "qmv_wide"
-    arrays = {"w": w, "scales": scales, "biases": biases, "x": x}
-    given = {name: workbench.to_numpy(a) for name, a in arrays.items()}
-    sizes = [K, N, M] if wide else [K, N]
-    launch = bench.Launch(
-        library=str(Path(__file__).with_name("mlx_quantized.metal")),
-        kernel=f"affine_{name}<bfloat, {GROUP_SIZE}, {BITS}, {'4, 8, ' if wide else ''}false>",
-        constants={},
-        grid=((M + 3) // 4 if wide else M, N // 8, 1),
-        threadgroup=(32, 2, 1),
-        buffers=[
-            *(
-                bench.Buffer(name, "in", a.shape, "uint32" if name == "w" else "bfloat16")
-                for name, a in given.items()
-            ),
-            bench.Buffer("out", "out", (M, N), "bfloat16"),
-            *(bench.Buffer("size", "bytes", data=size.to_bytes(4, "little")) for size in sizes),
-            *[bench.Buffer("unused", "bytes", data=bytes(64))] * 8,
-        ],
-        threadgroup_memory=[],
-    )
-    return MlxKernel(launch, given)
+def experts(M: int, N: int, K: int) -> Iterator[Call]:
+    for bench in benches("experts"):
+        yield from bench.counted(M, N, K)
 
 
 def attention(
@@ -276,98 +183,19 @@ def attention(
     rows: Sequence[int] = ROWS,
     length: int = LENGTH,
 ) -> Iterator[Call]:
-    """Key heads are independent of each other, so one is counted, with its query heads."""
-    for layer, G, D, window in geometries:
-        for T in rows:
-            seen = T + (length if window is None else min(length, window - 1))
-            first, behind = (length + T - seen) // PAGE, (length + T - 1) // PAGE + 1
-            N = behind - first
-            shapes = ((T, G, D), (N, 1, PAGE, D), (N, 1, PAGE, D))
-            draw = np.random.default_rng(T)
-            q, keys, values = (bfloat16(draw.normal(size=shape)) for shape in shapes)
-            table = np.zeros((1, N), np.int32)
-            table[0, np.arange(first, behind) % N] = draw.permutation(N)
-            where = mx.array([length]), mx.array(table), [T]
-            result = ops.block_attention(q, keys, values, *where, window=window)
-            labels = {"layer": layer, "D": D, "M": T, "rows": T * G, "keys": seen}
-            yield Call("block_attention", result, labels, seen / (N * PAGE))
+    for bench in benches("attention"):
+        yield from bench.counted(geometries, rows, length)
 
 
 def layers(rows: Sequence[int] = LAYER_ROWS) -> Iterator[Call]:
-    weight, next_weight = (random(i, WIDTH) for i in range(2))
     for T in rows:
-        x, h, y = (random(i, T, WIDTH) for i in range(3))
-        labels = {"M": T, "shape": f"{WIDTH}"}
-        yield Call("rms_norm", ops.rms_norm(x, weight), labels)
-        result = ops.residual_norm(
-            h, y, weight, scalar=random(5, 1), next_weight=next_weight, eps=EPS
-        )[0]
-        yield Call("residual_norm", result, labels)
-        for H, K, D in HEADS:
-            yield from heads(T, H, K, D)
-        gate, up = random(6, T * WIDTH), random(7, T * WIDTH)
-        yield Call("glu", ops.glu(gate, up), labels)
-
-
-def heads(T: int, H: int, K: int, D: int) -> Iterator[Call]:
-    """A sequence per row, each with a page; copied is one page of two."""
-    q, k, v = random(1, T, H * D), random(2, T, K * D), random(3, T, K * D)
-    q_norm, k_norm = random(4, D), random(5, D)
-    inv_freq = mx.array((1e4 ** (-2 * np.arange(D // 2) / D)).astype(np.float32))
-    keys, values = random(6, T, K, PAGE, D), random(6, T, K, PAGE, D)
-    positions, owners = 4000 + mx.arange(T), mx.arange(T)
-    where = (keys, values, positions, owners, owners[:, None])
-    result = ops.prepare_qkv(q, k, v, q_norm, k_norm, inv_freq, *where, eps=EPS)[0]
-    yield Call("prepare_qkv", result, {"M": T, "shape": f"{H} + 2 * {K} of {D}"}, 1 / 64)
-    result = ops.norm_rope(q.reshape(T, H, D), q_norm, positions, inv_freq, eps=EPS)
-    yield Call("norm_rope", result, {"M": T, "shape": f"{H} of {D}"})
-    if T == 1:
-        result = ops.copy_pages(random(7, 2, K, PAGE, D), mx.array([1]), mx.array([0]))
-        yield Call("copy_pages", result, {"M": 1, "shape": f"{K} of {D}"})
+        for bench in benches("layers"):
+            yield from bench.counted(T)
 
 
 def rules(vocab: int = VOCAB, rows: Sequence[int] = ROWS) -> Iterator[Call]:
-    """The vocabulary of the fused head is scaled down."""
-    draw = np.random.default_rng(0)
-    for T in rows:
-        logits = mx.array(draw.normal(0, 4, (T, vocab)).astype(np.float32))
-        result: Result = ops.filter_logits(logits, top_k=TOP_K, top_p=0.95)
-        yield Call("filter_logits", result, {"M": T, "N": vocab})
-    V = vocab // 32
-    head = mx.quantize(bfloat16(draw.normal(size=(V, HEAD_WIDTH))), GROUP_SIZE, BITS)
-    for T in rows:
-        x = bfloat16(draw.normal(size=(T, HEAD_WIDTH)))
-        yield Call("quantized_filter_logits", filtered(x, head), {"M": T, "N": V, "K": HEAD_WIDTH})
-    k = DRAFTS
-    ids_ = np.stack([draw.permutation(vocab)[:TOP_K] for _ in range(k + 1)])
-    ids = mx.array(ids_.astype(np.int32))
-    probs = mx.array(draw.dirichlet(np.full(TOP_K, 0.5), k + 1).astype(np.float32))
-    at, seed, number = mx.array([7], mx.int32), mx.array([3], mx.uint32), mx.array([1], mx.int32)
-    result = ops.draw_token(ids[:1], probs[:1], at, number, seed, mx.array([False]))
-    yield Call("draw_token", result, {"M": 1, "N": TOP_K})
-    drafts = mx.contiguous(ids[:k, 0])
-    # `number` is the rule too: block
-    rows = (ids, probs, ids[:k], probs[:k], drafts)
-    result = ops.accept_block(*rows, at, seed, number, counts=(k + 1,), vocab=VOCAB)
-    yield Call("accept_block", result, {"M": k + 1, "N": TOP_K})
-
-
-def filtered(x: mx.array, head: Sequence[mx.array]) -> Sequence[mx.array]:
-    w, scales, biases = head
-    return ops.quantized_filter_logits(x, w, scales, biases, softcap=30.0, top_k=TOP_K, top_p=0.95)
-
-
-def random(seed: int, *shape: int) -> mx.array:
-    return bfloat16(np.random.default_rng(seed).normal(size=shape))
-
-
-def bfloat16(values: np.ndarray) -> mx.array:
-    return mx.array(values.astype(np.float32)).astype(mx.bfloat16)
-
-
-def quantized(seed: int, *shape: int) -> tuple[mx.array, mx.array, mx.array]:
-    w, scales, biases = mx.quantize(random(seed, *shape), GROUP_SIZE, BITS)
-    return w, scales, biases
+    for bench in benches("rules"):
+        yield from bench.counted(rows, vocab)
 
 
 Row = dict[str, Any]
@@ -532,16 +360,8 @@ def count_round(drafts: int = DRAFTS, sampling: Sampling | None = None) -> list[
     for name, number in Counter(node.split()[0] for node in played[0].nodes).items():
         if name not in _VIEWS:
             calls[name if hasattr(ops, name) else "MLX"] += number
-    one, page = mx.zeros((1, 1, 16)), mx.zeros((1, 1, PAGE, 16))
-    x, w = (mx.zeros((rows, HEAD_WIDTH), mx.bfloat16) for rows in (1, VOCAB))
-    several: dict[str, mx.array | Sequence[mx.array]] = {
-        "block_attention": ops.block_attention(
-            one, page, page, mx.array([0]), mx.array([[0]]), [1]
-        ),
-        "filter_logits": ops.filter_logits(mx.zeros((1, VOCAB)), top_k=TOP_K),
-        "quantized_filter_logits": filtered(x, mx.quantize(w, GROUP_SIZE, BITS)),
-    }
-    each = {op: len(launches_of(result)[0]) for op, result in several.items()}
+    several = *attention(rows=(1,)), *rules(rows=(1,))  # all others are one launch
+    each = {call.op: len(launches_of(call.result)[0]) for call in several}
     return [
         {
             "op": op,

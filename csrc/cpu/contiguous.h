@@ -8,6 +8,8 @@
 
 #include <cstring>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "mlx/array.h"
@@ -86,6 +88,24 @@ class Contiguous {
 inline mx::array made_contiguous(const mx::array& a) {
   bool known = a.is_available() && a.flags().row_contiguous;
   return known ? a : mx::contiguous(a);
+}
+
+// An arena stays where it is, whoever else holds it: the output takes its
+// buffer. MLX donates one only when nothing queued reads it, so with donation
+// every write after a read would copy the arena.
+inline void share_arena(
+    const std::string& op,
+    const std::string& what,
+    const mx::array& arena,
+    mx::array& out) {
+  if (arena.size() > 0 && !arena.flags().row_contiguous) {
+    throw std::runtime_error(
+        "[" + op + "] " + what +
+        " must be contiguous but got a strided view; allocate with mx.zeros "
+        "and keep only what " +
+        op + " returns.");
+  }
+  out.copy_shared_buffer(arena);
 }
 
 } // namespace pyengine

@@ -41,17 +41,15 @@ std::vector<std::string> runnable_sets() {
   std::vector<std::string> names = {"portable"};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     names.push_back("avx2");
-#if defined(PYENGINE_HAS_avx512)
+#if defined(PYENGINE_HAS_amx) // and avx512: one is not built without the other
     if (__builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       names.push_back("avx512");
-#if defined(PYENGINE_HAS_amx)
       if (has_amx()) {
         names.push_back("amx");
       }
-#endif
     }
 #endif
   }

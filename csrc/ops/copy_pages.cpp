@@ -17,16 +17,8 @@ struct CopyPages {
   static constexpr int word = 16; // bytes that a thread of a GPU copies
   bool operator==(const CopyPages&) const = default;
 
-  // The output takes the arena's buffer whether or not anyone else still holds
-  // it. MLX donates a buffer only when nothing queued reads it, so with
-  // donation every write after a read would copy the arena.
   void share(const Arrays& in, Arrays& out) const {
-    if (in[2].size() > 0 && !in[2].flags().row_contiguous) {
-      throw std::runtime_error(
-          "[copy_pages] arena must be contiguous but got a strided view; "
-          "allocate it with mx.zeros and keep only what copy_pages returns.");
-    }
-    out[0].copy_shared_buffer(in[2]);
+    share_arena(op, "arena", in[2], out[0]);
   }
 
   bool empty(const Arrays& in, const Arrays& out) const {

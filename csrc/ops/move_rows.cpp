@@ -19,16 +19,9 @@ struct MoveRows {
   static constexpr int word = 4; // bytes that a thread of a GPU copies
   bool operator==(const MoveRows&) const = default;
 
-  // The arenas stay where they are, whoever else holds them (copy_pages.cpp).
   void share(const Arrays& in, Arrays& out) const {
     for (int i : {4, 5}) {
-      if (in[i].size() > 0 && !in[i].flags().row_contiguous) {
-        throw std::runtime_error(
-            "[move_rows] keys and values must be contiguous but got a strided "
-            "view; allocate them with mx.zeros and keep only what move_rows "
-            "returns.");
-      }
-      out[i - 4].copy_shared_buffer(in[i]);
+      share_arena(op, "keys and values", in[i], out[i - 4]);
     }
   }
 

@@ -29,16 +29,9 @@ struct PrepareQkv {
   bool norm_values;
   bool operator==(const PrepareQkv&) const = default;
 
-  // The arenas stay where they are, whoever else holds them (copy_pages.cpp).
   void share(const Arrays& in, Arrays& out) const {
     for (int i : {9, 10}) {
-      if (in[i].size() > 0 && !in[i].flags().row_contiguous) {
-        throw std::runtime_error(
-            "[prepare_qkv] keys and values must be contiguous but got a "
-            "strided view; allocate them with mx.zeros and keep only what "
-            "prepare_qkv returns.");
-      }
-      out[i - 8].copy_shared_buffer(in[i]);
+      share_arena(op, "keys and values", in[i], out[i - 8]);
     }
   }
 

@@ -12,10 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 from pyengine import _ext, ops
-from pyengine.doctor import calls
-from pyengine.doctor.calls import MOST, Call, Results
 from pyengine.doctor.device import Device, Refused, using
 from pyengine.doctor.shapes import PROBE, Case
+from pyengine.ops.example import MOST, Call, Results, copied, frequencies, normal, rounded
 from pyengine.ops.prepare_qkv import PAGE
 
 POISON = 0xAAAA  # twice a byte of what results begin as
@@ -48,7 +47,7 @@ def examine(case: Case, device: Device, tell: Tell, *, timed: bool) -> dict[str,
     row |= {"scaled": case.scaled, "verdict": "ok", "max_error": 0.0, "of_bound": 0.0}
     try:
         tell("inputs")
-        call = calls.call(case.op, case.settings)
+        call = case.call
         tell("compile")
         row["compile"] = _compile(call, device)
         tell("run")
@@ -215,9 +214,9 @@ def probe(op: str, device: Device, tell: Tell) -> dict[str, Any]:
     row: dict[str, Any] = {"op": op, "case": f"{op} {n} writes of one place", "where": [PROBE]}
     row |= {"scaled": {}, "verdict": "ok", "max_error": 0.0, "of_bound": 0.0}
     tell("hazards")
-    rows, q = calls.normal(1, n, 1, 1, D, dtype="bfloat16"), calls.normal(2, 1, 1, D)
+    rows, q = normal(1, n, 1, 1, D, dtype="bfloat16"), normal(2, 1, 1, D)
     q = q.astype(mx.bfloat16)
-    at, norm, turn = mx.array([0]), mx.ones(D, mx.bfloat16), calls.frequencies(D)
+    at, norm, turn = mx.array([0]), mx.ones(D, mx.bfloat16), frequencies(D)
     # Page 0 is written: by copy_pages from the others in turn, each of one row; by move_rows from
     # its own places
     others = min(n, 16)
@@ -225,9 +224,9 @@ def probe(op: str, device: Device, tell: Tell) -> dict[str, Any]:
     behind = rows[:others].reshape(1, 1, others, D)
     own = mx.pad(behind, [(0, 0), (0, 0), (1, PAGE - 1 - others), (0, 0)])
     arena = mx.concatenate([own, pages])
-    keys, values = calls.copied(arena), calls.copied(arena)
-    copied = rows[mx.arange(n) % others]
-    expected = ops.rms_norm_reference(rows) if op == "prepare_qkv" else copied
+    keys, values = copied(arena), copied(arena)
+    moved_rows = rows[mx.arange(n) % others]
+    expected = ops.rms_norm_reference(rows) if op == "prepare_qkv" else moved_rows
     mx.eval(rows, q, expected)
 
     def chain() -> Results:
@@ -254,7 +253,7 @@ def probe(op: str, device: Device, tell: Tell) -> dict[str, Any]:
 
     try:
         for i, read in enumerate(device.run(chain)):
-            allowed = calls.rounded(1)([expected[i]])[0]
+            allowed = rounded(1)([expected[i]])[0]
             judge(as_numpy(read), as_numpy(expected[i]), as_numpy(allowed), row, f"read {i}", None)
     except Wrong as fault:
         row |= {"verdict": "hazard", "detail": str(fault), **fault.more}

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from pyengine import _ext, ops
 from pyengine.checkpoint.memory import available_bytes
-from pyengine.doctor.shapes import Limits
+from pyengine.ops.sizes import Limits
 
 THREADGROUP_BYTES = 32768  # of memory that a threadgroup may have, on every Apple GPU
 Results = list[mx.array]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pyengine import ops
 from pyengine.doctor import device, quarantine, runner, shapes
+from pyengine.ops.sizes import Limits
 
 if TYPE_CHECKING:
     from pyengine.checkpoint.pair import Pair
@@ -40,17 +41,16 @@ def ready(
     if ops.dispatch.chosen() != "native":
         return
     name = device.default()
-    kind = device.DEVICES[name]()
     new = name in EXAMINED_ON
     # Of the true shapes: how much is scaled down depends on the memory that is free
-    digest = _digest(shapes.of_loaded(pair, shapes.Limits(math.inf))) if new else ""
+    digest = _digest(shapes.of_loaded(pair, Limits(math.inf))) if new else ""
     with _lock:
         if f"{name} {digest}" in _asked:
             return
         _asked.add(f"{name} {digest}")
         record = quarantine.read(name, tell)
         if new and digest not in record.checked:
-            cases = shapes.of_loaded(pair, kind.limits())
+            cases = shapes.of_loaded(pair, device.DEVICES[name]().limits())
             try:
                 rows = runner.examine(cases, name, timed=(), probes=False, shared=True, on_op=on_op)
             except (RuntimeError, OSError) as error:

@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from pyengine.doctor.shapes import PROBE, PROBED, Case
+from pyengine.doctor.shapes import PROBE, Case
+from pyengine.ops.dispatch import WRITERS
 
 # Of this very package, wherever the process stands
 COMMAND = (
@@ -62,7 +63,7 @@ def examine(
         on_op(len(names) - len(left), len(names), left[0])
         jobs = [case for case in cases if case.op in group]
         if probes:
-            jobs += [Case(op, {}, [PROBE]) for op in group if op in PROBED]
+            jobs += [Case(op, {}, [PROBE]) for op in group if op in WRITERS]
             jobs.sort(key=lambda case: case.op)
         job: Row = {"device": device, "timed": list(timed)}
         job["cases"] = [asdict(case) for case in jobs]

@@ -275,6 +275,8 @@ def _sorted(keys: Sequence[tuple[int, int]]) -> list[int]:
 
 def _joined(parts: Sequence[Filtered], places: Sequence[int]) -> Filtered:
     """Rows at these places of parts behind one another, which may be of unlike widths."""
+    if len(parts) == 1 and places == list(range(parts[0].ids.shape[0])):
+        return parts[0]  # one text: as it is
     width = max(part.ids.shape[1] for part in parts)
     each = zip(*(widened(part, width) for part in parts), strict=True)
     return Filtered(*(picked(packed(list(part)), places) for part in each))

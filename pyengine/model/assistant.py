@@ -15,7 +15,6 @@ from pyengine import ops
 from pyengine.model.cache import Batch, Cache
 from pyengine.model.config import AssistantConfig, LayerConfig, TargetConfig
 from pyengine.model.head import Logits
-from pyengine.model.layers import residual
 from pyengine.model.linear import Linear, Weights, gated
 from pyengine.model.rows import apart, packed
 from pyengine.ops.filter_logits import MAX_TOP_K
@@ -96,9 +95,11 @@ class Assistant:
             is_last = i + 1 == len(self.layers)
             next_norm = self.norm if is_last else self.layers[i + 1].input_norm
             y = layer.o(self._attend(layer, layer.q(x), batch))
-            h, x = residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)
+            weight, following = layer.post_attention_norm, layer.pre_mlp_norm
+            h, x = ops.residual_norm(h, y, weight, next_weight=following, eps=eps)
             y = layer.down(gated(layer.gate, layer.up, x))
-            h, x = residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
+            weight, scalar = layer.post_mlp_norm, layer.scalar
+            h, x = ops.residual_norm(h, y, weight, scalar=scalar, next_weight=next_norm, eps=eps)
         logits, hidden = self._head(x), self.post_projection(x)
         batch.arena.note_read(hidden)
         return logits, hidden

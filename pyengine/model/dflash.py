@@ -22,8 +22,7 @@ from pyengine import ops
 from pyengine.model.cache import Batch, Cache
 from pyengine.model.config import DFlashConfig, LayerConfig
 from pyengine.model.head import Logits
-from pyengine.model.layers import MLP
-from pyengine.model.linear import Linear, Weights, side_by_side
+from pyengine.model.linear import MLP, Linear, Weights, side_by_side
 from pyengine.model.rows import packed, picked
 from pyengine.model.target import Target
 

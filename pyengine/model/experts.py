@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from pyengine import ops
-from pyengine.model.layers import MLP
-from pyengine.model.linear import Linear
+from pyengine.model.linear import MLP, Linear
 
 # Up to this many rows, routed experts that are not quantised are fetched row by row; beyond, every
 # expert sees every row.

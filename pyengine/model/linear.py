@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
@@ -123,6 +123,17 @@ def side_by_side(matrices: Sequence[Linear], x: mx.array) -> list[mx.array]:
     if packing is None or not alike or len(matrices) not in (2, 3):
         return [matrix(x) for matrix in matrices]
     return ops.quantized_matmuls(x, packed, *packing)
+
+
+@dataclass(frozen=True)
+class MLP:
+    gate: Linear
+    up: Linear
+    down: Linear
+    activation: Activation = field(default="gelu", kw_only=True)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down(gated(self.gate, self.up, x, self.activation))
 
 
 @dataclass(frozen=True)

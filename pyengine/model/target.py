@@ -20,8 +20,7 @@ from pyengine.model.cache import Arena, Batch, Cache
 from pyengine.model.config import LayerConfig, TargetConfig
 from pyengine.model.experts import Experts, with_experts
 from pyengine.model.head import Logits
-from pyengine.model.layers import MLP, residual
-from pyengine.model.linear import Linear, Weights, side_by_side
+from pyengine.model.linear import MLP, Linear, Weights, side_by_side
 from pyengine.model.plan import ROWS, plan
 from pyengine.model.rows import apart, packed, picked
 from pyengine.ops.dispatch import borrows
@@ -450,17 +449,20 @@ class Target:
             layer = self.layers[i]
             next_norm = self.norm if i + 1 == end else self.layers[i + 1].input_norm
             y = self._attention(i, x, rows)
-            h, x = residual(h, y, layer.post_attention_norm, layer.pre_mlp_norm, eps)
+            weight, following = layer.post_attention_norm, layer.pre_mlp_norm
+            h, x = ops.residual_norm(h, y, weight, next_weight=following, eps=eps)
             y = layer.mlp(x)
             if layer.experts is not None:
                 y = with_experts(layer.experts, h, y, self.config.num_experts_used, eps)
-            if layer.per_layer is None or per_layer is None:
-                h, x = residual(h, y, layer.post_mlp_norm, next_norm, eps, layer.scalar)
-            else:
-                h, _ = ops.residual_norm(h, y, layer.post_mlp_norm, eps=eps)
+            weight = layer.post_mlp_norm
+            if layer.per_layer is not None and per_layer is not None:
+                h, _ = ops.residual_norm(h, y, weight, eps=eps)
                 y = ops.glu(layer.per_layer.gate(h), per_layer[i])
                 y = layer.per_layer.projection(y)
-                h, x = residual(h, y, layer.per_layer.norm, next_norm, eps, layer.scalar)
+                weight = layer.per_layer.norm
+            h, x = ops.residual_norm(
+                h, y, weight, scalar=layer.scalar, next_weight=next_norm, eps=eps
+            )
             left.append(h)
         return x
 

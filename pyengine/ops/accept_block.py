@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
@@ -8,8 +8,10 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .draw_token import exponential, invert, race, uniforms
+from .draw_token import draw_token_reference, exponential, invert, race, uniforms
+from .example import MOST, Call, Results, candidates
 from .random_uniform import Purpose
+from .sizes import Shape, Sizes
 
 Rule = Literal["residual", "block", "coupled"]
 RULES: tuple[Rule, ...] = ("residual", "block", "coupled")
@@ -232,3 +234,38 @@ def _places(ids: mx.array, vocab: int) -> tuple[mx.array, mx.array]:
 
 def _ratio(target: mx.array, assistant: mx.array) -> mx.array:
     return mx.where(target > 0, mx.minimum(target / assistant, 1), 0)
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for V, _ in sizes.vocabularies:
+        for n, rule in ((64, "residual"), (64, "block"), (64, "coupled"), (256, "block")):
+            yield {"n": n, "rule": rule, "vocab": V}, {}
+
+
+def example(n: int, rule: Rule, vocab: int) -> Call:
+    """Blocks whose third draft the target cannot have: what follows does not matter. Before each a
+    block of another sequence, without drafts."""
+    ids, p = candidates(1, n, vocab)
+    _, other = candidates(1, n, vocab)
+    q = 0.5 * p + 0.5 * other
+    refused = mx.arange(MOST)[:, None] == 2
+    drafts = ids[:, 0]
+    p = mx.where(refused & (mx.arange(n) == 0), 0.0, p) if n > 1 else p
+    position, seed = mx.array([77, 1021], mx.int32), mx.array([5, 3], mx.uint32)
+    number = mx.array([0, RULES.index(rule)], mx.int32)
+
+    def run(b: int, e: int) -> Results:
+        own, k = drafts[: e - 1], e - 1
+        if rule == "coupled":  # what is drawn, up to the third
+            at = mx.full((k,), 1021, mx.int32), mx.arange(1, k + 1, dtype=mx.int32)
+            key = mx.full((k,), 3, mx.uint32), mx.full((k,), True)
+            drawn = draw_token_reference(ids[:k], p[:k], *at, *key)
+            own = mx.where(mx.arange(k) < 2, drawn, own)
+        of_p = (mx.concatenate([a[-1:], a[:e]]) for a in (ids, p))
+        p_ids, p_probs = of_p
+        rows = (p_ids, p_probs, ids[:k], q[:k], own)
+        return list(accept_block(*rows, position, seed, number, counts=(1, e), vocab=vocab))
+
+    # The rule block may look further than the first draft that is refused
+    row = None if rule == "block" else lambda results, i, t: list(results)
+    return Call(run, row, rows=(4, 6, MOST), alone=False, exact_definition=True)

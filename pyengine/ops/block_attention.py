@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -7,7 +7,9 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, Results, first, normal, rounded
 from .prepare_qkv import PAGE
+from .sizes import Shape, Sizes
 
 MAX_POSITIONS = 1 << 30  # positions are below it; metal/positions.h has the same
 TILE = 512  # keys that a long piece's rows meet at a time
@@ -260,3 +262,55 @@ def _attended(
     weights = mx.softmax(mx.where(visible, scores, -mx.inf), axis=-1)  # [K, H / K, T, S]
     out = mx.where(whole, weights @ v[:, None], mx.nan)
     return out.transpose(2, 0, 1, 3).reshape(T, H, D).astype(q.dtype)
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for H, K, D, length, window, is_tree in sizes.attended:
+        keys = {"K": K, "D": D, "length": length, "dtype": sizes.dtype}
+        tree = {"is_tree": True} if is_tree else {}
+        yield {"H": H, "window": window, **keys, **tree}, {}
+
+
+def example(
+    H: int, K: int, D: int, length: int, window: int | None, dtype: str, is_tree: bool = False
+) -> Call:
+    """Rows of one sequence behind those of another, as one piece each; or nodes of its tree."""
+    q = normal(1, MOST, H, D, dtype=dtype, scale=0.25)
+    pages = (length + MOST) // PAGE + 1
+    keys, values = (normal(i, pages + 1, K, PAGE, D, dtype=dtype, scale=0.5) for i in (2, 3))
+    # From the last page down; the other sequence has one, and none that anybody sees beside it
+    own = pages - mx.arange(pages)
+    tables = mx.stack([mx.where(mx.arange(pages) == 0, 0, -1), own])
+
+    depths, ancestors = (mx.array([a[0], *a]) for a in _tree())
+
+    def run_tree(b: int, e: int) -> Results:  # a node's ancestors stand before it
+        rows, lengths = mx.concatenate([q[:1], q[:e]]), mx.array([5, length])
+        out = block_attention(
+            rows,
+            keys,
+            values,
+            lengths,
+            tables,
+            [1, e],
+            window=window,
+            depths=depths[: e + 1],
+            ancestors=ancestors[: e + 1],
+        )
+        return [out[1 + b :]]
+
+    def run(b: int, e: int) -> Results:
+        rows = mx.concatenate([q[:1], q[b:e]])
+        lengths = mx.array([5, length + b])
+        out = block_attention(rows, keys, values, lengths, tables, [1, e - b], window=window)
+        return [out[1:]]
+
+    return Call(run_tree if is_tree else run, first, rounded(1))
+
+
+def _tree() -> tuple[list[int], list[list[int]]]:
+    """Depths and ancestors of 16 rows: two children of each, by turns of an earlier row."""
+    paths = [[0]]
+    for row in range(1, MOST):
+        paths.append([*paths[(row - 1) // 2], row])
+    return [len(path) - 1 for path in paths], [path + [0] * (MOST - len(path)) for path in paths]

@@ -1,8 +1,13 @@
+from collections.abc import Iterator
+
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, Results, copied, normal
+from .prepare_qkv import PAGE
+from .sizes import Shape, Sizes
 
 
 def copy_pages(arena: mx.array, sources: mx.array, targets: mx.array) -> mx.array:
@@ -40,3 +45,26 @@ def copy_pages_reference(arena: mx.array, sources: mx.array, targets: mx.array) 
     room = mx.concatenate([arena, mx.zeros_like(arena[:1])])
     room[mx.where(known, targets, P)] = arena[mx.where(known, sources, 0)]
     return mx.contiguous(room[:-1])
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for heads in sizes.heads:
+        yield {"K": heads.K, "D": heads.D, "dtype": sizes.dtype}, {}
+
+
+def example(K: int, D: int, dtype: str) -> Call:
+    """Half of the pages to the other half; a row is a page."""
+    kept = normal(1, 2 * MOST, K, PAGE, D, dtype=dtype)
+    targets = mx.arange(MOST)
+    sources = MOST + 5 * targets % MOST
+
+    def copy(arena: mx.array, b: int, e: int) -> Results:
+        return [copy_pages(arena, sources[b:e], targets[b:e])]
+
+    own = copied(kept)
+    return Call(
+        lambda b, e: copy(copied(kept), b, e),
+        lambda results, i, t: [results[0][t]],
+        exact_definition=True,
+        timed=lambda b, e: copy(own, b, e),
+    )

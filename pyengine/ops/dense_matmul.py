@@ -1,8 +1,12 @@
+from collections.abc import Iterator
+
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, absolute_sums, first, normal, of_sums
+from .sizes import Shape, Sizes, scaled
 
 
 def dense_matmul(x: mx.array, w: mx.array, *, out_dtype: mx.Dtype | None = None) -> mx.array:
@@ -44,3 +48,20 @@ def dense_matmul_reference(
 def product(x: mx.array, w: mx.array) -> mx.array:
     """``x @ w.T``. Of no rows MLX's own, seen on processors, damages memory beside its inputs."""
     return x @ w.T if x.size else mx.zeros((*x.shape[:-1], w.shape[0]), x.dtype)
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for K, true, dtype in sizes.dense:
+        N = sizes.fitted(true, K, None)
+        yield {"N": N, "K": K, "dtype": dtype}, scaled("N", true, N)
+
+
+def example(N: int, K: int, dtype: str) -> Call:
+    x, w = normal(1, MOST, K, dtype=dtype), normal(2, N, K, dtype=dtype, scale=K**-0.5)
+    return Call(
+        lambda b, e: [dense_matmul(x[b:e], w)],
+        first,
+        lambda results: of_sums(results, [absolute_sums(x, [w])], K),
+        same_bits=False,
+        weights=[w],
+    )

@@ -1,9 +1,13 @@
+from collections.abc import Iterator
+
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import VOCABULARY, Call, Results, candidates, first
 from .random_uniform import Purpose, philox_uniform
+from .sizes import Shape, Sizes
 
 
 def draw_token(
@@ -118,3 +122,20 @@ def exponential(u: mx.array) -> mx.array:
     r2 = r * r
     y = y * r * r2 - 0.5 * r2
     return 0.0 - (e * _LN2_HIGH + (r + (y + e * _LN2_LOW)))
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for n in (64, 256):
+        for shared in (False, True):
+            yield {"n": n, "shared": shared}, {}
+
+
+def example(n: int, shared: bool) -> Call:
+    ids, probs = candidates(1, n, VOCABULARY)
+
+    def run(b: int, e: int) -> Results:
+        index, count = mx.arange(b, e, dtype=mx.int32), (e - b,)
+        position, seed = mx.full(count, 1021, mx.int32), mx.full(count, 7, mx.uint32)
+        return [draw_token(ids[b:e], probs[b:e], position, index, seed, mx.full(count, shared))]
+
+    return Call(run, first, exact_definition=True)

@@ -1,11 +1,14 @@
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, first, normal, quantized
 from .quantized_matmul import dequantized
+from .sizes import Shape, Sizes, packed, scaled
 
 
 def embed(
@@ -67,3 +70,24 @@ def embed_reference(
         w = dequantized(w, scales, biases, group_size, bits)
     rows = (w.astype(mx.float32) * scale).reshape(*ids.shape, w.shape[-1])
     return mx.where(known[..., None], rows, mx.nan).astype(out_dtype or dtype)
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for true, E in sizes.tables:
+        for packing in sizes.packings:
+            V = sizes.fitted(true, E, packing)
+            # 16 bits: a table of floats
+            yield {"V": V, "E": E, **packed(packing or (64, 16), sizes.dtype)}, scaled("V", true, V)
+
+
+def example(V: int, E: int, group: int, bits: int, dtype: str) -> Call:
+    ids = mx.random.randint(0, V, (MOST,), key=mx.random.key(1)).astype(mx.int32)
+    table: Sequence[mx.array] = [normal(2, V, E, dtype=dtype)]
+    if bits < 16:
+        table = quantized(2, V, E, group=group, bits=bits, dtype=dtype)
+    packing = (group, min(bits, 8))
+    return Call(
+        lambda b, e: [embed(ids[b:e], table, *packing, scale=math.sqrt(E))],
+        first,
+        exact_definition=True,
+    )

@@ -1,10 +1,13 @@
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, first, normal, of_candidates
+from .sizes import Shape, Sizes
 
 MAX_TOP_K = 256
 
@@ -195,3 +198,23 @@ def _best_first(logits: mx.array, count: int) -> mx.array:
     if count < vocab:
         keys = mx.partition(keys, count, axis=-1)[:, :count]
     return (mx.sort(keys, axis=-1) & 0xFFFFFFFF).astype(mx.int32)
+
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "64": {"temperature": 1.0, "top_k": 64, "top_p": 0.95},
+    "256": {"temperature": 1.3, "top_k": 256, "min_p": 0.05},
+}
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for V, _ in sizes.vocabularies:
+        for name in EXAMPLES:
+            yield {"V": V, "filter": name}, {}
+
+
+def example(V: int, filter: str) -> Call:
+    logits = normal(1, MOST, V, scale=4.0)
+    return Call(
+        lambda b, e: list(filter_logits(logits[b:e], **EXAMPLES[filter])), first, of_candidates
+    )

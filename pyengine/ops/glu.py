@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import mlx.core as mx
@@ -6,6 +7,8 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, first, normal, rounded
+from .sizes import Settings, Shape, Sizes
 
 Activation = Literal["gelu", "silu"]
 
@@ -45,3 +48,16 @@ def glu_reference(gate: mx.array, up: mx.array, activation: Activation = "gelu")
     else:
         g = g / (1 + mx.exp(-g))
     return (g * up.astype(mx.float32)).astype(gate.dtype)
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for F, activation in sizes.gates:
+        settings: Settings = {"F": F, "dtype": sizes.dtype}
+        if activation != "gelu":
+            settings["activation"] = activation
+        yield settings, {}
+
+
+def example(F: int, dtype: str, activation: Activation = "gelu") -> Call:
+    gate, up = (normal(i, MOST, F, dtype=dtype, scale=2.0) for i in (1, 2))
+    return Call(lambda b, e: [glu(gate[b:e], up[b:e], activation)], first, rounded(1))

@@ -1,9 +1,13 @@
+from collections.abc import Iterator
+
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, Results, copied, normal
 from .prepare_qkv import PAGE
+from .sizes import Shape, Sizes
 
 
 def move_rows(
@@ -77,3 +81,29 @@ def move_rows_reference(
             arena[target, new % PAGE] = arena[source, old % PAGE]
     found = [mx.contiguous(arena[:-1].swapaxes(1, 2)) for arena in arenas]
     return found[0], found[1]
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for heads in sizes.heads:
+        if heads.has_trees:
+            yield {"K": heads.K, "D": heads.D, "dtype": sizes.dtype}, {}
+
+
+def example(K: int, D: int, dtype: str) -> Call:
+    """Two rows of each of several sequences that have a page each; a row is a sequence."""
+    keys, values = (normal(i, MOST, K, PAGE, D, dtype=dtype) for i in (1, 2))
+    lengths, tables = 3 * mx.arange(MOST), mx.arange(MOST)[:, None]
+    rows = mx.broadcast_to(mx.array([0, 2, 5]), (MOST, 3))
+    kept = mx.full(MOST, 3)
+
+    def move(arenas: Results, b: int, e: int) -> Results:
+        where = (a[b:e] for a in (lengths, tables, rows, kept))
+        return list(move_rows(arenas[0], arenas[1], *where))
+
+    own = [copied(keys), copied(values)]
+    return Call(
+        lambda b, e: move([copied(keys), copied(values)], b, e),
+        lambda results, i, t: [a[t] for a in results],
+        exact_definition=True,
+        timed=lambda b, e: move(own, b, e),
+    )

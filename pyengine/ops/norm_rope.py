@@ -1,9 +1,13 @@
+from collections.abc import Iterator
+
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, first, frequencies, normal, of_rows, rounded
 from .rms_norm import rms_norm
+from .sizes import Shape, Sizes
 
 
 def norm_rope(
@@ -69,3 +73,14 @@ def norm_rope_reference(
     low, high = mx.split(n, 2, axis=-1)
     out = mx.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
     return out.astype(x.dtype)
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for H, D in sizes.queries:
+        yield {"H": H, "D": D, "dtype": sizes.dtype}, {}
+
+
+def example(H: int, D: int, dtype: str) -> Call:
+    x, w = normal(1, MOST, H, D, dtype=dtype), normal(2, D, dtype=dtype)
+    positions, turn = of_rows()[0], frequencies(D)
+    return Call(lambda b, e: [norm_rope(x[b:e], w, positions[b:e], turn)], first, rounded(1))

@@ -1,10 +1,14 @@
+from collections.abc import Iterator
+
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, Results, copied, frequencies, normal, of_rows, rounded
 from .norm_rope import norm_rope_reference
 from .rms_norm import rms_norm_reference
+from .sizes import Settings, Shape, Sizes
 
 PAGE = 64  # positions of a page: a chunk of block_attention's sums
 
@@ -107,3 +111,51 @@ def _written(arena: mx.array, new: mx.array, pages: mx.array, places: mx.array) 
     room = mx.concatenate([arena, mx.zeros_like(arena[:1])]).swapaxes(1, 2)  # [P + 1, 64, K, D]
     room[pages, places] = new
     return mx.contiguous(room[:-1].swapaxes(1, 2))
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for H, K, D, same, norm_values, has_trees in sizes.heads:
+        settings: Settings = {"H": H, "K": K, "D": D, "same": same, "dtype": sizes.dtype}
+        if not norm_values:
+            settings["norm_values"] = False
+        yield settings, {}
+        if has_trees:
+            yield {**settings, "has_slots": True}, {}
+
+
+def example(
+    H: int,
+    K: int,
+    D: int,
+    same: bool,
+    dtype: str,
+    has_slots: bool = False,
+    norm_values: bool = True,
+) -> Call:
+    q, k, v = (normal(i, MOST, n * D, dtype=dtype) for i, n in ((1, H), (2, K), (3, K)))
+    norms = normal(4, D, dtype=dtype), normal(5, D, dtype=dtype), frequencies(D)
+    keys, values = (normal(i, 5, K, PAGE, D, dtype=dtype) for i in (6, 7))
+    positions, owners = of_rows()
+    tables = mx.array([[3, 0], [1, 4]])  # page 2 is nobody's
+    slots = positions + 3 if has_slots else positions
+
+    def prepare(arenas: Results, b: int, e: int) -> Results:
+        rows = q[b:e], k[b:e], (k if same else v)[b:e]
+        where = positions[b:e], owners[b:e], tables
+        places = slots[b:e] if has_slots else None
+        keys, values = arenas
+        to = keys, values, *where
+        return list(prepare_qkv(*rows, *norms, *to, slots=places, norm_values=norm_values))
+
+    own = [copied(keys), copied(values)]
+
+    def row(results: Results, i: int, t: int) -> Results:
+        page = tables[owners[t], slots[t] // PAGE % 2]
+        return [results[0][i], *(a[page, :, slots[t] % PAGE] for a in results[1:])]
+
+    return Call(
+        lambda b, e: prepare([copied(keys), copied(values)], b, e),
+        row,
+        rounded(1),
+        timed=lambda b, e: prepare(own, b, e),
+    )

@@ -1,11 +1,15 @@
+from collections.abc import Iterator
+
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, Results, first, normal, of_sums, quantized
 from .glu import glu
-from .quantized_gated_matmul import Matrix, quantized_gated_matmul_reference
-from .quantized_matmul import quantized_matmul_reference
+from .quantized_gated_matmul import Matrix, gate_error, quantized_gated_matmul_reference
+from .quantized_matmul import absolute_products, quantized_matmul_reference
+from .sizes import Shape, Sizes, packed, scaled
 
 
 def quantized_expert_matmul(
@@ -118,3 +122,49 @@ def quantized_expert_matmul_reference(
     for expert in range(X):
         out = mx.where((ids == expert)[..., None], times(rows, expert), out)
     return out
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for packing in sizes.quantized:
+        for X, U, true, K, form, dtype in sizes.stacks:
+            if K % packing[0] == 0:
+                matrices = 2 * X if form == "gated" else X
+                N = sizes.fitted(true, K, packing, matrices=matrices, least=32)
+                settings = {"X": X, "U": U, "N": N, "K": K, "form": form}
+                yield settings | packed(packing, dtype), scaled("N", true, N)
+
+
+def example(X: int, U: int, N: int, K: int, form: str, group: int, bits: int, dtype: str) -> Call:
+    """Of rows that each expert has for itself ("own rows"), of one row for all of a token's ("one
+    row"), or that gated."""
+    gated = form == "gated"
+    x = normal(1, *((MOST, U, K) if form == "own rows" else (MOST, K)), dtype=dtype)
+    stack = quantized(2, X, N, K, group=group, bits=bits, dtype=dtype)
+    up = quantized(3, X, N, K, group=group, bits=bits, dtype=dtype) if gated else None
+    ids = mx.sort((mx.arange(MOST)[:, None] * 5 + mx.arange(U) * 3) % X, axis=1)
+    ids = ids.astype(mx.int32)
+    out_dtype = None if gated else mx.float32
+
+    def slack(results: Results) -> Results:
+        """Expert by expert, for the rows that chose it."""
+        import numpy as np  # not where the package is imported
+
+        (out,) = results
+        parts = mx.zeros(out.shape)
+        for expert in np.unique(np.array(ids)).tolist():
+            own = stack[0][expert], stack[1][expert], stack[2][expert]
+            rows = x[:, None] if x.ndim == 2 else x
+            if up is None:
+                (part,) = of_sums(results, [absolute_products(rows, own, group, bits)], K)
+            else:
+                second = up[0][expert], up[1][expert], up[2][expert]
+                part = gate_error(out, rows, own, second, (group, bits))
+            parts = mx.where((ids == expert)[..., None], part, parts)
+            mx.eval(parts)
+        return [parts]
+
+    def run(b: int, e: int) -> Results:
+        rows = x[b:e], stack, ids[b:e]
+        return [quantized_expert_matmul(*rows, group, bits, up=up, out_dtype=out_dtype)]
+
+    return Call(run, first, slack, same_bits=False)

@@ -1,3 +1,5 @@
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -5,7 +7,9 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
+from .example import DTYPES, MOST, Call, Results, first, of_candidates, quantized
 from .filter_logits import (
+    EXAMPLES,
     Edits,
     Filtered,
     Setting,
@@ -14,6 +18,7 @@ from .filter_logits import (
     settings_of,
 )
 from .quantized_matmul import quantized_matmul, quantized_matmul_reference
+from .sizes import Shape, Sizes, packed, scaled
 from .softcap import softcap as cap_logits
 from .softcap import softcap_reference
 
@@ -113,3 +118,31 @@ def quantized_filter_logits_reference(
     if softcap is not None:
         logits = softcap_reference(logits, softcap)
     return filter_logits_reference(logits, **settings)
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for packing in sizes.quantized:
+        for true, K, cap, filters in sizes.lm_heads:
+            V = sizes.fitted(true, K, packing, least=512)
+            for name in filters:
+                settings = {"V": V, "K": K, "softcap": cap, "filter": name}
+                yield settings | packed(packing, sizes.dtype), scaled("V", true, V)
+
+
+def example(
+    V: int, K: int, softcap: float | None, filter: str, group: int, bits: int, dtype: str
+) -> Call:
+    """Of whole numbers and powers of two, so that the sums are the same in every order."""
+    whole = mx.random.randint(-4, 5, (MOST, K), key=mx.random.key(1))
+    x = whole.astype(DTYPES[dtype])
+    w, scales, _ = quantized(2, V, K, group=group, bits=bits, dtype=dtype)
+    # Logits of a standard deviation near 8
+    unit = 2.0 ** round(math.log2(8 / (2.58 * 0.289 * 2**bits * math.sqrt(K))))
+    scales = mx.full(scales.shape, unit, scales.dtype)
+    head = (w, scales, scales * -(2.0 ** (bits - 1)))
+    settings = {"softcap": softcap, **EXAMPLES[filter]}
+
+    def run(b: int, e: int) -> Results:
+        return list(quantized_filter_logits(x[b:e], *head, group, bits, **settings))
+
+    return Call(run, first, of_candidates, weights=head)

@@ -1,10 +1,14 @@
+from collections.abc import Iterator
+
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, STEP, Call, first, normal, order_error, quantized
 from .glu import Activation, glu, glu_reference
-from .quantized_matmul import quantized_matmul, quantized_matmul_reference
+from .quantized_matmul import absolute_products, quantized_matmul, quantized_matmul_reference
+from .sizes import Settings, Shape, Sizes, packed, scaled
 
 Matrix = tuple[mx.array, mx.array, mx.array]
 
@@ -62,3 +66,41 @@ def quantized_gated_matmul_reference(
     product = quantized_matmul_reference
     gates, ups = (product(x, *matrix, group_size, bits) for matrix in (gate, up))
     return glu_reference(gates, ups, activation)
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for packing in sizes.quantized:
+        for K, true, activation in sizes.gated:
+            N = sizes.fitted(true, K, packing, matrices=2)
+            settings: Settings = {"N": N, "K": K, **packed(packing, sizes.dtype)}
+            if activation != "gelu":
+                settings["activation"] = activation
+            yield settings, scaled("N", true, N)
+
+
+def example(
+    N: int, K: int, group: int, bits: int, dtype: str, activation: Activation = "gelu"
+) -> Call:
+    x = normal(1, MOST, K, dtype=dtype)
+    gate, up = (quantized(i, N, K, group=group, bits=bits, dtype=dtype) for i in (2, 3))
+    return Call(
+        lambda b, e: [quantized_gated_matmul(x[b:e], gate, up, group, bits, activation)],
+        first,
+        lambda results: [gate_error(results[0], x, gate, up, (group, bits))],
+        same_bits=False,
+        weights=[*gate, *up],
+    )
+
+
+def gate_error(
+    out: mx.array, x: mx.array, gate: Matrix, up: Matrix, packing: tuple[int, int]
+) -> mx.array:
+    """``|d out| <= |d gate| * 1.13 |up| + |gate| |d up|``, as gelu is no steeper than 1.13 and silu
+    than 1.1; each product is rounded, and their meeting once more."""
+    sums = [absolute_products(x, w, *packing) for w in (gate, up)]
+    products = [abs(quantized_matmul_reference(x, *w, *packing)) for w in (gate, up)]
+    products = [a.astype(mx.float32) for a in products]
+    errors = [order_error(x.shape[-1]) * s for s in sums]
+    errors = [e + STEP[out.dtype] * a for e, a in zip(errors, products, strict=True)]
+    total = 1.13 * errors[0] * (products[1] + errors[1]) + (products[0] + errors[0]) * errors[1]
+    return total + abs(out.astype(mx.float32)) * STEP[out.dtype]

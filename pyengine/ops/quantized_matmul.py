@@ -1,9 +1,14 @@
+from collections.abc import Iterator
+from functools import partial
+
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dense_matmul import product
 from .dispatch import run
+from .example import MOST, Call, absolute_sums, first, normal, of_sums, quantized
+from .sizes import Shape, Sizes, packed, scaled
 
 
 def quantized_matmul(
@@ -83,3 +88,31 @@ def dequantized(
         return mx.zeros((*w.shape[:-1], scales.shape[-1] * group_size))
     scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     return mx.dequantize(w, scales, biases, group_size, bits)
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for packing in sizes.quantized:
+        for K, true in sizes.matrices:
+            if K % packing[0] == 0:
+                N = sizes.fitted(true, K, packing)
+                settings = {"N": N, "K": K, "dtype": sizes.dtype}
+                yield settings | packed(packing, sizes.dtype), scaled("N", true, N)
+
+
+def example(N: int, K: int, group: int, bits: int, dtype: str) -> Call:
+    x = normal(1, MOST, K, dtype=dtype)
+    w = quantized(2, N, K, group=group, bits=bits, dtype=dtype)
+    return Call(
+        lambda b, e: [quantized_matmul(x[b:e], *w, group, bits)],
+        first,
+        lambda results: of_sums(results, [absolute_products(x, w, group, bits)], K),
+        same_bits=False,
+        weights=w,
+    )
+
+
+def absolute_products(
+    x: mx.array, w: tuple[mx.array, mx.array, mx.array], group_size: int, bits: int
+) -> mx.array:
+    """``sum over k of |x[m, k] * w[n, k]|``, which the error is a part of."""
+    return absolute_sums(x, w, partial(dequantized, group_size=group_size, bits=bits))

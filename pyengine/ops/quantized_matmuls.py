@@ -1,12 +1,14 @@
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, Results, first, normal, of_sums, quantized
 from .quantized_gated_matmul import Matrix
-from .quantized_matmul import quantized_matmul, quantized_matmul_reference
+from .quantized_matmul import absolute_products, quantized_matmul, quantized_matmul_reference
+from .sizes import Settings, Shape, Sizes, packed, scaled
 
 
 def quantized_matmuls(
@@ -54,3 +56,30 @@ def quantized_matmuls_reference(
 ) -> list[mx.array]:
     """The same in plain MLX."""
     return [quantized_matmul_reference(x, *matrix, group_size, bits) for matrix in matrices]
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for packing in sizes.quantized:
+        for K, true in sizes.together:
+            share = sizes.fitted(sum(true), K, packing) / sum(true)
+            columns = true if share == 1 else [max(64, int(n * share) // 64 * 64) for n in true]
+            settings: Settings = {"K": K, "columns": columns, **packed(packing, sizes.dtype)}
+            yield settings, scaled("columns", sum(true), sum(columns))
+
+
+def example(K: int, columns: Sequence[int], group: int, bits: int, dtype: str) -> Call:
+    x = normal(1, MOST, K, dtype=dtype)
+    matrices = [
+        quantized(2 + i, N, K, group=group, bits=bits, dtype=dtype) for i, N in enumerate(columns)
+    ]
+
+    def slack(results: Results) -> Results:
+        return of_sums(results, [absolute_products(x, w, group, bits) for w in matrices], K)
+
+    return Call(
+        lambda b, e: quantized_matmuls(x[b:e], matrices, group, bits),
+        first,
+        slack,
+        same_bits=False,
+        weights=[a for w in matrices for a in w],
+    )

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from enum import IntEnum
 
 import mlx.core as mx
@@ -5,6 +6,8 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, first
+from .sizes import Shape, Sizes
 
 
 class Purpose(IntEnum):
@@ -58,3 +61,17 @@ def philox_uniform(counters: mx.array, seed: mx.array, purpose: int) -> mx.array
         c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & low, (p0 >> 32) ^ c3 ^ k1, p0 & low
         k0, k1 = (k0 + step0) & low, (k1 + step1) & low
     return (c0 >> 8).astype(mx.float32) * 2.0**-24
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    yield {"each": 64}, {}
+
+
+def example(each: int) -> Call:
+    words = mx.random.randint(0, 2**31 - 1, (MOST, each, 4), key=mx.random.key(1))
+    counters = words.astype(mx.uint32)
+    return Call(
+        lambda b, e: [random_uniform(counters[b:e], (3, 2**32 - 5))],
+        first,
+        exact_definition=True,
+    )

@@ -1,9 +1,38 @@
+from collections.abc import Iterator
+from typing import overload
+
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, Results, first, normal, rounded
 from .rms_norm import rms_norm, rms_norm_reference
+from .sizes import Shape, Sizes
+
+
+@overload
+def residual_norm(
+    h: mx.array,
+    y: mx.array,
+    weight: mx.array,
+    *,
+    scalar: mx.array | None = None,
+    next_weight: mx.array,
+    eps: float = 1e-6,
+) -> tuple[mx.array, mx.array]: ...
+
+
+@overload
+def residual_norm(
+    h: mx.array,
+    y: mx.array,
+    weight: mx.array,
+    *,
+    scalar: mx.array | None = None,
+    next_weight: None = None,
+    eps: float = 1e-6,
+) -> tuple[mx.array, None]: ...
 
 
 def residual_norm(
@@ -81,3 +110,18 @@ def residual_norm_reference(
         total = total * scalar.astype(mx.float32)
     out = total.astype(h.dtype)
     return out, None if next_weight is None else rms_norm_reference(out, next_weight, eps)
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for E in sizes.streams:
+        yield {"E": E, "dtype": sizes.dtype}, {}
+
+
+def example(E: int, dtype: str) -> Call:
+    h, y = (normal(i, MOST, E, dtype=dtype) for i in (1, 2))
+    w, following, scalar = (normal(i, n, dtype=dtype) for i, n in ((3, E), (4, E), (5, 1)))
+
+    def run(b: int, e: int) -> Results:
+        return list(residual_norm(h[b:e], y[b:e], w, scalar=scalar, next_weight=following))
+
+    return Call(run, first, rounded(2))

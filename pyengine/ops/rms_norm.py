@@ -1,8 +1,12 @@
+from collections.abc import Iterator
+
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, first, normal, rounded
+from .sizes import Shape, Sizes
 
 
 def rms_norm(x: mx.array, weight: mx.array | None = None, eps: float = 1e-6) -> mx.array:
@@ -39,3 +43,14 @@ def rms_norm_reference(x: mx.array, weight: mx.array | None = None, eps: float =
     if weight is not None:
         out = out * weight.astype(mx.float32)
     return out.astype(x.dtype)
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for D, heads, dtype in sizes.normed:
+        yield {"D": D, "heads": heads, "dtype": dtype}, {}
+
+
+def example(D: int, heads: int, dtype: str) -> Call:
+    shape = (MOST, D) if heads == 1 else (MOST, heads, D)
+    x, w = normal(1, *shape, dtype=dtype), normal(2, D, dtype=dtype)
+    return Call(lambda b, e: [rms_norm(x[b:e], w)], first, rounded(1))

@@ -1,8 +1,12 @@
+from collections.abc import Iterator
+
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import MOST, Call, first, normal, of_candidates
+from .sizes import Shape, Sizes
 
 
 def route_experts(logits: mx.array, scales: mx.array, used: int) -> tuple[mx.array, mx.array]:
@@ -45,3 +49,15 @@ def route_experts_reference(
     for slot in range(1, used):
         total = total + weights[:, slot : slot + 1]
     return ids, weights / total * mx.take(scales, ids)
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for X, used, _ in sizes.routers:
+        yield {"X": X, "used": used}, {}
+
+
+def example(X: int, used: int) -> Call:
+    # Few values, so that there are ties
+    logits = mx.random.randint(0, 500, (MOST, X), key=mx.random.key(1)).astype(mx.float32) / 32
+    scales = abs(normal(2, X)) + 0.5
+    return Call(lambda b, e: list(route_experts(logits[b:e], scales, used)), first, of_candidates)

@@ -1,8 +1,12 @@
+from collections.abc import Iterator
+
 import mlx.core as mx
 
 from pyengine import _ext
 
 from .dispatch import run
+from .example import DTYPES, MOST, Call, first, normal
+from .sizes import Shape, Sizes
 
 
 def weigh_experts(parts: mx.array, weights: mx.array, out_dtype: mx.Dtype) -> mx.array:
@@ -35,3 +39,17 @@ def weigh_experts_reference(parts: mx.array, weights: mx.array, out_dtype: mx.Dt
     for slot in range(1, weights.shape[1]):
         total = total + parts[:, slot] * weights[:, slot : slot + 1]
     return total.astype(out_dtype)
+
+
+def shapes(sizes: Sizes) -> Iterator[Shape]:
+    for _, U, E in sizes.routers:
+        yield {"U": U, "E": E, "dtype": sizes.dtype}, {}
+
+
+def example(U: int, E: int, dtype: str) -> Call:
+    parts, weights = normal(1, MOST, U, E), normal(2, MOST, U)
+    return Call(
+        lambda b, e: [weigh_experts(parts[b:e], weights[b:e], DTYPES[dtype])],
+        first,
+        exact_definition=True,
+    )

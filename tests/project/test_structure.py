@@ -1,6 +1,7 @@
 """`.ci/structure.py`: what it counts, on a package made for it."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -63,6 +64,19 @@ def test_places_are_files_of_the_op_and_lists_of_ops(structure: ModuleType, tree
     own = ["csrc/ops/one.cpp", "metal/one.metal", "pyengine/ops/one.py"]
     assert sorted(places["one"]) == sorted(own + lists)
     assert sorted(places["two"]) == [*lists, "pyengine/ops/two.py"]
+
+
+def test_an_op_is_its_own_files_in_six_places(structure: ModuleType) -> None:
+    """Those that CONTRIBUTING lists, and tests of Metal for it alone; no other file names it."""
+    root = SOURCE.parents[1]
+    table = (root / "CONTRIBUTING.md").read_text().partition("## Add an op: six places")[2]
+    cells = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    assert len(cells) == 6
+    files = {file for cell in cells for file in re.findall(r"`([^`]+)`", cell)}
+    files |= {file.replace("{h,cpp}", end) for file in files for end in ("h", "cpp")}
+    files.add("tests/metal/test_metal_X.py")
+    for op, found in structure.places(root).items():
+        assert set(found) <= {re.sub(r"\bX|(?<=_)X\b", op, file) for file in files}, op
 
 
 def test_crossings_are_calls_in_a_row_in_different_files(structure: ModuleType) -> None:
