@@ -303,6 +303,17 @@ def test_no_test_hides_another_of_its_name() -> None:
         assert sorted(made) == sorted(set(made)), name
 
 
+def test_no_module_that_tests_import_hides_another() -> None:
+    """Tests put folders of scripts before those of helpers: the first module of a name wins."""
+    root = Path(__file__).parents[2]
+    folders = [*(root / "tests").iterdir(), root / "bench", root / "bench/peers", root / ".ci"]
+    paths = [path for folder in folders for path in folder.glob("*.py")]
+    names = sorted(path.name for path in paths)
+    apart = {"__init__.py", "conftest.py"}  # which pytest loads by their paths
+    assert "compare_matmul.py" in names and "matmuls.py" in names
+    assert [a for a, b in itertools.pairwise(names) if a == b and a not in apart] == []
+
+
 def literal(file: str, name: str) -> set[str]:
     """The value that a module gives a name of its own: there are two modules called conftest."""
     for node in TREES[file].body:

@@ -1,5 +1,5 @@
 // llama.cpp's own product of a Q8_0 matrix with rows of float32, for
-// matmuls.py, which builds this and says what it is asked.
+// compare_matmul.py, which builds this and says what it is asked.
 
 #include <algorithm>
 #include <chrono>
@@ -74,7 +74,7 @@ class Product {
 
 int main(int argc, char** argv) {
   if (argc != 5) {
-    fprintf(stderr, "matmuls N K threads copies\n");
+    fprintf(stderr, "compare_matmul N K threads copies\n");
     return 2;
   }
   int N = atoi(argv[1]), K = atoi(argv[2]), threads = atoi(argv[3]),

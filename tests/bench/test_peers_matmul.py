@@ -1,4 +1,4 @@
-"""bench/peers/matmuls.py: one matrix in two forms, what is said to the other side, and figures."""
+"""bench/peers/compare_matmul.py: one matrix in two forms, what is said to the other side, and figures."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import pytest
 
 PEERS = Path(__file__).parents[2] / "bench" / "peers"
 sys.path.insert(0, str(PEERS))  # its files import each other as those of a script do
-import matmuls  # noqa: E402
+import compare_matmul  # noqa: E402
 
 N, K = 6, 128
 
 
 def test_both_forms_mean_the_same_matrix() -> None:
-    q, scales = matmuls.matrix(N, K)
-    w, ours, biases = (np.array(a.astype(mx.float32)) for a in matmuls.as_ours(q, scales))
-    packed = np.array(matmuls.as_ours(q, scales)[0]).view(np.uint8)
+    q, scales = compare_matmul.matrix(N, K)
+    w, ours, biases = (np.array(a.astype(mx.float32)) for a in compare_matmul.as_ours(q, scales))
+    packed = np.array(compare_matmul.as_ours(q, scales)[0]).view(np.uint8)
     assert np.array_equal(packed, q) and w.shape == (N, K // 4)
     mine = packed * np.repeat(ours, 64, axis=1) + np.repeat(biases, 64, axis=1)
-    blocks = np.frombuffer(matmuls.as_theirs(q, scales), [("scale", "<f2"), ("q", "i1", 32)])
+    blocks = np.frombuffer(compare_matmul.as_theirs(q, scales), [("scale", "<f2"), ("q", "i1", 32)])
     theirs = blocks["scale"][:, None].astype(np.float32) * blocks["q"]
-    assert len(matmuls.as_theirs(q, scales)) == N * K // 32 * 34
+    assert len(compare_matmul.as_theirs(q, scales)) == N * K // 32 * 34
     assert np.array_equal(mine, theirs.reshape(N, K))
     assert mine.std() > 0 and (mine > 0).any() and (mine < 0).any()
 
@@ -50,21 +50,23 @@ while line := sys.stdin.buffer.readline():
 def test_what_is_said_to_the_other_side(tmp_path: Path) -> None:
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
-    theirs = matmuls.Theirs([sys.executable, script], b"8 bytes.", 2)
+    theirs = compare_matmul.Theirs([sys.executable, script], b"8 bytes.", 2)
     for M in (1, 2):
         x = np.arange(3 * M, dtype=np.float32).reshape(M, 3)
         seconds, out = theirs.multiply(x, 3)
         assert seconds == [2.0, 3.0, 4.0]
         assert np.array_equal(out, x.sum(axis=1)[:, None] + [0, 1])
-    with pytest.raises(SystemExit, match=r"\[matmuls\] llama.cpp's side ended with code 7\."):
+    with pytest.raises(
+        SystemExit, match=r"\[compare_matmul\] llama.cpp's side ended with code 7\."
+    ):
         theirs.multiply(x, 4)
     theirs.close()
 
 
 def test_a_row_and_the_table_by_hand() -> None:
     rows = [
-        matmuls.row(1, 0.002, [0.002, 0.9, 0.001], [0.004, 0.003, 0.9], 1_000_000),
-        matmuls.row(4, 0.002, [0.004], [0.003], 1_000_000),
+        compare_matmul.row(1, 0.002, [0.002, 0.9, 0.001], [0.004, 0.003, 0.9], 1_000_000),
+        compare_matmul.row(4, 0.002, [0.004], [0.003], 1_000_000),
     ]
     assert rows[0] == {
         "rows": 1,
@@ -85,7 +87,7 @@ def test_a_row_and_the_table_by_hand() -> None:
         "llama_cpp": "package==1",
         "rows": rows,
     }
-    assert matmuls.markdown(report).splitlines() == [
+    assert compare_matmul.markdown(report).splitlines() == [
         "1000 x 1000, 3 copies; 2 threads, which read 20.0 GB/s. Chip, commit abc; llama.cpp from "
         "package==1.",
         "",
@@ -98,8 +100,8 @@ def test_a_row_and_the_table_by_hand() -> None:
 
 def test_how_far_results_are_apart() -> None:
     ours = np.array([[3.0, 4.0]])
-    assert matmuls.apart(ours, ours) == 0
-    assert matmuls.apart(ours, np.array([[3.0, 4.5]])) == pytest.approx(0.1)  # 0.5 of 5
+    assert compare_matmul.apart(ours, ours) == 0
+    assert compare_matmul.apart(ours, np.array([[3.0, 4.5]])) == pytest.approx(0.1)  # 0.5 of 5
 
 
 @pytest.mark.parametrize(
@@ -120,23 +122,23 @@ def test_errors(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["matmuls.py", *options])
+    monkeypatch.setattr(sys, "argv", ["compare_matmul.py", *options])
     with pytest.raises(SystemExit) as refused:
-        matmuls.main()
+        compare_matmul.main()
     assert refused.value.code == 2
     said = capsys.readouterr().err
-    assert "[matmuls] --" in said and told in said
+    assert "[compare_matmul] --" in said and told in said
 
 
 def test_llama_cpp_that_is_not_there_is_named_with_what_installs_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["matmuls.py", "--folder", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["compare_matmul.py", "--folder", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"llama\.cpp is not installed: python"):
-        matmuls.main()
+        compare_matmul.main()
     (tmp_path / "llama.cpp").mkdir()
     with pytest.raises(SystemExit, match=r"must hold libggml-cpu\.a but got none"):
-        matmuls.build(tmp_path / "llama.cpp", tmp_path)
+        compare_matmul.build(tmp_path / "llama.cpp", tmp_path)
 
 
 def test_the_report_is_printed_as_json(
@@ -146,10 +148,12 @@ def test_the_report_is_printed_as_json(
     home.mkdir()
     (home / "installed.txt").touch()
     asked = []
-    monkeypatch.setattr(matmuls, "compare", lambda *given: asked.append(given) or {"rows": []})
-    command = ["matmuls.py", "--folder", str(tmp_path), "--shape", "32x64", "--rows", "1,7"]
+    monkeypatch.setattr(
+        compare_matmul, "compare", lambda *given: asked.append(given) or {"rows": []}
+    )
+    command = ["compare_matmul.py", "--folder", str(tmp_path), "--shape", "32x64", "--rows", "1,7"]
     monkeypatch.setattr(sys, "argv", [*command, "--json"])
-    matmuls.main()
+    compare_matmul.main()
     [(options, where)] = asked
     assert (options.shape, options.rows, where) == ((32, 64), [1, 7], home.resolve())
     assert json.loads(capsys.readouterr().out) == {"rows": []}

@@ -1,4 +1,6 @@
-"""Our quantised matmul and llama.cpp's on the same matrix, by turns: python bench/peers/matmuls.py
+"""Our quantised matmul and llama.cpp's on the same matrix, by turns.
+
+Run: python bench/peers/compare_matmul.py [--shape 14336x4096] [--turns 3] [--json]
 
 The matrix has 8 bits and means the same in both forms: Q8_0 there, here groups of 64 whose bias is
 -128 scales. Rows are bfloat16's numbers, as float32 there. Either side has as many copies of the
@@ -7,7 +9,7 @@ than 16 rows: one), then it is the other's turn. A figure is the median of all t
 evaluation of one op included; the other side's is its own clock's. Both results are compared.
 
 llama.cpp is the one that `python bench/peers/run.py --setup llama.cpp` builds; this links a program
-of some lines, matmuls.cpp, with its libraries (c++).
+of some lines, compare_matmul.cpp, with its libraries (c++).
 """
 
 from __future__ import annotations
@@ -69,8 +71,8 @@ def build(home: Path, folder: Path) -> Path:
     found = [next(home.glob(f"build/**/lib{name}.a"), None) for name in LIBRARIES]
     missing = [name for name, path in zip(LIBRARIES, found, strict=True) if path is None]
     if missing:
-        raise SystemExit(f"[matmuls] {home} must hold lib{missing[0]}.a but got none.")
-    program = folder / "matmuls"
+        raise SystemExit(f"[compare_matmul] {home} must hold lib{missing[0]}.a but got none.")
+    program = folder / "compare_matmul"
     command = ["c++", "-std=c++20", "-O2", "-fopenmp", SOURCE]
     command += [f"-I{home / 'llama.cpp/ggml/include'}", *found, "-pthread", "-ldl", "-o", program]
     subprocess.run(list(map(str, command)), check=True)
@@ -95,7 +97,9 @@ class Theirs:
             raise self._ended() from None
 
     def _ended(self) -> SystemExit:
-        return SystemExit(f"[matmuls] llama.cpp's side ended with code {self.process.wait()}.")
+        return SystemExit(
+            f"[compare_matmul] llama.cpp's side ended with code {self.process.wait()}."
+        )
 
     def multiply(self, x: np.ndarray, copies: int) -> tuple[list[float], np.ndarray]:
         """Seconds of each copy's call and the result [M, N] of the last."""
@@ -187,11 +191,13 @@ def compare(options: argparse.Namespace, home: Path) -> dict[str, Any]:
                 taken[M][1].extend(seconds)
                 far = apart(np.array(out.astype(mx.float32)), other)
                 if not far < MOST_APART:
-                    raise SystemExit(f"[matmuls] results must agree but got {far:.3f} of {M} rows.")
+                    raise SystemExit(
+                        f"[compare_matmul] results must agree but got {far:.3f} of {M} rows."
+                    )
         theirs.close()
     first = statistics.median(taken[options.rows[0]][0])
     return {
-        "bench": "peers matmuls",
+        "bench": "peers compare_matmul",
         **environment(),
         "N": N,
         "K": K,
@@ -229,17 +235,19 @@ def main() -> None:
         options.shape = shape(given)
     except ValueError:
         rule = f"be N x K with K a multiple of {GROUP}, as 14336x4096,"
-        parser.error(f"[matmuls] --shape must {rule} but got {given!r}.")
+        parser.error(f"[compare_matmul] --shape must {rule} but got {given!r}.")
     given = options.rows
     try:
         options.rows = numbers(given)
         if min(options.rows) < 1:
             raise ValueError
     except ValueError:
-        parser.error(f"[matmuls] --rows must be numbers from 1 on but got {given!r}.")
+        parser.error(f"[compare_matmul] --rows must be numbers from 1 on but got {given!r}.")
     for name in ("turns", "threads"):
         if getattr(options, name) < 1:
-            parser.error(f"[matmuls] --{name} must be 1 or more but got {getattr(options, name)}.")
+            parser.error(
+                f"[compare_matmul] --{name} must be 1 or more but got {getattr(options, name)}."
+            )
     peer = next(peer for peer in install.PEERS if peer.name == "llama.cpp")
     if not peer.is_installed(options.folder):
         sys.exit(not_installed(peer))
