@@ -1,4 +1,4 @@
-"""bench/peers/compare_matmul.py: one matrix in two forms, what is said to the other side, and figures."""
+"""compare_matmul.py: one matrix in two forms, what is said to the other side, and figures."""
 
 from __future__ import annotations
 
