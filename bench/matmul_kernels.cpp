@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -111,9 +112,9 @@ int main(int argc, char** argv) {
   std::generate_n(biases.get(), factors, [&] {
     return bfloat(1e-3f * (int(random() % 1000) - 500));
   });
-  std::vector<float> x(size_t(rows) * K);
+  std::vector<uint16_t> x(size_t(rows) * K);
   std::generate(x.begin(), x.end(), [&] {
-    return 1e-3f * (int(random() % 2001) - 1000);
+    return bfloat(1e-3f * (int(random() % 2001) - 1000));
   });
 
   // As matmul_plan() in csrc/matmul.h cuts the columns
@@ -147,7 +148,7 @@ int main(int argc, char** argv) {
       int first = slice * max_rows, M = std::min(rows - first, max_rows);
       for (int m = 0; m < M; ++m) {
         auto* row = &x[size_t(first + m) * K];
-        kernel.load(row, Storage::float32, 1, K, order, M, m, staged.get());
+        kernel.load(row, Storage::bfloat16, 1, K, order, M, m, staged.get());
       }
       QuantizedMatmulArgs args = {};
       args.w = matrix;
@@ -184,6 +185,11 @@ int main(int argc, char** argv) {
       seconds[kind] += *middle / threads;
     }
   }
-  bool same = !memcmp(out[0].data(), out[1].data(), 4 * out[0].size());
-  printf("%g %g %g %d\n", seconds[0], seconds[1], seconds[2], same);
+  double most = 0, squares = 0;
+  for (size_t i = 0; i < out[0].size(); ++i) {
+    most = std::max<double>(most, fabs(out[0][i] - out[1][i]));
+    squares += double(out[0][i]) * out[0][i];
+  }
+  double differ = most / sqrt(squares / out[0].size());
+  printf("%g %g %g %g\n", seconds[0], seconds[1], seconds[2], differ);
 }

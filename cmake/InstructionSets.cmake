@@ -9,15 +9,17 @@ if(CMAKE_OSX_ARCHITECTURES)
 endif()
 
 if(processor MATCHES "^(x86_64|amd64)$")
-  set(PYENGINE_INSTRUCTION_SETS portable avx2 avx512 amx)
+  set(PYENGINE_INSTRUCTION_SETS portable avx2 avx512 vnni amx)
   if(PYENGINE_SANITIZE) # avx512 has its tails from the same code as avx2
     set(PYENGINE_INSTRUCTION_SETS portable avx2)
   endif()
   set(PYENGINE_FLAGS_avx2 -mavx2 -mfma -mf16c)
   set(PYENGINE_FLAGS_avx512
     -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+  set(PYENGINE_FLAGS_vnni
+    ${PYENGINE_FLAGS_avx512} -mavx512vbmi -mavx512vnni)
   set(PYENGINE_FLAGS_amx
-    ${PYENGINE_FLAGS_avx512} -mavx512vbmi -mamx-tile -mamx-int8)
+    ${PYENGINE_FLAGS_vnni} -mamx-tile -mamx-int8)
 elseif(processor MATCHES "^(arm64|aarch64)$")
   set(PYENGINE_INSTRUCTION_SETS neon)
 else()

@@ -23,8 +23,7 @@ bool has_amx() {
   constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
   unsigned a, b, c, d = 0;
   __get_cpuid_count(7, 0, &a, &b, &c, &d);
-  if ((d & tile) == 0 || (d & int8) == 0 ||
-      !__builtin_cpu_supports("avx512vbmi")) {
+  if ((d & tile) == 0 || (d & int8) == 0) {
     return false;
   }
 #if defined(__linux__)
@@ -41,14 +40,18 @@ std::vector<std::string> runnable_sets() {
   std::vector<std::string> names = {"portable"};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     names.push_back("avx2");
-#if defined(PYENGINE_HAS_amx) // and avx512: one is not built without the other
+#if defined(PYENGINE_HAS_amx) // and those before: none is built alone
     if (__builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       names.push_back("avx512");
-      if (has_amx()) {
-        names.push_back("amx");
+      if (__builtin_cpu_supports("avx512vbmi") &&
+          __builtin_cpu_supports("avx512vnni")) {
+        names.push_back("vnni");
+        if (has_amx()) {
+          names.push_back("amx");
+        }
       }
     }
 #endif

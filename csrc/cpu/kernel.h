@@ -37,11 +37,15 @@ constexpr int max_rows = 16;
   namespace avx512 {                       \
   void name(__VA_ARGS__);                  \
   }                                        \
+  namespace vnni {                         \
+  void name(__VA_ARGS__);                  \
+  }                                        \
   namespace amx {                          \
   void name(__VA_ARGS__);                  \
   }
 #define PYENGINE_PICK_KERNEL(name) \
-  pyengine::pick(portable::name, avx2::name, avx512::name, amx::name)
+  pyengine::pick(                  \
+      portable::name, avx2::name, avx512::name, vnni::name, amx::name)
 #elif defined(PYENGINE_HAS_avx2)
 #define PYENGINE_DECLARE_KERNEL(name, ...) \
   namespace portable {                     \

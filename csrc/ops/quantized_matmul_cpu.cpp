@@ -12,7 +12,7 @@
 
 #include "cpu/blocked.h"
 #include "cpu/lanes.h"
-#include "cpu/planes.h"
+#include "cpu/plane_dots.h"
 #include "cpu/rows_cpu.h"
 #include "cpu/tiles.h"
 
@@ -272,56 +272,79 @@ void multiply_groups(const QuantizedMatmulArgs& args, const Group& group) {
   }
 }
 
-#if defined(__AMX_INT8__)
+#if defined(__AVX512VNNI__)
 // Columns [begin, end) of all rows of planes to sums [M, end - begin], which
 // has room for the factors of 32 columns behind it.
-template <int bits>
-void multiply_tiles(
+template <int bits, int pieces>
+void multiply_dots(
     const QuantizedMatmulArgs& args,
     int begin,
     int end,
     float* sums) {
   int pitch = end - begin, groups = args.K / args.group_size;
-  if (groups == 0) { // sums of nothing
-    memset(sums, 0, args.M * pitch * sizeof(float));
-    return;
-  }
   float* factors = sums + args.M * pitch;
   int64_t w_pitch = int64_t(args.K) * bits / 8;
   PlanesAt x = {
       const_cast<char*>(reinterpret_cast<const char*>(args.x)), args.M};
-  // Where columns do not fill the last tile, it takes some of them again.
-  int columns = pitch < tile_n ? pitch : tile_n;
-  TileArgs common = {w_pitch, args.K, args.group_size, x, columns, pitch};
-  TileShapes shapes(
-      columns, args.group_size < tile_k ? args.group_size : tile_k, x.pitch());
-  auto tile = [&](int n, float* scales) {
-    n = n + columns < end ? n : end - columns;
-    float* biases = scales + lanes * groups;
-    int64_t first = int64_t(n) * groups;
-    with_storage(args.storage, [&]<typename T>(T*) {
-      if constexpr (sizeof(T) == 2) {
-        auto* from = static_cast<const T*>(args.scales) + first;
-        turn_factors(from, columns, groups, scales);
-        from = static_cast<const T*>(args.biases) + first;
-        turn_factors(from, columns, groups, biases);
-      }
-    });
-    return TileColumns{args.w + n * w_pitch, scales, biases, sums + n - begin};
+  // Where a matrix ends within a tile, that begins before and meets columns
+  // again; one of fewer columns than a tile's is taken column by column.
+  bool narrow = args.N < plane_columns;
+  DotArgs common = {x, narrow ? 0 : w_pitch, args.K, args.group_size, pitch};
+  auto tile = [&](int n, float* factors) {
+    int columns = narrow ? 1 : plane_columns;
+    int first = n + columns < args.N ? n : args.N - columns;
+    first = narrow ? n : first;
+    unsigned wanted = 0;
+    for (int i = 0; i < columns; ++i) {
+      bool its = first + i >= begin && first + i < end;
+      wanted |= unsigned(its) << i;
+    }
+    float* biases = factors + lanes * groups;
+    auto turn = [&](const void* from, float* to) {
+      auto* its = static_cast<const BFloat*>(from) + int64_t(first) * groups;
+      turn_factors(its, columns, groups, to);
+    };
+    turn(args.scales, factors);
+    turn(args.biases, biases);
+    return DotTile{
+        args.w + first * w_pitch,
+        factors,
+        biases,
+        sums + first - begin,
+        __mmask16(wanted)};
   };
-  with_constant<max_rows>(args.M, [&](auto rows) {
-    constexpr int together = tiles_together(rows.value);
-    for (int n = begin; n < end; n += together * tile_n) {
-      if constexpr (together == 2) {
-        multiply_planes<bits, rows.value>(
-            common,
-            {tile(n, factors), tile(n + tile_n, factors + 2 * lanes * groups)});
+  int step = narrow ? 1 : plane_columns;
+  if (args.M > rows_in_registers) {
+    for (int n = begin; n < end; n += 2 * step) {
+      int second = n + step < end ? n + step : n;
+      multiply_more<bits, pieces>(
+          common,
+          {tile(n, factors), tile(second, factors + 2 * lanes * groups)});
+    }
+    return;
+  }
+  with_constant<rows_in_registers>(args.M, [&](auto rows) {
+    for (int n = begin; n < end; n += step) {
+      if constexpr (rows.value == 1) {
+        multiply_one<bits, pieces>(common, tile(n, factors));
       } else {
-        multiply_planes<bits, rows.value>(common, {tile(n, factors)});
+        multiply_some<bits, rows.value, pieces>(common, tile(n, factors));
       }
     }
   });
-  _tile_release();
+}
+
+template <int bits>
+void multiply_planes(
+    const QuantizedMatmulArgs& args,
+    int begin,
+    int end,
+    float* sums) {
+  if (args.group_size == 32) {
+    multiply_dots<bits, 2>(args, begin, end, sums);
+  } else {
+    multiply_dots<bits, 1>(args, begin, end, sums);
+  }
 }
 #endif
 
@@ -332,15 +355,15 @@ void quantized_matmul_sums(
     int begin,
     int end,
     float* scratch) {
-#if defined(__AMX_INT8__)
+#if defined(__AVX512VNNI__)
   if (takes_planes(args.storage)) {
     switch (args.bits) {
       case 8:
-        return multiply_tiles<8>(args, begin, end, scratch);
+        return multiply_planes<8>(args, begin, end, scratch);
       case 6:
-        return multiply_tiles<6>(args, begin, end, scratch);
+        return multiply_planes<6>(args, begin, end, scratch);
       case 4:
-        return multiply_tiles<4>(args, begin, end, scratch);
+        return multiply_planes<4>(args, begin, end, scratch);
     }
   }
 #endif
