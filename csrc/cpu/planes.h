@@ -61,6 +61,24 @@ struct PlanesAt {
   }
 };
 
+// Where bytes `first`, `first` + 2, ... of two vectors are.
+template <int first>
+struct EverySecond {
+  alignas(64) uint8_t at[chunk_k];
+
+  constexpr EverySecond() : at() {
+    for (int i = 0; i < chunk_k; ++i) {
+      at[i] = uint8_t(2 * i + first);
+    }
+  }
+};
+
+template <int first>
+PYENGINE_INLINE __m512i every_second_byte(__m512i a, __m512i b) {
+  static constexpr EverySecond<first> places;
+  return _mm512_permutex2var_epi8(a, _mm512_load_si512(places.at), b);
+}
+
 // Writes chunk `chunk` of one row.
 PYENGINE_INLINE void put_chunk(
     const PlanesAt& at,
@@ -90,35 +108,52 @@ PYENGINE_INLINE void put_chunk(
   __m512 factor = _mm512_set1_ps(finite ? power(268 - exponent) : 0.0f);
   float unit = finite ? power(exponent - 14) : __builtin_nanf("");
 
-  char* to = at.x + at.piece() * chunk + 4 * row;
-  __m512i totals[2];
+  // Whole numbers of sixteen bits: the lower byte, as a signed one, and what is
+  // left are the planes.
+  __m512i words[2];
   PYENGINE_UNROLL
-  for (int part = 0; part < 4; ++part) {
-    __m512i whole =
-        _mm512_cvtps_epi32(_mm512_mul_ps(a[part].part[0], factor));
-    __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(whole, 24), 24);
-    __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(whole, low), 8);
-    auto put = [&](char* to, __m512i plane) { // four by four
-      __m128i bytes = _mm512_cvtepi32_epi8(plane);
-      int fours[4];
-      memcpy(fours, &bytes, sizeof(fours));
-      PYENGINE_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        memcpy(to + i * at.pitch(), &fours[i], 4);
-      }
-    };
-    put(to, high);
-    put(to + at.plane(), low);
-    to += 4 * at.pitch();
-    auto& total = totals[part / 2];
-    total = part % 2 ? _mm512_add_epi32(total, whole) : whole;
+  for (int half = 0; half < 2; ++half) {
+    __m256i parts[2];
+    PYENGINE_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      __m512 scaled = _mm512_mul_ps(a[2 * half + i].part[0], factor);
+      parts[i] = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(scaled));
+    }
+    words[half] =
+        _mm512_inserti64x4(_mm512_castsi256_si512(parts[0]), parts[1], 1);
   }
+  const __m512i round = _mm512_set1_epi16(128);
+  __m512i high = every_second_byte<1>(
+      _mm512_add_epi16(words[0], round), _mm512_add_epi16(words[1], round));
+  __m512i low = every_second_byte<0>(words[0], words[1]);
+
+  const int pitch = at.pitch();
+  char* to = at.x + at.piece() * chunk + 4 * row;
+  alignas(64) int32_t fours[2][lanes];
+  _mm512_store_si512(fours[0], high);
+  _mm512_store_si512(fours[1], low);
+  PYENGINE_UNROLL
+  for (int i = 0; i < lanes; ++i) {
+    memcpy(to + i * pitch, &fours[0][i], 4);
+    memcpy(to + i * pitch + at.plane(), &fours[1][i], 4);
+  }
+
+  const __m512i ones = _mm512_set1_epi8(1), none = _mm512_setzero_si512();
+  high = _mm512_dpbusd_epi32(none, ones, high);
+  low = _mm512_dpbusd_epi32(none, ones, low);
+  __m512i totals = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+  // Neighbours, then every second, then 128 bits within each half.
+  totals = _mm512_add_epi32(totals, _mm512_shuffle_epi32(totals, _MM_PERM_CDAB));
+  totals = _mm512_add_epi32(totals, _mm512_shuffle_epi32(totals, _MM_PERM_BADC));
+  totals =
+      _mm512_add_epi32(totals, _mm512_shuffle_i32x4(totals, totals, 0xb1));
+  float first = unit * float(_mm512_cvtsi512_si32(totals));
+  float second = unit *
+      float(_mm256_cvtsi256_si32(_mm512_extracti64x4_epi64(totals, 1)));
   float* sums = at.sums(chunk) + row;
-  int first = _mm512_reduce_add_epi32(totals[0]);
-  int second = _mm512_reduce_add_epi32(totals[1]);
-  sums[0] = unit * float(first);
-  sums[at.rows] = unit * float(second);
-  sums[2 * at.rows] = unit * float(first + second);
+  sums[0] = first;
+  sums[at.rows] = second;
+  sums[2 * at.rows] = first + second;
   sums[3 * at.rows] = unit;
 }
 

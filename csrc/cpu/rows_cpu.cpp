@@ -56,15 +56,16 @@ void load_row(
 #if defined(__AVX512VNNI__)
     if (order != Order::dense && takes_planes(storage)) {
       PlanesAt at = {reinterpret_cast<char*>(x), rows};
-      F32x16 chunk[chunk_k / lanes];
-      int part = 0;
       int step = order == Order::pairs ? 2 : 1; // six bits unpack in order
-      walk_row(values, stride, width, step, [&](F32x16 a) {
-        chunk[part % 4] = a;
-        if (++part % 4 == 0) {
-          put_chunk(at, row, part / 4 - 1, chunk);
+      for (int k = 0; k < padded_width(width); k += chunk_k) {
+        F32x16 chunk[chunk_k / lanes];
+        PYENGINE_UNROLL
+        for (int i = 0; i < chunk_k / lanes; ++i) {
+          int first = k + i / step * step * lanes + i % step;
+          chunk[i] = gather(values, stride, width, first, step);
         }
-      });
+        put_chunk(at, row, k / chunk_k, chunk);
+      }
       return;
     }
 #endif
