@@ -200,8 +200,8 @@ namespace {
 // clock, in microseconds, how long that took.
 void run_pieces(
     int pieces,
-    const nb::callable& work,
-    const nb::callable& clock) {
+    const nb::typed<nb::callable, void(int)>& work,
+    const nb::typed<nb::callable, int()>& clock) {
   static thread_local const nb::callable* told;
   auto outer = std::exchange(told, &clock); // a piece may run pieces itself
   std::exception_ptr thrown; // as guarded as all of Python
