@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import timing
-from counted import DRAFTS, Call
+from sized_calls import DRAFTS, Call
 
 from pyengine.ops import accept_block, accept_block_reference
 from pyengine.ops.accept_block import RULES

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import timing
-from counted import Call, bfloat16
+from sized_calls import Call, bfloat16
 
 from pyengine.ops import block_attention, block_attention_reference
 from pyengine.ops.prepare_qkv import PAGE

@@ -6,7 +6,7 @@ Run: pytest bench/bench_copy_pages.py --benchmark-columns=median,iqr,rounds
 import mlx.core as mx
 import pytest
 import timing
-from counted import HEADS, Call, random
+from sized_calls import HEADS, Call, random
 
 from pyengine.ops import copy_pages, copy_pages_reference
 

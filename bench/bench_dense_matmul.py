@@ -6,7 +6,7 @@ Run: pytest bench/bench_dense_matmul.py --benchmark-columns=median,iqr,rounds
 import mlx.core as mx
 import pytest
 import timing
-from counted import Call, random
+from sized_calls import Call, random
 
 from pyengine.ops import dense_matmul, dense_matmul_reference
 

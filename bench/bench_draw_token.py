@@ -6,7 +6,7 @@ Run: pytest bench/bench_draw_token.py --benchmark-columns=median,iqr,rounds
 import mlx.core as mx
 import pytest
 import timing
-from counted import Call
+from sized_calls import Call
 
 from pyengine.ops import draw_token, draw_token_reference
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import timing
-from counted import Call
+from sized_calls import Call
 
 from pyengine.ops import filter_logits, filter_logits_reference
 

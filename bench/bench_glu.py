@@ -5,7 +5,7 @@ Run: pytest bench/bench_glu.py --benchmark-columns=median,iqr,rounds
 
 import pytest
 import timing
-from counted import WIDTH, Call, random
+from sized_calls import WIDTH, Call, random
 
 from pyengine.ops import glu, glu_reference
 

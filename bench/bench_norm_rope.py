@@ -6,7 +6,7 @@ Run: pytest bench/bench_norm_rope.py --benchmark-columns=median,iqr,rounds
 import mlx.core as mx
 import pytest
 import timing
-from counted import EPS, HEADS, Call, frequencies, random
+from sized_calls import EPS, HEADS, Call, frequencies, random
 
 from pyengine.ops import norm_rope, norm_rope_reference
 

@@ -8,7 +8,7 @@ Run: pytest bench/bench_prepare_qkv.py --benchmark-columns=median,iqr,rounds
 import mlx.core as mx
 import pytest
 import timing
-from counted import EPS, HEADS, Call, frequencies, random
+from sized_calls import EPS, HEADS, Call, frequencies, random
 
 from pyengine.ops import norm_rope, prepare_qkv, prepare_qkv_reference, rms_norm
 

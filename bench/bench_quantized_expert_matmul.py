@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import timing
-from counted import BITS, EXPERTS, EXPERTS_USED, GROUP, Call, quantized, random
+from sized_calls import BITS, EXPERTS, EXPERTS_USED, GROUP, Call, quantized, random
 
 from pyengine.ops import glu, quantized_expert_matmul, quantized_expert_matmul_reference
 

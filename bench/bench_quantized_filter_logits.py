@@ -6,7 +6,7 @@ Run: pytest bench/bench_quantized_filter_logits.py --benchmark-columns=median,iq
 import mlx.core as mx
 import pytest
 import timing
-from counted import BITS, GROUP, HEAD_WIDTH, Call, quantized, random
+from sized_calls import BITS, GROUP, HEAD_WIDTH, Call, quantized, random
 
 from pyengine import ops
 

@@ -5,7 +5,7 @@ Run: pytest bench/bench_quantized_gated_matmul.py --benchmark-columns=median,iqr
 
 import pytest
 import timing
-from counted import BITS, GROUP, Call, quantized, random
+from sized_calls import BITS, GROUP, Call, quantized, random
 
 from pyengine.ops import (
     glu,

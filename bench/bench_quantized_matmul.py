@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import timing
-from counted import BITS, GROUP, MODEL_WIDTHS, ROWS, Call, MlxKernel, quantized, random
+from sized_calls import BITS, GROUP, MODEL_WIDTHS, ROWS, Call, MlxKernel, quantized, random
 
 from pyengine.ops import quantized_matmul, quantized_matmul_reference, workbench
 

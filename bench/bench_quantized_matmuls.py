@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import timing
-from counted import BITS, GROUP, Call, quantized, random
+from sized_calls import BITS, GROUP, Call, quantized, random
 
 from pyengine.ops import quantized_matmul, quantized_matmuls, quantized_matmuls_reference
 

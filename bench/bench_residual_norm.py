@@ -6,7 +6,7 @@ Run: pytest bench/bench_residual_norm.py --benchmark-columns=median,iqr,rounds
 import mlx.core as mx
 import pytest
 import timing
-from counted import EPS, WIDTH, Call, random
+from sized_calls import EPS, WIDTH, Call, random
 
 from pyengine.ops import residual_norm, residual_norm_reference
 

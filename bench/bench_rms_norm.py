@@ -6,7 +6,7 @@ Run: pytest bench/bench_rms_norm.py --benchmark-columns=median,iqr,rounds
 import mlx.core as mx
 import pytest
 import timing
-from counted import WIDTH, Call, random
+from sized_calls import WIDTH, Call, random
 
 from pyengine.ops import rms_norm, rms_norm_reference
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import mlx.core as mx
-from counted import (
+from sized_calls import (
     COLUMNS,
     DRAFTS,
     EVERY_ROW,

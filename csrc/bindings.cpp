@@ -9,7 +9,6 @@
 #include "built_from.h"
 #include "cpu/isa.h"
 #include "cpu/plan.h"
-#include "cpu/pool.h"
 #include "mlx/version.h"
 
 NB_MODULE(_ext, m) {
@@ -25,11 +24,6 @@ NB_MODULE(_ext, m) {
     return pyengine::instruction_sets()[pyengine::instruction_set()];
   });
   m.def("use_instruction_set", &pyengine::use_instruction_set, "name"_a);
-  m.def("threads", [] { return pyengine::Pool::shared().threads(); });
-  m.def(
-      "set_threads",
-      [](int threads) { pyengine::Pool::shared().set_threads(threads); },
-      "threads"_a);
 
   nb::class_<pyengine::Plan>(m, "Plan")
       .def_ro("slices", &pyengine::Plan::slices)
@@ -38,11 +32,13 @@ NB_MODULE(_ext, m) {
       .def_ro("scratch", &pyengine::Plan::scratch)
       .def_ro("group_scratch", &pyengine::Plan::group_scratch)
       .def_ro("work", &pyengine::Plan::work);
+  m.def("threads_for", &pyengine::threads_for, "work"_a); // for tests
 
   pyengine::bind_launch(m);
   pyengine::bind_encode(m);
   pyengine::bind_mapped(m);
   pyengine::bind_mathfn(m);
+  pyengine::bind_pool(m);
   pyengine::bind_recorded(m);
   pyengine::bind_ops(m);
 }

@@ -13,6 +13,7 @@ void bind_encode(nb::module_& m);
 void bind_launch(nb::module_& m);
 void bind_mapped(nb::module_& m);
 void bind_mathfn(nb::module_& m);
+void bind_pool(nb::module_& m);
 void bind_recorded(nb::module_& m);
 
 } // namespace pyengine

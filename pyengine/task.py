@@ -349,7 +349,9 @@ def check_tree_round(pair: Pair, settings: Sampling, has_form: bool) -> None:
     check_tree_sampling("generate", settings)
     if has_form:
         raise ValueError(
-            "[generate] the answer's form must be free with a tree but one is asked for."
+            "[generate] the answer's form must be free with a tree but one is asked for; leave out "
+            "the format, regex, grammar, strict tool or tool_choice that asks for it, or the tree "
+            "(a server's is its --tree)."
         )
     pair.target.check_alone("tree")
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,7 @@ import install
 import mlx.core as mx
 import numpy as np
 import report
-from run import FOLDER, not_installed, numbers
+from run import FOLDER, add_threads, check_threads, not_installed, numbers
 
 from pyengine import _ext, ops
 from pyengine.bench.arrays import normal
@@ -226,7 +225,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1,2,4,6,8,16,512")
     parser.add_argument("--gigabytes", type=float, default=1, help="of each side's copies")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each side")
+    add_threads(parser)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where llama.cpp is installed")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args()
@@ -243,11 +242,9 @@ def main() -> None:
             raise ValueError
     except ValueError:
         parser.error(f"[compare_matmul] --rows must be numbers from 1 on but got {given!r}.")
-    for name in ("turns", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(
-                f"[compare_matmul] --{name} must be 1 or more but got {getattr(options, name)}."
-            )
+    if options.turns < 1:
+        parser.error(f"[compare_matmul] --turns must be 1 or more but got {options.turns}.")
+    check_threads(parser, "compare_matmul", options.threads)
     peer = next(peer for peer in install.PEERS if peer.name == "llama.cpp")
     if not peer.is_installed(options.folder):
         sys.exit(not_installed(peer))

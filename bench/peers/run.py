@@ -27,6 +27,7 @@ from install import OURS, PEERS, Peer
 from weights import write_plain
 from worker import Job
 
+from pyengine import _ext
 from pyengine.bench import suite
 from pyengine.bench.report import environment
 from pyengine.checkpoint.pair import Pair, load
@@ -35,6 +36,7 @@ from pyengine.task import new_task
 WORKER = Path(__file__).with_name("worker.py")
 MORE_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 FOLDER = Path.home() / ".cache" / "pyengine-peers"
+MOST_THREADS = 256  # pyengine takes no more
 
 
 def not_installed(peer: Peer) -> str:
@@ -168,6 +170,21 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
 
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """The option; its default is what pyengine takes by itself, in a container the container's."""
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=_ext.threads(),
+        help=f"of each engine, 1 to {MOST_THREADS}; all cores without it",
+    )
+
+
+def check_threads(parser: argparse.ArgumentParser, bench: str, threads: int) -> None:
+    if not 1 <= threads <= MOST_THREADS:
+        parser.error(f"[{bench}] --threads must be 1 to {MOST_THREADS} but got {threads}.")
+
+
 def main() -> None:
     names = [peer.name for peer in PEERS]
     parser = argparse.ArgumentParser(
@@ -182,7 +199,7 @@ def main() -> None:
     parser.add_argument("--drafts", type=numbers, default=[3], help="drafts a round: 3 or 3,5")
     parser.add_argument("--streams", type=numbers, default=[1, 4, 8], help="texts at once")
     parser.add_argument("--long-prompt", type=int, default=512, help="tokens of the prefill")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    add_threads(parser)
     parser.add_argument("--timeout", type=float, default=3600, help="seconds of one run")
     parser.add_argument("--output", type=Path, help="a JSON file, written after every run")
     parser.add_argument("--markdown", type=Path, help="the tables, written after every run")
@@ -190,6 +207,7 @@ def main() -> None:
     for name in options.peers:
         if name not in names:
             parser.error(f"[peers] ENGINE must be of {', '.join(names)} but got {name!r}.")
+    check_threads(parser, "peers", options.threads)
     wanted = [peer for peer in PEERS if not options.peers or peer.name in (*options.peers, OURS)]
     if options.setup:
         for peer in wanted:

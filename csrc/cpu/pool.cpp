@@ -1,13 +1,17 @@
 #include "cpu/pool.h"
 
+#include <nanobind/stl/string.h>
 #include <pthread.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
+#include <exception>
 #include <fstream>
+#include <sstream>
 #include <thread>
+#include <utility>
 
+#include "bindings.h"
 #include "check.h"
 
 #if defined(__x86_64__)
@@ -40,15 +44,14 @@ inline void pause() {
 #endif
 }
 
-// What this process may use: a container often has less than its machine.
-int processors() {
-  int count = std::max(1u, std::thread::hardware_concurrency());
-  std::ifstream limit("/sys/fs/cgroup/cpu.max"); // or its first word is "max"
+// How many of a machine's cores a process may use: a container often has less.
+// `limit` is a cpu.max, microseconds in a period of them, or "max" first.
+int processors(std::istream& limit, int cores) {
   double quota, period;
   if (limit >> quota >> period && period > 0) {
-    count = std::clamp(int(std::ceil(quota / period)), 1, count);
+    return int(std::clamp(std::ceil(quota / period), 1.0, double(cores)));
   }
-  return count;
+  return cores;
 }
 
 } // namespace
@@ -61,7 +64,9 @@ Pool& Pool::shared() {
 Pool::Pool() {
   // Only the forking thread survives in a child: jobs run serially there.
   pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
-  set_threads(std::min(processors(), most_threads));
+  std::ifstream limit("/sys/fs/cgroup/cpu.max");
+  int cores = std::max(1u, std::thread::hardware_concurrency());
+  set_threads(std::min(processors(limit, cores), most_threads));
 }
 
 void Pool::set_threads(int threads) {
@@ -74,6 +79,7 @@ void Pool::set_threads(int threads) {
   std::lock_guard<std::mutex> lock(mutex_);
   threads_.store(threads);
   raised_.notify_all();
+  wake_.notify_all(); // or the surplus takes the wake-ups of the next jobs
 }
 
 bool Pool::acquire() {
@@ -91,7 +97,8 @@ void Pool::share(
     int pieces,
     int helpers,
     const void* context,
-    Function function) {
+    Function function,
+    Clock now) {
   grow(helpers);
   helpers_.store(helpers, std::memory_order_relaxed);
   function_ = function;
@@ -115,11 +122,11 @@ void Pool::share(
 
   // A worker that has not joined by now finds the job closed.
   state_.fetch_and(~open, std::memory_order_acq_rel);
-  wait_for_workers();
+  wait_for_workers(now);
   held_.store(false, std::memory_order_release);
 }
 
-void Pool::wait_for_workers() {
+void Pool::wait_for_workers(Clock now) {
   auto at_work = [this] { return state_.load(std::memory_order_acquire) != 0; };
   for (int spin = 0; spin < spins_before_sleep && at_work(); ++spin) {
     pause();
@@ -127,11 +134,11 @@ void Pool::wait_for_workers() {
   if (!at_work()) {
     return;
   }
-  auto start = std::chrono::steady_clock::now();
+  auto start = now();
   while (at_work()) {
     std::this_thread::yield();
   }
-  if (std::chrono::steady_clock::now() - start > late) {
+  if (now() - start > late) {
     alone_.store(jobs_alone_after_late, std::memory_order_relaxed);
   }
 }
@@ -185,6 +192,60 @@ void Pool::work_forever(int index) {
     });
     sleepers_.fetch_sub(1);
   }
+}
+
+namespace {
+
+// A job of Python functions, so that tests can hold its workers up and say by a
+// clock, in microseconds, how long that took.
+void run_pieces(
+    int pieces,
+    const nb::typed<nb::callable, void(int)>& work,
+    const nb::typed<nb::callable, int()>& clock) {
+  static thread_local const nb::callable* told;
+  auto outer = std::exchange(told, &clock); // a piece may run pieces itself
+  std::exception_ptr thrown; // as guarded as all of Python
+  {
+    nb::gil_scoped_release released;
+    auto one = [&](int piece) {
+      nb::gil_scoped_acquire held;
+      try {
+        work(piece);
+      } catch (...) {
+        thrown = std::current_exception();
+      }
+    };
+    Pool::shared().run(pieces, one, Pool::most_threads, [] {
+      nb::gil_scoped_acquire held;
+      auto now = std::chrono::microseconds(nb::cast<int>((*told)()));
+      return std::chrono::steady_clock::time_point(now);
+    });
+  }
+  told = outer;
+  if (thrown) {
+    std::rethrow_exception(thrown);
+  }
+}
+
+} // namespace
+
+void bind_pool(nb::module_& m) {
+  m.def("threads", [] { return Pool::shared().threads(); });
+  m.def(
+      "set_threads",
+      [](int threads) { Pool::shared().set_threads(threads); },
+      "threads"_a);
+
+  // For tests
+  m.def(
+      "processors",
+      [](const std::string& limit, int cores) {
+        std::istringstream text(limit);
+        return processors(text, cores);
+      },
+      "limit"_a,
+      "cores"_a);
+  m.def("run_pieces", &run_pieces, "pieces"_a, "work"_a, "clock"_a);
 }
 
 } // namespace pyengine

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -17,6 +18,7 @@ namespace pyengine {
 class Pool {
  public:
   static constexpr int most_threads = 256;
+  using Clock = std::chrono::steady_clock::time_point (*)();
 
   // One pool per process; it is never destroyed, so no thread is joined while
   // the interpreter exits.
@@ -43,9 +45,13 @@ class Pool {
   // Calls work(piece) once for each piece in [0, pieces), on at most so many
   // threads; returns when all are done. `work` must not throw. If another
   // stream holds the pool, or in a forked child, the caller runs all pieces
-  // itself.
+  // itself. `now` tells how long workers keep it waiting.
   template <typename Work>
-  void run(int pieces, const Work& work, int most = most_threads) {
+  void run(
+      int pieces,
+      const Work& work,
+      int most = most_threads,
+      Clock now = std::chrono::steady_clock::now) {
     most = std::min({most, pieces, threads()});
     if (most <= 1 || !acquire()) {
       for (int piece = 0; piece < pieces; ++piece) {
@@ -53,9 +59,10 @@ class Pool {
       }
       return;
     }
-    share(pieces, most - 1, &work, [](const void* context, int piece) {
+    auto one = [](const void* context, int piece) {
       (*static_cast<const Work*>(context))(piece);
-    });
+    };
+    share(pieces, most - 1, &work, one, now);
   }
 
  private:
@@ -63,9 +70,14 @@ class Pool {
 
   Pool();
   bool acquire();
-  void share(int pieces, int helpers, const void* context, Function function);
+  void share(
+      int pieces,
+      int helpers,
+      const void* context,
+      Function function,
+      Clock now);
   void take_pieces();
-  void wait_for_workers();
+  void wait_for_workers(Clock now);
   void work_forever(int index);
   bool join();
   void grow(int workers);

@@ -147,7 +147,8 @@ Tree = Annotated[
     typer.Option(
         metavar="N",
         help="With --drafter dflash: each round's drafts are a tree of N, 1 to 15; several of them "
-        "may stand at one place. For --temperature 0 and --verify coupled.",
+        "may stand at one place. For --temperature 0 and --verify coupled, without penalties and "
+        "without a form of the answer.",
         show_default="off",
     ),
 ]

@@ -175,7 +175,9 @@ def run(
     first token tell a client whether somebody else's prompt began like its own.
 
     With `--tree` the drafts of every round are a tree, and no text differs. A request that no tree
-    goes with gets 400: another rule than coupled, penalties, a form of the answer.
+    goes with gets 400 and why: another rule than coupled, penalties, a form of the answer (a JSON
+    schema, `regex`, `grammar`, a tool that is strict or must be called). Clients that send forms
+    want a server without `--tree`.
 
     With `--early-exit` every answer is approximate and says so in `early_exit`. The certificate's
     sampler and length are the defaults, other ones get 400, and nothing is drafted or shared.

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from counting import Row, bench, counted, rows_of
+from bench_scripts import Row, count, rows_of, sized_calls
 
 from pyengine import ops
 
@@ -20,12 +20,12 @@ DENSE = ("quantized_matmul", "quantized_matmuls", "quantized_gated_matmul", "den
 def test_one_call_needs_its_result_alone() -> None:
     """Two rows of 512 bytes and the weight's, each read by its own threadgroup; two rows out."""
     x, weight = mx.ones((2, 256), mx.bfloat16), mx.ones(256, mx.bfloat16)
-    made = bench.count(ops.rms_norm(x, weight))
+    made = count.count(ops.rms_norm(x, weight))
     assert (made.launches, made.kernel) == (1, "rms_norm_bfloat16")
     assert made.buffers == {
-        "x": bench.Moved(needed=1024, read=1024, written=0, loaded=1024),
-        "weight": bench.Moved(needed=512, read=1024, written=0, loaded=1024),
-        "out": bench.Moved(needed=1024, read=0, written=1024, loaded=0),
+        "x": count.Moved(needed=1024, read=1024, written=0, loaded=1024),
+        "weight": count.Moved(needed=512, read=1024, written=0, loaded=1024),
+        "out": count.Moved(needed=1024, read=0, written=1024, loaded=0),
     }
 
 
@@ -38,9 +38,9 @@ ROWS = (1, 3, 4, 6, 7, 8, 9, 16)
 
 def matrices() -> Iterator[Any]:
     for M in ROWS:
-        yield from bench.matmuls(M, 32, 1024)
+        yield from count.matmuls(M, 32, 1024)
     for M in ROWS:
-        yield from bench.experts(M, 16, 1024)
+        yield from count.experts(M, 16, 1024)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,10 @@ def test_every_kernel_is_counted(matmuls: list[Row]) -> None:
 
 
 def test_the_tables_cover_the_models() -> None:
-    assert counted.WIDTHS == (5376, 21504, 3840, 15360, 1536, 6144) and counted.COLUMNS == 128
-    assert counted.ROWS == (1, 6, 16) and list(counted.EVERY_ROW) == list(range(1, 17))
-    assert [(g.group, g.D, g.window) for g in counted.GEOMETRIES] == [
+    assert sized_calls.WIDTHS == (5376, 21504, 3840, 15360, 1536, 6144)
+    assert sized_calls.COLUMNS == 128
+    assert sized_calls.ROWS == (1, 6, 16) and list(sized_calls.EVERY_ROW) == list(range(1, 17))
+    assert [(g.group, g.D, g.window) for g in sized_calls.GEOMETRIES] == [
         *((2, 256, 1024), (8, 512, None), (8, 256, 512), (16, 512, None))
     ]
 
@@ -85,13 +86,13 @@ def test_weights_are_read_once_and_by_mlx_more_often(matmuls: list[Row]) -> None
 
 
 @pytest.mark.parametrize(
-    "K", [1536, *(pytest.param(K, marks=pytest.mark.long) for K in counted.WIDTHS if K != 1536)]
+    "K", [1536, *(pytest.param(K, marks=pytest.mark.long) for K in sized_calls.WIDTHS if K != 1536)]
 )
 def test_matrices_are_loaded_once_at_the_layers_of_the_models(K: int) -> None:
     """The packed weights exactly, with scales and biases but for sectors that two rows share."""
-    calls = (call for M in counted.ROWS for call in bench.matmuls(M, counted.COLUMNS, K))
-    rows = rows_of(call for call in calls if not isinstance(call.result, counted.MlxKernel))
-    assert {(r["op"], r["M"]) for r in rows} == {(op, M) for op in DENSE for M in counted.ROWS}
+    calls = (call for M in sized_calls.ROWS for call in count.matmuls(M, sized_calls.COLUMNS, K))
+    rows = rows_of(call for call in calls if not isinstance(call.result, sized_calls.MlxKernel))
+    assert {(r["op"], r["M"]) for r in rows} == {(op, M) for op in DENSE for M in sized_calls.ROWS}
     for r in rows:
         assert r["weight_ratio"] == r["weight_load_ratio"] == r["matrix_ratio"] == 1, r
         assert r["matrix_load_ratio"] <= 1.02, r
@@ -130,10 +131,10 @@ def test_one_launch_moves_what_three_do(matmuls: list[Row]) -> None:
 @pytest.fixture(scope="module")
 def attention() -> list[Row]:
     small = (
-        counted.Geometry("sliding", 2, 256, 200),
-        counted.Geometry("full", 8, 512, None),
+        sized_calls.Geometry("sliding", 2, 256, 200),
+        sized_calls.Geometry("full", 8, 512, None),
     )
-    return rows_of(bench.attention(small, (1, 6, 16), 300))
+    return rows_of(count.attention(small, (1, 6, 16), 300))
 
 
 def test_visible_keys_and_values_are_loaded_once(attention: list[Row]) -> None:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from counting import BENCH, Row, bench
+from bench_scripts import BENCH, Row, count
 
 
 def figures(**changes: Any) -> Row:
@@ -56,7 +56,7 @@ def test_every_cell_of_the_matrices() -> None:
     ]
     ours = "quantized_matmul|`quantized_matmul_bfloat16`|6|128|5376|2|1.12|2.062|4.38, 5.188"
     theirs = "quantized_matmul|`affine_qmv` (MLX)|1|128|5376|1|1.12|2.062|||3.25|777"
-    assert table(bench.markdown(bench.MATRICES_SHOWN, rows)) == [
+    assert table(count.markdown(count.MATRICES_SHOWN, rows)) == [
         [
             *("op", "kernel", "M", "N", "K", "launches", "weights", "w+s+b", "by load"),
             *("all loads", "total", "threadgroup memory"),
@@ -65,7 +65,7 @@ def test_every_cell_of_the_matrices() -> None:
         [*ours.split("|"), "6.75", "3.25", "777"],
         theirs.split("|"),
     ]
-    assert table(bench.every_row(rows)) == [
+    assert table(count.every_row(rows)) == [
         ["M", "quantized_matmul", "other"],
         ["--:", "--:", "--:"],
         ["2", "1.50, 2.500, 3.50", ""],
@@ -77,7 +77,7 @@ def test_every_cell_of_attention() -> None:
     labels = {"layer": "31B full", "D": 512, "rows": 48, "keys": 1506}
     ratios = {"kv_load_ratio": 1.0625, "q_load_ratio": 2.5, "between_ratio": 3.75, "ratio": 4.25}
     row = figures(**labels, **ratios, threadgroup_bytes=555)
-    assert table(bench.markdown(bench.ATTENTION_SHOWN, [row])) == [
+    assert table(count.markdown(count.ATTENTION_SHOWN, [row])) == [
         [
             *("layer", "D", "T", "rows", "keys", "launches", "keys + values", "q", "between"),
             *("total", "threadgroup memory"),
@@ -89,7 +89,7 @@ def test_every_cell_of_attention() -> None:
 
 def test_every_cell_of_the_layers() -> None:
     row = figures(op="rms_norm", shape="32 of 256", row_ratio=2.25, launches=4)
-    assert table(bench.markdown(bench.LAYERS_SHOWN, [row])) == [
+    assert table(count.markdown(count.LAYERS_SHOWN, [row])) == [
         [
             *("op", "M", "shape", "launches", "read", "written", "rows", "total"),
             "threadgroup memory",
@@ -101,7 +101,7 @@ def test_every_cell_of_the_layers() -> None:
 
 def test_every_cell_of_the_rules_and_the_round() -> None:
     rows = [figures(op="filter_logits", logits_ratio=1.25), figures(op="draw_token")]
-    assert table(bench.markdown(bench.RULES_SHOWN, rows)) == [
+    assert table(count.markdown(count.RULES_SHOWN, rows)) == [
         ["op", "rows", "n", "launches", "logits", "between", "total", "threadgroup memory"],
         ["---", *["--:"] * 7],
         ["filter_logits", "6", "128", "2", "1.25", "34", "3.25", "777"],
@@ -111,7 +111,7 @@ def test_every_cell_of_the_rules_and_the_round() -> None:
         {"op": "embed", "source": "round", "calls": 7, "launches": 14},
         {"op": "MLX", "source": "round", "calls": 23, "launches": None},
     ]
-    assert table(bench.markdown(bench.ROUND_SHOWN, rounds)) == [
+    assert table(count.markdown(count.ROUND_SHOWN, rounds)) == [
         ["op", "calls", "launches"],
         ["---", "--:", "--:"],
         ["embed", "7", "14"],
@@ -123,7 +123,7 @@ def test_every_cell_of_the_rules_and_the_round() -> None:
 def test_chosen_ops_are_counted_told_and_printed(
     capsys: pytest.CaptureFixture[str], as_json: bool
 ) -> None:
-    bench.main(["--ops", "draw_token", *["--json"] * as_json])
+    count.main(["--ops", "draw_token", *["--json"] * as_json])
     out, err = capsys.readouterr()
     assert err == "rules: draw_token, M = 1, N = 64\n"
     if as_json:
@@ -141,13 +141,13 @@ def test_chosen_ops_are_counted_told_and_printed(
 
 def test_an_op_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refused:
-        bench.main(["--ops", "rms_norm", "rmsnorm"])
+        count.main(["--ops", "rms_norm", "rmsnorm"])
     assert refused.value.code == 2
     assert "--ops must name ops but got rmsnorm." in capsys.readouterr().err
 
 
 def test_the_page_has_the_heading_and_columns_of_each_table() -> None:
     page = (BENCH / "KERNELS.md").read_text()
-    shown = (bench.MATRICES_SHOWN, bench.ATTENTION_SHOWN, bench.LAYERS_SHOWN)
-    for one_table in (*shown, bench.RULES_SHOWN, bench.ROUND_SHOWN):
-        assert bench.markdown(one_table, []) in page
+    shown = (count.MATRICES_SHOWN, count.ATTENTION_SHOWN, count.LAYERS_SHOWN)
+    for one_table in (*shown, count.RULES_SHOWN, count.ROUND_SHOWN):
+        assert count.markdown(one_table, []) in page

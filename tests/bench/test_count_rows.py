@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from counting import Row, bench, counted, rows_of
+from bench_scripts import Row, count, rows_of, sized_calls
 
 from pyengine import ops
 from pyengine.sampling.settings import Sampling
@@ -13,14 +13,14 @@ from pyengine.sampling.settings import Sampling
 
 @pytest.fixture(scope="module")
 def layers() -> list[Row]:
-    return rows_of(bench.layers())
+    return rows_of(count.layers())
 
 
 def test_rows_are_loaded_once(layers: list[Row]) -> None:
     names = ["rms_norm", "residual_norm", "glu"]
-    names += len(counted.HEADS) * ["prepare_qkv", "norm_rope"]
-    want = [(op, M) for op in names for M in counted.LAYER_ROWS]
-    want += len(counted.HEADS) * [("copy_pages", 1)]
+    names += len(sized_calls.HEADS) * ["prepare_qkv", "norm_rope"]
+    want = [(op, M) for op in names for M in sized_calls.LAYER_ROWS]
+    want += len(sized_calls.HEADS) * [("copy_pages", 1)]
     assert sorted((r["op"], r["M"]) for r in layers) == sorted(want)
     for r in layers:
         assert r.get("row_ratio", 1) == 1 and r["launches"] == 1, r
@@ -30,7 +30,7 @@ def test_rows_are_loaded_once(layers: list[Row]) -> None:
 
 def test_bytes_that_are_needed_and_weights_once_per_threadgroup(layers: list[Row]) -> None:
     """A row reads its weights; four heads share one copy, which is as long as two of them."""
-    E = 2 * counted.WIDTH
+    E = 2 * sized_calls.WIDTH
     for r in layers:
         M, moved = r["M"], (r["read_bytes"], r["written_bytes"])
         if r["op"] == "rms_norm":
@@ -53,7 +53,7 @@ def test_bytes_that_are_needed_and_weights_once_per_threadgroup(layers: list[Row
 
 @pytest.fixture(scope="module")
 def rules() -> list[Row]:
-    return rows_of(bench.rules(vocab=65536, rows=(1, 6)))
+    return rows_of(count.rules(vocab=65536, rows=(1, 6)))
 
 
 def test_logits_are_read_once_and_little_lies_between(rules: list[Row]) -> None:
@@ -89,7 +89,7 @@ def test_small_ops_move_what_they_must(rules: list[Row]) -> None:
 
 def test_launches_of_a_round() -> None:
     """Five drafts: five filters and draws of the assistant, one filter of the target's rows."""
-    rows = {r["op"]: r for r in bench.count_round()}
+    rows = {r["op"]: r for r in count.count_round()}
     assert not {"filter_logits", "softcap"} & set(rows)
     told = {op: (r["calls"], r["launches"]) for op, r in rows.items()}
     assert told["quantized_filter_logits"] == (6, 12)
@@ -98,5 +98,5 @@ def test_launches_of_a_round() -> None:
     assert list(rows)[-1] == "MLX" and set(rows) - {"MLX"} <= set(ops.__all__)
     for op, (calls, launches) in told.items():
         assert calls > 0 and (launches is None) == (op == "MLX")
-    fewer = {r["op"]: r for r in bench.count_round(2, Sampling(temperature=0.0))}
+    fewer = {r["op"]: r for r in count.count_round(2, Sampling(temperature=0.0))}
     assert fewer["quantized_filter_logits"]["calls"] == 3 and "draw_token" not in fewer

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 import pyengine
+from pyengine import _ext
 
 PEERS = Path(__file__).parents[2] / "bench" / "peers"
 sys.path.insert(0, str(PEERS))  # its files import each other as those of a script do
+import compare_matmul  # noqa: E402
 import install  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
@@ -264,6 +266,28 @@ def test_an_unknown_peer_is_refused(
         run.main()
     assert refused.value.code == 2
     assert "[peers] ENGINE must be of pyengine, mlx-lm, " in capsys.readouterr().err
+
+
+def test_no_engine_is_given_more_threads_than_pyengine_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By either script, on a machine of 300 cores: what pyengine would take without being told."""
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp" / "installed.txt").touch()
+    monkeypatch.setattr(os, "cpu_count", lambda: 300)
+    given = []
+    for script, whole in ((run, []), (compare_matmul, ["--json"])):
+        monkeypatch.setattr(script, "compare", lambda options, *_: given.append(options) or {})
+        words = [f"{script.__name__}.py", "--folder", str(tmp_path), *whole]
+        for chosen in ([], ["--threads", "256"]):
+            monkeypatch.setattr(sys, "argv", [*words, *chosen])
+            script.main()
+        monkeypatch.setattr(sys, "argv", [*words, "--threads", "257"])
+        with pytest.raises(SystemExit) as refused:
+            script.main()
+        assert refused.value.code == 2
+        assert "--threads must be 1 to 256 but got 257." in capsys.readouterr().err
+    assert [options.threads for options in given] == 2 * [_ext.threads(), 256]
 
 
 def test_every_engine_has_its_file() -> None:

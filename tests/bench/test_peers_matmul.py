@@ -113,7 +113,8 @@ def test_how_far_results_are_apart() -> None:
         (["--rows", "1,a"], "--rows must be numbers from 1 on but got '1,a'."),
         (["--rows", "0"], "--rows must be numbers from 1 on but got '0'."),
         (["--turns", "0"], "--turns must be 1 or more but got 0."),
-        (["--threads", "-1"], "--threads must be 1 or more but got -1."),
+        (["--threads", "0"], "--threads must be 1 to 256 but got 0."),
+        (["--threads", "257"], "--threads must be 1 to 256 but got 257."),
     ],
 )
 def test_errors(

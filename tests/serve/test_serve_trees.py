@@ -80,13 +80,65 @@ def test_every_protocol_says_so(server: Server, path: str, body: dict[str, Any])
     assert json.dumps(want.text) in json.dumps(said) and said["usage"]["tree"] == 7
 
 
+FORM = (
+    "[generate] the answer's form must be free with a tree but one is asked for; leave out the "
+    "format, regex, grammar, strict tool or tool_choice that asks for it, or the tree (a server's "
+    "is its --tree)."
+)
+SCHEMA = {"type": "object", "properties": {}, "additionalProperties": False}
+TOOL = {"name": "now", "parameters": SCHEMA}
+JSON = {"type": "json_schema", "json_schema": {"name": "empty", "schema": SCHEMA}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": GAME, "regex": "a+"}),
+        (CHAT, {"messages": GAME, "response_format": {"type": "json_object"}}),
+        (CHAT, {"messages": GAME, "response_format": JSON}),
+        (
+            CHAT,
+            {
+                "messages": GAME,
+                "tools": [{"type": "function", "function": TOOL | {"strict": True}}],
+            },
+        ),
+        (
+            CHAT,
+            {
+                "messages": GAME,
+                "tools": [{"type": "function", "function": TOOL}],
+                "tool_choice": "required",
+            },
+        ),
+        (TEXTS, {"prompt": "a", "grammar": 'start: "a"'}),
+        (
+            RESPONSES,
+            {"input": "a", "text": {"format": {"type": "json_schema", **JSON["json_schema"]}}},
+        ),
+        (
+            MESSAGES,
+            {
+                "messages": GAME,
+                "max_tokens": 9,
+                "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
+            },
+        ),
+    ],
+)
+def test_a_form_is_refused_with_the_way_out(
+    server: Server, path: str, body: dict[str, Any]
+) -> None:
+    said = server.post(path, json=body)
+    assert said.status_code == 400 and said.json()["error"]["message"] == FORM
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ({"verify": "block"}, "[generate] verify must be coupled, or temperature 0, with a tree"),
         ({"presence_penalty": 1}, "[generate] penalties must be off with a tree"),
         ({"block_size": 1}, "[generate] block_size must be at least 2 with a tree but got 1."),
-        ({"regex": "a+"}, "[generate] the answer's form must be free with a tree but one is"),
     ],
 )
 def test_what_no_tree_goes_with(server: Server, body: dict[str, Any], message: str) -> None:

@@ -1,7 +1,7 @@
-"""Calls that bench/count.py counts, at the sizes of published models: what the ops' benches share.
+"""Calls of ops at the sizes of published models: the sizes, what a call is, and its inputs.
 
-A bench whose op is counted names its table, `TABLE`, and yields its calls from `counted`, whose
-arguments are those of its table in count.py.
+The ops' benches make such calls, and count.py counts them: a bench names its table there, `TABLE`,
+and yields its calls from `counted`, whose arguments are those of the table.
 """
 
 from collections.abc import Sequence

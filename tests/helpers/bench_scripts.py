@@ -1,4 +1,4 @@
-"""bench/count.py, whose folder is no package, and the sizes of the ops' benches that it counts."""
+"""bench/count.py and sized_calls.py, imported for their tests: their folder is no package."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path.append(str(BENCH))
 
-bench = import_module("count")
-counted = import_module("counted")
+count = import_module("count")
+sized_calls = import_module("sized_calls")
 Row = dict[str, Any]
 
 
 def rows_of(calls: Iterable[Any]) -> list[Row]:
-    return [bench.row(call) for call in calls]
+    return [count.row(call) for call in calls]
