@@ -17,7 +17,11 @@
 
 #include "cpu/simd.h"
 
-#if defined(__AMX_INT8__)
+#if defined(PYENGINE_EMULATE_TILES)
+#include "cpu/emulated_tiles.h"
+#endif
+
+#if defined(PYENGINE_TILES)
 
 namespace pyengine::PYENGINE_ISA {
 

@@ -53,7 +53,7 @@ void load_row(
     float* x) {
   with_storage(storage, [&]<typename T>(T*) {
     auto* values = static_cast<const T*>(from);
-#if defined(__AMX_INT8__)
+#if defined(PYENGINE_TILES)
     if (order != Order::dense && takes_planes(storage)) {
       if (width == 0) { // no scratch
         return;

@@ -272,7 +272,7 @@ void multiply_groups(const QuantizedMatmulArgs& args, const Group& group) {
   }
 }
 
-#if defined(__AMX_INT8__)
+#if defined(PYENGINE_TILES)
 // Columns [begin, end) of all rows of planes to sums [M, end - begin], which
 // has room for the factors of 32 columns behind it.
 template <int bits>
@@ -332,7 +332,7 @@ void quantized_matmul_sums(
     int begin,
     int end,
     float* scratch) {
-#if defined(__AMX_INT8__)
+#if defined(PYENGINE_TILES)
   if (takes_planes(args.storage)) {
     switch (args.bits) {
       case 8:

@@ -1,4 +1,7 @@
-"""Rows of 16-bit floats as planes of whole numbers, which AMX multiplies: csrc/cpu/planes.h."""
+"""Rows of 16-bit floats as planes of whole numbers, which AMX multiplies: csrc/cpu/planes.h.
+
+A processor without tiles runs these by `.ci/tiles.sh`.
+"""
 
 from __future__ import annotations
 
