@@ -7,12 +7,13 @@
 #   .ci/tiles.sh WORK [PYTEST ARGUMENTS]     WORK: where to build; a second run there builds what changed
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
-mkdir -p "${1:?a folder to build in}"
-work=$(cd "$1" && pwd)
+work=${1:?a folder to build in}
 for flag in avx512f avx512bw avx512dq avx512vl avx512vbmi; do
   grep -qw "$flag" /proc/cpuinfo ||
     { echo "The kernels of amx were not tested: this processor has no $flag."; exit 0; }
 done
+mkdir -p "$work"
+work=$(cd "$work" && pwd)
 
 # With the tools of this environment if it has them: those of an isolated build lie elsewhere every
 # time, and all would be built anew.
