@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Builds the extension with AMX's tile instructions emulated (csrc/cpu/emulated_tiles.h) and runs the
 # tests of `amx` on it: its bits must be those that tests/fixtures/op_bits.json has from a processor
-# with tiles. Where the processor lacks AVX-512 with VBMI, which is all else that `amx` needs, nothing
-# is built or tested.
+# with tiles. Where the processor lacks AVX-512 with VBMI or VNNI, which is all else that `amx` needs,
+# nothing is built or tested.
 #
 #   .ci/tiles.sh WORK [PYTEST ARGUMENTS]     WORK: where to build; a second run there builds what changed
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 work=${1:?a folder to build in}
-for flag in avx512f avx512bw avx512dq avx512vl avx512vbmi; do
+for flag in avx512f avx512bw avx512dq avx512vl avx512vbmi avx512_vnni; do
   grep -qw "$flag" /proc/cpuinfo ||
     { echo "The kernels of amx were not tested: this processor has no $flag."; exit 0; }
 done

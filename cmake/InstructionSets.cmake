@@ -16,8 +16,8 @@ if(processor MATCHES "^(x86_64|amd64)$")
   set(PYENGINE_FLAGS_avx2 -mavx2 -mfma -mf16c)
   set(PYENGINE_FLAGS_avx512
     -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl)
-  set(PYENGINE_FLAGS_amx ${PYENGINE_FLAGS_avx512} -mavx512vbmi)
-  # For .ci/tiles.sh, on processors with AVX-512 but no tiles; slow
+  set(PYENGINE_FLAGS_amx ${PYENGINE_FLAGS_avx512} -mavx512vbmi -mavx512vnni)
+  # For .ci/tiles.sh, on processors that lack nothing else; slow
   option(PYENGINE_EMULATE_TILES "Emulate the tile instructions of amx" OFF)
   if(PYENGINE_EMULATE_TILES)
     list(APPEND PYENGINE_FLAGS_amx -DPYENGINE_EMULATE_TILES)

@@ -1,7 +1,7 @@
 #pragma once
-// emulated_tiles.h: the six tile instructions of AMX that planes.h uses, in
-// portable C++, so that its kernels can be tested on a processor with AVX-512
-// but no tiles (PYENGINE_EMULATE_TILES; .ci/tiles.sh).
+// emulated_tiles.h: the six tile instructions of AMX that plane_tiles.h uses,
+// in portable C++, so that its kernels can be tested on a processor with
+// AVX-512 but no tiles (PYENGINE_EMULATE_TILES; .ci/tiles.sh).
 //
 // The functions have the names of the intrinsics, and every thread has its own
 // eight tiles. What the instructions refuse ends the process with a sentence.

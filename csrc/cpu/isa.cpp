@@ -18,7 +18,8 @@ namespace {
 // Whether tiles of bytes may be used. Linux keeps a thread's 8 KB of tiles
 // only for processes that ask.
 bool has_amx() {
-  if (!__builtin_cpu_supports("avx512vbmi")) {
+  if (!__builtin_cpu_supports("avx512vbmi") ||
+      !__builtin_cpu_supports("avx512vnni")) {
     return false;
   }
 #if defined(PYENGINE_EMULATE_TILES)

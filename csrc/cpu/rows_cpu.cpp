@@ -53,19 +53,18 @@ void load_row(
     float* x) {
   with_storage(storage, [&]<typename T>(T*) {
     auto* values = static_cast<const T*>(from);
-#if defined(PYENGINE_TILES)
+#if defined(__AVX512VNNI__)
     if (order != Order::dense && takes_planes(storage)) {
-      if (width == 0) { // no scratch
-        return;
-      }
-      Planes planes(x, rows, row);
+      PlanesAt at = {reinterpret_cast<char*>(x), rows};
+      F32x16 chunk[chunk_k / lanes];
+      int part = 0;
       int step = order == Order::pairs ? 2 : 1; // six bits unpack in order
-      auto walk = [&](const auto& put) {
-        walk_row(values, stride, width, step, put);
-      };
-      walk([&](F32x16 a) { planes.measure(a); });
-      planes.scale();
-      walk([&](F32x16 a) { planes.put(a); });
+      walk_row(values, stride, width, step, [&](F32x16 a) {
+        chunk[part % 4] = a;
+        if (++part % 4 == 0) {
+          put_chunk(at, row, part / 4 - 1, chunk);
+        }
+      });
       return;
     }
 #endif

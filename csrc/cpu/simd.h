@@ -25,7 +25,7 @@
 #endif
 
 #if defined(__AMX_INT8__) || defined(PYENGINE_EMULATE_TILES)
-#define PYENGINE_TILES // tiles of bytes (planes.h)
+#define PYENGINE_TILES // tiles of bytes (plane_tiles.h)
 #endif
 
 #define PYENGINE_INLINE inline __attribute__((always_inline))

@@ -12,7 +12,7 @@
 
 #include "cpu/blocked.h"
 #include "cpu/lanes.h"
-#include "cpu/planes.h"
+#include "cpu/plane_tiles.h"
 #include "cpu/rows_cpu.h"
 #include "cpu/tiles.h"
 
@@ -276,48 +276,44 @@ void multiply_groups(const QuantizedMatmulArgs& args, const Group& group) {
 // Columns [begin, end) of all rows of planes to sums [M, end - begin], which
 // has room for the factors of 32 columns behind it.
 template <int bits>
-void multiply_tiles(
+void multiply_planes(
     const QuantizedMatmulArgs& args,
     int begin,
     int end,
     float* sums) {
   int pitch = end - begin, groups = args.K / args.group_size;
-  if (groups == 0) { // sums of nothing
-    memset(sums, 0, args.M * pitch * sizeof(float));
-    return;
-  }
   float* factors = sums + args.M * pitch;
   int64_t w_pitch = int64_t(args.K) * bits / 8;
   PlanesAt x = {
       const_cast<char*>(reinterpret_cast<const char*>(args.x)), args.M};
   // Where columns do not fill the last tile, it takes some of them again.
-  int columns = pitch < tile_n ? pitch : tile_n;
-  TileArgs common = {w_pitch, args.K, args.group_size, x, columns, pitch};
+  int columns = pitch < plane_columns ? pitch : plane_columns;
+  TileArgs common = {x, args.K, args.group_size, pitch, w_pitch, columns};
   TileShapes shapes(
-      columns, args.group_size < tile_k ? args.group_size : tile_k, x.pitch());
+      columns,
+      args.group_size < chunk_k ? args.group_size : chunk_k,
+      x.pitch());
   auto tile = [&](int n, float* scales) {
     n = n + columns < end ? n : end - columns;
     float* biases = scales + lanes * groups;
-    int64_t first = int64_t(n) * groups;
-    with_storage(args.storage, [&]<typename T>(T*) {
-      if constexpr (sizeof(T) == 2) {
-        auto* from = static_cast<const T*>(args.scales) + first;
-        turn_factors(from, columns, groups, scales);
-        from = static_cast<const T*>(args.biases) + first;
-        turn_factors(from, columns, groups, biases);
-      }
-    });
+    auto turn = [&](const void* from, float* to) {
+      auto* first = static_cast<const BFloat*>(from) + int64_t(n) * groups;
+      turn_factors(first, columns, groups, to);
+    };
+    turn(args.scales, scales);
+    turn(args.biases, biases);
     return TileColumns{args.w + n * w_pitch, scales, biases, sums + n - begin};
   };
   with_constant<max_rows>(args.M, [&](auto rows) {
     constexpr int together = tiles_together(rows.value);
-    for (int n = begin; n < end; n += together * tile_n) {
+    for (int n = begin; n < end; n += together * plane_columns) {
       if constexpr (together == 2) {
-        multiply_planes<bits, rows.value>(
+        multiply_tiles<bits, rows.value>(
             common,
-            {tile(n, factors), tile(n + tile_n, factors + 2 * lanes * groups)});
+            {tile(n, factors),
+             tile(n + plane_columns, factors + 2 * lanes * groups)});
       } else {
-        multiply_planes<bits, rows.value>(common, {tile(n, factors)});
+        multiply_tiles<bits, rows.value>(common, {tile(n, factors)});
       }
     }
   });
@@ -336,11 +332,11 @@ void quantized_matmul_sums(
   if (takes_planes(args.storage)) {
     switch (args.bits) {
       case 8:
-        return multiply_tiles<8>(args, begin, end, scratch);
+        return multiply_planes<8>(args, begin, end, scratch);
       case 6:
-        return multiply_tiles<6>(args, begin, end, scratch);
+        return multiply_planes<6>(args, begin, end, scratch);
       case 4:
-        return multiply_tiles<4>(args, begin, end, scratch);
+        return multiply_planes<4>(args, begin, end, scratch);
     }
   }
 #endif
