@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Builds the extension with AMX's tile instructions emulated (csrc/cpu/emulated_tiles.h) and runs the
-# tests of `amx` on it: its bits must be those that tests/fixtures/op_bits.json has from a processor
-# with tiles. Where the processor lacks AVX-512 with VBMI or VNNI, which is all else that `amx` needs,
-# nothing is built or tested.
+# tests of `amx` on it: its bits must be those in tests/fixtures/op_bits.json. Where the processor
+# lacks AVX-512 with VBMI or VNNI, which is all else that `amx` needs, nothing is built or tested.
 #
 #   .ci/tiles.sh WORK [PYTEST ARGUMENTS]     WORK: where to build; a second run there builds what changed
 set -euo pipefail
