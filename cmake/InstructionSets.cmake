@@ -2,7 +2,7 @@
 #
 # PYENGINE_INSTRUCTION_SETS  names, slowest first; also C++ namespaces
 # PYENGINE_FLAGS_<name>      compiler flags
-# PYENGINE_ISA_DEFINITIONS   PYENGINE_HAS_<name>, for csrc/cpu/isa.h
+# PYENGINE_ISA_DEFINITIONS   what csrc/cpu/kernel.h and isa.cpp ask for
 string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" processor)
 if(CMAKE_OSX_ARCHITECTURES)
   string(TOLOWER "${CMAKE_OSX_ARCHITECTURES}" processor)
@@ -18,8 +18,15 @@ if(processor MATCHES "^(x86_64|amd64)$")
     -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl)
   set(PYENGINE_FLAGS_vnni
     ${PYENGINE_FLAGS_avx512} -mavx512vbmi -mavx512vnni)
-  set(PYENGINE_FLAGS_amx
-    ${PYENGINE_FLAGS_vnni} -mamx-tile -mamx-int8)
+  set(PYENGINE_FLAGS_amx ${PYENGINE_FLAGS_vnni})
+  # For .ci/tiles.sh, on processors that lack nothing else; slow
+  option(PYENGINE_EMULATE_TILES "Emulate the tile instructions of amx" OFF)
+  if(PYENGINE_EMULATE_TILES)
+    list(APPEND PYENGINE_FLAGS_amx -DPYENGINE_EMULATE_TILES)
+    list(APPEND PYENGINE_ISA_DEFINITIONS PYENGINE_EMULATE_TILES)
+  else()
+    list(APPEND PYENGINE_FLAGS_amx -mamx-tile -mamx-int8)
+  endif()
 elseif(processor MATCHES "^(arm64|aarch64)$")
   set(PYENGINE_INSTRUCTION_SETS neon)
 else()

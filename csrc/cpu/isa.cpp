@@ -4,12 +4,10 @@
 
 #include "check.h"
 
-#if defined(PYENGINE_HAS_amx)
+#if defined(PYENGINE_HAS_amx) && defined(__linux__)
 #include <cpuid.h>
-#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 #endif
 
 namespace pyengine {
@@ -20,13 +18,15 @@ namespace {
 // Whether tiles of bytes may be used. Linux keeps a thread's 8 KB of tiles
 // only for processes that ask.
 bool has_amx() {
+#if defined(PYENGINE_EMULATE_TILES)
+  return true;
+#elif defined(__linux__)
   constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
   unsigned a, b, c, d = 0;
   __get_cpuid_count(7, 0, &a, &b, &c, &d);
   if ((d & tile) == 0 || (d & int8) == 0) {
     return false;
   }
-#if defined(__linux__)
   constexpr int ask_for_state = 0x1023, tile_data = 18; // asm/prctl.h
   return syscall(SYS_arch_prctl, ask_for_state, tile_data) == 0;
 #else

@@ -24,6 +24,10 @@
 #define PYENGINE_ISA portable // for editors; the build always defines it
 #endif
 
+#if defined(__AMX_INT8__) || defined(PYENGINE_EMULATE_TILES)
+#define PYENGINE_TILES // tiles of bytes (plane_tiles.h)
+#endif
+
 #define PYENGINE_INLINE inline __attribute__((always_inline))
 #define PYENGINE_UNROLL _Pragma("GCC unroll 16")
 

@@ -13,6 +13,7 @@
 #include "cpu/blocked.h"
 #include "cpu/lanes.h"
 #include "cpu/plane_dots.h"
+#include "cpu/plane_tiles.h"
 #include "cpu/rows_cpu.h"
 #include "cpu/tiles.h"
 
@@ -272,7 +273,54 @@ void multiply_groups(const QuantizedMatmulArgs& args, const Group& group) {
   }
 }
 
-#if defined(__AVX512VNNI__)
+#if defined(PYENGINE_TILES)
+// Columns [begin, end) of all rows of planes to sums [M, end - begin], which
+// has room for the factors of 32 columns behind it.
+template <int bits>
+void multiply_planes(
+    const QuantizedMatmulArgs& args,
+    int begin,
+    int end,
+    float* sums) {
+  int pitch = end - begin, groups = args.K / args.group_size;
+  float* factors = sums + args.M * pitch;
+  int64_t w_pitch = int64_t(args.K) * bits / 8;
+  PlanesAt x = {
+      const_cast<char*>(reinterpret_cast<const char*>(args.x)), args.M};
+  // Where columns do not fill the last tile, it takes some of them again.
+  int columns = pitch < plane_columns ? pitch : plane_columns;
+  TileArgs common = {x, args.K, args.group_size, pitch, w_pitch, columns};
+  TileShapes shapes(
+      columns,
+      args.group_size < chunk_k ? args.group_size : chunk_k,
+      x.pitch());
+  auto tile = [&](int n, float* scales) {
+    n = n + columns < end ? n : end - columns;
+    float* biases = scales + lanes * groups;
+    auto turn = [&](const void* from, float* to) {
+      auto* first = static_cast<const BFloat*>(from) + int64_t(n) * groups;
+      turn_factors(first, columns, groups, to);
+    };
+    turn(args.scales, scales);
+    turn(args.biases, biases);
+    return TileColumns{args.w + n * w_pitch, scales, biases, sums + n - begin};
+  };
+  with_constant<max_rows>(args.M, [&](auto rows) {
+    constexpr int together = tiles_together(rows.value);
+    for (int n = begin; n < end; n += together * plane_columns) {
+      if constexpr (together == 2) {
+        multiply_tiles<bits, rows.value>(
+            common,
+            {tile(n, factors),
+             tile(n + plane_columns, factors + 2 * lanes * groups)});
+      } else {
+        multiply_tiles<bits, rows.value>(common, {tile(n, factors)});
+      }
+    }
+  });
+  _tile_release();
+}
+#elif defined(__AVX512VNNI__)
 // Columns [begin, end) of all rows of planes to sums [M, end - begin], which
 // has room for the factors of 32 columns behind it.
 template <int bits, int pieces>
