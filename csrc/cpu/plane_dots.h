@@ -6,8 +6,8 @@
 // Columns are turned on the way, so that a register holds four weights of each
 // of sixteen, and multiplied with four elements of a row at a time: a lane is a
 // column, and one scale and one bias serve all lanes of a piece. One row reads
-// four columns at a time, as streams; some rows meet sixteen columns while these
-// are in registers, more of them 32 that lie turned in the first cache.
+// four columns at a time, as streams; some rows meet sixteen columns while
+// these are in registers, more of them 32 that lie turned in the first cache.
 
 #include "cpu/planes.h"
 #include "cpu/turn.h"
@@ -48,11 +48,8 @@ struct DotPiece {
   const float* units;
   int group;
 
-  PYENGINE_INLINE DotPiece(
-      const DotArgs& args,
-      const PlanesAt& at,
-      int chunk,
-      int piece)
+  PYENGINE_INLINE
+  DotPiece(const DotArgs& args, const PlanesAt& at, int chunk, int piece)
       : x(at.x + at.piece() * chunk + at.pitch() * vectors * piece),
         totals(at.sums(chunk) + at.rows * (pieces == 1 ? 2 : piece)),
         units(at.units(chunk)),

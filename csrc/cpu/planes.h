@@ -143,13 +143,14 @@ PYENGINE_INLINE void put_chunk(
   low = _mm512_dpbusd_epi32(none, ones, low);
   __m512i totals = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
   // Neighbours, then every second, then 128 bits within each half.
-  totals = _mm512_add_epi32(totals, _mm512_shuffle_epi32(totals, _MM_PERM_CDAB));
-  totals = _mm512_add_epi32(totals, _mm512_shuffle_epi32(totals, _MM_PERM_BADC));
   totals =
-      _mm512_add_epi32(totals, _mm512_shuffle_i32x4(totals, totals, 0xb1));
+      _mm512_add_epi32(totals, _mm512_shuffle_epi32(totals, _MM_PERM_CDAB));
+  totals =
+      _mm512_add_epi32(totals, _mm512_shuffle_epi32(totals, _MM_PERM_BADC));
+  totals = _mm512_add_epi32(totals, _mm512_shuffle_i32x4(totals, totals, 0xb1));
   float first = unit * float(_mm512_cvtsi512_si32(totals));
-  float second = unit *
-      float(_mm256_cvtsi256_si32(_mm512_extracti64x4_epi64(totals, 1)));
+  float second =
+      unit * float(_mm256_cvtsi256_si32(_mm512_extracti64x4_epi64(totals, 1)));
   float* sums = at.sums(chunk) + row;
   sums[0] = first;
   sums[at.rows] = second;

@@ -19,8 +19,8 @@ constexpr int padded_width(int width) {
 
 // Writes row `row` of a slice of `rows` rows to x as float32: 16 elements, then
 // a gap for those of the other rows. So a kernel that takes 16 elements of each
-// row at a time walks through scratch in one line. `vnni` and `amx` write rows of
-// bfloat16 beside quantised weights as planes of bytes (planes.h).
+// row at a time walks through scratch in one line. `vnni` and `amx` write rows
+// of bfloat16 beside quantised weights as planes of bytes (planes.h).
 PYENGINE_DECLARE_KERNEL(
     load_row,
     const void* from,
