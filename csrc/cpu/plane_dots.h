@@ -271,7 +271,8 @@ template <int bits, int pieces>
 void multiply_more(const DotArgs& args, const DotTile (&tiles)[2]) {
   const int M = args.x.rows;
   const int blocks = (M + rows_at_once - 1) / rows_at_once;
-  alignas(64) float sums[max_rows * 2 * lanes] = {};
+  alignas(64) float sums[max_rows * 2 * lanes];
+  memset(sums, 0, M * 2 * lanes * sizeof(float));
   alignas(64) __m512i turned[2][2][lanes]; // this chunk and the next by turns
   auto turn = [&](int k, int tile) {
     turn_chunk<bits, bytes_ahead>(

@@ -131,6 +131,13 @@ PYENGINE_INLINE __m512 widen_some(const BFloat* from, __mmask16 some) {
 // [groups, 16]; those of columns that are missing are 0.
 PYENGINE_INLINE void
 turn_factors(const BFloat* from, int columns, int groups, float* to) {
+  if (groups == 2 && columns == lanes) { // they lie side by side
+    __m512i both = _mm512_loadu_si512(from);
+    __m512i odd = _mm512_set1_epi32(int(0xffff0000));
+    _mm512_storeu_si512(to, _mm512_slli_epi32(both, 16));
+    _mm512_storeu_si512(to + lanes, _mm512_and_si512(both, odd));
+    return;
+  }
   for (int g = 0; g < groups; g += lanes) {
     int count = groups - g < lanes ? groups - g : lanes;
     __mmask16 some = __mmask16(0xffff >> (lanes - count));

@@ -337,16 +337,10 @@ void multiply_dots(
   // Where a matrix ends within a tile, that begins before and meets columns
   // again; one of fewer columns than a tile's is taken column by column.
   bool narrow = args.N < plane_columns;
+  int columns = narrow ? 1 : plane_columns;
   DotArgs common = {x, narrow ? 0 : w_pitch, args.K, args.group_size, pitch};
   auto tile = [&](int n, float* factors) {
-    int columns = narrow ? 1 : plane_columns;
     int first = n + columns < args.N ? n : args.N - columns;
-    first = narrow ? n : first;
-    unsigned wanted = 0;
-    for (int i = 0; i < columns; ++i) {
-      bool its = first + i >= begin && first + i < end;
-      wanted |= unsigned(its) << i;
-    }
     float* biases = factors + lanes * groups;
     auto turn = [&](const void* from, float* to) {
       auto* its = static_cast<const BFloat*>(from) + int64_t(first) * groups;
@@ -354,17 +348,18 @@ void multiply_dots(
     };
     turn(args.scales, factors);
     turn(args.biases, biases);
+    int from = first < begin ? begin - first : 0;
+    int to = first + columns < end ? columns : end - first;
     return DotTile{
         args.w + first * w_pitch,
         factors,
         biases,
         sums + first - begin,
-        __mmask16(wanted)};
+        __mmask16((1u << to) - (1u << from))};
   };
-  int step = narrow ? 1 : plane_columns;
   if (args.M > rows_in_registers) {
-    for (int n = begin; n < end; n += 2 * step) {
-      int second = n + step < end ? n + step : n;
+    for (int n = begin; n < end; n += 2 * columns) {
+      int second = n + columns < end ? n + columns : n;
       multiply_more<bits, pieces>(
           common,
           {tile(n, factors), tile(second, factors + 2 * lanes * groups)});
@@ -372,7 +367,7 @@ void multiply_dots(
     return;
   }
   with_constant<rows_in_registers>(args.M, [&](auto rows) {
-    for (int n = begin; n < end; n += step) {
+    for (int n = begin; n < end; n += columns) {
       if constexpr (rows.value == 1) {
         multiply_one<bits, pieces>(common, tile(n, factors));
       } else {
