@@ -35,6 +35,7 @@ struct DotArgs {
   int K;
   int group_size;
   int pitch; // of results
+  int64_t ahead; // bytes from weights to those that will be wanted
 };
 
 // A piece: a chunk, or the half of it that has a group of its own. `pieces` of
@@ -176,8 +177,12 @@ void multiply_some(const DotArgs& args, const DotTile& tile) {
   for (int k = 0; k < args.K; k += chunk_k) {
     int count = count_of<pieces>(args, k);
     __m512i turned[lanes];
-    turn_chunk<bits, 0>(
-        tile.w + int64_t(k) * bits / 8, args.w_pitch, count, turned);
+    turn_chunk<bits>(
+        tile.w + int64_t(k) * bits / 8,
+        args.w_pitch,
+        count,
+        args.ahead,
+        turned);
     PYENGINE_UNROLL
     for (int piece = 0; piece < pieces; ++piece) {
       if (piece > 0 && count < chunk_k) {
@@ -214,10 +219,6 @@ void multiply_some(const DotArgs& args, const DotTile& tile) {
 
 // So many of them have sums of both tiles in registers, and a piece goes by.
 constexpr int rows_at_once = 5;
-// From one chunk of a column to the weights that will be wanted: the columns of
-// two tiles are more streams than the machine follows.
-constexpr int bytes_ahead = 256;
-
 // Rows [row, row + rows) meet a piece of two tiles.
 template <int rows, int pieces>
 PYENGINE_INLINE void multiply_piece(
@@ -275,10 +276,11 @@ void multiply_more(const DotArgs& args, const DotTile (&tiles)[2]) {
   memset(sums, 0, M * 2 * lanes * sizeof(float));
   alignas(64) __m512i turned[2][2][lanes]; // this chunk and the next by turns
   auto turn = [&](int k, int tile) {
-    turn_chunk<bits, bytes_ahead>(
+    turn_chunk<bits>(
         tiles[tile].w + int64_t(k) * bits / 8,
         args.w_pitch,
         count_of<pieces>(args, k),
+        args.ahead,
         turned[k / chunk_k % 2][tile]);
   };
   if (args.K > 0) {

@@ -98,19 +98,18 @@ PYENGINE_INLINE void transpose(__m512 (&a)[lanes]) {
 }
 
 // A chunk of sixteen columns, `pitch` bytes apart: four weights of each column
-// to a vector. Asks for those that lie `ahead` bytes behind, unless it is 0.
-template <int bits, int ahead>
+// to a vector. Asks for those that lie `ahead` bytes further on.
+template <int bits>
 PYENGINE_INLINE void turn_chunk(
     const uint8_t* from,
     int64_t pitch,
     int count, // weights of the chunk that are there
+    int64_t ahead,
     __m512i* to) {
   __m512 columns[lanes];
   PYENGINE_UNROLL
   for (int n = 0; n < lanes; ++n) {
-    if (ahead > 0) {
-      prefetch(from + n * pitch + ahead);
-    }
+    prefetch(from + n * pitch + ahead);
     columns[n] =
         _mm512_castsi512_ps(unpack_bytes<bits>(from + n * pitch, count));
   }
