@@ -35,7 +35,6 @@ struct DotArgs {
   int K;
   int group_size;
   int pitch; // of results
-  int64_t ahead; // bytes from weights to those that will be wanted
 };
 
 // A piece: a chunk, or the half of it that has a group of its own. `pieces` of
@@ -181,7 +180,7 @@ void multiply_some(const DotArgs& args, const DotTile& tile) {
         tile.w + int64_t(k) * bits / 8,
         args.w_pitch,
         count,
-        args.ahead,
+        plane_columns * args.w_pitch,
         turned);
     PYENGINE_UNROLL
     for (int piece = 0; piece < pieces; ++piece) {
@@ -219,6 +218,10 @@ void multiply_some(const DotArgs& args, const DotTile& tile) {
 
 // So many of them have sums of both tiles in registers, and a piece goes by.
 constexpr int rows_at_once = 5;
+// From one chunk of a column to the weights that are asked for: the columns of
+// two tiles are more streams than the machine follows.
+constexpr int64_t bytes_ahead = 256;
+
 // Rows [row, row + rows) meet a piece of two tiles.
 template <int rows, int pieces>
 PYENGINE_INLINE void multiply_piece(
@@ -276,11 +279,15 @@ void multiply_more(const DotArgs& args, const DotTile (&tiles)[2]) {
   memset(sums, 0, M * 2 * lanes * sizeof(float));
   alignas(64) __m512i turned[2][2][lanes]; // this chunk and the next by turns
   auto turn = [&](int k, int tile) {
+    int64_t at = int64_t(k) * bits / 8, ahead = bytes_ahead;
+    if (at + ahead >= args.w_pitch) { // where the next tiles begin
+      ahead += (2 * plane_columns - 1) * args.w_pitch;
+    }
     turn_chunk<bits>(
-        tiles[tile].w + int64_t(k) * bits / 8,
+        tiles[tile].w + at,
         args.w_pitch,
         count_of<pieces>(args, k),
-        args.ahead,
+        ahead,
         turned[k / chunk_k % 2][tile]);
   };
   if (args.K > 0) {

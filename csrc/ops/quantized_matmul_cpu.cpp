@@ -338,11 +338,7 @@ void multiply_dots(
   // again; one of fewer columns than a tile's is taken column by column.
   bool narrow = args.N < plane_columns;
   int columns = narrow ? 1 : plane_columns;
-  // Columns are more streams than the machine follows. Some rows ask for the
-  // next tile, which more of them would wait too long to use.
-  int64_t ahead = args.M > rows_in_registers ? 256 : columns * w_pitch;
-  DotArgs common = {
-      x, narrow ? 0 : w_pitch, args.K, args.group_size, pitch, ahead};
+  DotArgs common = {x, narrow ? 0 : w_pitch, args.K, args.group_size, pitch};
   auto tile = [&](int n, float* factors) {
     int first = n + columns < args.N ? n : args.N - columns;
     float* biases = factors + lanes * groups;
