@@ -1,12 +1,12 @@
 """The quantised matmul's processor kernel in this tree against another tree's.
 
 Both are compiled for one instruction set, or each for its own, into one program (g++), and take
-turns on the same weights of bfloat16, together with a loop that only reads these. A piece is a group of columns, as threads are
-handed them; its time is the lower quartile of its processor times, and a figure is the sum over all
-pieces by the number of threads: so a busy machine adds little, and the figures of one line stand
-beside the same neighbours. Copies of the matrix that no cache holds together (a gigabyte) stand for
-a model. Equal bits are checked; of two sets whose bits differ it says by how much at most, over the
-root mean square of the results.
+turns on the same weights of bfloat16, together with a loop that only reads these. A piece is a
+group of columns, as threads are handed them; its time is the lower quartile of its processor times,
+and a figure is the sum over all pieces by the number of threads: so a busy machine adds little, and
+the figures of one line stand beside the same neighbours. Copies of the matrix that no cache holds
+together (a gigabyte) stand for a model. Equal bits are checked; of two sets it says by how much the
+results differ at most, over their root mean square.
 
 Run: python bench/matmul_kernels.py OLD_TREE [--shape 14336x4096] [--rows 1,2,4,6,8,16,512]
          [--bits 8] [--group-size 64] [--isa avx2] [--old-isa avx2] [--turns 10] [--threads 1]
@@ -33,11 +33,11 @@ def flags_of(isa: str) -> list[str]:
 
 def build(old: Path, old_isa: str, isa: str, folder: Path) -> Path:
     objects = []
-    for name, tree, isa in (("before", old, old_isa), ("after", TREE, isa)):
+    for name, tree, its in (("before", old, old_isa), ("after", TREE, isa)):
         for kernel in KERNELS:
             objects.append(str(folder / f"{name}_{Path(kernel).name}.o"))
             source = [f"-I{tree / 'csrc'}", "-c", str(tree / "csrc" / f"{kernel}.cpp")]
-            options = [*FLAGS, *flags_of(isa), f"-DPYENGINE_ISA={name}"]
+            options = [*FLAGS, *flags_of(its), f"-DPYENGINE_ISA={name}"]
             subprocess.run(["g++", *options, *source, "-o", objects[-1]], check=True)
     program = folder / "matmul_kernels"
     main = [f"-I{TREE / 'csrc'}", str(TREE / "bench/matmul_kernels.cpp")]

@@ -1,9 +1,9 @@
 """Bits of every op at the shapes of the published pairs: those that were written down once.
 
 `tests/fixtures/op_bits.json` is what `tests/op_bits.py` wrote on the build of commit bcd85bd; the
-lines of `copy_pages` and `move_rows` are newer, and so is all that is said of `vnni` and `amx`, which
-were not there yet. An op that is meant to give other bits has its lines written anew, and its entry in
-CHANGELOG.
+lines of `copy_pages` and `move_rows` are newer, and so is all that is said of `vnni` and `amx`,
+which were not there yet. An op that is meant to give other bits has its lines written anew, and its
+entry in CHANGELOG.
 """
 
 from __future__ import annotations
