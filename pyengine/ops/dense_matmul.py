@@ -5,7 +5,7 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import MOST, Call, absolute_sums, first, normal, of_sums
+from .example import MOST, Call, absolute_sums, first, normal, of_sums, order_error
 from .sizes import Shape, Sizes, scaled
 
 
@@ -61,7 +61,7 @@ def example(N: int, K: int, dtype: str) -> Call:
     return Call(
         lambda b, e: [dense_matmul(x[b:e], w)],
         first,
-        lambda results: of_sums(results, [absolute_sums(x, [w])], K),
+        lambda results: of_sums(results, [order_error(K) * absolute_sums(x, [w])]),
         same_bits=False,
         weights=[w],
     )

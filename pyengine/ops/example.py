@@ -136,11 +136,11 @@ def absolute_sums(
     return mx.concatenate(parts, axis=-1)
 
 
-def of_sums(results: Results, sums: Results, K: int) -> Results:
-    """The stated bound of a product: of two orders, before one rounding each."""
+def of_sums(results: Results, errors: Results) -> Results:
+    """The stated bound of a product: of two sums with these errors, before one rounding each."""
     return [
-        order_error(K) * s + abs(a.astype(mx.float32)) * STEP[a.dtype]
-        for a, s in zip(results, sums, strict=True)
+        error + abs(a.astype(mx.float32)) * STEP[a.dtype]
+        for a, error in zip(results, errors, strict=True)
     ]
 
 

@@ -8,7 +8,7 @@ from .dispatch import run
 from .example import MOST, Call, Results, first, normal, of_sums, quantized
 from .glu import glu
 from .quantized_gated_matmul import Matrix, gate_error, quantized_gated_matmul_reference
-from .quantized_matmul import absolute_products, quantized_matmul_reference
+from .quantized_matmul import product_error, quantized_matmul_reference
 from .sizes import Shape, Sizes, packed, scaled
 
 
@@ -155,7 +155,7 @@ def example(X: int, U: int, N: int, K: int, form: str, group: int, bits: int, dt
             own = stack[0][expert], stack[1][expert], stack[2][expert]
             rows = x[:, None] if x.ndim == 2 else x
             if up is None:
-                (part,) = of_sums(results, [absolute_products(rows, own, group, bits)], K)
+                (part,) = of_sums(results, [product_error(rows, own, group, bits)])
             else:
                 second = up[0][expert], up[1][expert], up[2][expert]
                 part = gate_error(out, rows, own, second, (group, bits))

@@ -5,9 +5,9 @@ import mlx.core as mx
 from pyengine import _ext
 
 from .dispatch import run
-from .example import MOST, STEP, Call, first, normal, order_error, quantized
+from .example import MOST, STEP, Call, first, normal, quantized
 from .glu import Activation, glu, glu_reference
-from .quantized_matmul import absolute_products, quantized_matmul, quantized_matmul_reference
+from .quantized_matmul import product_error, quantized_matmul, quantized_matmul_reference
 from .sizes import Settings, Shape, Sizes, packed, scaled
 
 Matrix = tuple[mx.array, mx.array, mx.array]
@@ -97,10 +97,9 @@ def gate_error(
 ) -> mx.array:
     """``|d out| <= |d gate| * 1.13 |up| + |gate| |d up|``, as gelu is no steeper than 1.13 and silu
     than 1.1; each product is rounded, and their meeting once more."""
-    sums = [absolute_products(x, w, *packing) for w in (gate, up)]
+    errors = [product_error(x, w, *packing) for w in (gate, up)]
     products = [abs(quantized_matmul_reference(x, *w, *packing)) for w in (gate, up)]
     products = [a.astype(mx.float32) for a in products]
-    errors = [order_error(x.shape[-1]) * s for s in sums]
     errors = [e + STEP[out.dtype] * a for e, a in zip(errors, products, strict=True)]
     total = 1.13 * errors[0] * (products[1] + errors[1]) + (products[0] + errors[0]) * errors[1]
     return total + abs(out.astype(mx.float32)) * STEP[out.dtype]

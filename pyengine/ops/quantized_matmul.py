@@ -7,8 +7,13 @@ from pyengine import _ext
 
 from .dense_matmul import product
 from .dispatch import run
-from .example import MOST, Call, absolute_sums, first, normal, of_sums, quantized
+from .example import MOST, Call, absolute_sums, first, normal, of_sums, order_error, quantized
 from .sizes import Shape, Sizes, packed, scaled
+
+# Of bfloat16, csrc/cpu/planes.h: the sets that round its elements, by how many and how closely
+PLANES = ("vnni", "amx")
+CHUNK = 64
+HALF_A_UNIT = 256 / 255 * 2.0**-15  # of the largest of a chunk
 
 
 def quantized_matmul(
@@ -26,9 +31,10 @@ def quantized_matmul(
     ``out[m, n] = sum over k of x[m, k] * (q[n, k] * scales[n, k / g] + biases[n, k / g])``, with
     ``g`` the group size and ``q`` the packed integers of MLX's affine quantisation. All of it in
     float32, in an order that depends on K alone, rounded once: before that, the result is within
-    ``(K / 16 + 8) * 2**-24`` times the same sum with absolute values. More than 16 rows run as
-    slices of 16. On a GPU MLX's ``quantized_matmul``, which is not row-stable, serves more than
-    128 rows: a prefill.
+    ``(K / 16 + 8) * 2**-24`` times the same sum with absolute values. Processors that multiply
+    bytes, by VNNI or AMX, take a row of bfloat16 as whole numbers: each element within 2^-15 of
+    the largest of its 64 (csrc/cpu/planes.h). More than 16 rows run as slices of 16. On a GPU MLX's
+    ``quantized_matmul``, which is not row-stable, serves more than 128 rows: a prefill.
 
     Args:
         x: ``[..., K]``, float32, float16 or bfloat16; any strides; K is a multiple of ``g``.
@@ -105,14 +111,27 @@ def example(N: int, K: int, group: int, bits: int, dtype: str) -> Call:
     return Call(
         lambda b, e: [quantized_matmul(x[b:e], *w, group, bits)],
         first,
-        lambda results: of_sums(results, [absolute_products(x, w, group, bits)], K),
+        lambda results: of_sums(results, [product_error(x, w, group, bits)]),
         same_bits=False,
         weights=w,
     )
 
 
-def absolute_products(
+def product_error(
     x: mx.array, w: tuple[mx.array, mx.array, mx.array], group_size: int, bits: int
 ) -> mx.array:
-    """``sum over k of |x[m, k] * w[n, k]|``, which the error is a part of."""
-    return absolute_sums(x, w, partial(dequantized, group_size=group_size, bits=bits))
+    """By how much sums of two kernels may be apart: by their orders and, where one of them
+    multiplies whole numbers, by half a unit of each element of x (csrc/cpu/planes.h)."""
+    plain = partial(dequantized, group_size=group_size, bits=bits)
+    error = order_error(x.shape[-1]) * absolute_sums(x, w, plain)
+    if x.dtype == mx.bfloat16 and _ext.instruction_set() in PLANES:
+        error += HALF_A_UNIT * absolute_sums(largest_of_chunks(x), w, plain)
+    return error
+
+
+def largest_of_chunks(x: mx.array) -> mx.array:
+    """The largest magnitude of each 64 elements of a row, in the place of each of them."""
+    *rows, K = x.shape
+    chunks = mx.pad(abs(x), [*[(0, 0)] * len(rows), (0, -K % CHUNK)]).reshape(*rows, -1, CHUNK)
+    largest = mx.broadcast_to(chunks.max(axis=-1, keepdims=True), chunks.shape)
+    return largest.reshape(*rows, -1)[..., :K]

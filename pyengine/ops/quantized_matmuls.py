@@ -7,7 +7,7 @@ from pyengine import _ext
 from .dispatch import run
 from .example import MOST, Call, Results, first, normal, of_sums, quantized
 from .quantized_gated_matmul import Matrix
-from .quantized_matmul import absolute_products, quantized_matmul, quantized_matmul_reference
+from .quantized_matmul import product_error, quantized_matmul, quantized_matmul_reference
 from .sizes import Settings, Shape, Sizes, packed, scaled
 
 
@@ -74,7 +74,7 @@ def example(K: int, columns: Sequence[int], group: int, bits: int, dtype: str) -
     ]
 
     def slack(results: Results) -> Results:
-        return of_sums(results, [absolute_products(x, w, group, bits) for w in matrices], K)
+        return of_sums(results, [product_error(x, w, group, bits) for w in matrices])
 
     return Call(
         lambda b, e: quantized_matmuls(x[b:e], matrices, group, bits),

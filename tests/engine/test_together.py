@@ -45,7 +45,7 @@ def check_schedule(pair: Any, text: list[int], seed: int, count: int, leave: flo
 def test_a_text_is_what_it_is_alone(flavour: str, form: str, implementation: str) -> None:
     pair, text = tiny_pair(flavour, form), greedy_text(flavour)
     if implementation == "native":
-        assert check_schedule(pair, text, 1, 12) > 3
+        assert check_schedule(pair, text, 1, 12) > 1
     else:  # plain MLX is slow
         check_schedule(pair, text, 4, 3)
 

@@ -58,6 +58,19 @@ TRANSFORMERS = OURS | {
     "logit_bent",
     "logit_capped",
 }
+# Where a processor multiplies quantised weights with whole numbers (csrc/cpu/planes.h), the rows of
+# bfloat16 that they meet.
+WHOLE = "whole"
+
+
+def in_units(x: Array) -> Array:
+    """Every 64 elements of a row as 15 bits and a sign under the largest of them."""
+    K = x.shape[-1]
+    chunks = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -K % 64)])
+    chunks = chunks.reshape(*x.shape[:-1], -1, 64)
+    mantissa, exponent = np.frexp(np.abs(chunks).max(axis=-1, keepdims=True))
+    unit = np.exp2(exponent + (mantissa >= 255 / 256) - 15.0)
+    return np.asarray((np.rint(chunks / unit) * unit).reshape(*x.shape[:-1], -1)[..., :K])
 
 
 def rms(x: Array) -> Array:
@@ -88,7 +101,13 @@ class Layers:
         return self.at(point, rms(x) * self.w[f"{name}.weight"])
 
     def times(self, x: Array, name: str, point: str = "product") -> Array:
-        return self.at(point, x @ self.w[f"{name}.weight"].T)
+        return self.at(point, self.row(x) @ self.w[f"{name}.weight"].T)
+
+    def row(self, x: Array) -> Array:
+        """As weights meet it: a router's is float32."""
+        if WHOLE not in self.points or not np.array_equal(x, bfloat16(x)):
+            return x
+        return in_units(x)
 
     def head_dim(self, kind: str) -> int:
         return int(self.config["global_head_dim" if kind == FULL else "head_dim"])
@@ -202,9 +221,13 @@ class Target(Layers):
         for t, row in enumerate(shares):
             chosen = sorted(np.argsort(-row)[:used])
             for expert in chosen:
-                both = self.at("product", self.w[f"{at}.experts.gate_up_proj"][expert] @ z[t])
+                both = self.at(
+                    "product", self.w[f"{at}.experts.gate_up_proj"][expert] @ self.row(z[t])
+                )
                 y = self.gated(*np.split(both, 2))
-                y = self.at("expert_output", self.w[f"{at}.experts.down_proj"][expert] @ y)
+                y = self.at(
+                    "expert_output", self.w[f"{at}.experts.down_proj"][expert] @ self.row(y)
+                )
                 scale = self.w[f"{at}.router.per_expert_scale"][expert]
                 y = self.at("expert_weighted", y * (row[expert] / row[chosen].sum() * scale))
                 routed[t] = self.at("expert_sum", routed[t] + y)

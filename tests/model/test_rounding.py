@@ -43,11 +43,13 @@ from odd_pairs import (
     write_pair,
 )
 
-from pyengine import ops
+from pyengine import _ext, ops
 from pyengine.checkpoint.pair import Pair, load
 from pyengine.checkpoint.quantize import quantize_checkpoint
 from pyengine.model.cache import Cache
 from pyengine.model.target import Target
+from pyengine.ops import dispatch
+from pyengine.ops.quantized_matmul import PLANES
 
 pytestmark = pytest.mark.engine
 FORMS = ("bfloat16", "bfloat16-q8")
@@ -85,6 +87,16 @@ def units(ours: Array, wanted: Array) -> float:
     assert ours.shape == wanted.shape and np.isfinite(ours).all()
     size = np.maximum(np.abs(wanted), np.sqrt((wanted * wanted).mean(axis=-1, keepdims=True)))
     return float((np.abs(ours - wanted) / 2.0 ** (np.floor(np.log2(size)) - 7)).max())
+
+
+def our_points(form: str) -> frozenset[str]:
+    """Our points, and that of a processor whose quantised matmuls take whole numbers."""
+    whole = (
+        form == "bfloat16-q8"
+        and dispatch.runs("quantized_matmul") == "native"
+        and _ext.instruction_set() in PLANES
+    )
+    return roundings.OURS | {roundings.WHOLE} if whole else roundings.OURS
 
 
 @functools.cache
@@ -297,7 +309,7 @@ def test_the_target_rounds_at_its_points_and_nowhere_else(
     flavour: str, form: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids, pair = ids_of(flavour), odd_pair(flavour, form)
-    want = target_of(flavour, form, roundings.OURS)
+    want = target_of(flavour, form, our_points(form))
     h = embedding = want.embed(ids)
     assert share(values(pair.target.embed(mx.array(ids))), embedding) == 0
     per_layer = want.per_layer_inputs(ids, h) if flavour == "e2b" else None
@@ -324,7 +336,7 @@ def test_the_per_layer_inputs_are_rounded_once(
 ) -> None:
     """Factors near a rounding of theirs move an input by less than a layer shows."""
     ids, model = ids_of("e2b"), odd_pair("e2b", form).target
-    want, glu, seen = target_of("e2b", form, roundings.OURS), ops.glu, []
+    want, glu, seen = target_of("e2b", form, our_points(form)), ops.glu, []
     embedding = want.embed(ids)
 
     def noted(gate: mx.array, up: mx.array, *activation: Any) -> mx.array:
@@ -344,7 +356,7 @@ def test_the_per_layer_inputs_are_rounded_once(
 def test_the_router_is_float32_throughout(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its scale and root too, which move a weight by less than bfloat16 shows in a layer."""
     ids, model = ids_of("moe26"), odd_pair("moe26", form).target
-    want, logits, route = target_of("moe26", form, roundings.OURS), [], ops.route_experts
+    want, logits, route = target_of("moe26", form, our_points(form)), [], ops.route_experts
     h, streams, wanted = want.embed(ids), [], []
     for i in range(len(model.layers)):
         streams.append(h := want.layer(i, h, None))
@@ -365,7 +377,7 @@ def test_the_assistant_rounds_at_its_points_and_nowhere_else(
     flavour: str, form: str, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair, from_theirs = odd_pair(flavour, form), reference(flavour)
-    want, streams = assistant_of(flavour, form, roundings.OURS), []
+    want, streams = assistant_of(flavour, form, our_points(form)), []
     embedding, before = (from_theirs[f"{step}.{name}"] for name in ("embedding", "hidden_in"))
     h = want.enter(embedding, before)
     for i, kind in enumerate(want.config["layer_types"]):

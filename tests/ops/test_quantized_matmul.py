@@ -9,6 +9,7 @@ from draw import Call, Draw, near_sum
 
 from pyengine import _ext, ops
 from pyengine.ops import dispatch, quantized_matmul, quantized_matmul_reference
+from pyengine.ops.quantized_matmul import PLANES
 
 # Times sum |x * w|, the scale of the sum's rounding errors. float32: both sides add K products in
 # different orders, each within about K / 16 roundings of the exact sum. float16, bfloat16: the same
@@ -40,7 +41,7 @@ def assert_close(out, expected, x, w, scales, biases, group_size, bits) -> None:
     size = np.array(mx.abs(x.astype(mx.float32)) @ mx.abs(weights).T)
     a, b = (np.array(y.astype(mx.float32)) for y in (out, expected))
     tolerance = TOLERANCE[out.dtype]
-    if x.dtype == mx.bfloat16 and _ext.instruction_set() in ("vnni", "amx"):
+    if x.dtype == mx.bfloat16 and _ext.instruction_set() in PLANES:
         tolerance = max(tolerance, PLANES_TOLERANCE)
     assert np.all(np.abs(a - b) <= tolerance * size)
 

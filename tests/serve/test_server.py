@@ -74,7 +74,11 @@ def test_chat_completion_is_what_generate_gives(server: Server, pair: Pair) -> N
             block_size=4,
         )
         said = server.client.chat.completions.create(
-            model="any", messages=GAME, max_tokens=30, **settings
+            model="any",
+            messages=GAME,
+            max_tokens=30,
+            extra_body={"block_size": 4},
+            **settings,
         )
         assert said.choices[0].message.content == want.text
         assert said.choices[0].message.role == "assistant"
