@@ -28,7 +28,11 @@ def flags_of(isa: str) -> list[str]:
     """As cmake compiles for this instruction set."""
     text = (TREE / "cmake/InstructionSets.cmake").read_text()
     found = re.search(rf"set\(PYENGINE_FLAGS_{isa}\s+([^)]*)\)", text)
-    return found[1].split() if found else []
+    flags = []
+    for word in found[1].split() if found else []:
+        of_another = re.fullmatch(r"\$\{PYENGINE_FLAGS_(\w+)\}", word)
+        flags += flags_of(of_another[1]) if of_another else [word]
+    return flags
 
 
 def build(old: Path, old_isa: str, isa: str, folder: Path) -> Path:
