@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
-import matmul_kernels  # noqa: E402
+import matmul_kernels
 
 SETS = {
     "portable": [],
