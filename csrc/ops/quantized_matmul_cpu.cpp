@@ -7,6 +7,8 @@
 // lanes add up what lies at k = lane (mod 16) in ascending order, then a fixed
 // tree adds the lanes: neither the number of rows nor that of threads can
 // change a row's bits.
+//
+// Sets that multiply bytes take rows of bfloat16 as whole numbers (planes.h).
 
 #include "ops/quantized_matmul_cpu.h"
 
@@ -54,9 +56,9 @@ void convert(
 }
 
 // The factor of each lane. Groups of 32 have two factors per chunk, the second
-// `second` = 1 after the first; larger groups have one, and `second` is 0.
-// Known to the compiler, for to load a factor twice is what one row would wait
-// for.
+// `second` = 1 after the first; larger groups have one, and `second` is 0. It
+// is a constant so that a single factor is loaded once: one row waits for
+// loads.
 template <int bits, int second>
 PYENGINE_INLINE F32x16 spread(const float* factors, int j) {
   if constexpr (bits == 6) {

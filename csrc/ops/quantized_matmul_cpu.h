@@ -23,7 +23,7 @@ struct QuantizedMatmulArgs {
 };
 
 // Scales and biases that a kernel keeps for `columns` columns: of 32 at least,
-// which `amx` takes together.
+// which `vnni` and `amx` take together.
 constexpr size_t factors_of(int columns, int K, int group_size) {
   return size_t(2) * (columns < 32 ? 32 : columns) * (K / group_size);
 }
