@@ -5,9 +5,10 @@
 //
 // Columns are turned on the way, so that a register holds four weights of each
 // of sixteen, and multiplied with four elements of a row at a time: a lane is a
-// column, and one scale and one bias serve all lanes of a piece. One row reads
-// four columns at a time, as streams; some rows meet sixteen columns while
-// these are in registers, more of them 32 that lie turned in the first cache.
+// column, and one scale and one bias serve all lanes of a piece. One row, or
+// two, read four columns at a time, as streams; some rows meet sixteen columns
+// while these are in registers, more of them 32 that lie turned in the first
+// cache.
 
 #include "cpu/planes.h"
 #include "cpu/turn.h"
@@ -16,6 +17,13 @@
 
 namespace pyengine::PYENGINE_ISA {
 
+// Whether rows read columns as streams. A chunk seldom begins where a line of
+// the cache does, so two chunks share one; where sixteen columns have their
+// lines in the same few places of the cache, it is gone before the second
+// comes.
+constexpr bool in_streams(int rows, int64_t w_pitch) {
+  return rows == 1 || (rows == 2 && w_pitch % 2048 == 0);
+}
 // Up to so many rows meet weights in registers.
 constexpr int rows_in_registers = 4;
 
@@ -87,7 +95,7 @@ PYENGINE_INLINE __m512 add_scaled(
   return _mm512_fmadd_ps(_mm512_set1_ps(total), bias, sums);
 }
 
-// ---- One row
+// ---- One row, or two
 
 // Number i of every four, in the place of all four.
 template <int i>
@@ -95,17 +103,67 @@ PYENGINE_INLINE __m512i spread_four(__m512i a) {
   return _mm512_shuffle_epi32(a, _MM_PERM_ENUM(0x55 * i));
 }
 
-// Four columns, turned within 128 bits only: a lane is a column and one of four
-// parts of a chunk, which are added together in the end.
-template <int bits, int pieces>
-PYENGINE_INLINE __m128
-multiply_four(const DotArgs& args, const DotTile& tile, int n) {
-  const PlanesAt at = {args.x.x, 1};
-  const __m512i even = _mm512_setr_epi32(
-      0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+// A chunk of one row or two. Weights are turned within 128 bits only, so four
+// of them that are multiplied together are i of the quarters of a chunk: spread
+// (i, plane, row) is what they meet.
+template <int rows>
+struct SpreadChunk;
+
+template <>
+struct SpreadChunk<1> {
+  __m512i planes[plane_count];
+
+  PYENGINE_INLINE explicit SpreadChunk(const char* x) {
+    const __m512i even = _mm512_setr_epi32(
+        0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    __m512i first = _mm512_loadu_si512(x), last = _mm512_loadu_si512(x + 64);
+    planes[0] = _mm512_permutex2var_epi32(first, even, last);
+    planes[1] = _mm512_permutex2var_epi32(first, odd, last);
+  }
+
+  template <int i, int plane, int row>
+  PYENGINE_INLINE __m512i spread() const {
+    return spread_four<i>(planes[plane]);
+  }
+};
+
+template <>
+struct SpreadChunk<2> {
+  __m512i fours[4]; // of both rows' both planes, quarter by quarter
+
+  PYENGINE_INLINE explicit SpreadChunk(const char* x) {
+    __m512i quarters[4];
+    PYENGINE_UNROLL
+    for (int q = 0; q < 4; ++q) {
+      quarters[q] = _mm512_loadu_si512(x + 64 * q);
+    }
+    __m512i a = _mm512_shuffle_i32x4(quarters[0], quarters[1], 0x44);
+    __m512i b = _mm512_shuffle_i32x4(quarters[2], quarters[3], 0x44);
+    __m512i c = _mm512_shuffle_i32x4(quarters[0], quarters[1], 0xee);
+    __m512i d = _mm512_shuffle_i32x4(quarters[2], quarters[3], 0xee);
+    fours[0] = _mm512_shuffle_i32x4(a, b, 0x88);
+    fours[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    fours[2] = _mm512_shuffle_i32x4(c, d, 0x88);
+    fours[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+
+  template <int i, int plane, int row>
+  PYENGINE_INLINE __m512i spread() const {
+    return spread_four<2 * plane + row>(fours[i]);
+  }
+};
+
+// Four columns: a lane is a column and a quarter of a chunk; the quarters are
+// added together in the end.
+template <int bits, int rows, int pieces>
+PYENGINE_INLINE void multiply_four(
+    const DotArgs& args,
+    const DotTile& tile,
+    int n,
+    __m128 (&sums)[rows]) {
+  const PlanesAt at = {args.x.x, rows};
   const uint8_t* from = tile.w + n * args.w_pitch;
-  __m128 sums = _mm_setzero_ps();
   for (int k = 0; k < args.K; k += chunk_k) {
     int count = count_of<pieces>(args, k), chunk = k / chunk_k;
     __m512i w[4];
@@ -116,53 +174,60 @@ multiply_four(const DotArgs& args, const DotTile& tile, int n) {
       w[c] = unpack_bytes<bits>(column, count);
     }
     turn_four(w);
-    const char* x = at.x + at.piece() * chunk; // both planes by turns
-    __m512i first = _mm512_loadu_si512(x), second = _mm512_loadu_si512(x + 64);
-    __m512i above = _mm512_permutex2var_epi32(first, even, second);
-    __m512i below = _mm512_permutex2var_epi32(first, odd, second);
-    __m512i high = {}, low = {};
-    auto multiply = [&]<int i>(Constant<i>) {
-      high = _mm512_dpbusd_epi32(high, w[i], spread_four<i>(above));
-      low = _mm512_dpbusd_epi32(low, w[i], spread_four<i>(below));
+    SpreadChunk<rows> x(at.x + at.piece() * chunk);
+    auto multiply = [&]<int r>(Constant<r>) {
+      __m512i high = {}, low = {};
+      auto four = [&]<int i>(Constant<i>) {
+        high = _mm512_dpbusd_epi32(high, w[i], x.template spread<i, 0, r>());
+        low = _mm512_dpbusd_epi32(low, w[i], x.template spread<i, 1, r>());
+      };
+      four(Constant<0>{});
+      four(Constant<1>{});
+      four(Constant<2>{});
+      four(Constant<3>{});
+      __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+      __m256i halves = _mm256_add_epi32(
+          _mm512_castsi512_si256(_mm512_shuffle_i32x4(whole, whole, 0x88)),
+          _mm512_castsi512_si256(_mm512_shuffle_i32x4(whole, whole, 0xdd)));
+      __m128i lower = _mm256_castsi256_si128(halves);
+      __m128i upper = _mm256_extracti128_si256(halves, 1);
+      auto add = [&](int piece, __m128i whole) {
+        DotPiece<pieces> its(args, at, chunk, piece);
+        const float* scales = tile.scales + lanes * its.group + n;
+        const float* biases = tile.biases + lanes * its.group + n;
+        __m128 product =
+            _mm_mul_ps(_mm_cvtepi32_ps(whole), _mm_set1_ps(its.units[r]));
+        sums[r] = _mm_fmadd_ps(product, _mm_loadu_ps(scales), sums[r]);
+        sums[r] = _mm_fmadd_ps(
+            _mm_set1_ps(its.totals[r]), _mm_loadu_ps(biases), sums[r]);
+      };
+      if constexpr (pieces == 1) {
+        add(0, _mm_add_epi32(lower, upper));
+      } else {
+        add(0, lower);
+        if (count == chunk_k) {
+          add(1, upper);
+        }
+      }
     };
     multiply(Constant<0>{});
-    multiply(Constant<1>{});
-    multiply(Constant<2>{});
-    multiply(Constant<3>{});
-    __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
-    __m256i halves = _mm256_add_epi32(
-        _mm512_castsi512_si256(_mm512_shuffle_i32x4(whole, whole, 0x88)),
-        _mm512_castsi512_si256(_mm512_shuffle_i32x4(whole, whole, 0xdd)));
-    __m128i lower = _mm256_castsi256_si128(halves);
-    __m128i upper = _mm256_extracti128_si256(halves, 1);
-    auto add = [&](int piece, __m128i whole) {
-      DotPiece<pieces> its(args, at, chunk, piece);
-      int factor = lanes * its.group + n;
-      __m128 product =
-          _mm_mul_ps(_mm_cvtepi32_ps(whole), _mm_set1_ps(its.units[0]));
-      sums = _mm_fmadd_ps(product, _mm_loadu_ps(tile.scales + factor), sums);
-      sums = _mm_fmadd_ps(
-          _mm_set1_ps(its.totals[0]), _mm_loadu_ps(tile.biases + factor), sums);
-    };
-    if constexpr (pieces == 1) {
-      add(0, _mm_add_epi32(lower, upper));
-    } else {
-      add(0, lower);
-      if (count == chunk_k) {
-        add(1, upper);
-      }
+    if constexpr (rows == 2) {
+      multiply(Constant<1>{});
     }
   }
-  return sums;
 }
 
-template <int bits, int pieces>
-void multiply_one(const DotArgs& args, const DotTile& tile) {
+template <int bits, int rows, int pieces>
+void multiply_few(const DotArgs& args, const DotTile& tile) {
   for (int n = 0; n < plane_columns; n += 4) {
     __mmask8 wanted = __mmask8(tile.wanted >> n & 0xf);
     if (wanted != 0) {
-      _mm_mask_storeu_ps(
-          tile.to + n, wanted, multiply_four<bits, pieces>(args, tile, n));
+      __m128 sums[rows] = {};
+      multiply_four<bits, rows, pieces>(args, tile, n, sums);
+      PYENGINE_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        _mm_mask_storeu_ps(tile.to + r * args.pitch + n, wanted, sums[r]);
+      }
     }
   }
 }

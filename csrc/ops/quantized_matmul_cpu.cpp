@@ -370,9 +370,11 @@ void multiply_dots(
   }
   with_constant<rows_in_registers>(args.M, [&](auto rows) {
     for (int n = begin; n < end; n += columns) {
-      if constexpr (rows.value == 1) {
-        multiply_one<bits, pieces>(common, tile(n, factors));
-      } else {
+      if (in_streams(rows.value, w_pitch)) {
+        if constexpr (rows.value <= 2) {
+          multiply_few<bits, rows.value, pieces>(common, tile(n, factors));
+        }
+      } else if constexpr (rows.value > 1) {
         multiply_some<bits, rows.value, pieces>(common, tile(n, factors));
       }
     }

@@ -111,6 +111,17 @@ def test_bits_are_those_of_the_definition(N, group_size, bits):
         assert np.array_equal(bits_of(out), expected[:M].view(np.uint32)), M
 
 
+@pytest.mark.parametrize(("bits", "K"), [(8, 2048), (6, 8192), (4, 4096)])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_bits_of_columns_that_are_powers_of_two_apart(group_size, bits, K):
+    q, *weights = matrix(16, 20, K, group_size, bits)
+    x = rows_of(17, 6, K)
+    expected = by_definition(as_float64(x), *weights, group_size, bits)
+    for M in range(1, 7):
+        out = quantized_matmul(x[:M], *q, group_size, bits, out_dtype=mx.float32)
+        assert np.array_equal(bits_of(out), expected[:M].view(np.uint32)), M
+
+
 @pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_error_stays_below_its_bound(group_size, bits):
