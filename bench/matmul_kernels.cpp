@@ -145,8 +145,7 @@ int main(int argc, char** argv) {
   for (int turn = 0; turn < 3 * repeats; ++turn) {
     int kind = turn % 3; // before, after, read
     auto kernel = kernels[kind % 2];
-    auto* matrix =
-        reinterpret_cast<uint8_t*>(w) + turn % matrices * nbytes;
+    auto* matrix = reinterpret_cast<uint8_t*>(w) + turn % matrices * nbytes;
     for (int slice = 0; slice < slices; ++slice) {
       int first = slice * max_rows, M = std::min(rows - first, max_rows);
       for (int m = 0; m < M; ++m) {
