@@ -275,6 +275,23 @@ void multiply_groups(const QuantizedMatmulArgs& args, const Group& group) {
   }
 }
 
+#if defined(__AVX512VNNI__)
+// Scales and biases of some columns from `first` on, each [groups, 16].
+void turn_both(
+    const QuantizedMatmulArgs& args,
+    int first,
+    int columns,
+    float* scales,
+    float* biases) {
+  int groups = args.K / args.group_size;
+  int64_t at = int64_t(first) * groups;
+  auto* from = static_cast<const BFloat*>(args.scales);
+  turn_factors(from + at, columns, groups, scales);
+  from = static_cast<const BFloat*>(args.biases);
+  turn_factors(from + at, columns, groups, biases);
+}
+#endif
+
 #if defined(PYENGINE_TILES)
 // Columns [begin, end) of all rows of planes to sums [M, end - begin], which
 // has room for the factors of 32 columns behind it.
@@ -299,12 +316,7 @@ void multiply_planes(
   auto tile = [&](int n, float* scales) {
     n = n + columns < end ? n : end - columns;
     float* biases = scales + lanes * groups;
-    auto turn = [&](const void* from, float* to) {
-      auto* first = static_cast<const BFloat*>(from) + int64_t(n) * groups;
-      turn_factors(first, columns, groups, to);
-    };
-    turn(args.scales, scales);
-    turn(args.biases, biases);
+    turn_both(args, n, columns, scales, biases);
     return TileColumns{args.w + n * w_pitch, scales, biases, sums + n - begin};
   };
   with_constant<max_rows>(args.M, [&](auto rows) {
@@ -344,12 +356,7 @@ void multiply_dots(
   auto tile = [&](int n, float* factors) {
     int first = n + columns < args.N ? n : args.N - columns;
     float* biases = factors + lanes * groups;
-    auto turn = [&](const void* from, float* to) {
-      auto* its = static_cast<const BFloat*>(from) + int64_t(first) * groups;
-      turn_factors(its, columns, groups, to);
-    };
-    turn(args.scales, factors);
-    turn(args.biases, biases);
+    turn_both(args, first, columns, factors, biases);
     int from = first < begin ? begin - first : 0;
     int to = first + columns < end ? columns : end - first;
     return DotTile{
